@@ -1,0 +1,6 @@
+"""torch.nn's modules, each a subclass with the same arguments and state_dict keys, on fused kernels."""
+
+from .ops.layer_norm import LayerNorm
+from .ops.rms_norm import RMSNorm
+
+__all__ = ["LayerNorm", "RMSNorm"]

@@ -1,0 +1,83 @@
+"""Second order for kernels: a gradient's own gradient, through the op's eager formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+Tensors = Sequence[torch.Tensor | None]
+
+
+class _Gradients(torch.autograd.Function):
+    """The wanted gradients from ``launch``, themselves differentiable in the inputs and in the output gradients."""
+
+    @staticmethod
+    def forward(launch, formula, needs, n_outputs, *tensors):
+        n = len(needs)
+        grads = launch(tensors[:n], tensors[n : n + n_outputs], tensors[n + n_outputs :], needs)
+        return tuple(grad for grad, need in zip(grads, needs, strict=True) if need)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.formula, ctx.needs, ctx.n_outputs, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, *second_grads):
+        n = len(ctx.needs)
+        tensors = ctx.saved_tensors
+        primals = tensors[: n + ctx.n_outputs]
+        given = [i for i, tensor in enumerate(primals) if tensor is not None]
+        wanted = [i for i in range(n) if ctx.needs[i]]
+
+        def first_order(*values):
+            full = [None] * len(primals)
+            for i, value in zip(given, values, strict=True):
+                full[i] = value
+
+            def of_wanted(*inputs):
+                merged = full[:n]
+                for i, value in zip(wanted, inputs, strict=True):
+                    merged[i] = value
+                outputs = ctx.formula(*merged)
+                return outputs if isinstance(outputs, tuple) else (outputs,)
+
+            outputs, pull = torch.func.vjp(of_wanted, *[full[i] for i in wanted])
+            return pull(
+                tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, full[n:], strict=True))
+            )
+
+        _, pull = torch.func.vjp(first_order, *[primals[i] for i in given])
+        result = [None] * len(tensors)
+        for i, grad in zip(given, pull(tuple(second_grads)), strict=True):
+            result[i] = grad
+        return (None, None, None, None, *result)
+
+
+def gradients(
+    launch: Callable,
+    formula: Callable,
+    inputs: Tensors,
+    needs: Sequence[bool],
+    outputs_grad: Tensors,
+    extras: Tensors = (),
+) -> tuple[torch.Tensor | None, ...]:
+    """What a kernel-backed ``backward`` returns for ``inputs``: right to any order, None where not needed.
+
+    Args:
+        launch: ``launch(inputs, outputs_grad, extras, needs)`` -> a gradient for each input, by kernels; what it
+            returns for an input that needs none is dropped.
+        formula: the op in eager PyTorch, ``formula(*inputs)`` -> its differentiable outputs, one for each of
+            ``outputs_grad``. It runs only where the gradients themselves are differentiated (double backward).
+        inputs: the op's floating-point inputs as saved; None for an absent one.
+        needs: for each input, whether its gradient is wanted.
+        outputs_grad: the incoming gradients; None for an output that was not used.
+        extras: tensors that the forward saved for the kernel alone (mean, lse, ...).
+    """
+    needs = tuple(needs)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        grads = iter(_Gradients.apply(launch, formula, needs, len(outputs_grad), *inputs, *outputs_grad, *extras))
+        return tuple(next(grads) if need else None for need in needs)
+    grads = launch(inputs, outputs_grad, extras, needs)
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))

@@ -1,0 +1,231 @@
+"""One record per op, the one place that picks a backend, and the helper that registers an operator.
+
+A backend is how an op is computed:
+
+=========  =====================================================================================
+``eager``  PyTorch's own operators. Runs everywhere and is differentiable to any order.
+``triton`` Our Triton kernels: CUDA tensors, or CPU tensors in Triton's interpreter (for tests).
+``native`` The compiled C++/CUDA extension, for the ops that have such a kernel.
+=========  =====================================================================================
+
+The choice is made once per call, in the op's public function, so the backward always runs on the
+backend that served the forward. It is process-wide, like ``torch.backends``: activation
+checkpointing recomputes a forward on autograd's own threads, which a thread-local choice would miss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+BACKENDS = ("eager", "triton", "native")
+# In order of preference; `eager` is always possible. CPU has no `triton`: the interpreter is for tests only.
+PREFERENCE = {"cuda": ("triton", "native"), "cpu": ("native",)}
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot serve this call."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of an op: what the generic tests and the bench run. ``name`` says what is special about it."""
+
+    name: str
+    args: tuple = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least an op must do for one call: bytes moved and floating-point operations, each way."""
+
+    forward_bytes: int
+    backward_bytes: int
+    forward_flops: int = 0
+    backward_flops: int = 0
+
+
+@dataclass(frozen=True)
+class Op:
+    """All that tests, bench, ``info`` and the README know of an op.
+
+    ``function`` and ``reference`` take the same arguments. The reference is eager PyTorch that upcasts with
+    ``torch.promote_types(dtype, torch.float32)``, so fp64 inputs make it the oracle.
+    ``samples(device, dtype)`` yields :class:`Sample`; floating tensors that take part in differentiation come
+    with ``requires_grad``. ``cost(*args, **kwargs)`` gives the :class:`Cost` of such a call.
+    """
+
+    name: str
+    summary: str
+    function: Callable
+    reference: Callable
+    samples: Callable[[torch.device, torch.dtype], Iterable[Sample]]
+    cost: Callable[..., Cost]
+    backends: tuple[str, ...]
+    module: type | None = None
+
+
+OPS: dict[str, Op] = {}
+
+
+def register(op: Op) -> Op:
+    """Add ``op`` to :data:`OPS`; a second record of the same name is an error."""
+    if op.name in OPS:
+        raise ValueError(f"op {op.name!r} is registered already")
+    OPS[op.name] = op
+    return op
+
+
+_LIBRARY = torch.library.Library("fastllm", "DEF")
+
+
+def define(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
+    """Register a kernel launcher as the operator ``fastllm::<name>``, opaque to autograd and to the compiler.
+
+    ``schema`` is torch.library's ("name(Tensor x, float eps) -> Tensor"). ``fake`` takes the same arguments and
+    allocates what the launcher would return. Use as a decorator; what comes back is the operator to call.
+    """
+    name = schema.partition("(")[0]
+
+    def decorate(launch: Callable):
+        def on_cuda(*args):
+            device = next(a.device for a in args if isinstance(a, torch.Tensor))
+            with torch.cuda.device(device):
+                return launch(*args)
+
+        _LIBRARY.define(schema)
+        _LIBRARY.impl(name, launch, "CPU")
+        _LIBRARY.impl(name, on_cuda, "CUDA")
+        torch.library.register_fake(f"fastllm::{name}", fake, lib=_LIBRARY)
+        return getattr(torch.ops.fastllm, name).default
+
+    return decorate
+
+
+_choice = os.environ.get("FASTLLM_BACKEND", "auto").strip().lower() or "auto"
+_told: set[str] = set()
+
+
+def _check_choice(name: str, source: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{source}: expected auto, {', '.join(BACKENDS)}; got {name!r}")
+    return name
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Within the block, every op that has the backend ``name`` uses it; ops that lack it keep their default.
+
+    Args:
+        name: ``"eager"``, ``"triton"``, ``"native"``, or ``"auto"`` for the default by device. The environment
+            variable FASTLLM_BACKEND sets the same for a whole process.
+
+    The choice is process-wide (see the module's docstring), not per thread. A call that the chosen backend cannot
+    serve raises :class:`BackendError` and says how to mend it.
+
+    Raises:
+        ValueError: ``name`` is none of these.
+    """
+    global _choice
+    before, _choice = _choice, _check_choice(name, "fastllm.backend(name)")
+    try:
+        yield
+    finally:
+        _choice = before
+
+
+def chosen_backend() -> str:
+    """What FASTLLM_BACKEND or :func:`backend` asks for now; ``"auto"`` if neither does."""
+    return _check_choice(_choice, "FASTLLM_BACKEND")
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter (TRITON_INTERPRET, read before the first import)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETING = interpreting()
+
+
+def has_extension() -> bool:
+    """Whether the compiled extension ``fastllm._C`` is installed."""
+    return importlib.util.find_spec("fastllm._C") is not None
+
+
+_HAS_EXTENSION = has_extension()
+
+
+def why_not(name: str, device_type: str, dtypes: Iterable[torch.dtype] = ()) -> str | None:
+    """Why the backend ``name`` cannot run on such tensors here, with how to mend it; None if it can."""
+    if name == "triton":
+        if not _HAS_TRITON:
+            return "Triton is not installed (pip install 'triton>=3.6', Linux only)"
+        if device_type != "cuda" and not (device_type == "cpu" and _INTERPRETING):
+            return (
+                f"Triton kernels need CUDA tensors, got {device_type}; to run them on CPU tensors in Triton's "
+                "interpreter, set TRITON_INTERPRET=1 before Python starts"
+            )
+        for dtype in dtypes:
+            if dtype not in KERNEL_DTYPES:
+                return f"the kernels take float32, float16 and bfloat16, got {str(dtype).removeprefix('torch.')}"
+    if name == "native":
+        if not _HAS_EXTENSION:
+            return "the extension fastllm._C was not built (reinstall where there is a C++ compiler)"
+        if device_type not in ("cpu", "cuda"):
+            return f"the extension serves CPU and CUDA tensors, got {device_type}"
+    return None
+
+
+def pick(op: str, *tensors: torch.Tensor | None, refused: Mapping[str, str | None] | None = None) -> str:
+    """The backend that serves this call of ``op``.
+
+    Args:
+        op: a name in :data:`OPS`.
+        tensors: the call's floating-point tensors; Nones are passed over, the first one's device decides.
+        refused: backend -> why it cannot take these arguments (None: it can), beyond device and dtype.
+
+    Raises:
+        BackendError: the backend asked for cannot serve the call.
+    """
+    present = [t for t in tensors if t is not None]
+    device_type = present[0].device.type
+    dtypes = [t.dtype for t in present]
+    refused = refused or {}
+
+    def obstacle(name: str) -> str | None:
+        return why_not(name, device_type, dtypes) or refused.get(name)
+
+    has = OPS[op].backends
+    asked = chosen_backend()
+    if asked != "auto" and asked in has:
+        reason = obstacle(asked)
+        if reason is not None:
+            raise BackendError(
+                f"{op}: the {asked} backend was asked for (FASTLLM_BACKEND or fastllm.backend) and cannot serve this "
+                f"call: {reason}; or choose the eager or auto backend"
+            )
+        return asked
+    for name in PREFERENCE.get(device_type, ()):
+        if name in has:
+            reason = obstacle(name)
+            if reason is None:
+                return name
+            _tell_once(f"{op}: eager instead of {name}: {reason}")
+    return "eager"
+
+
+def _tell_once(message: str) -> None:
+    if torch.compiler.is_compiling() or message in _told:
+        return
+    _told.add(message)
+    warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -1,0 +1,1 @@
+"""Objectives, optimizers, checkpoints, the loop."""

@@ -1,0 +1,8 @@
+"""Maps the folder kernels/ to the package fastllm.kernels, and bench/ to fastllm.bench; metadata: pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=[*find_packages(include=["fastllm", "fastllm.*"]), "fastllm.kernels"],
+    package_dir={"fastllm": "fastllm", "fastllm.kernels": "kernels"},
+)
