@@ -44,9 +44,7 @@ class _Gradients(torch.autograd.Function):
                 return outputs if isinstance(outputs, tuple) else (outputs,)
 
             outputs, pull = torch.func.vjp(of_wanted, *[full[i] for i in wanted])
-            return pull(
-                tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, full[n:], strict=True))
-            )
+            return pull(tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, full[n:], strict=True)))
 
         _, pull = torch.func.vjp(first_order, *[primals[i] for i in given])
         result = [None] * len(tensors)

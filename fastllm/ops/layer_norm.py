@@ -47,8 +47,8 @@ def _bwd_fake(dy, x, weight, mean, rstd, bias_dtype, needs):
 
 
 @define(
-    "layer_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, ScalarType bias_dtype, bool[3] needs)"
-    " -> (Tensor, Tensor, Tensor)",
+    "layer_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, ScalarType bias_dtype, "
+    "bool[3] needs) -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
 )
 def _layer_norm_bwd(dy, x, weight, mean, rstd, bias_dtype, needs):
@@ -106,7 +106,7 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
     shape = check_norm("layer_norm", input, normalized_shape, weight=weight, bias=bias)
     if pick("layer_norm", input, weight, bias, refused={"triton": kernel_refuses(input, shape)}) == "eager":
         return F.layer_norm(input, shape, weight, bias, eps)
-    x = input.reshape(*input.shape[: -len(shape)], -1)
+    x = input.flatten(-len(shape))
     return _LayerNorm.apply(x, flat(weight), flat(bias), eps)[0].view(input.shape)
 
 

@@ -101,7 +101,7 @@ def rms_norm(input, normalized_shape, weight=None, eps=None):
             # torch warns on every such call that it leaves its fused path; the definition rounds once, as it does.
             return rms_norm_reference(input, shape, weight, eps)
         return F.rms_norm(input, shape, weight, eps)
-    x = input.reshape(*input.shape[: -len(shape)], -1)
+    x = input.flatten(-len(shape))
     eps = _default_eps(input.dtype) if eps is None else eps
     return _RMSNorm.apply(x, flat(weight), eps)[0].view(input.shape)
 

@@ -1,0 +1,120 @@
+"""What the tests of every op share: copies of samples, runs with gradients, and the one rule for errors."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch.utils import _pytree as pytree
+
+import fastllm
+from fastllm.registry import OPS, Op, Sample, why_not
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def cases(device: torch.device, *, kernels_only: bool = False) -> list[tuple[Op, str]]:
+    """(op, backend) for every op and each of its backends that runs on ``device`` here."""
+    return [
+        (op, backend)
+        for op in OPS.values()
+        for backend in op.backends
+        if not (kernels_only and backend == "eager") and why_not(backend, device.type) is None
+    ]
+
+
+def case_id(value) -> str:
+    return value.name if isinstance(value, Op) else str(value).removeprefix("torch.")
+
+
+def leaves(sample: Sample) -> list[torch.Tensor]:
+    """The sample's tensors that require grad, in order."""
+    flat, _ = pytree.tree_flatten((sample.args, dict(sample.kwargs)))
+    return [t for t in flat if isinstance(t, torch.Tensor) and t.requires_grad]
+
+
+def copy(sample: Sample, dtype: torch.dtype | None = None, keep: int | None = None) -> Sample:
+    """``sample`` on leaves of its own: same values and strides, floating ones in ``dtype`` if given.
+
+    ``keep`` leaves requires_grad on that one leaf alone.
+    """
+    at = -1
+
+    def leaf(x):
+        nonlocal at
+        if not isinstance(x, torch.Tensor):
+            return x
+        y = x.detach()
+        # Expanded dimensions stay expanded: a clone would lay them out in full.
+        narrow = y[tuple(slice(0, 1) if s == 0 else slice(None) for s in y.stride())]
+        if dtype is not None and x.is_floating_point():
+            narrow = narrow.to(dtype)
+        if narrow.data_ptr() == x.data_ptr() or narrow.dtype == x.dtype:
+            storage = x.untyped_storage()
+            whole = torch.empty(0, dtype=x.dtype, device=x.device).set_(storage.clone())
+            y = whole.as_strided(x.shape, x.stride(), x.storage_offset())
+        else:
+            y = narrow.expand(x.shape)
+        if x.requires_grad:
+            at += 1
+            y.requires_grad_(keep is None or keep == at)
+        return y
+
+    args, kwargs = pytree.tree_map(leaf, (sample.args, dict(sample.kwargs)))
+    return Sample(sample.name, args, kwargs)
+
+
+def outputs(result) -> list[torch.Tensor]:
+    """The floating-point tensors among what an op returned."""
+    flat, _ = pytree.tree_flatten(result)
+    return [t for t in flat if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+
+def upstream(sample_name: str, outs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Gradients for ``outs``, the same values for the same sample whatever the dtype; rounded to bf16 to be exact."""
+    generator = torch.Generator().manual_seed(len(sample_name))
+    grads = [torch.randn(o.shape, generator=generator).bfloat16().to(o.device, o.dtype) for o in outs]
+    return grads
+
+
+def run(function, sample: Sample, backend: str | None = None, *, grads: bool = True):
+    """``(outputs, gradients)`` of one call; gradients for every leaf that requires one, Nones included."""
+    with fastllm.backend(backend) if backend else contextlib.nullcontext():
+        outs = outputs(function(*sample.args, **sample.kwargs))
+        if not grads:
+            return outs, []
+        wanted = leaves(sample)
+        differentiable = [o for o in outs if o.requires_grad]
+        if not wanted or not differentiable:
+            return outs, [None] * len(wanted)
+        given = [g for o, g in zip(outs, upstream(sample.name, outs), strict=True) if o.requires_grad]
+        return outs, list(torch.autograd.grad(differentiable, wanted, given, allow_unused=True))
+
+
+def assert_as_true(got, truth, yardstick, dtype: torch.dtype, what: str, slack: float = 2.0, floor: float = 4.0):
+    """``got`` is at most ``slack`` times as far from ``truth`` (fp64) as ``yardstick``, plus ``floor`` eps.
+
+    Infinities and NaNs must stand in the same places.
+    """
+    if truth is None or got is None:
+        assert got is None, f"{what}: expected no tensor"
+        assert truth is None, f"{what}: expected a tensor"
+        return
+    assert got.shape == truth.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
+    if got.numel() == 0:
+        return
+    got, truth, yardstick = (t.detach().double() for t in (got, truth, yardstick))
+    finite = truth.isfinite() & yardstick.isfinite()
+    odd = ~finite
+    same = (got == yardstick) | (got.isnan() & yardstick.isnan()) | (got == truth)
+    assert same[odd].all(), f"{what}: infinities or NaNs differ: {got[odd][:8]} against {yardstick[odd][:8]}"
+    assert got[finite].isfinite().all(), f"{what}: not finite where the truth is"
+    if not finite.any():
+        return
+    error = (got - truth).abs()[finite]
+    allowed = slack * (yardstick - truth).abs()[finite].max()
+    allowed = allowed + floor * torch.finfo(dtype).eps * truth.abs()[finite].clamp(min=1.0)
+    worst = (error - allowed).argmax()
+    assert (error <= allowed).all(), (
+        f"{what}: error {error[worst]:.3g} exceeds {allowed[worst]:.3g} at truth {truth[finite][worst]:.6g}"
+    )
