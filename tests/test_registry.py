@@ -1,0 +1,140 @@
+"""Choosing a backend: defaults, choices that cannot run, and what is said about it."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from conftest import DEVICE, HAS_GPU
+
+import fastllm
+from fastllm import registry
+from fastllm.functional import layer_norm
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTLLM_BACKEND")}
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**env, **environment}, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_cpu_defaults_to_eager_even_with_the_interpreter():
+    assert registry.pick("layer_norm", torch.ones(2, 3)) == "eager"
+
+
+def test_the_choice_nests_and_is_undone_by_an_exception():
+    with fastllm.backend("eager"):
+        with pytest.raises(KeyError), fastllm.backend("triton"):
+            assert registry.chosen_backend() == "triton"
+            raise KeyError
+        assert registry.chosen_backend() == "eager"
+    assert registry.chosen_backend() == "auto"
+
+
+def test_unknown_backends_are_refused():
+    with pytest.raises(ValueError, match=r"expected auto, eager, triton, native; got 'cuda'"), fastllm.backend("cuda"):
+        pass
+    result = python(
+        "import torch, fastllm; fastllm.functional.layer_norm(torch.ones(2, 3), (3,))", FASTLLM_BACKEND="trtion"
+    )
+    assert result.returncode != 0
+    assert "FASTLLM_BACKEND: expected auto, eager, triton, native; got 'trtion'" in result.stderr
+
+
+@pytest.mark.skipif(HAS_GPU, reason="asks for the message of a machine without a GPU")
+def test_an_explicit_choice_that_cannot_run_says_how_to_mend_it():
+    code = "import torch, fastllm\nfastllm.functional.layer_norm(torch.ones(2, 3), (3,))"
+    result = python(code, FASTLLM_BACKEND="triton")
+    assert result.returncode != 0
+    assert "BackendError: layer_norm: the triton backend was asked for" in result.stderr
+    assert "set TRITON_INTERPRET=1" in result.stderr
+    assert python(code, FASTLLM_BACKEND="triton", TRITON_INTERPRET="1").returncode == 0
+
+
+def test_kernels_refuse_other_dtypes_by_name():
+    x = torch.ones(2, 3, dtype=torch.float64, device=DEVICE)
+    with fastllm.backend("triton"), pytest.raises(fastllm.BackendError, match="float16 and bfloat16, got float64"):
+        layer_norm(x, (3,))
+    assert layer_norm(x, (3,)).dtype == torch.float64
+
+
+def test_an_op_without_the_chosen_backend_keeps_its_default():
+    with fastllm.backend("native"):
+        assert registry.pick("layer_norm", torch.ones(2, 3)) == "eager"
+
+
+def test_an_implicit_fallback_is_said_once(monkeypatch):
+    monkeypatch.setattr(registry, "PREFERENCE", {"cpu": ("triton",), "cuda": ("triton",)})
+    monkeypatch.setattr(registry, "_told", set())
+    x = torch.ones(2, 3, device=DEVICE)
+    with pytest.warns(RuntimeWarning, match="layer_norm: eager instead of triton: too odd"):
+        assert registry.pick("layer_norm", x, refused={"triton": "too odd"}) == "eager"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert registry.pick("layer_norm", x, refused={"triton": "too odd"}) == "eager"
+    assert registry.pick("layer_norm", x) == "triton"
+
+
+def test_the_package_works_without_triton():
+    code = """
+import sys
+sys.modules["triton"] = None
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "triton" else find(name, *a)
+import torch, fastllm
+x = torch.randn(4, 8, requires_grad=True)
+fastllm.functional.rms_norm(x, (8,)).sum().backward()
+print(fastllm.info())
+with fastllm.backend("triton"):
+    try:
+        fastllm.functional.rms_norm(x, (8,))
+    except fastllm.BackendError as error:
+        print(error)
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert "Triton is not installed (pip install 'triton>=3.6', Linux only)" in result.stdout
+
+
+def test_importing_loads_neither_kernels_nor_cuda():
+    result = python(
+        "import sys, torch, fastllm; "
+        "assert not torch.cuda.is_initialized(); print([m for m in sys.modules if m.startswith('fastllm.kernels')])"
+    )
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_kernels_folder_on_sys_path_is_refused(tmp_path):
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    result = subprocess.run([sys.executable, "-c", "import kernels"], cwd=root, capture_output=True, text=True)
+    assert "not Hugging Face's package 'kernels'" in result.stderr
+
+
+def test_a_second_record_of_a_name_is_refused():
+    with pytest.raises(ValueError, match="'layer_norm' is registered already"):
+        registry.register(registry.OPS["layer_norm"])
+
+
+def test_info_names_every_op_and_what_serves_it():
+    report = fastllm.info()
+    for op in registry.OPS:
+        assert f"  {op} " in report
+    assert torch.__version__ in report
+
+
+def test_a_choice_of_backend_holds_in_compiled_code():
+    torch._dynamo.reset()
+
+    def norm(x):
+        return layer_norm(x, (8,))
+
+    compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 8, device=DEVICE)
+    expected = norm(x)
+    for name in ("triton", "eager", "triton"):
+        with fastllm.backend(name):
+            torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-6)
