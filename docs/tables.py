@@ -1,4 +1,4 @@
-"""Rewrites the generated parts of the README: ``python docs/tables.py``; ``--check`` only says whether they are stale."""
+"""Rewrites the generated parts of the README: ``python docs/tables.py``; ``--check`` says whether they are stale."""
 
 import re
 import sys

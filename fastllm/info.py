@@ -60,7 +60,8 @@ def describe() -> str:
         f"triton     {_installed('triton')}" + (" (interpreter on)" if registry.interpreting() else ""),
         f"extension  {_extension()}",
         f"GPU        {_gpu()}",
-        f"CPU        {os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        f"CPU        {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        + torch.backends.cpu.get_cpu_capability(),
         f"backend    {registry.chosen_backend()} (FASTLLM_BACKEND or fastllm.backend)",
     ]
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
