@@ -1,0 +1,99 @@
+"""PyTorch's own samples (OpInfo) through our functions: same outputs, same gradients, errors where torch has errors."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEVICE
+from contract import DTYPES, assert_as_true, case_id, cases
+from torch.testing._internal.common_methods_invocations import op_db
+
+import fastllm
+from fastllm.registry import OPS
+
+INFOS = {info.name.removeprefix("nn.functional."): info for info in op_db if info.name.startswith("nn.functional.")}
+# Aliases of the same function under several OpInfos do not occur among ours.
+CASES = [(op, backend) for op, backend in cases(DEVICE) if op.name in INFOS]
+
+
+def test_every_op_that_torch_has_is_here():
+    assert {name for name in OPS if hasattr(F, name)} <= set(INFOS) | {"linear_cross_entropy"}
+
+
+def _random(sample) -> bool:
+    return sample.kwargs.get("dropout_p", 0.0) > 0.0
+
+
+def _leaves(sample):
+    tensors = [sample.input, *sample.args, *sample.kwargs.values()]
+    return [t for t in tensors if isinstance(t, torch.Tensor) and t.requires_grad]
+
+
+def _run(function, sample, dtype=None, backend=None):
+    """``(output, gradients)`` on leaves in ``dtype``, or as they are."""
+    cast = {}
+
+    def leaf(x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        if id(x) not in cast:
+            y = x.detach().to(dtype) if dtype is not None and x.is_floating_point() else x.detach()
+            cast[id(x)] = y.requires_grad_(x.requires_grad)
+        return cast[id(x)]
+
+    args = [leaf(a) for a in (sample.input, *sample.args)]
+    kwargs = {k: leaf(v) for k, v in sample.kwargs.items()}
+    with fastllm.backend(backend) if backend else contextlib.nullcontext():
+        out = function(*args, **kwargs)
+        wanted = [leaf(t) for t in _leaves(sample)]
+        grads = torch.autograd.grad(out.sum(), wanted, allow_unused=True) if wanted and out.requires_grad else []
+    return out, grads
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+@pytest.mark.parametrize(("op", "backend"), CASES, ids=case_id)
+def test_samples(op, backend, dtype):
+    theirs = getattr(F, op.name)
+    served = 0
+    for sample in INFOS[op.name].sample_inputs(DEVICE, dtype, requires_grad=True):
+        if _random(sample):
+            continue
+        truth = _run(theirs, sample, torch.float64)
+        yardstick = _run(theirs, sample)
+        try:
+            got = _run(op.function, sample, backend=backend)
+        except fastllm.BackendError:
+            assert backend != "eager"
+            continue
+        served += 1
+        what = f"{op.name}/{backend} {tuple(sample.input.shape)} {sample.args} {sample.kwargs}"
+        assert got[0].dtype == yardstick[0].dtype, what
+        assert_as_true(got[0], truth[0], yardstick[0], dtype, what)
+        for mine, true, stick in zip(got[1], truth[1], yardstick[1], strict=True):
+            assert_as_true(mine, true, stick, dtype, what)
+    assert served >= 3
+
+
+@pytest.mark.parametrize("op", {op.name: op for op, _ in CASES}.values(), ids=case_id)
+def test_float64_samples_are_torchs_own(op):
+    for sample in INFOS[op.name].sample_inputs(DEVICE, torch.float64, requires_grad=True):
+        if _random(sample):
+            continue
+        got, expected = _run(op.function, sample), _run(getattr(F, op.name), sample)
+        torch.testing.assert_close(got[0], expected[0], equal_nan=True)
+        for a, b in zip(got[1], expected[1], strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True)
+
+
+WITH_ERRORS = [op for op in OPS.values() if op.name in INFOS and INFOS[op.name].error_inputs_func is not None]
+
+
+@pytest.mark.parametrize("op", WITH_ERRORS, ids=case_id)
+def test_what_torch_refuses_is_refused(op):
+    errors = list(INFOS[op.name].error_inputs(DEVICE))
+    assert errors
+    for error in errors:
+        sample = error.sample_input
+        with pytest.raises((ValueError, TypeError, IndexError, RuntimeError)):
+            op.function(sample.input, *sample.args, **sample.kwargs)
