@@ -1,1 +1,17 @@
-"""Objectives, optimizers, checkpoints, the loop."""
+"""From text to a trained model: settings, optimisers, checkpoints, the loop."""
+
+from .config import RunConfig, TrainingConfig, build_run_config, read_run_config
+from .evaluate import evaluate
+from .loop import Diverged, Result, resume, train
+
+__all__ = [
+    "Diverged",
+    "Result",
+    "RunConfig",
+    "TrainingConfig",
+    "build_run_config",
+    "evaluate",
+    "read_run_config",
+    "resume",
+    "train",
+]

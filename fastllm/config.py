@@ -1,0 +1,209 @@
+"""Dataclasses as settings: their fields are the command line's flags and the keys of a TOML file.
+
+A field's type, default and ``metadata`` (``help``; optionally ``choices``, ``minimum``, ``maximum``, ``above``) are all
+that flags, files and checks know of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import sys
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message is one line that says what was expected and what came."""
+
+
+def option(default: Any, help: str, **limits: Any) -> Any:
+    """A dataclass field with its help text.
+
+    Args:
+        limits: ``choices`` (a tuple), ``minimum`` and ``maximum`` (inclusive), ``above`` and ``below`` (exclusive),
+            ``resume=True`` (may be changed when a run is resumed).
+    """
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One field, its type taken apart."""
+
+    name: str
+    type: type
+    optional: bool
+    repeated: bool
+    choices: tuple | None
+    default: Any
+    metadata: Mapping[str, Any]
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+
+def settings(cls: type) -> list[Setting]:
+    """The fields of a dataclass. Types: bool, int, float, str, Literal, each also optional, and tuples of str."""
+    hints = typing.get_type_hints(cls)
+    result = []
+    for field in dataclasses.fields(cls):
+        kind, optional, repeated = hints[field.name], False, False
+        choices = field.metadata.get("choices")
+        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+            optional = True
+            (kind,) = (arm for arm in typing.get_args(kind) if arm is not type(None))
+        if typing.get_origin(kind) is typing.Literal:
+            choices = typing.get_args(kind)
+            kind = type(choices[0])
+        elif typing.get_origin(kind) is tuple:
+            repeated = True
+            kind = typing.get_args(kind)[0]
+        result.append(Setting(field.name, kind, optional, repeated, choices, field.default, field.metadata))
+    return result
+
+
+def add_flags(parser: argparse.ArgumentParser, cls: type, title: str, defaults: Any = None) -> None:
+    """One flag for each field of ``cls``, in a group of its own. A flag that is not given leaves no attribute.
+
+    ``defaults``: an instance whose values the help shows instead of the class's.
+    """
+    group = parser.add_argument_group(title)
+    for setting in settings(cls):
+        default = setting.default if defaults is None else getattr(defaults, setting.name)
+        text = setting.metadata.get("help", "").replace("%", "%%")
+        if default not in (None, (), dataclasses.MISSING):
+            text += f" (default: {default})"
+        keywords: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS, "dest": setting.name}
+        if setting.type is bool:
+            keywords["action"] = argparse.BooleanOptionalAction
+        else:
+            keywords["type"] = setting.type
+            if setting.choices:
+                keywords["choices"] = setting.choices
+            else:
+                keywords["metavar"] = {int: "N", float: "X"}.get(setting.type, "TEXT")
+            if setting.repeated:
+                keywords["nargs"] = "+"
+        group.add_argument(setting.flag, **keywords)
+
+
+def flags_given(namespace: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """The fields of ``cls`` that the command line names."""
+    return {s.name: getattr(namespace, s.name) for s in settings(cls) if hasattr(namespace, s.name)}
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """A TOML file's content.
+
+    Raises:
+        InputError: it is missing, unreadable or not TOML.
+    """
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a TOML file: {' '.join(str(error).split())}") from error
+
+
+def unknown(name: str, known: Iterable[str], where: str) -> InputError:
+    """The error for a key that does not exist, with the nearest one that does."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return InputError(f"{where}: unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+
+
+def _convert(setting: Setting, value: Any, where: str) -> Any:
+    if setting.repeated:
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            raise InputError(f"{where}: {setting.name}: expected a list, got {value!r}")
+        return tuple(_convert(dataclasses.replace(setting, repeated=False), item, where) for item in value)
+    if value is None and setting.optional:
+        return None
+    # A TOML integer is a good float; a bool is an int to Python and to nobody else.
+    if setting.type is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, setting.type) or (setting.type is int and isinstance(value, bool)):
+        raise InputError(f"{where}: {setting.name}: expected {setting.type.__name__}, got {value!r}")
+    _check_range(setting, value, where)
+    return value
+
+
+def _check_range(setting: Setting, value: Any, where: str) -> None:
+    limits = setting.metadata
+    if setting.choices and value not in setting.choices:
+        raise InputError(
+            f"{where}: {setting.name}: expected one of {', '.join(map(str, setting.choices))}; got {value!r}"
+        )
+    wanted = None
+    if isinstance(value, float) and not math.isfinite(value):
+        wanted = "a finite number"
+    elif "minimum" in limits and value < limits["minimum"]:
+        wanted = f"at least {limits['minimum']}"
+    elif "above" in limits and value <= limits["above"]:
+        wanted = f"more than {limits['above']}"
+    elif "maximum" in limits and value > limits["maximum"]:
+        wanted = f"at most {limits['maximum']}"
+    elif "below" in limits and value >= limits["below"]:
+        wanted = f"less than {limits['below']}"
+    if wanted:
+        raise InputError(f"{where}: {setting.name}: expected {wanted}, got {value}")
+
+
+def build(cls: type, values: Mapping[str, Any], where: str, base: Any = None) -> Any:
+    """An instance of ``cls`` from ``values``, checked; what they leave out comes from ``base`` or the defaults.
+
+    Args:
+        where: what messages start with (a file, or the command).
+
+    Raises:
+        InputError: an unknown key, a value of another type or out of its range, or the class's own ValueError.
+    """
+    known = {setting.name: setting for setting in settings(cls)}
+    for name in values:
+        if name not in known:
+            raise unknown(name, known, where)
+    converted = {name: _convert(known[name], value, where) for name, value in values.items()}
+    try:
+        return cls(**converted) if base is None else dataclasses.replace(base, **converted)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        # JSON's escapes are a subset of TOML's, but for DEL, which TOML wants escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
+
+
+def to_toml(sections: Mapping[str, Any]) -> str:
+    """Dataclasses as TOML, one table each; None, which TOML lacks, is left out."""
+    blocks = []
+    for title, config in sections.items():
+        lines = [
+            f"{field.name} = {_toml_value(getattr(config, field.name))}"
+            for field in dataclasses.fields(config)
+            if getattr(config, field.name) is not None
+        ]
+        blocks.append("\n".join([f"[{title}]", *lines]))
+    return "\n\n".join(blocks) + "\n"

@@ -1,0 +1,170 @@
+"""Text to train on: documents, their split into training and validation, and what xz makes of them."""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..config import InputError
+
+# One document in ten is held out.
+HELD_OUT = 10
+# xz -9 remembers 64 MiB and compresses a few MB/s; above this its line is left out.
+XZ_LIMIT = 16 << 20
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents, split. ``notes`` says in words what was left out or how the split was made."""
+
+    name: str
+    train: list[str]
+    validation: list[str]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of all documents and of the split, in hexadecimal."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.validation):
+            digest.update(len(part).to_bytes(8, "little"))
+            for document in part:
+                encoded = document.encode()
+                digest.update(len(encoded).to_bytes(8, "little"))
+                digest.update(encoded)
+        return digest.hexdigest()
+
+
+def deduplicate(documents: Iterable[str]) -> tuple[list[str], int]:
+    """Remove every paragraph that occurred before, in this document or an earlier one.
+
+    Paragraphs are what blank lines ("\\n\\n") separate; they are compared without surrounding white space, and empty
+    ones go too.
+
+    Returns:
+        The documents in their order (one may be left empty), and the number of repeated paragraphs removed.
+    """
+    seen: set[str] = set()
+    result, removed = [], 0
+    for document in documents:
+        kept = []
+        for paragraph in document.split("\n\n"):
+            key = paragraph.strip()
+            if not key:
+                continue
+            if key in seen:
+                removed += 1
+                continue
+            seen.add(key)
+            kept.append(paragraph)
+        result.append("\n\n".join(kept))
+    return result, removed
+
+
+def split(documents: Sequence[str]) -> tuple[list[str], list[str], str]:
+    """Training documents, validation documents, and the rule that was used, in words.
+
+    From ten documents on, every tenth is validation (number i, from 0, when i % 10 == 9); a document left empty by
+    :func:`deduplicate` counts and is then dropped. With fewer, the last tenth of each document is.
+    """
+    if len(documents) >= HELD_OUT:
+        train = [d for i, d in enumerate(documents) if i % HELD_OUT != HELD_OUT - 1 and d]
+        validation = [d for i, d in enumerate(documents) if i % HELD_OUT == HELD_OUT - 1 and d]
+        return train, validation, "every tenth document is held out"
+    pairs = [_split_tail(d) for d in documents if d]
+    train = [head for head, _ in pairs if head]
+    return train, [tail for _, tail in pairs if tail], "the last tenth of each document is held out"
+
+
+def _split_tail(document: str) -> tuple[str, str]:
+    """Cut at the paragraph, else the line, else the character where nine tenths of ``document`` are over."""
+    target = len(document) * (HELD_OUT - 1) // HELD_OUT
+    for separator in ("\n\n", "\n"):
+        cuts = [match.end() for match in re.finditer(separator, document[:-1])]
+        # Without enough places to cut, the held-out part would be far from a tenth.
+        if len(cuts) >= HELD_OUT:
+            cut = min(cuts, key=lambda position: abs(position - target))
+            return document[: cut - len(separator)], document[cut:]
+    return document[:target], document[target:]
+
+
+def default_corpus(remove_repeated: bool = True) -> Corpus:
+    """The language reference that every Python carries (``pydoc_data.topics``), one document for each topic."""
+    from pydoc_data.topics import topics
+
+    return _corpus("pydoc_data.topics", [topics[name] for name in sorted(topics)], remove_repeated, [])
+
+
+def read_corpus(paths: Sequence[str | Path], remove_repeated: bool = True) -> Corpus:
+    """Text files and folders of them; each file is one document.
+
+    Folders are read with all that they contain, in the order of the paths, hidden files apart; files in them that
+    are empty or are not UTF-8 text are passed over, which ``notes`` says. A file that is named itself must be text.
+
+    Raises:
+        InputError: a path is missing, a named file is empty or not text, or nothing is left. Names the path.
+    """
+    documents: list[str] = []
+    skipped: list[str] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            for file in sorted(path.rglob("*")):
+                if not file.is_file() or any(part.startswith(".") for part in file.relative_to(path).parts):
+                    continue
+                try:
+                    documents.append(_read_text(file))
+                except InputError as error:
+                    skipped.append(str(error))
+        else:
+            documents.append(_read_text(path))
+    if not documents:
+        raise InputError(f"no text file in {', '.join(map(str, paths))}" + (f" ({skipped[0]})" if skipped else ""))
+    notes = [f"{len(skipped)} files passed over, the first: {skipped[0]}"] if skipped else []
+    return _corpus(", ".join(map(str, paths)), documents, remove_repeated, notes)
+
+
+def _corpus(name: str, documents: list[str], remove_repeated: bool, notes: list[str]) -> Corpus:
+    if remove_repeated:
+        documents, removed = deduplicate(documents)
+        if removed:
+            notes = [*notes, f"{removed:,} repeated paragraphs removed"]
+    train, validation, rule = split(documents)
+    if not train or not validation:
+        raise InputError(f"{name}: too little text to split into training and validation")
+    return Corpus(name, train, validation, [*notes, rule])
+
+
+def _read_text(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file or folder") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    if b"\0" in content:
+        raise InputError(f"{path}: a binary file, not text (byte 0 at offset {content.index(0)})")
+    try:
+        text = content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (offset {error.start})") from error
+    if not text.strip():
+        raise InputError(f"{path}: an empty file")
+    return text
+
+
+def xz_bits_per_byte(corpus: Corpus) -> float | None:
+    """What ``xz -9`` needs for the validation text once it has seen the training text, in bits per byte.
+
+    8 * (size(train + validation) - size(train)) / bytes(validation), documents joined by a newline.
+    None where the text is longer than :data:`XZ_LIMIT`.
+    """
+    train = "\n".join([*corpus.train, ""]).encode()
+    validation = "\n".join(corpus.validation).encode()
+    if len(train) + len(validation) > XZ_LIMIT:
+        return None
+    extra = len(lzma.compress(train + validation, preset=9)) - len(lzma.compress(train, preset=9))
+    return 8 * extra / len(validation)

@@ -1,0 +1,100 @@
+"""Files and folders that are written whole or not at all: a temporary name beside the target, fsync, rename."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` last. Windows cannot open folders and has no such call."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A write that fails (disk full) carries no file name of its own: give it the target's."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A binary file to write (and seek in) that becomes ``path`` when the block ends, and leaves no trace if it raises.
+
+    Raises:
+        OSError: the disk is full, the folder is missing or read-only; names ``path``.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    with _named(path):
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write ``text`` as UTF-8 to ``path``, whole or not at all."""
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """An empty folder to fill that becomes ``path`` when the block ends, and leaves no trace if it raises.
+
+    Every file in it reaches the disk before the rename. A folder that is there already is replaced.
+
+    Raises:
+        OSError: as for :func:`whole_file`.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    with _named(path):
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb+") as handle:
+                        os.fsync(handle.fileno())
+            _sync_folder(temporary)
+            if path.exists():
+                # A folder cannot be renamed onto one that has files; between the two renames only the old
+                # one under its temporary name exists, complete.
+                old = path.with_name(f".{path.name}.{os.getpid()}.old")
+                os.replace(path, old)
+                os.replace(temporary, path)
+                shutil.rmtree(old)
+            else:
+                os.replace(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync_folder(path.parent)

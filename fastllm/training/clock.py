@@ -1,0 +1,57 @@
+"""How long a run has trained, and whether it has been asked to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import torch
+
+from .measure import synchronize
+
+
+class Clock:
+    """Seconds of training; stands still within ``pause()``, for evaluation, checkpoints and set-up."""
+
+    def __init__(self, device: torch.device, seconds: float):
+        self._device, self._start = device, time.perf_counter() - seconds
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        synchronize(self._device)  # work that is still queued is training
+        before = self.seconds
+        yield
+        self._start = time.perf_counter() - before
+
+
+class StopRequest:
+    """Within the block, the first SIGINT or SIGTERM sets ``signal``; a second one acts as it always would."""
+
+    def __init__(self):
+        self.signal = 0
+        self._before: dict[int, object] = {}
+
+    def _note(self, number: int, frame: object) -> None:
+        self.signal = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._restore()

@@ -1,0 +1,137 @@
+"""How to train, and everything a run is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..config import InputError, build, option, read_toml, settings, to_toml, unknown
+from ..data import DataConfig
+from ..models import PRESETS, TransformerConfig
+
+DEFAULT_PRESET = "tiny"
+# Seconds of training when neither steps nor max_seconds is given.
+DEFAULT_SECONDS = 105.0
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Budget, optimiser, schedule, precision, and how often to look.
+
+    Fields marked ``resume`` do not enter a step's arithmetic by themselves and may change when a run is resumed;
+    a new budget moves the schedule.
+    """
+
+    steps: int | None = option(None, "stop after this many optimiser steps", minimum=1, resume=True)
+    max_seconds: float | None = option(
+        None,
+        "stop after this many seconds of training; the schedule follows the clock, so that it ends in time; "
+        f"{DEFAULT_SECONDS:g} if no --steps are given",
+        above=0,
+        resume=True,
+    )
+    batch_size: int = option(8, "sequences per optimiser step", minimum=1)
+    micro_batch_size: int | None = option(
+        None, "sequences per forward pass, a divisor of batch_size (gradient accumulation); all if not given", minimum=1
+    )
+    optimizer: str = option(
+        "muon", "for the hidden matrices; all other parameters take AdamW", choices=("muon", "adamw")
+    )
+    muon_lr: float = option(0.02, "peak learning rate of Muon", above=0)
+    lr: float = option(3e-3, "peak learning rate of AdamW", above=0)
+    weight_decay: float = option(0.1, "decay of the hidden matrices", minimum=0)
+    embedding_weight_decay: float = option(0.0, "decay of embeddings and head", minimum=0)
+    momentum: float = option(0.95, "Muon's momentum", minimum=0, below=1)
+    beta1: float = option(0.9, "AdamW's first beta", minimum=0, below=1)
+    beta2: float = option(0.95, "AdamW's second beta", minimum=0, below=1)
+    clip: float = option(1.0, "largest global norm of the gradient; 0: no clipping", minimum=0)
+    schedule: str = option(
+        "linear", "after the warm-up: linear or cosine decay, or wsd (constant, then linear decay)",
+        choices=("linear", "cosine", "wsd"),
+    )  # fmt: skip
+    warmup: float = option(0.02, "part of the run over which the rate rises", minimum=0, below=1)
+    decay: float = option(0.3, "part of the run over which wsd decays", above=0, maximum=1)
+    min_lr: float = option(0.0, "final learning rate, as a part of the peak", minimum=0, maximum=1)
+    seed: int = option(0, "of weights, batches, dropout and samples", minimum=0)
+    device: str = option("auto", "where to train; auto takes CUDA if there", choices=("auto", "cpu", "cuda"))
+    dtype: str = option(
+        "auto", "bfloat16 means autocast over float32 weights; auto times both",
+        choices=("auto", "float32", "bfloat16"),
+    )  # fmt: skip
+    compile: bool = option(False, "compile the loss with torch.compile")
+    checkpoint_activations: bool = option(False, "keep only each block's input for the backward pass")
+    eval_interval: int = option(50, "steps between evaluations; 0: only at the end", minimum=0, resume=True)
+    log_interval: int = option(10, "steps between writes to metrics.jsonl", minimum=1, resume=True)
+    checkpoint_interval: int = option(500, "steps between checkpoints; 0: only at the end", minimum=0, resume=True)
+    keep_checkpoints: int = option(2, "how many of the newest checkpoints to keep", minimum=1, resume=True)
+
+    def __post_init__(self):
+        if self.batch_size % self.rows:
+            raise InputError(f"micro_batch_size: {self.rows} does not divide batch_size {self.batch_size}")
+        if self.warmup + (self.decay if self.schedule == "wsd" else 0) > 1:
+            raise InputError(f"decay: {self.decay} and warmup {self.warmup} are together more than the run")
+
+    @property
+    def rows(self) -> int:
+        """Sequences per forward pass."""
+        return self.micro_batch_size or self.batch_size
+
+    def with_budget(self) -> TrainingConfig:
+        """This, with the default time budget where neither budget is set."""
+        if self.steps is None and self.max_seconds is None:
+            return replace(self, max_seconds=DEFAULT_SECONDS)
+        return self
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that a run is made from; ``config.toml`` has one table for each field."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: TransformerConfig = PRESETS[DEFAULT_PRESET]
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def to_toml(self) -> str:
+        return to_toml({"data": self.data, "model": self.model, "training": self.training})
+
+
+def build_run_config(tables: Mapping[str, Any], where: str, preset: str | None = None) -> RunConfig:
+    """A run's settings from the tables ``data``, ``model`` (which may have a ``preset``) and ``training``.
+
+    Args:
+        where: what messages start with.
+        preset: overrides the table's own.
+
+    Raises:
+        InputError: an unknown table, key or preset, or a value out of its range.
+    """
+    kinds = {"data": DataConfig, "model": TransformerConfig, "training": TrainingConfig}
+    for title, table in tables.items():
+        if title not in kinds:
+            homes = [name for name, kind in kinds.items() if title in {s.name for s in settings(kind)}]
+            if homes:
+                raise InputError(f"{where}: {title!r} belongs into the table [{homes[0]}]")
+            raise unknown(title, kinds, where)
+        if not isinstance(table, Mapping):
+            raise InputError(f"{where}: {title}: expected a table, got {table!r}")
+    model = dict(tables.get("model", {}))
+    name = preset or model.get("preset", DEFAULT_PRESET)
+    model.pop("preset", None)
+    if name not in PRESETS:
+        raise InputError(f"{where}: preset: expected one of {', '.join(PRESETS)}; got {name!r}")
+    return RunConfig(
+        data=build(DataConfig, tables.get("data", {}), where),
+        model=build(TransformerConfig, model, where, PRESETS[name]),
+        training=build(TrainingConfig, tables.get("training", {}), where),
+    )
+
+
+def read_run_config(path: str | Path) -> RunConfig:
+    """A run's settings from a TOML file, such as a run's own ``config.toml``.
+
+    Raises:
+        InputError: see :func:`build_run_config`; or the file is missing or not TOML.
+    """
+    return build_run_config(read_toml(path), str(path))

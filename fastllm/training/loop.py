@@ -1,0 +1,322 @@
+"""The training loop: a run is a function that returns a :class:`Result`."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import shlex
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ..config import InputError, build
+from ..data import Batches, Dataset, derive_seed, load_corpus, open_dataset, prepare
+from ..data.tokenizer import Tokenizer
+from ..files import whole_folder, write_text
+from ..models import Transformer
+from ..version import __version__
+from .clock import Clock, StopRequest
+from .checkpoint import State, find_checkpoint, load_checkpoint, save_checkpoint
+from .config import RunConfig, TrainingConfig, read_run_config
+from .evaluate import evaluate
+from .measure import faster_dtype, matmul_flops
+from .optimizer import Optimizers
+from .progress import Display, Metrics, duration
+from .report import plot_loss, write_samples
+from .schedule import lr_scale, progress
+from .step import train_step
+
+
+CONFIG = "config.toml"
+
+
+class Diverged(RuntimeError):
+    """The loss is not a finite number any more."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended. ``signal`` is the number of the signal that stopped it early, 0 if it came to its end."""
+
+    folder: Path
+    steps: int
+    seconds: float
+    validation_loss: float | None
+    validation_bits_per_byte: float | None
+    xz_bits_per_byte: float | None
+    signal: int = 0
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto``: CUDA where it is available.
+
+    Raises:
+        InputError: CUDA was asked for and is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: cuda was asked for, but torch.cuda.is_available() is False")
+    return torch.device(name)
+
+
+class Run:
+    """A run in a folder: its settings, data, model, optimisers and place. :meth:`train` takes it to its end."""
+
+    def __init__(self, config: RunConfig, folder: Path, dataset: Dataset, display: Display, checkpoint: Path | None):
+        self.folder, self.dataset, self.display = folder, dataset, display
+        self.device = pick_device(config.training.device)
+        training = config.training.with_budget()
+        self.batches = Batches(dataset.train, config.model.context_length, training.batch_size, training.seed)
+        if checkpoint is None:
+            with torch.random.fork_rng():
+                torch.manual_seed(derive_seed(training.seed, "weights"))
+                self.model = Transformer(config.model).to(self.device)
+            self.optimizers = Optimizers(self.model, training)
+            self.state = State(step=0, seconds=0.0, tokens=0, dtype=training.dtype, data=dataset.train.sha256)
+        else:
+            self.model, tensors, self.state = load_checkpoint(checkpoint, self.device)
+            if self.state.data != dataset.train.sha256:
+                raise InputError(f"{checkpoint}: made from other training tokens than {dataset.train.path}")
+            if self.model.config != config.model:
+                raise InputError(f"{checkpoint}: another model than in {folder / 'config.toml'}")
+            self.optimizers = Optimizers(self.model, training)
+            self.optimizers.load_state_dict(tensors)
+        self.model.train()
+        self.model.checkpoint_activations = training.checkpoint_activations
+        self.config = replace(config, training=training)
+        self._pending: list[tuple] = []
+        # Step, loss and bits per byte of the last evaluation.
+        self._validation: tuple[int | None, float | None, float | None] = (None, None, None)
+
+    def describe(self) -> None:
+        """Measure the device and say what will be trained, where and how."""
+        tokens, targets = self._batch(self.state.step)
+        rows = self.config.training.rows
+        measured = {}
+        if self.state.dtype == "auto":
+            self.state.dtype, measured = faster_dtype(self.model, (tokens[:rows], targets[:rows]))
+        self.peak = matmul_flops(self.device, self.state.dtype)
+        self.flops_per_token = self.model.flops_per_token(self.config.model.context_length)
+        environment = {
+            "fastllm": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
+            "threads": torch.get_num_threads(),
+            "dtype": self.state.dtype,
+            "seconds_per_forward_backward": measured,
+            "matmul_flops": self.peak,
+            "flops_per_token": self.flops_per_token,
+            "parameters": self.model.num_parameters(),
+        }
+        write_text(self.folder / "environment.json", json.dumps(environment, indent=1) + "\n")
+        say = self.display.say
+        say(self.dataset.describe())
+        say(f"model: {self.model.num_parameters():,} parameters on {self.device}")
+        if measured:
+            times = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in measured.items())
+            say(f"precision: {self.state.dtype}, forward and backward measured: {times}")
+        say(
+            f"MFU = {self.flops_per_token / 1e6:.1f} MFLOP/token (6 N + attention) x tokens/s / "
+            f"{self.peak / 1e9:,.0f} GFLOP/s (matrix product measured here, {self.state.dtype})"
+        )
+
+    def _batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, targets = self.batches(step)
+        return tokens.to(self.device), targets.to(self.device)
+
+    def train(self) -> Result:
+        """Step until the budget is spent or a signal comes; save; draw and sample at the end.
+
+        Raises:
+            Diverged: the loss is not finite.
+            OSError: something cannot be written.
+        """
+        config, state = self.config.training, self.state
+        loss_function = torch.compile(self.model.loss) if config.compile else self.model.loss
+        self._clock = Clock(self.device, state.seconds)
+        self._metrics = Metrics(self.folder, state.step)
+        self._flushed = (state.tokens, state.seconds)
+        saved = None
+        try:
+            with StopRequest() as stop, self.display, torch.random.fork_rng():
+                while (done := progress(config, state.step, self._clock.seconds)) < 1.0 and not stop.signal:
+                    scale = lr_scale(config, done)
+                    self.optimizers.set_scale(scale)
+                    # Dropout is a function of (seed, step): it needs no saved state, and nothing else can shift it.
+                    torch.manual_seed(derive_seed(config.seed, "dropout", state.step))
+                    loss, norm = train_step(
+                        loss_function, self.model, self.optimizers, self._batch(state.step),
+                        rows=config.rows, clip=config.clip, dtype=state.dtype,
+                    )  # fmt: skip
+                    state.step += 1
+                    state.tokens += self._batch_tokens
+                    state.seconds = self._clock.seconds
+                    self._pending.append((state.step, state.tokens, state.seconds, loss, norm, scale))
+                    if state.step % config.log_interval == 0:
+                        self._flush()
+                    if config.eval_interval and state.step % config.eval_interval == 0:
+                        self._evaluate()
+                    if config.checkpoint_interval and state.step % config.checkpoint_interval == 0:
+                        with self._clock.pause():
+                            saved = self._save()
+                self._flush()
+                if not stop.signal and self._validation[0] != state.step:
+                    self._evaluate()
+            if saved is None or not saved.name.endswith(f"{state.step:08d}"):
+                self._save()
+        finally:
+            self._metrics.close()
+        if stop.signal:
+            self.display.say(f"{signal.Signals(stop.signal).name}: saved after step {state.step}; to go on:")
+            self.display.say(f"  fastllm train --resume {shlex.quote(str(self.folder))}")
+        else:
+            self._finish()
+        _, loss, bits = self._validation
+        return Result(
+            folder=self.folder, steps=state.step, seconds=state.seconds, validation_loss=loss,
+            validation_bits_per_byte=bits, xz_bits_per_byte=self.dataset.summary.xz_bits_per_byte, signal=stop.signal,
+        )  # fmt: skip
+
+    @property
+    def _batch_tokens(self) -> int:
+        return self.config.training.batch_size * self.config.model.context_length
+
+    def _flush(self) -> None:
+        """Write the steps since the last flush; the only place that reads losses back from the device."""
+        if not self._pending:
+            return
+        values = torch.stack([torch.stack((loss, norm.to(loss))) for *_, loss, norm, _ in self._pending]).tolist()
+        seconds, tokens = self._clock.seconds, self._pending[-1][1]
+        rate = (tokens - self._flushed[0]) / max(seconds - self._flushed[1], 1e-9)
+        self._flushed = (tokens, seconds)
+        training, lines = self.config.training, []
+        for (step, tokens, seconds, _, _, scale), (loss, norm) in zip(self._pending, values, strict=True):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}; lower the learning rate or clip more")
+            lines.append(
+                {"step": step, "tokens": tokens, "seconds": round(seconds, 4), "loss": loss,
+                 "lr": scale * training.lr, "muon_lr": scale * training.muon_lr, "grad_norm": norm,
+                 "tokens_per_second": round(rate, 1)}
+            )  # fmt: skip
+        self._metrics.write(lines)
+        self._pending.clear()
+        self._show(sum(line["loss"] for line in lines) / len(lines), rate)
+
+    def _show(self, loss: float, rate: float) -> None:
+        config, state = self.config.training, self.state
+        done = progress(config, state.step, state.seconds)
+        left = state.seconds * (1 - done) / done if done > 0 else 0.0
+        _, _, bits = self._validation
+        parts = [
+            f"step {state.step}" + (f"/{config.steps}" if config.steps else ""),
+            f"loss {loss:.3f}",
+            f"validation {bits:.3f} bits/byte" if bits is not None else "",
+            f"{rate:,.0f} tok/s",
+            f"MFU {self.flops_per_token * rate / self.peak:.1%}",
+            f"ETA {duration(max(left, 0.0))}",
+        ]
+        self.display.update(done, "  ".join(filter(None, parts)))
+
+    def _evaluate(self) -> None:
+        """On the whole validation split; the clock stands meanwhile."""
+        training, state = self.config.training, self.state
+        self._flush()
+        with self._clock.pause():
+            loss, bits = evaluate(
+                self.model, self.dataset.validation, self.config.model.context_length, training.rows, state.dtype
+            )
+        self._validation = (state.step, loss, bits)
+        self._metrics.write(
+            [{"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 4),
+              "validation_loss": loss, "validation_bits_per_byte": bits}]
+        )  # fmt: skip
+
+    def _save(self) -> Path:
+        return save_checkpoint(
+            self.folder / "checkpoints", self.model, self.optimizers, self.state, self.config.training.keep_checkpoints
+        )
+
+    def _finish(self) -> None:
+        """The model's folder, the picture, the samples, and the result in words."""
+        state, say = self.state, self.display.say
+        with whole_folder(self.folder / "model") as folder:
+            self.model.save_pretrained(folder)
+            self.dataset.tokenizer.save(folder / "tokenizer.json")
+        _, loss, bits = self._validation
+        xz = self.dataset.summary.xz_bits_per_byte
+        plot_loss(
+            self.folder, self.dataset,
+            f"{self.dataset.summary.name}: {self.model.num_parameters() / 1e6:.2f}M parameters, "
+            f"{state.step:,} steps, {state.tokens:,} tokens",
+        )  # fmt: skip
+        samples = write_samples(self.folder, self.model, self.dataset, self.config.training.seed)
+        say()
+        say(samples)
+        say(
+            f"{state.step:,} steps, {state.tokens:,} tokens ({state.tokens / len(self.dataset.train):.1f} epochs), "
+            f"{state.seconds:.1f} s of training, {state.tokens / max(state.seconds, 1e-9):,.0f} tok/s"
+        )
+        say(f"validation: {bits:.4f} bits per byte ({loss:.4f} nats per token)")
+        if xz is not None:
+            say(f"xz -9 primed with the training text: {xz:.4f} bits per byte")
+        say(f"in {self.folder}: model/, loss.png, samples.txt, metrics.jsonl, config.toml")
+
+
+def train(config: RunConfig, folder: str | Path, *, quiet: bool = False) -> Result:
+    """Train from scratch in ``folder``, which is made and must not hold a run yet.
+
+    Raises:
+        InputError: the settings, the text and the folder do not allow it; nothing has been trained then.
+        Diverged: the loss is not finite any more.
+        OSError: something cannot be written.
+    """
+    folder = Path(folder)
+    if (folder / CONFIG).exists():
+        raise InputError(f"{folder}: holds a run already; go on with --resume {folder}, or choose another --out")
+    pick_device(config.training.device)
+    tokenizer = Tokenizer.load(config.data.tokenizer) if config.data.tokenizer else None
+    corpus = load_corpus(config.data)
+    display = Display(quiet)
+    folder.mkdir(parents=True, exist_ok=True)
+    dataset = prepare(corpus, folder / "data", vocab_size=config.model.vocab_size, tokenizer=tokenizer)
+    config = replace(
+        config,
+        model=replace(config.model, vocab_size=dataset.tokenizer.vocab_size),
+        training=config.training.with_budget(),
+    )
+    run = Run(config, folder, dataset, display, None)
+    # From here on the folder is a run.
+    write_text(folder / CONFIG, config.to_toml())
+    display.say(config.to_toml())
+    run.describe()
+    return run.train()
+
+
+def resume(checkpoint: str | Path, changes: Mapping[str, object] | None = None, *, quiet: bool = False) -> Result:
+    """Go on with a run, exactly as if it had not stopped.
+
+    Args:
+        checkpoint: the run's folder (its newest checkpoint is taken), or one checkpoint in it.
+        changes: fields of TrainingConfig marked ``resume``, with new values; they are saved with the run.
+
+    Raises:
+        InputError: there is no whole checkpoint, or something of the run's folder does not fit it.
+        Diverged, OSError: as for :func:`train`.
+    """
+    path = find_checkpoint(checkpoint)
+    folder = path.parent.parent
+    config = read_run_config(folder / CONFIG)
+    if changes:
+        config = replace(config, training=build(TrainingConfig, changes, "fastllm train", config.training))
+    run = Run(config, folder, open_dataset(folder / "data"), Display(quiet), path)
+    write_text(folder / CONFIG, run.config.to_toml())
+    run.display.say(run.config.to_toml())
+    run.display.say(f"resuming {path} after step {run.state.step}")
+    run.describe()
+    return run.train()
