@@ -19,8 +19,8 @@ from ..data.tokenizer import Tokenizer
 from ..files import whole_folder, write_text
 from ..models import Transformer
 from ..version import __version__
-from .clock import Clock, StopRequest
 from .checkpoint import State, find_checkpoint, load_checkpoint, save_checkpoint
+from .clock import Clock, StopRequest
 from .config import RunConfig, TrainingConfig, read_run_config
 from .evaluate import evaluate
 from .measure import faster_dtype, matmul_flops
@@ -29,7 +29,6 @@ from .progress import Display, Metrics, duration
 from .report import plot_loss, write_samples
 from .schedule import lr_scale, progress
 from .step import train_step
-
 
 CONFIG = "config.toml"
 

@@ -43,15 +43,19 @@ class Optimizers:
             self._optimizers.append(
                 torch.optim.AdamW(
                     [{"params": [p for _, p in groups[kind]], "weight_decay": decay[kind]} for kind in adamw],
-                    lr=config.lr, betas=(config.beta1, config.beta2), fused=True,
-                )  # fmt: skip
+                    lr=config.lr,
+                    betas=(config.beta1, config.beta2),
+                    fused=True,
+                )
             )
         if config.optimizer == "muon" and groups["hidden"]:
             self._optimizers.append(
                 torch.optim.Muon(
                     [p for _, p in groups["hidden"]],
-                    lr=config.muon_lr, momentum=config.momentum, weight_decay=config.weight_decay,
-                )  # fmt: skip
+                    lr=config.muon_lr,
+                    momentum=config.momentum,
+                    weight_decay=config.weight_decay,
+                )
             )
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:

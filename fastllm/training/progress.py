@@ -28,8 +28,8 @@ class Metrics:
     """metrics.jsonl, one JSON object a line, and the same numbers to TensorBoard where it is installed.
 
     A training line has step, tokens, seconds (of training), loss (nats per token, exact over the whole batch),
-    lr and muon_lr (the learning rates), grad_norm (before clipping) and tokens_per_second; an evaluation line has step, tokens,
-    seconds, validation_loss and validation_bits_per_byte.
+    lr and muon_lr (the learning rates), grad_norm (before clipping) and tokens_per_second; an evaluation line has
+    step, tokens, seconds, validation_loss and validation_bits_per_byte.
     """
 
     def __init__(self, folder: Path, resume_step: int = 0):

@@ -100,10 +100,14 @@ def write_samples(run: Path, model: Transformer, dataset: Dataset, seed: int) ->
     for number, prompt in enumerate(prompts):
         continuation = tokenizer.decode(
             generate(
-                model, [tokenizer.end_of_text, *tokenizer.encode(prompt)], max_new_tokens=SAMPLE_TOKENS,
-                temperature=TEMPERATURE, top_p=TOP_P, seed=derive_seed(seed, "samples", number) % 2**31,
+                model,
+                [tokenizer.end_of_text, *tokenizer.encode(prompt)],
+                max_new_tokens=SAMPLE_TOKENS,
+                temperature=TEMPERATURE,
+                top_p=TOP_P,
+                seed=derive_seed(seed, "samples", number) % 2**31,
                 stop_token=tokenizer.end_of_text,
-            )  # fmt: skip
+            )
         )
         heading = f"prompt: {prompt!r}" if prompt else "no prompt"
         blocks.append(f"--- {heading}\n{prompt}{continuation}\n")
