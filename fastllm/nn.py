@@ -1,6 +1,7 @@
 """torch.nn's modules, each a subclass with the same arguments and state_dict keys, on fused kernels."""
 
+from .ops.cross_entropy import CrossEntropyLoss
 from .ops.layer_norm import LayerNorm
 from .ops.rms_norm import RMSNorm
 
-__all__ = ["LayerNorm", "RMSNorm"]
+__all__ = ["CrossEntropyLoss", "LayerNorm", "RMSNorm"]

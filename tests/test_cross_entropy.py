@@ -1,0 +1,231 @@
+"""What is peculiar to cross-entropy: torch's own samples, its errors, its odd corners."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEVICE
+from contract import assert_as_true
+
+import fastllm
+from fastllm.functional import cross_entropy
+from fastllm.ops.cross_entropy import cross_entropy_reference
+
+BACKENDS = ("eager", "triton")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with fastllm.backend(request.param):
+        yield request.param
+
+
+def _gradient(function, x, *args, **kwargs):
+    x = x.detach().clone().requires_grad_()
+    loss = function(x, *args, **kwargs)
+    loss.sum().backward()
+    return loss.detach(), x.grad
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_options_together(backend, reduction, probabilities):
+    x = torch.randn(3, 11, 4, device=DEVICE) * 3
+    target = torch.softmax(torch.randn(3, 11, 4, device=DEVICE), 1)
+    if not probabilities:
+        target = torch.where(torch.rand(3, 4, device=DEVICE) < 0.2, 7, target.argmax(1))
+    weight = torch.rand(11, device=DEVICE)
+    ignored = {} if probabilities else {"ignore_index": 7}
+    for w, smoothing, cap, scale, z in itertools.product(
+        (None, weight), (0.0, 0.3), (None, 4.0), (1.0, 0.5), (0.0, 0.1)
+    ):
+        options = dict(
+            weight=w,
+            label_smoothing=smoothing,
+            softcap=cap,
+            logit_scale=scale,
+            z_loss=z,
+            reduction=reduction,
+            **ignored,
+        )
+        loss, grad = _gradient(cross_entropy, x, target, **options)
+        expected, expected_grad = _gradient(cross_entropy_reference, x, target, **options)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(grad, expected_grad)
+
+
+def test_one_hot_probabilities_equal_indices(backend):
+    x, y, w = torch.randn(6, 9, device=DEVICE), torch.randint(0, 9, (6,), device=DEVICE), torch.rand(9, device=DEVICE)
+    options = dict(weight=w, label_smoothing=0.2, z_loss=0.1, reduction="sum")
+    by_index, by_index_grad = _gradient(cross_entropy, x, y, **options)
+    by_q, by_q_grad = _gradient(cross_entropy, x, F.one_hot(y, 9).float(), **options)
+    torch.testing.assert_close(by_index, by_q)
+    torch.testing.assert_close(by_index_grad, by_q_grad)
+
+
+def test_all_ignored_is_nan_with_zero_gradients(backend):
+    for smoothing, z in ((0.0, 0.0), (0.1, 0.1)):
+        target = torch.full((5,), -100, device=DEVICE)
+        loss, grad = _gradient(
+            cross_entropy, torch.randn(5, 7, device=DEVICE), target, label_smoothing=smoothing, z_loss=z
+        )
+        assert loss.isnan()
+        assert (grad == 0).all()
+
+
+def test_ignored_rows_have_exactly_zero_loss_and_gradient(backend):
+    x, y = torch.randn(6, 40, device=DEVICE), torch.tensor([3, -100, 2, -100, 0, 39], device=DEVICE)
+    loss, grad = _gradient(cross_entropy, x, y, reduction="none", label_smoothing=0.1, z_loss=0.1)
+    assert (loss[y == -100] == 0).all()
+    assert (grad[y == -100] == 0).all()
+    assert (grad[y != -100] != 0).any(1).all()
+
+
+@pytest.mark.parametrize("masked", [1, 4096, 8191])
+def test_leading_minus_infinities(backend, masked):
+    x = torch.randn(2, 8192 + 5, device=DEVICE)
+    x[:, :masked] = -math.inf
+    y = torch.tensor([8192, 8195], device=DEVICE)
+    loss, grad = _gradient(cross_entropy, x, y)
+    expected, expected_grad = _gradient(F.cross_entropy, x, y)
+    assert loss.isfinite()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(grad, expected_grad)
+
+
+def test_infinite_loss_and_nan_where_torch_has_them(backend):
+    rows = torch.tensor(
+        [[0.0, -math.inf, 1.0], [-math.inf] * 3, [0.0, math.inf, 1.0], [0.0, math.nan, 1.0]], device=DEVICE
+    )
+    y = torch.tensor([1, 0, 0, 2], device=DEVICE)
+    loss, grad = _gradient(cross_entropy, rows, y, reduction="none")
+    expected, expected_grad = _gradient(F.cross_entropy, rows, y, reduction="none")
+    torch.testing.assert_close(loss, expected, equal_nan=True)
+    torch.testing.assert_close(grad, expected_grad, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_far_shifted_logits_keep_their_precision(backend, dtype):
+    x = (torch.randn(4, 300, device=DEVICE, dtype=torch.float64) + 1000).to(dtype)
+    y = torch.randint(0, 300, (4,), device=DEVICE)
+    truth, truth_grad = _gradient(cross_entropy_reference, x.double(), y, label_smoothing=0.1)
+    theirs, theirs_grad = _gradient(F.cross_entropy, x, y, label_smoothing=0.1)
+    loss, grad = _gradient(cross_entropy, x, y, label_smoothing=0.1)
+    assert_as_true(loss, truth, theirs, dtype, "loss")
+    assert_as_true(grad, truth_grad, theirs_grad, dtype, "gradient")
+
+
+def test_the_targets_own_gradient_keeps_its_precision_in_bf16():
+    # p is 1 - 1e-4 here: p - 1 after rounding p to bf16 would be 0.
+    x = torch.zeros(1, 64, device=DEVICE)
+    x[0, 5] = math.log(63 * 1e4)
+    with fastllm.backend("triton"):
+        _, grad = _gradient(cross_entropy, x.bfloat16(), torch.tensor([5], device=DEVICE))
+    _, truth = _gradient(cross_entropy_reference, x.bfloat16().double(), torch.tensor([5], device=DEVICE))
+    torch.testing.assert_close(grad[0, 5].double(), truth[0, 5], rtol=4e-3, atol=0)
+
+
+def test_mean_in_bf16_is_summed_in_fp32():
+    x, y = torch.randn(4097, 3, device=DEVICE).bfloat16(), torch.randint(0, 3, (4097,), device=DEVICE)
+    with fastllm.backend("triton"):
+        loss = cross_entropy(x, y)
+    truth = cross_entropy_reference(x.double(), y)
+    torch.testing.assert_close(loss.double(), truth, rtol=4e-3, atol=0)
+
+
+def test_under_autocast_the_loss_is_fp32(backend):
+    x, y = torch.randn(3, 8, device=DEVICE).bfloat16(), torch.tensor([1, 2, 3], device=DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        mine, theirs = cross_entropy(x, y), F.cross_entropy(x, y)
+    assert mine.dtype == theirs.dtype == torch.float32
+    torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a device-side assert ends the process's use of the GPU")
+@pytest.mark.parametrize("bad", [-1, 7, 2**40])
+def test_out_of_range_target(backend, bad):
+    target = torch.tensor([[1, 2], [bad, 3]], device=DEVICE)
+    with pytest.raises(IndexError, match=rf"target {bad} at position \[.*\].*\[0, 7\)"):
+        cross_entropy(torch.randn(2, 7, 2, device=DEVICE), target)
+    with pytest.raises(IndexError, match="out of range"):
+        cross_entropy(torch.randn(2, 7, 2, device=DEVICE), target, reduction="sum", z_loss=0.1, label_smoothing=0.1)
+
+
+def test_ignore_index_may_be_out_of_range_or_a_class(backend):
+    x, y = torch.randn(4, 5, device=DEVICE), torch.tensor([0, 255, 2, 3], device=DEVICE)
+    for ignore_index in (255, -7):
+        target = torch.where(y == 255, ignore_index, y)
+        torch.testing.assert_close(
+            cross_entropy(x, target, ignore_index=ignore_index), F.cross_entropy(x, target, ignore_index=ignore_index)
+        )
+
+
+def test_byte_targets_and_mixed_dtypes(backend):
+    x = torch.randn(4, 5, device=DEVICE).bfloat16()
+    y = torch.tensor([0, 4, 2, 3], device=DEVICE)
+    assert cross_entropy(x, y.to(torch.uint8)) == cross_entropy(x, y)
+    weight = torch.rand(5, device=DEVICE)
+    loss = cross_entropy(x, y, weight)
+    assert loss.dtype == torch.bfloat16
+    torch.testing.assert_close(loss, cross_entropy_reference(x, y, weight))
+    q = torch.softmax(torch.randn(4, 5, device=DEVICE), 1)
+    assert cross_entropy(x, q).dtype == F.cross_entropy(x, q).dtype == torch.float32
+
+
+def test_deprecated_flags(backend):
+    x, y = torch.randn(4, 5, device=DEVICE), torch.tensor([0, 4, 2, 3], device=DEVICE)
+    for flags, reduction in (({"size_average": False}, "sum"), ({"reduce": False}, "none"), ({"reduce": True}, "mean")):
+        with pytest.warns(UserWarning, match="size_average and reduce"):
+            loss = cross_entropy(x, y, **flags)
+        torch.testing.assert_close(loss, F.cross_entropy(x, y, reduction=reduction))
+
+
+X, Y = torch.zeros(4, 5), torch.zeros(4, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "error", "words"),
+    [
+        ((X.long(), Y), {}, TypeError, "floating-point.*int64"),
+        ((torch.zeros(()), Y), {}, ValueError, "scalar"),
+        ((X, 3), {}, TypeError, "target must be a tensor"),
+        ((X, Y.int()), {}, TypeError, "int64.*int32"),
+        ((X, Y.float()), {}, TypeError, "int64.*float32"),
+        ((X, Y[:3]), {}, ValueError, r"\[4\].*\[3\]"),
+        ((X, X.long()), {}, TypeError, "class probabilities"),
+        ((X, X), {"ignore_index": 1}, ValueError, "ignore_index"),
+        ((X, Y, X[0, :3]), {}, ValueError, r"weight.*\[5\].*\[3\]"),
+        ((X, Y, Y[:4]), {}, TypeError, "weight"),
+        ((X, Y), {"reduction": "avg"}, ValueError, "none, mean, sum; got 'avg'"),
+        ((X, Y), {"label_smoothing": 1.5}, ValueError, "label_smoothing.*1.5"),
+        ((X, Y), {"softcap": 0.0}, ValueError, "softcap"),
+        ((X, Y), {"logit_scale": math.nan}, ValueError, "logit_scale"),
+        ((X, Y), {"z_loss": -1.0}, ValueError, "z_loss"),
+        ((X, Y.to("meta")), {}, ValueError, "meta.*cpu"),
+    ],
+)
+def test_errors_name_what_is_wrong(args, options, error, words):
+    with pytest.raises(error, match="cross_entropy: .*" + words):
+        cross_entropy(*args, **options)
+
+
+def test_module_is_torchs_with_more():
+    module = fastllm.nn.CrossEntropyLoss(
+        torch.rand(5), ignore_index=2, label_smoothing=0.1, z_loss=0.1, return_lse=True
+    )
+    assert isinstance(module, torch.nn.CrossEntropyLoss)
+    assert list(module.state_dict()) == ["weight"]
+    x, y = torch.randn(4, 5), torch.tensor([0, 2, 1, 4])
+    loss, lse = module(x, y)
+    torch.testing.assert_close(lse, torch.logsumexp(x, 1))
+    torch.testing.assert_close(
+        loss, cross_entropy_reference(x, y, module.weight, ignore_index=2, label_smoothing=0.1, z_loss=0.1)
+    )
+
+
+def test_class_weights_that_need_a_gradient_are_refused_by_the_kernel():
+    weight = torch.rand(5, device=DEVICE, requires_grad=True)
+    with fastllm.backend("triton"), pytest.raises(fastllm.registry.BackendError, match="weight requires"):
+        cross_entropy(X.to(DEVICE), Y.to(DEVICE), weight)
