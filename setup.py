@@ -3,6 +3,6 @@
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["fastllm", "fastllm.*"]), "fastllm.kernels"],
-    package_dir={"fastllm": "fastllm", "fastllm.kernels": "kernels"},
+    packages=[*find_packages(include=["fastllm", "fastllm.*"]), "fastllm.kernels", "fastllm.bench"],
+    package_dir={"fastllm": "fastllm", "fastllm.kernels": "kernels", "fastllm.bench": "bench"},
 )

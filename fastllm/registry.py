@@ -86,6 +86,8 @@ def register(op: Op) -> Op:
 
 
 _LIBRARY = torch.library.Library("fastllm", "DEF")
+# Operator name -> its launcher, for tools that look inside an operator (bench/capture.py, bench/traffic.py).
+LAUNCHERS: dict[str, Callable] = {}
 
 
 def define(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
@@ -102,6 +104,7 @@ def define(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
             with torch.cuda.device(device):
                 return launch(*args)
 
+        LAUNCHERS[name] = launch
         _LIBRARY.define(schema)
         _LIBRARY.impl(name, launch, "CPU")
         _LIBRARY.impl(name, on_cuda, "CUDA")

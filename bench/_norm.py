@@ -1,0 +1,37 @@
+"""Shapes that layer_norm and rms_norm share: (rows, columns) of real models' hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from ..registry import Sample
+
+SHAPES = {
+    "BERT-base 4096x768": (4096, 768),
+    "GPT-2 8192x768": (8192, 768),
+    "GPT-2 XL 8192x1600": (8192, 1600),
+    "Gemma-2 2B 8192x2304": (8192, 2304),
+    "Qwen2.5-7B 8192x3584": (8192, 3584),
+    "Llama-3 8B 8192x4096": (8192, 4096),
+    "Llama-3 70B 8192x8192": (8192, 8192),
+    "wide 4096x16384": (4096, 16384),
+    "widest 32768x65536": (32768, 65536),
+    "head norm 262144x128": (262144, 128),
+    "one token 1x4096": (1, 4096),
+}
+
+
+def _call(name, rows, cols, bias, device, dtype) -> Sample:
+    parameters = {"weight": torch.ones(cols, device=device, dtype=dtype).requires_grad_()}
+    if bias:
+        parameters["bias"] = torch.zeros(cols, device=device, dtype=dtype).requires_grad_()
+    x = torch.randn(rows, cols, device=device, dtype=dtype).requires_grad_()
+    return Sample(name, (x, (cols,)), parameters)
+
+
+def norm_shapes(*, bias: bool) -> dict[str, Callable[[torch.device, torch.dtype], Sample]]:
+    """Name -> ``make(device, dtype)`` of the call; parameters come in the input's dtype."""
+    return {name: partial(_call, name, rows, cols, bias) for name, (rows, cols) in SHAPES.items()}

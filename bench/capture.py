@@ -1,0 +1,191 @@
+"""Runs an op for a GPU that is not there and records what it launches, compiled as the runtime would compile it.
+
+CUDA tensors are pretended: meta tensors whose Python ``device`` says cuda, so an op's public function, its gradient
+and its launchers run unchanged, and one that reads a value back to the host fails. The launches go through
+Triton's own ``JITFunction.run`` up to the point where it would need a device: argument types, divisibility by 16,
+constants and options are those of a real call, and no second list of launch settings exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from ..registry import LAUNCHERS, Op, Sample, backend
+from . import cases
+
+CUDA = torch.device("cuda", 0)
+_META = torch.device("meta")
+# Any address that is a multiple of what CUDA's allocator aligns to (512 bytes).
+_BASE = 1 << 30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the launchers ask of a device, and what bounds its occupancy. Memory in bytes."""
+
+    name: str
+    arch: int
+    processors: int
+    shared_per_processor: int
+    shared_per_block: int
+    l2: int
+    warps: int = 64
+    blocks: int = 32
+    registers: int = 65536
+
+
+GPUS = {
+    gpu.arch: gpu
+    for gpu in (
+        Gpu("A100", 80, 108, 164 << 10, 163 << 10, 40 << 20),
+        Gpu("H100/H200", 90, 132, 228 << 10, 227 << 10, 50 << 20),
+        Gpu("B200", 100, 148, 228 << 10, 227 << 10, 126 << 20),
+    )
+}
+
+
+class _PretendedTensor(torch.Tensor):
+    """A meta tensor that calls itself CUDA; ``data_ptr`` keeps the alignment of its storage offset."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    device = property(lambda self: CUDA)
+    is_cuda = property(lambda self: True)
+    is_meta = property(lambda self: False)
+    is_cpu = property(lambda self: False)
+
+    @staticmethod
+    def __new__(cls, meta: torch.Tensor):
+        tensor = torch.Tensor._make_wrapper_subclass(
+            cls,
+            meta.shape,
+            strides=meta.stride(),
+            storage_offset=meta.storage_offset(),
+            dtype=meta.dtype,
+            device=_META,
+        )
+        tensor.meta = meta
+        return tensor
+
+    def data_ptr(self) -> int:
+        return _BASE + self.storage_offset() * self.element_size()
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return _on_meta(func, args, kwargs or {})
+
+
+def _on_meta(func, args, kwargs):
+    args, kwargs = tree_map_only(_PretendedTensor, lambda t: t.meta, (args, kwargs))
+    args, kwargs = tree_map_only(torch.device, lambda d: _META if d.type == "cuda" else d, (args, kwargs))
+    return tree_map_only(torch.Tensor, _PretendedTensor, func(*args, **kwargs))
+
+
+class _PretendedDevice(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastllm":
+            with self:
+                return LAUNCHERS[func._schema.name.removeprefix("fastllm::")](*args, **(kwargs or {}))
+        return _on_meta(func, args, kwargs or {})
+
+
+class _Driver:
+    """What ``JITFunction.run`` asks of the active driver before it loads a kernel."""
+
+    def __init__(self, gpu: Gpu):
+        self.target = GPUTarget("cuda", gpu.arch, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return self.target.arch  # the key of JITFunction's cache of compiled kernels
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: its grid and the kernel as Triton compiled it."""
+
+    direction: str
+    kernel: str
+    grid: tuple[int, ...]
+    compiled: Any
+
+
+@contextlib.contextmanager
+def pretend(gpu: Gpu, on_launch: Callable[[str, tuple[int, ...], Any], None]) -> Iterator[None]:
+    """Within the block, ``device="cuda"`` is a pretended ``gpu``, and each launch calls ``on_launch(name, grid, compiled)``.
+
+    Raises:
+        RuntimeError: Triton's interpreter is on, so there is nothing to compile.
+    """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1: it is read when they are decorated")
+    compile_only = JITFunction.run
+
+    def run(kernel, *args, grid, warmup, **kwargs):
+        compiled = compile_only(kernel, *args, grid=grid, warmup=True, **kwargs)
+        if callable(grid):
+            grid = grid({**dict(zip(kernel.arg_names, args, strict=False)), **kwargs})
+        on_launch(kernel.__name__, tuple(int(n) for n in grid), compiled)
+        return compiled
+
+    properties = SimpleNamespace(
+        name=gpu.name,
+        major=gpu.arch // 10,
+        minor=gpu.arch % 10,
+        multi_processor_count=gpu.processors,
+        shared_memory_per_multiprocessor=gpu.shared_per_processor,
+        shared_memory_per_block_optin=gpu.shared_per_block,
+        regs_per_multiprocessor=gpu.registers,
+        L2_cache_size=gpu.l2,
+        warp_size=32,
+    )
+    active = triton.runtime.driver._active
+    with contextlib.ExitStack() as stack:
+        stack.callback(setattr, triton.runtime.driver, "_active", active)
+        triton.runtime.driver.set_active(_Driver(gpu))
+        for target, name, value in (
+            (JITFunction, "run", run),
+            (torch.cuda, "_lazy_init", lambda: None),
+            (torch.cuda, "get_device_properties", lambda device=None: properties),
+            (torch.cuda, "get_device_capability", lambda device=None: (properties.major, properties.minor)),
+        ):
+            stack.enter_context(mock.patch.object(target, name, value))
+        stack.enter_context(_PretendedDevice())
+        yield
+
+
+def launches(op: Op, sample: Callable[[], Sample], gpu: Gpu) -> list[Launch]:
+    """Every launch of one forward and, where inputs require grad, one backward of ``op``.
+
+    ``sample`` makes the call's tensors on :data:`CUDA`; it runs where that device is pretended.
+    """
+    found: list[Launch] = []
+    direction = "forward"
+
+    def on_launch(kernel, grid, compiled):
+        found.append(Launch(direction, kernel, grid, compiled))
+
+    with pretend(gpu, on_launch), backend("triton"):
+        call = sample()
+        outputs = cases.forward(op.function, call)
+        leaves = cases.differentiable(call)
+        if leaves:
+            direction = "backward"
+            cases.backward(outputs, leaves, [torch.empty_like(y) for y in outputs])
+    return found

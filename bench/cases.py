@@ -1,0 +1,52 @@
+"""The shapes of an op, and one call of it with its gradients."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from ..registry import OPS, Op, Sample
+
+
+def shapes_of(op: str) -> dict[str, Callable[[torch.device, torch.dtype], Sample]] | None:
+    """``shapes`` of bench/<op>.py; None for an op that has no such file."""
+    try:
+        return importlib.import_module(f"{__package__}.{op}").shapes
+    except ModuleNotFoundError as error:
+        if error.name != f"{__package__}.{op}":
+            raise
+        return None
+
+
+def selected(names: Sequence[str]) -> list[Op]:
+    """The records of ``names``, or of every op that has shapes when there are none.
+
+    Raises:
+        ValueError: a name that is no op, or an op without shapes.
+    """
+    for name in names:
+        if name not in OPS:
+            raise ValueError(f"bench: no op {name!r}; the ops are {', '.join(OPS)}")
+        if shapes_of(name) is None:
+            raise ValueError(f"bench: {name} has no shapes (bench/{name}.py)")
+    return [op for name, op in OPS.items() if (name in names if names else shapes_of(name) is not None)]
+
+
+def differentiable(sample: Sample) -> list[torch.Tensor]:
+    """The tensors of a call that require grad, in the order of its arguments."""
+    tensors = tree_leaves((sample.args, dict(sample.kwargs)))
+    return [t for t in tensors if isinstance(t, torch.Tensor) and t.requires_grad]
+
+
+def forward(function: Callable, sample: Sample) -> list[torch.Tensor]:
+    """Calls ``function`` on the sample; the tensors that it returns."""
+    return [t for t in tree_leaves(function(*sample.args, **sample.kwargs)) if isinstance(t, torch.Tensor)]
+
+
+def backward(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], outputs_grad: Sequence[torch.Tensor]):
+    """Gradients of ``inputs``; outputs that are not differentiable are passed over with their gradient."""
+    pairs = [(y, dy) for y, dy in zip(outputs, outputs_grad, strict=True) if y.requires_grad]
+    return torch.autograd.grad([y for y, _ in pairs], inputs, [dy for _, dy in pairs], allow_unused=True)

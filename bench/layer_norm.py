@@ -1,0 +1,5 @@
+"""Shapes of layer_norm."""
+
+from ._norm import norm_shapes
+
+shapes = norm_shapes(bias=True)

@@ -1,0 +1,293 @@
+"""Counts the bytes that Triton kernels load and store, lane by lane, in Triton's interpreter.
+
+    with count_traffic() as traffic:
+        kernel[grid](...)
+    traffic.total, traffic.table()
+
+Only lanes whose mask is true count. Each access is put to the tensor argument whose storage holds the address. An
+atomic counts as a load and a store. Plain, masked, block-pointer, descriptor and atomic accesses all end in the four
+builder methods wrapped here.
+
+A cache holds a small tensor that several programs read (a weight, a bias, a row of statistics). Of a tensor of which
+at most CACHED bytes are read, and some of them by more than one program of the launch, each byte counts once; the rest
+are listed as rereads. A tensor that no two programs share, such as the rows of the input, has every load counted,
+however small it is: so a kernel that reads its rows twice shows it on the small shapes that the interpreter can run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from unittest import mock
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime import interpreter
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..registry import LAUNCHERS, Cost, Op, Sample, backend, interpreting
+from . import cases
+
+CACHED = 1 << 20
+UNMAPPED = "(no tensor argument)"
+
+
+@dataclass(frozen=True)
+class Access:
+    """One tensor in one launch. Bytes: ``loaded`` from memory, ``reread`` from a cache, ``stored``."""
+
+    kernel: str
+    tensor: str
+    loaded: int
+    reread: int
+    stored: int
+
+
+@dataclass
+class Traffic:
+    """Every launch's accesses in order; filled while :func:`count_traffic` is open."""
+
+    accesses: list[Access] = field(default_factory=list)
+    in_kernel: bool = field(default=False, repr=False)
+
+    @property
+    def loaded(self) -> int:
+        return sum(a.loaded for a in self.accesses)
+
+    @property
+    def stored(self) -> int:
+        return sum(a.stored for a in self.accesses)
+
+    @property
+    def reread(self) -> int:
+        """Bytes that a cache serves; in no other sum."""
+        return sum(a.reread for a in self.accesses)
+
+    @property
+    def total(self) -> int:
+        """Bytes loaded and stored."""
+        return self.loaded + self.stored
+
+    def table(self) -> str:
+        """One line per launch and tensor, in bytes."""
+        lines = [("kernel", "tensor", "loaded", "stored", "reread")]
+        lines += [(a.kernel, a.tensor, f"{a.loaded:,}", f"{a.stored:,}", f"{a.reread:,}") for a in self.accesses]
+        lines.append(("total", "", f"{self.loaded:,}", f"{self.stored:,}", f"{self.reread:,}"))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+            for line in lines
+        )
+
+
+class _Span:
+    """The bytes of one storage, named after the first argument that lies in it, and what a launch does with them."""
+
+    def __init__(self, name: str, tensor: torch.Tensor | None):
+        self.name = name
+        storage = None if tensor is None else tensor.untyped_storage()
+        self.start = 0 if storage is None else storage.data_ptr()
+        self.size = 0 if storage is None else storage.nbytes()
+        self.reader = np.full(self.size, -1, np.int32)  # at an element's first byte: the last program to load it
+        self.loads = self.distinct = self.stores = 0
+        self.shared = False
+
+    def load(self, addresses: np.ndarray, itemsize: int, program: int) -> None:
+        self.loads += addresses.size * itemsize
+        if not self.size:
+            return
+        offsets = (addresses - np.uint64(self.start)).astype(np.int64)
+        before = self.reader[offsets]
+        self.shared |= bool(np.any((before != -1) & (before != program)))
+        self.distinct += np.unique(offsets[before == -1]).size * itemsize
+        self.reader[offsets] = program
+
+    def access(self, kernel: str) -> Access:
+        cached = self.shared and self.distinct <= CACHED
+        loaded = self.distinct if cached else self.loads
+        return Access(kernel, self.name, loaded, self.loads - loaded, self.stores)
+
+
+class _Launch:
+    """The storages of one launch's arguments."""
+
+    def __init__(self, names: Sequence[str], args: Sequence, kwargs: dict):
+        spans: dict[int, _Span] = {}
+        for name, arg in [*zip(names, args, strict=False), *kwargs.items()]:
+            for leaf in tree_leaves(arg):
+                tensor = leaf.base if isinstance(leaf, TensorDescriptor) else leaf
+                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes():
+                    spans.setdefault(tensor.untyped_storage().data_ptr(), _Span(name, tensor))
+        self.spans = [spans[start] for start in sorted(spans)]
+        self.starts = np.array([span.start for span in self.spans], np.uint64)
+        self.unmapped = _Span(UNMAPPED, None)
+        self.program = 0
+
+    def split(self, addresses: np.ndarray) -> Iterator[tuple[_Span, np.ndarray]]:
+        """The addresses by the storage that holds them."""
+        index = np.searchsorted(self.starts, addresses, side="right") - 1
+        for i in np.unique(index):
+            span = self.spans[i] if i >= 0 else self.unmapped
+            here = addresses[index == i]
+            inside = here < np.uint64(span.start + span.size)
+            if inside.any():
+                yield span, here[inside]
+            if not inside.all():
+                yield self.unmapped, here[~inside]
+
+    def accesses(self, kernel: str) -> Iterator[Access]:
+        for span in [*self.spans, self.unmapped]:
+            if span.loads or span.stores:
+                yield span.access(kernel)
+
+
+@contextlib.contextmanager
+def count_traffic() -> Iterator[Traffic]:
+    """Counts the kernels launched within the block; see the module's docstring.
+
+    Raises:
+        RuntimeError: Triton's interpreter is off (TRITON_INTERPRET=1 must be set before Python starts).
+    """
+    if not interpreting():
+        raise RuntimeError("traffic is counted in Triton's interpreter: set TRITON_INTERPRET=1 before Python starts")
+    traffic = Traffic()
+    launch: _Launch | None = None
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    run, set_program = executor.__call__, builder.set_grid_idx
+    masked_load, masked_store = builder.create_masked_load, builder.create_masked_store
+    rmw, cas = builder.create_atomic_rmw, builder.create_atomic_cas
+
+    def counted_run(self, *args, **kwargs):
+        nonlocal launch
+        launch = _Launch(self.arg_names, args, kwargs)
+        traffic.in_kernel = True
+        try:
+            run(self, *args, **kwargs)
+            traffic.accesses.extend(launch.accesses(self.fn.__name__))
+        finally:
+            launch, traffic.in_kernel = None, False
+
+    def counted_set_program(self, x, y, z):
+        _, ny, nz = self.grid_dim
+        launch.program = (x * ny + y) * nz + z
+        return set_program(self, x, y, z)
+
+    def count(pointers, mask, *, load: bool, store: bool):
+        itemsize = pointers.get_element_ty().primitive_bitwidth // 8
+        active = True if mask is None else np.broadcast_to(np.asarray(getattr(mask, "data", mask)), pointers.data.shape)
+        for span, addresses in launch.split(np.atleast_1d(pointers.data)[np.atleast_1d(active)].reshape(-1)):
+            if load:
+                span.load(addresses, itemsize, launch.program)
+            if store:
+                span.stores += addresses.size * itemsize
+
+    def counted_load(self, pointers, mask, *rest):
+        count(pointers, mask, load=True, store=False)
+        return masked_load(self, pointers, mask, *rest)
+
+    def counted_store(self, pointers, value, mask, *rest):
+        count(pointers, mask, load=False, store=True)
+        return masked_store(self, pointers, value, mask, *rest)
+
+    def counted_rmw(self, op, pointers, value, mask, *rest):
+        count(pointers, mask, load=True, store=True)
+        return rmw(self, op, pointers, value, mask, *rest)
+
+    def counted_cas(self, pointers, *rest):
+        count(pointers, None, load=True, store=True)
+        return cas(self, pointers, *rest)
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, wrapper in (
+            (executor, "__call__", counted_run),
+            (builder, "set_grid_idx", counted_set_program),
+            (builder, "create_masked_load", counted_load),
+            (builder, "create_masked_store", counted_store),
+            (builder, "create_atomic_rmw", counted_rmw),
+            (builder, "create_atomic_cas", counted_cas),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, wrapper))
+        yield traffic
+
+
+class _TorchTraffic(TorchDispatchMode):
+    """Adds what PyTorch's own operators move inside a launcher (a copy, a fill): each tensor in and out once."""
+
+    def __init__(self, traffic: Traffic):
+        super().__init__()
+        self.traffic = traffic
+        self.inside = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace == "fastllm":
+            outer, self.inside = self.inside, True
+            try:
+                with self:
+                    return LAUNCHERS[func._schema.name.removeprefix("fastllm::")](*args, **kwargs)
+            finally:
+                self.inside = outer
+        out = func(*args, **kwargs)
+        moves = self.inside and not self.traffic.in_kernel  # the interpreter's own copies are none of the kernel's
+        if moves and not func.is_view and func._schema.name not in _MOVE_NOTHING:
+            read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            written = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+            if func._schema.is_mutable:  # what it writes is among its arguments, and mostly not read
+                read = [t for t in read if not any(t is w for w in written)]
+            loaded = sum(map(_held_bytes, {id(t): t for t in read}.values()))
+            stored = sum(map(_held_bytes, written))
+            self.traffic.accesses.append(Access(func._schema.name, "", loaded, 0, stored))
+        return out
+
+
+_MOVE_NOTHING = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::_unsafe_view")
+
+
+def _held_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of the distinct elements: an expanded dimension counts once."""
+    distinct = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        distinct *= size if stride else min(size, 1)
+    return distinct * tensor.element_size()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One call's traffic beside the least that its record says it must move."""
+
+    cost: Cost
+    forward: Traffic
+    backward: Traffic
+
+    @property
+    def forward_ratio(self) -> float:
+        """Bytes moved over the least bytes."""
+        return self.forward.total / self.cost.forward_bytes
+
+    @property
+    def backward_ratio(self) -> float:
+        return self.backward.total / self.cost.backward_bytes
+
+
+def measure(op: Op, sample: Sample, *, backward: bool = True, function: Callable | None = None) -> Measured:
+    """Runs ``op`` on a sample of CPU tensors in the interpreter and counts what its kernels and launchers move.
+
+    Args:
+        op: a record that has the triton backend.
+        sample: a call; the inputs that require grad are differentiated.
+        backward: whether to run the gradient too; else that traffic is empty.
+        function: what to run in place of ``op.function``.
+    """
+    function = function or op.function
+    with backend("triton"):
+        with count_traffic() as forward_traffic, _TorchTraffic(forward_traffic):
+            outputs = cases.forward(function, sample)
+        leaves = cases.differentiable(sample) if backward else []
+        grads = [torch.randn_like(y) if y.is_floating_point() else torch.empty_like(y) for y in outputs]
+        with count_traffic() as backward_traffic, _TorchTraffic(backward_traffic):
+            if leaves:
+                cases.backward(outputs, leaves, grads)
+    return Measured(op.cost(*sample.args, **sample.kwargs), forward_traffic, backward_traffic)
