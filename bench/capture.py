@@ -128,7 +128,7 @@ class Launch:
 
 @contextlib.contextmanager
 def pretend(gpu: Gpu, on_launch: Callable[[str, tuple[int, ...], Any], None]) -> Iterator[None]:
-    """Within the block, ``device="cuda"`` is a pretended ``gpu``, and each launch calls ``on_launch(name, grid, compiled)``.
+    """Within the block, ``device="cuda"`` is a pretended ``gpu``; a launch calls ``on_launch(name, grid, compiled)``.
 
     Raises:
         RuntimeError: Triton's interpreter is on, so there is nothing to compile.

@@ -28,7 +28,7 @@ from .capture import CUDA, GPUS, Launch, launches
 
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
-_LOADS, _STORES = ("LDG",), ("STG",)
+_LOADS, _STORES = ("LDG", "LDGSTS"), ("STG",)
 _TENSOR_CORE = ("HGMMA", "HMMA", "QGMMA", "IMMA", "IGMMA", "DMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA")
 _DOUBLE = ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX", "DMMA")
 

@@ -184,9 +184,9 @@ def count_traffic() -> Iterator[Traffic]:
             if store:
                 span.stores += addresses.size * itemsize
 
-    def counted_load(self, pointers, mask, *rest):
+    def counted_load(self, pointers, mask, *rest, **options):
         count(pointers, mask, load=True, store=False)
-        return masked_load(self, pointers, mask, *rest)
+        return masked_load(self, pointers, mask, *rest, **options)
 
     def counted_store(self, pointers, value, mask, *rest):
         count(pointers, mask, load=False, store=True)
@@ -231,19 +231,25 @@ class _TorchTraffic(TorchDispatchMode):
             finally:
                 self.inside = outer
         out = func(*args, **kwargs)
-        moves = self.inside and not self.traffic.in_kernel  # the interpreter's own copies are none of the kernel's
-        if moves and not func.is_view and func._schema.name not in _MOVE_NOTHING:
-            read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-            written = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-            if func._schema.is_mutable:  # what it writes is among its arguments, and mostly not read
-                read = [t for t in read if not any(t is w for w in written)]
-            loaded = sum(map(_held_bytes, {id(t): t for t in read}.values()))
-            stored = sum(map(_held_bytes, written))
-            self.traffic.accesses.append(Access(func._schema.name, "", loaded, 0, stored))
+        # The interpreter's own copies are none of the kernel's.
+        if self.inside and not self.traffic.in_kernel and func._schema.name not in _MOVE_NOTHING:
+            self._add(func, tree_leaves((args, kwargs)), tree_leaves(out))
         return out
 
+    def _add(self, func, inputs, outputs):
+        read = {id(t): t for t in inputs if isinstance(t, torch.Tensor)}
+        written = {id(t): t for t in outputs if isinstance(t, torch.Tensor)}
+        if func._schema.is_mutable:
+            read = {key: t for key, t in read.items() if key not in written}
+        else:  # a view, or a reshape that needed no copy, moves nothing
+            storages = {t.untyped_storage().data_ptr() for t in read.values()}
+            written = {key: t for key, t in written.items() if t.untyped_storage().data_ptr() not in storages}
+        if written:
+            loaded, stored = (sum(map(_held_bytes, tensors.values())) for tensors in (read, written))
+            self.traffic.accesses.append(Access(func._schema.name, "", loaded, 0, stored))
 
-_MOVE_NOTHING = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::_unsafe_view")
+
+_MOVE_NOTHING = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty_strided")
 
 
 def _held_bytes(tensor: torch.Tensor) -> int:

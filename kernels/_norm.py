@@ -4,10 +4,10 @@
     g = dy * weight
     dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),  dweight = sum_rows(dy * xhat),  dbias = sum_rows(dy)
 
-RMS norm is mean = 0 throughout. Rows of up to WHOLE_ROW columns stay in registers: the forward reads x once; the
-backward reads x and dy once, on a persistent grid that keeps its share of dweight and dbias in fp32 registers and
-leaves one partial row per program, summed by a second small kernel. No atomics, so results repeat bit for bit.
-Wider rows are walked in blocks: x is read twice.
+RMS norm is mean = 0 throughout. Rows of up to FWD_ROW columns stay in registers: the forward reads x once. Up to
+BWD_ROW, the backward reads x and dy once, on a persistent grid that prefetches the next tiles (cp.async), keeps its
+share of dweight and dbias in fp32 registers and leaves one partial row per program, summed by a second small kernel.
+No atomics, so results repeat bit for bit. Wider rows are walked in blocks: x is read twice.
 """
 
 import torch
@@ -16,21 +16,22 @@ import triton.language as tl
 
 from ._launch import as_rows, next_power_of_2, processor_count
 
-# Columns held in registers at once; past it one program would spill. Tiles of 4096 elements keep 8 warps busy with
-# 16 elements a thread. Both chosen from compiled register counts (sm_90), not yet from timings.
-WHOLE_ROW = 16384
-TILE = 4096
+# Widest rows that no program spills on sm_80, sm_90 and sm_100, from compiled register counts, not yet from timings.
+# The backward holds x, dy, weight and two fp32 sums of a row. Its tiles fill a multiprocessor's registers (16 warps x
+# 128), so one program each: the partial rows stay below 5% of the bytes of 8192 rows.
+FWD_ROW, BWD_ROW = 32768, 8192
+FWD_TILE, BWD_TILE = 4096, 8192
 BLOCKED_COLS = 4096
 
 
-def _warps(elements: int) -> int:
-    return max(1, min(16, elements // 512))
+def _warps(elements: int, most: int = 16) -> int:
+    return max(1, min(most, elements // 512))
 
 
-def _row_tile(n_rows: int, n_cols: int) -> tuple[int, int]:
+def _row_tile(n_rows: int, n_cols: int, tile: int) -> tuple[int, int]:
     """(BLOCK_M, BLOCK_N) of a whole-row tile: several short rows to a program, one long one."""
     block_n = next_power_of_2(n_cols)
-    block_m = max(1, min(TILE // block_n, next_power_of_2(n_rows), 32))
+    block_m = max(1, min(tile // block_n, next_power_of_2(n_rows), 32))
     return block_m, block_n
 
 
@@ -116,11 +117,11 @@ def norm_fwd(x, weight, bias, eps: float, center: bool):
         return y, mean, rstd
     tensors = (rows, weight, bias, y, mean, rstd)
     flags = dict(CENTER=center, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None)
-    if n_cols <= WHOLE_ROW:
-        block_m, block_n = _row_tile(n_rows, n_cols)
+    if n_cols <= FWD_ROW:
+        block_m, block_n = _row_tile(n_rows, n_cols, FWD_TILE)
         _norm_fwd_kernel[(triton.cdiv(n_rows, block_m),)](
             *tensors, rows.stride(0), n_rows, n_cols, eps, **flags,
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=_warps(block_m * block_n),
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=_warps(block_m * block_n, 32),
         )  # fmt: skip
     else:
         _norm_fwd_blocked_kernel[(n_rows,)](
@@ -144,7 +145,7 @@ def _norm_bwd_kernel(
         weight = tl.load(weight_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK_N,), tl.float32)
     dbias = tl.zeros((BLOCK_N,), tl.float32)
-    for tile in range(program, tl.cdiv(n_rows, BLOCK_M), programs):
+    for tile in tl.range(program, tl.cdiv(n_rows, BLOCK_M), programs, num_stages=3):
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
         in_rows = rows < n_rows
         mask = in_rows[:, None] & in_cols[None, :]
@@ -279,7 +280,7 @@ def norm_bwd(dy, x, weight, mean, rstd, center: bool, bias_dtype: torch.dtype, n
         return dx, dweight.zero_(), dbias.zero_()
     strides = (dy_rows.stride(0), x_rows.stride(0))
     flags = dict(NEED_DWEIGHT=need_dweight, NEED_DBIAS=need_dbias)
-    if n_cols > WHOLE_ROW:
+    if n_cols > BWD_ROW:
         if need_dx:
             _norm_bwd_dx_blocked_kernel[(n_rows,)](
                 dy_rows, x_rows, weight, mean, rstd, dx, *strides, n_cols,
@@ -292,8 +293,8 @@ def norm_bwd(dy, x, weight, mean, rstd, center: bool, bias_dtype: torch.dtype, n
                 CENTER=center, **flags, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
             )  # fmt: skip
         return dx, dweight, dbias
-    block_m, block_n = _row_tile(n_rows, n_cols)
-    programs = min(triton.cdiv(n_rows, block_m), processor_count(x.device) * max(1, min(4, TILE // block_n)))
+    block_m, block_n = _row_tile(n_rows, n_cols, BWD_TILE)
+    programs = min(triton.cdiv(n_rows, block_m), processor_count(x.device))
     parts = x.new_empty(2 if need_dweight and need_dbias else 1, programs, n_cols, dtype=torch.float32)
     _norm_bwd_kernel[(programs,)](
         dy_rows, x_rows, weight, mean, rstd, dx, parts[0], parts[-1], *strides, n_rows, n_cols,

@@ -4,11 +4,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fastllm import OPS
 from fastllm.bench.traffic import CACHED, UNMAPPED, count_traffic, measure
 from fastllm.kernels import _norm
-from fastllm.registry import Sample
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastllm import OPS
+from fastllm.registry import Sample
 
 
 @triton.jit
@@ -164,18 +165,20 @@ def _norm_call(op, rows, cols, dtype):
     return Sample("", (torch.randn(rows, cols, dtype=dtype).requires_grad_(), (cols,)), parameters)
 
 
-# The statistics cost 8 bytes a row (4 for RMS norm) and each program leaves a row of fp32 partial sums that a second
-# kernel reads: neither is among the least bytes. 512 columns make the first 0.4% of the forward; 2048 rows make the
-# second, with the interpreter's 4 processors, what 8192 rows make it on a GPU's 132 or so.
+# The statistics cost 8 bytes a row (4 for RMS norm) and each program leaves rows of fp32 partial sums that a second
+# kernel reads: neither is among the least bytes. 512 columns make the first 0.4% of the forward. The interpreter has
+# 4 processors where a GPU has 132 or so: 512 rows give each program the 128 or so that 16384 give it there, and the
+# partial sums of LayerNorm, 16 bytes a column and program beside 6 a column and row, are then 2.1% of the backward.
 @pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
 def test_norms_move_little_more_than_the_least_bytes(op):
-    measured = measure(OPS[op], _norm_call(op, 2048, 512, torch.bfloat16))
+    measured = measure(OPS[op], _norm_call(op, 512, 512, torch.bfloat16))
     assert 1.0 <= measured.forward_ratio <= 1.02, measured.forward.table()
     assert 1.0 <= measured.backward_ratio <= 1.05, measured.backward.table()
 
 
 def test_an_extra_read_shows(monkeypatch):
-    monkeypatch.setattr(_norm, "WHOLE_ROW", 0)  # every row in blocks: x is read twice, and in the backward thrice
+    monkeypatch.setattr(_norm, "FWD_ROW", 0)  # every row in blocks: x is read twice, and in the backward thrice
+    monkeypatch.setattr(_norm, "BWD_ROW", 0)
     measured = measure(OPS["layer_norm"], _norm_call("layer_norm", 64, 512, torch.bfloat16))
     assert measured.forward_ratio > 1.4
     assert measured.backward_ratio > 2.2
@@ -185,5 +188,5 @@ def test_a_copy_in_the_launcher_shows():
     x = torch.randn(256, 64).t().requires_grad_()
     sample = Sample("", (x, (256,)), {})
     measured = measure(OPS["rms_norm"], sample, backward=False)
-    assert [a.kernel for a in measured.forward.accesses if a.kernel.startswith("aten")] == ["aten::clone"]
+    assert [a.kernel for a in measured.forward.accesses if a.kernel.startswith("aten")] == ["aten::contiguous"]
     assert measured.forward_ratio == pytest.approx(2.0, abs=0.01)
