@@ -1,8 +1,45 @@
-"""Maps the folder kernels/ to the package fastllm.kernels, and bench/ to fastllm.bench; metadata: pyproject.toml."""
+"""Maps kernels/, bench/ and csrc/ into the package fastllm, and builds the extension where that can be done.
 
-from setuptools import find_packages, setup
+The metadata is in pyproject.toml, the build itself in fastllm/build.py.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def _load_build():
+    # By path: importing fastllm would import torch, which an isolated build cannot see.
+    spec = importlib.util.spec_from_file_location("fastllm_build", ROOT / "fastllm" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class BuildExtension(build_ext):
+    """Hands the extension to fastllm/build.py. Without a compiler or torch it says so and the installation goes on."""
+
+    def build_extension(self, ext):
+        build = _load_build()
+        try:
+            line = build.build(Path(self.get_ext_fullpath(ext.name)), ROOT / "build" / "extension")
+        except build.CannotBuild as error:
+            if build.cuda_wish() == "1":
+                raise SystemExit(f"fastllm: {error}") from None
+            line = f"fastllm: the extension was not built: {error}; its ops fall back to eager PyTorch"
+        print(line, file=sys.stderr, flush=True)
+
 
 setup(
-    packages=[*find_packages(include=["fastllm", "fastllm.*"]), "fastllm.kernels", "fastllm.bench"],
-    package_dir={"fastllm": "fastllm", "fastllm.kernels": "kernels", "fastllm.bench": "bench"},
+    packages=[*find_packages(include=["fastllm", "fastllm.*"]), "fastllm.kernels", "fastllm.bench", "fastllm.csrc"],
+    package_dir={"fastllm": "fastllm", "fastllm.kernels": "kernels", "fastllm.bench": "bench", "fastllm.csrc": "csrc"},
+    package_data={"fastllm.csrc": ["*.h", "*.cpp", "*/*.h", "*/*.cpp", "*/*.cu", "*/*.cuh"]},
+    ext_modules=[Extension("fastllm._C", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildExtension},
 )

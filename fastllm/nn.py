@@ -1,7 +1,9 @@
 """torch.nn's modules, each a subclass with the same arguments and state_dict keys, on fused kernels."""
 
 from .ops.cross_entropy import CrossEntropyLoss
+from .ops.embedding import Embedding
+from .ops.embedding_sum import EmbeddingSum
 from .ops.layer_norm import LayerNorm
 from .ops.rms_norm import RMSNorm
 
-__all__ = ["CrossEntropyLoss", "LayerNorm", "RMSNorm"]
+__all__ = ["CrossEntropyLoss", "Embedding", "EmbeddingSum", "LayerNorm", "RMSNorm"]

@@ -16,6 +16,7 @@ checkpointing recomputes a forward on autograd's own threads, which a thread-loc
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import os
 import warnings
@@ -29,6 +30,7 @@ BACKENDS = ("eager", "triton", "native")
 # In order of preference; `eager` is always possible. CPU has no `triton`: the interpreter is for tests only.
 PREFERENCE = {"cuda": ("triton", "native"), "cpu": ("native",)}
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NATIVE_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
 class BackendError(RuntimeError):
@@ -160,12 +162,33 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETING = interpreting()
 
 
+def _load_extension():
+    """``(fastllm._C, None)``, or ``(None, why it is not there)``. Importing it registers its operators."""
+    try:
+        return importlib.import_module("fastllm._C"), None
+    except ModuleNotFoundError:
+        return None, "the extension fastllm._C was not built (python -m fastllm.build builds it, or says why it cannot)"
+    except (ImportError, RuntimeError) as error:
+        return None, f"the extension fastllm._C does not load (python -m fastllm.build rebuilds it): {error}"
+
+
+_EXTENSION, _NO_EXTENSION = _load_extension()
+
+
 def has_extension() -> bool:
-    """Whether the compiled extension ``fastllm._C`` is installed."""
-    return importlib.util.find_spec("fastllm._C") is not None
+    """Whether the compiled extension ``fastllm._C`` is installed and loads."""
+    return _EXTENSION is not None
 
 
-_HAS_EXTENSION = has_extension()
+_CUDA_IN_EXTENSION = has_extension() and _EXTENSION.build_info()["cuda"] is not None
+
+
+def native_operator(name: str, fake: Callable) -> Callable | None:
+    """The extension's operator ``fastllm::<name>``, once ``fake`` is registered for it; None without the extension."""
+    if not has_extension():
+        return None
+    torch.library.register_fake(f"fastllm::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.fastllm, name).default
 
 
 def why_not(name: str, device_type: str, dtypes: Iterable[torch.dtype] = ()) -> str | None:
@@ -182,10 +205,18 @@ def why_not(name: str, device_type: str, dtypes: Iterable[torch.dtype] = ()) -> 
             if dtype not in KERNEL_DTYPES:
                 return f"the kernels take float32, float16 and bfloat16, got {str(dtype).removeprefix('torch.')}"
     if name == "native":
-        if not _HAS_EXTENSION:
-            return "the extension fastllm._C was not built (reinstall where there is a C++ compiler)"
+        if _NO_EXTENSION is not None:
+            return _NO_EXTENSION
         if device_type not in ("cpu", "cuda"):
             return f"the extension serves CPU and CUDA tensors, got {device_type}"
+        if device_type == "cuda" and not _CUDA_IN_EXTENSION:
+            return "the extension was built without CUDA code (FASTLLM_CUDA=1 python -m fastllm.build says why)"
+        for dtype in dtypes:
+            if dtype not in NATIVE_DTYPES:
+                return (
+                    "the extension takes float64, float32, float16 and bfloat16, "
+                    f"got {str(dtype).removeprefix('torch.')}"
+                )
     return None
 
 

@@ -1,0 +1,153 @@
+// embedding_fwd and embedding_sum on the CPU.
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "../order.h"
+#include "../tensors.h"
+#include "ids.h"
+#include "rows.h"
+#include "tensor.h"
+
+namespace fastllm {
+namespace {
+
+constexpr int64_t kElementsPerThread = 32768;
+
+int64_t grain(int64_t columns) { return std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, columns)); }
+
+Tensor embedding_fwd(const Tensor& weight, const Tensor& indices_, std::optional<int64_t> vocab_start) {
+  check_table("embedding_fwd", weight);
+  const Tensor indices = check_indices("embedding_fwd", indices_);
+  const Vocabulary vocabulary{vocab_start.value_or(0), weight.size(0), vocab_start.has_value()};
+  check_ids("embedding: indices", indices, vocabulary);
+  const int64_t columns = weight.size(1);
+  Tensor out = empty_like_device(weight, with_last(indices, columns), weight.scalar_type());
+  if (out.numel() == 0) return out;
+  advise_huge_pages(out);
+
+  const int64_t element = element_size(weight.scalar_type());
+  const size_t bytes = static_cast<size_t>(columns * element);
+  const int64_t row_stride = weight.stride(0) * element, column_stride = weight.stride(1) * element;
+  const bool packed = columns == 1 || weight.stride(1) == 1;
+  const char* table = static_cast<const char*>(weight.const_data_ptr());
+  char* rows = static_cast<char*>(out.mutable_data_ptr());
+  visit_indices(indices, [&](auto ids) {
+    torch::stable::parallel_for(0, indices.numel(), grain(columns), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t row = static_cast<int64_t>(ids[i]) - vocabulary.start;
+        char* to = rows + i * static_cast<int64_t>(bytes);
+        if (row < 0 || row >= vocabulary.rows) {
+          std::memset(to, 0, bytes);
+          continue;
+        }
+        const char* from = table + row * row_stride;
+        if (packed) {
+          std::memcpy(to, from, bytes);
+          continue;
+        }
+        for (int64_t c = 0; c < columns; ++c)
+          std::memcpy(to + c * element, from + c * column_stride, static_cast<size_t>(element));
+      }
+    });
+  });
+  return out;
+}
+
+uint64_t read_seed(const char* op, const Tensor& seed) {
+  if (seed.numel() != 1 || seed.scalar_type() != ScalarType::Long) refuse(op, ": seed must be one int64");
+  return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
+}
+
+Tensor embedding_sum_fwd(const std::vector<Tensor>& weights_, const std::vector<Tensor>& indices_, int64_t rows,
+                         const std::vector<double>& scales, double dropout_p, std::optional<Tensor> seed_) {
+  const char* op = "embedding_sum_fwd";
+  const size_t tables = weights_.size();
+  if (tables == 0 || indices_.size() != tables || scales.size() != tables)
+    refuse(op, ": expected as many indices and scales as weights, and at least one");
+  std::vector<Tensor> weights, indices;
+  std::vector<int64_t> ids;
+  for (size_t t = 0; t < tables; ++t) {
+    check_table(op, weights_[t]);
+    if (weights_[t].scalar_type() != weights_[0].scalar_type() || weights_[t].size(1) != weights_[0].size(1))
+      refuse(op, ": the tables must share dtype and number of columns");
+    const bool packed = weights_[t].size(1) <= 1 || weights_[t].stride(1) == 1;
+    weights.push_back(packed ? weights_[t] : torch::stable::contiguous(weights_[t]));
+    indices.push_back(check_indices(op, indices_[t]));
+    const int64_t n = indices[t].numel();
+    if (n == 0 ? rows != 0 : rows % n != 0) refuse(op, ": ", n, " indices do not divide ", rows, " rows");
+    check_ids("embedding_sum: indices[" + std::to_string(t) + "]", indices[t], {0, weights[t].size(0), false});
+  }
+  const ScalarType dtype = weights[0].scalar_type();
+  const int64_t columns = weights[0].size(1), element = element_size(dtype);
+  const std::optional<uint64_t> seed =
+      seed_.has_value() ? std::optional<uint64_t>(read_seed(op, *seed_)) : std::nullopt;
+  Tensor out = empty_like_device(weights[0], {rows, columns}, dtype);
+  if (out.numel() == 0) return out;
+  advise_huge_pages(out);
+
+  struct Lookup {
+    const char* data;
+    int64_t row_bytes;
+    const void* ids;
+    bool is_long;
+    int64_t count;
+  };
+  std::vector<Lookup> lookups;
+  for (size_t t = 0; t < tables; ++t)
+    lookups.push_back({static_cast<const char*>(weights[t].const_data_ptr()), weights[t].stride(0) * element,
+                       indices[t].const_data_ptr(), indices[t].scalar_type() == ScalarType::Long,
+                       indices[t].numel()});
+  char* data = static_cast<char*>(out.mutable_data_ptr());
+  const auto combine = row_kernels().combine_rows[dtype_index(dtype)];
+  torch::stable::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
+    std::vector<const void*> row(tables);
+    std::vector<int64_t> at(tables);
+    for (size_t t = 0; t < tables; ++t) at[t] = begin % lookups[t].count;
+    for (int64_t i = begin; i < end; ++i) {
+      for (size_t t = 0; t < tables; ++t) {
+        const Lookup& l = lookups[t];
+        const int64_t id =
+            l.is_long ? static_cast<const int64_t*>(l.ids)[at[t]] : static_cast<const int32_t*>(l.ids)[at[t]];
+        row[t] = l.data + id * l.row_bytes;
+        if (++at[t] == l.count) at[t] = 0;
+      }
+      combine(data + i * columns * element, row.data(), scales.data(), static_cast<int64_t>(tables), columns,
+              dropout_p, seed.has_value() ? &*seed : nullptr, i * columns);
+    }
+  });
+  return out;
+}
+
+// The gradient that passes the dropout of embedding_sum_fwd: the same mask on the same flat elements.
+Tensor embedding_sum_dropout(const Tensor& grad_, double dropout_p, const Tensor& seed_) {
+  const char* op = "embedding_sum_dropout";
+  if (!is_supported_float(grad_.scalar_type()) || grad_.dim() != 2)
+    refuse(op, ": grad must have 2 dimensions and be float64, float32, float16 or bfloat16");
+  const uint64_t seed = read_seed(op, seed_);
+  const Tensor grad = grad_.is_contiguous() ? grad_ : torch::stable::contiguous(grad_);
+  const int64_t rows = grad.size(0), columns = grad.size(1), element = element_size(grad.scalar_type());
+  Tensor out = empty_like_device(grad, {rows, columns}, grad.scalar_type());
+  if (out.numel() == 0) return out;
+  advise_huge_pages(out);
+  const char* from = static_cast<const char*>(grad.const_data_ptr());
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  const auto combine = row_kernels().combine_rows[dtype_index(grad.scalar_type())];
+  torch::stable::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
+    const double one = 1.0;
+    for (int64_t i = begin; i < end; ++i) {
+      const void* row = from + i * columns * element;
+      combine(to + i * columns * element, &row, &one, 1, columns, dropout_p, &seed, i * columns);
+    }
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace fastllm
+
+STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
+  m.impl("embedding_fwd", TORCH_BOX(&fastllm::embedding_fwd));
+  m.impl("embedding_sum_fwd", TORCH_BOX(&fastllm::embedding_sum_fwd));
+  m.impl("embedding_sum_dropout", TORCH_BOX(&fastllm::embedding_sum_dropout));
+}

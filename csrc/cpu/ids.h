@@ -1,0 +1,107 @@
+// Token ids: range checks whose errors name the id, and grouping of positions by id.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "../tensors.h"
+
+namespace fastllm {
+
+// f(pointer to const int32_t or int64_t)
+template <class F>
+decltype(auto) visit_indices(const Tensor& indices, F&& f) {
+  if (indices.scalar_type() == ScalarType::Int) return f(static_cast<const int32_t*>(indices.const_data_ptr()));
+  return f(static_cast<const int64_t*>(indices.const_data_ptr()));
+}
+
+// The part of a vocabulary that a table holds: ids start .. start + rows - 1. Without `partial` every id must be one
+// of them; with it, any other id that is not negative belongs to another part.
+struct Vocabulary {
+  int64_t start;
+  int64_t rows;
+  bool partial;
+};
+
+[[noreturn]] inline void raise_outside(const std::string& name, const Tensor& indices, int64_t flat, int64_t id,
+                                       const Vocabulary& vocabulary) {
+  std::string position;
+  const auto sizes = indices.sizes();
+  int64_t rest = flat;
+  for (int64_t d = indices.dim() - 1; d >= 0; --d) {
+    position = std::to_string(rest % sizes[d]) + (position.empty() ? "" : ", ") + position;
+    rest /= sizes[d];
+  }
+  std::ostringstream text;
+  text << name << '[' << position << "] is " << id << ", ";
+  if (vocabulary.partial) {
+    text << "and ids are not negative (the table holds ids " << vocabulary.start << " to "
+         << vocabulary.start + vocabulary.rows - 1 << ')';
+  } else {
+    text << "outside the table of " << vocabulary.rows << " rows";
+  }
+  throw std::out_of_range(text.str());
+}
+
+// Raises IndexError in Python at the first id that is out of range.
+inline void check_ids(const std::string& name, const Tensor& indices, const Vocabulary& vocabulary) {
+  const int64_t n = indices.numel();
+  const uint64_t end = vocabulary.partial ? uint64_t{1} << 63 : static_cast<uint64_t>(vocabulary.rows);
+  visit_indices(indices, [&](auto ids) {
+    bool outside = false;
+    for (int64_t i = 0; i < n; ++i) outside |= static_cast<uint64_t>(static_cast<int64_t>(ids[i])) >= end;
+    if (!outside) return;
+    for (int64_t i = 0; i < n; ++i)
+      if (static_cast<uint64_t>(static_cast<int64_t>(ids[i])) >= end) raise_outside(name, indices, i, ids[i], vocabulary);
+  });
+}
+
+// The positions of each row's ids, in order: tokens[offsets[v]] .. tokens[offsets[v + 1] - 1]. A counting sort; the
+// parts that threads count apart follow each other, so their number does not change the result.
+struct Groups {
+  std::unique_ptr<int64_t[]> offsets;
+  std::unique_ptr<int64_t[]> tokens;
+};
+
+template <class Index>
+Groups group_by_id(const Index* ids, int64_t n, const Vocabulary& vocabulary, int64_t padding_idx) {
+  constexpr int64_t kTokensPerPart = 65536;
+  const int64_t rows = vocabulary.rows;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), 16);
+  const int64_t parts = std::max<int64_t>(1, std::min(threads, n / kTokensPerPart));
+  std::unique_ptr<int64_t[]> counts(new int64_t[parts * rows]());
+  Groups groups{std::unique_ptr<int64_t[]>(new int64_t[rows + 1]), std::unique_ptr<int64_t[]>(new int64_t[n])};
+  const auto each = [&](int64_t part, auto&& visit) {
+    const int64_t last = n * (part + 1) / parts;
+    for (int64_t i = n * part / parts; i < last; ++i) {
+      const int64_t id = ids[i], row = id - vocabulary.start;
+      if (row >= 0 && row < rows && id != padding_idx) visit(i, counts[part * rows + row]);
+    }
+  };
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) each(part, [](int64_t, int64_t& count) { ++count; });
+  });
+  int64_t running = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    groups.offsets[row] = running;
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t count = counts[part * rows + row];
+      counts[part * rows + row] = running;
+      running += count;
+    }
+  }
+  groups.offsets[rows] = running;
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part)
+      each(part, [&](int64_t i, int64_t& next) { groups.tokens[next++] = i; });
+  });
+  return groups;
+}
+
+}  // namespace fastllm

@@ -1,0 +1,41 @@
+#pragma once
+
+#include <cstdint>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+#include "../tensors.h"
+#include "rows.h"
+
+namespace fastllm {
+
+// The index into RowKernels' tables.
+inline Dtype dtype_index(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double: return kF64;
+    case ScalarType::BFloat16: return kBF16;
+    case ScalarType::Half: return kF16;
+    default: return kF32;
+  }
+}
+
+// Ask for huge pages under a large fresh output: the page faults of its first writes cost more than the writes.
+inline void advise_huge_pages(Tensor& fresh) {
+#if defined(__linux__)
+  constexpr uintptr_t kLeast = uintptr_t{8} << 20;
+  const uintptr_t bytes = static_cast<uintptr_t>(fresh.numel() * element_size(fresh.scalar_type()));
+  if (bytes < kLeast) return;
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t data = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr());
+  const uintptr_t first = (data + page - 1) / page * page, last = (data + bytes) / page * page;
+  // Only advice: a kernel that knows no huge pages refuses it, and the output is the same.
+  (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)fresh;
+#endif
+}
+
+}  // namespace fastllm

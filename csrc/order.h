@@ -1,0 +1,47 @@
+// What fixes the order of every sum, shared by the CPU and CUDA code so that both give the same bits.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define FASTLLM_HD __host__ __device__ __forceinline__
+#else
+#define FASTLLM_HD inline
+#endif
+
+namespace fastllm {
+
+// A segment is the rows that one id gathered, in the order of their positions. Each run of kChunk rows is summed from
+// its first row on; then the runs are added from the first one on. A long segment can so be shared among CTAs.
+constexpr int64_t kChunk = 64;
+
+// Philox 4x32-10 (Salmon et al. 2011): four 32-bit random words that are a pure function of key and counter.
+struct Philox4 {
+  uint32_t word[4];
+};
+
+FASTLLM_HD Philox4 philox(uint64_t key, uint64_t counter) {
+  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+  uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = 0, c3 = 0;
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * c0;
+    const uint64_t p1 = static_cast<uint64_t>(0xCD9E8D57u) * c2;
+    const uint32_t n0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+    const uint32_t n2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c1 = static_cast<uint32_t>(p1);
+    c3 = static_cast<uint32_t>(p0);
+    c0 = n0;
+    c2 = n2;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// Dropout keeps element e of a flat tensor when word e % 4 of philox(seed, e / 4) is at least this.
+FASTLLM_HD uint32_t dropout_threshold(double p) {
+  const double scaled = p * 4294967296.0;
+  return scaled >= 4294967295.0 ? 4294967295u : static_cast<uint32_t>(scaled);
+}
+
+}  // namespace fastllm
