@@ -60,6 +60,7 @@ class Cuda:
     nvcc: str
     version: str
     architectures: tuple[str, ...]
+    root: Path  # of the toolkit: nvcc on PATH may be a script or a link
 
 
 @dataclass
@@ -161,6 +162,8 @@ def find_cuda() -> Cuda:
     """
     if cuda_wish() == "0":
         raise CannotBuild("FASTLLM_CUDA=0")
+    if not any((sources() / "cuda").glob("*.cu")):
+        raise CannotBuild("there are no CUDA sources")
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
     places = [str(Path(home, "bin/nvcc")) for home in homes if home]
     if not places:
@@ -174,7 +177,10 @@ def find_cuda() -> Cuda:
         raise CannotBuild(f"{nvcc} does not run: {_first_error(result.stderr)}")
     if int(found[1]) < 12:
         raise CannotBuild(f"nvcc {found[1]}.{found[2]} is too old, 12.0 or later is needed")
-    return Cuda(nvcc, f"{found[1]}.{found[2]}", architectures())
+    plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True, check=False)
+    top = re.search(r"^#\$ TOP=(.+)$", plan.stderr, re.MULTILINE)
+    root = Path(top[1]).resolve() if top else Path(nvcc).resolve().parent.parent
+    return Cuda(nvcc, f"{found[1]}.{found[2]}", architectures(), root)
 
 
 def _first_error(text: str) -> str:
@@ -266,9 +272,9 @@ def _steps(compiler: list[str], torch: Torch, cuda: Cuda | None, work: Path, tar
         # libtorch needs libtorch_cuda only in CUDA builds: named here, it brings the CUDA stream's getter where it is.
         link += ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
     if cuda:
-        root = Path(cuda.nvcc).resolve().parent.parent
-        folders = [root / "lib64", *sorted(root.glob("targets/*/lib"))]
-        link += [f"-L{folder}" for folder in folders] + ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        folders = [cuda.root / "lib64", cuda.root / "lib", *sorted(cuda.root.glob("targets/*/lib"))]
+        link += [f"-L{folder}" for folder in folders if folder.is_dir()]
+        link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     link += shlex.split(os.environ.get("LDFLAGS", ""))
     return [*steps, Step(link, target, [step.output for step in steps])]
 
