@@ -17,6 +17,7 @@ however small it is: so a kernel that reads its rows twice shows it on the small
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from unittest import mock
@@ -48,9 +49,10 @@ class Access:
 
 @dataclass
 class Traffic:
-    """Every launch's accesses in order; filled while :func:`count_traffic` is open."""
+    """Every launch's accesses in order, and the number of launches; filled while :func:`count_traffic` is open."""
 
     accesses: list[Access] = field(default_factory=list)
+    launches: int = 0
     in_kernel: bool = field(default=False, repr=False)
 
     @property
@@ -91,7 +93,8 @@ class _Span:
         storage = None if tensor is None else tensor.untyped_storage()
         self.start = 0 if storage is None else storage.data_ptr()
         self.size = 0 if storage is None else storage.nbytes()
-        self.reader = np.full(self.size, -1, np.int32)  # at an element's first byte: the last program to load it
+        # At an element's first byte: 1 + the last program to load it. Zeros are not paged in until they are written.
+        self.reader = np.zeros(self.size, np.int32)
         self.loads = self.distinct = self.stores = 0
         self.shared = False
 
@@ -101,14 +104,15 @@ class _Span:
             return
         offsets = (addresses - np.uint64(self.start)).astype(np.int64)
         before = self.reader[offsets]
-        self.shared |= bool(np.any((before != -1) & (before != program)))
-        self.distinct += np.unique(offsets[before == -1]).size * itemsize
-        self.reader[offsets] = program
+        self.shared |= bool(np.any((before != 0) & (before != program + 1)))
+        self.distinct += np.unique(offsets[before == 0]).size * itemsize
+        self.reader[offsets] = program + 1
 
-    def access(self, kernel: str) -> Access:
+    def access(self, kernel: str, scale: float) -> Access:
         cached = self.shared and self.distinct <= CACHED
-        loaded = self.distinct if cached else self.loads
-        return Access(kernel, self.name, loaded, self.loads - loaded, self.stores)
+        loads = round(self.loads * scale)
+        loaded = self.distinct if cached else loads
+        return Access(kernel, self.name, loaded, loads - loaded, round(self.stores * scale))
 
 
 class _Launch:
@@ -124,7 +128,22 @@ class _Launch:
         self.spans = [spans[start] for start in sorted(spans)]
         self.starts = np.array([span.start for span in self.spans], np.uint64)
         self.unmapped = _Span(UNMAPPED, None)
+        self.grid: tuple[int, ...] = ()
+        self.chosen: Sequence[int] = ()
         self.program = 0
+
+    def choose(self, whole: tuple | Callable, most: int | None) -> Callable[[dict], tuple[int]]:
+        """The grid to run in place of ``whole``: one dimension of at most ``most`` programs, evenly spread over it."""
+
+        def grid(arguments: dict) -> tuple[int]:
+            sizes = whole(arguments) if callable(whole) else whole
+            self.grid = (*map(int, sizes), 1, 1)[:3]
+            programs = math.prod(self.grid)
+            parts = programs if most is None else min(programs, most)
+            self.chosen = [(2 * i + 1) * programs // (2 * parts) for i in range(parts)]
+            return (len(self.chosen),)
+
+        return grid
 
     def split(self, addresses: np.ndarray) -> Iterator[tuple[_Span, np.ndarray]]:
         """The addresses by the storage that holds them."""
@@ -139,14 +158,19 @@ class _Launch:
                 yield self.unmapped, here[~inside]
 
     def accesses(self, kernel: str) -> Iterator[Access]:
+        scale = math.prod(self.grid) / max(len(self.chosen), 1)
         for span in [*self.spans, self.unmapped]:
             if span.loads or span.stores:
-                yield span.access(kernel)
+                yield span.access(kernel, scale)
 
 
 @contextlib.contextmanager
-def count_traffic() -> Iterator[Traffic]:
+def count_traffic(programs: int | None = None) -> Iterator[Traffic]:
     """Counts the kernels launched within the block; see the module's docstring.
+
+    Args:
+        programs: run and count at most this many programs of each launch, and scale what they load and store to the
+            whole grid. The results of such kernels are then incomplete.
 
     Raises:
         RuntimeError: Triton's interpreter is off (TRITON_INTERPRET=1 must be set before Python starts).
@@ -156,7 +180,7 @@ def count_traffic() -> Iterator[Traffic]:
     traffic = Traffic()
     launch: _Launch | None = None
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    run, set_program = executor.__call__, builder.set_grid_idx
+    run, set_dim, set_program = executor.__call__, builder.set_grid_dim, builder.set_grid_idx
     masked_load, masked_store = builder.create_masked_load, builder.create_masked_store
     rmw, cas = builder.create_atomic_rmw, builder.create_atomic_cas
 
@@ -164,16 +188,20 @@ def count_traffic() -> Iterator[Traffic]:
         nonlocal launch
         launch = _Launch(self.arg_names, args, kwargs)
         traffic.in_kernel = True
+        self.grid = launch.choose(self.grid, programs)
         try:
             run(self, *args, **kwargs)
             traffic.accesses.extend(launch.accesses(self.fn.__name__))
+            traffic.launches += 1
         finally:
             launch, traffic.in_kernel = None, False
 
-    def counted_set_program(self, x, y, z):
-        _, ny, nz = self.grid_dim
-        launch.program = (x * ny + y) * nz + z
-        return set_program(self, x, y, z)
+    def counted_set_dim(self, *sampled):
+        return set_dim(self, *launch.grid)
+
+    def counted_set_program(self, sampled, *zeros):
+        launch.program = launch.chosen[sampled]
+        return set_program(self, *map(int, np.unravel_index(launch.program, launch.grid)))
 
     def count(pointers, mask, *, load: bool, store: bool):
         itemsize = pointers.get_element_ty().primitive_bitwidth // 8
@@ -201,8 +229,11 @@ def count_traffic() -> Iterator[Traffic]:
         return cas(self, pointers, *rest)
 
     with contextlib.ExitStack() as stack:
+        if programs is not None:
+            stack.enter_context(np.errstate(all="ignore"))  # what was left out was never written
         for owner, name, wrapper in (
             (executor, "__call__", counted_run),
+            (builder, "set_grid_dim", counted_set_dim),
             (builder, "set_grid_idx", counted_set_program),
             (builder, "create_masked_load", counted_load),
             (builder, "create_masked_store", counted_store),
@@ -247,6 +278,7 @@ class _TorchTraffic(TorchDispatchMode):
         if written:
             loaded, stored = (sum(map(_held_bytes, tensors.values())) for tensors in (read, written))
             self.traffic.accesses.append(Access(func._schema.name, "", loaded, 0, stored))
+            self.traffic.launches += 1
 
 
 _MOVE_NOTHING = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty_strided")
@@ -278,7 +310,9 @@ class Measured:
         return self.backward.total / self.cost.backward_bytes
 
 
-def measure(op: Op, sample: Sample, *, backward: bool = True, function: Callable | None = None) -> Measured:
+def measure(
+    op: Op, sample: Sample, *, backward: bool = True, function: Callable | None = None, programs: int | None = None
+) -> Measured:
     """Runs ``op`` on a sample of CPU tensors in the interpreter and counts what its kernels and launchers move.
 
     Args:
@@ -286,14 +320,15 @@ def measure(op: Op, sample: Sample, *, backward: bool = True, function: Callable
         sample: a call; the inputs that require grad are differentiated.
         backward: whether to run the gradient too; else that traffic is empty.
         function: what to run in place of ``op.function``.
+        programs: see :func:`count_traffic`.
     """
     function = function or op.function
     with backend("triton"):
-        with count_traffic() as forward_traffic, _TorchTraffic(forward_traffic):
+        with count_traffic(programs) as forward_traffic, _TorchTraffic(forward_traffic):
             outputs = cases.forward(function, sample)
         leaves = cases.differentiable(sample) if backward else []
         grads = [torch.randn_like(y) if y.is_floating_point() else torch.empty_like(y) for y in outputs]
-        with count_traffic() as backward_traffic, _TorchTraffic(backward_traffic):
+        with count_traffic(programs) as backward_traffic, _TorchTraffic(backward_traffic):
             if leaves:
                 cases.backward(outputs, leaves, grads)
     return Measured(op.cost(*sample.args, **sample.kwargs), forward_traffic, backward_traffic)

@@ -149,6 +149,22 @@ def test_an_address_outside_every_argument_is_listed_as_such():
     assert _by_tensor(traffic) == {UNMAPPED: (64, 0, 0), "y_ptr": (0, 64, 0)}
 
 
+def test_some_programs_stand_for_the_whole_grid():
+    x, scale, y = torch.randn(40, 30), torch.randn(30), torch.full((40, 30), 7.0)
+    with count_traffic(programs=4) as traffic:
+        _scale[lambda arguments: (arguments["n"] + 10,)](x, scale, y, 30, BLOCK=32)
+    assert _by_tensor(traffic) == {"x_ptr": (4800, 0, 0), "scale_ptr": (120, 0, 4680), "y_ptr": (0, 4800, 0)}
+    written = (y != 7.0).any(1).nonzero().flatten().tolist()
+    assert written == [5, 15, 25, 35]
+    x, y = torch.randn(12, 40), torch.empty(12, 40)
+    with count_traffic(programs=2) as traffic:
+        _copy_descriptor[(2, 3)](
+            TensorDescriptor.from_tensor(x, [8, 16]), TensorDescriptor.from_tensor(y, [8, 16]), BLOCK_M=8, BLOCK_N=16
+        )
+    # Programs 1 and 4 of 6, (0, 1) and (1, 1): 8 x 16 and 4 x 16 elements, thrice.
+    assert traffic.loaded == traffic.stored == 3 * 12 * 16 * 4
+
+
 def test_the_counter_goes_away():
     x, y = torch.randn(64), torch.empty(64)
     with count_traffic() as traffic:

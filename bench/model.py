@@ -1,0 +1,163 @@
+"""How long each call should take: bytes, floating-point operations and launches against what a GPU can do.
+
+    python -m fastllm.bench.model [OP...] [--arch 90] [--dtype bfloat16] [--shape TEXT...] [--json FILE]
+
+Bytes are counted in Triton's interpreter on the real shape, with the grid of the real GPU, over a few programs of
+each launch (traffic.py). The time is a roofline: the larger of bytes over the copy bandwidth and operations over the
+matrix rate, plus LAUNCH for each launch. The floor is the same of the least bytes in one launch. It says what a
+perfect schedule of these accesses would take; what the kernels lose beyond it shows on a GPU only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from ..registry import Op
+from . import cases
+from .capture import GPUS, Gpu
+from .traffic import measure
+
+# Programs of a launch that are run: enough to see uneven shares, few enough for the interpreter.
+PROGRAMS = 8
+# Bytes of arguments and results above which a shape is left out: the interpreter runs in this machine's memory.
+LARGEST = 1 << 29
+# Seconds from one kernel's end to the next one's start in a stream: assumed, not measured.
+LAUNCH = 2e-6
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes and FLOPs a second."""
+
+    copy: float
+    matrix: float
+
+
+# Measured on an H200 (copy of a large tensor; 8192^3 bf16 product).
+RATES = {90: Rates(4.3e12, 790e12)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One direction of one call. Seconds and bytes."""
+
+    op: str
+    shape: str
+    dtype: str
+    arch: int
+    direction: str
+    least_bytes: int
+    counted_bytes: int
+    flops: int
+    launches: int
+
+    @property
+    def seconds(self) -> float:
+        rates = RATES[self.arch]
+        return max(self.counted_bytes / rates.copy, self.flops / rates.matrix) + self.launches * LAUNCH
+
+    @property
+    def floor(self) -> float:
+        rates = RATES[self.arch]
+        return max(self.least_bytes / rates.copy, self.flops / rates.matrix) + LAUNCH
+
+
+@contextlib.contextmanager
+def _processors(gpu: Gpu) -> Iterator[None]:
+    """The launchers see ``gpu``'s number of processors in place of the interpreter's."""
+    with contextlib.ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("fastllm.kernels.") and hasattr(module, "processor_count"):
+                stack.enter_context(mock.patch.object(module, "processor_count", return_value=gpu.processors))
+        yield
+
+
+def rows(
+    ops: Iterable[Op], arch: int = 90, dtype: torch.dtype = torch.bfloat16, shapes: Iterable[str] = ("",)
+) -> Iterator[Row]:
+    """The rows of those of the ops' shapes whose name contains one of ``shapes`` and that fit in LARGEST bytes.
+
+    Raises:
+        RuntimeError: Triton's interpreter is off.
+    """
+    shapes = list(shapes)
+    for op in ops:
+        for name, make in cases.shapes_of(op.name).items():
+            if not any(shape in name for shape in shapes):
+                continue
+            with torch.device("meta"):
+                call = make(torch.device("meta"), dtype)
+                least = op.cost(*call.args, **call.kwargs)
+            if least.backward_bytes > LARGEST:
+                continue
+            call = make(torch.device("cpu"), dtype)
+            __import__(f"fastllm.kernels.{op.name}")
+            with _processors(GPUS[arch]):
+                measured = measure(op, call, programs=PROGRAMS)
+            common = dict(op=op.name, shape=name, dtype=str(dtype).removeprefix("torch."), arch=arch)
+            for direction, traffic in (("forward", measured.forward), ("backward", measured.backward)):
+                yield Row(
+                    **common,
+                    direction=direction,
+                    least_bytes=getattr(measured.cost, f"{direction}_bytes"),
+                    counted_bytes=traffic.total,
+                    flops=getattr(measured.cost, f"{direction}_flops"),
+                    launches=traffic.launches,
+                )
+
+
+COLUMNS = ("op", "shape", "pass", "least MB", "counted MB", "ratio", "GFLOP", "launches", "floor us", "modelled us")
+
+
+def cells(row: Row) -> list[str]:
+    """The row under :data:`COLUMNS`."""
+    return [
+        row.op,
+        row.shape,
+        row.direction,
+        f"{row.least_bytes / 1e6:,.1f}",
+        f"{row.counted_bytes / 1e6:,.1f}",
+        f"{row.counted_bytes / row.least_bytes:.3f}",
+        f"{row.flops / 1e9:,.0f}",
+        str(row.launches),
+        f"{row.floor * 1e6:,.1f}",
+        f"{row.seconds * 1e6:,.1f}",
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m fastllm.bench.model", description=__doc__.partition("\n")[0])
+    parser.add_argument("ops", nargs="*", metavar="OP", help="ops to model (all that have shapes)")
+    parser.add_argument("--arch", type=int, choices=list(RATES), default=90, help="sm version")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")
+    parser.add_argument("--shape", nargs="+", default=[""], help="only shapes whose name contains one of these")
+    parser.add_argument("--json", metavar="FILE", help="write every row there")
+    options = parser.parse_args(argv)
+    try:
+        ops = cases.selected(options.ops)
+    except ValueError as error:
+        parser.error(str(error))
+    found = list(rows(ops, options.arch, getattr(torch, options.dtype), options.shape))
+    if options.json:
+        Path(options.json).write_text(json.dumps([asdict(row) for row in found]))
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*COLUMNS, title=f"{GPUS[options.arch].name}, {options.dtype}")
+    for row in found:
+        table.add_row(*cells(row))
+    Console(width=None if Console().is_terminal else 200).print(table)
+
+
+if __name__ == "__main__":
+    main()
