@@ -15,8 +15,6 @@ from pathlib import Path
 from .config import InputError, add_flags, flags_given, read_toml, settings
 from .version import __version__
 
-RUNS = Path("runs")
-
 
 class _Parser(argparse.ArgumentParser):
     """argparse's, with errors on one line and no abbreviated flags."""
@@ -72,13 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _next_run(runs: Path) -> Path:
-    numbers = [int(path.name) for path in runs.glob("[0-9]*") if path.name.isdigit()]
-    return runs / f"{max(numbers, default=0) + 1:04d}"
-
-
 def _train(arguments: argparse.Namespace) -> int:
-    from .data import DataConfig
+    from .data import DataConfig, Tokenizer
     from .models import TransformerConfig
     from .training import TrainingConfig, build_run_config, resume, train
 
@@ -93,26 +86,34 @@ def _train(arguments: argparse.Namespace) -> int:
         result = resume(arguments.resume, tables["training"], quiet=arguments.quiet)
     else:
         file = read_toml(arguments.config) if arguments.config else {}
-        where = arguments.config or "fastllm train"
         # Check the file by itself first, so that a message names the file only for what it says.
-        build_run_config(file, where)
+        build_run_config(file, str(arguments.config))
         merged = {title: {**file.get(title, {}), **table} for title, table in tables.items()}
         # A preset on the command line replaces the file's whole model.
         merged["model"] = {**({} if arguments.preset else file.get("model", {})), **model}
-        config = build_run_config(merged, "fastllm train", arguments.preset)
-        result = train(config, arguments.out or _next_run(RUNS), quiet=arguments.quiet)
+        config = build_run_config(merged, "command line", arguments.preset)
+        if config.data.tokenizer and "vocab_size" in merged["model"]:
+            available = Tokenizer.load(config.data.tokenizer).vocab_size
+            if available != config.model.vocab_size:
+                raise InputError(
+                    f"{config.data.tokenizer}: {available} tokens do not match vocab_size {config.model.vocab_size}"
+                )
+        result = train(config, arguments.out, quiet=arguments.quiet)
     return 128 + result.signal if result.signal else 0
 
 
-def _model_folder(arguments: argparse.Namespace) -> tuple[Path, Path]:
-    """The folder with the weights, and the tokenizer's file."""
-    from .training.checkpoint import find_checkpoint
+def _model_folder(arguments: argparse.Namespace) -> Path:
+    """The folder with weights and tokenizer; checked against its manifest, where it has one."""
+    from .training import RUNS
+    from .training.checkpoint import MANIFEST, check, find_checkpoint
 
     if arguments.model is not None:
         folder = Path(arguments.model)
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder")
-        return folder, folder / "tokenizer.json"
+        if (folder / MANIFEST).exists():
+            check(folder)
+        return folder
     if arguments.run is not None:
         run = Path(arguments.run)
     else:
@@ -121,8 +122,9 @@ def _model_folder(arguments: argparse.Namespace) -> tuple[Path, Path]:
             raise InputError("no run in runs; train one with fastllm train, or name a --run or --model")
         run = runs[-1]
     if (run / "model").is_dir():
-        return run / "model", run / "model" / "tokenizer.json"
-    return find_checkpoint(run), run / "data" / "tokenizer.json"
+        check(run / "model")
+        return run / "model"
+    return find_checkpoint(run)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -137,15 +139,16 @@ def _generate(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise InputError(str(error)) from error
     device = pick_device(arguments.device)
-    folder, tokenizer_file = _model_folder(arguments)
-    tokenizer = Tokenizer.load(tokenizer_file)
+    folder = _model_folder(arguments)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
     try:
         model = Transformer.from_pretrained(folder).to(device)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise InputError(str(error)) from error
     if model.config.vocab_size != tokenizer.vocab_size:
         raise InputError(
-            f"{tokenizer_file}: {tokenizer.vocab_size} tokens, but the model in {folder} has {model.config.vocab_size}"
+            f"{folder / 'tokenizer.json'}: {tokenizer.vocab_size} tokens do not match the model's vocab_size "
+            f"{model.config.vocab_size}"
         )
     tokens = generate(
         model, [tokenizer.end_of_text, *tokenizer.encode(arguments.prompt)],
@@ -168,12 +171,18 @@ def _info(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. ``argv`` without the program's name, default sys.argv's."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal cannot show
     arguments = _parser().parse_args(argv)
     command = {"train": _train, "generate": _generate, "info": _info}[arguments.command]
     try:
         return command(arguments)
     except InputError as error:
         code, message = 2, str(error)
+    except BrokenPipeError:
+        # Whoever read the output has left; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         code, message = 1, f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except KeyboardInterrupt:

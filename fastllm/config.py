@@ -179,8 +179,6 @@ def build(cls: type, values: Mapping[str, Any], where: str, base: Any = None) ->
     converted = {name: _convert(known[name], value, where) for name, value in values.items()}
     try:
         return cls(**converted) if base is None else dataclasses.replace(base, **converted)
-    except InputError:
-        raise
     except ValueError as error:
         raise InputError(f"{where}: {error}") from error
 

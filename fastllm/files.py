@@ -26,8 +26,8 @@ def _temporary(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """A write that fails (disk full) carries no file name of its own: give it the target's."""
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """An OSError in the block that names no file (a full disk's does not) is raised as one that names ``path``."""
     try:
         yield
     except OSError as error:
@@ -45,7 +45,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     temporary = _temporary(path)
-    with _named(path):
+    with naming(path):
         try:
             with open(temporary, "wb") as file:
                 yield file
@@ -75,7 +75,7 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = _temporary(path)
-    with _named(path):
+    with naming(path):
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)

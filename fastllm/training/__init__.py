@@ -2,9 +2,10 @@
 
 from .config import RunConfig, TrainingConfig, build_run_config, read_run_config
 from .evaluate import evaluate
-from .loop import Diverged, Result, resume, train
+from .loop import RUNS, Diverged, Result, resume, train
 
 __all__ = [
+    "RUNS",
     "Diverged",
     "Result",
     "RunConfig",

@@ -1,14 +1,16 @@
 """Checkpoints: a folder with the model, the optimisers' state and where the run stands, written whole or not at all.
 
-``checkpoints/step-00000500`` holds what ``save_pretrained`` writes (so it can be generated from), and
+``checkpoints/step-00000500`` holds what ``save_pretrained`` writes (so it can be generated from), tokenizer.json,
 ``optimizer.safetensors``, ``state.json``, and ``manifest.json`` with the size and SHA-256 of every file. No pickle.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..config import InputError
+from ..data import Tokenizer
 from ..files import whole_folder
 from ..models import Transformer
 from .optimizer import Optimizers
@@ -39,6 +42,32 @@ class State:
     data: str
 
 
+def save_model(folder: Path, model: Transformer, tokenizer: Tokenizer) -> None:
+    """Weights, configuration and tokenizer into ``folder``: all that generating needs.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    with _as_oserror(folder):
+        model.save_pretrained(folder)
+    tokenizer.save(folder / "tokenizer.json")
+
+
+@contextlib.contextmanager
+def _as_oserror(path: Path) -> Iterator[None]:
+    """safetensors has an error of its own for a full disk."""
+    try:
+        yield
+    except safetensors.SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
+def write_manifest(folder: Path) -> None:
+    """Record size and SHA-256 of every file in ``folder``, for :func:`check`."""
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps(files, indent=1) + "\n", "utf-8")
+
+
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         digest = hashlib.sha256()
@@ -47,8 +76,12 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def save_checkpoint(folder: Path, model: Transformer, optimizers: Optimizers, state: State, keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, model: Transformer, tokenizer: Tokenizer, optimizers: Optimizers, state: State, keep: int
+) -> Path:
     """Write ``folder/step-<step>``, then delete all but the ``keep`` newest.
+
+    Later steps than this one's go too: they belong to a course that the run has left, by resuming from before them.
 
     Raises:
         OSError: it cannot be written; names the file. The checkpoints that were there are still whole.
@@ -56,18 +89,15 @@ def save_checkpoint(folder: Path, model: Transformer, optimizers: Optimizers, st
     path = folder / f"step-{state.step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     with whole_folder(path) as temporary:
-        try:
-            model.save_pretrained(temporary)
+        save_model(temporary, model, tokenizer)
+        with _as_oserror(path):
             save_file({k: v.detach().contiguous() for k, v in optimizers.state_dict().items()}, temporary / OPTIMIZER)
-        except safetensors.SafetensorError as error:
-            raise OSError(f"cannot write {path}: {error}") from error
         (temporary / STATE).write_text(json.dumps(asdict(state), indent=1) + "\n", "utf-8")
-        files = {
-            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(temporary.iterdir())
-        }
-        (temporary / MANIFEST).write_text(json.dumps(files, indent=1) + "\n", "utf-8")
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        write_manifest(temporary)
+    every = checkpoints(folder)
+    here = every.index(path) + 1
+    for other in every[: max(0, here - keep)] + every[here:]:
+        shutil.rmtree(other)
     return path
 
 
@@ -77,7 +107,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def check(path: Path) -> None:
-    """Refuse a checkpoint that is not just as it was written.
+    """Refuse a checkpoint, or another folder with a manifest, that is not just as it was written.
 
     Raises:
         InputError: names the first file that is missing, cut short or changed.
@@ -86,17 +116,17 @@ def check(path: Path) -> None:
         manifest = json.loads((path / MANIFEST).read_text("utf-8"))
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
     except OSError as error:
-        raise InputError(f"{path / MANIFEST}: {error.strerror}: not a whole checkpoint") from error
+        raise InputError(f"{path / MANIFEST}: {error.strerror}; not a whole checkpoint") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path / MANIFEST}: damaged checkpoint: not a manifest") from error
+        raise InputError(f"{path / MANIFEST}: damaged: not a manifest") from error
     for name, (size, sha256) in expected.items():
         file = path / name
         if not file.is_file():
-            raise InputError(f"{file}: damaged checkpoint: missing")
+            raise InputError(f"{file}: damaged: missing")
         if file.stat().st_size != size:
-            raise InputError(f"{file}: damaged checkpoint: {size} bytes expected, {file.stat().st_size} found")
+            raise InputError(f"{file}: damaged: {size} bytes expected, {file.stat().st_size} found")
         if _sha256(file) != sha256:
-            raise InputError(f"{file}: damaged checkpoint: its SHA-256 does not match the manifest")
+            raise InputError(f"{file}: damaged: its SHA-256 does not match the manifest")
 
 
 def find_checkpoint(run: str | Path) -> Path:

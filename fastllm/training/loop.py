@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import platform
 import shlex
+import shutil
 import signal
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,11 +22,11 @@ from ..data.tokenizer import Tokenizer
 from ..files import whole_folder, write_text
 from ..models import Transformer
 from ..version import __version__
-from .checkpoint import State, find_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import State, find_checkpoint, load_checkpoint, save_checkpoint, save_model, write_manifest
 from .clock import Clock, StopRequest
 from .config import RunConfig, TrainingConfig, read_run_config
 from .evaluate import evaluate
-from .measure import faster_dtype, matmul_flops
+from .measure import autocast, faster_dtype, matmul_flops
 from .optimizer import Optimizers
 from .progress import Display, Metrics, duration
 from .report import plot_loss, write_samples
@@ -31,6 +34,7 @@ from .schedule import lr_scale, progress
 from .step import train_step
 
 CONFIG = "config.toml"
+RUNS = Path("runs")
 
 
 class Diverged(RuntimeError):
@@ -102,6 +106,7 @@ class Run:
         self.peak = matmul_flops(self.device, self.state.dtype)
         self.flops_per_token = self.model.flops_per_token(self.config.model.context_length)
         environment = {
+            "step": self.state.step,
             "fastllm": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -113,8 +118,12 @@ class Run:
             "flops_per_token": self.flops_per_token,
             "parameters": self.model.num_parameters(),
         }
-        write_text(self.folder / "environment.json", json.dumps(environment, indent=1) + "\n")
+        with open(self.folder / "sessions.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(environment) + "\n")
         say = self.display.say
+        say(self.config.to_toml())
+        if self.state.step:
+            say(f"resuming after step {self.state.step}")
         say(self.dataset.describe())
         say(f"model: {self.model.num_parameters():,} parameters on {self.device}")
         if measured:
@@ -137,7 +146,7 @@ class Run:
             OSError: something cannot be written.
         """
         config, state = self.config.training, self.state
-        loss_function = torch.compile(self.model.loss) if config.compile else self.model.loss
+        loss_function = self._loss_function()
         self._clock = Clock(self.device, state.seconds)
         self._metrics = Metrics(self.folder, state.step)
         self._flushed = (state.tokens, state.seconds)
@@ -164,7 +173,7 @@ class Run:
                     if config.checkpoint_interval and state.step % config.checkpoint_interval == 0:
                         with self._clock.pause():
                             saved = self._save()
-                self._flush()
+                self._flush(last=True)
                 if not stop.signal and self._validation[0] != state.step:
                     self._evaluate()
             if saved is None or not saved.name.endswith(f"{state.step:08d}"):
@@ -182,11 +191,23 @@ class Run:
             validation_bits_per_byte=bits, xz_bits_per_byte=self.dataset.summary.xz_bits_per_byte, signal=stop.signal,
         )  # fmt: skip
 
+    def _loss_function(self) -> Callable:
+        """The model's loss, compiled where asked for: now, so that compiling is no training time."""
+        if not self.config.training.compile:
+            return self.model.loss
+        compiled = torch.compile(self.model.loss)
+        tokens, targets = self._batch(self.state.step)
+        rows = self.config.training.rows
+        with torch.random.fork_rng(), autocast(self.device, self.state.dtype):
+            compiled(tokens[:rows], targets[:rows]).backward()
+        self.model.zero_grad(set_to_none=True)
+        return compiled
+
     @property
     def _batch_tokens(self) -> int:
         return self.config.training.batch_size * self.config.model.context_length
 
-    def _flush(self) -> None:
+    def _flush(self, last: bool = False) -> None:
         """Write the steps since the last flush; the only place that reads losses back from the device."""
         if not self._pending:
             return
@@ -205,9 +226,9 @@ class Run:
             )  # fmt: skip
         self._metrics.write(lines)
         self._pending.clear()
-        self._show(sum(line["loss"] for line in lines) / len(lines), rate)
+        self._show(sum(line["loss"] for line in lines) / len(lines), rate, last)
 
-    def _show(self, loss: float, rate: float) -> None:
+    def _show(self, loss: float, rate: float, last: bool) -> None:
         config, state = self.config.training, self.state
         done = progress(config, state.step, state.seconds)
         left = state.seconds * (1 - done) / done if done > 0 else 0.0
@@ -220,7 +241,7 @@ class Run:
             f"MFU {self.flops_per_token * rate / self.peak:.1%}",
             f"ETA {duration(max(left, 0.0))}",
         ]
-        self.display.update(done, "  ".join(filter(None, parts)))
+        self.display.update(done, "  ".join(filter(None, parts)), force=last)
 
     def _evaluate(self) -> None:
         """On the whole validation split; the clock stands meanwhile."""
@@ -237,16 +258,18 @@ class Run:
         )  # fmt: skip
 
     def _save(self) -> Path:
+        self._flush()  # refuses to save what has diverged
         return save_checkpoint(
-            self.folder / "checkpoints", self.model, self.optimizers, self.state, self.config.training.keep_checkpoints
-        )
+            self.folder / "checkpoints", self.model, self.dataset.tokenizer, self.optimizers, self.state,
+            self.config.training.keep_checkpoints,
+        )  # fmt: skip
 
     def _finish(self) -> None:
         """The model's folder, the picture, the samples, and the result in words."""
         state, say = self.state, self.display.say
         with whole_folder(self.folder / "model") as folder:
-            self.model.save_pretrained(folder)
-            self.dataset.tokenizer.save(folder / "tokenizer.json")
+            save_model(folder, self.model, self.dataset.tokenizer)
+            write_manifest(folder)
         _, loss, bits = self._validation
         xz = self.dataset.summary.xz_bits_per_byte
         plot_loss(
@@ -262,39 +285,58 @@ class Run:
             f"{state.seconds:.1f} s of training, {state.tokens / max(state.seconds, 1e-9):,.0f} tok/s"
         )
         say(f"validation: {bits:.4f} bits per byte ({loss:.4f} nats per token)")
-        if xz is not None:
+        if xz is None:
+            say("xz -9 primed with the training text: not computed for so long a text")
+        else:
             say(f"xz -9 primed with the training text: {xz:.4f} bits per byte")
         say(f"in {self.folder}: model/, loss.png, samples.txt, metrics.jsonl, config.toml")
 
 
-def train(config: RunConfig, folder: str | Path, *, quiet: bool = False) -> Result:
-    """Train from scratch in ``folder``, which is made and must not hold a run yet.
+def train(config: RunConfig, folder: str | Path | None = None, *, quiet: bool = False) -> Result:
+    """Train from scratch in ``folder``, which is made and must not hold a run yet; None: the next free runs/NNNN.
 
     Raises:
         InputError: the settings, the text and the folder do not allow it; nothing has been trained then.
         Diverged: the loss is not finite any more.
         OSError: something cannot be written.
     """
-    folder = Path(folder)
-    if (folder / CONFIG).exists():
+    if folder is not None and (Path(folder) / "checkpoints").exists():
         raise InputError(f"{folder}: holds a run already; go on with --resume {folder}, or choose another --out")
     pick_device(config.training.device)
     tokenizer = Tokenizer.load(config.data.tokenizer) if config.data.tokenizer else None
     corpus = load_corpus(config.data)
-    display = Display(quiet)
-    folder.mkdir(parents=True, exist_ok=True)
-    dataset = prepare(corpus, folder / "data", vocab_size=config.model.vocab_size, tokenizer=tokenizer)
-    config = replace(
-        config,
-        model=replace(config.model, vocab_size=dataset.tokenizer.vocab_size),
-        training=config.training.with_budget(),
-    )
-    run = Run(config, folder, dataset, display, None)
-    # From here on the folder is a run.
-    write_text(folder / CONFIG, config.to_toml())
-    display.say(config.to_toml())
+    with _new_folder(folder) as folder:
+        dataset = prepare(corpus, folder / "data", vocab_size=config.model.vocab_size, tokenizer=tokenizer)
+        model = replace(config.model, vocab_size=dataset.tokenizer.vocab_size)
+        run = Run(replace(config, model=model), folder, dataset, Display(quiet), None)
+        # With this file the folder is a run.
+        write_text(folder / CONFIG, run.config.to_toml())
     run.describe()
     return run.train()
+
+
+def _next_run() -> Path:
+    numbers = [int(path.name) for path in RUNS.glob("[0-9]*") if path.name.isdigit()]
+    return RUNS / f"{max(numbers, default=0) + 1:04d}"
+
+
+@contextlib.contextmanager
+def _new_folder(name: str | Path | None) -> Iterator[Path]:
+    """Make the run's folder; if it was not there before and the block raises, remove it."""
+    folder = Path(name) if name is not None else _next_run()
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=name is not None)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{folder}: cannot write there: {error.strerror}") from error
+    try:
+        yield folder
+    except BaseException:
+        if made:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def resume(checkpoint: str | Path, changes: Mapping[str, object] | None = None, *, quiet: bool = False) -> Result:
@@ -308,14 +350,12 @@ def resume(checkpoint: str | Path, changes: Mapping[str, object] | None = None, 
         InputError: there is no whole checkpoint, or something of the run's folder does not fit it.
         Diverged, OSError: as for :func:`train`.
     """
-    path = find_checkpoint(checkpoint)
-    folder = path.parent.parent
+    path = find_checkpoint(checkpoint).resolve()
+    folder = path.parent.parent if path == Path(checkpoint).resolve() else Path(checkpoint)
     config = read_run_config(folder / CONFIG)
     if changes:
-        config = replace(config, training=build(TrainingConfig, changes, "fastllm train", config.training))
+        config = replace(config, training=build(TrainingConfig, changes, "command line", config.training))
     run = Run(config, folder, open_dataset(folder / "data"), Display(quiet), path)
     write_text(folder / CONFIG, run.config.to_toml())
-    run.display.say(run.config.to_toml())
-    run.display.say(f"resuming {path} after step {run.state.step}")
     run.describe()
     return run.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import time
@@ -11,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from ..files import write_text
+from ..files import naming, write_text
 
 # Seconds between plain lines where the output is not a terminal.
 LINE_INTERVAL = 5.0
@@ -45,15 +46,18 @@ class Metrics:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, lines: list[dict[str, Any]]) -> None:
-        self._file.write("".join(json.dumps(line) + "\n" for line in lines))
-        self._file.flush()
+        with naming(self._path):
+            self._file.write("".join(json.dumps(line) + "\n" for line in lines))
+            self._file.flush()
         if self._board is not None:
             for line in lines:
                 for key in line.keys() - {"step", "tokens", "seconds"}:
                     self._board.add_scalar(key, line[key], line["step"])
 
     def close(self) -> None:
-        self._file.close()
+        # After a failed write, closing tries again and fails again: the first error is the one to see.
+        with contextlib.suppress(OSError):
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

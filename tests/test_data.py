@@ -1,0 +1,411 @@
+"""Corpus, split, tokenizer, token files, batches."""
+
+import lzma
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastllm.config import InputError
+from fastllm.data import (
+    Batches,
+    Corpus,
+    DataConfig,
+    Tokenizer,
+    default_corpus,
+    evaluation_batches,
+    evaluation_windows,
+    load_corpus,
+    open_dataset,
+    open_token_file,
+    prepare,
+    read_corpus,
+    write_token_file,
+    xz_bits_per_byte,
+)
+from fastllm.data.batches import permute
+from fastllm.data.corpus import deduplicate, split
+from fastllm.data.tokenizer import PIECE
+
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "wizards",
+    "brew",
+    "strong",
+    "coffee",
+]
+
+
+def prose(paragraphs: int, seed: int = 0) -> str:
+    draw = np.random.default_rng(seed)
+    return "\n\n".join(" ".join(draw.choice(WORDS, draw.integers(5, 30))) + "." for _ in range(paragraphs))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([prose(50)], 300)
+
+
+# Corpus
+
+
+def test_default_corpus_is_every_topic_once_with_every_tenth_held_out():
+    from pydoc_data.topics import topics
+
+    corpus = default_corpus()
+    names = sorted(topics)
+    seen, documents = set(), []
+    for name in names:
+        kept = []
+        for paragraph in topics[name].split("\n\n"):
+            if paragraph.strip() and paragraph.strip() not in seen:
+                seen.add(paragraph.strip())
+                kept.append(paragraph)
+        documents.append("\n\n".join(kept))
+    assert corpus.validation == [d for i, d in enumerate(documents) if i % 10 == 9 and d]
+    assert corpus.train == [d for i, d in enumerate(documents) if i % 10 != 9 and d]
+
+
+def test_no_paragraph_of_the_training_text_is_held_out():
+    corpus = default_corpus()
+    train = {p.strip() for d in corpus.train for p in d.split("\n\n")}
+    assert not train & {p.strip() for d in corpus.validation for p in d.split("\n\n")}
+
+
+def test_deduplicate_compares_paragraphs_stripped_and_keeps_the_first():
+    documents, removed = deduplicate(["a\n\nb", "  a \n\nc\n\n\n\nc", "b"])
+    assert documents == ["a\n\nb", "c", ""]
+    assert removed == 3
+
+
+def test_a_document_left_empty_still_counts_for_the_split():
+    train, validation, _ = split([str(i) if i != 3 else "" for i in range(21)])
+    assert validation == ["9", "19"]
+    assert len(train) == 18
+
+
+def test_a_single_document_is_split_at_a_paragraph_near_its_last_tenth():
+    text = prose(200)
+    (head,), (tail,), _ = split([text])
+    assert head + "\n\n" + tail == text
+    assert 0.08 < len(tail) / len(text) < 0.12
+
+
+def test_without_paragraphs_the_split_is_at_a_line_and_without_lines_at_a_character():
+    (head,), (tail,), _ = split(["\n".join(WORDS * 3)])
+    assert head + "\n" + tail == "\n".join(WORDS * 3)
+    (head,), (tail,), _ = split(["x" * 100])
+    assert (len(head), len(tail)) == (90, 10)
+
+
+def test_folders_are_read_in_order_of_their_paths_and_say_what_they_pass_over(tmp_path):
+    for i in range(12):
+        (tmp_path / f"{i:02d}.txt").write_text(prose(3, i))
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "picture.png").write_bytes(b"\x89PNG\0\0")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / ".hidden").write_text("secret")
+    corpus = read_corpus([tmp_path])
+    assert corpus.validation == [prose(3, 9)]
+    assert corpus.train == [prose(3, i) for i in range(12) if i != 9]
+    assert "2 files passed over" in corpus.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "empty"),
+        (b" \n\n", "empty"),
+        (b"text\0more", "binary file.*offset 4"),
+        (b"caf\xe9 au lait", "not UTF-8.*offset 3"),
+        (None, "no such file"),
+    ],
+)
+def test_a_named_file_that_is_no_text_is_refused_by_name(tmp_path, content, message):
+    path = tmp_path / "given.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=f"given.txt: .*{message}"):
+        read_corpus([path])
+
+
+def test_a_folder_without_text_is_refused(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"\0")
+    with pytest.raises(InputError, match=r"no text file.*a\.bin"):
+        read_corpus([tmp_path])
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_text(tmp_path):
+    (tmp_path / "dos.txt").write_bytes(b"\xef\xbb\xbf" + prose(30).replace("\n", "\r\n").encode())
+    assert read_corpus([tmp_path / "dos.txt"]).train[0] in prose(30)
+
+
+def test_xz_line_is_what_the_validation_text_adds_to_the_compressed_training_text():
+    corpus = Corpus("c", [prose(40, 1), prose(40, 2)], [prose(20, 3), prose(3, 4)])
+    train = "".join(d + "\n" for d in corpus.train).encode()
+    both = train + "\n".join(corpus.validation).encode()
+    extra = len(lzma.compress(both, preset=9)) - len(lzma.compress(train, preset=9))
+    assert xz_bits_per_byte(corpus) == pytest.approx(8 * extra / (len(both) - len(train)))
+    assert 1.0 < xz_bits_per_byte(default_corpus()) < 2.5
+
+
+# Tokenizer
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=60))
+def test_any_text_survives_encoding_and_streaming(text):
+    tokenizer = _shared_tokenizer()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert "".join(tokenizer.stream(ids)) == text
+    assert tokenizer.end_of_text not in ids
+
+
+def _shared_tokenizer(cache=[]):  # noqa: B006, hypothesis takes no fixtures of module scope without a warning
+    if not cache:
+        cache.append(Tokenizer.train([prose(50)], 300))
+    return cache[0]
+
+
+def test_the_end_of_text_mark_in_a_text_is_just_text(tokenizer):
+    ids = tokenizer.encode("a<|endoftext|>b")
+    assert tokenizer.end_of_text not in ids
+    assert tokenizer.decode(ids) == "a<|endoftext|>b"
+
+
+def test_training_a_tokenizer_is_deterministic_and_other_text_gives_another():
+    corpus = default_corpus()
+    first, second = (Tokenizer.train(corpus.train, 1024).fingerprint for _ in range(2))
+    assert first == second
+    assert Tokenizer.train(corpus.train[1:], 1024).fingerprint != first
+
+
+def test_the_tokenizer_never_sees_the_validation_text(tmp_path):
+    a = prepare(Corpus("a", [prose(40)], [prose(4, 1)]), tmp_path / "a", vocab_size=400)
+    b = prepare(Corpus("b", [prose(40)], ["zyzzyva " * 500]), tmp_path / "b", vocab_size=400)
+    assert a.tokenizer.fingerprint == b.tokenizer.fingerprint
+
+
+def test_long_texts_are_encoded_in_pieces_to_the_same_tokens():
+    text = prose(1)
+    while len(text) < 2.5 * PIECE:
+        text += "\n\n\n" + prose(300, len(text)) + "\n\n    indented\n\nline\n"
+    tokenizer = _shared_tokenizer()
+    assert tokenizer.encode(text) == tokenizer._inner.encode(text).ids
+
+
+def test_a_saved_tokenizer_is_the_same_however_its_file_is_laid_out(tokenizer, tmp_path):
+    import json
+
+    tokenizer.save(tmp_path / "tokenizer.json")
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert loaded.fingerprint == tokenizer.fingerprint
+    definition = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    assert Tokenizer.load(tmp_path / "tokenizer.json").fingerprint == tokenizer.fingerprint
+
+
+def test_too_small_a_vocabulary_and_a_file_that_is_no_tokenizer_are_refused(tmp_path):
+    with pytest.raises(InputError, match="vocab_size: expected at least 257"):
+        Tokenizer.train(["a"], 256)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=r"tokenizer\.json: not a tokenizer"):
+        Tokenizer.load(tmp_path / "tokenizer.json")
+    with pytest.raises(InputError, match="No such file"):
+        Tokenizer.load(tmp_path / "none.json")
+
+
+# Token files
+
+
+def test_numpy_alone_can_read_a_token_file(tokenizer, tmp_path):
+    documents = [prose(3, 1), prose(2, 2)]
+    write_token_file(tmp_path / "t.bin", documents, tokenizer)
+    expected = [0]
+    for document in documents:
+        expected += [*tokenizer.encode(document), 0]
+    assert np.memmap(tmp_path / "t.bin", "<u2", mode="r", offset=256).tolist() == expected
+    opened = open_token_file(tmp_path / "t.bin", tokenizer)
+    assert (opened.documents, opened.bytes) == (2, sum(len(d.encode()) for d in documents))
+    assert opened.vocab_size == tokenizer.vocab_size
+    assert isinstance(opened.tokens, np.memmap)
+
+
+def test_vocabularies_beyond_16_bits_take_32(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "vocab_size", (1 << 16) + 1)
+    write_token_file(tmp_path / "t.bin", ["abc"], tokenizer)
+    assert open_token_file(tmp_path / "t.bin", tokenizer).tokens.dtype == np.dtype("<u4")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda b: b[:-1], "damaged token file: .* bytes expected"),
+        (lambda b: b + b"\0", "damaged token file: .* bytes expected"),
+        (lambda b: b[:300] + bytes([b[300] ^ 1]) + b[301:], "SHA-256"),
+        (lambda b: b[:100], "not a token file"),
+        (lambda b: b"GIF89a" + b[6:], "not a token file"),
+        (lambda b: b[:8] + b"\2" + b[9:], "version 2"),
+        (lambda b: b"", "not a token file"),
+    ],
+)
+def test_a_damaged_token_file_is_refused_by_name(tokenizer, tmp_path, damage, message):
+    path = tmp_path / "t.bin"
+    write_token_file(path, [prose(5)], tokenizer)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError, match=rf"t\.bin: .*{message}"):
+        open_token_file(path, tokenizer)
+
+
+def test_a_token_file_of_another_tokenizer_is_refused(tokenizer, tmp_path):
+    write_token_file(tmp_path / "t.bin", [prose(5)], tokenizer)
+    with pytest.raises(InputError, match=r"t\.bin: made with another tokenizer"):
+        open_token_file(tmp_path / "t.bin", Tokenizer.train([prose(50, 7)], 299))
+
+
+def test_a_failed_write_leaves_nothing_behind(tokenizer, tmp_path):
+    def documents():
+        yield prose(3)
+        raise RuntimeError
+
+    write_token_file(tmp_path / "t.bin", ["before"], tokenizer)
+    before = (tmp_path / "t.bin").read_bytes()
+    with pytest.raises(RuntimeError):
+        write_token_file(tmp_path / "t.bin", documents(), tokenizer)
+    assert (tmp_path / "t.bin").read_bytes() == before
+    assert os.listdir(tmp_path) == ["t.bin"]
+
+
+# Prepared folders
+
+
+def test_a_prepared_folder_is_used_again_for_the_same_text_and_made_anew_for_another(tmp_path):
+    corpus = Corpus("c", [prose(60)], [prose(6, 1)])
+    first = prepare(corpus, tmp_path, vocab_size=300)
+    stamp = (tmp_path / "train.bin").stat().st_mtime_ns
+    again = prepare(corpus, tmp_path, vocab_size=300)
+    assert (tmp_path / "train.bin").stat().st_mtime_ns == stamp
+    assert again.summary == first.summary
+    other = prepare(Corpus("c", [prose(61)], [prose(6, 1)]), tmp_path, vocab_size=300)
+    assert other.train.sha256 != first.train.sha256
+
+
+def test_a_damaged_prepared_folder_is_mended_by_prepare_and_refused_by_open(tmp_path):
+    corpus = Corpus("c", [prose(60)], [prose(6, 1)])
+    good = prepare(corpus, tmp_path, vocab_size=300)
+    content = (tmp_path / "validation.bin").read_bytes()
+    (tmp_path / "validation.bin").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"validation\.bin: damaged"):
+        open_dataset(tmp_path)
+    assert prepare(corpus, tmp_path, vocab_size=300).validation.sha256 == good.validation.sha256
+
+
+def test_swapped_tokens_and_a_swapped_tokenizer_are_refused(tmp_path):
+    a = prepare(Corpus("a", [prose(60)], [prose(6, 1)]), tmp_path / "a", vocab_size=300)
+    prepare(Corpus("b", [prose(60, 5)], [prose(6, 6)]), tmp_path / "b", vocab_size=290, tokenizer=a.tokenizer)
+    (tmp_path / "a" / "train.bin").write_bytes((tmp_path / "b" / "train.bin").read_bytes())
+    with pytest.raises(InputError, match=r"train\.bin: not the tokens"):
+        open_dataset(tmp_path / "a")
+    Tokenizer.train([prose(9, 9)], 280).save(tmp_path / "b" / "tokenizer.json")
+    with pytest.raises(InputError, match=r"train\.bin: made with another tokenizer"):
+        open_dataset(tmp_path / "b")
+
+
+def test_load_corpus_takes_the_configs_paths(tmp_path):
+    (tmp_path / "t.txt").write_text(prose(30) + "\n\n" + prose(30))
+    assert len(load_corpus(DataConfig(data=(str(tmp_path / "t.txt"),))).train[0]) < len(
+        load_corpus(DataConfig(data=(str(tmp_path / "t.txt"),), deduplicate=False)).train[0]
+    )
+    assert load_corpus(DataConfig()).name == "pydoc_data.topics"
+
+
+# Batches
+
+
+@pytest.fixture
+def tokens(tokenizer, tmp_path):
+    write_token_file(tmp_path / "t.bin", [prose(60)], tokenizer)
+    return open_token_file(tmp_path / "t.bin", tokenizer)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 65, 1000])
+def test_permute_is_a_permutation_element_by_element(size):
+    whole = permute(np.arange(size), size, key=3)
+    assert sorted(whole) == list(range(size))
+    assert [int(permute(np.array([i]), size, key=3)[0]) for i in range(size)] == whole.tolist()
+    if size > 60:
+        assert whole.tolist() != permute(np.arange(size), size, key=4).tolist()
+
+
+def test_every_epoch_visits_every_window_once_in_an_order_and_at_an_offset_of_its_own(tokens):
+    batches = Batches(tokens, context_length=16, batch_size=1, seed=0)
+    epochs = []
+    for epoch in range(3):
+        starts = np.concatenate([batches.starts(epoch * batches.windows + i) for i in range(batches.windows)])
+        assert len(set(starts // 16)) == batches.windows  # an offset below 16 shifts all alike
+        assert len(set(starts % 16)) == 1
+        assert starts.min() >= 0
+        assert starts.max() + 17 <= len(tokens)
+        epochs.append(tuple(starts))
+    assert len(set(epochs)) == 3
+
+
+def test_a_batch_is_a_pure_function_of_data_seed_and_step(tokens, tokenizer, tmp_path):
+    def at(step, seed=0, source=tokens):
+        return Batches(source, 16, 4, seed)(step)
+
+    batches = Batches(tokens, 16, 4, 0)
+    for step in (0, 7, 3, 1000000, 7):
+        for ours, fresh in zip(batches(step), at(step), strict=True):
+            assert torch.equal(ours, fresh)
+    assert not torch.equal(at(0)[0], at(1)[0])
+    assert not torch.equal(at(0)[0], at(0, seed=1)[0])
+    inputs, targets = at(5)
+    assert inputs.dtype == targets.dtype == torch.int64
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    state = torch.get_rng_state()
+    at(0)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_samples_do_not_depend_on_how_they_are_grouped(tokens):
+    small, large = Batches(tokens, 16, 2, 0), Batches(tokens, 16, 6, 0)
+    assert np.concatenate([small.starts(i) for i in range(30)]).tolist() == (
+        np.concatenate([large.starts(i) for i in range(10)]).tolist()
+    )
+
+
+def test_the_smallest_text_that_fits_is_taken_and_a_shorter_one_refused(tokens):
+    n = len(tokens)
+    inputs, _ = Batches(tokens, n - 1, 3, 0)(9)
+    assert inputs.tolist() == [tokens.tokens[:-1].tolist()] * 3
+    with pytest.raises(InputError, match=f"context_length: the training text has {n:,} tokens"):
+        Batches(tokens, n, 3, 0)
+
+
+@pytest.mark.parametrize("count", [2, 3, 17, 18, 33, 100, 1000])
+@pytest.mark.parametrize("stride", [1, 8, 16])
+def test_evaluation_scores_every_token_once_with_enough_context(count, stride):
+    scored = []
+    for inputs, targets in evaluation_batches(np.arange(count), 16, stride, batch_size=3):
+        counted = targets != -100
+        assert torch.equal(inputs[counted] + 1, targets[counted])
+        scored += targets[counted].tolist()
+    assert scored == list(range(1, count))
+    for window in evaluation_windows(count, 16, stride)[1:]:
+        assert window.length == 16
+        assert window.skip >= 16 - stride
