@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prose import WORDS, prose
 
 from fastllm.config import InputError
 from fastllm.data import (
@@ -29,29 +30,6 @@ from fastllm.data import (
 from fastllm.data.batches import permute
 from fastllm.data.corpus import deduplicate, split
 from fastllm.data.tokenizer import PIECE
-
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "while",
-    "seven",
-    "wizards",
-    "brew",
-    "strong",
-    "coffee",
-]
-
-
-def prose(paragraphs: int, seed: int = 0) -> str:
-    draw = np.random.default_rng(seed)
-    return "\n\n".join(" ".join(draw.choice(WORDS, draw.integers(5, 30))) + "." for _ in range(paragraphs))
 
 
 @pytest.fixture(scope="module")

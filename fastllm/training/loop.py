@@ -93,16 +93,16 @@ class Run:
         self.model.checkpoint_activations = training.checkpoint_activations
         self.config = replace(config, training=training)
         self._pending: list[tuple] = []
+        # Mean loss and tokens per second over the steps written last.
+        self._recent: tuple[float, float] | None = None
         # Step, loss and bits per byte of the last evaluation.
         self._validation: tuple[int | None, float | None, float | None] = (None, None, None)
 
     def describe(self) -> None:
         """Measure the device and say what will be trained, where and how."""
-        tokens, targets = self._batch(self.state.step)
-        rows = self.config.training.rows
         measured = {}
         if self.state.dtype == "auto":
-            self.state.dtype, measured = faster_dtype(self.model, (tokens[:rows], targets[:rows]))
+            self.state.dtype, measured = faster_dtype(self.model, self._sample())
         self.peak = matmul_flops(self.device, self.state.dtype)
         self.flops_per_token = self.model.flops_per_token(self.config.model.context_length)
         environment = {
@@ -134,9 +134,11 @@ class Run:
             f"{self.peak / 1e9:,.0f} GFLOP/s (matrix product measured here, {self.state.dtype})"
         )
 
-    def _batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens, targets = self.batches(step)
-        return tokens.to(self.device), targets.to(self.device)
+    def _sample(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A forward pass's worth of the next batch, for measuring and compiling."""
+        tokens, targets = self.batches(self.state.step)
+        rows = self.config.training.rows
+        return tokens[:rows].to(self.device), targets[:rows].to(self.device)
 
     def train(self) -> Result:
         """Step until the budget is spent or a signal comes; save; draw and sample at the end.
@@ -159,7 +161,7 @@ class Run:
                     # Dropout is a function of (seed, step): it needs no saved state, and nothing else can shift it.
                     torch.manual_seed(derive_seed(config.seed, "dropout", state.step))
                     loss, norm = train_step(
-                        loss_function, self.model, self.optimizers, self._batch(state.step),
+                        loss_function, self.model, self.optimizers, self.batches(state.step),
                         rows=config.rows, clip=config.clip, dtype=state.dtype,
                     )  # fmt: skip
                     state.step += 1
@@ -173,9 +175,10 @@ class Run:
                     if config.checkpoint_interval and state.step % config.checkpoint_interval == 0:
                         with self._clock.pause():
                             saved = self._save()
-                self._flush(last=True)
+                self._flush()
                 if not stop.signal and self._validation[0] != state.step:
                     self._evaluate()
+                self._show(force=True)
             if saved is None or not saved.name.endswith(f"{state.step:08d}"):
                 self._save()
         finally:
@@ -196,10 +199,8 @@ class Run:
         if not self.config.training.compile:
             return self.model.loss
         compiled = torch.compile(self.model.loss)
-        tokens, targets = self._batch(self.state.step)
-        rows = self.config.training.rows
         with torch.random.fork_rng(), autocast(self.device, self.state.dtype):
-            compiled(tokens[:rows], targets[:rows]).backward()
+            compiled(*self._sample()).backward()
         self.model.zero_grad(set_to_none=True)
         return compiled
 
@@ -207,7 +208,7 @@ class Run:
     def _batch_tokens(self) -> int:
         return self.config.training.batch_size * self.config.model.context_length
 
-    def _flush(self, last: bool = False) -> None:
+    def _flush(self) -> None:
         """Write the steps since the last flush; the only place that reads losses back from the device."""
         if not self._pending:
             return
@@ -226,9 +227,13 @@ class Run:
             )  # fmt: skip
         self._metrics.write(lines)
         self._pending.clear()
-        self._show(sum(line["loss"] for line in lines) / len(lines), rate, last)
+        self._recent = (sum(line["loss"] for line in lines) / len(lines), rate)
+        self._show()
 
-    def _show(self, loss: float, rate: float, last: bool) -> None:
+    def _show(self, force: bool = False) -> None:
+        if self._recent is None:
+            return
+        loss, rate = self._recent
         config, state = self.config.training, self.state
         done = progress(config, state.step, state.seconds)
         left = state.seconds * (1 - done) / done if done > 0 else 0.0
@@ -241,7 +246,7 @@ class Run:
             f"MFU {self.flops_per_token * rate / self.peak:.1%}",
             f"ETA {duration(max(left, 0.0))}",
         ]
-        self.display.update(done, "  ".join(filter(None, parts)), force=last)
+        self.display.update(done, "  ".join(filter(None, parts)), force=force)
 
     def _evaluate(self) -> None:
         """On the whole validation split; the clock stands meanwhile."""

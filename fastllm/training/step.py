@@ -23,7 +23,7 @@ def train_step(
     clip: float,
     dtype: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimiser step on ``batch``, ``rows`` sequences at a time.
+    """One optimiser step on ``batch`` (in host memory), ``rows`` sequences at a time.
 
     Each part counts by its number of targets, so loss and gradient are those of the whole batch, however it is cut.
 
@@ -31,13 +31,15 @@ def train_step(
         The batch's mean loss and the global norm of its gradient before clipping, on the device, not synchronised.
     """
     tokens, targets = batch
-    counts = (targets != IGNORE).sum(1)
-    total = counts.sum().clamp(min=1)
-    loss = torch.zeros((), device=tokens.device)
-    for first in range(0, len(tokens), rows):
-        part = slice(first, first + rows)
-        with autocast(tokens.device, dtype):
-            part_loss = loss_function(tokens[part], targets[part]) * (counts[part].sum() / total)
+    device = next(model.parameters()).device
+    total = int((targets != IGNORE).sum())
+    loss = torch.zeros((), device=device)
+    for part_tokens, part_targets in zip(tokens.split(rows), targets.split(rows), strict=True):
+        count = int((part_targets != IGNORE).sum())
+        if not count:
+            continue  # its mean would be 0 / 0
+        with autocast(device, dtype):
+            part_loss = loss_function(part_tokens.to(device), part_targets.to(device)) * (count / total)
         part_loss.backward()
         loss += part_loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else math.inf)
