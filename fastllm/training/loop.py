@@ -327,20 +327,20 @@ def _next_run() -> Path:
 
 @contextlib.contextmanager
 def _new_folder(name: str | Path | None) -> Iterator[Path]:
-    """Make the run's folder; if it was not there before and the block raises, remove it."""
+    """Make the run's folder; if the block raises, remove what was not there before."""
     folder = Path(name) if name is not None else _next_run()
-    made = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=name is not None)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"{folder}: cannot write there: {error.strerror}") from error
-    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=name is not None)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise InputError(f"{folder}: cannot write there: {error.strerror}") from error
         yield folder
     except BaseException:
         if made:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(made[-1], ignore_errors=True)
         raise
 
 
