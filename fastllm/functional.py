@@ -1,9 +1,19 @@
 """torch.nn.functional's names, on fused kernels. What is ours is keyword-only, after torch's own arguments."""
 
+from .ops.attention import attention
 from .ops.cross_entropy import cross_entropy
 from .ops.embedding import embedding
 from .ops.embedding_sum import embedding_sum
 from .ops.layer_norm import layer_norm
 from .ops.rms_norm import rms_norm
+from .ops.scaled_dot_product_attention import scaled_dot_product_attention
 
-__all__ = ["cross_entropy", "embedding", "embedding_sum", "layer_norm", "rms_norm"]
+__all__ = [
+    "attention",
+    "cross_entropy",
+    "embedding",
+    "embedding_sum",
+    "layer_norm",
+    "rms_norm",
+    "scaled_dot_product_attention",
+]

@@ -49,7 +49,7 @@ def copy(sample: Sample, dtype: torch.dtype | None = None, keep: int | None = No
         narrow = y[tuple(slice(0, 1) if s == 0 else slice(None) for s in y.stride())]
         if dtype is not None and x.is_floating_point():
             narrow = narrow.to(dtype)
-        if narrow.data_ptr() == x.data_ptr() or narrow.dtype == x.dtype:
+        if narrow.dtype == x.dtype:
             storage = x.untyped_storage()
             whole = torch.empty(0, dtype=x.dtype, device=x.device).set_(storage.clone())
             y = whole.as_strided(x.shape, x.stride(), x.storage_offset())

@@ -1,3 +1,3 @@
 """One module per op: reference, registration, gradient, function, Module, record. Importing them fills the registry."""
 
-from . import cross_entropy, embedding, embedding_sum, layer_norm, rms_norm  # noqa: F401
+from . import attention, cross_entropy, embedding, embedding_sum, layer_norm, rms_norm, scaled_dot_product_attention  # noqa: F401

@@ -1,0 +1,182 @@
+"""Attention forward, after FlashAttention-2 (Dao 2023): one program per tile of query rows, online softmax.
+
+    t = q k^T * scale [soft-capped, + ALiBi, + bias], masked;  p = softmax(t) [with the sink in its denominator]
+    out = dropout(p) v,  lse = log sum exp t
+
+Column tiles that every row of the tile sees run without a mask; those at the edges run in loops of their own. Rows
+that see nothing give 0 and lse = -inf. Accumulation is fp32; p is rounded to v's dtype for the second product.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._attention import LN2, Problem, column_range, kept, locate, scores
+
+
+@triton.jit
+def _forward_tiles(
+    acc, row_max, row_sum, q, k_ptr, v_ptr, begin, end, rows, n_rows, n_cols,
+    stride_kn, stride_kd, stride_vn, stride_vd, d, dv, dim, dim_v,
+    bias_ptr, stride_bm, stride_bn, slope, scale, softcap, unit, offset, left, right, seed, plane, threshold,
+    NATURAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    for start in range(begin, end, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        in_cols = cols < n_cols
+        wide = cols.to(tl.int64)
+        k = tl.load(
+            k_ptr + wide[None, :] * stride_kn + d[:, None] * stride_kd,
+            mask=in_cols[None, :] & (d < dim)[:, None], other=0.0,
+        )  # fmt: skip
+        t, _ = scores(
+            tl.dot(q, k, input_precision=PRECISION), rows[:, None], cols[None, :], n_rows, n_cols,
+            bias_ptr, stride_bm, stride_bn, slope, scale, softcap, offset, left, right,
+            NATURAL=NATURAL, SOFTCAP=SOFTCAP, ALIBI=ALIBI, BIAS=BIAS, LEFT=LEFT, RIGHT=RIGHT, MASKED=MASKED,
+        )  # fmt: skip
+        new_max = tl.maximum(row_max, tl.max(t, axis=1))
+        # A row that has seen nothing yet keeps -inf, and -inf - -inf would be NaN.
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        alpha = tl.exp2((row_max - shift) * unit)
+        p = tl.exp2((t - shift[:, None]) * unit) if EXACT else tl.exp2(t * unit - (shift * unit)[:, None])
+        row_sum = row_sum * alpha + tl.sum(p, axis=1)
+        row_max = new_max
+        if DROPOUT:
+            p = tl.where(kept(seed, plane, rows, start, threshold, BLOCK_N), p, 0.0)
+        v = tl.load(
+            v_ptr + wide[:, None] * stride_vn + dv[None, :] * stride_vd,
+            mask=in_cols[:, None] & (dv < dim_v)[None, :], other=0.0,
+        )  # fmt: skip
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def _attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, max_ptr, log2_ptr, sinks_ptr,
+    stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd, stride_ob, stride_oh, stride_om, stride_od,
+    stride_sb, stride_sh, cu_q_ptr, cu_k_ptr,
+    bias_ptr, stride_bb, stride_bh, stride_bm, stride_bn, slopes_ptr, stride_ab, stride_ah,
+    scale, softcap, unit, left, right, seed_ptr, threshold, keep_scale,
+    n_programs, n_tiles, n_seqs, heads, group, length_q, length_k, dim, dim_v,
+    PACKED: tl.constexpr, NATURAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
+    SINKS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    head = program // n_programs
+    program = program % n_programs
+    b, tile, start_q, n_rows, start_k, n_cols = locate(
+        program, cu_q_ptr, cu_k_ptr, n_tiles, length_q, length_k, n_seqs, BLOCK=BLOCK_M, PACKED=PACKED
+    )
+    if RIGHT:
+        # The last rows see the most columns: they start first, so that the short programs fill the end.
+        tile = tl.cdiv(n_rows, BLOCK_M) - 1 - tile
+    if tile >= 0 and tile * BLOCK_M < n_rows:
+        first = tile * BLOCK_M
+        last = tl.minimum(first + BLOCK_M, n_rows) - 1
+        rows = first + tl.arange(0, BLOCK_M)
+        in_rows = rows < n_rows
+        d = tl.arange(0, BLOCK_D).to(tl.int64)
+        dv = tl.arange(0, BLOCK_DV).to(tl.int64)
+        b = b.to(tl.int64)
+        head = head.to(tl.int64)
+        head_kv = head // group
+        at_rows = start_q + rows.to(tl.int64)
+        q = tl.load(
+            q_ptr + b * stride_qb + head * stride_qh + at_rows[:, None] * stride_qm + d[None, :] * stride_qd,
+            mask=in_rows[:, None] & (d < dim)[None, :], other=0.0,
+        )  # fmt: skip
+        k_ptr += b * stride_kb + head_kv * stride_kh + start_k * stride_kn
+        v_ptr += b * stride_vb + head_kv * stride_vh + start_k * stride_vn
+        if BIAS > 0:
+            bias_ptr += b * stride_bb + head * stride_bh
+        slope = tl.load(slopes_ptr + b * stride_ab + head * stride_ah).to(tl.float32) if ALIBI else 0.0
+        seed = tl.load(seed_ptr) if DROPOUT else 0
+        plane = b * heads + head
+        offset = n_cols - n_rows if BOTTOM_RIGHT else 0
+        acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+        row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        row_sum = tl.zeros((BLOCK_M,), tl.float32)
+        if SINKS:
+            # The sink is a column without a value: the running sum starts with it.
+            row_max = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sinks_ptr + head).to(tl.float32)
+            row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
+        begin, full_begin, full_end, end = column_range(
+            first, last, n_cols, offset, left, right, BLOCK_N=BLOCK_N, LEFT=LEFT, RIGHT=RIGHT
+        )
+        for phase in tl.static_range(3):
+            if phase == 0:
+                low, high = begin, full_begin
+            elif phase == 1:
+                low, high = full_begin, full_end
+            else:
+                low, high = full_end, end
+            if phase > 0 or LEFT:
+                acc, row_max, row_sum = _forward_tiles(
+                    acc, row_max, row_sum, q, k_ptr, v_ptr, low, high, rows, n_rows, n_cols,
+                    stride_kn, stride_kd, stride_vn, stride_vd, d, dv, dim, dim_v,
+                    bias_ptr, stride_bm, stride_bn, slope, scale, softcap, unit, offset, left, right,
+                    seed, plane, threshold,
+                    NATURAL=NATURAL, SOFTCAP=SOFTCAP, ALIBI=ALIBI, BIAS=BIAS, LEFT=LEFT, RIGHT=RIGHT,
+                    DROPOUT=DROPOUT, PRECISION=PRECISION, EXACT=EXACT, MASKED=phase != 1, BLOCK_N=BLOCK_N,
+                )  # fmt: skip
+        empty = row_max == float("-inf")
+        row_max = tl.where(empty, 0.0, row_max)
+        row_sum = tl.where(empty, 1.0, row_sum)
+        row_log2 = tl.log2(row_sum)
+        acc = acc / row_sum[:, None]
+        if DROPOUT:
+            acc *= keep_scale
+        at_stats = b * stride_sb + head * stride_sh + at_rows
+        # A logit near the least float32 must not pass through log2 units, where it would overflow.
+        lse = row_max + row_log2 * LN2 if NATURAL else (row_max * unit + row_log2) * LN2
+        tl.store(lse_ptr + at_stats, tl.where(empty, float("-inf"), lse), mask=in_rows)
+        tl.store(max_ptr + at_stats, row_max, mask=in_rows)
+        tl.store(log2_ptr + at_stats, tl.where(empty, float("inf"), row_log2), mask=in_rows)
+        tl.store(
+            out_ptr + b * stride_ob + head * stride_oh + at_rows[:, None] * stride_om + dv[None, :] * stride_od,
+            acc.to(out_ptr.dtype.element_ty), mask=in_rows[:, None] & (dv < dim_v)[None, :],
+        )  # fmt: skip
+
+
+def forward_tile(dim: int, dtype: torch.dtype) -> dict:
+    """Tile sizes of the forward by the padded head dim. Chosen from compiled registers (sm_90), not yet timed."""
+    if dtype == torch.float32:
+        return dict(BLOCK_M=64, BLOCK_N=32 if dim > 64 else 64, num_warps=4 if dim <= 64 else 8, num_stages=2)
+    if dim <= 64:
+        return dict(BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=3)
+    if dim <= 128:
+        return dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3)
+    return dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2)
+
+
+def attention_fwd(q, k, v, bias, sinks, alibi_slopes, seed, cu_q, cu_k, scale, softcap, left, right, bottom_right,
+                  dropout_p, out):  # fmt: skip
+    """Fills ``out``; returns lse, and the statistics for the backward: (2, *lse.shape), row maxima and log2 of sums."""
+    problem = Problem(
+        q, k, v, bias, sinks, alibi_slopes, seed, cu_q, cu_k, scale, softcap, left, right, bottom_right, dropout_p
+    )
+    lse = q.new_empty(problem.stats_shape(), dtype=torch.float32)
+    stats = q.new_empty((2, *problem.stats_shape()), dtype=torch.float32)
+    if lse.numel() == 0:
+        return lse, stats
+    if problem.packed:
+        # Rows past the last sequence have no program; they count as rows that see nothing.
+        lse.fill_(-torch.inf)
+        stats[0].zero_()
+        stats[1].fill_(torch.inf)
+    tile = problem.fit(forward_tile(max(problem.blocks.values()), q.dtype), "BLOCK_M", problem.rows)
+    n_tiles, programs = problem.tiles(tile["BLOCK_M"], problem.rows)
+    _attention_fwd_kernel[(programs * problem.heads,)](
+        q, k, v, out, lse, stats[0], stats[1], q if sinks is None else sinks,
+        *(s for x in (q, k, v, out) for s in problem.strides(x)), *problem.stat_strides(), *problem.cu,
+        *problem.bias_args(), *problem.slope_args(), *problem.feature_args(), problem.keep_scale,
+        programs, n_tiles, problem.batch, problem.heads, problem.group, problem.rows, problem.cols,
+        problem.dim, problem.dim_v, SINKS=sinks is not None, **problem.flags, **problem.blocks, **tile,
+    )  # fmt: skip
+    return lse, stats

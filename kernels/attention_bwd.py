@@ -1,0 +1,366 @@
+"""Attention backward, after FlashAttention-2 (Dao 2023, algorithm 2), without atomics.
+
+    p = softmax(t),  dp = dropout(dout v^T),  ds = p * (dp - delta),  delta = sum(dout * out) - dlse
+    dt = ds * (1 - tanh^2) if soft-capped;  dq = scale dt k,  dk = scale dt^T q,  dv = dropout(p)^T dout
+    dbias = ds summed over the bias's broadcast dimensions,  dsink = -sum over rows of exp(sink - lse) * delta
+
+Scores are recomputed: by one program per tile of keys for dk and dv, which walks the query heads of its group, so
+that grouped gradients need no second pass; and by one per tile of queries for dq. A bias's gradient is a third pass.
+Every sum has a fixed order, so results repeat bit for bit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._attention import LOG2E, Problem, column_range, kept, locate, probabilities, row_range, scores
+from .attention_dbias import attention_dbias
+
+
+@triton.jit
+def _delta_kernel(
+    out_ptr, dout_ptr, dlse_ptr, log2_ptr, delta_ptr,
+    stride_ob, stride_oh, stride_om, stride_od, stride_gb, stride_gh, stride_gm, stride_gd,
+    stride_lb, stride_lh, stride_lm, stride_sb, stride_sh, n_tiles, heads, n_rows, dim_v,
+    HAS_DLSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    rows = (program % n_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    plane = (program // n_tiles).to(tl.int64)
+    b, head = plane // heads, plane % heads
+    in_rows = rows < n_rows
+    dv = tl.arange(0, BLOCK_DV).to(tl.int64)
+    mask = in_rows[:, None] & (dv < dim_v)[None, :]
+    out = tl.load(
+        out_ptr + b * stride_ob + head * stride_oh + rows[:, None] * stride_om + dv[None, :] * stride_od,
+        mask=mask, other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    dout = tl.load(
+        dout_ptr + b * stride_gb + head * stride_gh + rows[:, None] * stride_gm + dv[None, :] * stride_gd,
+        mask=mask, other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    delta = tl.sum(out * dout, axis=1)
+    if HAS_DLSE:
+        delta -= tl.load(
+            dlse_ptr + b * stride_lb + head * stride_lh + rows * stride_lm, mask=in_rows, other=0.0
+        ).to(tl.float32)  # fmt: skip
+    at = b * stride_sb + head * stride_sh + rows
+    row_log2 = tl.load(log2_ptr + at, mask=in_rows, other=0.0)
+    # Rows that saw nothing have no gradient, whatever came in for them.
+    tl.store(delta_ptr + at, tl.where(row_log2 == float("inf"), 0.0, delta), mask=in_rows)
+
+
+@triton.jit
+def _dkdv_tiles(
+    dk, dv, k, v, q_ptr, dout_ptr, max_ptr, log2_ptr, delta_ptr, begin, end, cols, first_col, n_rows, n_cols,
+    stride_qm, stride_qd, stride_gm, stride_gd, d, e, dim, dim_v,
+    bias_ptr, stride_bm, stride_bn, slope, scale, softcap, unit, offset, left, right, seed, plane, threshold,
+    keep_scale,
+    NATURAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    MASKED: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # Everything is transposed, (keys, queries): both products then take their left operand from registers.
+    for start in range(begin, end, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        in_rows = rows < n_rows
+        wide = rows.to(tl.int64)
+        q = tl.load(
+            q_ptr + wide[:, None] * stride_qm + d[None, :] * stride_qd,
+            mask=in_rows[:, None] & (d < dim)[None, :], other=0.0,
+        )  # fmt: skip
+        t, slack = scores(
+            tl.dot(k, tl.trans(q), input_precision=PRECISION), rows[None, :], cols[:, None], n_rows, n_cols,
+            bias_ptr, stride_bm, stride_bn, slope, scale, softcap, offset, left, right,
+            NATURAL=NATURAL, SOFTCAP=SOFTCAP, ALIBI=ALIBI, BIAS=BIAS, LEFT=LEFT, RIGHT=RIGHT, MASKED=MASKED,
+        )  # fmt: skip
+        row_max = tl.load(max_ptr + rows, mask=in_rows, other=0.0)
+        row_log2 = tl.load(log2_ptr + rows, mask=in_rows, other=float("inf"))
+        p = probabilities(t, row_max[None, :], row_log2[None, :], unit, EXACT=EXACT)
+        dout = tl.load(
+            dout_ptr + wide[:, None] * stride_gm + e[None, :] * stride_gd,
+            mask=in_rows[:, None] & (e < dim_v)[None, :], other=0.0,
+        )  # fmt: skip
+        if DROPOUT:
+            keep = tl.trans(kept(seed, plane, rows, first_col, threshold, BLOCK_N))
+        if NEED_DV:
+            dropped = tl.where(keep, p * keep_scale, 0.0) if DROPOUT else p
+            dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        if NEED_DK:
+            delta = tl.load(delta_ptr + rows, mask=in_rows, other=0.0)
+            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+            if DROPOUT:
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+            dt = p * (dp - delta[None, :]) * slack
+            dk = tl.dot(dt.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def _attention_bwd_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, dk_ptr, dv_ptr, max_ptr, log2_ptr, delta_ptr,
+    stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd, stride_gb, stride_gh, stride_gm, stride_gd,
+    stride_xb, stride_xh, stride_xn, stride_xd, stride_yb, stride_yh, stride_yn, stride_yd,
+    stride_sb, stride_sh, cu_q_ptr, cu_k_ptr,
+    bias_ptr, stride_bb, stride_bh, stride_bm, stride_bn, slopes_ptr, stride_ab, stride_ah,
+    scale, softcap, unit, left, right, seed_ptr, threshold, keep_scale,
+    n_programs, n_tiles, n_seqs, heads, group, length_q, length_k, dim, dim_v,
+    PACKED: tl.constexpr, NATURAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    head_kv = (program // n_programs).to(tl.int64)
+    b, tile, start_k, n_cols, start_q, n_rows = locate(
+        program % n_programs, cu_k_ptr, cu_q_ptr, n_tiles, length_k, length_q, n_seqs, BLOCK=BLOCK_N, PACKED=PACKED
+    )
+    if tile * BLOCK_N < n_cols:
+        first = tile * BLOCK_N
+        cols = first + tl.arange(0, BLOCK_N)
+        in_cols = cols < n_cols
+        d = tl.arange(0, BLOCK_D).to(tl.int64)
+        e = tl.arange(0, BLOCK_DV).to(tl.int64)
+        b = b.to(tl.int64)
+        at_cols = start_k + cols.to(tl.int64)
+        in_k = in_cols[:, None] & (d < dim)[None, :]
+        in_v = in_cols[:, None] & (e < dim_v)[None, :]
+        k = tl.load(
+            k_ptr + b * stride_kb + head_kv * stride_kh + at_cols[:, None] * stride_kn + d[None, :] * stride_kd,
+            mask=in_k, other=0.0,
+        )  # fmt: skip
+        v = tl.load(
+            v_ptr + b * stride_vb + head_kv * stride_vh + at_cols[:, None] * stride_vn + e[None, :] * stride_vd,
+            mask=in_v, other=0.0,
+        )  # fmt: skip
+        seed = tl.load(seed_ptr) if DROPOUT else 0
+        offset = n_cols - n_rows if BOTTOM_RIGHT else 0
+        begin, full_begin, full_end, end = row_range(
+            first, first + BLOCK_N - 1, n_rows, n_cols, offset, left, right, BLOCK_M=BLOCK_M, LEFT=LEFT, RIGHT=RIGHT
+        )
+        dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
+        for member in range(0, group):
+            head = head_kv * group + member
+            at_stats = b * stride_sb + head * stride_sh + start_q
+            slope = tl.load(slopes_ptr + b * stride_ab + head * stride_ah).to(tl.float32) if ALIBI else 0.0
+            for phase in tl.static_range(3):
+                if phase == 0:
+                    low, high = begin, full_begin
+                elif phase == 1:
+                    low, high = full_begin, full_end
+                else:
+                    low, high = full_end, end
+                dk, dv = _dkdv_tiles(
+                    dk, dv, k, v, q_ptr + b * stride_qb + head * stride_qh + start_q * stride_qm,
+                    dout_ptr + b * stride_gb + head * stride_gh + start_q * stride_gm,
+                    max_ptr + at_stats, log2_ptr + at_stats, delta_ptr + at_stats,
+                    low, high, cols, first, n_rows, n_cols,
+                    stride_qm, stride_qd, stride_gm, stride_gd, d, e, dim, dim_v,
+                    bias_ptr + b * stride_bb + head * stride_bh, stride_bm, stride_bn, slope,
+                    scale, softcap, unit, offset, left, right, seed, b * heads + head, threshold, keep_scale,
+                    NATURAL=NATURAL, SOFTCAP=SOFTCAP, ALIBI=ALIBI, BIAS=BIAS, LEFT=LEFT, RIGHT=RIGHT,
+                    DROPOUT=DROPOUT, PRECISION=PRECISION, EXACT=EXACT, MASKED=phase != 1,
+                    NEED_DK=NEED_DK, NEED_DV=NEED_DV, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+                )  # fmt: skip
+        if NEED_DK:
+            tl.store(
+                dk_ptr + b * stride_xb + head_kv * stride_xh + at_cols[:, None] * stride_xn + d[None, :] * stride_xd,
+                (dk * scale).to(dk_ptr.dtype.element_ty), mask=in_k,
+            )  # fmt: skip
+        if NEED_DV:
+            tl.store(
+                dv_ptr + b * stride_yb + head_kv * stride_yh + at_cols[:, None] * stride_yn + e[None, :] * stride_yd,
+                dv.to(dv_ptr.dtype.element_ty), mask=in_v,
+            )  # fmt: skip
+
+
+@triton.jit
+def _dq_tiles(
+    dq, q, dout, row_max, row_log2, delta, k_ptr, v_ptr, begin, end, rows, n_rows, n_cols,
+    stride_kn, stride_kd, stride_vn, stride_vd, d, e, dim, dim_v,
+    bias_ptr, stride_bm, stride_bn, slope, scale, softcap, unit, offset, left, right, seed, plane, threshold,
+    keep_scale,
+    NATURAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    for start in range(begin, end, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        in_cols = cols < n_cols
+        wide = cols.to(tl.int64)
+        k = tl.load(
+            k_ptr + wide[:, None] * stride_kn + d[None, :] * stride_kd,
+            mask=in_cols[:, None] & (d < dim)[None, :], other=0.0,
+        )  # fmt: skip
+        v = tl.load(
+            v_ptr + wide[:, None] * stride_vn + e[None, :] * stride_vd,
+            mask=in_cols[:, None] & (e < dim_v)[None, :], other=0.0,
+        )  # fmt: skip
+        t, slack = scores(
+            tl.dot(q, tl.trans(k), input_precision=PRECISION), rows[:, None], cols[None, :], n_rows, n_cols,
+            bias_ptr, stride_bm, stride_bn, slope, scale, softcap, offset, left, right,
+            NATURAL=NATURAL, SOFTCAP=SOFTCAP, ALIBI=ALIBI, BIAS=BIAS, LEFT=LEFT, RIGHT=RIGHT, MASKED=MASKED,
+        )  # fmt: skip
+        p = probabilities(t, row_max[:, None], row_log2[:, None], unit, EXACT=EXACT)
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        if DROPOUT:
+            dp = tl.where(kept(seed, plane, rows, start, threshold, BLOCK_N), dp * keep_scale, 0.0)
+        dt = p * (dp - delta[:, None]) * slack
+        dq = tl.dot(dt.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit
+def _attention_bwd_dq_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, dq_ptr, max_ptr, log2_ptr, delta_ptr,
+    stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd, stride_gb, stride_gh, stride_gm, stride_gd,
+    stride_xb, stride_xh, stride_xm, stride_xd,
+    stride_sb, stride_sh, cu_q_ptr, cu_k_ptr,
+    bias_ptr, stride_bb, stride_bh, stride_bm, stride_bn, slopes_ptr, stride_ab, stride_ah,
+    scale, softcap, unit, left, right, seed_ptr, threshold, keep_scale,
+    n_programs, n_tiles, n_seqs, heads, group, length_q, length_k, dim, dim_v,
+    PACKED: tl.constexpr, NATURAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    head = (program // n_programs).to(tl.int64)
+    b, tile, start_q, n_rows, start_k, n_cols = locate(
+        program % n_programs, cu_q_ptr, cu_k_ptr, n_tiles, length_q, length_k, n_seqs, BLOCK=BLOCK_M, PACKED=PACKED
+    )
+    if RIGHT:
+        tile = tl.cdiv(n_rows, BLOCK_M) - 1 - tile
+    if tile >= 0 and tile * BLOCK_M < n_rows:
+        first = tile * BLOCK_M
+        last = tl.minimum(first + BLOCK_M, n_rows) - 1
+        rows = first + tl.arange(0, BLOCK_M)
+        in_rows = rows < n_rows
+        d = tl.arange(0, BLOCK_D).to(tl.int64)
+        e = tl.arange(0, BLOCK_DV).to(tl.int64)
+        b = b.to(tl.int64)
+        head_kv = head // group
+        at_rows = start_q + rows.to(tl.int64)
+        in_q = in_rows[:, None] & (d < dim)[None, :]
+        q = tl.load(
+            q_ptr + b * stride_qb + head * stride_qh + at_rows[:, None] * stride_qm + d[None, :] * stride_qd,
+            mask=in_q, other=0.0,
+        )  # fmt: skip
+        dout = tl.load(
+            dout_ptr + b * stride_gb + head * stride_gh + at_rows[:, None] * stride_gm + e[None, :] * stride_gd,
+            mask=in_rows[:, None] & (e < dim_v)[None, :], other=0.0,
+        )  # fmt: skip
+        at_stats = b * stride_sb + head * stride_sh + at_rows
+        row_max = tl.load(max_ptr + at_stats, mask=in_rows, other=0.0)
+        row_log2 = tl.load(log2_ptr + at_stats, mask=in_rows, other=float("inf"))
+        delta = tl.load(delta_ptr + at_stats, mask=in_rows, other=0.0)
+        slope = tl.load(slopes_ptr + b * stride_ab + head * stride_ah).to(tl.float32) if ALIBI else 0.0
+        seed = tl.load(seed_ptr) if DROPOUT else 0
+        offset = n_cols - n_rows if BOTTOM_RIGHT else 0
+        begin, full_begin, full_end, end = column_range(
+            first, last, n_cols, offset, left, right, BLOCK_N=BLOCK_N, LEFT=LEFT, RIGHT=RIGHT
+        )
+        dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        for phase in tl.static_range(3):
+            if phase == 0:
+                low, high = begin, full_begin
+            elif phase == 1:
+                low, high = full_begin, full_end
+            else:
+                low, high = full_end, end
+            if phase > 0 or LEFT:
+                dq = _dq_tiles(
+                    dq, q, dout, row_max, row_log2, delta,
+                    k_ptr + b * stride_kb + head_kv * stride_kh + start_k * stride_kn,
+                    v_ptr + b * stride_vb + head_kv * stride_vh + start_k * stride_vn,
+                    low, high, rows, n_rows, n_cols,
+                    stride_kn, stride_kd, stride_vn, stride_vd, d, e, dim, dim_v,
+                    bias_ptr + b * stride_bb + head * stride_bh, stride_bm, stride_bn, slope,
+                    scale, softcap, unit, offset, left, right, seed, b * heads + head, threshold, keep_scale,
+                    NATURAL=NATURAL, SOFTCAP=SOFTCAP, ALIBI=ALIBI, BIAS=BIAS, LEFT=LEFT, RIGHT=RIGHT,
+                    DROPOUT=DROPOUT, PRECISION=PRECISION, EXACT=EXACT, MASKED=phase != 1, BLOCK_N=BLOCK_N,
+                )  # fmt: skip
+        tl.store(
+            dq_ptr + b * stride_xb + head * stride_xh + at_rows[:, None] * stride_xm + d[None, :] * stride_xd,
+            (dq * scale).to(dq_ptr.dtype.element_ty), mask=in_q,
+        )  # fmt: skip
+
+
+def dkdv_tile(dim: int, dtype: torch.dtype) -> dict:
+    """Tile sizes for dk and dv by the padded head dim. Chosen from compiled registers (sm_90), not yet timed."""
+    if dtype == torch.float32:
+        return dict(BLOCK_M=32, BLOCK_N=32 if dim > 64 else 64, num_warps=4 if dim <= 64 else 8, num_stages=1)
+    if dim <= 64:
+        return dict(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=2)
+    if dim <= 128:
+        return dict(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=2)
+    return dict(BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=1)
+
+
+def dq_tile(dim: int, dtype: torch.dtype) -> dict:
+    """Tile sizes for dq, as :func:`dkdv_tile`."""
+    if dtype == torch.float32:
+        return dict(BLOCK_M=32 if dim > 64 else 64, BLOCK_N=32, num_warps=4 if dim <= 64 else 8, num_stages=1)
+    if dim <= 128:
+        return dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2)
+    return dict(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2)
+
+
+def attention_bwd(dout, dlse, q, k, v, out, stats, bias, sinks, alibi_slopes, seed, cu_q, cu_k, scale, softcap, left,
+                  right, bottom_right, dropout_p, grads):  # fmt: skip
+    """Fills ``grads`` = (dq, dk, dv), each shaped as its input or None; returns (dbias, dsinks) or Nones.
+
+    ``dlse`` is the gradient of lse or None; ``grads`` ends with two flags, whether dbias and dsinks are wanted.
+    """
+    dq, dk, dv, need_dbias, need_dsinks = grads
+    problem = Problem(
+        q, k, v, bias, sinks, alibi_slopes, seed, cu_q, cu_k, scale, softcap, left, right, bottom_right, dropout_p
+    )
+    delta = q.new_empty(problem.stats_shape(), dtype=torch.float32)
+    if delta.numel() > 0:
+        block_m = max(1, min(64, 4096 // problem.blocks["BLOCK_DV"]))
+        n_tiles = triton.cdiv(problem.rows, block_m)
+        planes = delta.numel() // problem.rows
+        dlse_strides = (0, 0, 0) if dlse is None else ((0, *dlse.stride()) if problem.packed else dlse.stride())
+        _delta_kernel[(n_tiles * planes,)](
+            out, dout, delta if dlse is None else dlse, stats[1], delta,
+            *problem.strides(out), *problem.strides(dout), *dlse_strides, *problem.stat_strides(),
+            n_tiles, problem.heads, problem.rows, problem.dim_v,
+            HAS_DLSE=dlse is not None, BLOCK_M=block_m, BLOCK_DV=problem.blocks["BLOCK_DV"], num_warps=4,
+        )  # fmt: skip
+    dim = max(problem.blocks.values())
+    tail = (
+        *problem.bias_args(), *problem.slope_args(), *problem.feature_args(), problem.keep_scale,
+    )  # fmt: skip
+    sizes = (
+        problem.batch, problem.heads, problem.group, problem.rows, problem.cols, problem.dim, problem.dim_v,
+    )  # fmt: skip
+    inputs = (q, k, v, dout)
+    if (dk is not None or dv is not None) and k.numel() + v.numel() > 0:
+        tile = problem.fit(dkdv_tile(dim, q.dtype), "BLOCK_N", problem.cols)
+        n_tiles, programs = problem.tiles(tile["BLOCK_N"], problem.cols)
+        dk_or_k, dv_or_v = (k if dk is None else dk), (v if dv is None else dv)
+        _attention_bwd_dkdv_kernel[(programs * problem.heads_kv,)](
+            *inputs, dk_or_k, dv_or_v, stats[0], stats[1], delta,
+            *(s for x in (*inputs, dk_or_k, dv_or_v) for s in problem.strides(x)), *problem.stat_strides(),
+            *problem.cu, *tail, programs, n_tiles, *sizes,
+            NEED_DK=dk is not None, NEED_DV=dv is not None, **problem.flags, **problem.blocks, **tile,
+        )  # fmt: skip
+    if dq is not None and q.numel() > 0:
+        tile = problem.fit(dq_tile(dim, q.dtype), "BLOCK_M", problem.rows)
+        n_tiles, programs = problem.tiles(tile["BLOCK_M"], problem.rows)
+        _attention_bwd_dq_kernel[(programs * problem.heads,)](
+            *inputs, dq, stats[0], stats[1], delta,
+            *(s for x in (*inputs, dq) for s in problem.strides(x)), *problem.stat_strides(),
+            *problem.cu, *tail, programs, n_tiles, *sizes, **problem.flags, **problem.blocks, **tile,
+        )  # fmt: skip
+    dbias = attention_dbias(problem, dout, stats, delta) if need_dbias else None
+    dsinks = None
+    if need_dsinks:
+        p_sink = torch.exp2((sinks.float().view(-1, 1) - stats[0]) * LOG2E.value - stats[1])
+        dsinks = -(p_sink * delta).sum(-1 if problem.packed else (0, -1)).to(sinks.dtype)
+    return dbias, dsinks

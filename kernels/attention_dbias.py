@@ -1,0 +1,147 @@
+"""The gradient of attention's additive bias: ds summed over the dimensions along which the bias is broadcast.
+
+A program owns one tile of the bias and walks, in a fixed order, every batch, head, row and column that shares it; so
+nothing of the size S x S exists but the gradient itself, and no atomics are needed.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._attention import kept, probabilities, scores
+
+
+@triton.jit
+def _attention_dbias_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, dbias_ptr, max_ptr, log2_ptr, delta_ptr,
+    stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd, stride_gb, stride_gh, stride_gm, stride_gd,
+    stride_sb, stride_sh, cu_q_ptr, cu_k_ptr,
+    bias_ptr, stride_bb, stride_bh, stride_bm, stride_bn, slopes_ptr, stride_ab, stride_ah,
+    scale, softcap, unit, left, right, seed_ptr, threshold, keep_scale,
+    batch, heads, group, length_q, length_k, dim, dim_v, bias_heads, bias_rows, bias_cols, row_tiles, col_tiles,
+    ALL_BATCHES: tl.constexpr, ALL_HEADS: tl.constexpr, ALL_ROWS: tl.constexpr, ALL_COLS: tl.constexpr,
+    PACKED: tl.constexpr, NATURAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    col_tile = program % col_tiles
+    row_tile = (program // col_tiles) % row_tiles
+    plane = (program // (col_tiles * row_tiles)).to(tl.int64)
+    bias_b, bias_head = plane // bias_heads, plane % bias_heads
+    d = tl.arange(0, BLOCK_D).to(tl.int64)
+    e = tl.arange(0, BLOCK_DV).to(tl.int64)
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    first_b, last_b = bias_b, bias_b + 1
+    if ALL_BATCHES:
+        last_b = bias_b * 0 + batch
+    first_head, last_head = bias_head, bias_head + 1
+    if ALL_HEADS:
+        last_head = bias_head * 0 + heads
+    for b in range(first_b, last_b):
+        start_q = plane * 0
+        start_k = plane * 0
+        n_rows = length_q
+        n_cols = length_k
+        if PACKED:
+            start_q = tl.load(cu_q_ptr + b).to(tl.int64)
+            start_k = tl.load(cu_k_ptr + b).to(tl.int64)
+            n_rows = (tl.load(cu_q_ptr + b + 1).to(tl.int64) - start_q).to(tl.int32)
+            n_cols = (tl.load(cu_k_ptr + b + 1).to(tl.int64) - start_k).to(tl.int32)
+        offset = n_cols - n_rows if BOTTOM_RIGHT else 0
+        first_row = row_tile * BLOCK_M
+        last_row = n_rows if ALL_ROWS else tl.minimum(n_rows, first_row + BLOCK_M)
+        first_col = col_tile * BLOCK_N
+        last_col = n_cols if ALL_COLS else tl.minimum(n_cols, first_col + BLOCK_N)
+        for head in range(first_head, last_head):
+            head_kv = head // group
+            slope = tl.load(slopes_ptr + b * stride_ab + head * stride_ah).to(tl.float32) if ALIBI else 0.0
+            for row in range(first_row, last_row, BLOCK_M):
+                rows = row + tl.arange(0, BLOCK_M)
+                in_rows = rows < n_rows
+                at_rows = start_q + rows.to(tl.int64)
+                q = tl.load(
+                    q_ptr + b * stride_qb + head * stride_qh + at_rows[:, None] * stride_qm + d[None, :] * stride_qd,
+                    mask=in_rows[:, None] & (d < dim)[None, :], other=0.0,
+                )  # fmt: skip
+                dout = tl.load(
+                    dout_ptr + b * stride_gb + head * stride_gh + at_rows[:, None] * stride_gm
+                    + e[None, :] * stride_gd,
+                    mask=in_rows[:, None] & (e < dim_v)[None, :], other=0.0,
+                )  # fmt: skip
+                at_stats = b * stride_sb + head * stride_sh + at_rows
+                row_max = tl.load(max_ptr + at_stats, mask=in_rows, other=0.0)
+                row_log2 = tl.load(log2_ptr + at_stats, mask=in_rows, other=float("inf"))
+                delta = tl.load(delta_ptr + at_stats, mask=in_rows, other=0.0)
+                for col in range(first_col, last_col, BLOCK_N):
+                    cols = col + tl.arange(0, BLOCK_N)
+                    in_cols = cols < n_cols
+                    at_cols = start_k + cols.to(tl.int64)
+                    k = tl.load(
+                        k_ptr + b * stride_kb + head_kv * stride_kh + at_cols[:, None] * stride_kn
+                        + d[None, :] * stride_kd,
+                        mask=in_cols[:, None] & (d < dim)[None, :], other=0.0,
+                    )  # fmt: skip
+                    v = tl.load(
+                        v_ptr + b * stride_vb + head_kv * stride_vh + at_cols[:, None] * stride_vn
+                        + e[None, :] * stride_vd,
+                        mask=in_cols[:, None] & (e < dim_v)[None, :], other=0.0,
+                    )  # fmt: skip
+                    t, _ = scores(
+                        tl.dot(q, tl.trans(k), input_precision=PRECISION), rows[:, None], cols[None, :],
+                        n_rows, n_cols, bias_ptr + b * stride_bb + head * stride_bh, stride_bm, stride_bn,
+                        slope, scale, softcap, offset, left, right,
+                        NATURAL=NATURAL, SOFTCAP=SOFTCAP, ALIBI=ALIBI, BIAS=BIAS, LEFT=LEFT, RIGHT=RIGHT, MASKED=True,
+                    )  # fmt: skip
+                    p = probabilities(t, row_max[:, None], row_log2[:, None], unit, EXACT=EXACT)
+                    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+                    if DROPOUT:
+                        keep = kept(seed, b * heads + head, rows, col, threshold, BLOCK_N)
+                        dp = tl.where(keep, dp * keep_scale, 0.0)
+                    acc += p * (dp - delta[:, None])
+    rows = (row_tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    cols = (col_tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    dbias_ptr += plane * bias_rows * bias_cols
+    if ALL_ROWS and ALL_COLS:
+        tl.store(dbias_ptr, tl.sum(tl.sum(acc, axis=1), axis=0).to(dbias_ptr.dtype.element_ty))
+    elif ALL_ROWS:
+        tl.store(dbias_ptr + cols, tl.sum(acc, axis=0).to(dbias_ptr.dtype.element_ty), mask=cols < bias_cols)
+    elif ALL_COLS:
+        tl.store(dbias_ptr + rows, tl.sum(acc, axis=1).to(dbias_ptr.dtype.element_ty), mask=rows < bias_rows)
+    else:
+        tl.store(
+            dbias_ptr + rows[:, None] * bias_cols + cols[None, :], acc.to(dbias_ptr.dtype.element_ty),
+            mask=(rows < bias_rows)[:, None] & (cols < bias_cols)[None, :],
+        )  # fmt: skip
+
+
+def dbias_tile(dim: int, dtype: torch.dtype) -> dict:
+    """Tile sizes for dbias by the padded head dim. Chosen from compiled registers (sm_90), not yet timed."""
+    if dtype == torch.float32:
+        return dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)
+    return dict(BLOCK_M=64, BLOCK_N=64 if dim <= 128 else 32, num_warps=8, num_stages=1)
+
+
+def attention_dbias(problem, dout, stats, delta):
+    """The gradient (as bias, contiguous) for the call ``problem`` describes."""
+    bias = problem.bias
+    dbias = bias.new_empty(bias.shape)
+    if dbias.numel() == 0:
+        return dbias
+    tile = dbias_tile(max(problem.blocks.values()), problem.q.dtype)
+    b, heads, rows, cols = bias.shape
+    row_tiles, col_tiles = triton.cdiv(rows, tile["BLOCK_M"]), triton.cdiv(cols, tile["BLOCK_N"])
+    q, k, v = problem.q, problem.k, problem.v
+    _attention_dbias_kernel[(b * heads * row_tiles * col_tiles,)](
+        q, k, v, dout, dbias, stats[0], stats[1], delta,
+        *(s for x in (q, k, v, dout) for s in problem.strides(x)), *problem.stat_strides(), *problem.cu,
+        *problem.bias_args(), *problem.slope_args(), *problem.feature_args(), problem.keep_scale,
+        problem.batch, problem.heads, problem.group, problem.rows, problem.cols, problem.dim, problem.dim_v,
+        heads, rows, cols, row_tiles, col_tiles,
+        ALL_BATCHES=b == 1, ALL_HEADS=heads == 1, ALL_ROWS=rows == 1, ALL_COLS=cols == 1,
+        **problem.flags, **problem.blocks, **tile,
+    )  # fmt: skip
+    return dbias
