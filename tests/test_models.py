@@ -58,9 +58,17 @@ def test_cached_logits_equal_uncached(model, chunks):
     ids = tokens()
     expected = model(ids)
     cache = model.new_cache(batch_size=2)
-    parts = [model(part, cache) for part in ids.split(chunks, dim=1)]
+    with torch.no_grad():
+        parts = [model(part, cache) for part in ids.split(chunks, dim=1)]
     assert cache.length == 11
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_cache_refuses_to_lose_gradients(model):
+    with pytest.raises(RuntimeError, match="keeps no gradient"):
+        model(tokens(), model.new_cache(batch_size=2))
+    with pytest.raises(ValueError, match="made for 1 sequences, got 2"), torch.no_grad():
+        model(tokens(), model.new_cache())
 
 
 def test_loss_ignores_masked_targets(model):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import nn as fast
-from ..functional import attention, cross_entropy, rms_norm
+from ..functional import attention, cross_entropy, embedding_sum, rms_norm
 from .cache import KVCache
 from .config import TransformerConfig
 from .pretrained import Pretrained
@@ -115,9 +115,9 @@ class Transformer(Pretrained, nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.token_embedding = fast.Embedding(config.vocab_size, config.hidden_size)
         if config.positions == "learned":
-            self.position_embedding = nn.Embedding(config.context_length, config.hidden_size)
+            self.position_embedding = fast.Embedding(config.context_length, config.hidden_size)
         else:
             cos, sin = rotary_tables(config.context_length, config.head_dim, config.rotary_base)
             self.register_buffer("rotary_cos", cos, persistent=False)
@@ -159,11 +159,12 @@ class Transformer(Pretrained, nn.Module):
                 f"tokens reach position {end}, past context_length {self.config.context_length} "
                 f"({start} cached and {tokens.shape[1]} new)"
             )
-        x = self.token_embedding(tokens)
-        rotary = None
         if self.config.positions == "learned":
-            x = x + self.position_embedding.weight[start:end]
+            positions = torch.arange(start, end, device=tokens.device)
+            x = embedding_sum((tokens, positions), (self.token_embedding.weight, self.position_embedding.weight))
+            rotary = None
         else:
+            x = self.token_embedding(tokens)
             rotary = (self.rotary_cos[start:end], self.rotary_sin[start:end])
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
