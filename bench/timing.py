@@ -1,0 +1,69 @@
+"""Timing several things that do the same, in turns, so that a busy machine disturbs all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """The median of some samples and the quartiles around it."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Quartiles:
+        if len(samples) == 1:
+            return cls(samples[0], samples[0], samples[0])
+        low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+        return cls(low, median, high)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the work queued on ``device``."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Wall time of one call, with the device idle before and after."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    warmup: int = 1,
+    timer: Callable[[Callable[[], object], torch.device], float] = seconds,
+) -> dict[str, list[float]]:
+    """Seconds of each of ``runs``, ``rounds`` times; every round calls each once, in an order that turns around.
+
+    Args:
+        warmup: rounds before those that count.
+        timer: ``timer(run, device)`` -> seconds of one call.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(-warmup, rounds):
+        names = list(runs) if round_ % 2 == 0 else list(reversed(runs))
+        for name in names:
+            elapsed = timer(runs[name], device)
+            if round_ >= 0:
+                samples[name].append(elapsed)
+    return samples
+
+
+def ratios(samples: Mapping[str, Sequence[float]], name: str, baseline: str) -> Quartiles:
+    """How many times as fast ``name`` is as ``baseline``: quartiles of the ratios within each round."""
+    return Quartiles.of([b / a for a, b in zip(samples[name], samples[baseline], strict=True)])
