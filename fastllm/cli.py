@@ -140,6 +140,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     from .generate import check_sampling, generate
     from .models import Transformer
     from .training.loop import pick_device
+    from .training.progress import printable
 
     sampling = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
     try:
@@ -164,7 +165,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     sys.stdout.write(arguments.prompt)
     for text in tokenizer.stream(tokens):
-        sys.stdout.write(text)
+        sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
         sys.stdout.flush()
     sys.stdout.write("\n")
     return 0

@@ -308,10 +308,11 @@ def test_same_settings_same_weights_and_another_seed_others(config, tmp_path):
     assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
 
 
-def test_how_often_one_looks_changes_nothing(config, tmp_path):
-    train(config(eval_interval=0, log_interval=100), tmp_path / "a", quiet=True)
+def test_how_often_one_looks_changes_nothing(config, tmp_path, monkeypatch):
+    train(config(eval_interval=0), tmp_path / "a", quiet=True)
     torch.manual_seed(99)
-    train(config(eval_interval=1, log_interval=1, checkpoint_interval=2), tmp_path / "b", quiet=True)
+    monkeypatch.setattr(loop, "FLUSH_SECONDS", 0.0)
+    train(config(eval_interval=1, checkpoint_interval=2), tmp_path / "b", quiet=True)
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
     losses = [[x["loss"] for x in read_metrics(tmp_path / n / "metrics.jsonl") if "loss" in x] for n in "ab"]
     assert losses[0] == losses[1]
@@ -430,7 +431,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(config, tmp_
 
     monkeypatch.setattr(loop, "train_step", poisoned)
     with pytest.raises(Diverged, match="step 1: loss nan"):
-        train(config(checkpoint_interval=2, log_interval=100), tmp_path / "run", quiet=True)
+        train(config(checkpoint_interval=2), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -568,6 +569,11 @@ def test_a_metrics_line_cut_off_by_a_crash_is_dropped(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
     with contextlib.suppress(FileNotFoundError):
         assert read_metrics(tmp_path / "none") == []
+
+
+def test_what_a_model_writes_cannot_command_the_terminal(capsys):
+    Display().say("a\x1b[2Jb\x9b\x07\nc")
+    assert capsys.readouterr().out == "a\ufffd[2Jb\ufffd\ufffd\nc\n"
 
 
 def test_sessions_say_what_was_measured(config, tmp_path):

@@ -63,7 +63,6 @@ class TrainingConfig:
     compile: bool = option(False, "compile the loss with torch.compile")
     checkpoint_activations: bool = option(False, "keep only each block's input for the backward pass")
     eval_interval: int = option(50, "steps between evaluations; 0: only at the end", minimum=0, resume=True)
-    log_interval: int = option(10, "steps between writes to metrics.jsonl", minimum=1, resume=True)
     checkpoint_interval: int = option(500, "steps between checkpoints; 0: only at the end", minimum=0, resume=True)
     keep_checkpoints: int = option(2, "how many of the newest checkpoints to keep", minimum=1, resume=True)
 

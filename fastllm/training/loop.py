@@ -35,6 +35,8 @@ from .step import train_step
 
 CONFIG = "config.toml"
 RUNS = Path("runs")
+# Losses are read back from the device, written and shown this often: each time it waits for the work that is queued.
+FLUSH_SECONDS = 1.0
 
 
 class Diverged(RuntimeError):
@@ -168,7 +170,7 @@ class Run:
                     state.tokens += self._batch_tokens
                     state.seconds = self._clock.seconds
                     self._pending.append((state.step, state.tokens, state.seconds, loss, norm, scale))
-                    if state.step % config.log_interval == 0:
+                    if state.seconds - self._flushed[1] >= FLUSH_SECONDS:
                         self._flush()
                     if config.eval_interval and state.step % config.eval_interval == 0:
                         self._evaluate()

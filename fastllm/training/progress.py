@@ -5,17 +5,24 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from ..files import naming, write_text
 
 # Seconds between plain lines where the output is not a terminal.
 LINE_INTERVAL = 5.0
+
+
+def printable(text: str) -> str:
+    """``text`` without control characters but newline and tab: what a model writes may hold terminal commands."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 def duration(seconds: float) -> str:
@@ -86,10 +93,9 @@ class Display:
 
     def __enter__(self) -> Display:
         if self.console.is_terminal and not self.console.quiet:
-            self._live = Progress(
-                BarColumn(24), TextColumn("{task.percentage:3.0f}%"), TextColumn("{task.description}"),
-                console=self.console, auto_refresh=True, refresh_per_second=4,
-            )  # fmt: skip
+            text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=False))
+            percentage = TextColumn("{task.percentage:3.0f}%")
+            self._live = Progress(BarColumn(16), percentage, text, console=self.console, refresh_per_second=4)
             self._task = self._live.add_task("", total=1.0)
             self._live.start()
         return self
@@ -101,12 +107,12 @@ class Display:
 
     def say(self, text: str = "") -> None:
         """A line that stays."""
-        self.console.print(text, markup=False)
+        self.console.print(printable(text), markup=False)
 
     def update(self, done: float, text: str, force: bool = False) -> None:
         """The state of things; where there is no terminal, a line every few seconds, or at once with ``force``."""
         if self._live is not None:
-            self._live.update(self._task, completed=min(done, 1.0), description=text.replace("[", r"\["))
+            self._live.update(self._task, completed=min(done, 1.0), description=text)
         elif force or time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + LINE_INTERVAL
             self.say(f"{min(done, 1.0):4.0%}  {text}")
