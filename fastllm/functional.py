@@ -1,5 +1,7 @@
 """torch.nn.functional's names, on fused kernels. What is ours is keyword-only, after torch's own arguments."""
 
+from .ops.add_layer_norm import add_layer_norm
+from .ops.add_rms_norm import add_rms_norm
 from .ops.attention import attention
 from .ops.cross_entropy import cross_entropy
 from .ops.embedding import embedding
@@ -9,6 +11,8 @@ from .ops.rms_norm import rms_norm
 from .ops.scaled_dot_product_attention import scaled_dot_product_attention
 
 __all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "cross_entropy",
     "embedding",

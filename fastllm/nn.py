@@ -1,9 +1,11 @@
 """torch.nn's modules, each a subclass with the same arguments and state_dict keys, on fused kernels."""
 
+from .ops.add_layer_norm import AddLayerNorm
+from .ops.add_rms_norm import AddRMSNorm
 from .ops.cross_entropy import CrossEntropyLoss
 from .ops.embedding import Embedding
 from .ops.embedding_sum import EmbeddingSum
 from .ops.layer_norm import LayerNorm
 from .ops.rms_norm import RMSNorm
 
-__all__ = ["CrossEntropyLoss", "Embedding", "EmbeddingSum", "LayerNorm", "RMSNorm"]
+__all__ = ["AddLayerNorm", "AddRMSNorm", "CrossEntropyLoss", "Embedding", "EmbeddingSum", "LayerNorm", "RMSNorm"]

@@ -19,3 +19,34 @@ def processor_count(device: torch.device) -> int:
 
 def next_power_of_2(n: int) -> int:
     return triton.next_power_of_2(max(int(n), 1))
+
+
+class Rows:
+    """``x`` as rows of ``n_cols`` adjacent elements at up to two strides; copied only where no such view exists.
+
+    Row i starts at ``(i // inner) * strides[0] + (i % inner) * strides[1]``: the heads of a packed query-key-value
+    projection, for example, are read where they lie.
+    """
+
+    def __init__(self, x: torch.Tensor, n_cols: int):
+        lead, strides = list(x.shape[:-1]), list(x.stride()[:-1])
+        dims: list[tuple[int, int]] = []
+        for size, stride in zip(reversed(lead), reversed(strides), strict=True):
+            if dims and stride == dims[-1][0] * dims[-1][1]:
+                dims[-1] = (dims[-1][0] * size, dims[-1][1])
+            elif size != 1:
+                dims.append((size, stride))
+        if len(dims) > 2 or (x.stride(-1) != 1 and n_cols != 1):
+            x, dims = x.contiguous(), []
+        count = x.numel() // n_cols
+        if not dims:
+            dims = [(max(count, 1), n_cols)]
+        self.data = x
+        self.count = count
+        self.inner = dims[0][0]
+        self.strides = (dims[1][1] if len(dims) == 2 else 0, dims[0][1])
+
+    @property
+    def layout(self) -> tuple[int, int, int]:
+        """What a kernel needs to address them."""
+        return self.inner, *self.strides

@@ -1,3 +1,13 @@
 """One module per op: reference, registration, gradient, function, Module, record. Importing them fills the registry."""
 
-from . import attention, cross_entropy, embedding, embedding_sum, layer_norm, rms_norm, scaled_dot_product_attention  # noqa: F401
+from . import (  # noqa: F401
+    add_layer_norm,
+    add_rms_norm,
+    attention,
+    cross_entropy,
+    embedding,
+    embedding_sum,
+    layer_norm,
+    rms_norm,
+    scaled_dot_product_attention,
+)

@@ -5,88 +5,24 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..registry import Op, define, pick, register
-from ._autograd import gradients
-from ._norm import check_norm, flat, kernel_refuses, norm_cost, norm_samples
+from ..registry import Op, pick, register
+from ._norm import check_norm, check_scalars, fused_norm, kernel_refuses, norm_cost, norm_reference, norm_samples
 
 
-def layer_norm_reference(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+def layer_norm_reference(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, weight_offset=0.0):
     """The definition, in at least fp32, rounded once to the input's dtype."""
-    wide = torch.promote_types(input.dtype, torch.float32)
-    dims = tuple(range(-len(normalized_shape), 0))
-    x = input.to(wide)
-    x = x - x.mean(dims, keepdim=True)
-    y = x * torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)
-    if weight is not None:
-        y = y * weight.to(wide)
-    if bias is not None:
-        y = y + bias.to(wide)
-    return y.to(input.dtype)
+    return norm_reference(input, normalized_shape, weight, bias, eps, weight_offset, center=True)
 
 
-def _fwd_fake(x, weight, bias, eps):
-    rows = x.numel() // x.shape[-1]
-    return x.new_empty(x.shape), x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
+def eager_layer_norm(input, shape, weight, bias, eps, offset):
+    """PyTorch's own operator wherever it takes these dtypes."""
+    dtypes = {p.dtype for p in (weight, bias) if p is not None}
+    if offset != 0.0 or (dtypes - {input.dtype} and (dtypes != {torch.float32} or input.device.type != "cpu")):
+        return norm_reference(input, shape, weight, bias, eps, offset, center=True)
+    return F.layer_norm(input, shape, weight, bias, eps)
 
 
-@define("layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)", _fwd_fake)
-def _layer_norm_fwd(x, weight, bias, eps):
-    from ..kernels.layer_norm import layer_norm_fwd
-
-    return layer_norm_fwd(x, weight, bias, eps)
-
-
-def _bwd_fake(dy, x, weight, mean, rstd, bias_dtype, needs):
-    n = x.shape[-1]
-    dweight_dtype = weight.dtype if weight is not None else x.dtype
-    return (
-        x.new_empty(x.shape if needs[0] else 0),
-        x.new_empty(n if needs[1] else 0, dtype=dweight_dtype if needs[1] else x.dtype),
-        x.new_empty(n if needs[2] else 0, dtype=bias_dtype),
-    )
-
-
-@define(
-    "layer_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, ScalarType bias_dtype, "
-    "bool[3] needs) -> (Tensor, Tensor, Tensor)",
-    _bwd_fake,
-)
-def _layer_norm_bwd(dy, x, weight, mean, rstd, bias_dtype, needs):
-    from ..kernels.layer_norm import layer_norm_bwd
-
-    return layer_norm_bwd(dy, x, weight, mean, rstd, bias_dtype, needs)
-
-
-class _LayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(x, weight, bias, eps):
-        return _layer_norm_fwd(x, weight, bias, eps)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, bias, ctx.eps = inputs
-        _, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
-
-    @staticmethod
-    def backward(ctx, dy, _dmean, _drstd):
-        if dy is None:
-            return None, None, None, None
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        bias_dtype = x.dtype if bias is None else bias.dtype
-
-        def launch(inputs, outputs_grad, extras, needs):
-            return _layer_norm_bwd(*outputs_grad, *inputs[:2], *extras, bias_dtype, needs)
-
-        def formula(x, weight, bias):
-            return layer_norm_reference(x, x.shape[-1:], weight, bias, ctx.eps)
-
-        return *gradients(launch, formula, (x, weight, bias), ctx.needs_input_grad[:3], (dy,), (mean, rstd)), None
-
-
-def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, weight_offset=0.0):
     """``torch.nn.functional.layer_norm``, fused.
 
     Args:
@@ -94,20 +30,21 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
         normalized_shape: the last dimensions of ``input``, over which mean and variance are taken.
         weight, bias: normalized_shape, or None. May be fp32 beside a 16-bit input.
         eps: added to the variance.
+        weight_offset: added to the weight in fp32, for weights stored as their distance from it.
 
     Returns:
         A tensor as ``input``, in its dtype. Mean and 1/std are taken in fp32 whatever the dtype.
 
     Raises:
         TypeError: ``input`` is not a floating-point tensor.
-        ValueError: a shape or device does not fit.
+        ValueError: a shape, device or option does not fit.
         BackendError: the backend asked for cannot serve the call.
     """
     shape = check_norm("layer_norm", input, normalized_shape, weight=weight, bias=bias)
+    check_scalars("layer_norm", weight_offset)
     if pick("layer_norm", input, weight, bias, refused={"triton": kernel_refuses(input, shape)}) == "eager":
-        return F.layer_norm(input, shape, weight, bias, eps)
-    x = input.flatten(-len(shape))
-    return _LayerNorm.apply(x, flat(weight), flat(bias), eps)[0].view(input.shape)
+        return eager_layer_norm(input, shape, weight, bias, eps, weight_offset)
+    return fused_norm(input, shape, weight, bias, eps, weight_offset, center=True)[0]
 
 
 class LayerNorm(torch.nn.LayerNorm):
