@@ -1,4 +1,4 @@
-"""Shapes that layer_norm and rms_norm share: (rows, columns) of real models' hidden states."""
+"""Shapes that the norms share: (rows, columns) of real models' hidden states."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ SHAPES = {
 }
 
 
-def _call(name, rows, cols, bias, device, dtype) -> Sample:
+def _call(name, rows, cols, bias, residual, device, dtype) -> Sample:
     parameters = {"weight": torch.ones(cols, device=device, dtype=dtype).requires_grad_()}
     if bias:
         parameters["bias"] = torch.zeros(cols, device=device, dtype=dtype).requires_grad_()
-    x = torch.randn(rows, cols, device=device, dtype=dtype).requires_grad_()
-    return Sample(name, (x, (cols,)), parameters)
+    inputs = [torch.randn(rows, cols, device=device, dtype=dtype).requires_grad_() for _ in range(1 + residual)]
+    return Sample(name, (*inputs, (cols,)), parameters)
 
 
-def norm_shapes(*, bias: bool) -> dict[str, Callable[[torch.device, torch.dtype], Sample]]:
+def norm_shapes(*, bias: bool, residual: bool = False) -> dict[str, Callable[[torch.device, torch.dtype], Sample]]:
     """Name -> ``make(device, dtype)`` of the call; parameters come in the input's dtype."""
-    return {name: partial(_call, name, rows, cols, bias) for name, (rows, cols) in SHAPES.items()}
+    return {name: partial(_call, name, rows, cols, bias, residual) for name, (rows, cols) in SHAPES.items()}

@@ -15,7 +15,7 @@ from ._launch import Rows, next_power_of_2
 from ._math import is_kept
 
 # Widest row that no program spills on sm_80, sm_90 and sm_100, and tiles that keep 8 warps busy with 16 elements a
-# thread: from compiled register counts, not yet from timings.
+# thread, 32 for wider rows: from compiled register counts, not yet from timings.
 FWD_ROW = 32768
 FWD_TILE = 4096
 BLOCKED_COLS = 4096
@@ -171,7 +171,7 @@ def norm_fwd(x, residual, weight, bias, seed, eps: float, offset: float, p: floa
         block_m, block_n = row_tile(rows.count, n_cols, FWD_TILE)
         _norm_fwd_kernel[(triton.cdiv(rows.count, block_m),)](
             *args, *layouts, rows.count, n_cols, eps, offset, p, **flags,
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps(block_m * block_n, 32),
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=max(warps(block_m * block_n, 8), block_n // 1024),
         )  # fmt: skip
     else:
         _norm_fwd_blocked_kernel[(rows.count,)](

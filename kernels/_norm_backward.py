@@ -199,7 +199,8 @@ def norm_bwd(
         BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps(block_m * block_n),
     )  # fmt: skip
     if need_dweight or need_dbias:
-        _column_sum_kernel[(triton.cdiv(n_cols, 64),)](
-            *partial, dweight, dbias, programs, n_cols, **wanted, BLOCK_M=32, BLOCK_N=64, num_warps=4
+        block_m, block_n = (32, 64) if whole else (8, 256)
+        _column_sum_kernel[(triton.cdiv(n_cols, block_n),)](
+            *partial, dweight, dbias, programs, n_cols, **wanted, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4
         )
     return dinput, dresidual, dweight, dbias

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 from fastllm.bench.traffic import CACHED, UNMAPPED, count_traffic, measure
-from fastllm.kernels import _norm
+from fastllm.kernels import _norm, _norm_backward
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastllm import OPS
@@ -176,16 +176,17 @@ def test_the_counter_goes_away():
 
 def _norm_call(op, rows, cols, dtype):
     parameters = {"weight": torch.randn(cols, dtype=dtype).requires_grad_()}
-    if op == "layer_norm":
+    if op.endswith("layer_norm"):
         parameters["bias"] = torch.randn(cols, dtype=dtype).requires_grad_()
-    return Sample("", (torch.randn(rows, cols, dtype=dtype).requires_grad_(), (cols,)), parameters)
+    inputs = [torch.randn(rows, cols, dtype=dtype).requires_grad_() for _ in range(2 if op.startswith("add") else 1)]
+    return Sample("", (*inputs, (cols,)), parameters)
 
 
 # The statistics cost 8 bytes a row (4 for RMS norm) and each program leaves rows of fp32 partial sums that a second
 # kernel reads: neither is among the least bytes. 512 columns make the first 0.4% of the forward. The interpreter has
 # 4 processors where a GPU has 132 or so: 512 rows give each program the 128 or so that 16384 give it there, and the
 # partial sums of LayerNorm, 16 bytes a column and program beside 6 a column and row, are then 2.1% of the backward.
-@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"])
 def test_norms_move_little_more_than_the_least_bytes(op):
     measured = measure(OPS[op], _norm_call(op, 512, 512, torch.bfloat16))
     assert 1.0 <= measured.forward_ratio <= 1.02, measured.forward.table()
@@ -193,11 +194,11 @@ def test_norms_move_little_more_than_the_least_bytes(op):
 
 
 def test_an_extra_read_shows(monkeypatch):
-    monkeypatch.setattr(_norm, "FWD_ROW", 0)  # every row in blocks: x is read twice, and in the backward thrice
-    monkeypatch.setattr(_norm, "BWD_ROW", 0)
+    monkeypatch.setattr(_norm, "FWD_ROW", 0)  # every row in blocks: x is read twice, in the backward dy too
+    monkeypatch.setattr(_norm_backward, "BWD_ROW", 0)
     measured = measure(OPS["layer_norm"], _norm_call("layer_norm", 64, 512, torch.bfloat16))
     assert measured.forward_ratio > 1.4
-    assert measured.backward_ratio > 2.2
+    assert measured.backward_ratio > 1.6
 
 
 def test_a_copy_in_the_launcher_shows():

@@ -219,7 +219,7 @@ def norm_samples(device, dtype, *, bias: bool, residual: bool = False):
         args = (x, other if other is not None else make(*x.shape)) if residual else (x,)
         return Sample(name, (*args, tuple(shape)), kwargs)
 
-    for rows, cols in ((1, 1), (3, 1), (5, 63), (2, 100), (37, 127), (300, 8), (2, 1000), (3, 9001), (1, 33001)):
+    for rows, cols in ((1, 9), (3, 1), (5, 63), (2, 100), (37, 127), (300, 8), (2, 1000), (1, 8200)):
         yield sample(f"{rows}x{cols}", make(rows, cols), (cols,))
     yield sample("no_rows", make(0, 16), (16,))
     yield sample("vector", make(33), (33,))

@@ -1,0 +1,206 @@
+"""What is peculiar to the norms: wide rows, dropout, the residual stream's dtype, weight offset, errors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEVICE
+from contract import assert_as_true, copy, leaves, outputs, run
+from fastllm.kernels import _norm, _norm_backward
+
+import fastllm
+from fastllm import OPS
+from fastllm.functional import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+
+NORMS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
+ADDS = (add_layer_norm, add_rms_norm)
+
+
+@pytest.fixture(params=["eager", "triton"])
+def backend(request):
+    with fastllm.backend(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NORMS)
+def test_rows_past_what_registers_hold(name, dtype, monkeypatch, poisoned_memory):
+    op = OPS[name]
+    torch.manual_seed(1)
+    samples = [copy(s) for s in op.samples(DEVICE, dtype) if s.args[0].numel() < 1500]
+    monkeypatch.setattr(_norm, "FWD_ROW", 0)
+    monkeypatch.setattr(_norm, "BLOCKED_COLS", 32)
+    monkeypatch.setattr(_norm_backward, "BWD_ROW", 0)
+    monkeypatch.setattr(_norm_backward, "BLOCKED_COLS", 32)
+    monkeypatch.setattr(_norm_backward, "WIDE_TILE", (2, 32))
+    for sample in samples:
+        truth = run(op.reference, copy(sample, torch.float64))
+        yardstick = run(op.function, copy(sample), "eager")
+        got = run(op.function, copy(sample), "triton")
+        for mine, true, stick in zip(got, truth, yardstick, strict=True):
+            for i, (a, b, c) in enumerate(zip(mine, true, stick, strict=True)):
+                assert_as_true(a, b, c, dtype, f"{name}/{sample.name} {i}")
+
+
+def test_a_row_at_the_edge_of_each_kernel():
+    for cols in (_norm_backward.BWD_ROW, _norm.FWD_ROW, _norm.FWD_ROW + 1):
+        x = torch.randn(2, cols, device=DEVICE, requires_grad=True)
+        dy = torch.randn(2, cols, device=DEVICE)
+        with fastllm.backend("triton"):
+            (mine,) = torch.autograd.grad(rms_norm(x, (cols,)), x, dy)
+        (theirs,) = torch.autograd.grad(F.rms_norm(x, (cols,)), x, dy)
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("function", ADDS)
+@pytest.mark.parametrize("cols", [48, 100])
+def test_dropout_is_the_same_in_both_directions(function, cols, monkeypatch):
+    monkeypatch.setattr(_norm_backward, "BWD_ROW", 64)  # the wider goes another way, in other tiles
+    monkeypatch.setattr(_norm, "FWD_ROW", 64)
+    x = torch.rand(64, cols, device=DEVICE).add_(1).requires_grad_()
+    residual = torch.randn(64, cols, device=DEVICE, requires_grad=True)
+    weight = torch.rand(cols, device=DEVICE, requires_grad=True)
+    p = 0.25
+    with fastllm.backend("triton"):
+        y, h = function(x, residual, (cols,), weight, dropout_p=p)
+        kept = (h - residual).abs() > 0.5
+        dy, dh = torch.randn_like(y), torch.randn_like(h)
+        got = torch.autograd.grad((y, h), (x, residual, weight), (dy, dh))
+    # 3200 draws or more: the share kept has a standard deviation below 0.8%.
+    assert abs(kept.double().mean() - (1 - p)) < 0.03
+    branch = torch.where(kept, x / (1 - p), 0)
+    with fastllm.backend("eager"):
+        y_true, h_true = function(branch, residual, (cols,), weight)
+        expected = torch.autograd.grad((y_true, h_true), (x, residual, weight), (dy, dh))
+    torch.testing.assert_close(y, y_true, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(h, h_true)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", ADDS)
+def test_dropout_follows_the_seed_and_the_mode(function):
+    x, residual = torch.rand(8, 40, device=DEVICE) + 1, torch.zeros(8, 40, device=DEVICE)
+    with fastllm.backend("triton"):
+        draws = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            draws.append(function(x, residual, (40,), dropout_p=0.5)[1])
+        assert torch.equal(draws[0], draws[1])
+        assert not torch.equal(draws[0], draws[2])
+        x.requires_grad_()
+        loss = function(x, residual, (40,), dropout_p=0.5)[0].square().sum()
+        with pytest.raises(NotImplementedError, match="dropout"):
+            torch.autograd.grad(loss, x, create_graph=True)
+
+
+def test_modules_drop_out_in_training_only(backend):
+    for module in (fastllm.nn.AddLayerNorm(40, dropout_p=0.5), fastllm.nn.AddRMSNorm(40, dropout_p=0.5)):
+        module = module.to(DEVICE)
+        assert "dropout_p=0.5" in repr(module)
+        x, residual = torch.rand(8, 40, device=DEVICE) + 1, torch.zeros(8, 40, device=DEVICE)
+        assert (module(x, residual)[1] == 0).any()
+        y, h = module.eval()(x, residual)
+        torch.testing.assert_close(h, x)
+        torch.testing.assert_close(y, type(module).__mro__[1].forward(module, x))
+
+
+def test_the_residual_stream_keeps_its_dtype(backend):
+    x = torch.randn(3, 32, device=DEVICE).bfloat16().requires_grad_()
+    residual = torch.randn(3, 32, device=DEVICE, requires_grad=True)
+    for function in ADDS:
+        y, h = function(x, residual, (32,))
+        assert (y.dtype, h.dtype) == (torch.bfloat16, torch.float32)
+        torch.testing.assert_close(h, residual + x)
+        (y.float().sum() + h.sum()).backward()
+        assert (x.grad.dtype, residual.grad.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_output_alone_has_its_gradient(backend, used):
+    for name in ("add_layer_norm", "add_rms_norm"):
+        x, residual, w = (torch.randn(4, 24, device=DEVICE, requires_grad=True) for _ in range(3))
+        given = torch.randn(4, 24, device=DEVICE)
+        got = torch.autograd.grad(
+            OPS[name].function(x, residual, (24,), w[0])[used], (x, residual, w), given, allow_unused=True
+        )
+        expected = torch.autograd.grad(
+            OPS[name].reference(x, residual, (24,), w[0])[used], (x, residual, w), given, allow_unused=True
+        )
+        for a, b in zip(got, expected, strict=True):
+            assert a is not None or b is None
+            if a is not None:
+                torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b)
+
+
+def test_residual_chain_and_post_norm_residual(backend):
+    """h + norm(h): the incoming gradient is used twice, and must not have been written to."""
+    h = torch.randn(5, 32, device=DEVICE, requires_grad=True)
+    weight = torch.rand(32, device=DEVICE, requires_grad=True)
+    (h + rms_norm(h, (32,), weight)).square().mean().backward()
+    mine = h.grad.clone(), weight.grad.clone()
+    h.grad = weight.grad = None
+    (h + F.rms_norm(h, (32,), weight)).square().mean().backward()
+    torch.testing.assert_close(mine, (h.grad, weight.grad))
+
+
+def test_weight_offset_is_added_in_fp32(backend):
+    # In bf16 1 + 2^-9 is 1: added after rounding, the small weights would vanish.
+    weight = torch.full((32,), 2.0**-9, device=DEVICE).bfloat16()
+    x = torch.randn(4, 32, device=DEVICE)
+    torch.testing.assert_close(rms_norm(x, (32,), weight, weight_offset=1.0), F.rms_norm(x, (32,)) * (1 + 2.0**-9))
+    torch.testing.assert_close(layer_norm(x, (32,), weight, weight_offset=1.0), F.layer_norm(x, (32,)) * (1 + 2.0**-9))
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    with fastllm.backend("triton"):
+        x, residual = torch.randn(37, 96, device=DEVICE), torch.randn(37, 96, device=DEVICE)
+        for function in ADDS:
+            whole = function(x, residual, (96,))
+            for rows in (slice(0, 1), slice(20, 37)):
+                for a, b in zip(function(x[rows], residual[rows], (96,)), whole, strict=True):
+                    assert torch.equal(a, b[rows])
+
+
+def test_heads_in_a_packed_projection_are_read_where_they_lie():
+    from fastllm.kernels._launch import Rows
+
+    packed = torch.randn(5, 3, 4, 16)
+    rows = Rows(packed[:, 1], 16)
+    assert rows.data.data_ptr() == packed[:, 1].data_ptr()
+    assert rows.layout == (4, 192, 16)
+    assert Rows(torch.randn(6, 4, 2, 8).permute(1, 0, 2, 3)[:, ::2], 8).data.is_contiguous()
+
+
+X = torch.zeros(2, 8)
+
+
+@pytest.mark.parametrize("function", ADDS)
+@pytest.mark.parametrize(
+    ("args", "options", "error", "words"),
+    [
+        ((X, X[:1], (8,)), {}, ValueError, r"residual.*\[2, 8\].*\[1, 8\]"),
+        ((X, 3, (8,)), {}, TypeError, "residual.*int"),
+        ((X, X.long(), (8,)), {}, TypeError, "residual.*int64"),
+        ((X.long(), X, (8,)), {}, TypeError, "input.*int64"),
+        ((X, X.to("meta"), (8,)), {}, ValueError, "residual is on meta"),
+        ((X, X, (7,)), {}, ValueError, r"normalized_shape \[7\]"),
+        ((X, X, (8,), X), {}, ValueError, "weight"),
+        ((X, X, (8,)), {"dropout_p": 1.0}, ValueError, "dropout_p.*1.0"),
+        ((X, X, (8,)), {"weight_offset": float("inf")}, ValueError, "weight_offset"),
+    ],
+)
+def test_errors_name_what_is_wrong(function, args, options, error, words):
+    with pytest.raises(error, match=f"{function.__name__}: .*{words}"):
+        function(*args, **options)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_samples_leave_their_inputs_alone(name):
+    op = OPS[name]
+    for sample in list(op.samples(DEVICE, torch.float32))[3:6]:
+        sample = copy(sample)
+        before = [t.detach().clone() for t in leaves(sample)]
+        with fastllm.backend("triton"):
+            sum(o.sum() for o in outputs(op.function(*sample.args, **sample.kwargs))).backward()
+        for now, then in zip(leaves(sample), before, strict=True):
+            assert torch.equal(now, then)
