@@ -64,7 +64,8 @@ def test_norms_move_128_bits_at_a_time(norm_rows):
     for row in norm_rows:
         loads, stores = row["resources"].load_widths, row["resources"].store_widths
         where = (row["shape"], row["arch"], row["kernel"], loads, stores)
-        # Narrower: mean and rstd, one fp32 a row, and at 768 columns the parameters, 4 elements a thread.
+        # Narrower: statistics, an fp32 each a row (mean, rstd; past the widest whole row two means of the backward too,
+        # each prefetched thrice), and at 768 columns the parameters, 4 elements a thread.
         assert loads[128] * 128 > 2 * sum(bits * n for bits, n in loads.items() if bits < 128) / 3, where
         if row["shape"] != "GPT-2 8192x768":
             assert sum(n for bits, n in loads.items() if bits < 128) <= 8, where
