@@ -174,6 +174,13 @@ def test_byte_targets_and_mixed_dtypes(backend):
     assert cross_entropy(x, q).dtype == F.cross_entropy(x, q).dtype == torch.float32
 
 
+def test_compiles_whole_where_nothing_needs_a_gradient(backend):
+    torch._dynamo.reset()
+    x, y = torch.randn(4, 5, device=DEVICE), torch.tensor([0, 4, -100, 3], device=DEVICE)
+    compiled = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, y), F.cross_entropy(x, y))
+
+
 def test_deprecated_flags(backend):
     x, y = torch.randn(4, 5, device=DEVICE), torch.tensor([0, 4, 2, 3], device=DEVICE)
     for flags, reduction in (({"size_average": False}, "sum"), ({"reduce": False}, "none"), ({"reduce": True}, "mean")):

@@ -108,8 +108,8 @@ def _norm_bwd(*args):
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(x, residual, weight, bias, seed, *options):
-        return _norm_fwd(x, residual, weight, bias, seed, *options)
+    def forward(x, residual, weight, bias, seed, eps, offset, p, center):
+        return _norm_fwd(x, residual, weight, bias, seed, eps, offset, p, center)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

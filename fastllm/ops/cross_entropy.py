@@ -147,7 +147,8 @@ def _cross_entropy_bwd(*args):
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(x, target, weight, dtype, *options):
+    def forward(x, target, weight, dtype, ignore_index, smoothing, softcap, scale, z_loss, reduction):
+        options = (ignore_index, smoothing, softcap, scale, z_loss, reduction)
         return _cross_entropy_fwd(x, target, weight, *options, dtype)
 
     @staticmethod
