@@ -19,7 +19,7 @@ from prose import prose
 from safetensors.torch import load_file
 
 from fastllm.config import InputError
-from fastllm.data import Corpus, DataConfig, prepare
+from fastllm.data import Corpus, DataConfig, open_dataset, prepare
 from fastllm.models import Transformer, TransformerConfig
 from fastllm.training import Diverged, RunConfig, TrainingConfig, evaluate, loop, report, resume, train
 from fastllm.training.checkpoint import check, checkpoints, find_checkpoint
@@ -261,10 +261,20 @@ def test_bits_per_byte_is_the_sum_over_all_tokens_in_their_windows(dataset):
             nats += F.cross_entropy(logits.double(), ids[position]).item()
     model.train()
     for batch_size in (1, 5):
-        loss, bits = evaluate(model, dataset.validation, context, batch_size)
-        assert loss == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
-        assert bits == pytest.approx(nats / math.log(2) / (len(prose(5, 1)) + len(prose(4, 2))), rel=1e-5)
+        result = evaluate(model, dataset.validation, context, batch_size)
+        assert result.tokens == len(ids) - 1
+        assert result.loss == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
+        assert result.bits_per_byte == pytest.approx(
+            nats / math.log(2) / (len(prose(5, 1)) + len(prose(4, 2))), rel=1e-5
+        )
     assert model.training
+
+
+def test_a_long_split_is_sampled_during_a_run_and_scored_whole_at_its_end(config, tmp_path):
+    train(config(eval_interval=3, eval_windows=2), tmp_path / "run", quiet=True)
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "validation_loss" in line]
+    whole = open_dataset(tmp_path / "run" / "data").validation
+    assert [(line["step"], line["validation_tokens"]) for line in lines] == [(3, 48), (6, 48), (6, len(whole) - 1)]
 
 
 def test_evaluation_draws_no_random_numbers(dataset):

@@ -112,10 +112,15 @@ def evaluation_windows(tokens: int, context_length: int, stride: int) -> list[Wi
 
 
 def evaluation_batches(
-    tokens: np.ndarray, context_length: int, stride: int, batch_size: int
+    tokens: np.ndarray, context_length: int, stride: int, batch_size: int, limit: int = 0
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(tokens, targets) for :func:`evaluation_windows`, ``batch_size`` windows each; skipped targets are -100."""
+    """(tokens, targets) for :func:`evaluation_windows`, ``batch_size`` windows each; skipped targets are -100.
+
+    ``limit``: where there are more windows, only so many, evenly spread and always the same; 0: all.
+    """
     windows = evaluation_windows(len(tokens), context_length, stride)
+    if 0 < limit < len(windows):
+        windows = [windows[i * len(windows) // limit] for i in range(limit)]
     for first in range(0, len(windows), batch_size):
         group = windows[first : first + batch_size]
         rows = np.stack([tokens[w.start : w.start + w.length + 1] for w in group]).astype(np.int64)

@@ -1,12 +1,13 @@
 """From text to a trained model: settings, optimisers, checkpoints, the loop."""
 
 from .config import RunConfig, TrainingConfig, build_run_config, read_run_config
-from .evaluate import evaluate
+from .evaluate import Evaluation, evaluate
 from .loop import RUNS, Diverged, Result, resume, train
 
 __all__ = [
     "RUNS",
     "Diverged",
+    "Evaluation",
     "Result",
     "RunConfig",
     "TrainingConfig",

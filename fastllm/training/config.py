@@ -63,6 +63,12 @@ class TrainingConfig:
     compile: bool = option(False, "compile the loss with torch.compile")
     checkpoint_activations: bool = option(False, "keep only each block's input for the backward pass")
     eval_interval: int = option(50, "steps between evaluations; 0: only at the end", minimum=0, resume=True)
+    eval_windows: int = option(
+        128,
+        "most windows that an evaluation during the run scores, each with half a context of new tokens; the last one "
+        "scores the whole split; 0: each does",
+        minimum=0, resume=True,
+    )  # fmt: skip
     checkpoint_interval: int = option(500, "steps between checkpoints; 0: only at the end", minimum=0, resume=True)
     keep_checkpoints: int = option(2, "how many of the newest checkpoints to keep", minimum=1, resume=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -12,16 +13,25 @@ from ..data.batches import IGNORE
 from .measure import autocast
 
 
-def bits_per_byte(nats: float, tokens: TokenFile) -> float:
-    """A sum of cross-entropies over the whole of ``tokens``, as bits for each UTF-8 byte of its text."""
-    return nats / math.log(2) / tokens.bytes
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean cross-entropy in nats per token, the same as bits per byte, and how many tokens were scored."""
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
+
+
+def bits_per_byte(loss: float, tokens: TokenFile) -> float:
+    """Nats per token as bits for each UTF-8 byte of the text, by the number of both in ``tokens``."""
+    return loss / math.log(2) * (len(tokens) - 1) / tokens.bytes
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, tokens: TokenFile, context_length: int, batch_size: int, dtype: str = "float32"
-) -> tuple[float, float]:
-    """Mean cross-entropy in nats per token, and bits per byte, of all ``tokens``.
+    model: nn.Module, tokens: TokenFile, context_length: int, batch_size: int, dtype: str = "float32", limit: int = 0
+) -> Evaluation:
+    """How well ``model`` predicts ``tokens``, in at most ``limit`` windows spread evenly; 0: in all.
 
     Each token but the first, which is an end-of-text, is scored once, in windows of ``context_length`` that overlap
     by half: beyond the first window every token has at least half a window of context. End-of-text tokens are
@@ -32,9 +42,8 @@ def evaluate(
     model.eval()
     nats, count = 0.0, 0
     try:
-        for inputs, targets in evaluation_batches(
-            tokens.tokens, context_length, max(1, context_length // 2), batch_size
-        ):
+        stride = max(1, context_length // 2)
+        for inputs, targets in evaluation_batches(tokens.tokens, context_length, stride, batch_size, limit):
             scored = int((targets != IGNORE).sum())
             with autocast(device, dtype):
                 loss = model.loss(inputs.to(device), targets.to(device))
@@ -42,4 +51,4 @@ def evaluate(
             count += scored
     finally:
         model.train(was_training)
-    return nats / count, bits_per_byte(nats, tokens)
+    return Evaluation(nats / count, bits_per_byte(nats / count, tokens), count)

@@ -25,7 +25,7 @@ from ..version import __version__
 from .checkpoint import State, find_checkpoint, load_checkpoint, save_checkpoint, save_model, write_manifest
 from .clock import Clock, StopRequest
 from .config import RunConfig, TrainingConfig, read_run_config
-from .evaluate import evaluate
+from .evaluate import Evaluation, evaluate
 from .measure import autocast, faster_dtype, matmul_flops
 from .optimizer import Optimizers
 from .progress import Display, Metrics, duration
@@ -97,8 +97,9 @@ class Run:
         self._pending: list[tuple] = []
         # Mean loss and tokens per second over the steps written last.
         self._recent: tuple[float, float] | None = None
-        # Step, loss and bits per byte of the last evaluation.
-        self._validation: tuple[int | None, float | None, float | None] = (None, None, None)
+        self._validation: Evaluation | None = None
+        # At which step the last evaluation was made, and over how many tokens.
+        self._evaluated: tuple[int, int] | None = None
 
     def describe(self) -> None:
         """Measure the device and say what will be trained, where and how."""
@@ -173,13 +174,13 @@ class Run:
                     if state.seconds - self._flushed[1] >= FLUSH_SECONDS:
                         self._flush()
                     if config.eval_interval and state.step % config.eval_interval == 0:
-                        self._evaluate()
+                        self._evaluate(config.eval_windows)
                     if config.checkpoint_interval and state.step % config.checkpoint_interval == 0:
                         with self._clock.pause():
                             saved = self._save()
                 self._flush()
-                if not stop.signal and self._validation[0] != state.step:
-                    self._evaluate()
+                if not stop.signal and self._evaluated != (state.step, len(self.dataset.validation) - 1):
+                    self._evaluate(limit=0)
                 self._show(force=True)
             if saved is None or not saved.name.endswith(f"{state.step:08d}"):
                 self._save()
@@ -190,10 +191,12 @@ class Run:
             self.display.say(f"  fastllm train --resume {shlex.quote(str(self.folder))}")
         else:
             self._finish()
-        _, loss, bits = self._validation
+        validation = self._validation
         return Result(
-            folder=self.folder, steps=state.step, seconds=state.seconds, validation_loss=loss,
-            validation_bits_per_byte=bits, xz_bits_per_byte=self.dataset.summary.xz_bits_per_byte, signal=stop.signal,
+            folder=self.folder, steps=state.step, seconds=state.seconds,
+            validation_loss=validation and validation.loss,
+            validation_bits_per_byte=validation and validation.bits_per_byte,
+            xz_bits_per_byte=self.dataset.summary.xz_bits_per_byte, signal=stop.signal,
         )  # fmt: skip
 
     def _loss_function(self) -> Callable:
@@ -239,29 +242,30 @@ class Run:
         config, state = self.config.training, self.state
         done = progress(config, state.step, state.seconds)
         left = state.seconds * (1 - done) / done if done > 0 else 0.0
-        _, _, bits = self._validation
+        validation = self._validation
         parts = [
             f"step {state.step}" + (f"/{config.steps}" if config.steps else ""),
             f"loss {loss:.3f}",
-            f"validation {bits:.3f} bits/byte" if bits is not None else "",
+            f"validation {validation.bits_per_byte:.3f} bits/byte" if validation else "",
             f"{rate:,.0f} tok/s",
             f"MFU {self.flops_per_token * rate / self.peak:.1%}",
             f"ETA {duration(max(left, 0.0))}",
         ]
         self.display.update(done, "  ".join(filter(None, parts)), force=force)
 
-    def _evaluate(self) -> None:
-        """On the whole validation split; the clock stands meanwhile."""
+    def _evaluate(self, limit: int) -> None:
+        """Score the validation split, or ``limit`` windows of it; the clock stands meanwhile."""
         training, state = self.config.training, self.state
         self._flush()
         with self._clock.pause():
-            loss, bits = evaluate(
-                self.model, self.dataset.validation, self.config.model.context_length, training.rows, state.dtype
+            result = evaluate(
+                self.model, self.dataset.validation, self.config.model.context_length, training.rows, state.dtype, limit
             )
-        self._validation = (state.step, loss, bits)
+        self._validation, self._evaluated = result, (state.step, result.tokens)
         self._metrics.write(
             [{"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 4),
-              "validation_loss": loss, "validation_bits_per_byte": bits}]
+              "validation_loss": result.loss, "validation_bits_per_byte": result.bits_per_byte,
+              "validation_tokens": result.tokens}]
         )  # fmt: skip
 
     def _save(self) -> Path:
@@ -277,7 +281,6 @@ class Run:
         with whole_folder(self.folder / "model") as folder:
             save_model(folder, self.model, self.dataset.tokenizer)
             write_manifest(folder)
-        _, loss, bits = self._validation
         xz = self.dataset.summary.xz_bits_per_byte
         plot_loss(
             self.folder, self.dataset,
@@ -291,7 +294,10 @@ class Run:
             f"{state.step:,} steps, {state.tokens:,} tokens ({state.tokens / len(self.dataset.train):.1f} epochs), "
             f"{state.seconds:.1f} s of training, {state.tokens / max(state.seconds, 1e-9):,.0f} tok/s"
         )
-        say(f"validation: {bits:.4f} bits per byte ({loss:.4f} nats per token)")
+        say(
+            f"validation: {self._validation.bits_per_byte:.4f} bits per byte "
+            f"({self._validation.loss:.4f} nats per token, {self._validation.tokens:,} tokens)"
+        )
         if xz is None:
             say("xz -9 primed with the training text: not computed for so long a text")
         else:
@@ -313,9 +319,11 @@ def train(config: RunConfig, folder: str | Path | None = None, *, quiet: bool = 
     tokenizer = Tokenizer.load(config.data.tokenizer) if config.data.tokenizer else None
     corpus = load_corpus(config.data)
     with _new_folder(folder) as folder:
+        display = Display(quiet)
+        display.say(f"{folder}: tokenizer and token files from {corpus.name}")
         dataset = prepare(corpus, folder / "data", vocab_size=config.model.vocab_size, tokenizer=tokenizer)
         model = replace(config.model, vocab_size=dataset.tokenizer.vocab_size)
-        run = Run(replace(config, model=model), folder, dataset, Display(quiet), None)
+        run = Run(replace(config, model=model), folder, dataset, display, None)
         # With this file the folder is a run.
         write_text(folder / CONFIG, run.config.to_toml())
     run.describe()

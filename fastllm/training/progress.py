@@ -37,7 +37,7 @@ class Metrics:
 
     A training line has step, tokens, seconds (of training), loss (nats per token, exact over the whole batch),
     lr and muon_lr (the learning rates), grad_norm (before clipping) and tokens_per_second; an evaluation line has
-    step, tokens, seconds, validation_loss and validation_bits_per_byte.
+    step, tokens, seconds, validation_loss, validation_bits_per_byte and validation_tokens (how many were scored).
     """
 
     def __init__(self, folder: Path, resume_step: int = 0):
@@ -107,7 +107,8 @@ class Display:
 
     def say(self, text: str = "") -> None:
         """A line that stays."""
-        self.console.print(printable(text), markup=False)
+        with naming("standard output"):
+            self.console.print(printable(text), markup=False)
 
     def update(self, done: float, text: str, force: bool = False) -> None:
         """The state of things; where there is no terminal, a line every few seconds, or at once with ``force``."""

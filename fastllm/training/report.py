@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-import math
+import itertools
 from pathlib import Path
 
 from ..data import Dataset, derive_seed
 from ..files import whole_file, write_text
 from ..generate import generate
 from ..models import Transformer
+from .evaluate import bits_per_byte
 from .progress import read_metrics
 
 SAMPLES, SAMPLE_TOKENS = 4, 200
@@ -17,12 +18,17 @@ TEMPERATURE, TOP_P = 0.8, 0.95
 PROMPT_BYTES = 60
 
 
-def smooth(values: list[float], span: float) -> list[float]:
-    """An exponential moving average over about ``span`` values, without bias towards the first one."""
-    keep, total, weight, result = 1 - 1 / max(span, 1.0), 0.0, 0.0, []
-    for value in values:
-        total, weight = total * keep + value, weight * keep + 1
-        result.append(total / weight)
+def smooth(values: list[float], span: int) -> list[float]:
+    """The mean of each value and its ``span`` neighbours on either side, or as many as there are.
+
+    At the start, where values fall steeply, no more after than before.
+    """
+    sums = [0.0, *itertools.accumulate(values)]
+    result = []
+    for i in range(len(values)):
+        first = max(0, i - span)
+        end = min(2 * i - first + 1, len(values))
+        result.append((sums[end] - sums[first]) / (end - first))
     return result
 
 
@@ -36,7 +42,7 @@ def plot_loss(run: Path, dataset: Dataset, title: str) -> Path:
     lines = read_metrics(run / "metrics.jsonl")
     train = [line for line in lines if "loss" in line]
     validation = [line for line in lines if "validation_bits_per_byte" in line]
-    to_bits = (len(dataset.train) - 1) / dataset.train.bytes / math.log(2)
+    to_bits = bits_per_byte(1.0, dataset.train)
     blue, orange, grey = "#2a78b5", "#d9662b", "#666666"
 
     figure = Figure(figsize=(9, 5.2), dpi=150, layout="constrained")
@@ -46,7 +52,7 @@ def plot_loss(run: Path, dataset: Dataset, title: str) -> Path:
         steps = [line["step"] for line in train]
         bits = [line["loss"] * to_bits for line in train]
         axes.plot(steps, bits, color=blue, linewidth=0.6, alpha=0.25)
-        axes.plot(steps, smooth(bits, len(bits) / 40), color=blue, linewidth=1.8, label="training (with dropout)")
+        axes.plot(steps, smooth(bits, len(bits) // 50), color=blue, linewidth=1.8, label="training (with dropout)")
     if validation:
         final = validation[-1]
         x, y = [line["step"] for line in validation], [line["validation_bits_per_byte"] for line in validation]
