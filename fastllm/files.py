@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` last. Windows cannot open folders and has no such call."""
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames in ``folder`` last. Windows cannot open folders and has no such call."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -55,7 +59,20 @@ def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: it cannot be written; safetensors has an error of its own for that.
+    """
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -84,7 +101,7 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
                 if file.is_file():
                     with open(file, "rb+") as handle:
                         os.fsync(handle.fileno())
-            _sync_folder(temporary)
+            sync_folder(temporary)
             if path.exists():
                 # A folder cannot be renamed onto one that has files; between the two renames only the old
                 # one under its temporary name exists, complete.
@@ -97,4 +114,4 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)

@@ -11,18 +11,11 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+
+from ..files import save_tensors, sync_folder
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the renames in ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Pretrained:
@@ -44,11 +37,11 @@ class Pretrained:
             shared = {id(p): name for name, p in reversed(list(self.named_parameters(remove_duplicate=False)))}
             names = set(shared.values())
             weights = {
-                name: tensor.detach().contiguous()
+                name: tensor
                 for name, tensor in self.state_dict().items()
                 if name in names or name not in dict(self.named_parameters(remove_duplicate=False))
             }
-            save_file(weights, staging / WEIGHTS, metadata={"format": "pt"})
+            save_tensors(weights, staging / WEIGHTS)
             config = {"architecture": type(self).__name__, **dataclasses.asdict(self.config)}
             (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             for name in (WEIGHTS, CONFIG):
@@ -56,7 +49,7 @@ class Pretrained:
                     os.fsync(file.fileno())
             for name in (WEIGHTS, CONFIG):
                 os.replace(staging / name, folder / name)
-            fsync_folder(folder)
+            sync_folder(folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 

@@ -6,21 +6,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ..config import InputError
 from ..data import Tokenizer
-from ..files import whole_folder
+from ..files import save_tensors, whole_folder
 from ..models import Transformer
 from .optimizer import Optimizers
 
@@ -48,18 +45,8 @@ def save_model(folder: Path, model: Transformer, tokenizer: Tokenizer) -> None:
     Raises:
         OSError: they cannot be written.
     """
-    with _as_oserror(folder):
-        model.save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer.save(folder / "tokenizer.json")
-
-
-@contextlib.contextmanager
-def _as_oserror(path: Path) -> Iterator[None]:
-    """safetensors has an error of its own for a full disk."""
-    try:
-        yield
-    except safetensors.SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def write_manifest(folder: Path) -> None:
@@ -90,8 +77,7 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     with whole_folder(path) as temporary:
         save_model(temporary, model, tokenizer)
-        with _as_oserror(path):
-            save_file({k: v.detach().contiguous() for k, v in optimizers.state_dict().items()}, temporary / OPTIMIZER)
+        save_tensors(optimizers.state_dict(), temporary / OPTIMIZER)
         (temporary / STATE).write_text(json.dumps(asdict(state), indent=1) + "\n", "utf-8")
         write_manifest(temporary)
     every = checkpoints(folder)

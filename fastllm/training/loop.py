@@ -37,6 +37,8 @@ CONFIG = "config.toml"
 RUNS = Path("runs")
 # Losses are read back from the device, written and shown this often: each time it waits for the work that is queued.
 FLUSH_SECONDS = 1.0
+# Characters from which on preparing takes more than a few seconds and is announced.
+LONG_TEXT = 2_000_000
 
 
 class Diverged(RuntimeError):
@@ -320,7 +322,9 @@ def train(config: RunConfig, folder: str | Path | None = None, *, quiet: bool = 
     corpus = load_corpus(config.data)
     with _new_folder(folder) as folder:
         display = Display(quiet)
-        display.say(f"{folder}: tokenizer and token files from {corpus.name}")
+        size = sum(map(len, (*corpus.train, *corpus.validation)))
+        if size > LONG_TEXT:
+            display.say(f"training a tokenizer on {size:,} characters and encoding them")
         dataset = prepare(corpus, folder / "data", vocab_size=config.model.vocab_size, tokenizer=tokenizer)
         model = replace(config.model, vocab_size=dataset.tokenizer.vocab_size)
         run = Run(replace(config, model=model), folder, dataset, display, None)
