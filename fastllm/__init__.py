@@ -9,6 +9,6 @@ __all__ = ["OPS", "BackendError", "__version__", "backend", "functional", "info"
 
 def info() -> str:
     """What serves each op on this machine and why, with the versions that matter, as printed by ``fastllm info``."""
-    from .info import describe
+    from .environment import describe
 
     return describe()

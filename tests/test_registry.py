@@ -122,6 +122,7 @@ def test_a_second_record_of_a_name_is_refused():
 
 def test_info_names_every_op_and_what_serves_it():
     report = fastllm.info()
+    assert fastllm.info() == report
     for op in registry.OPS:
         assert f"  {op} " in report
     assert torch.__version__ in report

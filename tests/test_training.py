@@ -386,11 +386,14 @@ def test_a_signal_saves_at_the_steps_end_and_the_run_goes_on_exactly(config, tmp
 
 
 def test_a_second_signal_acts_as_ever():
+    # A shell starts its background jobs with SIGINT ignored.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.signal == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, inherited)
 
 
 def test_a_finished_run_can_be_given_more_steps(config, tmp_path):
