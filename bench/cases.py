@@ -21,6 +21,11 @@ def shapes_of(op: str) -> dict[str, Callable[[torch.device, torch.dtype], Sample
         return None
 
 
+def rivals_of(op: str) -> dict[str, Callable[[], Callable]]:
+    """``rivals`` of bench/<op>.py: name -> what imports that rival and returns a function as the op's own."""
+    return getattr(importlib.import_module(f"{__package__}.{op}"), "rivals", {})
+
+
 def selected(names: Sequence[str]) -> list[Op]:
     """The records of ``names``, or of every op that has shapes when there are none.
 

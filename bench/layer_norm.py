@@ -1,5 +1,17 @@
-"""Shapes of layer_norm."""
+"""Shapes and rivals of layer_norm."""
 
 from ._norm import norm_shapes
 
 shapes = norm_shapes(bias=True)
+
+
+def _liger():
+    from liger_kernel.transformers.functional import liger_layer_norm
+
+    def layer_norm(input, normalized_shape, weight, bias, eps=1e-5):
+        return liger_layer_norm(input, weight, bias, eps)
+
+    return layer_norm
+
+
+rivals = {"liger-kernel": _liger}

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -171,6 +173,15 @@ def rows(
                     )
 
 
+def read_rows(file: Path) -> list[Row]:
+    """What ``--json`` wrote."""
+    found = json.loads(file.read_text())
+    return [
+        Row(**{**row, "grids": [tuple(grid) for grid in row["grids"]], "resources": Resources(**row["resources"])})
+        for row in found
+    ]
+
+
 COLUMNS = (
     "op",
     "shape",
@@ -216,6 +227,16 @@ def cells(row: Row) -> list[str]:
         str(r.count("MUFU")),
         str(r.doubles),
     ]
+
+
+def both_tables(ops: Sequence[str], shapes: Sequence[str] = ("",)) -> None:
+    """Prints this module's table and model.py's: the one without, the other in Triton's interpreter, a process each."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # 3.9 warns while it is unset; 1 is what it and older versions do by default.
+    environment.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    for module, more in (("static", {}), ("model", {"TRITON_INTERPRET": "1"})):
+        command = [sys.executable, "-m", f"{__package__}.{module}", *ops, "--shape", *shapes]
+        subprocess.run(command, env=environment | more, check=True)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -42,17 +43,17 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], object]],
+    runs: Mapping[str, Any],
     rounds: int,
     device: torch.device,
     warmup: int = 1,
-    timer: Callable[[Callable[[], object], torch.device], float] = seconds,
+    timer: Callable[[Any, torch.device], float] = seconds,
 ) -> dict[str, list[float]]:
     """Seconds of each of ``runs``, ``rounds`` times; every round calls each once, in an order that turns around.
 
     Args:
         warmup: rounds before those that count.
-        timer: ``timer(run, device)`` -> seconds of one call.
+        timer: ``timer(run, device)`` -> seconds of one of ``runs``.
     """
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(-warmup, rounds):

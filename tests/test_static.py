@@ -1,13 +1,12 @@
 """What ptxas makes of the kernels that the ops launch: no spills, wide loads and stores, no fp64."""
 
-import json
 import os
 import subprocess
 import sys
 
 import pytest
 from fastllm.bench.capture import GPUS
-from fastllm.bench.static import Resources
+from fastllm.bench.static import Resources, read_rows
 
 
 @pytest.fixture(scope="session")
@@ -39,38 +38,38 @@ SHAPES = ("8192x768", "8192x4096", "4096x16384", "32768x65536")
 def norm_rows(compiler, tmp_path_factory):
     file = tmp_path_factory.mktemp("static") / "rows.json"
     _finish(compiler("-m", "fastllm.bench.static", "layer_norm", "--shape", *SHAPES, "--json", str(file)))
-    return [{**row, "resources": Resources(**row["resources"])} for row in json.loads(file.read_text())]
+    return read_rows(file)
 
 
 def test_every_call_and_architecture_was_compiled(norm_rows):
-    calls = {(row["shape"].split()[-1], row["arch"], row["direction"]) for row in norm_rows}
+    calls = {(row.shape.split()[-1], row.arch, row.direction) for row in norm_rows}
     assert calls == {(shape, arch, way) for shape in SHAPES for arch in GPUS for way in ("forward", "backward")}
 
 
 def test_norms_do_not_spill(norm_rows):
-    spilling = [(r["op"], r["shape"], r["arch"], r["kernel"]) for r in norm_rows if r["resources"].spills]
+    spilling = [(r.op, r.shape, r.arch, r.kernel) for r in norm_rows if r.resources.spills]
     assert not spilling
 
 
 def test_norms_fit_on_a_processor(norm_rows):
-    assert all(r["resources"].occupancy(r["arch"]) > 0 for r in norm_rows)
+    assert all(r.resources.occupancy(r.arch) > 0 for r in norm_rows)
 
 
 def test_norms_use_no_fp64(norm_rows):
-    assert not [r for r in norm_rows if r["resources"].doubles]
+    assert not [r for r in norm_rows if r.resources.doubles]
 
 
 def test_norms_move_128_bits_at_a_time(norm_rows):
     for row in norm_rows:
-        loads, stores = row["resources"].load_widths, row["resources"].store_widths
-        where = (row["shape"], row["arch"], row["kernel"], loads, stores)
+        loads, stores = row.resources.load_widths, row.resources.store_widths
+        where = (row.shape, row.arch, row.kernel, loads, stores)
         # Narrower: statistics, an fp32 each a row (mean, rstd; past the widest whole row two means of the backward too,
         # each prefetched thrice), and at 768 columns the parameters, 4 elements a thread.
         assert loads[128] * 128 > 2 * sum(bits * n for bits, n in loads.items() if bits < 128) / 3, where
-        if row["shape"] != "GPT-2 8192x768":
+        if row.shape != "GPT-2 8192x768":
             assert sum(n for bits, n in loads.items() if bits < 64) <= 16, where
         # The column sums store one element a column at the end, and nothing else.
-        if row["kernel"] not in ("_column_sum_kernel",):
+        if row.kernel not in ("_column_sum_kernel",):
             assert set(stores) <= {128, 64, 32}, where
             assert sum(n for bits, n in stores.items() if bits < 128) <= 2, where
 

@@ -1,0 +1,174 @@
+"""``fastllm bench``: parity before times, one failure stops nothing, the budget holds, runs compare."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastllm.bench import cases, report, run
+from fastllm.bench._norm import _call
+from fastllm.bench.timing import Quartiles
+
+from fastllm import OPS
+
+CPU = torch.device("cpu")
+
+
+def _wrong():
+    return lambda x, shape, weight, bias: F.layer_norm(x, shape, weight * 1.1, bias)
+
+
+def _failing():
+    def layer_norm(*args, **kwargs):
+        raise RuntimeError("no kernel image\nis available")
+
+    return layer_norm
+
+
+def _missing():
+    import a_package_that_nobody_has  # noqa: F401
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """layer_norm with two small shapes and three bad rivals."""
+    shapes = {
+        name: lambda device, dtype, name=name, rows=rows: _call(name, rows, 24, True, False, device, dtype)
+        for name, rows in (("first", 3), ("second", 5))
+    }
+    module = cases.importlib.import_module("fastllm.bench.layer_norm")
+    monkeypatch.setattr(module, "shapes", shapes)
+    monkeypatch.setattr(module, "rivals", {"wrong": _wrong, "failing": _failing, "missing": _missing})
+    return OPS["layer_norm"]
+
+
+def _run(op, **options):
+    settings = dict(dtypes=["bfloat16"], shape=[""], rounds=3, budget=60.0, only=["wrong", "failing", "missing"])
+    return run.run([op], CPU, tell=lambda line: None, **(settings | options))
+
+
+def test_only_what_is_right_gets_a_time(small):
+    rows, left_out = _run(small, shape=["first"])
+    assert not left_out
+    assert {row.direction for row in rows} == set(run.DIRECTIONS)
+    for row in rows:
+        if row.provider in (run.OURS, run.EAGER):
+            assert len(row.samples) == 3
+            assert row.problem is None
+            assert 0 < row.seconds.low <= row.seconds.median <= row.seconds.high
+        else:
+            assert not row.samples
+    problems = {row.provider: row.problem for row in rows if row.problem}
+    assert "error" in problems["wrong"]
+    assert problems["failing"] == "RuntimeError: no kernel image"
+    assert problems["missing"] == "not installed (a_package_that_nobody_has)"
+
+
+def test_wrong_gradients_get_no_time(small, monkeypatch):
+    class Halved(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dx):
+            return dx / 2
+
+    rival = {"wrong": lambda: lambda x, *rest, **more: F.layer_norm(Halved.apply(x), *rest, **more)}
+    monkeypatch.setattr(cases.importlib.import_module("fastllm.bench.layer_norm"), "rivals", rival)
+    rows, _ = _run(small, shape=["first"])
+    assert all(not row.samples for row in rows if row.provider == "wrong")
+    assert any(row.samples for row in rows)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # Inductor's own
+def test_the_compiler_is_a_provider(small):
+    rows, _ = _run(small, shape=["first"], only=[run.COMPILED], rounds=2)
+    assert not [row.problem for row in rows if row.problem]
+    assert {row.provider for row in rows} == {run.OURS, run.EAGER, run.COMPILED}
+
+
+def test_a_spent_budget_leaves_out_and_says_so(small):
+    rows, left_out = _run(small, budget=1e-9)
+    assert not rows
+    assert left_out == [
+        f"layer_norm, {name}, bfloat16: the budget of 1e-09 s was spent" for name in ("first", "second")
+    ]
+
+
+def test_what_is_too_large_is_left_out(small, monkeypatch):
+    monkeypatch.setitem(run.LARGEST, "cpu", 3 * 3 * 24 * 2 + 4 * 24 * 2)
+    rows, left_out = _run(small)
+    assert {row.shape for row in rows} == {"first"}
+    assert left_out == ["layer_norm, second, bfloat16: too large for this device"]
+
+
+def test_first_shapes_of_all_ops_come_first():
+    order = run.plan([OPS["layer_norm"], OPS["rms_norm"]], [""])
+    assert [op.name for op, _ in order[:4]] == ["layer_norm", "rms_norm"] * 2
+    assert order[0][1] == order[1][1]
+
+
+def test_the_command_writes_shows_and_compares(small, tmp_path, capsys):
+    arguments = ["layer_norm", "--provider", "wrong", "missing", "--rounds", "2", "--shape", "first"]
+    assert run.main([*arguments, "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "no time" in shown
+    assert "missing: not installed" in shown
+    file = tmp_path / "bench.json"
+    found = json.loads(file.read_text())
+    assert found["environment"]["rates"]["copy"] > 0
+    rows = report.read_rows(file)
+    assert all(len(row.samples) == 2 for row in rows if row.problem is None)
+    assert run.main(["compare", str(file), str(file)]) == 0
+    assert "within the noise" in capsys.readouterr().out
+
+
+def _row(provider, *samples, direction="forward"):
+    return run.Row("op", "shape", "bfloat16", direction, provider, None, list(samples), first_call=0.0)
+
+
+def test_losses_are_seen_first():
+    rows = [
+        _row(run.OURS, 1.0, 1.0), _row(run.EAGER, 3.0, 3.0),
+        _row(run.OURS, 2.0, 2.0, direction="backward"), _row(run.EAGER, 1.0, 1.0, direction="backward"),
+    ]  # fmt: skip
+    found = report.in_cases(rows)
+    assert [(case.rows[0].direction, case.lead) for case in found] == [("backward", 0.5), ("forward", 3.0)]
+
+
+def test_verdicts_need_quartiles_that_do_not_meet():
+    assert report.verdict(Quartiles(2, 3, 4), Quartiles(0.5, 1, 1.9)) == "faster"
+    assert report.verdict(Quartiles(2, 3, 4), Quartiles(4.1, 5, 6)) == "slower"
+    assert report.verdict(Quartiles(2, 3, 4), Quartiles(1, 2, 2.5)) == "within the noise"
+    before = [_row("a", 1.0, 1.0), _row("b", 2.0, 2.0), _row("gone", 1.0)]
+    after = [_row("a", 3.0, 3.0), _row("b", 1.0, 1.0), _row("new", 1.0)]
+    found = [((a or b).provider, words) for a, b, words in report.comparison(before, after)]
+    assert found[:2] == [("a", "slower"), ("b", "faster")]
+    assert sorted(found[2:]) == [("gone", "only in one"), ("new", "only in one")]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["no_such_op"], "no op 'no_such_op'"),
+        (["--rounds", "1"], "--rounds: expected at least 2"),
+        (["--budget", "0"], "--budget: expected a positive"),
+        (["compare", "one.json"], "expected two files"),
+        (["compare", "/nowhere/a.json", "/nowhere/b.json"], "/nowhere/a.json"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run.main(argv)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_run_is_named(tmp_path, capsys):
+    file = tmp_path / "other.json"
+    file.write_text('{"rows": [{"a": 1}]}')
+    with pytest.raises(SystemExit):
+        run.main(["compare", str(file), str(file)])
+    assert "other.json: not a bench.json" in capsys.readouterr().err
