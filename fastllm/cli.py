@@ -1,4 +1,4 @@
-"""The command line: ``fastllm train``, ``fastllm generate``, ``fastllm info``.
+"""The command line: ``fastllm train``, ``fastllm generate``, ``fastllm bench``, ``fastllm info``.
 
 Exit codes: 0 done; 1 a run failed (disk full, loss not finite); 2 the input was refused before any work; 130 and 143
 stopped by SIGINT and SIGTERM. Errors are one line on stderr.
@@ -73,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, metavar="X", help="sample within the nucleus of this probability only")
     generate.add_argument("--seed", type=int, metavar="N", help="makes the draw repeatable")
     generate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+
+    commands.add_parser("bench", add_help=False, help="time the ops beside their rivals (fastllm bench --help)")
 
     commands.add_parser("info", help="versions, hardware, and which backend serves each op here and why")
     return parser
@@ -182,6 +184,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. ``argv`` without the program's name, default sys.argv's."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal cannot show
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["bench"]:
+        from .bench.run import main as bench
+
+        return bench(argv[1:])
     arguments = _parser().parse_args(argv)
     command = {"train": _train, "generate": _generate, "info": _info}[arguments.command]
     try:

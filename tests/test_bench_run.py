@@ -10,6 +10,7 @@ from fastllm.bench._norm import _call
 from fastllm.bench.timing import Quartiles
 
 from fastllm import OPS
+from fastllm.cli import main
 
 CPU = torch.device("cpu")
 
@@ -172,3 +173,14 @@ def test_a_file_that_is_no_run_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run.main(["compare", str(file), str(file)])
     assert "other.json: not a bench.json" in capsys.readouterr().err
+
+
+def test_the_command_line_hands_over(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "no_such_op"])
+    assert stop.value.code == 2
+    assert "no op 'no_such_op'; the ops are" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "train", "--rounds", "0"])
+    assert stop.value.code == 2
+    assert "--rounds: expected at least 1" in capsys.readouterr().err
