@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
-import sys
+import pkgutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from unittest import mock
 
 import torch
 
+from .. import kernels
 from ..registry import Op
 from . import cases
 from .capture import GPUS, Gpu
@@ -75,8 +77,9 @@ class Row:
 def _processors(gpu: Gpu) -> Iterator[None]:
     """The launchers see ``gpu``'s number of processors in place of the interpreter's."""
     with contextlib.ExitStack() as stack:
-        for name, module in list(sys.modules.items()):
-            if name.startswith("fastllm.kernels.") and hasattr(module, "processor_count"):
+        for found in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+            module = importlib.import_module(found.name)
+            if hasattr(module, "processor_count"):
                 stack.enter_context(mock.patch.object(module, "processor_count", return_value=gpu.processors))
         yield
 
@@ -100,7 +103,6 @@ def rows(
             if least.backward_bytes > LARGEST:
                 continue
             call = make(torch.device("cpu"), dtype)
-            __import__(f"fastllm.kernels.{op.name}")
             with _processors(GPUS[arch]):
                 measured = measure(op, call, programs=PROGRAMS)
             common = dict(op=op.name, shape=name, dtype=str(dtype).removeprefix("torch."), arch=arch)
