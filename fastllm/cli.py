@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -203,11 +204,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, message = 1, f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         from .training import Diverged
 
-        if not isinstance(error, Diverged):
+        message = str(error)
+        # torch has a class of its own for a full GPU, and only a message for full host memory.
+        if isinstance(error, MemoryError) or re.search(
+            r"out of memory|can't allocate memory|not enough memory", message
+        ):
+            message = f"out of memory; a smaller model or --micro-batch-size needs less ({message})"
+        elif not isinstance(error, Diverged):
             raise
-        code, message = 1, str(error)
+        code = 1
     print(f"fastllm {arguments.command}: error: {' '.join(message.split())}", file=sys.stderr)
     return code

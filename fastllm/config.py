@@ -96,7 +96,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, title: str, defaults: 
             else:
                 keywords["metavar"] = {int: "N", float: "X"}.get(setting.type, "TEXT")
             if setting.repeated:
-                keywords["nargs"] = "+"
+                keywords.update(nargs="+", action="extend")
         group.add_argument(setting.flag, **keywords)
 
 

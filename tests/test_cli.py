@@ -142,8 +142,10 @@ def test_flags_cover_optional_and_repeated_types():
     parser = argparse.ArgumentParser()
     add_flags(parser, DataConfig, "data")
     add_flags(parser, TransformerConfig, "model")
-    given = vars(parser.parse_args(["--data", "a", "b", "--no-deduplicate", "--num-kv-heads", "2", "--no-bias"]))
-    assert given == {"data": ["a", "b"], "deduplicate": False, "num_kv_heads": 2, "bias": False}
+    given = vars(
+        parser.parse_args(["--data", "a", "b", "--data", "c", "--no-deduplicate", "--num-kv-heads", "2", "--no-bias"])
+    )
+    assert given == {"data": ["a", "b", "c"], "deduplicate": False, "num_kv_heads": 2, "bias": False}
 
 
 # Commands
@@ -366,6 +368,19 @@ def test_a_loss_that_is_not_finite_is_one_line(capsys):
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert re.search(r"fastllm train: error: step \d+: loss .*lower the learning rate", err)
+
+
+def test_a_model_that_does_not_fit_into_memory_is_one_line(capsys):
+    assert run("train", "--hidden-size", 1_000_000_000, "--out", "run") == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert err.startswith("fastllm train: error: out of memory; a smaller model")
+    assert not os.path.exists("run")
+
+
+def test_a_budget_that_is_over_at_once_still_ends_in_order(capsys):
+    assert train("--out", "run", "--max-seconds", "1e-9", "--quiet") == 0
+    assert read_run_config("run/config.toml").training.max_seconds == 1e-9
 
 
 @pytest.fixture

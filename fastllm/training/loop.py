@@ -26,7 +26,7 @@ from .checkpoint import State, find_checkpoint, load_checkpoint, save_checkpoint
 from .clock import Clock, StopRequest
 from .config import RunConfig, TrainingConfig, read_run_config
 from .evaluate import Evaluation, evaluate
-from .measure import autocast, faster_dtype, matmul_flops
+from .measure import autocast, faster_dtype, keep_random_state, matmul_flops
 from .optimizer import Optimizers
 from .progress import Display, Metrics, duration
 from .report import plot_loss, write_samples
@@ -80,7 +80,7 @@ class Run:
         training = config.training.with_budget()
         self.batches = Batches(dataset.train, config.model.context_length, training.batch_size, training.seed)
         if checkpoint is None:
-            with torch.random.fork_rng():
+            with keep_random_state(self.device):
                 torch.manual_seed(derive_seed(training.seed, "weights"))
                 self.model = Transformer(config.model).to(self.device)
             self.optimizers = Optimizers(self.model, training)
@@ -103,8 +103,8 @@ class Run:
         # At which step the last evaluation was made, and over how many tokens.
         self._evaluated: tuple[int, int] | None = None
 
-    def describe(self) -> None:
-        """Measure the device and say what will be trained, where and how."""
+    def measure(self) -> None:
+        """Measure the device; say and record what will be trained, where and how."""
         measured = {}
         if self.state.dtype == "auto":
             self.state.dtype, measured = faster_dtype(self.model, self._sample())
@@ -159,7 +159,7 @@ class Run:
         self._flushed = (state.tokens, state.seconds)
         saved = None
         try:
-            with StopRequest() as stop, self.display, torch.random.fork_rng():
+            with StopRequest() as stop, self.display, keep_random_state(self.device):
                 while (done := progress(config, state.step, self._clock.seconds)) < 1.0 and not stop.signal:
                     scale = lr_scale(config, done)
                     self.optimizers.set_scale(scale)
@@ -179,13 +179,14 @@ class Run:
                         self._evaluate(config.eval_windows)
                     if config.checkpoint_interval and state.step % config.checkpoint_interval == 0:
                         with self._clock.pause():
-                            saved = self._save()
+                            self._save()
+                        saved = state.step
                 self._flush()
                 if not stop.signal and self._evaluated != (state.step, len(self.dataset.validation) - 1):
                     self._evaluate(limit=0)
                 self._show(force=True)
-            if saved is None or not saved.name.endswith(f"{state.step:08d}"):
-                self._save()
+                if saved != state.step:
+                    self._save()
         finally:
             self._metrics.close()
         if stop.signal:
@@ -206,7 +207,7 @@ class Run:
         if not self.config.training.compile:
             return self.model.loss
         compiled = torch.compile(self.model.loss)
-        with torch.random.fork_rng(), autocast(self.device, self.state.dtype):
+        with keep_random_state(self.device), autocast(self.device, self.state.dtype):
             compiled(*self._sample()).backward()
         self.model.zero_grad(set_to_none=True)
         return compiled
@@ -270,9 +271,9 @@ class Run:
               "validation_tokens": result.tokens}]
         )  # fmt: skip
 
-    def _save(self) -> Path:
+    def _save(self) -> None:
         self._flush()  # refuses to save what has diverged
-        return save_checkpoint(
+        save_checkpoint(
             self.folder / "checkpoints", self.model, self.dataset.tokenizer, self.optimizers, self.state,
             self.config.training.keep_checkpoints,
         )  # fmt: skip
@@ -330,7 +331,7 @@ def train(config: RunConfig, folder: str | Path | None = None, *, quiet: bool = 
         run = Run(replace(config, model=model), folder, dataset, display, None)
         # With this file the folder is a run.
         write_text(folder / CONFIG, run.config.to_toml())
-    run.describe()
+    run.measure()
     return run.train()
 
 
@@ -376,5 +377,5 @@ def resume(checkpoint: str | Path, changes: Mapping[str, object] | None = None, 
         config = replace(config, training=build(TrainingConfig, changes, "command line", config.training))
     run = Run(config, folder, open_dataset(folder / "data"), Display(quiet), path)
     write_text(folder / CONFIG, run.config.to_toml())
-    run.describe()
+    run.measure()
     return run.train()

@@ -16,6 +16,11 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def keep_random_state(device: torch.device):
+    """Within the block, torch's default generators may be drawn from and seeded; afterwards they are as before."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
     """Autocast for ``dtype`` "bfloat16"; does nothing for "float32"."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
@@ -56,7 +61,7 @@ def faster_dtype(
             loss = trial.loss(tokens, targets)
         loss.backward()
 
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with keep_random_state(device):
         # The first round sets things up and does not count.
         while len(times["bfloat16"]) < 4 or (len(times["bfloat16"]) < 21 and sum(map(sum, times.values())) < seconds):
             for dtype, taken in times.items():

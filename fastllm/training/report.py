@@ -71,7 +71,7 @@ def plot_loss(run: Path, dataset: Dataset, title: str) -> Path:
     if shown:
         low, high = min([*shown, *([xz] if xz is not None else [])]), max(shown)
         axes.set_ylim(low - 0.06 * (high - low) - 0.02, high + 0.03 * (high - low) + 0.02)
-    axes.set_xlim(0, max((line["step"] for line in lines), default=1) * 1.06)
+    axes.set_xlim(0, max([1, *(line["step"] for line in lines)]) * 1.06)
     axes.set_xlabel("step")
     axes.set_ylabel("bits per byte")
     axes.set_title(title, loc="left", fontsize=11)
