@@ -6,7 +6,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastllm, m) {
   m.def("embedding_fwd(Tensor weight, Tensor indices, SymInt? vocab_start) -> Tensor");
   m.def(
       "embedding_bwd(Tensor grad, Tensor indices, SymInt num_rows, SymInt padding_idx, bool scale_grad_by_freq, "
-      "SymInt? vocab_start, float scale) -> Tensor");
+      "SymInt? vocab_start, float scale, bool positions) -> Tensor");
   m.def(
       "embedding_bwd_(Tensor(a!) out, Tensor grad, Tensor indices, SymInt padding_idx, bool scale_grad_by_freq, "
       "SymInt? vocab_start, float scale, bool accumulate) -> ()");

@@ -1,4 +1,5 @@
-// What fixes the order of every sum, shared by the CPU and CUDA code so that both give the same bits.
+// What fixes the order of every sum and the place of every random number, shared by the CPU and CUDA code: both give
+// the same bits.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +11,12 @@
 #endif
 
 namespace fastllm {
+// Internal linkage: these are compiled for several instruction sets, and a merged copy would run with the wrong one.
+namespace {
 
 // A segment is the rows that one id gathered, in the order of their positions. Each run of kChunk rows is summed from
-// its first row on; then the runs are added from the first one on. A long segment can so be shared among CTAs.
+// its first row on to a part, each run of kChunk parts to a group, and the groups from the first on. So a long segment
+// can be shared among thread blocks, and its rounding errors grow with a small power of its length.
 constexpr int64_t kChunk = 64;
 
 // Philox 4x32-10 (Salmon et al. 2011): four 32-bit random words that are a pure function of key and counter.
@@ -44,4 +48,20 @@ FASTLLM_HD uint32_t dropout_threshold(double p) {
   return scaled >= 4294967295.0 ? 4294967295u : static_cast<uint32_t>(scaled);
 }
 
+// sum[i] is element `element + i` of the tensor; what is kept is divided by 1 - p.
+template <class A>
+FASTLLM_HD void apply_dropout(A* sum, int64_t n, double p, uint64_t seed, int64_t element) {
+  const uint32_t threshold = dropout_threshold(p);
+  const A kept = p < 1.0 ? static_cast<A>(1.0 / (1.0 - p)) : A(0);
+  Philox4 random{};
+  for (int64_t i = 0; i < n; ++i) {
+    const uint64_t e = static_cast<uint64_t>(element + i);
+    if (i == 0 || e % 4 == 0) random = philox(seed, e / 4);
+    // Not random.word[e % 4]: a computed index would put the words in a GPU's local memory.
+    const uint32_t low = e & 1 ? random.word[1] : random.word[0], high = e & 1 ? random.word[3] : random.word[2];
+    sum[i] = p < 1.0 && (e & 2 ? high : low) >= threshold ? sum[i] * kept : A(0);
+  }
+}
+
+}  // namespace
 }  // namespace fastllm

@@ -12,6 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "vocabulary.h"
+
 namespace fastllm {
 
 using torch::headeronly::ScalarType;
@@ -70,21 +72,55 @@ struct Backward {
   int64_t columns;
   int64_t tokens;  // indices that take part; rows = repeats * tokens, row r belongs to index r % tokens
   int64_t repeats;
+  bool positions;  // the indices are 0, 1, 2, ...
 };
 
-inline Backward check_backward(const char* op, const Tensor& grad, const Tensor& indices) {
+inline Tensor check_dropped(const char* op, const Tensor& grad) {
+  if (!is_supported_float(grad.scalar_type()) || grad.dim() != 2)
+    refuse(op, ": grad must have 2 dimensions and be float64, float32, float16 or bfloat16");
+  return grad.is_contiguous() ? grad : torch::stable::contiguous(grad);
+}
+
+inline Backward check_backward(const char* op, const Tensor& grad, const Tensor& indices, bool positions) {
   if (grad.dim() < 1) refuse(op, ": grad must have at least one dimension");
   if (!is_supported_float(grad.scalar_type())) refuse(op, ": grad must be float64, float32, float16 or bfloat16");
-  Backward b{grad.is_contiguous() ? grad : torch::stable::contiguous(grad), check_indices(op, indices), 0, 0, 0, 1};
-  b.columns = grad.size(grad.dim() - 1);
-  b.rows = 1;
+  Backward b{grad.is_contiguous() ? grad : torch::stable::contiguous(grad),
+             check_indices(op, indices),
+             1,
+             grad.size(grad.dim() - 1),
+             indices.numel(),
+             1,
+             positions};
   for (int64_t d = 0; d + 1 < grad.dim(); ++d) b.rows *= grad.size(d);
-  b.tokens = b.indices.numel();
   if (b.tokens == 0 ? b.rows != 0 : b.rows % b.tokens != 0)
     refuse(op, ": grad has ", b.rows, " rows, which ", b.tokens, " indices do not divide");
   if (b.rows == 0) b.tokens = 0;
   if (b.tokens > 0) b.repeats = b.rows / b.tokens;
   return b;
+}
+
+// `out` can take the gradient of b: rows x columns, in grad's dtype or, beside 16 bits, float32.
+inline void check_output(const char* op, const Tensor& out, const Backward& b) {
+  if (out.dim() != 2 || out.size(1) != b.columns) refuse(op, ": out must have shape (rows, ", b.columns, ")");
+  const ScalarType from = b.grad.scalar_type(), to = out.scalar_type();
+  if (from != to && (to != ScalarType::Float || from == ScalarType::Double))
+    refuse(op, ": out must have grad's dtype, or be float32 beside a 16-bit grad");
+  if (out.size(1) > 1 && out.stride(1) != 1) refuse(op, ": the columns of out must be contiguous");
+  if (b.positions && b.tokens > out.size(0)) refuse(op, ": ", b.tokens, " positions in a table of ", out.size(0), " rows");
+}
+
+inline void check_sum(const char* op, const std::vector<Tensor>& weights, const std::vector<Tensor>& indices,
+                      int64_t rows, const std::vector<double>& scales) {
+  const size_t tables = weights.size();
+  if (tables == 0 || indices.size() != tables || scales.size() != tables)
+    refuse(op, ": expected as many indices and scales as weights, and at least one");
+  for (size_t t = 0; t < tables; ++t) {
+    check_table(op, weights[t]);
+    if (weights[t].scalar_type() != weights[0].scalar_type() || weights[t].size(1) != weights[0].size(1))
+      refuse(op, ": the tables must share dtype and number of columns");
+    const int64_t n = indices[t].numel();
+    if (n == 0 ? rows != 0 : rows % n != 0) refuse(op, ": ", n, " indices do not divide ", rows, " rows");
+  }
 }
 
 }  // namespace fastllm

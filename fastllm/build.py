@@ -218,8 +218,8 @@ def _cxx_flags(cuda: Cuda | None) -> list[str]:
 
 
 def _nvcc_flags(cuda: Cuda) -> list[str]:
-    flags = ["-O3", "-DNDEBUG", "-lineinfo"] if not _debug() else ["-O0", "-g", "-G"]
-    flags += ["-DUSE_CUDA", "-fmad=false", "-Xptxas=-v", "--expt-relaxed-constexpr", "-diag-suppress=20012"]
+    flags = ["-O3"] if not _debug() else ["-O0", "-g", "-G"]
+    flags += ["-DUSE_CUDA", "-fmad=false", "-Xptxas=-v", "--expt-relaxed-constexpr"]
     flags += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
     for entry in cuda.architectures:
         number = entry.removesuffix("+PTX").replace(".", "")

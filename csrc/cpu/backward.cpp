@@ -63,7 +63,7 @@ void write_hot_rows(const Plan& plan, const Table& table, const std::vector<int6
   const int64_t pieces = (table.columns + width - 1) / width;
   const int64_t rows = static_cast<int64_t>(hot.size());
   torch::stable::parallel_for(0, rows * pieces, 1, [&](int64_t first, int64_t last) {
-    std::vector<double> scratch(static_cast<size_t>(2 * width));
+    std::vector<double> scratch(static_cast<size_t>(3 * width));
     for (int64_t i = first; i < last; ++i) {
       const int64_t begin = i % pieces * width;
       write_row(plan, table, hot[i / pieces], begin, std::min(width, table.columns - begin), scratch.data());
@@ -104,7 +104,7 @@ void write_table(const Plan& plan, const Table& table) {
     bounds[t] = low;
   }
   torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-    std::vector<double> scratch(static_cast<size_t>(2 * table.columns));
+    std::vector<double> scratch(static_cast<size_t>(3 * table.columns));
     auto next_hot = std::lower_bound(hot.begin(), hot.end(), bounds[first]);
     for (int64_t row = bounds[first]; row < bounds[last]; ++row) {
       if (next_hot != hot.end() && *next_hot == row) {
@@ -118,25 +118,22 @@ void write_table(const Plan& plan, const Table& table) {
 
 void backward_into(Tensor& out, const Backward& b, int64_t padding_idx, bool scale_grad_by_freq,
                    std::optional<int64_t> vocab_start, double scale, bool accumulate) {
-  const char* op = "embedding_bwd";
-  if (out.dim() != 2 || out.size(1) != b.columns) refuse(op, ": out must have shape (rows, ", b.columns, ")");
+  check_output("embedding_bwd", out, b);
   const ScalarType from = b.grad.scalar_type(), to = out.scalar_type();
-  const bool wide = from != to;
-  if (wide && (to != ScalarType::Float || from == ScalarType::Double))
-    refuse(op, ": out must have grad's dtype, or be float32 beside a 16-bit grad");
-  if (out.size(1) > 1 && out.stride(1) != 1) refuse(op, ": the columns of out must be contiguous");
   const Vocabulary vocabulary{vocab_start.value_or(0), out.size(0), vocab_start.has_value()};
-  check_ids("embedding: indices", b.indices, vocabulary);
+  if (!b.positions) check_ids("embedding: indices", b.indices, vocabulary);
   if (out.numel() == 0) return;
 
-  const Groups groups = visit_indices(
-      b.indices, [&](auto ids) { return group_by_id(ids, b.tokens, vocabulary, padding_idx); });
+  const Groups groups =
+      b.positions ? group_positions(b.tokens, vocabulary.rows) : visit_indices(b.indices, [&](auto ids) {
+        return group_by_id(ids, b.tokens, vocabulary, padding_idx);
+      });
   const int64_t element = element_size(to);
   const Table table{static_cast<char*>(out.mutable_data_ptr()), out.stride(0) * element, element, vocabulary.rows,
                     b.columns};
   const Plan plan{groups,
                   {b.grad.const_data_ptr(), b.columns, nullptr, 0, b.repeats, b.tokens},
-                  row_kernels().sum_rows[dtype_index(from)][wide],
+                  row_kernels().sum_rows[dtype_index(from)][from != to],
                   scale,
                   scale_grad_by_freq,
                   accumulate};
@@ -144,8 +141,8 @@ void backward_into(Tensor& out, const Backward& b, int64_t padding_idx, bool sca
 }
 
 Tensor embedding_bwd(const Tensor& grad, const Tensor& indices, int64_t num_rows, int64_t padding_idx,
-                     bool scale_grad_by_freq, std::optional<int64_t> vocab_start, double scale) {
-  const Backward b = check_backward("embedding_bwd", grad, indices);
+                     bool scale_grad_by_freq, std::optional<int64_t> vocab_start, double scale, bool positions) {
+  const Backward b = check_backward("embedding_bwd", grad, indices, positions);
   Tensor out = empty_like_device(b.grad, {num_rows, b.columns}, grad.scalar_type());
   advise_huge_pages(out);
   backward_into(out, b, padding_idx, scale_grad_by_freq, vocab_start, scale, false);
@@ -154,7 +151,7 @@ Tensor embedding_bwd(const Tensor& grad, const Tensor& indices, int64_t num_rows
 
 void embedding_bwd_(Tensor out, const Tensor& grad, const Tensor& indices, int64_t padding_idx,
                     bool scale_grad_by_freq, std::optional<int64_t> vocab_start, double scale, bool accumulate) {
-  backward_into(out, check_backward("embedding_bwd_", grad, indices), padding_idx, scale_grad_by_freq, vocab_start,
+  backward_into(out, check_backward("embedding_bwd_", grad, indices, false), padding_idx, scale_grad_by_freq, vocab_start,
                 scale, accumulate);
 }
 

@@ -63,19 +63,12 @@ Tensor embedding_sum_fwd(const std::vector<Tensor>& weights_, const std::vector<
                          const std::vector<double>& scales, double dropout_p, std::optional<Tensor> seed_) {
   const char* op = "embedding_sum_fwd";
   const size_t tables = weights_.size();
-  if (tables == 0 || indices_.size() != tables || scales.size() != tables)
-    refuse(op, ": expected as many indices and scales as weights, and at least one");
+  check_sum(op, weights_, indices_, rows, scales);
   std::vector<Tensor> weights, indices;
-  std::vector<int64_t> ids;
   for (size_t t = 0; t < tables; ++t) {
-    check_table(op, weights_[t]);
-    if (weights_[t].scalar_type() != weights_[0].scalar_type() || weights_[t].size(1) != weights_[0].size(1))
-      refuse(op, ": the tables must share dtype and number of columns");
     const bool packed = weights_[t].size(1) <= 1 || weights_[t].stride(1) == 1;
     weights.push_back(packed ? weights_[t] : torch::stable::contiguous(weights_[t]));
     indices.push_back(check_indices(op, indices_[t]));
-    const int64_t n = indices[t].numel();
-    if (n == 0 ? rows != 0 : rows % n != 0) refuse(op, ": ", n, " indices do not divide ", rows, " rows");
     check_ids("embedding_sum: indices[" + std::to_string(t) + "]", indices[t], {0, weights[t].size(0), false});
   }
   const ScalarType dtype = weights[0].scalar_type();
@@ -122,10 +115,8 @@ Tensor embedding_sum_fwd(const std::vector<Tensor>& weights_, const std::vector<
 // The gradient that passes the dropout of embedding_sum_fwd: the same mask on the same flat elements.
 Tensor embedding_sum_dropout(const Tensor& grad_, double dropout_p, const Tensor& seed_) {
   const char* op = "embedding_sum_dropout";
-  if (!is_supported_float(grad_.scalar_type()) || grad_.dim() != 2)
-    refuse(op, ": grad must have 2 dimensions and be float64, float32, float16 or bfloat16");
+  const Tensor grad = check_dropped(op, grad_);
   const uint64_t seed = read_seed(op, seed_);
-  const Tensor grad = grad_.is_contiguous() ? grad_ : torch::stable::contiguous(grad_);
   const int64_t rows = grad.size(0), columns = grad.size(1), element = element_size(grad.scalar_type());
   Tensor out = empty_like_device(grad, {rows, columns}, grad.scalar_type());
   if (out.numel() == 0) return out;

@@ -21,14 +21,6 @@ decltype(auto) visit_indices(const Tensor& indices, F&& f) {
   return f(static_cast<const int64_t*>(indices.const_data_ptr()));
 }
 
-// The part of a vocabulary that a table holds: ids start .. start + rows - 1. Without `partial` every id must be one
-// of them; with it, any other id that is not negative belongs to another part.
-struct Vocabulary {
-  int64_t start;
-  int64_t rows;
-  bool partial;
-};
-
 [[noreturn]] inline void raise_outside(const std::string& name, const Tensor& indices, int64_t flat, int64_t id,
                                        const Vocabulary& vocabulary) {
   std::string position;
@@ -68,6 +60,14 @@ struct Groups {
   std::unique_ptr<int64_t[]> offsets;
   std::unique_ptr<int64_t[]> tokens;
 };
+
+// For indices 0, 1, 2, ...: there is nothing to sort.
+inline Groups group_positions(int64_t n, int64_t rows) {
+  Groups groups{std::unique_ptr<int64_t[]>(new int64_t[rows + 1]), std::unique_ptr<int64_t[]>(new int64_t[n])};
+  for (int64_t row = 0; row <= rows; ++row) groups.offsets[row] = std::min(row, n);
+  for (int64_t i = 0; i < n; ++i) groups.tokens[i] = i;
+  return groups;
+}
 
 template <class Index>
 Groups group_by_id(const Index* ids, int64_t n, const Vocabulary& vocabulary, int64_t padding_idx) {

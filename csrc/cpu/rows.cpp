@@ -3,86 +3,10 @@
 #include "rows.h"
 
 #include "../order.h"
-
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
+#include "../scalar.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {
-
-struct BF16 {
-  uint16_t bits;
-};
-struct F16 {
-  uint16_t bits;
-};
-
-float as_float(uint32_t bits) {
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-uint32_t as_bits(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
-inline float widen(BF16 x) { return as_float(static_cast<uint32_t>(x.bits) << 16); }
-
-inline void narrow(float x, float& out) { out = x; }
-inline void narrow(double x, double& out) { out = x; }
-inline void narrow(float x, BF16& out) {
-  const uint32_t bits = as_bits(x);
-  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  const uint32_t quiet_nan = (bits >> 16) | 0x40u;
-  out.bits = static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? quiet_nan : rounded);
-}
-
-#if defined(__F16C__)
-inline float widen(F16 x) { return _cvtsh_ss(x.bits); }
-inline void narrow(float x, F16& out) { out.bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
-#else
-// The exponent is moved by a multiplication, which is exact and also normalises subnormal numbers.
-inline float widen(F16 x) {
-  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
-  const uint32_t rest = static_cast<uint32_t>(x.bits & 0x7FFFu) << 13;
-  const float moved = as_float(rest) * as_float(0x77800000u);  // 2^112
-  const uint32_t special = rest | 0x7F800000u;
-  return as_float(sign | ((x.bits & 0x7C00u) == 0x7C00u ? special : as_bits(moved)));
-}
-inline void narrow(float x, F16& out) {
-  const uint32_t bits = as_bits(x);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const uint32_t magnitude = bits & 0x7FFFFFFFu;
-  uint32_t result;
-  if (magnitude > 0x7F800000u) {
-    result = 0x7E00u | ((magnitude >> 13) & 0x3FFu);
-  } else if (magnitude >= 0x477FF000u) {  // 65520 and more round to infinity
-    result = 0x7C00u;
-  } else if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 rounds to the subnormal grid of 2^-24
-    result = as_bits(as_float(magnitude) + 0.5f) - 0x3F000000u;
-  } else {
-    result = (magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
-  }
-  out.bits = static_cast<uint16_t>(sign | result);
-}
-#endif
-
-template <class T>
-struct Accumulator {
-  using type = float;
-};
-template <>
-struct Accumulator<double> {
-  using type = double;
-};
-template <class T>
-using Acc = typename Accumulator<T>::type;
 
 template <class T>
 const T* row_of(const Segment& s, int64_t k) {
@@ -129,12 +53,19 @@ void sum_rows(void* out_, const Segment& s, int64_t begin, int64_t columns, doub
     return;
   }
   A* __restrict total = static_cast<A*>(scratch);
-  A* __restrict part = total + columns;
-  for (int64_t first = 0; first < rows; first += kChunk) {
-    const int64_t last = first + kChunk < rows ? first + kChunk : rows;
-    sum_chunk<T>(first == 0 ? total : part, s, first, last, begin, columns);
-    if (first != 0)
-      for (int64_t c = 0; c < columns; ++c) total[c] += part[c];
+  A* __restrict group = total + columns;
+  A* __restrict part = group + columns;
+  for (int64_t outer = 0; outer < rows; outer += kChunk * kChunk) {
+    const int64_t end = outer + kChunk * kChunk < rows ? outer + kChunk * kChunk : rows;
+    A* __restrict sum = outer == 0 ? total : group;
+    for (int64_t first = outer; first < end; first += kChunk) {
+      const int64_t last = first + kChunk < end ? first + kChunk : end;
+      sum_chunk<T>(first == outer ? sum : part, s, first, last, begin, columns);
+      if (first != outer)
+        for (int64_t c = 0; c < columns; ++c) sum[c] += part[c];
+    }
+    if (outer != 0)
+      for (int64_t c = 0; c < columns; ++c) total[c] += group[c];
   }
   if (accumulate) {
     for (int64_t c = 0; c < columns; ++c) narrow(widen(out[c]) + scale * total[c], out[c]);
@@ -144,18 +75,6 @@ void sum_rows(void* out_, const Segment& s, int64_t begin, int64_t columns, doub
 }
 
 constexpr int64_t kBlock = 512;
-
-template <class A>
-void apply_dropout(A* __restrict sum, int64_t n, double p, uint64_t seed, int64_t element) {
-  const uint32_t threshold = dropout_threshold(p);
-  const A kept = p < 1.0 ? static_cast<A>(1.0 / (1.0 - p)) : A(0);
-  for (int64_t c = 0; c < n;) {
-    const uint64_t e = static_cast<uint64_t>(element + c);
-    const Philox4 random = philox(seed, e / 4);
-    for (int64_t w = static_cast<int64_t>(e % 4); w < 4 && c < n; ++w, ++c)
-      sum[c] = p < 1.0 && random.word[w] >= threshold ? sum[c] * kept : A(0);
-  }
-}
 
 template <class T>
 void combine_rows(void* out_, const void* const* rows, const double* scales, int64_t tables, int64_t columns,

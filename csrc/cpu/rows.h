@@ -18,7 +18,7 @@ struct Segment {
 };
 
 // out[c] = (accumulate ? out[c] : 0) + scale * (sum of the segment's column begin + c) for `columns` columns, summed in
-// the order of order.h. `scratch` holds 2 * columns doubles.
+// the order of order.h. `scratch` holds 3 * columns doubles.
 using SumRows = void (*)(void* out, const Segment&, int64_t begin, int64_t columns, double scale, bool accumulate,
                          void* scratch);
 

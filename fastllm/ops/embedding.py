@@ -53,7 +53,7 @@ def _fwd_fake(weight, indices, vocab_start):
     return weight.new_empty((*indices.shape, weight.shape[1]))
 
 
-def _bwd_fake(grad, indices, num_rows, padding_idx, scale_grad_by_freq, vocab_start, scale):
+def _bwd_fake(grad, indices, num_rows, padding_idx, scale_grad_by_freq, vocab_start, scale, positions):
     return grad.new_empty((num_rows, grad.shape[-1]))
 
 
@@ -79,6 +79,7 @@ class Lookup(NamedTuple):
     start: int | None  # the first id of a part of a vocabulary; None: the table holds it all
     scale: float  # of the gradient
     repeats: int  # the ids belong to this many blocks of rows, one after the other
+    positions: bool  # the ids are 0, 1, 2, ...: nothing to sort
 
     def gather(self, weight, indices):
         if self.native:
@@ -87,7 +88,9 @@ class Lookup(NamedTuple):
 
     def scatter(self, grad, indices):
         if self.native:
-            return _embedding_bwd(grad, indices, self.num_rows, self.padding, self.by_freq, self.start, self.scale)
+            return _embedding_bwd(
+                grad, indices, self.num_rows, self.padding, self.by_freq, self.start, self.scale, self.positions
+            )
         keys = self.keys(indices).flatten().repeat(self.repeats)
         return scatter_eager(grad.reshape(keys.numel(), grad.shape[-1]), keys, self.num_rows, self.by_freq, self.scale)
 
@@ -118,7 +121,7 @@ class Lookup(NamedTuple):
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(weight, indices, native, padding_idx, by_freq, start, main_grad):
-        return Lookup(native, weight.shape[0], -1, by_freq, start, 1.0, 1).gather(weight, indices)
+        return Lookup(native, weight.shape[0], -1, by_freq, start, 1.0, 1, False).gather(weight, indices)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -126,7 +129,7 @@ class _Embedding(torch.autograd.Function):
         weight, indices, native, padding_idx, by_freq, start, ctx.main_grad = inputs
         rows = weight.shape[0]
         padding = normalised_padding("embedding", padding_idx, rows, partial=start is not None)
-        ctx.lookup = Lookup(native, rows, padding, by_freq, start, 1.0, 1)
+        ctx.lookup = Lookup(native, rows, padding, by_freq, start, 1.0, 1, False)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(indices)
 

@@ -14,6 +14,9 @@ from ._philox import dropout_mask, new_seed
 from .embedding import Embedding, Lookup, scatter
 
 
+MAX_TABLES_ON_A_GPU = 8  # they are arguments of one kernel: kMaxTables in csrc/cuda/forward_kernels.cuh
+
+
 def _per_table(op_argument: str, value, default, tables: int) -> tuple:
     """``value`` as one entry for each table: a single one is the first table's."""
     if isinstance(value, Sequence):
@@ -74,6 +77,7 @@ class _Sum(NamedTuple):
     scales: tuple[float, ...]
     padding: tuple[int | None, ...]
     dropout_p: float
+    positions: tuple[bool, ...]  # the ids are 0, 1, 2, ...
 
     def forward(self, indices, weights, seed):
         rows = 1
@@ -102,7 +106,9 @@ class _Sum(NamedTuple):
         """The gradient of table ``t`` from that of the sum, once through dropout."""
         repeats = grad.shape[0] // max(indices.numel(), 1)
         padding = normalised_padding("embedding_sum", self.padding[t], weight_rows)
-        lookup = Lookup(self.native, weight_rows, padding, False, None, self.scales[t], repeats)
+        lookup = Lookup(
+            self.native, weight_rows, padding, False, None, self.scales[t], repeats, self.positions[t] and padding < 0
+        )
         return scatter(grad, indices, lookup)
 
 
@@ -215,7 +221,8 @@ def embedding_sum(indices, weights, *, padding_idx=None, scale=1.0, dropout_p=0.
     """
     _check(indices, weights, dropout_p)
     tables = len(weights)
-    if any(i is None for i in indices):
+    positions = tuple(i is None for i in indices)
+    if any(positions):
         indices = _filled(indices, weights[0].device)
     for t in range(tables):
         check_indices("embedding_sum", f"indices[{t}]", indices[t], weights[t])
@@ -227,8 +234,10 @@ def embedding_sum(indices, weights, *, padding_idx=None, scale=1.0, dropout_p=0.
     padding = _per_table("padding_idx", padding_idx, None, tables)
     for given, weight in zip(padding, weights, strict=True):
         normalised_padding("embedding_sum", given, weight.shape[0])
-    native = pick("embedding_sum", *weights) == "native"
-    call = _Sum(native, shape, _scales(scale, tables), padding, float(dropout_p))
+    too_many = f"at most {MAX_TABLES_ON_A_GPU} tables on a GPU, got {tables}"
+    refused = too_many if weights[0].is_cuda and tables > MAX_TABLES_ON_A_GPU else None
+    native = pick("embedding_sum", *weights, refused={"native": refused}) == "native"
+    call = _Sum(native, shape, _scales(scale, tables), padding, float(dropout_p), positions)
     seed = new_seed(weights[0].device) if dropout_p > 0.0 else None
     ids = [_laid_out(i, shape) for i in indices]
     return _EmbeddingSum.apply(call, seed, *ids, *weights).view(*shape, weights[0].shape[1])
