@@ -13,7 +13,6 @@ from ._embedding import check_indices, check_table, distinct, gather_eager, make
 from ._philox import dropout_mask, new_seed
 from .embedding import Embedding, Lookup, scatter
 
-
 MAX_TABLES_ON_A_GPU = 8  # they are arguments of one kernel: kMaxTables in csrc/cuda/forward_kernels.cuh
 
 

@@ -1,0 +1,134 @@
+"""The extension itself: how it is built, what it needs of torch, and its GPU kernels run on a CPU."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastllm
+from fastllm import build, registry
+
+ROOT = Path(__file__).parent.parent
+BUILT = importlib.util.find_spec("fastllm._C")
+
+pytestmark = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "c++")) is None, reason="there is no C++ compiler here"
+)
+
+
+def test_gpu_kernels_on_a_cpu(tmp_path):
+    """Every GPU kernel but the sort, thread by thread, under AddressSanitizer and UBSan: bits and bounds."""
+    program = tmp_path / "emulate"
+    flags = ["-std=c++17", "-O0", "-ffp-contract=off", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    source = ROOT / "tests" / "emulate_embedding.cpp"
+    subprocess.run([*build.find_compiler(), *flags, str(source), "-o", str(program)], check=True)
+    # LD_PRELOAD of another library would come before the sanitizer's own.
+    env = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    result = subprocess.run([str(program), "60"], env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout == "60 cases agree\n"
+
+
+def test_the_extension_needs_only_the_stable_interface():
+    """What it takes from outside: torch's C shim, Python's C API, libc, libstdc++. Nothing of c10:: or at::."""
+    if BUILT is None or shutil.which("nm") is None:
+        pytest.skip("no extension or no nm here")
+    result = subprocess.run(["nm", "-D", "--undefined-only", BUILT.origin], capture_output=True, text=True, check=True)
+    names = [line.split()[-1] for line in result.stdout.splitlines() if line.strip()]
+    allowed = ("aoti_torch_", "torch_", "Py", "_Py", "_ITM_", "__gmon_start__", "_ZNSt15__exception_ptr", "_Unwind_")
+    foreign = [n for n in names if not n.startswith(allowed) and not any(v in n for v in ("@GLIBC", "@CXXABI", "@GCC"))]
+    assert foreign == []
+    assert any(n.startswith("aoti_torch_") for n in names)
+
+
+def test_build_info_tells_how_it_was_built():
+    if BUILT is None:
+        pytest.skip("no extension here")
+    info = fastllm._C.build_info()
+    assert info["torch_target"] == "2.10"
+    assert info["cpu_capability"] in ("default", "avx2", "avx512")
+    assert (info["cuda"] is None) == (info["cuda_architectures"] == [])
+    assert "-ffp-contract=off" in info["flags"]
+    assert registry.has_extension()
+
+
+def _build(tmp_path, env):
+    """build.py alone, away from the package, as setup.py runs it; ``main`` would write into the source tree."""
+    run = (
+        "import importlib.util, sys; from pathlib import Path;"
+        f"spec = importlib.util.spec_from_file_location('build', {str(ROOT / 'fastllm' / 'build.py')!r});"
+        "build = importlib.util.module_from_spec(spec); sys.modules['build'] = build; spec.loader.exec_module(build);"
+        f"build.HERE = Path({str(tmp_path)!r}); build.sources = lambda: Path({str(ROOT / 'csrc')!r});"
+        "sys.exit(build.main())"
+    )
+    full = {k: v for k, v in os.environ.items() if k not in ("FASTLLM_CUDA", "FORCE_CUDA", "CXX", "CUDA_HOME")}
+    return subprocess.run([sys.executable, "-c", run], env={**full, **env}, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({"CXX": "/nonexistent/c++"}, "the extension was not built: there is no C++ compiler (/nonexistent/c++)"),
+        ({"FASTLLM_CUDA": "1", "CUDA_HOME": "/nonexistent"}, "FASTLLM_CUDA=1, but there is no nvcc in /nonexistent/bin"),
+        ({"FORCE_CUDA": "1", "CUDA_HOME": "/nonexistent"}, "FASTLLM_CUDA=1, but there is no nvcc in /nonexistent/bin"),
+        ({"FASTLLM_CUDA": "yes"}, "FASTLLM_CUDA: expected auto, 0 or 1, got 'yes'"),
+        ({"FASTLLM_CUDA": "0", "MAX_JOBS": "many"}, "MAX_JOBS: expected a positive number, got 'many'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_built_is_one_clear_line(tmp_path, env, expected):
+    result = _build(tmp_path, env)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+    assert expected in result.stderr
+
+
+def test_architectures_are_read_as_pytorch_reads_them(monkeypatch):
+    for text, expected in (
+        ("", ("9.0+PTX",)),
+        ("8.0;9.0+PTX", ("8.0", "9.0+PTX")),
+        ("8.0 9.0a, 10.0", ("8.0", "9.0a", "10.0")),
+        ("Ampere;Hopper", ("8.0", "8.6+PTX", "9.0+PTX")),
+    ):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", text)
+        assert build.architectures() == expected
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "hoppy")
+    with pytest.raises(ValueError, match="expected entries such as"):
+        build.architectures()
+
+
+def test_headers_are_found_without_importing_torch():
+    found = build.find_torch()
+    assert found.version == torch.__version__
+    assert (found.lib / "libtorch_cpu.so").exists() or sys.platform != "linux"
+
+
+def test_without_the_extension_the_op_runs_eagerly_and_says_so_once():
+    code = """
+import sys, warnings
+sys.modules["fastllm._C"] = None
+import torch, fastllm
+weight = torch.randn(5, 3, requires_grad=True)
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        fastllm.functional.embedding(torch.tensor([1, 4, 1]), weight).sum().backward()
+assert weight.grad[1].tolist() == [6.0, 6.0, 6.0]
+messages = [str(w.message) for w in told]
+assert len(messages) == 1, messages
+assert messages[0].startswith("embedding: eager instead of native: the extension fastllm._C was not built"), messages
+try:
+    with fastllm.backend("native"):
+        fastllm.functional.embedding(torch.tensor([1]), weight)
+except fastllm.BackendError as error:
+    assert "python -m fastllm.build" in str(error)
+else:
+    raise AssertionError("a backend that is not there was served")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
