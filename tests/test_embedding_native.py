@@ -74,8 +74,8 @@ def _build(tmp_path, env):
     ("env", "expected"),
     [
         ({"CXX": "/nonexistent/c++"}, "the extension was not built: there is no C++ compiler (/nonexistent/c++)"),
-        ({"FASTLLM_CUDA": "1", "CUDA_HOME": "/nonexistent"}, "FASTLLM_CUDA=1, but there is no nvcc in /nonexistent/bin"),
-        ({"FORCE_CUDA": "1", "CUDA_HOME": "/nonexistent"}, "FASTLLM_CUDA=1, but there is no nvcc in /nonexistent/bin"),
+        ({"FASTLLM_CUDA": "1", "CUDA_HOME": "/nonexistent"}, "FASTLLM_CUDA=1, but there is no nvcc in /nonexistent"),
+        ({"FORCE_CUDA": "1", "CUDA_HOME": "/nonexistent"}, "FASTLLM_CUDA=1, but there is no nvcc in /nonexistent"),
         ({"FASTLLM_CUDA": "yes"}, "FASTLLM_CUDA: expected auto, 0 or 1, got 'yes'"),
         ({"FASTLLM_CUDA": "0", "MAX_JOBS": "many"}, "MAX_JOBS: expected a positive number, got 'many'"),
     ],
