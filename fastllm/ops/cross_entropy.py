@@ -101,19 +101,20 @@ def _eager(input, target, weight, ignore_index, reduction, label_smoothing, soft
 _OPTIONS = "int ignore_index, float smoothing, float? softcap, float scale, float z_loss, str reduction"
 
 
-def _fwd_fake(x, target, weight, ignore_index, smoothing, softcap, scale, z_loss, reduction, dtype):
+def _fwd_fake(x, target, weight, ignore_index, smoothing, softcap, scale, z_loss, reduction, dtype, with_gradient):
     rows = x.shape[0] * x.shape[2]
     return (
         x.new_empty(rows if reduction == "none" else (), dtype=dtype),
         x.new_empty(rows, dtype=torch.float32),
         x.new_empty((3, rows), dtype=torch.float32),
         x.new_empty(() if reduction == "mean" else 0, dtype=torch.float32),
+        x.new_empty(x.shape if with_gradient else 0),
     )
 
 
 @define(
-    f"cross_entropy_fwd(Tensor x, Tensor target, Tensor? weight, {_OPTIONS}, ScalarType dtype)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f"cross_entropy_fwd(Tensor x, Tensor target, Tensor? weight, {_OPTIONS}, ScalarType dtype,"
+    " bool with_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd_fake,
 )
 def _cross_entropy_fwd(x, target, weight, ignore_index, *options):
@@ -140,33 +141,67 @@ def _bwd_fake(dloss, dlse, x, target, weight, stats, total, *options_and_needs):
     _bwd_fake,
 )
 def _cross_entropy_bwd(*args):
-    from ..kernels.cross_entropy import cross_entropy_bwd
+    from ..kernels._cross_entropy_backward import cross_entropy_bwd
 
     return cross_entropy_bwd(*args)
 
 
+@define(
+    "cross_entropy_bwd_(Tensor? dloss, Tensor? dlse, Tensor(a!) x, Tensor target, Tensor? weight, Tensor stats,"
+    f" Tensor total, {_OPTIONS}) -> ()",
+    lambda *args: None,
+)
+def _cross_entropy_bwd_(dloss, dlse, x, *args):
+    from ..kernels._cross_entropy_backward import cross_entropy_bwd
+
+    cross_entropy_bwd(dloss, dlse, x, *args, (True, False), out=x)
+
+
+@define("cross_entropy_scale_(Tensor(a!) dlogits, Tensor dloss) -> ()", lambda *args: None)
+def _cross_entropy_scale_(dx, dloss):
+    from ..kernels._cross_entropy_backward import scale_rows
+
+    scale_rows(dx, dloss)
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(x, target, weight, dtype, ignore_index, smoothing, softcap, scale, z_loss, reduction):
+    def forward(
+        x, target, weight, dtype, ignore_index, smoothing, softcap, scale, z_loss, reduction, with_gradient, inplace
+    ):
         options = (ignore_index, smoothing, softcap, scale, z_loss, reduction)
-        return _cross_entropy_fwd(x, target, weight, *options, dtype)
+        return _cross_entropy_fwd(x, target, weight, *options, dtype, with_gradient)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, target, weight, ctx.dtype, *ctx.options = inputs
-        _, _, stats, total = output
-        ctx.mark_non_differentiable(stats, total)
+        x, target, weight, ctx.dtype, *ctx.options, with_gradient, ctx.inplace = inputs
+        _, _, stats, total, dlogits = output
+        ctx.mark_non_differentiable(stats, total, dlogits)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, target, weight, stats, total)
+        ctx.has_gradient = with_gradient
+        ctx.save_for_backward(x, target, weight, stats, total, dlogits)
 
     @staticmethod
-    def backward(ctx, dloss, dlse, _dstats, _dtotal):
-        none = (None,) * (2 + len(ctx.options))
+    def backward(ctx, dloss, dlse, _dstats, _dtotal, _ddlogits):
+        none = (None,) * (4 + len(ctx.options))
         if dloss is None and dlse is None:
             return None, None, *none
-        x, target, weight, stats, total = ctx.saved_tensors
+        x, target, weight, stats, total, dlogits = ctx.saved_tensors
         ignore_index, smoothing, softcap, scale, z_loss, reduction = ctx.options
         probabilities = target.is_floating_point()
+        inputs = (x, target) if probabilities else (x,)
+        needs = ctx.needs_input_grad[: len(inputs)]
+        if ctx.has_gradient and dlse is None and not torch.is_grad_enabled():
+            # The forward's gradient is handed out once, scaled in place: nobody else has seen it. A second backward
+            # takes the other way, to the same bits.
+            ctx.has_gradient = False
+            dx = dlogits.data
+            _cross_entropy_scale_(dx, dloss)
+            return dx, None, *none
+        if ctx.inplace and needs == (True,) and not torch.is_grad_enabled():
+            _cross_entropy_bwd_(dloss, dlse, x.detach(), target, weight, stats, total, *ctx.options)
+            torch.autograd.graph.increment_version(x)
+            return x.detach(), None, *none
 
         def launch(inputs, outputs_grad, extras, needs):
             q = inputs[1] if probabilities else target
@@ -181,8 +216,6 @@ class _CrossEntropy(torch.autograd.Function):
             )  # fmt: skip
             return loss.reshape(-1) if reduction == "none" else loss, lse.reshape(-1)
 
-        inputs = (x, target) if probabilities else (x,)
-        needs = ctx.needs_input_grad[: len(inputs)]
         grads = gradients(launch, formula, inputs, needs, (dloss, dlse), (stats, total))
         return grads[0], grads[1] if probabilities else None, *none
 
@@ -197,7 +230,7 @@ def _kernel_refuses(input: torch.Tensor, weight) -> str | None:
 
 def cross_entropy(
     input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean",
-    label_smoothing=0.0, *, softcap=None, logit_scale=1.0, z_loss=0.0, return_lse=False,
+    label_smoothing=0.0, *, softcap=None, logit_scale=1.0, z_loss=0.0, return_lse=False, inplace=False,
 ):  # fmt: skip
     """``torch.nn.functional.cross_entropy``, fused, and more.
 
@@ -206,7 +239,8 @@ def cross_entropy(
     times the class weight of the target.
 
     Args:
-        input: logits (C,), (N, C) or (N, C, d1, ...), floating point, any strides. Never written to.
+        input: logits (C,), (N, C) or (N, C, d1, ...), floating point, any strides. Not written to
+            unless ``inplace`` permits it.
         target: class indices, int64 or uint8, shape () or (N,) or (N, d1, ...); or class probabilities, floating
             point, of the input's shape, which then receive a gradient too.
         weight: (C,) class weights or None; its dtype may differ from the input's.
@@ -218,6 +252,10 @@ def cross_entropy(
         logit_scale: factor on the logits (an inverse temperature).
         z_loss: factor of the penalty on logsumexp(z)^2.
         return_lse: also return logsumexp(z) of every position.
+        inplace: permission for the backward to put the gradient where the logits were, which saves their size in
+            memory. They must come from an operation that does not need them itself, such as a linear layer. Another
+            backward that needs them after this one raises (their version counter has moved). Kernels take it up;
+            the eager backend and compiled code do not.
 
     Returns:
         The loss in torch's dtype: a scalar, or the target's positions for "none". A mean over nothing is NaN.
@@ -232,6 +270,8 @@ def cross_entropy(
     """
     reduction = legacy(size_average, reduce, reduction)
     check_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing, softcap, logit_scale, z_loss)
+    if inplace and input.requires_grad and input.is_leaf:
+        raise ValueError("cross_entropy: inplace=True would overwrite a leaf; logits must come from an operation")
     probabilities = target.is_floating_point()
     chosen = pick(
         "cross_entropy", input, target if probabilities else None, weight,
@@ -250,10 +290,14 @@ def cross_entropy(
             raise error from None
     x = input.reshape(1, -1, 1) if input.dim() == 1 else input.unsqueeze(-1) if input.dim() == 2 else input.flatten(2)
     q = target.reshape(x.shape) if probabilities else target.reshape(x.shape[0], x.shape[2]).long()
-    loss, lse, _, _ = _CrossEntropy.apply(
+    needs = input.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    inplace = inplace and needs and 0 not in input.stride()
+    # fp16 would lose the gradient of a mean to underflow before a loss scale reaches it.
+    in_forward = needs and not inplace and not probabilities and x.dtype != torch.float16
+    loss, lse, *_ = _CrossEntropy.apply(
         x, q, None if weight is None else weight.contiguous(), loss_dtype(input, target),
         int(ignore_index), float(label_smoothing), None if softcap is None else float(softcap), float(logit_scale),
-        float(z_loss), reduction,
+        float(z_loss), reduction, in_forward and input.dim() == 2 and input.stride(1) == 1, inplace,
     )  # fmt: skip
     positions = target.shape if not probabilities else () if input.dim() == 1 else (input.shape[0], *input.shape[2:])
     if reduction == "none":
@@ -266,19 +310,20 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
     def __init__(
         self, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean", label_smoothing=0.0,
-        *, softcap=None, logit_scale=1.0, z_loss=0.0, return_lse=False,
+        *, softcap=None, logit_scale=1.0, z_loss=0.0, return_lse=False, inplace=False,
     ):  # fmt: skip
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.softcap = softcap
         self.logit_scale = logit_scale
         self.z_loss = z_loss
         self.return_lse = return_lse
+        self.inplace = inplace
 
     def forward(self, input, target):
         return cross_entropy(
             input, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction,
             label_smoothing=self.label_smoothing, softcap=self.softcap, logit_scale=self.logit_scale,
-            z_loss=self.z_loss, return_lse=self.return_lse,
+            z_loss=self.z_loss, return_lse=self.return_lse, inplace=self.inplace,
         )  # fmt: skip
 
 
