@@ -40,10 +40,19 @@ def selected(names: Sequence[str]) -> list[Op]:
     return [op for name, op in OPS.items() if (name in names if names else shapes_of(name) is not None)]
 
 
+def tensors_of(sample: Sample) -> list[torch.Tensor]:
+    """The tensors of a call, in the order of its arguments."""
+    return [t for t in tree_leaves((sample.args, dict(sample.kwargs))) if isinstance(t, torch.Tensor)]
+
+
 def differentiable(sample: Sample) -> list[torch.Tensor]:
-    """The tensors of a call that require grad, in the order of its arguments."""
-    tensors = tree_leaves((sample.args, dict(sample.kwargs)))
-    return [t for t in tensors if isinstance(t, torch.Tensor) and t.requires_grad]
+    """Those that require grad."""
+    return [t for t in tensors_of(sample) if t.requires_grad]
+
+
+def held_bytes(sample: Sample) -> int:
+    """Bytes of a call's tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors_of(sample))
 
 
 def forward(function: Callable, sample: Sample) -> list[torch.Tensor]:

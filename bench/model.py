@@ -30,7 +30,7 @@ from .traffic import measure
 
 # Programs of a launch that are run: enough to see uneven shares, few enough for the interpreter.
 PROGRAMS = 8
-# Bytes of arguments and results above which a shape is left out: the interpreter runs in this machine's memory.
+# Bytes of a call's tensors above which a shape is left out: the interpreter runs in this machine's memory.
 LARGEST = 1 << 29
 # Seconds from one kernel's end to the next one's start in a stream: assumed, not measured.
 LAUNCH = 2e-6
@@ -89,18 +89,19 @@ def rows(
 ) -> Iterator[Row]:
     """The rows of those of the ops' shapes whose name contains one of ``shapes`` and that fit in LARGEST bytes.
 
+    Ops without Triton kernels have no rows.
+
     Raises:
         RuntimeError: Triton's interpreter is off.
     """
     shapes = list(shapes)
     for op in ops:
+        if "triton" not in op.backends:
+            continue
         for name, make in cases.shapes_of(op.name).items():
             if not any(shape in name for shape in shapes):
                 continue
-            with torch.device("meta"):
-                call = make(torch.device("meta"), dtype)
-                least = op.cost(*call.args, **call.kwargs)
-            if least.backward_bytes > LARGEST:
+            if cases.held_bytes(make(torch.device("meta"), dtype)) > LARGEST:
                 continue
             call = make(torch.device("cpu"), dtype)
             with _processors(GPUS[arch]):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,8 +33,8 @@ OURS, EAGER, COMPILED = "fastllm", "eager", "torch.compile"
 NOT_INSTALLED = "not installed"
 DIRECTIONS = ("forward", "backward", "both")
 DTYPES = ("bfloat16", "float16", "float32")
-# Largest backward, in least bytes, that is run: a CPU takes seconds for more.
-LARGEST = {"cpu": 1 << 29, "cuda": 1 << 36}
+# Largest call, in bytes of its tensors, that is run: a CPU takes seconds for more, and its gradients as much again.
+LARGEST = {"cpu": 1 << 29, "cuda": 1 << 35}
 ROUNDS = {"cpu": 15, "cuda": 100}
 # A sample lasts at least this long on a CPU, by repetition: the clock and the loop around it cost about 1 us.
 SHORTEST = 2e-4
@@ -154,12 +155,17 @@ def _calls(functions: dict[str, Callable], sample: Sample, direction: str) -> di
     return {name: call(name) for name in functions}
 
 
-def measure(op: Op, sample: Sample, dtype: str, device: torch.device, rounds: int, only=()) -> Iterator[Row]:
+def measure(
+    op: Op, sample: Sample, dtype: str, device: torch.device, rounds: int, only=(), within: float = math.inf
+) -> Iterator[Row]:
     """The rows of one call: parity of each provider, then the times of those that have it.
 
     Args:
+        rounds: samples of each provider; fewer, but at least timing.FEWEST, where they would take longer than ``within``
+            seconds.
         only: providers to take beside ours and eager; all if empty.
     """
+    began = time.monotonic()
     cost = op.cost(*sample.args, **sample.kwargs)
     functions: dict[str, Callable] = {}
     first: dict[str, float] = {}
@@ -187,7 +193,8 @@ def measure(op: Op, sample: Sample, dtype: str, device: torch.device, rounds: in
             problems[name] = problem
     judge = None
     common = dict(op=op.name, shape=sample.name, dtype=dtype)
-    for direction in DIRECTIONS if cases.differentiable(sample) else DIRECTIONS[:1]:
+    directions = DIRECTIONS if cases.differentiable(sample) else DIRECTIONS[:1]
+    for direction in directions:
         least = (cost.forward_bytes, cost.backward_bytes, cost.forward_bytes + cost.backward_bytes)
         flops = (cost.forward_flops, cost.backward_flops, cost.forward_flops + cost.backward_flops)
         at = DIRECTIONS.index(direction)
@@ -198,7 +205,8 @@ def measure(op: Op, sample: Sample, dtype: str, device: torch.device, rounds: in
         calls = _calls(functions, sample, direction)
         timer = Timer(device)
         timer.calibrate(calls[EAGER], device)
-        samples = interleaved(calls, rounds, device, timer=timer)
+        share = (within - (time.monotonic() - began)) / (len(directions) - at)
+        samples = interleaved(calls, rounds, device, timer=timer, within=share)
         for name, times in samples.items():
             yield Row(
                 **common, direction=direction, provider=name, samples=times, least_bytes=least[at], flops=flops[at],
@@ -223,34 +231,37 @@ def run(
     only=(),
     tell: Callable[[str], None] = print,
 ) -> tuple[list[Row], list[str]]:
-    """All rows, and what was left out and why. Stops before the first case that starts after ``budget`` seconds."""
+    """All rows, and what was left out and why.
+
+    Each case has an equal share of what is left of ``budget`` seconds; it takes fewer samples rather than more time.
+    """
     rows: list[Row] = []
     left_out: list[str] = []
-    start = time.monotonic()
-    for op, name in plan(ops, shape):
-        for dtype in dtypes:
-            what = f"{op.name}, {name}, {dtype}"
-            if time.monotonic() - start > budget:
-                left_out.append(f"{what}: the budget of {budget:g} s was spent")
-                continue
-            make = cases.shapes_of(op.name)[name]
-            call = make(torch.device("meta"), getattr(torch, dtype))
-            if op.cost(*call.args, **call.kwargs).backward_bytes > LARGEST[device.type]:
-                left_out.append(f"{what}: too large for this device")
-                continue
-            torch.manual_seed(0)
-            call = make(device, getattr(torch, dtype))
-            tell(f"{what} (fastllm serves it by {_serving(op, call)})")
-            try:
-                rows.extend(measure(op, call, dtype, device, rounds, only))
-            except torch.OutOfMemoryError:
-                left_out.append(f"{what}: out of memory")
+    end = time.monotonic() + budget
+    planned = [(op, name, dtype) for op, name in plan(ops, shape) for dtype in dtypes]
+    for i, (op, name, dtype) in enumerate(planned):
+        what = f"{op.name}, {name}, {dtype}"
+        left = end - time.monotonic()
+        if left <= 0:
+            left_out.append(f"{what}: the budget of {budget:g} s was spent")
+            continue
+        make = cases.shapes_of(op.name)[name]
+        if cases.held_bytes(make(torch.device("meta"), getattr(torch, dtype))) > LARGEST[device.type]:
+            left_out.append(f"{what}: too large for this device")
+            continue
+        torch.manual_seed(0)
+        call = make(device, getattr(torch, dtype))
+        tell(f"{what} (fastllm serves it by {_serving(op, call)})")
+        try:
+            rows.extend(measure(op, call, dtype, device, rounds, only, left / (len(planned) - i)))
+        except torch.OutOfMemoryError:
+            left_out.append(f"{what}: out of memory")
     return rows, left_out
 
 
 def _serving(op: Op, call: Sample) -> str:
-    tensors = [t for t in (*call.args, *call.kwargs.values()) if isinstance(t, torch.Tensor) and t.is_floating_point()]
-    return pick(op.name, *tensors)
+    tensors = cases.tensors_of(call)
+    return pick(op.name, *(t for t in tensors if t.is_floating_point()))
 
 
 def results_json(rows: list[Row], left_out: list[str], found: dict) -> str:

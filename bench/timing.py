@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+FEWEST = 3
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,21 @@ def interleaved(
     device: torch.device,
     warmup: int = 1,
     timer: Callable[[Any, torch.device], float] = seconds,
+    within: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Seconds of each of ``runs``, ``rounds`` times; every round calls each once, in an order that turns around.
+    """Seconds of each of ``runs``, once a round, in an order that turns around.
 
     Args:
+        rounds: how many, unless time runs out.
         warmup: rounds before those that count.
         timer: ``timer(run, device)`` -> seconds of one of ``runs``.
+        within: seconds after which no round begins, once FEWEST are done.
     """
     samples: dict[str, list[float]] = {name: [] for name in runs}
+    start = time.monotonic()
     for round_ in range(-warmup, rounds):
+        if round_ >= FEWEST and time.monotonic() - start > within:
+            break
         names = list(runs) if round_ % 2 == 0 else list(reversed(runs))
         for name in names:
             elapsed = timer(runs[name], device)

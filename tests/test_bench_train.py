@@ -8,7 +8,7 @@ import pytest
 import torch
 from fastllm.bench import train
 from fastllm.bench.plain import PlainTransformer
-from fastllm.bench.timing import Quartiles, interleaved, ratios
+from fastllm.bench.timing import FEWEST, Quartiles, interleaved, ratios
 from rich.console import Console
 from torch import nn
 
@@ -145,6 +145,11 @@ def test_interleaving_turns_the_order_around():
     samples = interleaved(runs, rounds=2, device=torch.device("cpu"), warmup=1)
     assert "".join(order) == "baabba"
     assert {name: len(values) for name, values in samples.items()} == {"a": 2, "b": 2}
+
+
+def test_no_time_left_means_the_fewest_rounds():
+    samples = interleaved({"a": lambda: None}, rounds=50, device=torch.device("cpu"), within=0.0)
+    assert len(samples["a"]) == FEWEST
 
 
 def test_ratios_pair_the_rounds():

@@ -1,0 +1,28 @@
+"""Shapes of embedding_sum: token, position and segment tables."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from ..registry import Sample
+from .embedding import zipf_ids
+
+# (sequences, length, rows of each table, columns); the most telling first.
+_CALLS = {
+    "GPT-2 32x1024, 50304+1024 x768": (32, 1024, (50304, 1024), 768),
+    "BERT-base 32x512, 30522+512+2 x768": (32, 512, (30522, 512, 2), 768),
+    "one token, 50304+1024 x768": (1, 1, (50304, 1024), 768),
+}
+
+
+def _call(name, sequences, length, tables, columns, device, dtype) -> Sample:
+    tokens = zipf_ids(sequences * length, tables[0], device).view(sequences, length)
+    positions = torch.arange(length, device=device).expand(sequences, length)
+    segments = (positions >= length // 2).long()
+    weights = tuple(torch.randn(rows, columns, device=device, dtype=dtype).requires_grad_() for rows in tables)
+    return Sample(name, ((tokens, positions, segments)[: len(tables)], weights))
+
+
+shapes = {name: partial(_call, name, *call) for name, call in _CALLS.items()}

@@ -1,0 +1,31 @@
+"""bench/<op>.py: every shape of every op makes a call that the op and its reference take."""
+
+import pytest
+import torch
+from fastllm.bench import cases
+from fastllm.bench.embedding import zipf_ids
+
+from fastllm import OPS
+
+NAMES = [(op, name) for op in OPS if cases.shapes_of(op) for name in cases.shapes_of(op)]
+
+
+@pytest.mark.parametrize(("op", "name"), NAMES)
+def test_a_shape_is_a_call_of_its_op(op, name):
+    call = cases.shapes_of(op)[name](torch.device("meta"), torch.bfloat16)
+    assert call.name == name
+    assert cases.differentiable(call)
+    assert cases.held_bytes(call) > 0
+    outputs = OPS[op].reference(*call.args, **call.kwargs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    assert all(y.device.type == "meta" for y in outputs)
+
+
+def test_ids_follow_zipf():
+    ids = zipf_ids(1 << 16, 1000, torch.device("cpu"))
+    counts = torch.bincount(ids, minlength=1000)
+    assert counts.shape == (1000,)
+    # P(id < k) = log(k + 1) / log(1001)
+    for k in (1, 10, 100):
+        expected = torch.tensor(k + 1.0).log() / torch.tensor(1001.0).log()
+        assert counts[:k].sum() / ids.numel() == pytest.approx(float(expected), abs=0.01)
