@@ -161,8 +161,8 @@ def measure(
     """The rows of one call: parity of each provider, then the times of those that have it.
 
     Args:
-        rounds: samples of each provider; fewer, but at least timing.FEWEST, where they would take longer than ``within``
-            seconds.
+        rounds: samples of each provider; fewer, but at least ``timing.FEWEST``, where they would take longer than
+            ``within`` seconds.
         only: providers to take beside ours and eager; all if empty.
     """
     began = time.monotonic()

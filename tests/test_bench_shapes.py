@@ -1,4 +1,6 @@
-"""bench/<op>.py: every shape of every op makes a call that the op and its reference take."""
+"""bench/<op>.py: every shape of every op makes a call that the op takes."""
+
+import inspect
 
 import pytest
 import torch
@@ -16,9 +18,7 @@ def test_a_shape_is_a_call_of_its_op(op, name):
     assert call.name == name
     assert cases.differentiable(call)
     assert cases.held_bytes(call) > 0
-    outputs = OPS[op].reference(*call.args, **call.kwargs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    assert all(y.device.type == "meta" for y in outputs)
+    inspect.signature(OPS[op].function).bind(*call.args, **call.kwargs)
 
 
 def test_ids_follow_zipf():
