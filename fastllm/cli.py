@@ -7,11 +7,13 @@ stopped by SIGINT and SIGTERM. Errors are one line on stderr.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import os
 import re
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .config import InputError, add_flags, flags_given, read_toml, settings
@@ -181,6 +183,16 @@ def _info(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *args, **kwargs: f"fastllm: warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. ``argv`` without the program's name, default sys.argv's."""
     if hasattr(sys.stdout, "reconfigure"):
@@ -192,9 +204,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return bench(argv[1:])
     arguments = _parser().parse_args(argv)
     command = {"train": _train, "generate": _generate, "info": _info}[arguments.command]
+    from .registry import BackendError, chosen_backend
+
     try:
-        return command(arguments)
-    except InputError as error:
+        with _one_line_warnings():
+            try:
+                chosen_backend()
+            except ValueError as error:
+                raise InputError(str(error)) from error
+            return command(arguments)
+    except (InputError, BackendError) as error:
         code, message = 2, str(error)
     except BrokenPipeError:
         # Whoever read the output has left; Python would complain once more when it flushes at exit.
@@ -207,14 +226,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RuntimeError, MemoryError) as error:
         from .training import Diverged
 
-        message = str(error)
+        code, message = 1, str(error)
         # torch has a class of its own for a full GPU, and only a message for full host memory.
-        if isinstance(error, MemoryError) or re.search(
-            r"out of memory|can't allocate memory|not enough memory", message
-        ):
+        if isinstance(error, MemoryError) or re.search("out of memory|can't allocate|not enough memory", message):
             message = f"out of memory; a smaller model or --micro-batch-size needs less ({message})"
         elif not isinstance(error, Diverged):
             raise
-        code = 1
     print(f"fastllm {arguments.command}: error: {' '.join(message.split())}", file=sys.stderr)
     return code

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,28 @@ def test_version_and_info(capsys):
 def test_python_m_fastllm_is_the_same_command():
     done = subprocess.run([sys.executable, "-m", "fastllm", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"fastllm {__version__}\n"
+
+
+def test_a_backend_that_cannot_serve_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr("fastllm.registry._choice", "cuda")
+    assert run("info") == 2
+    assert capsys.readouterr().err == (
+        "fastllm info: error: FASTLLM_BACKEND: expected auto, eager, triton, native; got 'cuda'\n"
+    )
+    monkeypatch.setattr("fastllm.registry._choice", "triton")
+    monkeypatch.setattr("fastllm.registry._INTERPRETING", False)
+    assert train("--out", "run", "--quiet") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "the triton backend was asked for" in err
+    assert not os.path.exists("run")
+
+
+def test_warnings_take_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("fastllm.info", lambda: warnings.formatwarning("odd", UserWarning, "file.py", 1))
+    assert run("info") == 0
+    assert capsys.readouterr().out == "fastllm: warning: odd\n\n"
+    assert "UserWarning" in warnings.formatwarning("odd", UserWarning, "file.py", 1)
 
 
 def test_train_generate_resume(capsys):

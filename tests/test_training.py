@@ -480,9 +480,11 @@ def test_a_checkpoint_cut_in_half_is_named_and_refused_with_the_one_to_use(finis
 def test_resuming_from_an_older_checkpoint_leaves_the_damaged_newer_one_behind(finished):
     expected = weights(finished)
     os.truncate(finished / "checkpoints" / "step-00000006" / "model.safetensors", 100)
+    (finished / "checkpoints" / ".step-00000005.123.tmp").mkdir()
     assert resume(finished / "checkpoints" / "step-00000003", quiet=True).steps == 6
     assert weights(finished) == expected
     check(finished / "checkpoints" / "step-00000006")
+    assert sorted(os.listdir(finished / "checkpoints")) == ["step-00000003", "step-00000006"]
 
 
 def test_a_full_disk_leaves_the_older_checkpoint_and_no_half_of_a_new_one(config, tmp_path, monkeypatch):

@@ -75,6 +75,8 @@ def save_checkpoint(
     """
     path = folder / f"step-{state.step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".step-*.tmp"):  # by a process that was killed while it wrote
+        shutil.rmtree(left)
     with whole_folder(path) as temporary:
         save_model(temporary, model, tokenizer)
         save_tensors(optimizers.state_dict(), temporary / OPTIMIZER)

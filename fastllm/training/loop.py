@@ -329,9 +329,8 @@ def train(config: RunConfig, folder: str | Path | None = None, *, quiet: bool = 
         dataset = prepare(corpus, folder / "data", vocab_size=config.model.vocab_size, tokenizer=tokenizer)
         model = replace(config.model, vocab_size=dataset.tokenizer.vocab_size)
         run = Run(replace(config, model=model), folder, dataset, display, None)
-        # With this file the folder is a run.
         write_text(folder / CONFIG, run.config.to_toml())
-    run.measure()
+        run.measure()
     return run.train()
 
 
