@@ -172,7 +172,7 @@ def test_a_backend_that_cannot_serve_is_refused(capsys, monkeypatch):
     )
     monkeypatch.setattr("fastllm.registry._choice", "triton")
     monkeypatch.setattr("fastllm.registry._INTERPRETING", False)
-    assert train("--out", "run", "--quiet") == 2
+    assert train("--out", "run", "--quiet", "--dtype", "auto") == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "the triton backend was asked for" in err
