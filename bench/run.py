@@ -23,11 +23,10 @@ from pathlib import Path
 import torch
 
 from ..registry import Op, Sample, backend, pick
-from ..training.measure import matmul_flops
 from . import cases
 from .environment import environment
 from .parity import Judge, upstream
-from .timing import Quartiles, interleaved, seconds, synchronize
+from .timing import Quartiles, copy_bandwidth, interleaved, matrix_rate, synchronize
 
 OURS, EAGER, COMPILED = "fastllm", "eager", "torch.compile"
 NOT_INSTALLED = "not installed"
@@ -74,17 +73,15 @@ def providers(op: Op) -> dict[str, Callable[[], Callable]]:
 
     def compiled():
         torch._dynamo.reset()
-        return torch.compile(eager, dynamic=False)
+        function = torch.compile(op.function, dynamic=False)
+
+        def call(*args, **kwargs):
+            with backend("eager"):
+                return function(*args, **kwargs)
+
+        return call
 
     return {OURS: lambda: op.function, EAGER: lambda: eager, COMPILED: compiled, **cases.rivals_of(op.name)}
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of a copy that no cache holds."""
-    source = torch.ones((1 << 30 if device.type == "cuda" else 1 << 27) // 4, device=device)
-    target = torch.empty_like(source)
-    best = min(seconds(lambda: target.copy_(source), device) for _ in range(6))
-    return 2 * source.numel() * 4 / best
 
 
 @dataclass(frozen=True)
@@ -135,7 +132,7 @@ class Timer:
 def _calls(functions: dict[str, Callable], sample: Sample, direction: str) -> dict[str, Call]:
     """Each provider's work in one direction. A backward has its own forward's graph, made before the clock starts."""
     leaves = cases.differentiable(sample)
-    grads = upstream(cases.forward(functions[EAGER], sample))
+    grads = upstream(cases.forward(next(iter(functions.values())), sample))
 
     def call(name: str) -> Call:
         function = functions[name]
@@ -171,6 +168,7 @@ def measure(
     first: dict[str, float] = {}
     problems: dict[str, str] = {}
     judge = None
+    # Eager comes first: its error is the yardstick. Where it fails, that of the reference in the same dtype is.
     for name, setup in sorted(providers(op).items(), key=lambda item: item[0] != EAGER):
         if only and name not in (OURS, EAGER, *only):
             continue
@@ -180,13 +178,13 @@ def measure(
             cases.forward(function, sample)
             synchronize(device)
             first[name] = time.perf_counter() - start
-            judge = judge or Judge(op, function, sample, getattr(torch, dtype))
+            yardstick = function if name == EAGER else op.reference
+            judge = judge or Judge(op, yardstick, sample, getattr(torch, dtype))
             problem = judge.problem(function)
         except ModuleNotFoundError as error:
             problem = f"{NOT_INSTALLED} ({error.name})"
         except Exception as error:
-            lines = str(error).strip().splitlines()
-            problem = f"{type(error).__name__}: {lines[0] if lines else ''}"
+            problem = _first_line(error)
         if problem is None:
             functions[name] = function
         else:
@@ -200,11 +198,11 @@ def measure(
         at = DIRECTIONS.index(direction)
         for name, problem in problems.items():
             yield Row(**common, direction=direction, provider=name, problem=problem)
-        if EAGER not in functions:
+        if not functions:
             continue
         calls = _calls(functions, sample, direction)
         timer = Timer(device)
-        timer.calibrate(calls[EAGER], device)
+        timer.calibrate(next(iter(calls.values())), device)
         share = (within - (time.monotonic() - began)) / (len(directions) - at)
         samples = interleaved(calls, rounds, device, timer=timer, within=share)
         for name, times in samples.items():
@@ -230,10 +228,12 @@ def run(
     budget: float,
     only=(),
     tell: Callable[[str], None] = print,
+    keep: Callable[[list[Row], list[str]], None] = lambda rows, left_out: None,
 ) -> tuple[list[Row], list[str]]:
     """All rows, and what was left out and why.
 
     Each case has an equal share of what is left of ``budget`` seconds; it takes fewer samples rather than more time.
+    ``keep`` is given what there is after every case.
     """
     rows: list[Row] = []
     left_out: list[str] = []
@@ -250,13 +250,19 @@ def run(
             left_out.append(f"{what}: too large for this device")
             continue
         torch.manual_seed(0)
-        call = make(device, getattr(torch, dtype))
-        tell(f"{what} (fastllm serves it by {_serving(op, call)})")
         try:
+            call = make(device, getattr(torch, dtype))
+            tell(f"{what} (fastllm serves it by {_serving(op, call)})")
             rows.extend(measure(op, call, dtype, device, rounds, only, left / (len(planned) - i)))
-        except torch.OutOfMemoryError:
-            left_out.append(f"{what}: out of memory")
+        except Exception as error:  # what it was is in the results; the other cases go on
+            left_out.append(f"{what}: {_first_line(error)}")
+        keep(rows, left_out)
     return rows, left_out
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def _serving(op: Op, call: Sample) -> str:
@@ -271,8 +277,6 @@ def results_json(rows: list[Row], left_out: list[str], found: dict) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; see the module's docstring. Returns the exit code."""
-    from .report import compare, show
-
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["train"]:
         from . import train
@@ -296,6 +300,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.ops[:1] == ["compare"]:
         if len(options.ops) != 3:
             parser.error("compare: expected two files")
+        from .report import compare
+
         try:
             compare(*map(Path, options.ops[1:]))
         except (OSError, ValueError, KeyError) as error:
@@ -316,17 +322,27 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     device = torch.device(options.device)
     rounds = options.rounds or ROUNDS[device.type]
-    rates = {"copy": copy_bandwidth(device), "matrix": matmul_flops(device, "bfloat16")}
+    rates = {"copy": copy_bandwidth(device), "matrix": matrix_rate(device, torch.bfloat16)}
     found = {**environment(device), "rates": rates}
-    rows, left_out = run(
-        ops, device, dtypes=options.dtype, shape=options.shape, rounds=rounds, budget=options.budget,
-        only=options.provider,
-    )  # fmt: skip
     folder = options.out or Path("runs") / f"bench-{datetime.now():%Y%m%d-%H%M%S}"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench.json").write_text(results_json(rows, left_out, found))
-    show(rows, left_out, found)
-    print(f"written: {folder / 'bench.json'}")
+    file = folder / "bench.json"
+
+    def keep(rows, left_out):
+        file.write_text(results_json(rows, left_out, found))
+
+    rows, left_out = run(
+        ops, device, dtypes=options.dtype, shape=options.shape, rounds=rounds, budget=options.budget,
+        only=options.provider, keep=keep,
+    )  # fmt: skip
+    keep(rows, left_out)
+    try:
+        from .report import show
+    except ModuleNotFoundError as error:
+        print(f"no table: the package {error.name} is not installed")
+    else:
+        show(rows, left_out, found)
+    print(f"written: {file}")
     return 0 if rows or left_out else 1
 
 

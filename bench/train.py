@@ -20,19 +20,19 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from ..models import PRESETS, Transformer, TransformerConfig
 from ..training.config import TrainingConfig
-from ..training.measure import autocast, matmul_flops
+from ..training.measure import autocast
 from ..training.optimizer import Optimizers
 from ..training.step import train_step
 from .environment import environment
 from .plain import PlainTransformer
-from .timing import Quartiles, interleaved, ratios, seconds, synchronize
+from .timing import Quartiles, interleaved, matrix_rate, ratios, seconds, synchronize
 
 OURS = "fastllm"
 CHECKED = 3
@@ -257,7 +257,7 @@ def compare(
 
     tell(f"{rounds} rounds of {steps} steps each")
     samples = interleaved({n: functools.partial(turn, n) for n in taken}, rounds, device, timer=timed)
-    rate = matmul_flops(device, dtype)
+    rate = matrix_rate(device, getattr(torch, dtype))
     tokens = setting.training.batch_size * config.context_length
     rows = [Row(name, problem, losses.get(name, []), []) for name, problem in problems.items()]
     for name in taken:
@@ -331,18 +331,9 @@ def main(argv: list[str] | None = None) -> None:
     names = ["PyTorch eager"]
     names += ["torch.compile"] if options.compile else []
     names += ["nanoGPT"] if options.nanogpt else []
-    from rich.console import Console
-
-    console = Console()
-    rows = compare(setting, names, steps=options.steps, rounds=options.rounds, tell=console.log)
+    rows = compare(setting, names, steps=options.steps, rounds=options.rounds)
     found = environment(device)
-    title = (
-        f"{options.preset}, batch {options.batch_size} x {config.context_length}, {options.dtype}, {found['device']}"
-    )
-    console.print(table(rows, title))
     if options.json:
-        from dataclasses import asdict
-
         content = {
             "environment": found,
             "model": asdict(config),
@@ -350,6 +341,15 @@ def main(argv: list[str] | None = None) -> None:
             "rows": [*map(asdict, rows)],
         }
         options.json.write_text(json.dumps(content, default=str, indent=1))
+    title = (
+        f"{options.preset}, batch {options.batch_size} x {config.context_length}, {options.dtype}, {found['device']}"
+    )
+    try:
+        from .report import console
+    except ModuleNotFoundError as error:
+        print(f"no table: the package {error.name} is not installed")
+    else:
+        console().print(table(rows, title))
 
 
 if __name__ == "__main__":

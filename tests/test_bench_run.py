@@ -89,6 +89,33 @@ def test_the_compiler_is_a_provider(small):
     assert {row.provider for row in rows} == {run.OURS, run.EAGER, run.COMPILED}
 
 
+def test_where_eager_fails_the_rest_is_still_timed(small, monkeypatch):
+    real = run.providers
+
+    def without_eager(op):
+        return real(op) | {run.EAGER: _failing}
+
+    monkeypatch.setattr(run, "providers", without_eager)
+    rows, _ = _run(small, shape=["first"])
+    assert {row.provider for row in rows if row.samples} == {run.OURS}
+    assert {row.problem for row in rows if row.provider == run.EAGER} == {"RuntimeError: no kernel image"}
+
+
+def test_a_case_that_fails_stops_nothing_and_results_are_kept_as_they_come(small, monkeypatch):
+    real, kept = run.measure, []
+
+    def measure(op, sample, *rest):
+        if sample.name == "first":
+            raise RuntimeError("device lost")
+        return real(op, sample, *rest)
+
+    monkeypatch.setattr(run, "measure", measure)
+    rows, left_out = _run(small, keep=lambda rows, left_out: kept.append((len(rows), len(left_out))))
+    assert {row.shape for row in rows} == {"second"}
+    assert left_out == ["layer_norm, first, bfloat16: RuntimeError: device lost"]
+    assert kept == [(0, 1), (len(rows), 1)]
+
+
 def test_a_spent_budget_leaves_out_and_says_so(small):
     rows, left_out = _run(small, budget=1e-9)
     assert not rows
