@@ -10,6 +10,7 @@ from ..registry import Op, Sample, pick, register
 from ._attention_check import check_dropout, check_qkv, check_scale
 from ._attention_reference import draw_seed, reference
 from ._attention_samples import attention_cost
+from ._attention_short import short_attention, short_serves
 from .attention import apply_attention, autocast, kernel_refuses, sdpa_serves
 
 OP = "scaled_dot_product_attention"
@@ -156,9 +157,11 @@ def scaled_dot_product_attention(
             mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(
                 k.shape[-2] - q.shape[-2]
             )
-        out = F.scaled_dot_product_attention(
-            q, k, v, mask, p, right == 0 and mask is None, scale=scale, enable_gqa=enable_gqa
-        )
+        causal = right == 0 and mask is None
+        if p == 0 and short_serves(q, k, v, mask, causal):
+            out = short_attention(q, k, v, scale, causal)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, mask, p, causal, scale=scale, enable_gqa=enable_gqa)
     else:
         seed = draw_seed(q.device) if p > 0 else None
         out, _ = apply_attention(
