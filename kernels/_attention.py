@@ -42,9 +42,9 @@ def locate(
         tile = (program - start // BLOCK - low).to(tl.int32)
         seq_length = (tl.load(cu_ptr + low + 1).to(tl.int64) - start).to(tl.int32)
         seq_other = (tl.load(cu_other_ptr + low + 1).to(tl.int64) - start_other).to(tl.int32)
-        return low, tile, start, seq_length, start_other, seq_other
+        return low.to(tl.int64), tile, start, seq_length, start_other, seq_other
     else:
-        seq = program // n_tiles
+        seq = (program // n_tiles).to(tl.int64)
         zero = (program * 0).to(tl.int64)
         return seq, (program % n_tiles).to(tl.int32), zero, length, zero, length_other
 
@@ -173,7 +173,8 @@ def row_range(
     full_begin = tl.maximum(tl.minimum((full_low + BLOCK_M - 1) // BLOCK_M * BLOCK_M, end), begin)
     full_end = tl.maximum(tl.minimum(full_high // BLOCK_M * BLOCK_M, end), full_begin)
     if last >= n_cols:
-        full_end = full_begin
+        full_begin = end
+        full_end = end
     return begin, full_begin, full_end, end
 
 
@@ -214,7 +215,10 @@ class Problem:
             PRECISION=self.precision if q.dtype == torch.float32 else "ieee",
             EXACT=natural or q.dtype == torch.float32,
         )  # fmt: skip
+        # What a launch table asks for: the wider padded head dim, and whether scores are bare products.
+        self.plain = not natural and dropout_p == 0
         self.blocks = dict(BLOCK_D=max(16, next_power_of_2(self.dim)), BLOCK_DV=max(16, next_power_of_2(self.dim_v)))
+        self.widest = max(self.blocks.values())
 
     def strides(self, x):
         """(batch, head, row, column) strides of a tensor shaped like q, k, v or the output."""

@@ -68,10 +68,9 @@ def _attention_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    head = program // n_programs
-    program = program % n_programs
+    head = (program // n_programs).to(tl.int64)
     b, tile, start_q, n_rows, start_k, n_cols = locate(
-        program, cu_q_ptr, cu_k_ptr, n_tiles, length_q, length_k, n_seqs, BLOCK=BLOCK_M, PACKED=PACKED
+        program % n_programs, cu_q_ptr, cu_k_ptr, n_tiles, length_q, length_k, n_seqs, BLOCK=BLOCK_M, PACKED=PACKED
     )
     if RIGHT:
         # The last rows see the most columns: they start first, so that the short programs fill the end.
@@ -83,8 +82,6 @@ def _attention_fwd_kernel(
         in_rows = rows < n_rows
         d = tl.arange(0, BLOCK_D).to(tl.int64)
         dv = tl.arange(0, BLOCK_DV).to(tl.int64)
-        b = b.to(tl.int64)
-        head = head.to(tl.int64)
         head_kv = head // group
         at_rows = start_q + rows.to(tl.int64)
         q = tl.load(
@@ -144,15 +141,13 @@ def _attention_fwd_kernel(
         )  # fmt: skip
 
 
-def forward_tile(dim: int, dtype: torch.dtype) -> dict:
+def forward_tile(dim: int, dtype: torch.dtype, plain: bool) -> dict:
     """Tile sizes of the forward by the padded head dim. Chosen from compiled registers (sm_90), not yet timed."""
     if dtype == torch.float32:
         return dict(BLOCK_M=64, BLOCK_N=32 if dim > 64 else 64, num_warps=4 if dim <= 64 else 8, num_stages=2)
     if dim <= 64:
-        return dict(BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=3)
-    if dim <= 128:
-        return dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3)
-    return dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2)
+        return dict(BLOCK_M=128, BLOCK_N=128 if plain else 64, num_warps=8, num_stages=3)
+    return dict(BLOCK_M=128, BLOCK_N=64 if dim <= 128 else 32, num_warps=8, num_stages=3 if dim <= 128 else 2)
 
 
 def attention_fwd(q, k, v, bias, sinks, alibi_slopes, seed, cu_q, cu_k, scale, softcap, left, right, bottom_right,
@@ -170,7 +165,7 @@ def attention_fwd(q, k, v, bias, sinks, alibi_slopes, seed, cu_q, cu_k, scale, s
         lse.fill_(-torch.inf)
         stats[0].zero_()
         stats[1].fill_(torch.inf)
-    tile = problem.fit(forward_tile(max(problem.blocks.values()), q.dtype), "BLOCK_M", problem.rows)
+    tile = problem.fit(forward_tile(problem.widest, q.dtype, problem.plain), "BLOCK_M", problem.rows)
     n_tiles, programs = problem.tiles(tile["BLOCK_M"], problem.rows)
     _attention_fwd_kernel[(programs * problem.heads,)](
         q, k, v, out, lse, stats[0], stats[1], q if sinks is None else sinks,

@@ -123,7 +123,6 @@ def _attention_bwd_dkdv_kernel(
         in_cols = cols < n_cols
         d = tl.arange(0, BLOCK_D).to(tl.int64)
         e = tl.arange(0, BLOCK_DV).to(tl.int64)
-        b = b.to(tl.int64)
         at_cols = start_k + cols.to(tl.int64)
         in_k = in_cols[:, None] & (d < dim)[None, :]
         in_v = in_cols[:, None] & (e < dim_v)[None, :]
@@ -153,18 +152,20 @@ def _attention_bwd_dkdv_kernel(
                     low, high = full_begin, full_end
                 else:
                     low, high = full_end, end
-                dk, dv = _dkdv_tiles(
-                    dk, dv, k, v, q_ptr + b * stride_qb + head * stride_qh + start_q * stride_qm,
-                    dout_ptr + b * stride_gb + head * stride_gh + start_q * stride_gm,
-                    max_ptr + at_stats, log2_ptr + at_stats, delta_ptr + at_stats,
-                    low, high, cols, first, n_rows, n_cols,
-                    stride_qm, stride_qd, stride_gm, stride_gd, d, e, dim, dim_v,
-                    bias_ptr + b * stride_bb + head * stride_bh, stride_bm, stride_bn, slope,
-                    scale, softcap, unit, offset, left, right, seed, b * heads + head, threshold, keep_scale,
-                    NATURAL=NATURAL, SOFTCAP=SOFTCAP, ALIBI=ALIBI, BIAS=BIAS, LEFT=LEFT, RIGHT=RIGHT,
-                    DROPOUT=DROPOUT, PRECISION=PRECISION, EXACT=EXACT, MASKED=phase != 1,
-                    NEED_DK=NEED_DK, NEED_DV=NEED_DV, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
-                )  # fmt: skip
+                # Without a left bound the third run is empty.
+                if phase < 2 or LEFT:
+                    dk, dv = _dkdv_tiles(
+                        dk, dv, k, v, q_ptr + b * stride_qb + head * stride_qh + start_q * stride_qm,
+                        dout_ptr + b * stride_gb + head * stride_gh + start_q * stride_gm,
+                        max_ptr + at_stats, log2_ptr + at_stats, delta_ptr + at_stats,
+                        low, high, cols, first, n_rows, n_cols,
+                        stride_qm, stride_qd, stride_gm, stride_gd, d, e, dim, dim_v,
+                        bias_ptr + b * stride_bb + head * stride_bh, stride_bm, stride_bn, slope,
+                        scale, softcap, unit, offset, left, right, seed, b * heads + head, threshold, keep_scale,
+                        NATURAL=NATURAL, SOFTCAP=SOFTCAP, ALIBI=ALIBI, BIAS=BIAS, LEFT=LEFT, RIGHT=RIGHT,
+                        DROPOUT=DROPOUT, PRECISION=PRECISION, EXACT=EXACT, MASKED=phase != 1,
+                        NEED_DK=NEED_DK, NEED_DV=NEED_DV, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+                    )  # fmt: skip
         if NEED_DK:
             tl.store(
                 dk_ptr + b * stride_xb + head_kv * stride_xh + at_cols[:, None] * stride_xn + d[None, :] * stride_xd,
@@ -242,7 +243,6 @@ def _attention_bwd_dq_kernel(
         in_rows = rows < n_rows
         d = tl.arange(0, BLOCK_D).to(tl.int64)
         e = tl.arange(0, BLOCK_DV).to(tl.int64)
-        b = b.to(tl.int64)
         head_kv = head // group
         at_rows = start_q + rows.to(tl.int64)
         in_q = in_rows[:, None] & (d < dim)[None, :]
@@ -290,24 +290,22 @@ def _attention_bwd_dq_kernel(
         )  # fmt: skip
 
 
-def dkdv_tile(dim: int, dtype: torch.dtype) -> dict:
+def dkdv_tile(dim: int, dtype: torch.dtype, plain: bool) -> dict:
     """Tile sizes for dk and dv by the padded head dim. Chosen from compiled registers (sm_90), not yet timed."""
     if dtype == torch.float32:
         return dict(BLOCK_M=32, BLOCK_N=32 if dim > 64 else 64, num_warps=4 if dim <= 64 else 8, num_stages=1)
-    if dim <= 64:
-        return dict(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=2)
     if dim <= 128:
-        return dict(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=2)
-    return dict(BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=1)
+        return dict(BLOCK_M=64 if plain and dim <= 64 else 32, BLOCK_N=128, num_warps=8, num_stages=2)
+    return dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)
 
 
-def dq_tile(dim: int, dtype: torch.dtype) -> dict:
+def dq_tile(dim: int, dtype: torch.dtype, plain: bool) -> dict:
     """Tile sizes for dq, as :func:`dkdv_tile`."""
     if dtype == torch.float32:
         return dict(BLOCK_M=32 if dim > 64 else 64, BLOCK_N=32, num_warps=4 if dim <= 64 else 8, num_stages=1)
     if dim <= 128:
         return dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2)
-    return dict(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2)
+    return dict(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=1)
 
 
 def attention_bwd(dout, dlse, q, k, v, out, stats, bias, sinks, alibi_slopes, seed, cu_q, cu_k, scale, softcap, left,
@@ -332,7 +330,6 @@ def attention_bwd(dout, dlse, q, k, v, out, stats, bias, sinks, alibi_slopes, se
             n_tiles, problem.heads, problem.rows, problem.dim_v,
             HAS_DLSE=dlse is not None, BLOCK_M=block_m, BLOCK_DV=problem.blocks["BLOCK_DV"], num_warps=4,
         )  # fmt: skip
-    dim = max(problem.blocks.values())
     tail = (
         *problem.bias_args(), *problem.slope_args(), *problem.feature_args(), problem.keep_scale,
     )  # fmt: skip
@@ -341,7 +338,7 @@ def attention_bwd(dout, dlse, q, k, v, out, stats, bias, sinks, alibi_slopes, se
     )  # fmt: skip
     inputs = (q, k, v, dout)
     if (dk is not None or dv is not None) and k.numel() + v.numel() > 0:
-        tile = problem.fit(dkdv_tile(dim, q.dtype), "BLOCK_N", problem.cols)
+        tile = problem.fit(dkdv_tile(problem.widest, q.dtype, problem.plain), "BLOCK_N", problem.cols)
         n_tiles, programs = problem.tiles(tile["BLOCK_N"], problem.cols)
         dk_or_k, dv_or_v = (k if dk is None else dk), (v if dv is None else dv)
         _attention_bwd_dkdv_kernel[(programs * problem.heads_kv,)](
@@ -351,7 +348,7 @@ def attention_bwd(dout, dlse, q, k, v, out, stats, bias, sinks, alibi_slopes, se
             NEED_DK=dk is not None, NEED_DV=dv is not None, **problem.flags, **problem.blocks, **tile,
         )  # fmt: skip
     if dq is not None and q.numel() > 0:
-        tile = problem.fit(dq_tile(dim, q.dtype), "BLOCK_M", problem.rows)
+        tile = problem.fit(dq_tile(problem.widest, q.dtype, problem.plain), "BLOCK_M", problem.rows)
         n_tiles, programs = problem.tiles(tile["BLOCK_M"], problem.rows)
         _attention_bwd_dq_kernel[(programs * problem.heads,)](
             *inputs, dq, stats[0], stats[1], delta,

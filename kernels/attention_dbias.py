@@ -131,7 +131,7 @@ def attention_dbias(problem, dout, stats, delta):
     dbias = bias.new_empty(bias.shape)
     if dbias.numel() == 0:
         return dbias
-    tile = dbias_tile(max(problem.blocks.values()), problem.q.dtype)
+    tile = dbias_tile(problem.widest, problem.q.dtype)
     b, heads, rows, cols = bias.shape
     row_tiles, col_tiles = triton.cdiv(rows, tile["BLOCK_M"]), triton.cdiv(cols, tile["BLOCK_N"])
     q, k, v = problem.q, problem.k, problem.v

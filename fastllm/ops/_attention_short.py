@@ -1,8 +1,8 @@
 """Training attention over short sequences in bfloat16 on CPUs with matrix units (AMX).
 
 torch's fused CPU attention multiplies small blocks, far from what AMX can do. Whole planes of scores by batched
-products, recomputed in the backward, take 0.27 of its backward's time at 64 tokens, 0.34 at 128, 0.78 at 256 and 1.05 at
-512 (384 to 768 heads of 64, one thread of a CPU with AMX). The scores are fp32, the other products bf16: bf16 scores
+products, recomputed in the backward, take 0.27 of its backward's time at 64 tokens, 0.34 at 128, 0.78 at 256 and 1.05
+at 512 (384 to 768 heads of 64, one thread of a CPU with AMX). The scores are fp32, the other products bf16: bf16 scores
 would give 0.74 at 256, but logits of 16 and more would lose their last digits. The forward is torch's.
 """
 
