@@ -157,7 +157,10 @@ def row_range(
     first, last, n_rows, n_cols, offset, left, right,
     BLOCK_M: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
 ):  # fmt: skip
-    """The same for row tiles, seen from the columns first .. last; where last lies past n_cols every tile is edge."""
+    """The same for row tiles, seen from the columns first .. last; where last lies past n_cols every tile is edge.
+
+    Rows past n_rows need no edge: their row_log2 is inf. Without LEFT the third run is empty.
+    """
     low = first * 0
     high = n_rows
     full_low = low
@@ -171,7 +174,9 @@ def row_range(
     begin = low // BLOCK_M * BLOCK_M
     end = tl.maximum(high, begin)
     full_begin = tl.maximum(tl.minimum((full_low + BLOCK_M - 1) // BLOCK_M * BLOCK_M, end), begin)
-    full_end = tl.maximum(tl.minimum(full_high // BLOCK_M * BLOCK_M, end), full_begin)
+    full_end = end
+    if LEFT:
+        full_end = tl.maximum(tl.minimum(full_high // BLOCK_M * BLOCK_M, end), full_begin)
     if last >= n_cols:
         full_begin = end
         full_end = end
