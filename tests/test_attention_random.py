@@ -113,9 +113,13 @@ def _run(function, tensors, spec, needs, dtype=None):
 
 
 @settings(
-    max_examples=DRAWS, deadline=None, derandomize=DRAWS <= 40, database=None,
-    phases=[Phase.explicit, Phase.generate, Phase.shrink], suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)  # fmt: skip
+    max_examples=DRAWS,
+    deadline=None,
+    derandomize=DRAWS <= 40,
+    database=None,
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 @given(calls())
 def test_any_combination_of_features(call):
     dtype, tensors, spec, needs = call
