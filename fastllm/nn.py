@@ -6,6 +6,16 @@ from .ops.cross_entropy import CrossEntropyLoss
 from .ops.embedding import Embedding
 from .ops.embedding_sum import EmbeddingSum
 from .ops.layer_norm import LayerNorm
+from .ops.multihead_attention import MultiheadAttention
 from .ops.rms_norm import RMSNorm
 
-__all__ = ["AddLayerNorm", "AddRMSNorm", "CrossEntropyLoss", "Embedding", "EmbeddingSum", "LayerNorm", "RMSNorm"]
+__all__ = [
+    "AddLayerNorm",
+    "AddRMSNorm",
+    "CrossEntropyLoss",
+    "Embedding",
+    "EmbeddingSum",
+    "LayerNorm",
+    "MultiheadAttention",
+    "RMSNorm",
+]
