@@ -7,6 +7,7 @@ from .ops.cross_entropy import cross_entropy
 from .ops.embedding import embedding
 from .ops.embedding_sum import embedding_sum
 from .ops.layer_norm import layer_norm
+from .ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_plan
 from .ops.rms_norm import rms_norm
 from .ops.scaled_dot_product_attention import scaled_dot_product_attention
 
@@ -18,6 +19,8 @@ __all__ = [
     "embedding",
     "embedding_sum",
     "layer_norm",
+    "linear_cross_entropy",
+    "linear_cross_entropy_plan",
     "rms_norm",
     "scaled_dot_product_attention",
 ]

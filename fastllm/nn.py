@@ -6,6 +6,7 @@ from .ops.cross_entropy import CrossEntropyLoss
 from .ops.embedding import Embedding
 from .ops.embedding_sum import EmbeddingSum
 from .ops.layer_norm import LayerNorm
+from .ops.linear_cross_entropy import LinearCrossEntropyHead, LinearCrossEntropyLoss
 from .ops.multihead_attention import MultiheadAttention
 from .ops.rms_norm import RMSNorm
 
@@ -16,6 +17,8 @@ __all__ = [
     "Embedding",
     "EmbeddingSum",
     "LayerNorm",
+    "LinearCrossEntropyHead",
+    "LinearCrossEntropyLoss",
     "MultiheadAttention",
     "RMSNorm",
 ]

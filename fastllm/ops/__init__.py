@@ -8,6 +8,7 @@ from . import (  # noqa: F401
     embedding,
     embedding_sum,
     layer_norm,
+    linear_cross_entropy,
     multihead_attention,
     rms_norm,
     scaled_dot_product_attention,

@@ -40,14 +40,16 @@ def transformed(input: torch.Tensor, softcap, logit_scale: float) -> torch.Tenso
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-def out_of_range(target: torch.Tensor, ignore_index: int, n_classes: int) -> IndexError | None:
+def out_of_range(
+    target: torch.Tensor, ignore_index: int, n_classes: int, op: str = "cross_entropy"
+) -> IndexError | None:
     """An error that names the first target that is no class, or None."""
     bad = (target != ignore_index) & ((target < 0) | (target >= n_classes))
     if not bad.any():
         return None
     position = bad.nonzero()[0].tolist()
     return IndexError(
-        f"cross_entropy: target {target[tuple(position)].item()} at position {position} is out of range: expected "
+        f"{op}: target {target[tuple(position)].item()} at position {position} is out of range: expected "
         f"a class in [0, {n_classes}) or ignore_index {ignore_index}"
     )
 
@@ -80,6 +82,11 @@ def check_cross_entropy(input, target, weight, ignore_index, reduction, label_sm
         raise TypeError(f"{op}: class indices must be int64 (or uint8), got {target.dtype}")
     if target.device != input.device:
         raise ValueError(f"{op}: target is on {target.device}, input on {input.device}; they must be together")
+    check_options(op, input, weight, n_classes, reduction, label_smoothing, softcap, logit_scale, z_loss)
+
+
+def check_options(op, input, weight, n_classes, reduction, label_smoothing, softcap, logit_scale, z_loss):
+    """The options that every cross-entropy has."""
     if weight is not None:
         if not weight.is_floating_point():
             raise TypeError(f"{op}: weight must be floating point, got {weight.dtype}")
