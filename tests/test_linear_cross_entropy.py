@@ -263,7 +263,8 @@ X, W, Y = torch.zeros(4, 8), torch.zeros(5, 8), torch.zeros(4, dtype=torch.long)
     ("args", "options", "error", "words"),
     [
         ((X.long(), W, Y), {}, TypeError, "input.*int64"),
-        ((X, W, Y.float()), {}, TypeError, "target.*float32"),
+        ((X, W, Y.int()), {}, TypeError, "target.*int32"),
+        ((X, W, torch.zeros(4, 5)), {"shift": 1}, ValueError, "shift"),
         ((X, W.double(), Y), {}, TypeError, "linear_weight is torch.float64"),
         ((X, W[:, :3], Y), {}, ValueError, "3 features"),
         ((X, W[0], Y), {}, ValueError, "linear_weight"),

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-from ..registry import Sample
+from ..registry import Cost, Sample
 
 DEFAULT_WORKSPACE_MB = {"cuda": 1200.0, "cpu": 64.0}
 
@@ -28,6 +29,28 @@ class Plan:
     def __str__(self):
         mib = self.workspace_bytes / 2**20
         return f"{self.chunks} chunks of {self.rows} rows, {mib:.1f} MiB of workspace, {self.lane}"
+
+
+def check_whole(input, linear_weight, target, linear_bias, ignore_index, token_weight, shift):
+    """For class probabilities and weights of more than two dimensions; cross_entropy checks the rest."""
+    op = "linear_cross_entropy"
+    if not isinstance(input, torch.Tensor) or not input.is_floating_point() or not linear_weight.is_floating_point():
+        raise TypeError(f"{op}: input and linear_weight must be floating-point tensors")
+    if input.dim() not in (1, 2) or linear_weight.dim() < 2 or input.shape[-1] != linear_weight.shape[-1]:
+        raise ValueError(
+            f"{op}: input must be (N, D) or (D,) and linear_weight (V, ..., D) here, got {list(input.shape)} and "
+            f"{list(linear_weight.shape)}"
+        )
+    if linear_weight.dim() > 2 and input.dim() == 1:
+        raise ValueError(f"{op}: a linear_weight of shape {list(linear_weight.shape)} needs an input (N, D)")
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        raise ValueError(
+            f"{op}: linear_bias must be of shape {list(linear_weight.shape[:-1])}, got {list(linear_bias.shape)}"
+        )
+    if target.is_floating_point() and ignore_index is not None:
+        raise ValueError(f"{op}: ignore_index is for class indices, got {ignore_index} with class probabilities")
+    if token_weight is not None or shift:
+        raise ValueError(f"{op}: token_weight and shift are for class indices and a linear_weight (V, D)")
 
 
 def check_linear(input, linear_weight, target, linear_bias, token_weight, shift, max_workspace_mb):
@@ -66,6 +89,27 @@ def check_linear(input, linear_weight, target, linear_bias, token_weight, shift,
         raise ValueError(f"{op}: shift must not be negative, and needs a dimension to shift along; got {shift}")
     if max_workspace_mb is not None and not max_workspace_mb > 0:
         raise ValueError(f"{op}: max_workspace_mb must be positive, got {max_workspace_mb}")
+
+
+def shifted(target, ignore_index: int, shift: int):
+    """The target ``shift`` positions on; the last ones have none and are ignored."""
+    if shift == 0:
+        return target
+    rest = target.new_full((*target.shape[:-1], min(shift, target.shape[-1])), ignore_index)
+    return torch.cat((target[..., shift:], rest), -1)
+
+
+def is_whole(linear_weight, target) -> bool:
+    """Whether the call is of a form that is not computed in chunks."""
+    tensors = isinstance(linear_weight, torch.Tensor) and isinstance(target, torch.Tensor)
+    return tensors and (target.is_floating_point() or linear_weight.dim() > 2)
+
+
+def whole_logits(input, linear_weight, linear_bias, dtype):
+    """All the logits, (N, C, d1, ...) for a weight (C, d1, ..., D)."""
+    bias = None if linear_bias is None else linear_bias.reshape(-1).to(dtype)
+    logits = F.linear(input.to(dtype), linear_weight.flatten(0, -2).to(dtype), bias)
+    return logits.unflatten(-1, linear_weight.shape[:-1]) if linear_weight.dim() > 2 else logits
 
 
 def keeps_wide(dtype: torch.dtype, fused: bool) -> bool:
@@ -249,3 +293,11 @@ def linear_samples(device, dtype):
     yield Sample("no_rows", (make(0, 8), make(21, 8), classes(21, 0)), dict(reduction="sum"))
     yield Sample("strided", (make(8, 6).t(), make(8, 21).t(), classes(21, 6)), dict(reduction="sum"))
     yield Sample("all_ignored", (make(3, 8), make(21, 8), torch.full((3,), -100, device=device)))
+
+
+def linear_cost(input, linear_weight, target, *, linear_bias=None, **options) -> Cost:
+    """Input, weight and targets in; backward: their gradients out. Three matrix multiplications."""
+    moved = sum(t.numel() * t.element_size() for t in (input, linear_weight, linear_bias) if t is not None)
+    matmul = 2 * target.numel() * linear_weight.numel()
+    wanted = sum(t.requires_grad for t in (input, linear_weight))
+    return Cost(moved + 8 * target.numel(), moved, matmul, wanted * matmul)

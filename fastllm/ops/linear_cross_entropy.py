@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import torch
 
-from ..registry import Cost, Op, define, pick, register
+from ..registry import Op, define, pick, register
 from ._autograd import gradients
 from ._cross_entropy import check_options, loss_dtype, out_of_range
-from ._linear_cross_entropy import Plan, Rows, check_linear, in_chunks, linear_samples, plan
-from .cross_entropy import cross_entropy_reference
+from ._linear_cross_entropy import (
+    Plan,
+    Rows,
+    check_linear,
+    check_whole,
+    in_chunks,
+    is_whole,
+    linear_cost,
+    linear_samples,
+    plan,
+    shifted,
+    whole_logits,
+)
+from .cross_entropy import cross_entropy, cross_entropy_reference
 
 _TENSORS = "Tensor x, Tensor w, Tensor? bias, Tensor target, Tensor? weight, Tensor? token_weight"
 _OPTIONS = "int ignore_index, float smoothing, float? softcap, float scale, float z_loss, str reduction"
 _HOW = "int chunk, bool fused, bool compact, bool[3] needs"
-
-
-def _shifted(target, ignore_index: int, shift: int):
-    """The target ``shift`` positions on; the last ones have none and are ignored."""
-    if shift == 0:
-        return target
-    rest = target.new_full((*target.shape[:-1], min(shift, target.shape[-1])), ignore_index)
-    return torch.cat((target[..., shift:], rest), -1)
 
 
 def _reduced(rows, token_weight, y, weight, ignore_index: int, reduction: str):
@@ -36,16 +40,25 @@ def _reduced(rows, token_weight, y, weight, ignore_index: int, reduction: str):
 
 
 def linear_cross_entropy_reference(
-    input, linear_weight, target, *, linear_bias=None, weight=None, reduction="mean", ignore_index=-100,
-    label_smoothing=0.0, softcap=None, logit_scale=1.0, z_loss=0.0, token_weight=None, shift=0, max_workspace_mb=None,
-    recompute=False, return_lse=False,
+    input, linear_weight, target, *, linear_bias=None, weight=None, reduction="mean", ignore_index=None,
+    label_smoothing=0.0, options=None, softcap=None, logit_scale=1.0, z_loss=0.0, token_weight=None, shift=0,
+    max_workspace_mb=None, recompute=False, return_lse=False,
 ):  # fmt: skip
     """The definition, with all the logits, in at least fp32."""
+    ignore_index = -100 if ignore_index is None else ignore_index
+    if is_whole(linear_weight, target):
+        logits = whole_logits(input, linear_weight, linear_bias, torch.promote_types(input.dtype, torch.float32))
+        loss = cross_entropy_reference(
+            logits, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
+            softcap=softcap, logit_scale=logit_scale, z_loss=z_loss, return_lse=return_lse,
+        )  # fmt: skip
+        dtype = loss_dtype(input, target)
+        return (loss[0].to(dtype), loss[1]) if return_lse else loss.to(dtype)
     wide = torch.promote_types(input.dtype, torch.float32)
     logits = input.to(wide).reshape(-1, input.shape[-1]) @ linear_weight.to(wide).t()
     if linear_bias is not None:
         logits = logits + linear_bias.to(wide)
-    y = _shifted(target, ignore_index, shift).reshape(-1)
+    y = shifted(target, ignore_index, shift).reshape(-1)
     rows, lse = cross_entropy_reference(
         logits, y, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing,
         softcap=softcap, logit_scale=logit_scale, z_loss=z_loss, return_lse=True,
@@ -217,9 +230,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    input, linear_weight, target, *, linear_bias=None, weight=None, reduction="mean", ignore_index=-100,
-    label_smoothing=0.0, softcap=None, logit_scale=1.0, z_loss=0.0, token_weight=None, shift=0, max_workspace_mb=None,
-    recompute=False, return_lse=False,
+    input, linear_weight, target, *, linear_bias=None, weight=None, reduction="mean", ignore_index=None,
+    label_smoothing=0.0, options=None, softcap=None, logit_scale=1.0, z_loss=0.0, token_weight=None, shift=0,
+    max_workspace_mb=None, recompute=False, return_lse=False,
 ):  # fmt: skip
     """``cross_entropy(linear(input, linear_weight, linear_bias), target)`` without ever holding all the logits.
 
@@ -228,8 +241,11 @@ def linear_cross_entropy(
 
     Args:
         input: (..., D), floating point. linear_weight: (V, D), in the same dtype. linear_bias: (V,) or None.
-        target: class indices of the input's leading shape, int64 or uint8.
-        weight, ignore_index, label_smoothing, softcap, logit_scale, z_loss: as in
+        target: class indices of the input's leading shape, int64 or uint8. Also torch's other forms: class
+            probabilities (N, V), or a linear_weight (V, d1, ..., D) with bias (V, d1, ...); for these all the logits
+            are held, and token_weight and shift are refused.
+        options: torch's chunking options; accepted and without effect, ``max_workspace_mb`` decides here.
+        weight, ignore_index (None: -100), label_smoothing, softcap, logit_scale, z_loss: as in
             :func:`fastllm.functional.cross_entropy`. On CPU ignored rows are left out before anything is computed; on
             CUDA finding them would make the host wait.
         reduction: "mean" (over class weight times token weight of the targets that count), "sum" or "none".
@@ -252,6 +268,15 @@ def linear_cross_entropy(
         IndexError: on CPU, a class index is neither in [0, V) nor ignore_index.
         BackendError: the backend asked for cannot serve the call.
     """
+    if is_whole(linear_weight, target):
+        check_whole(input, linear_weight, target, linear_bias, ignore_index, token_weight, shift)
+        return cross_entropy(
+            whole_logits(input, linear_weight, linear_bias, input.dtype), target, weight,
+            ignore_index=-100 if ignore_index is None else ignore_index, reduction=reduction,
+            label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale, z_loss=z_loss,
+            return_lse=return_lse, inplace=True,
+        )  # fmt: skip
+    ignore_index = -100 if ignore_index is None else ignore_index
     check_linear(input, linear_weight, target, linear_bias, token_weight, shift, max_workspace_mb)
     check_options(
         "linear_cross_entropy", input, weight, linear_weight.shape[0], reduction, label_smoothing, softcap, logit_scale,
@@ -265,11 +290,8 @@ def linear_cross_entropy(
     for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if tensor is not None and tensor.dtype != input.dtype:
             raise TypeError(f"linear_cross_entropy: {name} is {tensor.dtype}, input {input.dtype}; they must agree")
-    refused = (
-        None if weight is None or not weight.requires_grad else "weight requires a gradient, which it gets nowhere"
-    )
-    if refused:
-        raise ValueError(f"linear_cross_entropy: {refused}")
+    if weight is not None and weight.requires_grad:
+        raise ValueError("linear_cross_entropy: weight requires a gradient, which class weights get nowhere")
     fused = pick("linear_cross_entropy", input, linear_weight, linear_bias, weight) == "triton"
     needs = tuple(
         t is not None and t.requires_grad and torch.is_grad_enabled() for t in (input, linear_weight, linear_bias)
@@ -279,7 +301,7 @@ def linear_cross_entropy(
         and not torch.compiler.is_compiling()
     )  # fmt: skip
     x = input.reshape(-1, input.shape[-1])
-    y = _shifted(target.long(), ignore_index, shift).reshape(-1)
+    y = shifted(target.long(), ignore_index, shift).reshape(-1)
     wide = torch.promote_types(input.dtype, torch.float32)
     chunk = plan(
         x.shape[0], linear_weight.shape[0], input.dtype, input.device.type, fused, max_workspace_mb, softcap, ""
@@ -308,14 +330,6 @@ def linear_cross_entropy_plan(
         lane = "3 matmuls, no recompute"
     tokens = input.numel() // input.shape[-1]
     return plan(tokens, len(linear_weight), input.dtype, input.device.type, fused, max_workspace_mb, softcap, lane)
-
-
-def _cost(input, linear_weight, target, *, linear_bias=None, **options) -> Cost:
-    """Input, weight and targets in; backward: their gradients out. Three matrix multiplications."""
-    moved = sum(t.numel() * t.element_size() for t in (input, linear_weight, linear_bias) if t is not None)
-    matmul = 2 * target.numel() * linear_weight.numel()
-    wanted = sum(t.requires_grad for t in (input, linear_weight))
-    return Cost(moved + 8 * target.numel(), moved, matmul, wanted * matmul)
 
 
 class LinearCrossEntropyLoss(torch.nn.Module):
@@ -375,7 +389,7 @@ register(
         function=linear_cross_entropy,
         reference=linear_cross_entropy_reference,
         samples=linear_samples,
-        cost=_cost,
+        cost=linear_cost,
         backends=("eager", "triton"),
         module=LinearCrossEntropyLoss,
     )
