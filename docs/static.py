@@ -1,4 +1,7 @@
-"""Rewrites docs/static.md, what is known of every kernel without a GPU: ``python docs/static.py`` (a few minutes)."""
+"""Writes docs/static.md, what is known of every kernel without a GPU: ``python docs/static.py [OP...]``.
+
+All ops take a quarter of an hour on two cores, attention most of it.
+"""
 
 import json
 import os
@@ -46,7 +49,7 @@ def _markdown(columns, rows) -> str:
 def _rows(module: str, folder: Path, **environment: str) -> Path:
     file = folder / f"{module}.json"
     variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", f"fastllm.bench.{module}", "--json", str(file)]
+    command = [sys.executable, "-m", f"fastllm.bench.{module}", *sys.argv[1:], "--json", str(file)]
     subprocess.run(command, env=variables | environment, check=True, stdout=subprocess.DEVNULL)
     return file
 
