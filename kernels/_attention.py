@@ -222,6 +222,7 @@ class Problem:
         )  # fmt: skip
         # What a launch table asks for: the wider padded head dim, and whether scores are bare products.
         self.plain = not natural and dropout_p == 0
+        self.hopper = q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] >= 9
         self.blocks = dict(BLOCK_D=max(16, next_power_of_2(self.dim)), BLOCK_DV=max(16, next_power_of_2(self.dim_v)))
         self.widest = max(self.blocks.values())
 

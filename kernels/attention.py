@@ -141,12 +141,14 @@ def _attention_fwd_kernel(
         )  # fmt: skip
 
 
-def forward_tile(dim: int, dtype: torch.dtype, plain: bool) -> dict:
-    """Tile sizes of the forward by the padded head dim. Chosen from compiled registers (sm_90), not yet timed."""
+def forward_tile(dim: int, dtype: torch.dtype, plain: bool, hopper: bool) -> dict:
+    """Tile sizes of the forward by the padded head dim; ``hopper``: sm_90 and later. From registers, not yet timed."""
     if dtype == torch.float32:
         return dict(BLOCK_M=64, BLOCK_N=32 if dim > 64 else 64, num_warps=4 if dim <= 64 else 8, num_stages=2)
     if dim <= 64:
         return dict(BLOCK_M=128, BLOCK_N=128 if plain else 64, num_warps=8, num_stages=3)
+    if dim > 128 and not hopper:
+        return dict(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2)
     return dict(BLOCK_M=128, BLOCK_N=64 if dim <= 128 else 32, num_warps=8, num_stages=3 if dim <= 128 else 2)
 
 
@@ -165,7 +167,7 @@ def attention_fwd(q, k, v, bias, sinks, alibi_slopes, seed, cu_q, cu_k, scale, s
         lse.fill_(-torch.inf)
         stats[0].zero_()
         stats[1].fill_(torch.inf)
-    tile = problem.fit(forward_tile(problem.widest, q.dtype, problem.plain), "BLOCK_M", problem.rows)
+    tile = problem.fit(forward_tile(problem.widest, q.dtype, problem.plain, problem.hopper), "BLOCK_M", problem.rows)
     n_tiles, programs = problem.tiles(tile["BLOCK_M"], problem.rows)
     _attention_fwd_kernel[(programs * problem.heads,)](
         q, k, v, out, lse, stats[0], stats[1], q if sinks is None else sinks,

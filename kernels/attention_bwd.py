@@ -290,22 +290,24 @@ def _attention_bwd_dq_kernel(
         )  # fmt: skip
 
 
-def dkdv_tile(dim: int, dtype: torch.dtype, plain: bool) -> dict:
-    """Tile sizes for dk and dv by the padded head dim. Chosen from compiled registers (sm_90), not yet timed."""
+def dkdv_tile(dim: int, dtype: torch.dtype, plain: bool, hopper: bool) -> dict:
+    """Tile sizes for dk and dv, as attention.forward_tile."""
     if dtype == torch.float32:
         return dict(BLOCK_M=32, BLOCK_N=32 if dim > 64 else 64, num_warps=4 if dim <= 64 else 8, num_stages=1)
+    if 64 < dim <= 128 and not hopper:
+        return dict(BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=2)
     if dim <= 128:
         return dict(BLOCK_M=64 if plain and dim <= 64 else 32, BLOCK_N=128, num_warps=8, num_stages=2)
     return dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)
 
 
-def dq_tile(dim: int, dtype: torch.dtype, plain: bool) -> dict:
-    """Tile sizes for dq, as :func:`dkdv_tile`."""
+def dq_tile(dim: int, dtype: torch.dtype, plain: bool, hopper: bool) -> dict:
+    """Tile sizes for dq, as attention.forward_tile."""
     if dtype == torch.float32:
         return dict(BLOCK_M=32 if dim > 64 else 64, BLOCK_N=32, num_warps=4 if dim <= 64 else 8, num_stages=1)
     if dim <= 128:
-        return dict(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2)
-    return dict(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=1)
+        return dict(BLOCK_M=128 if hopper else 64, BLOCK_N=64, num_warps=8, num_stages=2)
+    return dict(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2 if hopper else 1)
 
 
 def attention_bwd(dout, dlse, q, k, v, out, stats, bias, sinks, alibi_slopes, seed, cu_q, cu_k, scale, softcap, left,
@@ -338,7 +340,7 @@ def attention_bwd(dout, dlse, q, k, v, out, stats, bias, sinks, alibi_slopes, se
     )  # fmt: skip
     inputs = (q, k, v, dout)
     if (dk is not None or dv is not None) and k.numel() + v.numel() > 0:
-        tile = problem.fit(dkdv_tile(problem.widest, q.dtype, problem.plain), "BLOCK_N", problem.cols)
+        tile = problem.fit(dkdv_tile(problem.widest, q.dtype, problem.plain, problem.hopper), "BLOCK_N", problem.cols)
         n_tiles, programs = problem.tiles(tile["BLOCK_N"], problem.cols)
         dk_or_k, dv_or_v = (k if dk is None else dk), (v if dv is None else dv)
         _attention_bwd_dkdv_kernel[(programs * problem.heads_kv,)](
@@ -348,7 +350,7 @@ def attention_bwd(dout, dlse, q, k, v, out, stats, bias, sinks, alibi_slopes, se
             NEED_DK=dk is not None, NEED_DV=dv is not None, **problem.flags, **problem.blocks, **tile,
         )  # fmt: skip
     if dq is not None and q.numel() > 0:
-        tile = problem.fit(dq_tile(problem.widest, q.dtype, problem.plain), "BLOCK_M", problem.rows)
+        tile = problem.fit(dq_tile(problem.widest, q.dtype, problem.plain, problem.hopper), "BLOCK_M", problem.rows)
         n_tiles, programs = problem.tiles(tile["BLOCK_M"], problem.rows)
         _attention_bwd_dq_kernel[(programs * problem.heads,)](
             *inputs, dq, stats[0], stats[1], delta,

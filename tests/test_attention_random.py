@@ -42,10 +42,10 @@ def _shape(draw, batch, heads, rows, cols):
 @st.composite
 def calls(draw):
     """(dtype, tensors by name, other arguments, which tensors need a gradient)"""
-    length = st.integers(0, 36) if draw(st.integers(0, 9)) == 0 else st.integers(1, 36)
+    length = st.integers(0, 24) if draw(st.integers(0, 9)) == 0 else st.integers(1, 24)
     packed = draw(st.booleans())
     heads_kv = draw(st.integers(1, 2))
-    heads = heads_kv * draw(st.integers(1, 3))
+    heads = heads_kv * draw(st.sampled_from([1, 1, 2, 3]))
     dim, dim_v = draw(st.integers(1, 20)), draw(st.integers(1, 20))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
 
