@@ -33,6 +33,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 NAMED_ARCHITECTURES = {"Ampere": "8.0;8.6+PTX", "Ada": "8.9+PTX", "Hopper": "9.0+PTX", "Blackwell": "10.0;12.0+PTX"}
+# The oldest stable ABI that the operators may use: that of torch 2.10.
+TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 X86_VARIANTS = {
     "default": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -200,8 +202,7 @@ def _jobs() -> int:
 
 
 def _common_flags(torch: Torch, work: Path) -> list[str]:
-    # 0x020a...: the oldest stable ABI that the extension may use is that of torch 2.10.
-    flags = ["-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{work}"]
+    flags = ["-std=c++17", f"-I{work}"]
     includes = [torch.include, torch.include / "torch/csrc/api/include", sysconfig.get_path("include")]
     return [*flags, *[part for folder in includes for part in ("-isystem", str(folder))]]
 
@@ -254,7 +255,8 @@ def _steps(compiler: list[str], torch: Torch, cuda: Cuda | None, work: Path, tar
     steps = []
     for source in sorted([*csrc.glob("*.cpp"), *(csrc / "cpu").glob("*.cpp")]):
         if source.name != "rows.cpp":
-            steps.append(compile_cxx(source, source.stem, []))
+            # The pybind11 inside torch 2.11 refuses to be compiled beside TORCH_TARGET_VERSION.
+            steps.append(compile_cxx(source, source.stem, [] if source.name == "module.cpp" else [TARGET]))
             continue
         variants = X86_VARIANTS if "-DFASTLLM_X86_VARIANTS" in cxx else {"default": []}
         for name, extra in variants.items():
@@ -263,7 +265,7 @@ def _steps(compiler: list[str], torch: Torch, cuda: Cuda | None, work: Path, tar
         host = ["-ccbin", compiler[0]] if len(compiler) == 1 else []
         for source in sorted((csrc / "cuda").glob("*.cu")):
             out = work / f"{source.stem}.cu.o"
-            args = [cuda.nvcc, *common, *_nvcc_flags(cuda), *host, "-c", str(source), "-o", str(out)]
+            args = [cuda.nvcc, *common, TARGET, *_nvcc_flags(cuda), *host, "-c", str(source), "-o", str(out)]
             steps.append(Step(args, out, [source, *headers]))
     link = [*compiler, "-shared", *[str(step.output) for step in steps], "-o", str(target), f"-L{torch.lib}"]
     if sys.platform == "darwin":
