@@ -9,8 +9,6 @@
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#elif defined(__F16C__)
-#include <immintrin.h>
 #endif
 
 namespace fastllm {
@@ -64,11 +62,7 @@ FASTLLM_HD void narrow(float x, BF16& out) {
   const uint32_t quiet_nan = (bits >> 16) | 0x40u;
   out.bits = static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? quiet_nan : rounded);
 }
-#if defined(__F16C__)
-FASTLLM_HD float widen(F16 x) { return _cvtsh_ss(x.bits); }
-FASTLLM_HD void narrow(float x, F16& out) { out.bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
-#else
-// The exponent is moved by a multiplication, which is exact and also normalises subnormal numbers.
+// Plain arithmetic, which the compiler turns into vector code. The exponent is moved by a multiplication, which is exact and also normalises subnormal numbers.
 FASTLLM_HD float widen(F16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t rest = static_cast<uint32_t>(x.bits & 0x7FFFu) << 13;
@@ -80,19 +74,14 @@ FASTLLM_HD void narrow(float x, F16& out) {
   const uint32_t bits = as_bits(x);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
-  uint32_t result;
-  if (magnitude > 0x7F800000u) {
-    result = 0x7E00u | ((magnitude >> 13) & 0x3FFu);
-  } else if (magnitude >= 0x477FF000u) {  // 65520 and more round to infinity
-    result = 0x7C00u;
-  } else if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 rounds to the subnormal grid of 2^-24
-    result = as_bits(as_float(magnitude) + 0.5f) - 0x3F000000u;
-  } else {
-    result = (magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
-  }
+  // Below 2^-14 adding 0.5 rounds to the subnormal grid of 2^-24.
+  const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - 0x3F000000u;
+  const uint32_t normal = (magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+  uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
+  result = magnitude >= 0x477FF000u ? 0x7C00u : result;  // 65520 and more round to infinity
+  result = magnitude > 0x7F800000u ? 0x7E00u | ((magnitude >> 13) & 0x3FFu) : result;
   out.bits = static_cast<uint16_t>(sign | result);
 }
-#endif
 #endif
 
 }  // namespace

@@ -22,7 +22,7 @@ static const RowKernels& choose() {
   const char* wish = std::getenv("ATEN_CPU_CAPABILITY");
   const bool only_default = wish != nullptr && std::strcmp(wish, "default") == 0;
   const bool only_avx2 = wish != nullptr && std::strcmp(wish, "avx2") == 0;
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx512 && !only_default && !only_avx2) return isa_avx512::kernels;
