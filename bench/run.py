@@ -15,7 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -251,7 +251,7 @@ def run(
             continue
         torch.manual_seed(0)
         try:
-            call = make(device, getattr(torch, dtype))
+            call = replace(make(device, getattr(torch, dtype)), name=name)
             tell(f"{what} (fastllm serves it by {_serving(op, call)})")
             rows.extend(measure(op, call, dtype, device, rounds, only, left / (len(planned) - i)))
         except Exception as error:  # what it was is in the results; the other cases go on

@@ -15,7 +15,6 @@ NAMES = [(op, name) for op in OPS if cases.shapes_of(op) for name in cases.shape
 @pytest.mark.parametrize(("op", "name"), NAMES)
 def test_a_shape_is_a_call_of_its_op(op, name):
     call = cases.shapes_of(op)[name](torch.device("meta"), torch.bfloat16)
-    assert call.name == name
     assert cases.differentiable(call)
     assert cases.held_bytes(call) > 0
     inspect.signature(OPS[op].function).bind(*call.args, **call.kwargs)
