@@ -61,7 +61,7 @@ if ! has expecttest; then
   echo "== test_opinfo.py: skipped, PyTorch's own samples need the package expecttest"
   tests+=(--ignore tests/test_opinfo.py)
 fi
-if has xdist; then tests+=(-n 6); fi
+tests+=($(has xdist && echo -n 6 || echo -o addopts="--import-mode=importlib"))
 if [ "$device" = cpu ]; then tests=(tests/test_registry.py -p no:cacheprovider); fi
 step tests 210 "$python" -m pytest "${tests[@]}"
 

@@ -108,8 +108,10 @@ def _run(function, tensors, spec, needs, dtype=None):
         return outs, []
     generator = torch.Generator().manual_seed(3)
     grads = [torch.randn(o.shape, generator=generator).bfloat16().to(o) for o in outs]
+    # The definition's lse does not depend on the values.
+    used, upstream = zip(*[(o, g) for o, g in zip(outs, grads, strict=True) if o.requires_grad], strict=True)
     # The gradient of lse at an empty row, where it is -inf, means nothing: it is passed to see that it is ignored.
-    return outs, torch.autograd.grad(outs, wanted, grads, allow_unused=True, materialize_grads=True)
+    return outs, torch.autograd.grad(used, wanted, upstream, allow_unused=True, materialize_grads=True)
 
 
 @settings(
@@ -133,4 +135,6 @@ def test_any_combination_of_features(call):
     for kind in range(2):
         for true, stick, chunked, got in zip(truth[kind], plain[kind], eager[kind], kernels[kind], strict=True):
             assert_as_true(chunked, true, stick, dtype, f"eager: {what}", floor=32)
-            assert_as_true(got, true, chunked, dtype, f"triton: {what}")
+            # A score of size s carries s eps into its probability; with a scale of 1 they reach about 16 here. Eager's
+            # error is no measure where it happens to be 0, as with a single key.
+            assert_as_true(got, true, chunked, dtype, f"triton: {what}", floor=16)
