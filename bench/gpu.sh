@@ -56,19 +56,21 @@ export PYTHONPATH=$tree${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 PYTHONUNBUFF
 
 step info 60 "$python" -m fastllm info
 
-tests=(tests -p no:cacheprovider --maxfail=25 --tb=short)
+# pyproject.toml's options, but for one process: what is not installed here cannot be asked for.
+pytest=("$python" -m pytest -o addopts="-q --strict-markers --import-mode=importlib" -p no:cacheprovider --tb=short)
+tests=(tests --maxfail=25)
+if has xdist; then tests+=(-n 6); fi
 if ! has expecttest; then
   echo "== test_opinfo.py: skipped, PyTorch's own samples need the package expecttest"
   tests+=(--ignore tests/test_opinfo.py)
 fi
-tests+=($(has xdist && echo -n 6 || echo -o addopts="--import-mode=importlib"))
-if [ "$device" = cpu ]; then tests=(tests/test_registry.py -p no:cacheprovider); fi
-step tests 210 "$python" -m pytest "${tests[@]}"
+if [ "$device" = cpu ]; then tests=(tests/test_registry.py); fi
+step tests 210 "${pytest[@]}" "${tests[@]}"
 
 if [ "$device" = cuda ] && command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck; do
     step "$tool" 45 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$python" -m pytest -p no:cacheprovider -x --tb=short tests/test_ops.py -k "two_backwards and (native or triton)"
+      "${pytest[@]}" -x tests/test_ops.py -k "two_backwards and (native or triton)"
   done
 else
   echo "== compute-sanitizer: skipped, $([ "$device" = cuda ] && echo 'it is not installed' || echo 'no GPU')"
