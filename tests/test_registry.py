@@ -116,6 +116,18 @@ def test_kernels_folder_on_sys_path_is_refused():
     assert "not Hugging Face's package 'kernels'" in result.stderr
 
 
+def test_transformers_takes_the_kernels_folder_for_no_package():
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    code = (
+        "import sys; sys.path.insert(0, '.')\n"
+        "from transformers.utils import is_kernels_available; print(is_kernels_available())\n"
+        "import fastllm.kernels; print(fastllm.kernels.__name__)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert result.stdout.split() == ["False", "fastllm.kernels"], result.stderr
+
+
 def test_a_second_record_of_a_name_is_refused():
     with pytest.raises(ValueError, match="'layer_norm' is registered already"):
         registry.register(registry.OPS["layer_norm"])

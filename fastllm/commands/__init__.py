@@ -1,0 +1,13 @@
+"""One file for each command of the command line.
+
+``fastllm/commands/<name>.py`` has a docstring (what ``fastllm <name> --help`` says), ``add_arguments(parser)`` and
+``run(arguments)``, which returns the exit code. Only the command that is called gets imported.
+"""
+
+# Name and what ``fastllm --help`` says of it, in the order in which people meet them.
+COMMANDS = {
+    "train": "train a model on text, from scratch or from where a run stopped",
+    "generate": "continue a text",
+    "bench": "time the ops beside their rivals (fastllm bench --help)",
+    "info": "versions, hardware, and which backend serves each op here and why",
+}

@@ -1,0 +1,57 @@
+"""Continue a text with a model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from ..config import InputError
+from ..data import Tokenizer
+from ..generate import check_sampling, generate
+from ..models import Transformer
+from ..training.loop import pick_device
+from ..training.progress import printable
+from ._model import add_model_arguments, model_folder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="the text to continue (default: none)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, metavar="X",
+        help="divides the logits; 0 takes the likeliest token (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--top-k", type=int, metavar="N", help="sample among the N likeliest tokens only")
+    parser.add_argument("--top-p", type=float, metavar="X", help="sample within the nucleus of this probability only")
+    parser.add_argument("--seed", type=int, metavar="N", help="makes the draw repeatable")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    sampling = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
+    try:
+        check_sampling(**sampling)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    device = pick_device(arguments.device)
+    folder = model_folder(arguments)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    try:
+        model = Transformer.from_pretrained(folder).to(device)
+    except (ValueError, FileNotFoundError) as error:
+        raise InputError(str(error)) from error
+    if model.config.vocab_size != tokenizer.vocab_size:
+        raise InputError(
+            f"{folder / 'tokenizer.json'}: {tokenizer.vocab_size} tokens do not match the model's vocab_size "
+            f"{model.config.vocab_size}"
+        )
+    tokens = generate(
+        model, [tokenizer.end_of_text, *tokenizer.encode(arguments.prompt)],
+        seed=arguments.seed, stop_token=tokenizer.end_of_text, **sampling,
+    )  # fmt: skip
+    sys.stdout.write(arguments.prompt)
+    for text in tokenizer.stream(tokens):
+        sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    return 0

@@ -1,0 +1,52 @@
+"""Train a model on text. Without arguments: a tiny one on the language reference that Python carries, in under two
+minutes."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..config import InputError, add_flags, flags_given, read_toml, settings
+from ..data import DataConfig, Tokenizer
+from ..models import PRESETS, TransformerConfig
+from ..training import TrainingConfig, build_run_config, resume, train
+from ..training.config import DEFAULT_PRESET
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", metavar="FOLDER", help="the run's folder (default: the next free runs/NNNN)")
+    run.add_argument("--resume", metavar="RUN", help="go on with this run, or from one of its checkpoints")
+    run.add_argument("--config", metavar="FILE.toml", help="settings, as in a run's config.toml; flags override it")
+    run.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    run.add_argument("--preset", choices=list(PRESETS), help=f"the model's shape (default: {DEFAULT_PRESET})")
+    add_flags(parser, DataConfig, "data")
+    add_flags(parser, TransformerConfig, "model (override the preset)", PRESETS[DEFAULT_PRESET])
+    add_flags(parser, TrainingConfig, "training")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    model = flags_given(arguments, TransformerConfig)
+    tables = {"data": flags_given(arguments, DataConfig), "training": flags_given(arguments, TrainingConfig)}
+    if arguments.resume is not None:
+        free = {setting.name for setting in settings(TrainingConfig) if setting.metadata.get("resume")}
+        fixed = [*tables["data"], *model, *(name for name in tables["training"] if name not in free)]
+        fixed += [name for name in ("out", "config", "preset") if getattr(arguments, name) is not None]
+        if fixed:
+            raise InputError(f"--resume: a run keeps its settings; --{fixed[0].replace('_', '-')} cannot be given")
+        result = resume(arguments.resume, tables["training"], quiet=arguments.quiet)
+    else:
+        file = read_toml(arguments.config) if arguments.config else {}
+        # Check the file by itself first, so that a message names the file only for what it says.
+        build_run_config(file, str(arguments.config))
+        merged = {title: {**file.get(title, {}), **table} for title, table in tables.items()}
+        # A preset on the command line replaces the file's whole model.
+        merged["model"] = {**({} if arguments.preset else file.get("model", {})), **model}
+        config = build_run_config(merged, "command line", arguments.preset)
+        if config.data.tokenizer and "vocab_size" in merged["model"]:
+            available = Tokenizer.load(config.data.tokenizer).vocab_size
+            if available != config.model.vocab_size:
+                raise InputError(
+                    f"{config.data.tokenizer}: {available} tokens do not match vocab_size {config.model.vocab_size}"
+                )
+        result = train(config, arguments.out, quiet=arguments.quiet)
+    return 128 + result.signal if result.signal else 0
