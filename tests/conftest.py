@@ -41,3 +41,52 @@ def poisoned_memory():
     assert torch.empty(4).isnan().all()
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def whole_run():
+    """With ``short_runs``: asks for a run with everything that it does at its start and end."""
+
+
+@pytest.fixture
+def short_runs(request, monkeypatch):
+    """Runs without picture, samples and meter, which take longer than a toy's training, and on one thread.
+
+    Toys this small only lose by a second thread, and much where other processes run.
+    """
+    from fastllm.training import loop, report
+
+    monkeypatch.setattr(report, "SAMPLE_TOKENS", 20)
+    if "whole_run" not in request.fixturenames:
+        monkeypatch.setattr(loop, "plot_loss", lambda *args: None)
+        monkeypatch.setattr(loop, "write_samples", lambda *args: "")
+        monkeypatch.setattr(loop, "matmul_flops", lambda *args: 1e11)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> str:
+    """The path of a text to train on."""
+    from prose import prose
+
+    path = tmp_path_factory.mktemp("text") / "prose.txt"
+    path.write_text(prose(80))
+    return str(path)
+
+
+@pytest.fixture
+def config(text):
+    """``config(**training)``: six steps of a toy on ``text``."""
+    from toy import TOY
+
+    from fastllm.data import DataConfig
+    from fastllm.training import RunConfig, TrainingConfig
+
+    def make(**training):
+        settings = {"steps": 6, "batch_size": 4, "device": "cpu", "dtype": "float32", **training}
+        return RunConfig(DataConfig(data=(text,)), TOY, TrainingConfig(**settings))
+
+    return make

@@ -1,14 +1,7 @@
-"""Schedule, optimisers, steps, evaluation, checkpoints, exact resume."""
+"""Schedule, optimisers, steps, evaluation, runs."""
 
-import contextlib
-import errno
 import functools
-import json
 import math
-import os
-import shutil
-import signal
-import sys
 import types
 from dataclasses import replace
 
@@ -17,68 +10,20 @@ import torch
 import torch.nn.functional as F
 from prose import prose
 from safetensors.torch import load_file
+from toy import TOY, weights
 
-from fastllm.config import InputError
-from fastllm.data import Corpus, DataConfig, open_dataset, prepare
-from fastllm.models import Transformer, TransformerConfig
-from fastllm.training import Diverged, RunConfig, TrainingConfig, evaluate, loop, report, resume, train
-from fastllm.training.checkpoint import check, checkpoints, find_checkpoint
-from fastllm.training.clock import Clock, StopRequest
+from fastllm.data import Corpus, open_dataset, prepare
+from fastllm.models import Transformer
+from fastllm.training import TrainingConfig, evaluate, loop, train
+from fastllm.training.clock import Clock
 from fastllm.training.measure import faster_dtype, matmul_flops
 from fastllm.training.optimizer import Optimizers, parameter_groups
-from fastllm.training.progress import Display, read_metrics
+from fastllm.training.progress import read_metrics
 from fastllm.training.schedule import lr_scale, progress
 from fastllm.training.step import train_step
 
-TOY = TransformerConfig(
-    vocab_size=300, context_length=32, num_layers=2, num_heads=2, hidden_size=32, positions="rotary", norm="rms",
-    activation="relu2", bias=False, dropout=0.1, qk_norm=True,
-)  # fmt: skip
+pytestmark = pytest.mark.usefixtures("short_runs")
 GPT = replace(TOY, positions="learned", norm="layer", activation="gelu", bias=True, tie_embeddings=False)
-
-
-@pytest.fixture(autouse=True)
-def _without_picture_samples_and_meter(request, monkeypatch):
-    """They take longer than a toy's whole training; tests with the fixture ``whole_run`` have them."""
-    monkeypatch.setattr(report, "SAMPLE_TOKENS", 20)
-    if "whole_run" not in request.fixturenames:
-        monkeypatch.setattr(loop, "plot_loss", lambda *args: None)
-        monkeypatch.setattr(loop, "write_samples", lambda *args: "")
-        monkeypatch.setattr(loop, "matmul_flops", lambda *args: 1e11)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Toys this small only lose by a second thread, and much where other processes run."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def whole_run():
-    """Asks for a run with everything that it does at its start and end."""
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "prose.txt"
-    path.write_text(prose(80))
-    return str(path)
-
-
-@pytest.fixture
-def config(text):
-    def make(**training):
-        settings = {"steps": 6, "batch_size": 4, "device": "cpu", "dtype": "float32", **training}
-        return RunConfig(DataConfig(data=(text,)), TOY, TrainingConfig(**settings))
-
-    return make
-
-
-def weights(run):
-    return (run / "model" / "model.safetensors").read_bytes()
 
 
 # Schedule
@@ -348,61 +293,6 @@ def test_recomputing_activations_and_compiling_change_nothing(config, tmp_path, 
         )
 
 
-@pytest.mark.parametrize("settings", [{}, {"optimizer": "adamw", "micro_batch_size": 2}, {"dtype": "bfloat16"}])
-def test_a_resumed_run_ends_bitwise_like_an_undisturbed_one(config, tmp_path, settings):
-    train(config(checkpoint_interval=3, **settings), tmp_path / "whole", quiet=True)
-    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
-    shutil.rmtree(tmp_path / "resumed" / "model")
-    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-00000006")
-    torch.manual_seed(1234)
-    assert resume(tmp_path / "resumed", quiet=True).steps == 6
-    assert weights(tmp_path / "whole") == weights(tmp_path / "resumed")
-    states = [tmp_path / n / "checkpoints" / "step-00000006" / "optimizer.safetensors" for n in ("whole", "resumed")]
-    assert states[0].read_bytes() == states[1].read_bytes()
-    whole, resumed = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "resumed"))
-    for key in ("step", "loss", "grad_norm", "lr", "validation_bits_per_byte"):
-        assert [line.get(key) for line in whole] == [line.get(key) for line in resumed]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_at_the_steps_end_and_the_run_goes_on_exactly(config, tmp_path, monkeypatch, capsys, number):
-    before = signal.getsignal(number)
-    train(config(), tmp_path / "whole", quiet=True)
-
-    def step_and_signal(*args, **kwargs):
-        os.kill(os.getpid(), number)
-        return train_step(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", step_and_signal)
-        result = train(config(), tmp_path / "stopped")
-    assert (result.signal, result.steps) == (number, 1)
-    assert signal.getsignal(number) == before
-    out = capsys.readouterr().out
-    assert f"fastllm train --resume {tmp_path / 'stopped'}" in out
-    assert not (tmp_path / "stopped" / "model").exists()
-    assert resume(tmp_path / "stopped", quiet=True).signal == 0
-    assert weights(tmp_path / "whole") == weights(tmp_path / "stopped")
-
-
-def test_a_second_signal_acts_as_ever():
-    # A shell starts its background jobs with SIGINT ignored.
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.signal == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    signal.signal(signal.SIGINT, inherited)
-
-
-def test_a_finished_run_can_be_given_more_steps(config, tmp_path):
-    train(config(), tmp_path / "run", quiet=True)
-    assert resume(tmp_path / "run", {"steps": 8}, quiet=True).steps == 8
-    assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000006", "step-00000008"]
-    assert resume(tmp_path / "run", quiet=True).steps == 8  # the new budget was saved
-
-
 def test_a_time_budget_ends_the_run_with_evaluation_off_the_clock(config, tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("fastllm.training.clock.time", types.SimpleNamespace(perf_counter=lambda: now[0]))
@@ -435,168 +325,3 @@ def test_the_clock_stands_still_in_pauses(monkeypatch):
         now[0] += 50
     now[0] += 1
     assert clock.seconds == pytest.approx(10)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(config, tmp_path, monkeypatch):
-    def poisoned(*args, **kwargs):
-        loss, norm = train_step(*args, **kwargs)
-        return loss * math.nan, norm
-
-    monkeypatch.setattr(loop, "train_step", poisoned)
-    with pytest.raises(Diverged, match="step 1: loss nan"):
-        train(config(checkpoint_interval=2), tmp_path / "run", quiet=True)
-    assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-# Checkpoints
-
-
-@pytest.fixture
-def finished(config, tmp_path):
-    train(config(checkpoint_interval=3), tmp_path / "run", quiet=True)
-    return tmp_path / "run"
-
-
-FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "config.json", "tokenizer.json", "manifest.json"]
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_checkpoint_cut_in_half_is_named_and_refused_with_the_one_to_use(finished, name):
-    newest = finished / "checkpoints" / "step-00000006"
-    content = (newest / name).read_bytes()
-    (newest / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match=rf"step-00000006/{name}: .*damaged.*step-00000003 is whole"):
-        find_checkpoint(finished)
-    if name != "manifest.json":
-        (newest / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        with pytest.raises(InputError, match=rf"step-00000006/{name}: .*SHA-256"):
-            find_checkpoint(finished)
-        (newest / name).unlink()
-        with pytest.raises(InputError, match=rf"step-00000006/{name}: damaged: missing"):
-            find_checkpoint(finished)
-    assert find_checkpoint(newest.with_name("step-00000003")) == newest.with_name("step-00000003")
-
-
-def test_resuming_from_an_older_checkpoint_leaves_the_damaged_newer_one_behind(finished):
-    expected = weights(finished)
-    os.truncate(finished / "checkpoints" / "step-00000006" / "model.safetensors", 100)
-    (finished / "checkpoints" / ".step-00000005.123.tmp").mkdir()
-    assert resume(finished / "checkpoints" / "step-00000003", quiet=True).steps == 6
-    assert weights(finished) == expected
-    check(finished / "checkpoints" / "step-00000006")
-    assert sorted(os.listdir(finished / "checkpoints")) == ["step-00000003", "step-00000006"]
-
-
-def test_a_full_disk_leaves_the_older_checkpoint_and_no_half_of_a_new_one(config, tmp_path, monkeypatch):
-    real, folder = os.fsync, tmp_path / "run" / "checkpoints"
-
-    def full(handle):
-        # Only once the first checkpoint is there, and in the middle of the second.
-        if (folder / "step-00000002").exists() and any(folder.glob(".step*")):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(handle)
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left") as caught:
-        train(config(checkpoint_interval=2), tmp_path / "run", quiet=True)
-    assert "step-00000004" in str(caught.value)
-    assert [path.name for path in folder.iterdir()] == ["step-00000002"]
-    check(folder / "step-00000002")
-    monkeypatch.setattr(os, "fsync", real)
-    assert resume(tmp_path / "run", quiet=True).steps == 6
-
-
-def test_a_run_without_a_checkpoint_and_no_run_at_all_are_refused(tmp_path):
-    with pytest.raises(InputError, match="no such run"):
-        find_checkpoint(tmp_path / "none")
-    with pytest.raises(InputError, match="no checkpoint"):
-        find_checkpoint(tmp_path)
-
-
-def test_changed_data_are_refused(finished, tmp_path):
-    other = prepare(Corpus("o", [prose(80, 5)], [prose(9, 6)]), tmp_path / "other", vocab_size=300)
-    shutil.rmtree(finished / "data")
-    shutil.copytree(tmp_path / "other", finished / "data")
-    assert other.tokenizer.vocab_size
-    with pytest.raises(InputError, match="made from other training tokens"):
-        resume(finished, quiet=True)
-
-
-def test_a_folder_that_holds_a_run_is_not_trained_in_again(config, finished):
-    with pytest.raises(InputError, match="holds a run already"):
-        train(config(), finished, quiet=True)
-
-
-# What is shown
-
-
-def test_the_display_is_live_on_a_terminal_and_plain_lines_elsewhere(capsys):
-    with Display() as display:
-        display.update(0.5, "loss 1.0 [odd]")
-        display.update(0.6, "too soon")
-        display.update(1.0, "last", force=True)
-    assert capsys.readouterr().out == " 50%  loss 1.0 [odd]\n100%  last\n"
-    with Display(quiet=True) as display:
-        display.update(0.5, "loss", force=True)
-        display.say("words")
-    assert capsys.readouterr().out == ""
-
-
-def test_a_live_display_shows_what_it_is_given(monkeypatch):
-    import io
-
-    from rich.console import Console
-
-    display = Display()
-    display.console = Console(file=io.StringIO(), force_terminal=True, width=100)
-    with display:
-        display.update(0.25, "loss 1.0 [odd]")
-    shown = display.console.file.getvalue()
-    assert "loss 1.0 [odd]" in shown
-    assert "25%" in shown
-
-
-def test_metrics_go_to_tensorboard_where_it_is_installed(config, tmp_path, monkeypatch):
-    scalars = []
-
-    class SummaryWriter:
-        def __init__(self, folder, purge_step):
-            scalars.append((folder, purge_step))
-
-        def add_scalar(self, key, value, step):
-            scalars.append((key, step))
-
-        def close(self):
-            scalars.append("closed")
-
-    module = types.ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = SummaryWriter
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    monkeypatch.setattr("fastllm.training.progress.importlib.util.find_spec", lambda name: name == "tensorboard")
-    train(config(steps=2), tmp_path / "run", quiet=True)
-    assert scalars[0] == (str(tmp_path / "run" / "tensorboard"), 1)
-    assert {("loss", 1), ("loss", 2), ("validation_bits_per_byte", 2)} <= set(scalars)
-    assert scalars[-1] == "closed"
-
-
-def test_a_metrics_line_cut_off_by_a_crash_is_dropped(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
-    with contextlib.suppress(FileNotFoundError):
-        assert read_metrics(tmp_path / "none") == []
-
-
-def test_what_a_model_writes_cannot_command_the_terminal(capsys):
-    Display().say("a\x1b[2Jb\x9b\x07\nc")
-    assert capsys.readouterr().out == "a\ufffd[2Jb\ufffd\ufffd\nc\n"
-
-
-def test_sessions_say_what_was_measured(config, tmp_path):
-    train(config(dtype="auto"), tmp_path / "run", quiet=True)
-    (session,) = map(json.loads, (tmp_path / "run" / "sessions.jsonl").read_text().splitlines())
-    times = session["seconds_per_forward_backward"]
-    assert session["dtype"] == min(times, key=times.get)
-    resume(tmp_path / "run", {"steps": 7}, quiet=True)
-    again = json.loads((tmp_path / "run" / "sessions.jsonl").read_text().splitlines()[1])
-    assert again["dtype"] == session["dtype"]
-    assert again["seconds_per_forward_backward"] == {}  # the choice is kept, not made again
