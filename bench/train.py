@@ -28,6 +28,7 @@ import torch
 from ..models import PRESETS, Transformer, TransformerConfig
 from ..training.config import TrainingConfig
 from ..training.measure import autocast
+from ..training.objectives import CausalLM
 from ..training.optimizer import Optimizers
 from ..training.step import train_step
 from .environment import environment
@@ -64,8 +65,9 @@ def ours(setting: Setting) -> Step:
 
     def step(batch):
         return train_step(
-            model.loss, model, optimizers, batch, rows=setting.training.rows, clip=CLIP, dtype=setting.dtype
-        )[0]
+            CausalLM, model, optimizers, dict(zip(("tokens", "targets"), batch, strict=True)),
+            rows=setting.training.rows, clip=CLIP, dtype=setting.dtype,
+        )[0]  # fmt: skip
 
     return step
 

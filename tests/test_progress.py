@@ -89,8 +89,8 @@ def test_sessions_say_what_was_measured(config, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(config, tmp_path, monkeypatch):
     def poisoned(*args, **kwargs):
-        loss, norm = train_step(*args, **kwargs)
-        return loss * math.nan, norm
+        loss, norm, terms = train_step(*args, **kwargs)
+        return loss * math.nan, norm, terms
 
     monkeypatch.setattr(loop, "train_step", poisoned)
     with pytest.raises(Diverged, match="step 1: loss nan"):

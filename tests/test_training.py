@@ -17,6 +17,7 @@ from fastllm.models import Transformer
 from fastllm.training import TrainingConfig, evaluate, loop, train
 from fastllm.training.clock import Clock
 from fastllm.training.measure import faster_dtype, matmul_flops
+from fastllm.training.objectives import CausalLM
 from fastllm.training.optimizer import Optimizers, parameter_groups
 from fastllm.training.progress import read_metrics
 from fastllm.training.schedule import lr_scale, progress
@@ -124,6 +125,10 @@ def test_optimizer_state_survives_a_round_trip_and_a_stranger_is_refused():
 # Steps
 
 
+def as_batch(tokens, targets):
+    return {"tokens": tokens, "targets": targets}
+
+
 def whole_batch_gradient(model, tokens, targets):
     model.zero_grad()
     loss = F.cross_entropy(model(tokens).flatten(0, 1).double(), targets.flatten())
@@ -146,7 +151,10 @@ def test_accumulated_loss_and_gradient_are_those_of_the_whole_batch(rows):
         def step(self):
             seen["gradients"] = [p.grad.clone() for p in model.parameters()]
 
-    ours, our_norm = train_step(model.loss, model, Record(), (tokens, targets), rows=rows, clip=0.0, dtype="float32")
+    ours, our_norm, terms = train_step(
+        CausalLM, model, Record(), as_batch(tokens, targets), rows=rows, clip=0.0, dtype="float32"
+    )
+    assert terms["loss"] == ours
     torch.testing.assert_close(ours.double(), loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(our_norm, norm, rtol=1e-5, atol=0)
     for a, b in zip(seen["gradients"], gradients, strict=True):
@@ -155,7 +163,7 @@ def test_accumulated_loss_and_gradient_are_those_of_the_whole_batch(rows):
 
 def test_clipping_scales_the_gradient_and_reports_its_norm_before():
     model = Transformer(replace(TOY, dropout=0.0))
-    batch = torch.randint(300, (2, 32)), torch.randint(300, (2, 32))
+    batch = as_batch(torch.randint(300, (2, 32)), torch.randint(300, (2, 32)))
     norms = []
 
     class Record:
@@ -163,8 +171,8 @@ def test_clipping_scales_the_gradient_and_reports_its_norm_before():
             norms.append(torch.stack([p.grad.norm() for p in model.parameters()]).norm())
             model.zero_grad()
 
-    _, free = train_step(model.loss, model, Record(), batch, rows=2, clip=0.0, dtype="float32")
-    _, clipped = train_step(model.loss, model, Record(), batch, rows=2, clip=0.01, dtype="float32")
+    _, free, _ = train_step(CausalLM, model, Record(), batch, rows=2, clip=0.0, dtype="float32")
+    _, clipped, _ = train_step(CausalLM, model, Record(), batch, rows=2, clip=0.01, dtype="float32")
     assert norms[0] == pytest.approx(free)
     assert clipped == pytest.approx(free)
     assert norms[1] == pytest.approx(0.01, rel=1e-3)
@@ -173,9 +181,9 @@ def test_clipping_scales_the_gradient_and_reports_its_norm_before():
 def test_measuring_leaves_model_and_random_state_alone():
     model = Transformer(TOY)
     before = [p.clone() for p in model.parameters()]
-    batch = torch.randint(300, (2, 32)), torch.randint(300, (2, 32))
+    batch = as_batch(torch.randint(300, (2, 32)), torch.randint(300, (2, 32)))
     state = torch.get_rng_state()
-    dtype, times = faster_dtype(model, batch)
+    dtype, times = faster_dtype(CausalLM, model, batch)
     assert torch.equal(state, torch.get_rng_state())
     assert times[dtype] == min(times.values())
     assert set(times) == {"float32", "bfloat16"}
@@ -305,7 +313,7 @@ def test_a_time_budget_ends_the_run_with_evaluation_off_the_clock(config, tmp_pa
         return run
 
     monkeypatch.setattr(loop, "train_step", timed(1.0, train_step))
-    monkeypatch.setattr(loop, "evaluate", timed(100.0, evaluate))
+    monkeypatch.setattr(CausalLM, "evaluate", timed(100.0, CausalLM.evaluate))
     monkeypatch.setattr(loop, "save_checkpoint", timed(100.0, loop.save_checkpoint))
     result = train(
         config(steps=None, max_seconds=8, warmup=0.25, eval_interval=3, checkpoint_interval=3),

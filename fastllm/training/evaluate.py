@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -12,14 +12,29 @@ from ..data import TokenFile, evaluation_batches
 from ..data.batches import IGNORE
 from .measure import autocast
 
+# What follows a score's number where its name would not do.
+UNITS = {"bits_per_byte": "bits/byte"}
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross-entropy in nats per token, the same as bits per byte, and how many tokens were scored."""
+    """Mean loss in nats over the ``tokens`` (or other targets) scored; ``scores`` by name; ``main`` is the one to show.
+
+    For language models that is ``bits_per_byte``.
+    """
 
     loss: float
-    bits_per_byte: float
     tokens: int
+    scores: dict[str, float] = field(default_factory=dict)
+    main: str = "bits_per_byte"
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        return self.scores.get("bits_per_byte")
+
+    def headline(self) -> str:
+        """The main score, for people."""
+        return f"{self.scores[self.main]:.3f} {UNITS.get(self.main, self.main)}"
 
 
 def bits_per_byte(loss: float, tokens: TokenFile) -> float:
@@ -51,4 +66,4 @@ def evaluate(
             count += scored
     finally:
         model.train(was_training)
-    return Evaluation(nats / count, bits_per_byte(nats / count, tokens), count)
+    return Evaluation(nats / count, count, {"bits_per_byte": bits_per_byte(nats / count, tokens)})

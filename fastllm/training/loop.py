@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ..config import InputError, build
-from ..data import Batches, Dataset, derive_seed, load_corpus, open_dataset, prepare
+from ..data import Dataset, derive_seed, load_corpus, open_dataset, prepare
 from ..data.tokenizer import Tokenizer
 from ..files import whole_folder, write_text
 from ..models import Transformer
@@ -25,8 +25,9 @@ from ..version import __version__
 from .checkpoint import State, find_checkpoint, load_checkpoint, save_checkpoint, save_model, write_manifest
 from .clock import Clock, StopRequest
 from .config import RunConfig, TrainingConfig, read_run_config
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation
 from .measure import autocast, faster_dtype, keep_random_state, matmul_flops
+from .objectives import Batch, CausalLM, rows_of, to_device
 from .optimizer import Optimizers
 from .progress import Display, Metrics, duration
 from .report import plot_loss, write_samples
@@ -78,7 +79,7 @@ class Run:
         self.folder, self.dataset, self.display = folder, dataset, display
         self.device = pick_device(config.training.device)
         training = config.training.with_budget()
-        self.batches = Batches(dataset.train, config.model.context_length, training.batch_size, training.seed)
+        self.objective = CausalLM(dataset, config.model.context_length, training.batch_size, training.seed)
         if checkpoint is None:
             with keep_random_state(self.device):
                 torch.manual_seed(derive_seed(training.seed, "weights"))
@@ -107,7 +108,7 @@ class Run:
         """Measure the device; say and record what will be trained, where and how."""
         measured = {}
         if self.state.dtype == "auto":
-            self.state.dtype, measured = faster_dtype(self.model, self._sample())
+            self.state.dtype, measured = faster_dtype(self.objective, self.model, self._sample())
         self.peak = matmul_flops(self.device, self.state.dtype)
         self.flops_per_token = self.model.flops_per_token(self.config.model.context_length)
         environment = {
@@ -139,11 +140,10 @@ class Run:
             f"{self.peak / 1e9:,.0f} GFLOP/s (matrix product measured here, {self.state.dtype})"
         )
 
-    def _sample(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _sample(self) -> Batch:
         """A forward pass's worth of the next batch, for measuring and compiling."""
-        tokens, targets = self.batches(self.state.step)
-        rows = self.config.training.rows
-        return tokens[:rows].to(self.device), targets[:rows].to(self.device)
+        part = rows_of(self.objective.batch(self.state.step), self.config.training.rows)[0]
+        return to_device(part, self.device)
 
     def train(self) -> Result:
         """Step until the budget is spent or a signal comes; save; draw and sample at the end.
@@ -153,7 +153,7 @@ class Run:
             OSError: something cannot be written.
         """
         config, state = self.config.training, self.state
-        loss_function = self._loss_function()
+        losses = self._losses()
         self._clock = Clock(self.device, state.seconds)
         self._metrics = Metrics(self.folder, state.step)
         self._flushed = (state.tokens, state.seconds)
@@ -165,14 +165,17 @@ class Run:
                     self.optimizers.set_scale(scale)
                     # Dropout is a function of (seed, step): it needs no saved state, and nothing else can shift it.
                     torch.manual_seed(derive_seed(config.seed, "dropout", state.step))
-                    loss, norm = train_step(
-                        loss_function, self.model, self.optimizers, self.batches(state.step),
-                        rows=config.rows, clip=config.clip, dtype=state.dtype,
+                    batch = self.objective.batch(state.step)
+                    loss, norm, terms = train_step(
+                        self.objective, self.model, self.optimizers, batch,
+                        rows=config.rows, clip=config.clip, dtype=state.dtype, losses=losses,
                     )  # fmt: skip
                     state.step += 1
-                    state.tokens += self._batch_tokens
+                    state.tokens += self.objective.tokens(batch)
                     state.seconds = self._clock.seconds
-                    self._pending.append((state.step, state.tokens, state.seconds, loss, norm, scale))
+                    self._pending.append(
+                        (state.step, state.tokens, state.seconds, scale, {**terms, "loss": loss, "grad_norm": norm})
+                    )
                     if state.seconds - self._flushed[1] >= FLUSH_SECONDS:
                         self._flush()
                     if config.eval_interval and state.step % config.eval_interval == 0:
@@ -202,35 +205,35 @@ class Run:
             xz_bits_per_byte=self.dataset.summary.xz_bits_per_byte, signal=stop.signal,
         )  # fmt: skip
 
-    def _loss_function(self) -> Callable:
-        """The model's loss, compiled where asked for: now, so that compiling is no training time."""
+    def _losses(self) -> Callable:
+        """The objective's losses, compiled where asked for: now, so that compiling is no training time."""
         if not self.config.training.compile:
-            return self.model.loss
-        compiled = torch.compile(self.model.loss)
+            return self.objective.losses
+        compiled = torch.compile(self.objective.losses)
         with keep_random_state(self.device), autocast(self.device, self.state.dtype):
-            compiled(*self._sample()).backward()
+            sum(compiled(self.model, self._sample()).values()).backward()
         self.model.zero_grad(set_to_none=True)
         return compiled
-
-    @property
-    def _batch_tokens(self) -> int:
-        return self.config.training.batch_size * self.config.model.context_length
 
     def _flush(self) -> None:
         """Write the steps since the last flush; the only place that reads losses back from the device."""
         if not self._pending:
             return
-        values = torch.stack([torch.stack((loss, norm.to(loss))) for *_, loss, norm, _ in self._pending]).tolist()
+        # One read for all.
+        scalars = [[value.float() for value in values.values()] for *_, values in self._pending]
+        read = torch.stack([torch.stack(row) for row in scalars]).tolist()
         seconds, tokens = self._clock.seconds, self._pending[-1][1]
         rate = (tokens - self._flushed[0]) / max(seconds - self._flushed[1], 1e-9)
         self._flushed = (tokens, seconds)
         training, lines = self.config.training, []
-        for (step, tokens, seconds, _, _, scale), (loss, norm) in zip(self._pending, values, strict=True):
+        for (step, tokens, seconds, scale, values), row in zip(self._pending, read, strict=True):
+            values = dict(zip(values, row, strict=True))
+            loss, norm = values["loss"], values["grad_norm"]
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}; lower the learning rate or clip more")
             lines.append(
-                {"step": step, "tokens": tokens, "seconds": round(seconds, 4), "loss": loss,
-                 "lr": scale * training.lr, "muon_lr": scale * training.muon_lr, "grad_norm": norm,
+                {"step": step, "tokens": tokens, "seconds": round(seconds, 4), **values,
+                 "lr": scale * training.lr, "muon_lr": scale * training.muon_lr,
                  "tokens_per_second": round(rate, 1)}
             )  # fmt: skip
         self._metrics.write(lines)
@@ -249,7 +252,7 @@ class Run:
         parts = [
             f"step {state.step}" + (f"/{config.steps}" if config.steps else ""),
             f"loss {loss:.3f}",
-            f"validation {validation.bits_per_byte:.3f} bits/byte" if validation else "",
+            f"validation {validation.headline()}" if validation else "",
             f"{rate:,.0f} tok/s",
             f"MFU {self.flops_per_token * rate / self.peak:.1%}",
             f"ETA {duration(max(left, 0.0))}",
@@ -261,14 +264,12 @@ class Run:
         training, state = self.config.training, self.state
         self._flush()
         with self._clock.pause():
-            result = evaluate(
-                self.model, self.dataset.validation, self.config.model.context_length, training.rows, state.dtype, limit
-            )
+            result = self.objective.evaluate(self.model, training.rows, state.dtype, limit)
         self._validation, self._evaluated = result, (state.step, result.tokens)
         self._metrics.write(
             [{"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 4),
-              "validation_loss": result.loss, "validation_bits_per_byte": result.bits_per_byte,
-              "validation_tokens": result.tokens}]
+              "validation_loss": result.loss, "validation_tokens": result.tokens,
+              **{f"validation_{name}": score for name, score in result.scores.items()}}]
         )  # fmt: skip
 
     def _save(self) -> None:

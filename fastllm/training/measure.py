@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from .objectives import Batch, Objective, to_device
+
 
 def synchronize(device: torch.device) -> None:
     """Wait for the work queued on ``device``."""
@@ -43,7 +45,7 @@ def matmul_flops(device: torch.device, dtype: str) -> float:
 
 
 def faster_dtype(
-    model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], seconds: float = 3.0
+    objective: Objective, model: nn.Module, batch: Batch, seconds: float = 3.0
 ) -> tuple[str, dict[str, float]]:
     """The precision in which a forward and a backward pass on ``batch`` take less time, and the seconds of each.
 
@@ -52,13 +54,13 @@ def faster_dtype(
     and torch's random state stay as they are.
     """
     trial = copy.deepcopy(model).train()
-    tokens, targets = batch
-    device = tokens.device
+    device = next(trial.parameters()).device
+    batch = to_device(batch, device)
     times: dict[str, list[float]] = {"float32": [], "bfloat16": []}
 
     def run(dtype: str) -> None:
         with autocast(device, dtype):
-            loss = trial.loss(tokens, targets)
+            loss = sum(objective.losses(trial, batch).values())
         loss.backward()
 
     with keep_random_state(device):
