@@ -26,6 +26,7 @@ py::dict build_info() {
   py::dict info;
   info["compiler"] = compiler();
   info["flags"] = std::string(FASTLLM_BUILD_FLAGS);
+  info["sources"] = std::string(FASTLLM_BUILD_SOURCES);
   info["torch_headers"] = std::string(FASTLLM_BUILD_TORCH);
   info["torch_target"] = std::string("2.10");
   info["cpu_capability"] = std::string(fastllm::row_kernels().name);
@@ -41,7 +42,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fastllm's compiled operators (torch.ops.fastllm); build_info() says how they were built.";
   m.def("build_info", &build_info, R"(How this extension was built.
 
-Returns a dict: ``compiler``, ``flags``, ``torch_headers`` (the version whose headers were used), ``torch_target`` (the
-oldest torch that it loads on), ``cpu_capability`` (the vector instructions chosen for this machine: default, avx2 or
-avx512), ``cuda`` (nvcc's version, None without CUDA code) and ``cuda_architectures``.)");
+Returns a dict: ``compiler``, ``flags``, ``sources`` (a fingerprint of the code), ``torch_headers`` (the version whose
+headers were used), ``torch_target`` (the oldest torch that it loads on), ``cpu_capability`` (the vector instructions
+chosen for this machine: default, avx2 or avx512), ``cuda`` (nvcc's version, None without CUDA code) and
+``cuda_architectures``.)");
 }

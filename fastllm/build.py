@@ -16,6 +16,7 @@ the standard library and looks for torch's headers among the installed packages.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -80,6 +81,15 @@ def sources() -> Path:
         if (folder / "ops.cpp").is_file():
             return folder
     raise CannotBuild("the sources (csrc/) are missing")
+
+
+def fingerprint() -> str:
+    """16 hexadecimal digits that change with any file of :func:`sources`."""
+    folder = sources()
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu")):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def find_torch() -> Torch:
@@ -243,6 +253,7 @@ def _steps(compiler: list[str], torch: Torch, cuda: Cuda | None, work: Path, tar
     _write_if_changed(
         work / "fastllm_build.h",
         f'#define FASTLLM_BUILD_FLAGS "{flags}"\n#define FASTLLM_BUILD_TORCH "{torch.version}"\n'
+        f'#define FASTLLM_BUILD_SOURCES "{fingerprint()}"\n'
         f'#define FASTLLM_BUILD_CUDA "{cuda.version if cuda else ""}"\n'
         f"#define FASTLLM_BUILD_ARCHITECTURES {{{quoted}}}\n",
     )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import os
 import platform
 
 import torch
 
-from . import registry
+from . import extension, registry
 from .version import __version__
 
 
@@ -21,10 +20,9 @@ def _installed(name: str) -> str:
 
 
 def _extension() -> str:
-    if not registry.has_extension():
-        return "not built"
-    build = importlib.import_module("fastllm._C").build_info()
-    return ", ".join(f"{key} {value}" for key, value in build.items())
+    if extension.module() is None:
+        return extension.missing()
+    return ", ".join(f"{key} {value}" for key, value in extension.module().build_info().items())
 
 
 def _gpu() -> str:

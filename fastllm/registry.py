@@ -16,7 +16,6 @@ checkpointing recomputes a forward on autograd's own threads, which a thread-loc
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import os
 import warnings
@@ -25,6 +24,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from . import extension
 
 BACKENDS = ("eager", "triton", "native")
 # In order of preference; `eager` is always possible. CPU has no `triton`: the interpreter is for tests only.
@@ -162,35 +163,6 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETING = interpreting()
 
 
-def _load_extension():
-    """``(fastllm._C, None)``, or ``(None, why it is not there)``. Importing it registers its operators."""
-    try:
-        return importlib.import_module("fastllm._C"), None
-    except ModuleNotFoundError:
-        return None, "the extension fastllm._C was not built (python -m fastllm.build builds it, or says why it cannot)"
-    except (ImportError, RuntimeError) as error:
-        return None, f"the extension fastllm._C does not load (python -m fastllm.build rebuilds it): {error}"
-
-
-_EXTENSION, _NO_EXTENSION = _load_extension()
-
-
-def has_extension() -> bool:
-    """Whether the compiled extension ``fastllm._C`` is installed and loads."""
-    return _EXTENSION is not None
-
-
-_CUDA_IN_EXTENSION = has_extension() and _EXTENSION.build_info()["cuda"] is not None
-
-
-def native_operator(name: str, fake: Callable) -> Callable | None:
-    """The extension's operator ``fastllm::<name>``, once ``fake`` is registered for it; None without the extension."""
-    if not has_extension():
-        return None
-    torch.library.register_fake(f"fastllm::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.fastllm, name).default
-
-
 def why_not(name: str, device_type: str, dtypes: Iterable[torch.dtype] = ()) -> str | None:
     """Why the backend ``name`` cannot run on such tensors here, with how to mend it; None if it can."""
     if name == "triton":
@@ -205,11 +177,11 @@ def why_not(name: str, device_type: str, dtypes: Iterable[torch.dtype] = ()) -> 
             if dtype not in KERNEL_DTYPES:
                 return f"the kernels take float32, float16 and bfloat16, got {str(dtype).removeprefix('torch.')}"
     if name == "native":
-        if _NO_EXTENSION is not None:
-            return _NO_EXTENSION
+        if extension.missing() is not None:
+            return extension.missing()
         if device_type not in ("cpu", "cuda"):
             return f"the extension serves CPU and CUDA tensors, got {device_type}"
-        if device_type == "cuda" and not _CUDA_IN_EXTENSION:
+        if device_type == "cuda" and not extension.has_cuda():
             return "the extension was built without CUDA code (FASTLLM_CUDA=1 python -m fastllm.build says why)"
         for dtype in dtypes:
             if dtype not in NATIVE_DTYPES:
@@ -241,6 +213,8 @@ def pick(op: str, *tensors: torch.Tensor | None, refused: Mapping[str, str | Non
 
     has = OPS[op].backends
     asked = chosen_backend()
+    if "native" in has and asked in ("auto", "native") and not torch.compiler.is_compiling():
+        extension.build_at_first_use()
     if asked != "auto" and asked in has:
         reason = obstacle(asked)
         if reason is not None:

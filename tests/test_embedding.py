@@ -207,7 +207,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
             assert torch.equal(outs[0], outs[1])
             results.append(outs[0])
             assert torch.equal(results[-1], results[-1 - (1, 2, 8).index(threads)]), (dtype, threads)
-print(fastllm.registry._EXTENSION.build_info()["cpu_capability"])
+print(fastllm._C.build_info()["cpu_capability"])
 print(hash(tuple(bytes(r.view(torch.uint8).numpy()) for r in results)))
 """
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastllm
-from fastllm import build, registry
+from fastllm import build, extension
 
 ROOT = Path(__file__).parent.parent
 BUILT = importlib.util.find_spec("fastllm._C")
@@ -54,7 +54,8 @@ def test_build_info_tells_how_it_was_built():
     assert info["cpu_capability"] in ("default", "avx2", "avx512")
     assert (info["cuda"] is None) == (info["cuda_architectures"] == [])
     assert "-ffp-contract=off" in info["flags"]
-    assert registry.has_extension()
+    assert extension.module() is fastllm._C
+    assert info["sources"] == build.fingerprint()
 
 
 def _build(tmp_path, env):
@@ -132,3 +133,70 @@ else:
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def _python_without_extension(code, tmp_path, **env):
+    """``code`` in a Python that has the package but no extension in it, and an empty cache."""
+    start = """
+import importlib.machinery, sys
+class Hide(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name == "fastllm._C": raise ModuleNotFoundError(name)
+        return None
+sys.meta_path.insert(0, Hide)
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "fastllm._C" else find(name, package)
+import torch, fastllm
+def look():
+    return fastllm.functional.embedding(torch.tensor([1, 2]), torch.arange(6.0).view(3, 2)).tolist()
+"""
+    env = {**os.environ, "FASTLLM_CACHE": str(tmp_path / "cache"), **env}
+    return subprocess.run([sys.executable, "-c", start + code], env=env, capture_output=True, text=True, check=False)
+
+
+# Stands in for the compiler, which takes half a minute: the installed extension, copied.
+COPY = f"""
+import shutil
+fastllm.build.build = lambda target, work: (shutil.copy({BUILT.origin if BUILT else ""!r}, target), "built")[1]
+"""
+
+
+def test_the_first_use_builds_what_installing_could_not(tmp_path):
+    if BUILT is None:
+        pytest.skip("no extension here")
+    use = "assert look() == [[2, 3], [4, 5]]\n"
+    use += "assert fastllm.extension.missing() is None, fastllm.extension.missing()\n"
+    use += "assert fastllm._C.build_info() and 'native' in str(fastllm.info())"
+    first = _python_without_extension(COPY + use, tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert first.stderr == "fastllm: compiling the extension, this once (a minute or two) ...\nbuilt\n"
+    again = _python_without_extension(use, tmp_path)
+    assert (again.returncode, again.stderr) == (0, "")
+
+
+def test_a_first_use_that_cannot_build_says_why_and_does_not_try_again(tmp_path):
+    use = "assert look() == [[2, 3], [4, 5]]; print(fastllm.extension.missing())"
+    for shown in ("compiling the extension", "eager instead of native"):
+        result = _python_without_extension(use, tmp_path, CXX="/nonexistent/c++", FASTLLM_CUDA="0")
+        assert result.returncode == 0, result.stderr
+        assert "was not built: there is no C++ compiler (/nonexistent/c++)" in result.stdout
+        assert shown in result.stderr
+    assert "compiling" not in result.stderr
+    result = _python_without_extension(use, tmp_path / "other", FASTLLM_BUILD="0")
+    assert "was not built (python -m fastllm.build" in result.stdout
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_extension_from_other_sources_is_not_used(monkeypatch):
+    if BUILT is None:
+        pytest.skip("no extension here")
+    monkeypatch.setattr(extension, "_module", None)
+    monkeypatch.setattr(extension, "_missing", None)
+    monkeypatch.setattr(build, "fingerprint", lambda: "0123456789abcdef")
+    extension._load()
+    assert extension.module() is None
+    assert "built from other sources than those here (python -m fastllm.build rebuilds it)" in extension.missing()
+    with fastllm.backend("native"), pytest.raises(fastllm.BackendError, match="other sources"):
+        fastllm.functional.embedding(torch.tensor([0]), torch.zeros(1, 1))

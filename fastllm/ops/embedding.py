@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..registry import Op, native_operator, pick, register
+from ..extension import operator
+from ..registry import Op, pick, register
 from ._embedding import (
     check_indices,
     check_table,
@@ -61,9 +62,9 @@ def _bwd_into_fake(out, grad, indices, padding_idx, scale_grad_by_freq, vocab_st
     return None
 
 
-_embedding_fwd = native_operator("embedding_fwd", _fwd_fake)
-_embedding_bwd = native_operator("embedding_bwd", _bwd_fake)
-_embedding_bwd_into = native_operator("embedding_bwd_", _bwd_into_fake)
+_embedding_fwd = operator("embedding_fwd", _fwd_fake)
+_embedding_bwd = operator("embedding_bwd", _bwd_fake)
+_embedding_bwd_into = operator("embedding_bwd_", _bwd_into_fake)
 
 
 class Lookup(NamedTuple):

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..registry import Cost, Op, Sample, native_operator, pick, register
+from ..extension import operator
+from ..registry import Cost, Op, Sample, pick, register
 from ._embedding import check_indices, check_table, distinct, gather_eager, make_table, normalised_padding, zipf
 from ._philox import dropout_mask, new_seed
 from .embedding import Embedding, Lookup, scatter
@@ -64,8 +65,8 @@ def _dropout_fake(grad, dropout_p, seed):
     return grad.new_empty(grad.shape)
 
 
-_embedding_sum_fwd = native_operator("embedding_sum_fwd", _sum_fake)
-_embedding_sum_dropout = native_operator("embedding_sum_dropout", _dropout_fake)
+_embedding_sum_fwd = operator("embedding_sum_fwd", _sum_fake)
+_embedding_sum_dropout = operator("embedding_sum_dropout", _dropout_fake)
 
 
 class _Sum(NamedTuple):
