@@ -5,12 +5,15 @@ from .ops.add_rms_norm import AddRMSNorm
 from .ops.cross_entropy import CrossEntropyLoss
 from .ops.embedding import Embedding
 from .ops.embedding_sum import EmbeddingSum
+from .ops.geglu import GEGLU
 from .ops.layer_norm import LayerNorm
 from .ops.linear_cross_entropy import LinearCrossEntropyHead, LinearCrossEntropyLoss
 from .ops.multihead_attention import MultiheadAttention
 from .ops.rms_norm import RMSNorm
+from .ops.swiglu import SwiGLU
 
 __all__ = [
+    "GEGLU",
     "AddLayerNorm",
     "AddRMSNorm",
     "CrossEntropyLoss",
@@ -21,4 +24,5 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "MultiheadAttention",
     "RMSNorm",
+    "SwiGLU",
 ]

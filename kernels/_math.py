@@ -1,4 +1,4 @@
-"""Device functions that Triton's language lacks, written so that they also run in its interpreter."""
+"""Device functions that more than one kernel needs, written so that they also run in Triton's interpreter."""
 
 import triton
 import triton.language as tl
@@ -24,3 +24,9 @@ def is_kept(seed, rows, cols, p):
     zero = tl.zeros((rows.shape[0], cols.shape[0]), tl.int32)
     bits, _, _, _ = tl.philox(seed, zero + cols.to(tl.int32)[None, :], zero + rows.to(tl.int32)[:, None], zero, zero)
     return tl.uint_to_uniform_float(bits) >= p
+
+
+@triton.jit
+def starts(rows, inner, stride_outer, stride_inner):
+    """Where rows begin; see :class:`._launch.Rows`."""
+    return (rows // inner) * stride_outer + (rows % inner) * stride_inner

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ._launch import Rows, next_power_of_2
-from ._math import is_kept
+from ._math import is_kept, starts
 
 # Widest row that no program spills on sm_80, sm_90 and sm_100, and tiles that keep 8 warps busy with 16 elements a
 # thread, 32 for wider rows: from compiled register counts, not yet from timings.
@@ -29,12 +29,6 @@ def row_tile(n_rows: int, n_cols: int, tile: int) -> tuple[int, int]:
     """(BLOCK_M, BLOCK_N) of a whole-row tile: several short rows to a program, one long one."""
     block_n = next_power_of_2(n_cols)
     return max(1, min(tile // block_n, next_power_of_2(n_rows), 32)), block_n
-
-
-@triton.jit
-def starts(rows, inner, stride_outer, stride_inner):
-    """Where rows begin; see :class:`._launch.Rows`."""
-    return (rows // inner) * stride_outer + (rows % inner) * stride_inner
 
 
 @triton.jit

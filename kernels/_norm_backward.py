@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 from ._launch import Rows, processor_count
-from ._math import is_kept
-from ._norm import BLOCKED_COLS, row_tile, starts, warps
+from ._math import is_kept, starts
+from ._norm import BLOCKED_COLS, row_tile, warps
 
 # The backward holds x, dy, weight and two fp32 sums of a row. Its tiles fill a multiprocessor's registers (16 warps x
 # 128), so one program each: the partial rows stay below 5% of the bytes of 8192 rows. Of wide rows a program takes

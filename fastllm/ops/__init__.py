@@ -7,9 +7,12 @@ from . import (  # noqa: F401
     cross_entropy,
     embedding,
     embedding_sum,
+    geglu,
     layer_norm,
     linear_cross_entropy,
     multihead_attention,
     rms_norm,
+    rotary_embedding,
     scaled_dot_product_attention,
+    swiglu,
 )

@@ -1,0 +1,30 @@
+"""Shapes of rotary_embedding: queries and keys of real models, as views of their projections."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from ..registry import Sample
+
+# Batch, positions, query heads, key heads, features of a head, rotated ones.
+SHAPES = {
+    "Llama-3 8B 8192x(32+8)x128": (1, 8192, 32, 8, 128, 128),
+    "GPT-NeoX 20B 4x2048x(64+64)x96 of which 24": (4, 2048, 64, 64, 96, 24),
+    "one token of 64 sequences x(32+8)x128": (64, 1, 32, 8, 128, 128),
+}
+
+
+def _call(batch, length, heads, key_heads, width, rotated, interleaved, device, dtype) -> Sample:
+    packed = torch.randn(batch, length, heads + 2 * key_heads, width, device=device, dtype=dtype).requires_grad_()
+    query, key, _ = (t.transpose(1, 2) for t in packed.split((heads, key_heads, key_heads), 2))
+    angles = torch.rand(length, rotated // 2, device=device)
+    return Sample("", (query, key, angles.cos(), angles.sin()), {"interleaved": True} if interleaved else {})
+
+
+shapes = {
+    f"{name}{' interleaved' if interleaved else ''}": partial(_call, *shape, interleaved)
+    for interleaved in (False, True)
+    for name, shape in SHAPES.items()
+}

@@ -1,0 +1,5 @@
+"""Shapes of swiglu."""
+
+from ._gated import shapes
+
+__all__ = ["shapes"]

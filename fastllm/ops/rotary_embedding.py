@@ -1,0 +1,251 @@
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864, equation 34) of queries and keys in one pass."""
+
+from __future__ import annotations
+
+import torch
+
+from ..registry import Cost, Op, Sample, define, pick, register
+
+
+def _rows(cos, sin, position_ids, offset: int, length: int):
+    """The tables' rows of each position, (1 or B, 1, S, half)."""
+    if position_ids is None:
+        found = [t[..., offset : offset + length, :] for t in (cos, sin)]
+        return [t.unsqueeze(-3) if t.dim() == 3 else t for t in found]
+    # A negative id would count from the end; past the end it is an error.
+    ids = torch.where(position_ids < 0, cos.shape[0], position_ids)
+    found = [t.index_select(0, ids.reshape(-1)).view(*ids.shape, -1) for t in (cos, sin)]
+    return [t.unsqueeze(-3) if t.dim() == 3 else t for t in found]
+
+
+def _turned(x, cos, sin, interleaved: bool):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = cos.to(wide), sin.to(wide)
+    half = cos.shape[-1]
+    pairs = x[..., : 2 * half].to(wide)
+    a, b = (pairs[..., ::2], pairs[..., 1::2]) if interleaved else pairs.split(half, -1)
+    turned = (a * cos - b * sin, b * cos + a * sin)
+    y = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    y = y.to(x.dtype)
+    return y if 2 * half == x.shape[-1] else torch.cat((y, x[..., 2 * half :]), -1)
+
+
+def rotary_embedding_reference(query, key, cos, sin, *, position_ids=None, offset=0, interleaved=False):
+    """The definition, in at least fp32, rounded once."""
+    tables = _rows(cos, sin, position_ids, offset, query.shape[-2])
+    return tuple(None if x is None else _turned(x, *tables, interleaved) for x in (query, key))
+
+
+_SCHEMA = (
+    "rotary(Tensor query, Tensor? key, Tensor cos, Tensor sin, Tensor? position_ids, int offset, bool interleaved,"
+    " bool inverse) -> (Tensor, Tensor)"
+)
+
+
+def _fake(query, key, *options):
+    from ..kernels.rotary_embedding import rotated_like
+
+    return rotated_like(query), query.new_empty(0) if key is None else rotated_like(key)
+
+
+def _unknown(position_ids, rows: int) -> IndexError | None:
+    """An error that names the first id that is no row of the tables, or None."""
+    bad = (position_ids < 0) | (position_ids >= rows)
+    if not bad.any():
+        return None
+    at = bad.nonzero()[0].tolist()
+    return IndexError(
+        f"rotary_embedding: position_ids {position_ids[tuple(at)].item()} at {at} is out of range: expected a row of "
+        f"cos, in [0, {rows})"
+    )
+
+
+@define(_SCHEMA, _fake)
+def _rotary(query, key, cos, sin, position_ids, *options):
+    from ..kernels.rotary_embedding import rotary
+
+    if position_ids is not None and position_ids.device.type == "cpu":
+        error = _unknown(position_ids, cos.shape[0])
+        if error is not None:
+            raise error
+    return rotary(query, key, cos, sin, position_ids, *options)
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(query, key, cos, sin, position_ids, offset, interleaved, inverse):
+        return _rotary(query, key, cos, sin, position_ids, offset, interleaved, inverse)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, key, *tables, ctx.offset, ctx.interleaved, ctx.inverse = inputs
+        ctx.set_materialize_grads(False)
+        if key is None:
+            ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*tables)
+
+    @staticmethod
+    def backward(ctx, dquery, dkey):
+        given = [g if need else None for g, need in zip((dquery, dkey), ctx.needs_input_grad[:2], strict=True)]
+        present = [g for g in given if g is not None]
+        if present:
+            # A rotation's gradient is a rotation, and so to any order.
+            again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            one = _Rotary.apply if again else _rotary
+            key = present[1] if len(present) == 2 else None
+            turned = one(present[0], key, *ctx.saved_tensors, ctx.offset, ctx.interleaved, not ctx.inverse)
+            present = list(turned[: len(present)])
+        return *(None if g is None else present.pop(0) for g in given), None, None, None, None, None, None
+
+
+def _check(query, key, cos, sin, position_ids, offset) -> None:
+    op = "rotary_embedding"
+    for name, tensor in dict(query=query, key=key, cos=cos, sin=sin).items():
+        if name == "key" and key is None:
+            continue
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            got = str(tensor.dtype) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise TypeError(f"{op}: {name} must be a floating-point tensor, got {got}")
+        if tensor.device != query.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, query on {query.device}; they must be together")
+    if query.dim() not in (3, 4):
+        raise ValueError(f"{op}: query must be (B, H, S, D) or (H, S, D), got shape {list(query.shape)}")
+    if key is not None and (
+        key.dim() != query.dim() or key.shape[:-3] != query.shape[:-3] or key.shape[-2:] != query.shape[-2:]
+    ):
+        raise ValueError(
+            f"{op}: key must have query's shape {list(query.shape)} but for the number of heads, got {list(key.shape)}"
+        )
+    batch, length, width = query.shape[0] if query.dim() == 4 else 1, query.shape[-2], query.shape[-1]
+    if cos.dim() not in (2, 3) or cos.shape != sin.shape:
+        raise ValueError(
+            f"{op}: cos and sin must be alike, (P, rotated / 2) or (B, P, rotated / 2), got {list(cos.shape)} and "
+            f"{list(sin.shape)}"
+        )
+    if cos.dim() == 3 and cos.shape[0] not in (1, batch):
+        raise ValueError(f"{op}: cos and sin must have the batch size {batch} or 1, got {cos.shape[0]}")
+    if not 0 < 2 * cos.shape[-1] <= width:
+        raise ValueError(
+            f"{op}: cos and sin hold one number for each pair of rotated features, at most {width // 2} of query's "
+            f"{width} features, got {cos.shape[-1]}"
+        )
+    if position_ids is None:
+        if not 0 <= offset <= cos.shape[-2] - length:
+            raise ValueError(
+                f"{op}: positions from offset {offset} on must be rows of cos and sin, which have {cos.shape[-2]}; "
+                f"query has {length} positions"
+            )
+        return
+    if not isinstance(position_ids, torch.Tensor) or position_ids.dtype not in (torch.int64, torch.int32):
+        got = str(position_ids.dtype) if isinstance(position_ids, torch.Tensor) else type(position_ids).__name__
+        raise TypeError(f"{op}: position_ids must be int64 or int32, got {got}")
+    if tuple(position_ids.shape) not in ((length,), (1, length), (batch, length)):
+        raise ValueError(
+            f"{op}: position_ids must be of shape {[length]} or {[batch, length]}, got {list(position_ids.shape)}"
+        )
+    if position_ids.device != query.device:
+        raise ValueError(f"{op}: position_ids is on {position_ids.device}, query on {query.device}; keep them together")
+    if offset != 0 or cos.dim() != 2:
+        raise ValueError(f"{op}: position_ids are rows of 2-D cos and sin, without an offset")
+
+
+def rotary_embedding(query, key, cos, sin, *, position_ids=None, offset=0, interleaved=False):
+    """Turn pairs of features of queries and keys by their positions' angles, out of place, both in one pass.
+
+    Args:
+        query: (B, H, S, D) or (H, S, D), floating point, any strides: a view of a packed projection is read where it
+            lies. key: the same but for H, or None.
+        cos, sin: of the angles, (P, R / 2), or (B, P, R / 2) where they differ by sequence; floating point (fp32 keeps
+            large positions exact), any strides. The first R of the D features are rotated, R <= D, the others copied.
+            Tables that repeat each angle, as (S, R), are given by half: ``cos[..., : R // 2]`` for halves,
+            ``cos[..., ::2]`` where interleaved.
+        position_ids: the tables' row of each position, (S,) or (B, S), int64 or int32; None for rows ``offset`` to
+            ``offset + S``. For packed sequences, and batches that begin at different positions.
+        interleaved: pairs are features (2 i, 2 i + 1), as in the paper and GPT-J; else (i, i + R / 2), as in GPT-NeoX
+            and Llama.
+
+    Returns:
+        (query, key), new tensors of the same shapes and dtypes; None for a key of None. Computed in fp32 at least,
+        rounded once.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device does not fit, or positions leave the tables.
+        IndexError: on CPU, an id is no row of the tables. On CUDA a device-side assert.
+        BackendError: the backend asked for cannot serve the call; the kernel has no gradient for cos and sin.
+    """
+    _check(query, key, cos, sin, position_ids, offset)
+    refuses = None
+    if cos.requires_grad or sin.requires_grad:
+        refuses = "the kernel gives no gradient for cos and sin, and they require one"
+    if pick("rotary_embedding", query, key, cos, sin, refused={"triton": refuses}) == "eager":
+        if position_ids is None or torch.compiler.is_compiling():
+            return rotary_embedding_reference(
+                query, key, cos, sin, position_ids=position_ids, offset=offset, interleaved=interleaved
+            )
+        try:
+            return rotary_embedding_reference(query, key, cos, sin, position_ids=position_ids, interleaved=interleaved)
+        except IndexError:
+            error = _unknown(position_ids, cos.shape[0])
+            if error is None:
+                raise
+            raise error from None
+    batched = query.dim() == 4
+    whole = [x if batched or x is None else x.unsqueeze(0) for x in (query, key)]
+    turned = _Rotary.apply(*whole, cos, sin, position_ids, int(offset), bool(interleaved), False)
+    turned = turned if batched else [y.squeeze(0) for y in turned]
+    return turned[0], None if key is None else turned[1]
+
+
+def _samples(device, dtype):
+    def make(*shape):
+        return torch.randn(shape, device=device).to(dtype).requires_grad_()
+
+    def tables(*shape, dtype=torch.float32):
+        angles = torch.rand(shape, device=device) * 20
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    yield Sample("halves", (make(2, 3, 7, 16), make(2, 3, 7, 16), *tables(7, 8)))
+    yield Sample("interleaved", (make(2, 3, 7, 16), make(2, 3, 7, 16), *tables(7, 8)), dict(interleaved=True))
+    yield Sample("grouped_partial", (make(2, 4, 5, 20), make(2, 1, 5, 20), *tables(5, 6)))
+    packed = make(2, 5, 6, 12)
+    yield Sample(
+        "packed_projection",
+        (*(t.transpose(1, 2) for t in packed.split((4, 2), 2)), *tables(9, 3)),
+        dict(offset=4, interleaved=True),
+    )
+    yield Sample("query_alone", (make(1, 2, 40, 6), None, *tables(40, 3)))
+    yield Sample("no_batch", (make(3, 5, 8), make(1, 5, 8), *tables(5, 4)))
+    yield Sample("by_sequence", (make(2, 2, 4, 8), make(2, 2, 4, 8), *tables(2, 6, 4, dtype=dtype)), dict(offset=1))
+    ids = torch.tensor([[0, 1, 2, 0, 1], [3, 8, 8, 4, 5]], device=device)
+    yield Sample("position_ids", (make(2, 2, 5, 8), make(2, 2, 5, 8), *tables(9, 4)), dict(position_ids=ids))
+    yield Sample(
+        "shared_ids", (make(2, 2, 5, 8), make(2, 2, 5, 8), *tables(9, 4)), dict(position_ids=ids[1].int())
+    )  # fmt: skip
+    repeated = [t.repeat_interleave(2, -1)[..., ::2] for t in tables(6, 5)]
+    yield Sample("strided", (make(6, 2, 2, 10).permute(1, 2, 0, 3), make(2, 2, 10, 6).mT, *repeated))
+    yield Sample("frozen_query", (make(1, 2, 4, 8).detach(), make(1, 2, 4, 8), *tables(4, 4)))
+    yield Sample("frozen_key", (make(1, 2, 4, 8), make(1, 2, 4, 8).detach(), *tables(4, 4)))
+    yield Sample("no_positions", (make(2, 2, 0, 8), make(2, 2, 0, 8), *tables(4, 4)))
+
+
+def _cost(query, key, cos, sin, *, position_ids=None, **options) -> Cost:
+    """Both in and out, and the tables' rows in; the same again for the gradients that are wanted."""
+    size = {id(x): x.numel() * x.element_size() for x in (query, key) if x is not None}
+    rows = query.shape[-2] if position_ids is None else position_ids.numel()
+    tables = 2 * cos.numel() // max(cos.shape[-2], 1) * rows * cos.element_size()
+    ids = 0 if position_ids is None else position_ids.numel() * position_ids.element_size()
+    wanted = sum(size[id(x)] for x in (query, key) if x is not None and x.requires_grad)
+    return Cost(2 * sum(size.values()) + tables + ids, 2 * wanted + tables + ids)
+
+
+register(
+    Op(
+        name="rotary_embedding",
+        summary="rotary positions on queries and keys in one pass; halves or interleaved, partial, by position id",
+        function=rotary_embedding,
+        reference=rotary_embedding_reference,
+        samples=_samples,
+        cost=_cost,
+        backends=("eager", "triton"),
+    )
+)
