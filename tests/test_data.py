@@ -216,7 +216,7 @@ def test_numpy_alone_can_read_a_token_file(tokenizer, tmp_path):
     expected = [0]
     for document in documents:
         expected += [*tokenizer.encode(document), 0]
-    assert np.memmap(tmp_path / "t.bin", "<u2", mode="r", offset=256).tolist() == expected
+    assert np.memmap(tmp_path / "t.bin", "<u2", mode="r", offset=256, shape=len(expected)).tolist() == expected
     opened = open_token_file(tmp_path / "t.bin", tokenizer)
     assert (opened.documents, opened.bytes) == (2, sum(len(d.encode()) for d in documents))
     assert opened.vocab_size == tokenizer.vocab_size
@@ -237,7 +237,10 @@ def test_vocabularies_beyond_16_bits_take_32(tmp_path, tokenizer, monkeypatch):
         (lambda b: b[:300] + bytes([b[300] ^ 1]) + b[301:], "SHA-256"),
         (lambda b: b[:100], "not a token file"),
         (lambda b: b"GIF89a" + b[6:], "not a token file"),
-        (lambda b: b[:8] + b"\2" + b[9:], "version 2"),
+        (lambda b: b[:8] + b"\1" + b[9:], "version 1"),
+        (lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:], "SHA-256"),
+        (lambda b: b[:24] + b"\xff" * 8 + b[32:], "bytes expected"),
+        (lambda b: b[:112] + b"\1" + b[113:], "bytes expected"),
         (lambda b: b"", "not a token file"),
     ],
 )
@@ -274,9 +277,9 @@ def test_a_failed_write_leaves_nothing_behind(tokenizer, tmp_path):
 def test_a_prepared_folder_is_used_again_for_the_same_text_and_made_anew_for_another(tmp_path):
     corpus = Corpus("c", [prose(60)], [prose(6, 1)])
     first = prepare(corpus, tmp_path, vocab_size=300)
-    stamp = (tmp_path / "train.bin").stat().st_mtime_ns
+    stamp = (tmp_path / "train-00000.bin").stat().st_mtime_ns
     again = prepare(corpus, tmp_path, vocab_size=300)
-    assert (tmp_path / "train.bin").stat().st_mtime_ns == stamp
+    assert (tmp_path / "train-00000.bin").stat().st_mtime_ns == stamp
     assert again.summary == first.summary
     other = prepare(Corpus("c", [prose(61)], [prose(6, 1)]), tmp_path, vocab_size=300)
     assert other.train.sha256 != first.train.sha256
@@ -285,9 +288,9 @@ def test_a_prepared_folder_is_used_again_for_the_same_text_and_made_anew_for_ano
 def test_a_damaged_prepared_folder_is_mended_by_prepare_and_refused_by_open(tmp_path):
     corpus = Corpus("c", [prose(60)], [prose(6, 1)])
     good = prepare(corpus, tmp_path, vocab_size=300)
-    content = (tmp_path / "validation.bin").read_bytes()
-    (tmp_path / "validation.bin").write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match=r"validation\.bin: damaged"):
+    content = (tmp_path / "validation-00000.bin").read_bytes()
+    (tmp_path / "validation-00000.bin").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"validation-00000\.bin: damaged"):
         open_dataset(tmp_path)
     assert prepare(corpus, tmp_path, vocab_size=300).validation.sha256 == good.validation.sha256
 
@@ -295,11 +298,11 @@ def test_a_damaged_prepared_folder_is_mended_by_prepare_and_refused_by_open(tmp_
 def test_swapped_tokens_and_a_swapped_tokenizer_are_refused(tmp_path):
     a = prepare(Corpus("a", [prose(60)], [prose(6, 1)]), tmp_path / "a", vocab_size=300)
     prepare(Corpus("b", [prose(60, 5)], [prose(6, 6)]), tmp_path / "b", vocab_size=290, tokenizer=a.tokenizer)
-    (tmp_path / "a" / "train.bin").write_bytes((tmp_path / "b" / "train.bin").read_bytes())
-    with pytest.raises(InputError, match=r"train\.bin: not the tokens"):
+    (tmp_path / "a" / "train-00000.bin").write_bytes((tmp_path / "b" / "train-00000.bin").read_bytes())
+    with pytest.raises(InputError, match=r"train-00000\.bin: not the tokens"):
         open_dataset(tmp_path / "a")
     Tokenizer.train([prose(9, 9)], 280).save(tmp_path / "b" / "tokenizer.json")
-    with pytest.raises(InputError, match=r"train\.bin: made with another tokenizer"):
+    with pytest.raises(InputError, match=r"train-00000\.bin: made with another tokenizer"):
         open_dataset(tmp_path / "b")
 
 

@@ -2,7 +2,7 @@
 
 from .batches import Batches, derive_seed, evaluation_batches, evaluation_windows
 from .corpus import Corpus, default_corpus, read_corpus, xz_bits_per_byte
-from .prepare import DataConfig, Dataset, load_corpus, open_dataset, prepare
+from .dataset import DataConfig, Dataset, load_corpus, load_dataset, open_dataset, prepare
 from .token_file import TokenFile, open_token_file, write_token_file
 from .tokenizer import Tokenizer
 
@@ -18,6 +18,7 @@ __all__ = [
     "evaluation_batches",
     "evaluation_windows",
     "load_corpus",
+    "load_dataset",
     "open_dataset",
     "open_token_file",
     "prepare",

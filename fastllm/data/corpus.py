@@ -27,6 +27,11 @@ class Corpus:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def characters(self) -> int:
+        """Of all documents."""
+        return sum(map(len, (*self.train, *self.validation)))
+
+    @property
     def sha256(self) -> str:
         """SHA-256 of all documents and of the split, in hexadecimal."""
         digest = hashlib.sha256()
@@ -162,6 +167,8 @@ def xz_bits_per_byte(corpus: Corpus) -> float | None:
     8 * (size(train + validation) - size(train)) / bytes(validation), documents joined by a newline.
     None where the text is longer than :data:`XZ_LIMIT`.
     """
+    if corpus.characters > XZ_LIMIT:
+        return None
     train = "\n".join([*corpus.train, ""]).encode()
     validation = "\n".join(corpus.validation).encode()
     if len(train) + len(validation) > XZ_LIMIT:

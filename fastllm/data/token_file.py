@@ -1,27 +1,40 @@
-"""Token files: a fixed header and then the ids, so that ``numpy.memmap`` alone can read them.
+"""Token files: a fixed header, the ids, and where documents and sentences begin; ``numpy.memmap`` alone reads them.
 
-Layout, little-endian; the ids start at byte 256: ``numpy.memmap(path, "<u2", offset=256)`` (``"<u4"`` by ``itemsize``).
+Layout, little-endian::
+
+    ids = numpy.memmap(path, "<u2", "r", offset=256, shape=tokens)      # "<u4" where itemsize is 4
 
 =========  ======  ===================================================================
 bytes      type    content
 =========  ======  ===================================================================
 0-7        ASCII   magic, ``fastllmT``
-8-11       uint32  version of this layout, 1
+8-11       uint32  version of this layout, 2
 12-15      uint32  itemsize: 2 for uint16 ids, 4 for uint32 ids
 16-23      uint64  vocabulary size: every id is below it
 24-31      uint64  number of ids
-32-39      uint64  number of documents; each is followed by an end-of-text id, one more stands at the start
+32-39      uint64  number of documents; each is followed by an end-of-text id
 40-47      uint64  UTF-8 bytes of the text that the ids stand for; end-of-text counts none
 48-79      bytes   SHA-256 of the tokenizer's definition (``Tokenizer.fingerprint``)
 80-111     bytes   SHA-256 of the ids as stored
-112-255    zeros
+112-119    uint64  byte at which the document starts begin: that many uint64 as there are documents
+120-127    uint64  byte at which the sentence starts begin
+128-135    uint64  number of sentence starts, uint64 each
+136-167    bytes   SHA-256 of the document starts and the sentence starts as stored
+168-171    uint32  number of this shard, from 0
+172-255    zeros
 =========  ======  ===================================================================
+
+A start is the position of an id in this file, ascending. A document's ids reach from its start to the end-of-text
+before the next one's. Only shard 0 has one end-of-text more, before its first document, so that the shards' ids one
+after another are what a single file would hold.
 """
 
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +45,7 @@ from ..files import whole_file
 from .tokenizer import Tokenizer
 
 MAGIC = b"fastllmT"
-VERSION = 1
+VERSION = 2
 OFFSET = 256
 HEADER = np.dtype(
     [
@@ -45,14 +58,25 @@ HEADER = np.dtype(
         ("bytes", "<u8"),
         ("tokenizer", "V32"),
         ("sha256", "V32"),
-        ("reserved", "V144"),
+        ("document_offset", "<u8"),
+        ("sentence_offset", "<u8"),
+        ("sentences", "<u8"),
+        ("starts_sha256", "V32"),
+        ("shard", "<u4"),
+        ("reserved", "V84"),
     ]
 )
+# Text that is encoded at once, on all cores, in characters.
+BATCH = 1 << 20
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """An open token file: ``tokens`` is the memory-mapped array, the rest its header."""
+    """An open token file, or several that follow each other: arrays that stay on disk, and their header.
+
+    ``tokens`` holds the ids; ``document_starts`` and ``sentence_starts`` hold positions in it, ascending.
+    ``sha256`` is that of all ids as stored, in hexadecimal.
+    """
 
     path: Path
     tokens: np.ndarray
@@ -61,47 +85,112 @@ class TokenFile:
     bytes: int
     tokenizer: str
     sha256: str
+    document_starts: np.ndarray
+    sentence_starts: np.ndarray
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
+class TokenWriter:
+    """Writes one token file, whole or not at all: a context manager that takes encoded documents.
+
+    Ids go to the disk as they come; of each document and each sentence it keeps 8 bytes.
+    """
+
+    def __init__(self, path: str | Path, tokenizer: Tokenizer, shard: int = 0):
+        self.path = Path(path)
+        self._end = tokenizer.end_of_text
+        self._dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+        self._header = header = np.zeros((), HEADER)
+        header["magic"], header["version"], header["itemsize"] = MAGIC, VERSION, self._dtype.itemsize
+        header["vocab_size"], header["shard"] = tokenizer.vocab_size, shard
+        header["tokenizer"] = np.void(bytes.fromhex(tokenizer.fingerprint))
+        self._digest = hashlib.sha256()
+        self._starts = {"document": array("Q"), "sentence": array("Q")}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> TokenWriter:
+        self._file = self._stack.enter_context(whole_file(self.path))
+        self._file.write(bytes(OFFSET))
+        if self._header["shard"] == 0:
+            self._put(np.asarray([self._end]))
+        return self
+
+    def add(self, ids: np.ndarray, sentences: np.ndarray, size: int) -> None:
+        """One document: its ids, the positions among them at which sentences begin, its text's UTF-8 bytes."""
+        begin = int(self._header["tokens"])
+        self._starts["document"].append(begin)
+        self._starts["sentence"].extend((np.asarray(sentences, np.uint64) + np.uint64(begin)).tolist())
+        self._put(ids)
+        self._put(np.asarray([self._end]))
+        self._header["documents"] += 1
+        self._header["bytes"] += size
+
+    def _put(self, ids: np.ndarray) -> None:
+        stored = np.asarray(ids, self._dtype).tobytes()
+        self._digest.update(stored)
+        self._file.write(stored)
+        self._header["tokens"] += len(ids)
+
+    @property
+    def tokens(self) -> int:
+        return int(self._header["tokens"])
+
+    def __exit__(self, *exc) -> bool | None:
+        if exc[0] is None:
+            header, digest = self._header, hashlib.sha256()
+            # Starts are aligned, so that they can be mapped too.
+            self._file.write(bytes(-self._file.tell() % 8))
+            for name, starts in self._starts.items():
+                header[f"{name}_offset"] = self._file.tell()
+                stored = np.asarray(starts, "<u8").tobytes()
+                digest.update(stored)
+                self._file.write(stored)
+            header["sentences"] = len(self._starts["sentence"])
+            header["sha256"] = np.void(self._digest.digest())
+            header["starts_sha256"] = np.void(digest.digest())
+            self._file.seek(0)
+            self._file.write(header.tobytes())
+        return self._stack.__exit__(*exc)
+
+
+def encoded(documents: Iterable[str], tokenizer: Tokenizer) -> Iterable[tuple[np.ndarray, np.ndarray, int]]:
+    """For each document what :meth:`TokenWriter.add` takes; about :data:`BATCH` characters are held at a time."""
+    texts: list[str] = []
+    size = 0
+
+    def flush():
+        for text, (ids, sentences) in zip(texts, tokenizer.encode_batch(texts), strict=True):
+            yield ids, sentences, len(text.encode())
+        texts.clear()
+
+    for document in documents:
+        texts.append(document)
+        size += len(document)
+        if size >= BATCH:
+            yield from flush()
+            size = 0
+    yield from flush()
+
+
 def write_token_file(path: str | Path, documents: Iterable[str], tokenizer: Tokenizer) -> None:
-    """Encode ``documents`` into ``path``, whole or not at all; one document is held in memory at a time.
+    """Encode ``documents`` into ``path``, whole or not at all.
 
     Raises:
         OSError: it cannot be written.
     """
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    header = np.zeros((), HEADER)
-    digest = hashlib.sha256()
-    with whole_file(path) as file:
-        file.write(bytes(OFFSET))
-
-        def put(ids: list[int]) -> None:
-            stored = np.asarray(ids, dtype).tobytes()
-            digest.update(stored)
-            file.write(stored)
-            header["tokens"] += len(ids)
-
-        put([tokenizer.end_of_text])
-        for document in documents:
-            put([*tokenizer.encode(document), tokenizer.end_of_text])
-            header["documents"] += 1
-            header["bytes"] += len(document.encode())
-        header["magic"], header["version"], header["itemsize"] = MAGIC, VERSION, dtype.itemsize
-        header["vocab_size"] = tokenizer.vocab_size
-        header["tokenizer"] = np.void(bytes.fromhex(tokenizer.fingerprint))
-        header["sha256"] = np.void(digest.digest())
-        file.seek(0)
-        file.write(header.tobytes())
+    with TokenWriter(path, tokenizer) as writer:
+        for document in encoded(documents, tokenizer):
+            writer.add(*document)
 
 
-def open_token_file(path: str | Path, tokenizer: Tokenizer | None = None) -> TokenFile:
+def open_token_file(path: str | Path, tokenizer: Tokenizer | None = None, shard: int = 0) -> TokenFile:
     """Map ``path`` and check it: length, SHA-256 and, where ``tokenizer`` is given, that it was made with it.
 
     Raises:
-        InputError: missing, not a token file, cut short, changed, or of another tokenizer. Names the file.
+        InputError: missing, not a token file, cut short, changed, of another tokenizer, or another shard. Names the
+            file.
     """
     path = Path(path)
     try:
@@ -115,9 +204,13 @@ def open_token_file(path: str | Path, tokenizer: Tokenizer | None = None) -> Tok
     header = np.frombuffer(start, HEADER)[0]
     if header["version"] != VERSION or header["itemsize"] not in (2, 4):
         raise InputError(f"{path}: token file version {header['version']}, this program reads version {VERSION}")
-    count, itemsize = int(header["tokens"]), int(header["itemsize"])
-    expected = OFFSET + count * itemsize
-    if size != expected or not count:
+    count, itemsize, documents, sentences = (
+        int(header[name]) for name in ("tokens", "itemsize", "documents", "sentences")
+    )
+    document_offset, sentence_offset = (OFFSET + count * itemsize + 7) // 8 * 8, int(header["sentence_offset"])
+    expected = sentence_offset + 8 * sentences
+    placed = int(header["document_offset"]) == document_offset and sentence_offset == document_offset + 8 * documents
+    if size != expected or not count or not placed:
         raise InputError(f"{path}: damaged token file: {expected} bytes expected, {size} found")
     made_with = header["tokenizer"].tobytes().hex()
     if tokenizer is not None and made_with != tokenizer.fingerprint:
@@ -125,18 +218,30 @@ def open_token_file(path: str | Path, tokenizer: Tokenizer | None = None) -> Tok
             f"{path}: made with another tokenizer (fingerprint {made_with[:12]}, this one has "
             f"{tokenizer.fingerprint[:12]})"
         )
+    if header["shard"] != shard:
+        raise InputError(f"{path}: shard {header['shard']}, expected shard {shard}")
     tokens = np.memmap(path, f"<u{itemsize}", mode="r", offset=OFFSET, shape=(count,))
-    digest = hashlib.sha256()
-    for begin in range(0, count, 1 << 22):
-        digest.update(tokens[begin : begin + (1 << 22)])
-    if digest.digest() != header["sha256"].tobytes():
+    starts = [
+        np.memmap(path, "<u8", mode="r", offset=offset, shape=(number,)) if number else np.zeros(0, "<u8")
+        for offset, number in ((document_offset, documents), (sentence_offset, sentences))
+    ]
+    digests = []
+    for arrays in ((tokens,), starts):
+        digest = hashlib.sha256()
+        for part in arrays:
+            for begin in range(0, len(part), 1 << 20):
+                digest.update(part[begin : begin + (1 << 20)])
+        digests.append(digest)
+    if [digest.digest() for digest in digests] != [header[name].tobytes() for name in ("sha256", "starts_sha256")]:
         raise InputError(f"{path}: damaged token file: its SHA-256 does not match its header")
     return TokenFile(
         path=path,
         tokens=tokens,
         vocab_size=int(header["vocab_size"]),
-        documents=int(header["documents"]),
+        documents=documents,
         bytes=int(header["bytes"]),
         tokenizer=made_with,
-        sha256=digest.hexdigest(),
+        sha256=digests[0].hexdigest(),
+        document_starts=starts[0],
+        sentence_starts=starts[1],
     )

@@ -1,32 +1,50 @@
-"""Byte-level BPE (Sennrich et al. 2016; over bytes as in Radford et al. 2019), trained by Hugging Face's tokenizers."""
+"""Text to token ids and back: a tokenizer.json of Hugging Face's tokenizers, and what its special tokens mean."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ..config import InputError
 from ..files import write_text
+from .sentences import sentence_starts
+from .tokenizer_training import END_OF_TEXT, KINDS, SPECIAL_TOKENS, train_tokenizer
 
-END_OF_TEXT = "<|endoftext|>"
-# 256 bytes and the end-of-text token: with fewer, some text could not be encoded.
-SMALLEST_VOCABULARY = 257
+__all__ = ["END_OF_TEXT", "KINDS", "SPECIAL_TOKENS", "Tokenizer"]
+
+# The names under which tokenizers know each role, the first one that a tokenizer has counts.
+ROLES = {
+    "pad": ("[PAD]", "<pad>", "<|pad|>"),
+    "unk": ("[UNK]", "<unk>"),
+    "cls": ("[CLS]", "<cls>", "<s>"),
+    "sep": ("[SEP]", "<sep>", "</s>"),
+    "mask": ("[MASK]", "<mask>"),
+    "bos": ("[BOS]", "<s>", "<bos>", "<|begin_of_text|>", END_OF_TEXT),
+    "eos": ("[EOS]", "</s>", "<eos>", "<|end_of_text|>", END_OF_TEXT),
+}
+# What separates documents, in this order of preference.
+SEPARATORS = (END_OF_TEXT, "<|end_of_text|>", "[EOS]", "</s>", "<eos>", "[SEP]")
 # Pieces that are encoded at once: one Encoding takes some hundred bytes for each token.
 PIECE = 1 << 18
+
+# How byte-level tokenizers spell bytes: printable Latin-1 as itself, the others from U+0100 on (Radford et al. 2019).
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(0x100 + i): b for i, b in enumerate(_OTHERS)}
 
 
 def _pieces(text: str) -> Iterator[str]:
     """``text`` in pieces of about :data:`PIECE` characters that encode to the same tokens as the whole.
 
-    The byte-level pre-tokenizer never joins a newline to a word, so a cut between two newlines of which the second
-    is followed by a word changes nothing.
+    No pre-tokenizer of ours joins a newline to a word, so a cut between two newlines of which the second is followed
+    by a word changes nothing.
     """
     start = 0
     while len(text) - start > PIECE:
@@ -39,46 +57,50 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 class Tokenizer:
-    """Text to token ids and back, without loss for any Unicode text.
+    """Text to token ids and back; without loss for any Unicode text, where its kind can.
 
-    Text never encodes to the end-of-text id, not even the literal ``<|endoftext|>``.
+    Text never encodes to a special token's id, not even the literal ``<|endoftext|>``.
     """
 
     def __init__(self, definition: str):
         self._inner = tokenizers.Tokenizer.from_str(definition)
         self._inner.encode_special_tokens = True
+        self._inner.no_truncation()
+        self._inner.no_padding()
         self._definition = definition
+        parts = json.loads(definition)
+        splitter = (parts.get("pre_tokenizer") or {}).get("type")
+        self._byte_level = splitter == "ByteLevel"
+        single = parts["model"].get("type") == "BPE" and not parts["model"].get("merges")
+        # The kinds that :func:`_pieces` is right for.
+        self._cuts = splitter in ("ByteLevel", "BertPreTokenizer", "Whitespace") or (splitter == "Split" and single)
 
     @classmethod
-    def train(cls, documents: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Train on ``documents``. The same documents give the same tokenizer.
+    def train(
+        cls, documents: Iterable[str], vocab_size: int, kind: str = "bpe", *,
+        special_tokens: Sequence[str] = SPECIAL_TOKENS["causal"], lowercase: bool = False,
+    ) -> Tokenizer:  # fmt: skip
+        """Train on ``documents``. The same documents give the same tokenizer, except for kind ``unigram``.
 
         Args:
-            vocab_size: the most tokens to have, end-of-text included. A small corpus may yield fewer.
+            vocab_size: the most tokens to have, special ones included. A small corpus may yield fewer.
+            kind: ``bpe``, ``unigram``, ``wordpiece``, ``word`` or ``char``; see
+                :mod:`fastllm.data.tokenizer_training`.
+            special_tokens: they get the first ids. :data:`SPECIAL_TOKENS` has those of each objective. A kind that
+                cannot encode every text gets ``[UNK]`` too.
+            lowercase: ``wordpiece`` and ``word`` only: lower case (and for ``wordpiece`` no accents, as BERT's).
 
         Raises:
-            InputError: ``vocab_size`` is too small to encode every byte.
+            InputError: ``vocab_size`` is too small, or there is no text. Names the argument.
         """
-        if vocab_size < SMALLEST_VOCABULARY:
-            raise InputError(f"vocab_size: expected at least {SMALLEST_VOCABULARY} (bytes + end), got {vocab_size}")
-        inner = tokenizers.Tokenizer(models.BPE())
-        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        inner.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[END_OF_TEXT],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        inner.train_from_iterator(documents, trainer)
-        return cls(inner.to_str())
+        return cls(train_tokenizer(documents, vocab_size, kind, special_tokens, lowercase).to_str())
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
         """Read a ``tokenizer.json``.
 
         Raises:
-            InputError: the file is missing, is not one, or has no ``<|endoftext|>``.
+            InputError: the file is missing, is not one, or has no token that separates documents.
         """
         try:
             tokenizer = cls(Path(path).read_text("utf-8"))
@@ -86,13 +108,22 @@ class Tokenizer:
             raise InputError(f"{path}: {error.strerror}") from error
         except Exception as error:  # tokenizers raises bare Exception for every malformed file
             raise InputError(f"{path}: not a tokenizer.json: {' '.join(str(error).split())}") from error
-        if tokenizer._inner.token_to_id(END_OF_TEXT) is None:
+        if tokenizer._named(SEPARATORS) is None:
             raise InputError(f"{path}: the tokenizer has no {END_OF_TEXT} token")
         return tokenizer
 
     def save(self, path: str | Path) -> None:
         """Write ``tokenizer.json``, whole or not at all."""
         write_text(path, self._definition)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``tokenizer.json`` and the ``tokenizer_config.json`` that names the special tokens to transformers."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save(folder / "tokenizer.json")
+        roles = {f"{role}_token": self.token(index) for role, index in self.special_tokens.items()}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **roles}
+        write_text(folder / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
 
     @property
     def vocab_size(self) -> int:
@@ -101,7 +132,46 @@ class Tokenizer:
     @cached_property
     def end_of_text(self) -> int:
         """The id that starts and ends every document."""
-        return self._inner.token_to_id(END_OF_TEXT)
+        return self._named(SEPARATORS)
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """The ids of the roles ``pad``, ``unk``, ``cls``, ``sep``, ``mask``, ``bos`` and ``eos``, where it has them."""
+        found = {role: self._named(names) for role, names in ROLES.items()}
+        return {role: index for role, index in found.items() if index is not None}
+
+    def special(self, role: str) -> int:
+        """The id of the token for ``role``, as in :attr:`special_tokens`.
+
+        Raises:
+            InputError: it has none; says how to get one.
+        """
+        if role not in self.special_tokens:
+            names = "masked" if role in ("cls", "sep", "mask") else "seq2seq"
+            raise InputError(f"tokenizer: no {role} token; train one with fastllm tokenizer train --objective {names}")
+        return self.special_tokens[role]
+
+    def token(self, index: int) -> str:
+        """The token with id ``index`` as the vocabulary spells it."""
+        return self._inner.id_to_token(index)
+
+    def token_bytes(self, index: int) -> bytes:
+        """The UTF-8 bytes that token ``index`` stands for inside a text; a special token's are its name."""
+        token = self.token(index)
+        if token in self._special_names:
+            return token.encode()
+        if self._byte_level:
+            return bytes(_BYTE_OF[character] for character in token)
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+            return bytes([int(token[3:5], 16)])
+        return token.removeprefix("##").encode()
+
+    @cached_property
+    def _special_names(self) -> frozenset[str]:
+        return frozenset(t.content for t in self._inner.get_added_tokens_decoder().values())
+
+    def _named(self, names: Sequence[str]) -> int | None:
+        return next((i for i in map(self._inner.token_to_id, names) if i is not None), None)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -112,9 +182,36 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``; no end-of-text is added."""
         ids: list[int] = []
-        for piece in _pieces(text):
+        for piece in self._pieces(text):
             ids += self._inner.encode(piece, add_special_tokens=False).ids
         return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each text its ids, uint32, and where among them its sentences begin, int64 and ascending.
+
+        All cores work at it, unless ``TOKENIZERS_PARALLELISM=false``. A sentence begins at the first token that
+        reaches beyond its first character; one that yields no token has no start.
+        """
+        pieces = [list(self._pieces(text)) for text in texts]
+        encoded = iter(self._inner.encode_batch([p for some in pieces for p in some], add_special_tokens=False))
+        result = []
+        for text, some in zip(texts, pieces, strict=True):
+            starts = np.asarray(sentence_starts(text), np.int64)
+            ids, marks, count, begin = [], [], 0, 0
+            for piece in some:
+                encoding = next(encoded)
+                ids.append(np.asarray(encoding.ids, np.uint32))
+                ends = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)[:, 1]
+                inside = starts[(starts >= begin) & (starts < begin + len(piece))] - begin
+                # Tokens of one character's bytes all end where it ends.
+                positions = np.searchsorted(ends, inside, side="right")
+                marks.append(positions[positions < len(ends)] + count)
+                count, begin = count + len(ends), begin + len(piece)
+            result.append((np.concatenate(ids), np.unique(np.concatenate(marks))))
+        return result
+
+    def _pieces(self, text: str) -> Iterable[str]:
+        return _pieces(text) if self._cuts else (text,)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``; end-of-text tokens are left out, bytes that are not UTF-8 become U+FFFD."""

@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 
 from ..config import InputError, build
-from ..data import Dataset, derive_seed, load_corpus, open_dataset, prepare
-from ..data.tokenizer import Tokenizer
+from ..data import Dataset, derive_seed, load_dataset, open_dataset
 from ..files import whole_folder, write_text
 from ..models import Transformer
 from ..version import __version__
@@ -38,8 +37,6 @@ CONFIG = "config.toml"
 RUNS = Path("runs")
 # Losses are read back from the device, written and shown this often: each time it waits for the work that is queued.
 FLUSH_SECONDS = 1.0
-# Characters from which on preparing takes more than a few seconds and is announced.
-LONG_TEXT = 2_000_000
 
 
 class Diverged(RuntimeError):
@@ -320,14 +317,9 @@ def train(config: RunConfig, folder: str | Path | None = None, *, quiet: bool = 
     if folder is not None and (Path(folder) / "checkpoints").exists():
         raise InputError(f"{folder}: holds a run already; go on with --resume {folder}, or choose another --out")
     pick_device(config.training.device)
-    tokenizer = Tokenizer.load(config.data.tokenizer) if config.data.tokenizer else None
-    corpus = load_corpus(config.data)
     with _new_folder(folder) as folder:
         display = Display(quiet)
-        size = sum(map(len, (*corpus.train, *corpus.validation)))
-        if size > LONG_TEXT:
-            display.say(f"training a tokenizer on {size:,} characters and encoding them")
-        dataset = prepare(corpus, folder / "data", vocab_size=config.model.vocab_size, tokenizer=tokenizer)
+        dataset = load_dataset(config.data, folder / "data", vocab_size=config.model.vocab_size, say=display.say)
         model = replace(config.model, vocab_size=dataset.tokenizer.vocab_size)
         run = Run(replace(config, model=model), folder, dataset, display, None)
         write_text(folder / CONFIG, run.config.to_toml())

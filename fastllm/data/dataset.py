@@ -1,0 +1,184 @@
+"""From text to what training reads: a folder with tokenizer.json, token files and corpus.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..config import InputError, option
+from ..files import write_text
+from .corpus import Corpus, default_corpus, read_corpus, xz_bits_per_byte
+from .prepared import PREPARED, PreparedCorpus
+from .token_file import TokenFile
+from .token_shards import SHARD_TOKENS, open_token_shards, write_token_shards
+from .tokenizer import Tokenizer
+
+SUMMARY = "corpus.json"
+# Characters from which on preparing takes more than a few seconds and is announced.
+LONG_TEXT = 2_000_000
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on."""
+
+    data: tuple[str, ...] = option(
+        (), "text files or folders, each file a document; or what fastllm prepare or fastllm tokenizer encode wrote; "
+        "without it, the language reference that Python carries"
+    )  # fmt: skip
+    tokenizer: str | None = option(None, "a tokenizer.json to use; without it one is trained on the training text")
+    deduplicate: bool = option(True, "remove paragraphs that occurred before")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What corpus.json records. ``key`` is the SHA-256 of all that the folder's content depends on; ``train`` and
+    ``validation`` name the token files."""
+
+    key: str
+    name: str
+    notes: tuple[str, ...]
+    tokenizer: str
+    train: tuple[str, ...]
+    train_sha256: str
+    validation: tuple[str, ...]
+    validation_sha256: str
+    xz_bits_per_byte: float | None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared folder, open."""
+
+    train: TokenFile
+    validation: TokenFile
+    tokenizer: Tokenizer
+    summary: Summary
+
+    def describe(self) -> str:
+        """One line for people."""
+        parts = [
+            f"{part.documents:,} documents, {part.bytes:,} bytes, {len(part):,} tokens {label}"
+            for label, part in (("to train on", self.train), ("held out", self.validation))
+        ]
+        return f"{self.summary.name}: {'; '.join([*parts, *self.summary.notes])}"
+
+
+def load_corpus(config: DataConfig) -> Corpus | PreparedCorpus:
+    """The text that ``config`` names.
+
+    Raises:
+        InputError: see :func:`fastllm.data.read_corpus`.
+    """
+    if not config.data:
+        return default_corpus(config.deduplicate)
+    prepared = [path for path in config.data if (Path(path) / PREPARED).exists()]
+    if prepared and len(config.data) > 1:
+        raise InputError(f"data: {prepared[0]} was written by fastllm prepare; give it alone")
+    return PreparedCorpus(prepared[0]) if prepared else read_corpus(config.data, config.deduplicate)
+
+
+def load_dataset(
+    config: DataConfig, folder: str | Path, *, vocab_size: int, say: Callable[[str], None] = lambda text: None
+) -> Dataset:
+    """The tokens of what ``config`` names: encoded into ``folder``, or where they lie already, which it then notes.
+
+    Args:
+        vocab_size: for a tokenizer that is trained.
+        say: told what takes long.
+
+    Raises:
+        InputError: the text, the tokens or the tokenizer cannot be used.
+        OSError: ``folder`` cannot be written.
+    """
+    folder = Path(folder)
+    ready = [path for path in config.data if (Path(path) / SUMMARY).exists()]
+    if ready:
+        if len(config.data) > 1:
+            raise InputError(f"data: {ready[0]} holds tokens; give it alone")
+        dataset = open_dataset(ready[0])
+        if config.tokenizer and Tokenizer.load(config.tokenizer).fingerprint != dataset.tokenizer.fingerprint:
+            raise InputError(f"{config.tokenizer}: not the tokenizer that made the tokens in {ready[0]}")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / SUMMARY, json.dumps({"folder": str(Path(ready[0]).resolve())}) + "\n")
+        return dataset
+    tokenizer = Tokenizer.load(config.tokenizer) if config.tokenizer else None
+    corpus = load_corpus(config)
+    size = corpus.characters
+    if size > LONG_TEXT:
+        say(f"{'' if tokenizer else 'training a tokenizer on and '}encoding {size:,} characters")
+    return prepare(corpus, folder, vocab_size=vocab_size, tokenizer=tokenizer)
+
+
+def prepare(
+    corpus: Corpus | PreparedCorpus, folder: str | Path, *, vocab_size: int = 0, tokenizer: Tokenizer | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+) -> Dataset:  # fmt: skip
+    """Fill ``folder`` from ``corpus``, or open it where it already holds just this.
+
+    Args:
+        vocab_size: for the tokenizer that is trained on ``corpus.train``.
+        tokenizer: use this one instead.
+        shard_tokens: ids after which a token file ends, with the document that reaches them.
+
+    Raises:
+        InputError: ``vocab_size`` is too small.
+        OSError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    origin = tokenizer.fingerprint if tokenizer else f"BPE {vocab_size}"
+    key = hashlib.sha256(f"{corpus.sha256} {origin} {shard_tokens}".encode()).hexdigest()
+    if (folder / SUMMARY).exists():
+        try:
+            dataset = open_dataset(folder)
+        except InputError:
+            dataset = None  # cut short or changed: made anew below
+        if dataset is not None and dataset.summary.key == key:
+            return dataset
+    tokenizer = tokenizer or Tokenizer.train(corpus.train, vocab_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Without it the folder is not whole.
+    (folder / SUMMARY).unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+    parts = {}
+    for name, documents in (("train", corpus.train), ("validation", corpus.validation)):
+        parts[name], parts[f"{name}_sha256"] = write_token_shards(folder, name, documents, tokenizer, shard_tokens)
+    summary = Summary(
+        key=key,
+        name=corpus.name,
+        notes=tuple(corpus.notes),
+        tokenizer=tokenizer.fingerprint,
+        xz_bits_per_byte=xz_bits_per_byte(corpus),
+        **parts,
+    )
+    # Last, so that a folder with a summary is complete.
+    write_text(folder / SUMMARY, json.dumps(asdict(summary), indent=1) + "\n")
+    return open_dataset(folder)
+
+
+def open_dataset(folder: str | Path) -> Dataset:
+    """Open a prepared folder and check that its files belong together.
+
+    Raises:
+        InputError: a file is missing, damaged, or made with another tokenizer. Names it.
+    """
+    folder = Path(folder)
+    try:
+        content = json.loads((folder / SUMMARY).read_text("utf-8"))
+        if "folder" in content:
+            return open_dataset(content["folder"])
+        summary = Summary(**content)
+    except OSError as error:
+        raise InputError(f"{folder / SUMMARY}: {error.strerror}") from error
+    except (ValueError, TypeError) as error:
+        raise error if isinstance(error, InputError) else InputError(f"{folder / SUMMARY}: damaged: {error}") from error
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    train = open_token_shards(folder, summary.train, tokenizer, summary.train_sha256)
+    validation = open_token_shards(folder, summary.validation, tokenizer, summary.validation_sha256)
+    for part, expected in ((train, summary.train_sha256), (validation, summary.validation_sha256)):
+        if part.sha256 != expected:
+            raise InputError(f"{part.path}: not the tokens that {folder / SUMMARY} describes")
+    return Dataset(train, validation, tokenizer, summary)

@@ -1,0 +1,191 @@
+"""The five kinds of tokenizer, their special tokens, transformers reading them, and sentences."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prose import prose
+
+from fastllm.config import InputError
+from fastllm.data import Tokenizer
+from fastllm.data.sentences import sentence_starts
+from fastllm.data.tokenizer import END_OF_TEXT, KINDS, SPECIAL_TOKENS
+
+LOSSLESS = ("bpe", "unigram", "char")
+TRAINING = [
+    prose(30),
+    "Ein Käfer saß da. 日本語の文です。\n\n    indented(code)\t# β → δ\r\n" * 5,
+    "naïve café — “quoted”",
+]
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.lists(
+    st.sampled_from(
+        ["the ", "fox", "\n\n", " ", "日本", "ß", "<|endoftext|>", "[MASK]", "##a", "▁", "<0x41>", "Ġ", "\x00", "é"]
+    )
+).map("".join)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return {kind: Tokenizer.train(TRAINING, 400, kind, special_tokens=SPECIAL_TOKENS["all"]) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
+def test_any_text_comes_back(trained, kind):
+    tokenizer = trained[kind]
+
+    @settings(max_examples=150, deadline=None)
+    @given(TEXTS)
+    def check(text):
+        ids = tokenizer.encode(text)
+        assert not set(ids) & set(tokenizer.special_tokens.values())
+        assert tokenizer.decode(ids) == text
+        assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+
+    check()
+
+
+@pytest.mark.parametrize("kind", ["word", "wordpiece"])
+def test_known_words_come_back_up_to_white_space_and_unknown_ones_are_unk(trained, kind):
+    tokenizer = trained[kind]
+    words = sorted(set(TRAINING[0].replace(".", " ").split()))
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.lists(st.sampled_from(words), min_size=1))
+    def check(chosen):
+        ids = tokenizer.encode("  ".join(chosen))
+        assert tokenizer.decode(ids) == " ".join(chosen)
+
+    check()
+    assert tokenizer.encode("\u0416\u0416") == [tokenizer.special("unk")]
+
+    @settings(max_examples=100, deadline=None)
+    @given(TEXTS)
+    def never_special(text):
+        assert not set(tokenizer.encode(text)) & (set(tokenizer.special_tokens.values()) - {tokenizer.special("unk")})
+
+    never_special()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_gives_equal_ids(trained, kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = trained[kind]
+    tokenizer.save_pretrained(tmp_path)
+    ours = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    from_file = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+
+    @settings(max_examples=60, deadline=None)
+    @given(TEXTS)
+    def check(text):
+        ids = tokenizer.encode(text)
+        for theirs in (ours, from_file):
+            assert theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] == ids
+        assert ours.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
+
+    check()
+    assert len(ours) == tokenizer.vocab_size
+    assert (ours.mask_token_id, ours.cls_token_id, ours.sep_token_id, ours.pad_token_id) == tuple(
+        tokenizer.special(role) for role in ("mask", "cls", "sep", "pad")
+    )
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "unigram"])
+def test_training_is_repeatable(trained, kind):
+    again = Tokenizer.train(iter(TRAINING), 400, kind, special_tokens=SPECIAL_TOKENS["all"])
+    assert again.fingerprint == trained[kind].fingerprint
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_tokenizers_are_the_same(trained, kind, tmp_path):
+    tokenizer = trained[kind]
+    tokenizer.save(tmp_path / "tokenizer.json")
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert loaded.special_tokens == tokenizer.special_tokens
+    assert [loaded.token(i) for i in range(len(SPECIAL_TOKENS["all"]))] == list(SPECIAL_TOKENS["all"])
+    assert tokenizer.vocab_size <= 400
+    assert tokenizer.end_of_text == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_encode_as_single_texts_do_and_mark_sentences(trained, kind):
+    tokenizer = trained[kind]
+    texts = [*TRAINING, "", " \n", "One. Two.  Three", "a" * 300, "日本語。日本語。"]
+    for text, (ids, starts) in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        assert ids.tolist() == tokenizer.encode(text)
+        assert np.all(np.diff(starts) > 0)
+        bounds = [*sentence_starts(text), len(text)]
+        sentences = [text[a:b].strip() for a, b in itertools.pairwise(bounds)]
+        assert len(starts) == len(sentences)
+        if kind in LOSSLESS:
+            ends = [*starts[1:].tolist(), len(ids)] if len(starts) else []
+            parts = [tokenizer.decode(ids[a:b]).strip() for a, b in zip(starts, ends, strict=True)]
+            assert parts == sentences
+
+
+def test_the_objectives_special_tokens_have_their_roles(trained):
+    causal = Tokenizer.train(TRAINING, 300)
+    assert causal.special_tokens == {"bos": 0, "eos": 0}
+    with pytest.raises(InputError, match=r"no mask token; .*--objective masked"):
+        causal.special("mask")
+    seq2seq = Tokenizer.train(TRAINING, 300, special_tokens=SPECIAL_TOKENS["seq2seq"])
+    assert seq2seq.special_tokens == {"pad": 1, "unk": 2, "bos": 3, "eos": 4}
+    assert Tokenizer.train(TRAINING, 100, "word").special_tokens == {"unk": 1, "bos": 0, "eos": 0}
+
+
+def test_lower_case_is_asked_for(trained):
+    lower = Tokenizer.train(TRAINING, 400, "wordpiece", lowercase=True)
+    assert lower.encode("THE Fox") == lower.encode("the fox")
+    assert lower.decode(lower.encode("Käfer")) == "kafer"
+    with pytest.raises(InputError, match="lowercase: only a wordpiece or word"):
+        Tokenizer.train(TRAINING, 400, "bpe", lowercase=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(vocab_size=256), "vocab_size: expected at least 257"),
+        (dict(vocab_size=257, kind="char", special_tokens=("a", "b")), "vocab_size: expected at least 258"),
+        (dict(vocab_size=2, kind="word"), "vocab_size: expected at least 3"),
+        (dict(vocab_size=300, kind="bytes"), "kind: expected one of bpe"),
+        (dict(vocab_size=300, special_tokens=()), "special_tokens"),
+        (dict(vocab_size=300, special_tokens=("a", "a")), "special_tokens"),
+        (dict(vocab_size=300, documents=[]), "documents: no text"),
+        (dict(vocab_size=300, kind="word", documents=["", " \n"]), "documents: no text"),
+        (dict(vocab_size=300, kind="char", documents=[]), "documents: no text"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        Tokenizer.train(arguments.pop("documents", TRAINING), **arguments)
+
+
+def test_a_tokenizer_of_other_makers_takes_its_own_separator(tmp_path, trained):
+    definition = json.loads(trained["wordpiece"]._definition)
+    definition["added_tokens"] = [t for t in definition["added_tokens"] if t["content"] != END_OF_TEXT]
+    del definition["model"]["vocab"][END_OF_TEXT]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert loaded.end_of_text == loaded.special("eos")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", []),
+        (" \n ", []),
+        ("One.", ["One."]),
+        ("One. Two! Three? four", ["One.", "Two!", "Three? four"]),
+        ("Dr. W. met J. Doe at 3.14 p.m. today. He left.", ["Dr. W. met J. Doe at 3.14 p.m. today.", "He left."]),
+        ("A title\n\nsome text. \u201cQuoted.\u201d More", ["A title", "some text.", "\u201cQuoted.\u201d", "More"]),
+        ("これは文です。次の文!", ["これは文です。", "次の文!"]),
+        ("It was I. They came.", ["It was I.", "They came."]),
+        ("Ends with etc.\n\nNew paragraph", ["Ends with etc.", "New paragraph"]),
+    ],
+)  # fmt: skip
+def test_sentences(text, expected):
+    bounds = [*sentence_starts(text), len(text)]
+    assert [text[a:b].strip() for a, b in itertools.pairwise(bounds)] == expected
