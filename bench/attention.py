@@ -7,7 +7,7 @@ import torch
 from ..registry import Sample
 
 
-def _dense(batch: int, heads: int, length: int, dim: int, heads_kv: int | None = None, **kwargs):
+def dense(batch: int, heads: int, length: int, dim: int, heads_kv: int | None = None, **kwargs):
     def make(device, dtype):
         def tensor(n):
             return torch.randn(batch, length, n, dim, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
@@ -19,34 +19,39 @@ def _dense(batch: int, heads: int, length: int, dim: int, heads_kv: int | None =
     return make
 
 
-def _slopes(heads: int):
+def slopes(heads: int):
     return lambda device, dtype: torch.linspace(0.004, 0.7, heads, device=device, dtype=torch.float32)
 
 
-def _parameter(*shape: int):
+def parameter(*shape: int):
     return lambda device, dtype: torch.randn(shape, device=device, dtype=dtype).requires_grad_()
 
 
-def _packed(device, dtype):
-    starts = torch.arange(9, device=device, dtype=torch.int32) * 2048
+def packed(batch: int, length: int, heads: int, dim: int, **kwargs):
+    """``batch`` sequences of one length in one tensor."""
 
-    def tensor():
-        return torch.randn(16384, 16, 128, device=device, dtype=dtype).requires_grad_()
+    def make(device, dtype):
+        starts = torch.arange(batch + 1, device=device, dtype=torch.int32) * length
 
-    return Sample("", (tensor(), tensor(), tensor()), dict(causal=True, cu_seqlens_q=starts, cu_seqlens_k=starts))
+        def tensor():
+            return torch.randn(batch * length, heads, dim, device=device, dtype=dtype).requires_grad_()
+
+        return Sample("", (tensor(), tensor(), tensor()), dict(cu_seqlens_q=starts, cu_seqlens_k=starts, **kwargs))
+
+    return make
 
 
 shapes = {
-    "d64 causal 2x32x8192": _dense(2, 32, 8192, 64, causal=True),
-    "d64 full 2x32x8192": _dense(2, 32, 8192, 64),
-    "d128 causal 2x16x8192": _dense(2, 16, 8192, 128, causal=True),
-    "d128 full 2x16x8192": _dense(2, 16, 8192, 128),
-    "d256 causal 2x8x8192": _dense(2, 8, 8192, 256, causal=True),
-    "d128 grouped causal 2x32/8x4096": _dense(2, 32, 4096, 128, 8, causal=True),
-    "d128 packed causal 8x2048": _packed,
-    "d128 window 1024 soft cap": _dense(2, 16, 8192, 128, causal=True, window=(1024, 0), softcap=50.0),
-    "d64 sinks window 128": _dense(2, 64, 4096, 64, 8, causal=True, window=(128, 0), sinks=_parameter(64)),
-    "d128 alibi": _dense(2, 16, 4096, 128, causal=True, alibi_slopes=_slopes(16)),
-    "d64 bias": _dense(4, 16, 1024, 64, bias=_parameter(1, 16, 1024, 1024)),
-    "d64 dropout": _dense(4, 16, 2048, 64, causal=True, dropout_p=0.1),
+    "d64 causal 2x32x8192": dense(2, 32, 8192, 64, causal=True),
+    "d64 full 2x32x8192": dense(2, 32, 8192, 64),
+    "d128 causal 2x16x8192": dense(2, 16, 8192, 128, causal=True),
+    "d128 full 2x16x8192": dense(2, 16, 8192, 128),
+    "d256 causal 2x8x8192": dense(2, 8, 8192, 256, causal=True),
+    "d128 grouped causal 2x32/8x4096": dense(2, 32, 4096, 128, 8, causal=True),
+    "d128 packed causal 8x2048": packed(8, 2048, 16, 128, causal=True),
+    "d128 window 1024 soft cap": dense(2, 16, 8192, 128, causal=True, window=(1024, 0), softcap=50.0),
+    "d64 sinks window 128": dense(2, 64, 4096, 64, 8, causal=True, window=(128, 0), sinks=parameter(64)),
+    "d128 alibi": dense(2, 16, 4096, 128, causal=True, alibi_slopes=slopes(16)),
+    "d64 bias": dense(4, 16, 1024, 64, bias=parameter(1, 16, 1024, 1024)),
+    "d64 dropout": dense(4, 16, 2048, 64, causal=True, dropout_p=0.1),
 }

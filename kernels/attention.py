@@ -11,46 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ._attention import LN2, Problem, column_range, kept, locate, scores
-
-
-@triton.jit
-def _forward_tiles(
-    acc, row_max, row_sum, q, k_ptr, v_ptr, begin, end, rows, n_rows, n_cols,
-    stride_kn, stride_kd, stride_vn, stride_vd, d, dv, dim, dim_v,
-    bias_ptr, stride_bm, stride_bn, slope, scale, softcap, unit, offset, left, right, seed, plane, threshold,
-    NATURAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
-    MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    for start in range(begin, end, BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
-        in_cols = cols < n_cols
-        wide = cols.to(tl.int64)
-        k = tl.load(
-            k_ptr + wide[None, :] * stride_kn + d[:, None] * stride_kd,
-            mask=in_cols[None, :] & (d < dim)[:, None], other=0.0,
-        )  # fmt: skip
-        t, _ = scores(
-            tl.dot(q, k, input_precision=PRECISION), rows[:, None], cols[None, :], n_rows, n_cols,
-            bias_ptr, stride_bm, stride_bn, slope, scale, softcap, offset, left, right,
-            NATURAL=NATURAL, SOFTCAP=SOFTCAP, ALIBI=ALIBI, BIAS=BIAS, LEFT=LEFT, RIGHT=RIGHT, MASKED=MASKED,
-        )  # fmt: skip
-        new_max = tl.maximum(row_max, tl.max(t, axis=1))
-        # A row that has seen nothing yet keeps -inf, and -inf - -inf would be NaN.
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        alpha = tl.exp2((row_max - shift) * unit)
-        p = tl.exp2((t - shift[:, None]) * unit) if EXACT else tl.exp2(t * unit - (shift * unit)[:, None])
-        row_sum = row_sum * alpha + tl.sum(p, axis=1)
-        row_max = new_max
-        if DROPOUT:
-            p = tl.where(kept(seed, plane, rows, start, threshold, BLOCK_N), p, 0.0)
-        v = tl.load(
-            v_ptr + wide[:, None] * stride_vn + dv[None, :] * stride_vd,
-            mask=in_cols[:, None] & (dv < dim_v)[None, :], other=0.0,
-        )  # fmt: skip
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-    return acc, row_max, row_sum
+from ._attention import Problem, column_range, locate
+from ._attention_forward import forward_tiles, row_results
+from .attention_decode import attention_decode, splits
 
 
 @triton.jit
@@ -65,6 +28,7 @@ def _attention_fwd_kernel(
     PACKED: tl.constexpr, NATURAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
     SINKS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    SPLIT_ROWS: tl.constexpr, SPLIT_FROM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -75,7 +39,11 @@ def _attention_fwd_kernel(
     if RIGHT:
         # The last rows see the most columns: they start first, so that the short programs fill the end.
         tile = tl.cdiv(n_rows, BLOCK_M) - 1 - tile
-    if tile >= 0 and tile * BLOCK_M < n_rows:
+    serves = (tile >= 0) & (tile * BLOCK_M < n_rows)
+    if SPLIT_ROWS > 0:
+        # Those are attention_decode's.
+        serves = serves & ((n_rows > SPLIT_ROWS) | (n_cols < SPLIT_FROM))
+    if serves:
         first = tile * BLOCK_M
         last = tl.minimum(first + BLOCK_M, n_rows) - 1
         rows = first + tl.arange(0, BLOCK_M)
@@ -114,7 +82,7 @@ def _attention_fwd_kernel(
             else:
                 low, high = full_end, end
             if phase > 0 or LEFT:
-                acc, row_max, row_sum = _forward_tiles(
+                acc, row_max, row_sum = forward_tiles(
                     acc, row_max, row_sum, q, k_ptr, v_ptr, low, high, rows, n_rows, n_cols,
                     stride_kn, stride_kd, stride_vn, stride_vd, d, dv, dim, dim_v,
                     bias_ptr, stride_bm, stride_bn, slope, scale, softcap, unit, offset, left, right,
@@ -122,19 +90,14 @@ def _attention_fwd_kernel(
                     NATURAL=NATURAL, SOFTCAP=SOFTCAP, ALIBI=ALIBI, BIAS=BIAS, LEFT=LEFT, RIGHT=RIGHT,
                     DROPOUT=DROPOUT, PRECISION=PRECISION, EXACT=EXACT, MASKED=phase != 1, BLOCK_N=BLOCK_N,
                 )  # fmt: skip
-        empty = row_max == float("-inf")
-        row_max = tl.where(empty, 0.0, row_max)
-        row_sum = tl.where(empty, 1.0, row_sum)
-        row_log2 = tl.log2(row_sum)
+        lse, row_max, row_sum, row_log2 = row_results(row_max, row_sum, unit, NATURAL=NATURAL)
         acc = acc / row_sum[:, None]
         if DROPOUT:
             acc *= keep_scale
         at_stats = b * stride_sb + head * stride_sh + at_rows
-        # A logit near the least float32 must not pass through log2 units, where it would overflow.
-        lse = row_max + row_log2 * LN2 if NATURAL else (row_max * unit + row_log2) * LN2
-        tl.store(lse_ptr + at_stats, tl.where(empty, float("-inf"), lse), mask=in_rows)
+        tl.store(lse_ptr + at_stats, lse, mask=in_rows)
         tl.store(max_ptr + at_stats, row_max, mask=in_rows)
-        tl.store(log2_ptr + at_stats, tl.where(empty, float("inf"), row_log2), mask=in_rows)
+        tl.store(log2_ptr + at_stats, row_log2, mask=in_rows)
         tl.store(
             out_ptr + b * stride_ob + head * stride_oh + at_rows[:, None] * stride_om + dv[None, :] * stride_od,
             acc.to(out_ptr.dtype.element_ty), mask=in_rows[:, None] & (dv < dim_v)[None, :],
@@ -167,6 +130,11 @@ def attention_fwd(q, k, v, bias, sinks, alibi_slopes, seed, cu_q, cu_k, scale, s
         lse.fill_(-torch.inf)
         stats[0].zero_()
         stats[1].fill_(torch.inf)
+    limits = splits(problem)
+    if limits is not None:
+        attention_decode(problem, limits, sinks, out, lse, stats)
+        if not problem.packed:
+            return lse, stats
     tile = problem.fit(forward_tile(problem.widest, q.dtype, problem.plain, problem.hopper), "BLOCK_M", problem.rows)
     n_tiles, programs = problem.tiles(tile["BLOCK_M"], problem.rows)
     _attention_fwd_kernel[(programs * problem.heads,)](
@@ -174,6 +142,7 @@ def attention_fwd(q, k, v, bias, sinks, alibi_slopes, seed, cu_q, cu_k, scale, s
         *(s for x in (q, k, v, out) for s in problem.strides(x)), *problem.stat_strides(), *problem.cu,
         *problem.bias_args(), *problem.slope_args(), *problem.feature_args(), problem.keep_scale,
         programs, n_tiles, problem.batch, problem.heads, problem.group, problem.rows, problem.cols,
-        problem.dim, problem.dim_v, SINKS=sinks is not None, **problem.flags, **problem.blocks, **tile,
+        problem.dim, problem.dim_v, SINKS=sinks is not None, **(limits or dict(SPLIT_ROWS=0, SPLIT_FROM=0)),
+        **problem.flags, **problem.blocks, **tile,
     )  # fmt: skip
     return lse, stats
