@@ -19,6 +19,17 @@ def dense(batch: int, heads: int, length: int, dim: int, heads_kv: int | None = 
     return make
 
 
+def decoding(batch: int, heads: int, heads_kv: int, length: int, dim: int, **kwargs):
+    """One new query for each of ``batch`` sequences against a cache of ``length`` keys."""
+
+    def make(device, dtype):
+        query = torch.randn(batch, heads, 1, dim, device=device, dtype=dtype)
+        cache = torch.randn(2, batch, heads_kv, length, dim, device=device, dtype=dtype)
+        return Sample("", (query, *cache.unbind()), dict(causal=True, **kwargs))
+
+    return make
+
+
 def slopes(heads: int):
     return lambda device, dtype: torch.linspace(0.004, 0.7, heads, device=device, dtype=torch.float32)
 
@@ -53,5 +64,7 @@ shapes = {
     "d64 sinks window 128": dense(2, 64, 4096, 64, 8, causal=True, window=(128, 0), sinks=parameter(64)),
     "d128 alibi": dense(2, 16, 4096, 128, causal=True, alibi_slopes=slopes(16)),
     "d64 bias": dense(4, 16, 1024, 64, bias=parameter(1, 16, 1024, 1024)),
+    "d128 decode 1x32/8x32768": decoding(1, 32, 8, 32768, 128),
+    "d64 decode 16x16x4096 window 1024": decoding(16, 16, 16, 4096, 64, window=(1024, 0)),
     "d64 dropout": dense(4, 16, 2048, 64, causal=True, dropout_p=0.1),
 }
