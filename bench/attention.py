@@ -20,10 +20,10 @@ def dense(batch: int, heads: int, length: int, dim: int, heads_kv: int | None = 
 
 
 def decoding(batch: int, heads: int, heads_kv: int, length: int, dim: int, **kwargs):
-    """One new query for each of ``batch`` sequences against a cache of ``length`` keys."""
+    """One new query, which alone takes a gradient, for each of ``batch`` sequences against ``length`` cached keys."""
 
     def make(device, dtype):
-        query = torch.randn(batch, heads, 1, dim, device=device, dtype=dtype)
+        query = torch.randn(batch, heads, 1, dim, device=device, dtype=dtype).requires_grad_()
         cache = torch.randn(2, batch, heads_kv, length, dim, device=device, dtype=dtype)
         return Sample("", (query, *cache.unbind()), dict(causal=True, **kwargs))
 

@@ -2,13 +2,13 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 
 from fastllm.bench.static import Resources
 
 SHAPES = ("d64 causal", "d128 causal 2x16x8192", "decode")
+PRODUCTS = {f"_attention_{name}_kernel" for name in ("fwd", "split", "bwd_dkdv", "bwd_dq")}
 
 
 def test_no_spills_and_warpgroup_products(tmp_path):
@@ -19,14 +19,12 @@ def test_no_spills_and_warpgroup_products(tmp_path):
     command = [sys.executable, "-m", "fastllm.bench.static", "attention", "--arch", "90", "--json", str(file)]
     run = subprocess.run([*command, "--shape", *SHAPES], env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    rows = [(row["kernel"], row["direction"], Resources(**row["resources"])) for row in json.loads(file.read_text())]
+    found = json.loads(file.read_text())
+    rows = [(row["kernel"], row["direction"], Resources(**row["resources"])) for row in found]
     assert {direction for _, direction, _ in rows} == {"forward", "backward"}
     assert not [(kernel, r.registers, r.stack) for kernel, _, r in rows if r.spills]
     assert all(r.occupancy(90) > 0 for *_, r in rows)
-    products = [r for kernel, _, r in rows if re.fullmatch("_attention_(fwd|bwd_dkdv|bwd_dq)_kernel", kernel)]
-    assert len(products) == 6
-    assert all(r.count("HGMMA") > 0 for r in products)
-    # Of a split call: few rows, so warps' products and not a warpgroup's.
-    splits = [r for kernel, _, r in rows if kernel == "_attention_split_kernel"]
-    assert len(splits) == 2
-    assert all(r.tensor_core > 0 for r in splits)
+    products = [(row["shape"], r) for row, (kernel, _, r) in zip(found, rows, strict=True) if kernel in PRODUCTS]
+    # One query a sequence is too few rows for a warpgroup's products: each warp has its own.
+    assert len([r for shape, r in products if "decode" not in shape and r.count("HGMMA") > 0]) == 6
+    assert len([r for shape, r in products if "decode" in shape and r.count("HMMA") > 0]) == 4
