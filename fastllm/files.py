@@ -1,17 +1,26 @@
-"""Files and folders that are written whole or not at all: a temporary name beside the target, fsync, rename."""
+"""Files and folders that are written whole or not at all: a temporary name beside the target, fsync, rename.
+
+And readers of what others may have written: bounded in size, of one known form, with one error that names the file.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+
+from .config import InputError
+
+# A JSON file that describes a run or a checkpoint has a few KiB; reading a longer one would only serve to fill memory.
+JSON_LIMIT = 1 << 20
 
 
 def sync_folder(folder: Path) -> None:
@@ -73,6 +82,43 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         save_file(contiguous, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
+
+
+def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file. Its header is checked against the file's size before anything is allocated.
+
+    Raises:
+        InputError: missing, cut short, or not a safetensors file; names it.
+    """
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    # A dtype that torch lacks is a KeyError in safetensors, too large a shape a RuntimeError or ValueError.
+    except (SafetensorError, KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: damaged: {' '.join(str(error).split())}") from error
+
+
+def read_json(path: str | os.PathLike, limit: int = JSON_LIMIT) -> dict[str, Any]:
+    """The JSON object in a file of at most ``limit`` bytes.
+
+    Raises:
+        InputError: missing, longer, not JSON, or not an object; names it.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    if len(content) > limit:
+        raise InputError(f"{path}: damaged: longer than {limit:,} bytes")
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: damaged: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: damaged: a JSON object was expected")
+    return value
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

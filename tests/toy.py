@@ -1,8 +1,13 @@
 """The smallest model that has all the parts, and what tests of its runs share."""
 
+import multiprocessing
 from pathlib import Path
 
+import torch
+
+from fastllm.config import InputError
 from fastllm.models import TransformerConfig
+from fastllm.training import RunConfig, loop, resume, train
 
 TOY = TransformerConfig(
     vocab_size=300, context_length=32, num_layers=2, num_heads=2, hidden_size=32, positions="rotary", norm="rms",
@@ -13,3 +18,23 @@ TOY = TransformerConfig(
 def weights(run: Path) -> bytes:
     """The finished model's weights, as stored."""
     return (run / "model" / "model.safetensors").read_bytes()
+
+
+def train_or_resume(config: RunConfig, run: Path, changes: dict) -> None:
+    """What a process does that may be killed: go on where ``run`` stands, or begin. No picture, samples and meter."""
+    torch.set_num_threads(1)
+    loop.plot_loss = lambda *args: None
+    loop.write_samples = lambda *args: ""
+    loop.matmul_flops = lambda *args: 1e11
+    try:
+        resume(run, changes, quiet=True)
+    except InputError:  # killed before there was a checkpoint
+        train(config, run, quiet=True)
+
+
+def processes() -> multiprocessing.context.BaseContext:
+    """Starts processes that have imported everything already, forked from one that has used nothing of it yet."""
+    context = multiprocessing.get_context("forkserver")
+    # Not this module: Python 3.11's forkserver does not look where sys.path says.
+    context.set_forkserver_preload(["fastllm.training", "fastllm.training.saving", "safetensors.torch"])
+    return context

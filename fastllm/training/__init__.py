@@ -2,7 +2,9 @@
 
 from .config import RunConfig, TrainingConfig, build_run_config, read_run_config
 from .evaluate import Evaluation, evaluate
-from .loop import RUNS, Diverged, Result, resume, train
+from .guard import Diverged
+from .launch import RUNS, resume, train
+from .loop import Result
 
 __all__ = [
     "RUNS",

@@ -34,8 +34,10 @@ class TrainingConfig:
     )
     batch_size: int = option(8, "sequences per optimiser step", minimum=1)
     micro_batch_size: int | None = option(
-        None, "sequences per forward pass, a divisor of batch_size (gradient accumulation); all if not given", minimum=1
-    )
+        None,
+        "sequences per forward pass and process, a divisor of batch_size (gradient accumulation); all if not given",
+        minimum=1, resume=True,
+    )  # fmt: skip
     optimizer: str = option(
         "muon", "for the hidden matrices; all other parameters take AdamW", choices=("muon", "adamw")
     )
@@ -71,6 +73,19 @@ class TrainingConfig:
     )  # fmt: skip
     checkpoint_interval: int = option(500, "steps between checkpoints; 0: only at the end", minimum=0, resume=True)
     keep_checkpoints: int = option(2, "how many of the newest checkpoints to keep", minimum=1, resume=True)
+    keep_best: int = option(
+        0, "how many checkpoints to keep besides for their validation loss; only a step with both has one",
+        minimum=0, resume=True,
+    )  # fmt: skip
+    background_saving: bool = option(True, "write checkpoints while training goes on", resume=True)
+    outlier: float | None = option(
+        None,
+        "skip a step whose loss or gradient norm lies this many standard deviations above the mean of the last 128; "
+        "without it, only what is not finite is skipped",
+        above=0, resume=True,
+    )  # fmt: skip
+    wandb: str | None = option(None, "a Weights & Biases project to log to as well", resume=True)
+    max_skipped: int = option(3, "stop after so many skipped steps in a row", minimum=1, resume=True)
 
     def __post_init__(self):
         if self.batch_size % self.rows:

@@ -4,43 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
+import os
 import platform
 import shlex
-import shutil
 import signal
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-from ..config import InputError, build
-from ..data import Dataset, derive_seed, load_dataset, open_dataset
-from ..files import whole_folder, write_text
+from ..config import InputError, settings
+from ..data import Dataset, derive_seed
+from ..files import whole_folder
 from ..models import Transformer
 from ..version import __version__
-from .checkpoint import State, find_checkpoint, load_checkpoint, save_checkpoint, save_model, write_manifest
+from .checkpoint import Keep, State, check_settings, load_config, read_state, save_model, write_manifest
 from .clock import Clock, StopRequest
-from .config import RunConfig, TrainingConfig, read_run_config
+from .config import RunConfig, TrainingConfig
+from .dropout import key_dropout
 from .evaluate import Evaluation
+from .guard import Diverged, Guard
 from .measure import autocast, faster_dtype, keep_random_state, matmul_flops
+from .meters import Meters, Timer
 from .objectives import Batch, CausalLM, rows_of, to_device
 from .optimizer import Optimizers
-from .progress import Display, Metrics, duration
+from .progress import Display
+from .ranks import ALONE, Ranks
 from .report import plot_loss, write_samples
+from .saving import NotFinite
 from .schedule import lr_scale, progress
 from .step import train_step
 
 CONFIG = "config.toml"
-RUNS = Path("runs")
-# Losses are read back from the device, written and shown this often: each time it waits for the work that is queued.
-FLUSH_SECONDS = 1.0
-
-
-class Diverged(RuntimeError):
-    """The loss is not a finite number any more."""
+SESSIONS = "sessions.jsonl"
 
 
 @dataclass(frozen=True)
@@ -69,34 +67,51 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+class DataChanged(RuntimeError):
+    """The file that a run reads was changed under it."""
+
+
+def fixed_settings(training: TrainingConfig) -> dict[str, object]:
+    """What may not change when a run is resumed."""
+    free = {setting.name for setting in settings(TrainingConfig) if setting.metadata.get("resume")}
+    return {name: value for name, value in asdict(training).items() if name not in free}
+
+
 class Run:
     """A run in a folder: its settings, data, model, optimisers and place. :meth:`train` takes it to its end."""
 
-    def __init__(self, config: RunConfig, folder: Path, dataset: Dataset, display: Display, checkpoint: Path | None):
-        self.folder, self.dataset, self.display = folder, dataset, display
-        self.device = pick_device(config.training.device)
+    def __init__(
+        self, config: RunConfig, folder: Path, dataset: Dataset, display: Display, checkpoint: Path | None,
+        ranks: Ranks = ALONE,
+    ):  # fmt: skip
+        self.folder, self.dataset, self.display, self.ranks = folder, dataset, display, ranks
+        self.device = ranks.device(pick_device(config.training.device))
         training = config.training.with_budget()
         self.objective = CausalLM(dataset, config.model.context_length, training.batch_size, training.seed)
         if checkpoint is None:
             with keep_random_state(self.device):
                 torch.manual_seed(derive_seed(training.seed, "weights"))
-                self.model = Transformer(config.model).to(self.device)
+                self.model = ranks.build(lambda: Transformer(config.model), self.device)
             self.optimizers = Optimizers(self.model, training)
             self.state = State(step=0, seconds=0.0, tokens=0, dtype=training.dtype, data=dataset.train.sha256)
         else:
-            self.model, tensors, self.state = load_checkpoint(checkpoint, self.device)
+            self.state = read_state(checkpoint)
             if self.state.data != dataset.train.sha256:
                 raise InputError(f"{checkpoint}: made from other training tokens than {dataset.train.path}")
-            if self.model.config != config.model:
-                raise InputError(f"{checkpoint}: another model than in {folder / 'config.toml'}")
+            check_settings(checkpoint, self.state.settings, fixed_settings(training), folder / CONFIG)
+            saved = load_config(checkpoint)
+            if saved != config.model:
+                raise InputError(f"{checkpoint}: another model than in {folder / CONFIG}")
+            self.model, tensors = ranks.load(checkpoint, lambda: Transformer(config.model), self.device)
             self.optimizers = Optimizers(self.model, training)
-            self.optimizers.load_state_dict(tensors)
-        self.model.train()
+            try:
+                self.optimizers.load_state_dict(tensors)
+            except ValueError as error:
+                raise InputError(f"{checkpoint}: {error}") from error
+        self.state.settings = fixed_settings(training)
+        key_dropout(self.model).train()
         self.model.checkpoint_activations = training.checkpoint_activations
         self.config = replace(config, training=training)
-        self._pending: list[tuple] = []
-        # Mean loss and tokens per second over the steps written last.
-        self._recent: tuple[float, float] | None = None
         self._validation: Evaluation | None = None
         # At which step the last evaluation was made, and over how many tokens.
         self._evaluated: tuple[int, int] | None = None
@@ -115,20 +130,22 @@ class Run:
             "python": platform.python_version(),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
             "threads": torch.get_num_threads(),
+            "ranks": self.ranks.size,
             "dtype": self.state.dtype,
             "seconds_per_forward_backward": measured,
             "matmul_flops": self.peak,
             "flops_per_token": self.flops_per_token,
             "parameters": self.model.num_parameters(),
         }
-        with open(self.folder / "sessions.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(environment) + "\n")
+        if self.ranks.rank == 0:
+            with open(self.folder / SESSIONS, "a", encoding="utf-8") as file:
+                file.write(json.dumps(environment) + "\n")
         say = self.display.say
         say(self.config.to_toml())
         if self.state.step:
             say(f"resuming after step {self.state.step}")
         say(self.dataset.describe())
-        say(f"model: {self.model.num_parameters():,} parameters on {self.device}")
+        say(f"model: {self.model.num_parameters():,} parameters on {self.device}{self.ranks.describe()}")
         if measured:
             times = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in measured.items())
             say(f"precision: {self.state.dtype}, forward and backward measured: {times}")
@@ -146,51 +163,49 @@ class Run:
         """Step until the budget is spent or a signal comes; save; draw and sample at the end.
 
         Raises:
-            Diverged: the loss is not finite.
+            Diverged: too many steps in a row were skipped; what was reached before them is saved.
+            DataChanged: the training tokens were changed under the run; it is saved.
             OSError: something cannot be written.
         """
-        config, state = self.config.training, self.state
-        losses = self._losses()
-        self._clock = Clock(self.device, state.seconds)
-        self._metrics = Metrics(self.folder, state.step)
-        self._flushed = (state.tokens, state.seconds)
-        saved = None
+        config, state, ranks = self.config.training, self.state, self.ranks
+        main = ranks.rank == 0
+        self._losses = self._compiled()
+        self._clock, self._timer = Clock(self.device, state.seconds), Timer()
+        self._meters = Meters(
+            self.folder if main else None, self.display, config, state, self.flops_per_token, self.peak * ranks.size
+        )
+        self._guard = Guard(
+            self.folder / "skipped" if main else None, state, outlier=config.outlier, limit=config.max_skipped
+        )
+        self._saver = ranks.saver(
+            self.folder / "checkpoints", self.model, self.dataset.tokenizer,
+            Keep(config.keep_checkpoints, config.keep_best), self.display.warn,
+        )  # fmt: skip
+        self._sizes = {path: os.stat(path).st_size for path in self.dataset.train.path.parent.glob("*.bin")}
         try:
-            with StopRequest() as stop, self.display, keep_random_state(self.device):
-                while (done := progress(config, state.step, self._clock.seconds)) < 1.0 and not stop.signal:
-                    scale = lr_scale(config, done)
-                    self.optimizers.set_scale(scale)
-                    # Dropout is a function of (seed, step): it needs no saved state, and nothing else can shift it.
-                    torch.manual_seed(derive_seed(config.seed, "dropout", state.step))
-                    batch = self.objective.batch(state.step)
-                    loss, norm, terms = train_step(
-                        self.objective, self.model, self.optimizers, batch,
-                        rows=config.rows, clip=config.clip, dtype=state.dtype, losses=losses,
-                    )  # fmt: skip
-                    state.step += 1
-                    state.tokens += self.objective.tokens(batch)
-                    state.seconds = self._clock.seconds
-                    self._pending.append(
-                        (state.step, state.tokens, state.seconds, scale, {**terms, "loss": loss, "grad_norm": norm})
-                    )
-                    if state.seconds - self._flushed[1] >= FLUSH_SECONDS:
-                        self._flush()
-                    if config.eval_interval and state.step % config.eval_interval == 0:
-                        self._evaluate(config.eval_windows)
-                    if config.checkpoint_interval and state.step % config.checkpoint_interval == 0:
-                        with self._clock.pause():
-                            self._save()
-                        saved = state.step
-                self._flush()
-                if not stop.signal and self._evaluated != (state.step, len(self.dataset.validation) - 1):
+            with StopRequest() as self._stop, self.display, keep_random_state(self.device):
+                self._signal = 0
+                self._seconds = state.seconds
+                try:
+                    while (done := progress(config, state.step, self._now())) < 1.0 and not self._signal:
+                        self._one_step(done)
+                        self._saver.poll()
+                except (Diverged, DataChanged):
+                    # The weights are those of the last step that was taken: nothing need be lost.
+                    with contextlib.suppress(NotFinite):
+                        self._save(final=True)
+                    raise
+                self._meters.flush(self._now())
+                if not self._signal and self._evaluated != (state.step, len(self.dataset.validation) - 1):
                     self._evaluate(limit=0)
-                self._show(force=True)
-                if saved != state.step:
-                    self._save()
+                self._meters.show(force=True)
+                self._save(final=True)
         finally:
-            self._metrics.close()
-        if stop.signal:
-            self.display.say(f"{signal.Signals(stop.signal).name}: saved after step {state.step}; to go on:")
+            # The error that is on its way, if any, is the one to see.
+            with contextlib.suppress(*([OSError] if sys.exc_info()[0] else [])):
+                self._meters.close()
+        if self._signal:
+            self.display.say(f"{signal.Signals(self._signal).name}: saved after step {state.step}; to go on:")
             self.display.say(f"  fastllm train --resume {shlex.quote(str(self.folder))}")
         else:
             self._finish()
@@ -199,82 +214,94 @@ class Run:
             folder=self.folder, steps=state.step, seconds=state.seconds,
             validation_loss=validation and validation.loss,
             validation_bits_per_byte=validation and validation.bits_per_byte,
-            xz_bits_per_byte=self.dataset.summary.xz_bits_per_byte, signal=stop.signal,
+            xz_bits_per_byte=self.dataset.summary.xz_bits_per_byte, signal=self._signal,
         )  # fmt: skip
 
-    def _losses(self) -> Callable:
+    def _now(self) -> float:
+        """Seconds of training; with several ranks the first one's, as of the last step: all must decide alike."""
+        return self._clock.seconds if self.ranks.size == 1 else self._seconds
+
+    def _one_step(self, done: float) -> None:
+        """The next step, and the evaluation and the checkpoint that are due after it."""
+        config, state, timer = self.config.training, self.state, self._timer
+        scale = lr_scale(config, done)
+        self.optimizers.set_scale(scale)
+        timer.start()
+        self._check_data()
+        self.ranks.beat(state.step, "data")
+        batch = self.objective.batch(state.step)
+        timer.mark("data")
+        self.ranks.beat(state.step, "step")
+        self._batch = batch
+        # Dropout is a function of (seed, step, row): it needs no saved state, and nothing else can shift it.
+        train_step(
+            self.objective, self.model, self.optimizers, batch, rows=config.rows, clip=config.clip, dtype=state.dtype,
+            losses=self._losses, seed=derive_seed(config.seed, "dropout", state.step), ranks=self.ranks,
+            accept=self._accept, mark=timer.mark,
+        )  # fmt: skip
+        state.step += 1
+        state.tokens += self.objective.tokens(batch)
+        state.seconds = self._now()
+        state.validation = None
+        self._meters.step(scale, self._values, timer, self._skipped, self._own)
+        self.ranks.beat(state.step, "evaluation or checkpoint")
+        if config.eval_interval and state.step % config.eval_interval == 0:
+            self._evaluate(config.eval_windows)
+        if config.checkpoint_interval and state.step % config.checkpoint_interval == 0:
+            self._save()
+
+    def _accept(self, loss: torch.Tensor, norm: torch.Tensor, terms: dict[str, torch.Tensor]) -> bool:
+        """Read the step's numbers, once; hear the other ranks; ask the guard."""
+        values = {**terms, "loss": loss, "grad_norm": norm}
+        read = torch.stack([value.detach().float() for value in values.values()]).tolist()
+        self._values = dict(zip(values, read, strict=True))
+        everyone = self.ranks.gather([self._stop.signal, self._clock.seconds, self._timer.own])
+        self._signal = int(max(signal for signal, _, _ in everyone))
+        self._seconds = everyone[0][1]
+        self._own = [own for _, _, own in everyone]
+        self._skipped = self._guard.accept(self._values["loss"], self._values["grad_norm"], self._batch)
+        return self._skipped is None
+
+    def _check_data(self) -> None:
+        """Reading a mapped file beyond its new end would kill the process without a word."""
+        for path, before in list(self._sizes.items()):
+            try:
+                size = os.stat(path).st_size
+            except FileNotFoundError:
+                self.display.warn(f"{path}: deleted during the run, which goes on with what it had opened")
+                del self._sizes[path]  # what is mapped stays readable until the run ends
+                continue
+            if size != before:
+                raise DataChanged(f"{path}: {before:,} bytes when the run began, now {size:,}")
+
+    def _compiled(self) -> Callable:
         """The objective's losses, compiled where asked for: now, so that compiling is no training time."""
-        if not self.config.training.compile:
-            return self.objective.losses
-        compiled = torch.compile(self.objective.losses)
-        with keep_random_state(self.device), autocast(self.device, self.state.dtype):
-            sum(compiled(self.model, self._sample()).values()).backward()
-        self.model.zero_grad(set_to_none=True)
-        return compiled
-
-    def _flush(self) -> None:
-        """Write the steps since the last flush; the only place that reads losses back from the device."""
-        if not self._pending:
-            return
-        # One read for all.
-        scalars = [[value.float() for value in values.values()] for *_, values in self._pending]
-        read = torch.stack([torch.stack(row) for row in scalars]).tolist()
-        seconds, tokens = self._clock.seconds, self._pending[-1][1]
-        rate = (tokens - self._flushed[0]) / max(seconds - self._flushed[1], 1e-9)
-        self._flushed = (tokens, seconds)
-        training, lines = self.config.training, []
-        for (step, tokens, seconds, scale, values), row in zip(self._pending, read, strict=True):
-            values = dict(zip(values, row, strict=True))
-            loss, norm = values["loss"], values["grad_norm"]
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise Diverged(f"step {step}: loss {loss}, gradient norm {norm}; lower the learning rate or clip more")
-            lines.append(
-                {"step": step, "tokens": tokens, "seconds": round(seconds, 4), **values,
-                 "lr": scale * training.lr, "muon_lr": scale * training.muon_lr,
-                 "tokens_per_second": round(rate, 1)}
-            )  # fmt: skip
-        self._metrics.write(lines)
-        self._pending.clear()
-        self._recent = (sum(line["loss"] for line in lines) / len(lines), rate)
-        self._show()
-
-    def _show(self, force: bool = False) -> None:
-        if self._recent is None:
-            return
-        loss, rate = self._recent
-        config, state = self.config.training, self.state
-        done = progress(config, state.step, state.seconds)
-        left = state.seconds * (1 - done) / done if done > 0 else 0.0
-        validation = self._validation
-        parts = [
-            f"step {state.step}" + (f"/{config.steps}" if config.steps else ""),
-            f"loss {loss:.3f}",
-            f"validation {validation.headline()}" if validation else "",
-            f"{rate:,.0f} tok/s",
-            f"MFU {self.flops_per_token * rate / self.peak:.1%}",
-            f"ETA {duration(max(left, 0.0))}",
-        ]
-        self.display.update(done, "  ".join(filter(None, parts)), force=force)
+        losses = self.objective.losses
+        if self.config.training.compile:
+            losses = torch.compile(losses)
+            with keep_random_state(self.device), autocast(self.device, self.state.dtype):
+                sum(losses(self.model, self._sample()).values()).backward()
+            self.model.zero_grad(set_to_none=True)
+        return losses
 
     def _evaluate(self, limit: int) -> None:
         """Score the validation split, or ``limit`` windows of it; the clock stands meanwhile."""
         training, state = self.config.training, self.state
-        self._flush()
         with self._clock.pause():
             result = self.objective.evaluate(self.model, training.rows, state.dtype, limit)
         self._validation, self._evaluated = result, (state.step, result.tokens)
-        self._metrics.write(
-            [{"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 4),
-              "validation_loss": result.loss, "validation_tokens": result.tokens,
-              **{f"validation_{name}": score for name, score in result.scores.items()}}]
-        )  # fmt: skip
+        state.validation = result.loss
+        self._meters.evaluation(result)
 
-    def _save(self) -> None:
-        self._flush()  # refuses to save what has diverged
-        save_checkpoint(
-            self.folder / "checkpoints", self.model, self.dataset.tokenizer, self.optimizers, self.state,
-            self.config.training.keep_checkpoints,
-        )  # fmt: skip
+    def _save(self, final: bool = False) -> None:
+        """Begin to save what there is now; wait for it at the end, or where training is not to go on meanwhile."""
+        # A checkpoint has the metrics of all its steps on the disk before it.
+        self._meters.flush(self._now())
+        with self._clock.pause():
+            if self._saver.saved != self.state.step and self._saver.saving != self.state.step:
+                self._saver.save(self.state, self.optimizers.state_dict())
+            if final or not self.config.training.background_saving:
+                self._saver.wait(final)
 
     def _finish(self) -> None:
         """The model's folder, the picture, the samples, and the result in words."""
@@ -304,70 +331,3 @@ class Run:
         else:
             say(f"xz -9 primed with the training text: {xz:.4f} bits per byte")
         say(f"in {self.folder}: model/, loss.png, samples.txt, metrics.jsonl, config.toml")
-
-
-def train(config: RunConfig, folder: str | Path | None = None, *, quiet: bool = False) -> Result:
-    """Train from scratch in ``folder``, which is made and must not hold a run yet; None: the next free runs/NNNN.
-
-    Raises:
-        InputError: the settings, the text and the folder do not allow it; nothing has been trained then.
-        Diverged: the loss is not finite any more.
-        OSError: something cannot be written.
-    """
-    if folder is not None and (Path(folder) / "checkpoints").exists():
-        raise InputError(f"{folder}: holds a run already; go on with --resume {folder}, or choose another --out")
-    pick_device(config.training.device)
-    with _new_folder(folder) as folder:
-        display = Display(quiet)
-        dataset = load_dataset(config.data, folder / "data", vocab_size=config.model.vocab_size, say=display.say)
-        model = replace(config.model, vocab_size=dataset.tokenizer.vocab_size)
-        run = Run(replace(config, model=model), folder, dataset, display, None)
-        write_text(folder / CONFIG, run.config.to_toml())
-        run.measure()
-    return run.train()
-
-
-def _next_run() -> Path:
-    numbers = [int(path.name) for path in RUNS.glob("[0-9]*") if path.name.isdigit()]
-    return RUNS / f"{max(numbers, default=0) + 1:04d}"
-
-
-@contextlib.contextmanager
-def _new_folder(name: str | Path | None) -> Iterator[Path]:
-    """Make the run's folder; if the block raises, remove what was not there before."""
-    folder = Path(name) if name is not None else _next_run()
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        try:
-            folder.mkdir(parents=True, exist_ok=name is not None)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise InputError(f"{folder}: cannot write there: {error.strerror}") from error
-        yield folder
-    except BaseException:
-        if made:
-            shutil.rmtree(made[-1], ignore_errors=True)
-        raise
-
-
-def resume(checkpoint: str | Path, changes: Mapping[str, object] | None = None, *, quiet: bool = False) -> Result:
-    """Go on with a run, exactly as if it had not stopped.
-
-    Args:
-        checkpoint: the run's folder (its newest checkpoint is taken), or one checkpoint in it.
-        changes: fields of TrainingConfig marked ``resume``, with new values; they are saved with the run.
-
-    Raises:
-        InputError: there is no whole checkpoint, or something of the run's folder does not fit it.
-        Diverged, OSError: as for :func:`train`.
-    """
-    path = find_checkpoint(checkpoint).resolve()
-    folder = path.parent.parent if path == Path(checkpoint).resolve() else Path(checkpoint)
-    config = read_run_config(folder / CONFIG)
-    if changes:
-        config = replace(config, training=build(TrainingConfig, changes, "command line", config.training))
-    run = Run(config, folder, open_dataset(folder / "data"), Display(quiet), path)
-    write_text(folder / CONFIG, run.config.to_toml())
-    run.measure()
-    return run.train()

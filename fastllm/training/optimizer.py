@@ -9,6 +9,12 @@ from torch import nn
 
 from .config import TrainingConfig
 
+# What each optimiser keeps of a parameter.
+_QUANTITIES = {
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+    torch.optim.Muon: {"momentum_buffer"},
+}
+
 
 def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """The trainable parameters by what they are: ``hidden`` matrices, ``embedding`` tables (a head too), ``vector``s.
@@ -69,6 +75,9 @@ class Optimizers:
     def step(self) -> None:
         for optimizer in self._optimizers:
             optimizer.step()
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
 
@@ -89,13 +98,23 @@ class Optimizers:
         """The reverse of :meth:`state_dict`.
 
         Raises:
-            ValueError: ``tensors`` names a parameter that these optimisers do not have.
+            ValueError: ``tensors`` names a parameter that these optimisers do not have, or what one of them keeps of it
+                is not all there, or not of its shape.
         """
         by_name = {self._names[id(p)]: (o, p) for o in self._optimizers for g in o.param_groups for p in g["params"]}
+        found: dict[str, set[str]] = {}
         for key, value in tensors.items():
             name, _, quantity = key.rpartition(":")
             if name not in by_name:
                 raise ValueError(f"optimizer state of an unknown parameter: {name}")
             optimizer, parameter = by_name[name]
+            shape = () if quantity == "step" else tuple(parameter.shape)
+            if quantity not in _QUANTITIES[type(optimizer)] or tuple(value.shape) != shape or value.is_complex():
+                raise ValueError(f"optimizer state {key}: {tuple(value.shape)} does not fit the parameter {shape}")
+            found.setdefault(name, set()).add(quantity)
             # The step count of AdamW is a scalar that lives beside the parameter.
             optimizer.state[parameter][quantity] = value.to(parameter.device)
+        for name, quantities in found.items():
+            missing = _QUANTITIES[type(by_name[name][0])] - quantities
+            if missing:
+                raise ValueError(f"optimizer state of {name}: {min(missing)} is missing")

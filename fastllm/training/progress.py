@@ -1,10 +1,11 @@
-"""What a run tells while it goes: a live display, metrics.jsonl, and TensorBoard where it is installed."""
+"""What a run tells while it goes: a live display, metrics.jsonl, TensorBoard where it is installed, and W&B."""
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import importlib.util
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
+from ..config import InputError
 from ..files import naming, write_text
 
 # Seconds between plain lines where the output is not a terminal.
@@ -33,40 +35,92 @@ def duration(seconds: float) -> str:
 
 
 class Metrics:
-    """metrics.jsonl, one JSON object a line, and the same numbers to TensorBoard where it is installed.
+    """metrics.jsonl, one JSON object a line; the same numbers to TensorBoard where it is installed, and to W&B.
 
-    A training line has step, tokens, seconds (of training), loss (nats per token, exact over the whole batch),
-    lr and muon_lr (the learning rates), grad_norm (before clipping) and tokens_per_second; an evaluation line has
-    step, tokens, seconds, validation_loss, validation_bits_per_byte and validation_tokens (how many were scored).
+    A training line has step, tokens, seconds (of training), loss (nats per token, exact over the whole batch; null
+    where it is not finite), the loss's terms, lr and muon_lr (the learning rates), grad_norm (before clipping),
+    data_seconds, forward_seconds, backward_seconds and update_seconds (of the host, see Timer), rank_skew_seconds and
+    slowest_rank (with several ranks), skipped (so far; and skipped_because), tokens_per_second and mfu. An evaluation
+    line has step, tokens, seconds, validation_loss, validation_tokens (how many were scored) and the scores.
+
+    A line that cannot be written, the disk being full, waits for the next time; an error is raised by :meth:`close`.
+
+    Args:
+        wandb: a W&B project to log to as well.
+
+    Raises:
+        InputError: W&B was asked for and is not installed.
     """
 
-    def __init__(self, folder: Path, resume_step: int = 0):
+    def __init__(self, folder: Path, resume_step: int = 0, wandb: str | None = None):
         self._path = folder / "metrics.jsonl"
         # A run that was killed may have written beyond its last checkpoint; those steps come again.
         kept = [line for line in read_metrics(self._path) if line["step"] <= resume_step]
         write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
-        self._board = None
+        self._waiting = ""
+        self._error: OSError | None = None
+        self._board = self._wandb = None
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+        if wandb is not None:
+            self._wandb = _wandb_run(folder, wandb)
 
     def write(self, lines: list[dict[str, Any]]) -> None:
-        with naming(self._path):
-            self._file.write("".join(json.dumps(line) + "\n" for line in lines))
-            self._file.flush()
-        if self._board is not None:
-            for line in lines:
-                for key in line.keys() - {"step", "tokens", "seconds"}:
-                    self._board.add_scalar(key, line[key], line["step"])
+        self._waiting += "".join(json.dumps(line) + "\n" for line in lines)
+        self._append()
+        for line in lines:
+            numbers = {
+                key: value
+                for key, value in line.items()
+                if key not in ("step", "tokens", "seconds") and isinstance(value, int | float)
+            }
+            if self._board is not None:
+                for key, value in numbers.items():
+                    self._board.add_scalar(key, value, line["step"])
+            if self._wandb is not None:
+                self._wandb.log(numbers, step=line["step"])
+
+    def _append(self) -> None:
+        """Add what waits to the file; what a full disk cut off is taken back, so that a line is whole or not there."""
+        try:
+            with naming(self._path), open(self._path, "ab", buffering=0) as file:
+                size = file.tell()
+                content = self._waiting.encode()
+                try:
+                    if file.write(content) != len(content):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(size)
+                    raise
+        except OSError as error:
+            self._error = error
+        else:
+            self._waiting, self._error = "", None
 
     def close(self) -> None:
-        # After a failed write, closing tries again and fails again: the first error is the one to see.
-        with contextlib.suppress(OSError):
-            self._file.close()
+        """Write what still waits.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self._waiting:
+            self._append()
+        if self._error is not None:
+            raise self._error
+
+
+def _wandb_run(folder: Path, project: str):
+    if importlib.util.find_spec("wandb") is None:
+        raise InputError("wandb: a project was given, but W&B is not installed (pip install wandb)")
+    import wandb
+
+    return wandb.init(project=project, name=folder.name, dir=str(folder), resume="allow")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -109,6 +163,11 @@ class Display:
         """A line that stays."""
         with naming("standard output"):
             self.console.print(printable(text), markup=False)
+
+    def warn(self, text: str) -> None:
+        """A line on standard error, also where nothing else is shown."""
+        with naming("standard error"):
+            Console(stderr=True, highlight=False, soft_wrap=True).print(f"fastllm: warning: {text}", markup=False)
 
     def update(self, done: float, text: str, force: bool = False) -> None:
         """The state of things; where there is no terminal, a line every few seconds, or at once with ``force``."""

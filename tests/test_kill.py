@@ -1,0 +1,73 @@
+"""Training that is killed with SIGKILL, at any moment and while it saves, ends as if nothing had happened."""
+
+import random
+import shutil
+import time
+
+import pytest
+import toy
+from toy import weights
+
+from fastllm.training.checkpoint import checkpoints
+from fastllm.training.progress import read_metrics
+
+KILLS = 5
+
+
+def kill_at_random(process, run, draw, while_saving):
+    """SIGKILL after a random while, or in the middle of one of the next checkpoints; False if it ended before."""
+    folder = run / "checkpoints"
+    deadline = time.monotonic() + draw.uniform(0.02, 0.35)
+    to_see = draw.randint(1, 3)
+    seen, before = 0, None
+    while process.is_alive():
+        if while_saving:
+            now = next(folder.glob(".step-*.tmp"), None)
+            if now is not None and now != before:
+                seen, before = seen + 1, now
+                if seen >= to_see:
+                    time.sleep(draw.choice([0, 0.001, 0.004]))
+                    break
+        elif time.monotonic() > deadline and (run / "metrics.jsonl").exists():
+            break
+        time.sleep(0.0005)
+    killed = process.is_alive()
+    process.kill()
+    process.join()
+    return killed
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_killed_five_times_a_run_ends_bitwise_like_an_undisturbed_one(config, tmp_path, dtype):
+    draw = random.Random(dtype)
+    start = toy.processes().Process
+    settings = config(steps=60, dtype=dtype, checkpoint_interval=4, eval_interval=10, micro_batch_size=2)
+    whole = start(target=toy.train_or_resume, args=(settings, tmp_path / "whole", {}))
+    whole.start()
+    whole.join()
+    assert whole.exitcode == 0
+    run = tmp_path / "run"
+    kills, torn = 0, 0
+    while kills < KILLS:
+        # How often one looks and saves changes from one life to the next, and nothing else with it.
+        changes = {"eval_interval": draw.choice([0, 3, 10]), "checkpoint_interval": draw.choice([2, 4, 5])}
+        process = start(target=toy.train_or_resume, args=(settings, run, changes))
+        process.start()
+        if kill_at_random(process, run, draw, while_saving=kills % 2 == 0):
+            kills += 1
+            torn += any((run / "checkpoints").glob(".step-*.tmp"))
+        else:
+            assert process.exitcode == 0
+            shutil.rmtree(run)  # it came to its end: begin again
+    last = start(target=toy.train_or_resume, args=(settings, run, {"eval_interval": 10}))
+    last.start()
+    last.join()
+    assert last.exitcode == 0
+    assert torn, "no kill fell into a save"
+    assert weights(run) == weights(tmp_path / "whole")
+    states = [checkpoints(path / "checkpoints")[-1] / "optimizer.safetensors" for path in (run, tmp_path / "whole")]
+    assert states[0].read_bytes() == states[1].read_bytes()
+    lines = [read_metrics(path / "metrics.jsonl") for path in (run, tmp_path / "whole")]
+    for key in ("loss", "grad_norm", "lr"):
+        assert len({tuple(line[key] for line in one if "lr" in line) for one in lines}) == 1, key
+    assert lines[0][-1]["validation_loss"] == lines[1][-1]["validation_loss"]
