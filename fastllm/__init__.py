@@ -1,10 +1,23 @@
 """Fused kernels for PyTorch models, and a language model from scratch on top of them."""
 
 from . import functional, nn
+from .drop_in import Report, accelerate, accelerated, revert
 from .registry import OPS, BackendError, backend
 from .version import __version__
 
-__all__ = ["OPS", "BackendError", "__version__", "backend", "functional", "info", "nn"]
+__all__ = [
+    "OPS",
+    "BackendError",
+    "Report",
+    "__version__",
+    "accelerate",
+    "accelerated",
+    "backend",
+    "functional",
+    "info",
+    "nn",
+    "revert",
+]
 
 
 def info() -> str:

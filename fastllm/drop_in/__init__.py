@@ -1,0 +1,146 @@
+"""accelerate() and revert() for any torch.nn.Module, accelerated() for functional calls."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+
+import torch
+
+from . import forwards  # noqa: F401  (registers the forwards)
+from .attention import INTERFACE, attention_decisions, give_back, take_over
+from .mode import accelerated
+from .report import Entry, Estimate, Report
+from .rules import OPS_SERVED, Decision, Rules
+from .swap import swap, unswap
+
+__all__ = ["Entry", "Estimate", "Report", "accelerate", "accelerated", "revert"]
+
+
+class _Filter:
+    """``only`` or ``skip``: ops by name, classes, module paths with wildcards."""
+
+    def __init__(self, argument: str, value, model: torch.nn.Module):
+        items = [value] if isinstance(value, str | type) else list(value)
+        self.ops, self.classes, self.globs = set(), [], []
+        paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
+        for item in items:
+            if isinstance(item, type):
+                self.classes.append(item)
+            elif not isinstance(item, str):
+                raise TypeError(
+                    f"accelerate: {argument} takes op names, module paths (with * and ?) and classes, got {item!r}"
+                )
+            elif item in OPS_SERVED:
+                self.ops.add(item)
+            elif any(fnmatch.fnmatchcase(path, item) for path in paths):
+                self.globs.append(item)
+            else:
+                raise ValueError(
+                    f"accelerate: {argument}={item!r} is neither an op ({', '.join(OPS_SERVED)}) nor a module's path"
+                )
+
+    def matches(self, path: str, module: torch.nn.Module, op: str) -> bool:
+        return (
+            op in self.ops
+            or isinstance(module, tuple(self.classes))
+            or any(fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(path, f"{glob}.*") for glob in self.globs)
+        )
+
+
+def accelerate(
+    model: torch.nn.Module,
+    *,
+    only: str | type | Iterable[str | type] | None = None,
+    skip: str | type | Iterable[str | type] | None = None,
+    verify: bool = True,
+    dry_run: bool = False,
+) -> Report:
+    """Let ``model``'s own modules run on fastllm's ops, in place, and say what was done.
+
+    torch.nn's norms, embeddings, cross-entropy and multi-head attention are found by their type; any other class that
+    normalises by what its forward computes, measured on random inputs (:func:`fastllm.drop_in.norms.recognise`);
+    vocabulary heads by being the model's output embeddings, or as wide as an embedding is long; attention by
+    transformers' AttentionInterface, as "fastllm". What is not certain is left, with the reason.
+
+    Only these instances change. Parameters, buffers, hooks, state_dict keys, dtype, device, tying and training mode
+    stay; pickling and copying keep the acceleration. :func:`revert` takes it back. Call it before or after
+    ``torch.compile``, DDP, ``fully_shard`` or an adapter, before or after the weights are loaded. A call that a kernel
+    does not serve (a DTensor, another dtype, vmap) takes the forward that was there before.
+
+    In training, logits of a head are computed when somebody reads them: ``F.cross_entropy`` of them never does. Reading
+    them after the weights have changed raises; ``skip="linear_cross_entropy"`` keeps them as they were.
+
+    Args:
+        model: any module tree.
+        only: what alone is to be considered: ops by name (``"rms_norm"``), module paths, with wildcards, of modules and
+            all below them (``"encoder.*"``), classes; one or several.
+        skip: the same, for what is to be left.
+        verify: measure look-alikes. False leaves them all and is for large models whose classes are torch's own.
+        dry_run: decide and report, change nothing.
+
+    Returns:
+        A :class:`Report`: print it.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: ``only`` or ``skip`` names what there is not.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
+    wanted = None if only is None else _Filter("only", only, model)
+    unwanted = None if skip is None else _Filter("skip", skip, model)
+
+    def filtered(path: str, module: torch.nn.Module, op: str) -> str | None:
+        if unwanted is not None and unwanted.matches(path, module, op):
+            return "skip names it"
+        if wanted is not None and not wanted.matches(path, module, op):
+            return "only does not name it"
+        return None
+
+    report = Report()
+    rules = Rules(model, verify, sums=lambda path, module: filtered(path, module, "embedding_sum") is None)
+    decisions = [(path, module, rules.decide(path, module)) for path, module in model.named_modules()]
+    for path, module, decision in [*decisions, *attention_decisions(model)]:
+        if decision is None:
+            continue
+        why = filtered(path, module, decision.op) if decision.kind is not None else None
+        if why is not None:
+            decision = Decision(decision.op, None, why)
+        if decision.kind is not None and not dry_run:
+            decision = _carry_out(model, module, decision)
+        _note(path, module, decision, report)
+    return report
+
+
+def _carry_out(model, module, decision: Decision) -> Decision:
+    if decision.kind is INTERFACE:
+        take_over(model, module)
+        return decision
+    try:
+        swap(module, decision.kind)
+    except TypeError as error:
+        return Decision(decision.op, None, f"Python refuses it another class: {error}")
+    return decision
+
+
+def _note(path: str, module, decision: Decision, report: Report) -> None:
+    served = decision.kind is not None
+    entry = Entry(path, type(module).__name__, decision.op if served else "", decision.why)
+    (report.swapped if served else report.left).append(entry)
+    if served and decision.size is not None:
+        report.sizes.append(decision.size)
+
+
+def revert(model: torch.nn.Module) -> int:
+    """Take back what :func:`accelerate` did to ``model``; returns the number of modules that were changed.
+
+    Their forwards are then the very ones from before, so outputs are bit for bit what they were. A copy or an unpickled
+    model can be reverted as well. A model that was never accelerated is left as it is.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"revert: model must be a torch.nn.Module, got {type(model).__name__}")
+    return sum(unswap(module) for module in model.modules()) + give_back(model)

@@ -1,0 +1,87 @@
+"""Tensors that are computed when somebody looks: the logits of a head, the rows of an embedding.
+
+A head that is followed by cross-entropy need not compute its logits, and two embeddings that are added need not each
+be written. Neither module sees what becomes of its output. So each gives a :class:`Deferred`: a tensor of the right
+shape, dtype and device that remembers how it is made. ``F.cross_entropy`` of deferred logits is
+``linear_cross_entropy``, the sum of deferred rows is ``embedding_sum``, and everything else that anyone does with one
+computes its values first and goes on with those. Autograd knows it as the output of its own node, so it has a gradient
+wherever it goes, also through code that never asks Python.
+
+Reading a deferred tensor after its weights have changed (logits after the optimizer's step) cannot give what the
+forward would have given, and raises; so does asking for the gradient at logits whose loss has been taken already.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils import _pytree as pytree
+
+# Functions of a tensor that do not look at its values.
+METADATA = {
+    getattr(torch.Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_cuda", "is_cpu", "is_sparse",
+                 "is_nested", "is_quantized", "is_leaf", "grad_fn", "itemsize", "nbytes", "is_meta", "is_mkldnn")
+} | {
+    torch.Tensor.size, torch.Tensor.dim, torch.Tensor.ndimension, torch.Tensor.numel, torch.Tensor.nelement,
+    torch.Tensor.stride, torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.Tensor.get_device,
+    torch.Tensor.element_size, torch.Tensor.__len__, torch.is_floating_point, torch.is_complex, torch.numel,
+    torch.Tensor.is_contiguous,
+}  # fmt: skip
+
+
+class Deferred(torch.Tensor):
+    """A tensor whose values come from ``plan`` when they are needed; see the module's docstring."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        for tensor in pytree.arg_tree_leaves(*args, **kwargs):
+            if isinstance(tensor, Deferred) and tensor.plan.value is None:
+                result = tensor.plan.handle(tensor, func, args, kwargs)
+                if result is not NotImplemented:
+                    return result
+        args, kwargs = pytree.tree_map_only(Deferred, value_of, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        # Code below Python's reach; autograd has recorded the call already, on the node that made this tensor.
+        args, kwargs = pytree.tree_map_only(Deferred, lambda t: value_of(t).detach(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __repr__(self, **kwargs):
+        return repr(value_of(self))
+
+
+def value_of(tensor):
+    """``tensor`` itself, or what a :class:`Deferred` stands for, with its place in the graph."""
+    return tensor.plan.read(tensor) if type(tensor) is Deferred else tensor
+
+
+class _Defer(torch.autograd.Function):
+    """A :class:`Deferred` as the output of a node: ``plan`` gives its shape and dtype, and its gradient."""
+
+    @staticmethod
+    def forward(ctx, plan, *inputs):
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs)
+        tensor = torch.Tensor._make_wrapper_subclass(
+            Deferred, plan.shape, dtype=plan.dtype, device=inputs[0].device, requires_grad=False
+        )
+        tensor.plan = plan
+        return tensor
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad is None:
+            return None, *[None] * len(ctx.saved_tensors)
+        return None, *ctx.plan.gradients(grad, ctx.saved_tensors, ctx.needs_input_grad[1:])
+
+
+def defer(plan, *inputs) -> Deferred:
+    """The deferred tensor of ``plan``, a function of ``inputs`` as far as autograd is concerned."""
+    return _Defer.apply(plan, *inputs)

@@ -1,0 +1,114 @@
+"""The forwards of torch's own modules, as :func:`fastllm.accelerate` replaces them."""
+
+from __future__ import annotations
+
+import torch
+
+from ..functional import cross_entropy, embedding, layer_norm, rms_norm
+from ..ops.multihead_attention import multihead_attention
+from .deferred import Deferred, value_of
+from .logits import Logits
+from .plain import hooked, plain
+from .rows import Rows
+from .swap import forward_of
+
+
+def _fits(module, x, *parameters) -> bool:
+    shape = module.normalized_shape
+    return (
+        plain(x, *parameters)
+        and x.is_floating_point()
+        and tuple(x.shape[-len(shape) :]) == tuple(shape)
+        and all(p is None or (p.device == x.device and p.dtype == x.dtype) for p in parameters)
+    )
+
+
+@forward_of("layer_norm")
+def layer_norm_forward(module, original, options, input):
+    x = value_of(input)
+    if not _fits(module, x, module.weight, module.bias):
+        return original(module, x)
+    return layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
+
+
+@forward_of("rms_norm")
+def rms_norm_forward(module, original, options, x):
+    x = value_of(x)
+    if not _fits(module, x, module.weight):
+        return original(module, x)
+    return rms_norm(x, module.normalized_shape, module.weight, module.eps)
+
+
+@forward_of("embedding")
+def embedding_forward(module, original, may_defer: bool, input):
+    weight = module.weight
+    if not plain(input, weight) or input.dtype not in (torch.int64, torch.int32) or not weight.is_floating_point():
+        return original(module, input)
+    if input.device != weight.device:
+        return original(module, input)
+    simple = module.max_norm is None and not module.sparse and not module.scale_grad_by_freq
+    if may_defer and simple and not torch.compiler.is_compiling() and not torch.jit.is_tracing() and not hooked(module):
+        return Rows.of(input, weight, module.padding_idx)
+    return embedding(
+        input, weight, module.padding_idx, module.max_norm, module.norm_type, module.scale_grad_by_freq, module.sparse
+    )
+
+
+@forward_of("linear_cross_entropy")
+def head_forward(module, original, options, input):
+    x = value_of(input)
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or not (module.training and torch.is_grad_enabled())
+        or hooked(module)
+        or not plain(x, module.weight, module.bias)
+        or not x.is_floating_point()
+        or x.dim() < 2
+        or x.shape[-1] != module.weight.shape[1]
+        or x.device != module.weight.device
+        or not (x.requires_grad or module.weight.requires_grad)
+        or not (torch.is_autocast_enabled(x.device.type) or x.dtype == module.weight.dtype)
+    ):
+        return original(module, x)
+    return Logits.of(x, module.weight, module.bias)
+
+
+@forward_of("cross_entropy")
+def cross_entropy_forward(module, original, options, input, target):
+    if isinstance(input, Deferred) or not plain(input, target, module.weight):
+        return original(module, input, target)
+    if (
+        not input.is_floating_point()
+        or not (target.is_floating_point() or target.dtype in (torch.int64, torch.uint8))
+        or target.device != input.device
+    ):
+        return original(module, input, target)
+    return cross_entropy(
+        input, target, module.weight, ignore_index=module.ignore_index, reduction=module.reduction,
+        label_smoothing=module.label_smoothing,
+    )  # fmt: skip
+
+
+def _is_linear(module) -> bool:
+    """Whether torch, which reads its parameters and never calls it, would see the same layer."""
+    return type(module).forward is torch.nn.Linear.forward and not hooked(module) and "forward" not in vars(module)
+
+
+@forward_of("multihead_attention")
+def multihead_attention_forward(
+    module, original, options, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
+    average_attn_weights=True, is_causal=False,
+):  # fmt: skip
+    same = query is key and key is value
+    query, key, value = (value_of(x) for x in (query, key, value))
+    if same:
+        key = value = query
+    weights = [p for p in module.parameters() if p is not None]
+    ordinary = not need_weights and plain(query, key, value, key_padding_mask, attn_mask, *weights)
+    if not ordinary or not query.is_floating_point() or not _is_linear(module.out_proj):
+        return original(
+            module, query, key, value, key_padding_mask=key_padding_mask, need_weights=need_weights,
+            attn_mask=attn_mask, average_attn_weights=average_attn_weights, is_causal=is_causal,
+        )  # fmt: skip
+    return multihead_attention(module, query, key, value, key_padding_mask, attn_mask, is_causal)

@@ -1,0 +1,273 @@
+"""Logits that are computed when somebody reads them, and whose cross-entropy never computes them all."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..functional import linear_cross_entropy
+from .deferred import Deferred, defer
+from .plain import plain
+
+SKIP = 'fastllm.accelerate(model, skip="linear_cross_entropy") keeps logits as they were'
+
+
+class _Values(torch.autograd.Function):
+    """From a :class:`Deferred` to its values: the gradient passes through it, and through hooks on it."""
+
+    @staticmethod
+    def forward(ctx, tensor, plan):
+        return plan.compute()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def _autocast_state(device_type: str):
+    return torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+
+
+class Logits:
+    """The plan of ``linear(hidden, weight, bias)``, reshaped, indexed, cast, scaled and soft-capped since.
+
+    Each step is a plan of its own, with its parent; ``rows`` are the hidden states that belong to its rows.
+    """
+
+    def __init__(self, hidden, weight, bias, *, parent=None, step=None, view=False, rows=None, shape, dtype):
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.parent, self.step, self.view = parent, step, view
+        self.rows = hidden if rows is None else rows
+        self.shape, self.dtype = torch.Size(shape), dtype
+        self.class_dim = len(shape) - 1
+        # last: the last factor; pending: the soft cap that tanh has begun.
+        self.scale, self.softcap, self.last, self.pending = 1.0, None, 1.0, None
+        self.value = None
+        self.consumed = False
+        if parent is None:
+            self.autocast = _autocast_state(hidden.device.type)
+            self.versions = [t if t is None else t._version for t in (hidden, weight, bias)]
+        else:
+            self.autocast, self.versions = parent.autocast, parent.versions
+
+    @staticmethod
+    def of(hidden, weight, bias) -> Deferred:
+        """Deferred ``F.linear(hidden, weight, bias)``."""
+        narrow, dtype = _autocast_state(hidden.device.type)
+        shape = (*hidden.shape[:-1], weight.shape[0])
+        plan = Logits(hidden, weight, bias, shape=shape, dtype=dtype if narrow else hidden.dtype)
+        return defer(plan, hidden, weight, *([] if bias is None else [bias]))
+
+    def _check_fresh(self) -> None:
+        for tensor, version in zip((self.hidden, self.weight, self.bias), self.versions, strict=True):
+            if tensor is None:
+                continue
+            if tensor._version != version:
+                raise RuntimeError(
+                    "these logits were not computed in the forward, and the weights or hidden states that they are "
+                    f"made of have changed since (an optimizer's step?); read them before that, or {SKIP}"
+                )
+            if tensor.untyped_storage().nbytes() == 0 and tensor.numel():
+                raise RuntimeError(
+                    "these logits were not computed in the forward, and their weights have been freed since (sharded "
+                    f"parameters); read them inside the forward, or {SKIP}"
+                )
+
+    def compute(self) -> torch.Tensor:
+        self._check_fresh()
+        with torch.autocast(self.hidden.device.type, self.autocast[1], enabled=self.autocast[0]):
+            return torch.nn.functional.linear(self.hidden, self.weight, self.bias)
+
+    def read(self, tensor: Deferred) -> torch.Tensor:
+        """The values, computed once; changes in place then show in what was derived from them as views."""
+        if self.value is None:
+            with torch.enable_grad():
+                self.value = self._make(tensor)
+            self.version = self.value._version
+        return self.value if torch.is_grad_enabled() else self.value.detach()
+
+    def _make(self, tensor: Deferred) -> torch.Tensor:
+        if self.parent is None:
+            return _Values.apply(tensor, self)
+        base = self.parent.read(self.parent_tensor)
+        if not self.view and base._version != self.parent.version:
+            # Somebody has changed the parent in place since; what was derived before did not change with it.
+            base = self.parent._anew()
+        return self.step(base)
+
+    def _anew(self) -> torch.Tensor:
+        return self.compute() if self.parent is None else self.step(self.parent._anew())
+
+    def gradients(self, grad, inputs, needs):
+        if self.parent is not None:
+            with torch.enable_grad():
+                _, pull = torch.func.vjp(self.step, self.parent.read(self.parent_tensor).detach())
+            return pull(grad)
+        hidden, weight = (t.to(grad.dtype) for t in inputs[:2])
+        flat = grad.reshape(-1, grad.shape[-1])
+        grads = [None] * len(inputs)
+        if needs[0]:
+            grads[0] = (grad @ weight).to(inputs[0].dtype)
+        if needs[1]:
+            grads[1] = (flat.t() @ hidden.reshape(-1, hidden.shape[-1])).to(inputs[1].dtype)
+        if len(inputs) > 2 and needs[2]:
+            grads[2] = flat.sum(0).to(inputs[2].dtype)
+        return grads
+
+    def _derive(self, tensor, step, *, view, rows=None, dtype=None, shape=None, class_dim=None, **changes) -> Deferred:
+        shape = self.shape if shape is None else shape
+        plan = Logits(
+            self.hidden, self.weight, self.bias, parent=self, step=step, view=view, shape=shape,
+            rows=self.rows if rows is None else rows, dtype=self.dtype if dtype is None else dtype,
+        )  # fmt: skip
+        plan.class_dim = (len(shape) - 1) if class_dim is None else class_dim
+        plan.parent_tensor = tensor
+        plan.scale, plan.softcap, plan.pending = self.scale, self.softcap, self.pending
+        plan.last = 1.0 if dtype is None else self.last
+        for name, value in changes.items():
+            setattr(plan, name, value)
+        return defer(plan, tensor)
+
+    def _unread(self) -> bool:
+        plan = self
+        while plan is not None:
+            if plan.value is not None:
+                return False
+            plan = plan.parent
+        return True
+
+    def handle(self, tensor, func, args, kwargs):
+        """What ``func`` gives without the values, or NotImplemented."""
+        if func is torch.autograd.grad:
+            if self.consumed:
+                raise RuntimeError(f"the loss of these logits was taken without computing them; {SKIP}")
+            return NotImplemented
+        if func in (torch.Tensor.register_hook, torch.Tensor.retain_grad):
+            return self._hook(tensor, func, args, kwargs)
+        if not self._unread():
+            return NotImplemented
+        if func is torch.nn.functional.cross_entropy and args and args[0] is tensor:
+            return self._loss(*args[1:], **kwargs)
+        if args and args[0] is tensor and torch.is_grad_enabled():
+            return _step(self, tensor, func, args[1:], kwargs)
+        return NotImplemented
+
+    def _hook(self, tensor, func, args, kwargs):
+        ours = func is torch.Tensor.register_hook and str(getattr(args[1], "__module__", "")).startswith("torch.")
+        if self.consumed and not ours:
+            raise RuntimeError(f"the loss of these logits was taken without computing them; {SKIP}")
+        if not ours:
+            self.read(tensor)  # from here on they are ordinary logits, whose loss passes through them
+            return NotImplemented
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    def _loss(
+        self, target=None, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean",
+        label_smoothing=0.0,
+    ):  # fmt: skip
+        if self.class_dim != 1 or self.pending is not None or size_average is not None or reduce is not None:
+            return NotImplemented
+        if type(target) is not torch.Tensor or target.dtype not in (torch.int64, torch.uint8):
+            return NotImplemented
+        if target.shape != self.shape[:1] + self.shape[2:] or target.device != self.rows.device:
+            return NotImplemented
+        if weight is not None and (not plain(weight) or weight.requires_grad):
+            return NotImplemented
+        self._check_fresh()
+        out = self.dtype
+        if torch.is_autocast_enabled(self.hidden.device.type):
+            out = torch.promote_types(out, torch.float32)
+        plan = self
+        while plan is not None:
+            plan.consumed = True
+            plan = plan.parent
+        enabled, narrow = self.autocast
+        if not enabled and self.rows.dtype in (torch.bfloat16, torch.float16) and out == torch.float32:
+            enabled, narrow = True, self.rows.dtype  # the op gives its loss in fp32 under autocast
+        with torch.autocast(self.hidden.device.type, narrow, enabled=enabled):
+            return linear_cross_entropy(
+                self.rows, self.weight, target, linear_bias=self.bias, weight=weight, reduction=reduction,
+                ignore_index=ignore_index, label_smoothing=label_smoothing, softcap=self.softcap,
+                logit_scale=self.scale,
+            ).to(out)  # fmt: skip
+
+
+def _number(value) -> float | None:
+    return float(value) if type(value) in (int, float) and value == value and value != 0 else None
+
+
+def _step(plan: Logits, tensor, func, args, kwargs):
+    """One more deferred step after ``plan``, or NotImplemented."""
+    name = getattr(func, "__name__", "")
+    last = len(plan.shape) - 1
+    if name == "contiguous" and not args and not kwargs:
+        return tensor
+    if name in ("float", "to", "double", "half", "bfloat16") and not kwargs:
+        dtype = {"float": torch.float32, "double": torch.float64}.get(name) or (args[0] if len(args) == 1 else None)
+        if dtype is plan.dtype or dtype == plan.rows.device:
+            return tensor
+        if dtype is torch.float32 and plan.dtype.itemsize < 4:
+            return plan._derive(tensor, lambda x: x.to(dtype), view=False, dtype=dtype)
+        return NotImplemented
+    if name in ("mul", "div", "true_divide", "__mul__", "__rmul__", "__truediv__", "__div__") and len(args) == 1:
+        number = _number(args[0])
+        if number is None or kwargs or plan.softcap is not None:
+            return NotImplemented
+        factor = number if "mul" in name else 1.0 / number
+        if plan.pending is not None:  # a soft cap ends with the number that tanh's argument was divided by
+            if not math.isclose(factor, plan.pending, rel_tol=1e-9):
+                return NotImplemented
+            return plan._derive(tensor, lambda x: func(x, args[0]), view=False, softcap=plan.pending, pending=None)
+        return plan._derive(tensor, lambda x: func(x, args[0]), view=False, scale=plan.scale * factor, last=factor)
+    if name == "tanh" and not args and not kwargs and plan.softcap is None and plan.pending is None:
+        # tanh(z / cap), and cap to come: the scale before the division is the logits' own.
+        return plan._derive(tensor, func, view=False, scale=plan.scale / plan.last, pending=1.0 / plan.last)
+    if plan.class_dim != last:
+        return NotImplemented
+    if name in ("view", "reshape") and not kwargs:
+        sizes = args[0] if len(args) == 1 and isinstance(args[0], tuple | list | torch.Size) else args
+        if all(type(s) is int for s in sizes) and sizes and sizes[-1] == plan.shape[-1]:
+            rows = plan.rows.reshape(*sizes[:-1], plan.rows.shape[-1])
+            shape = (*rows.shape[:-1], plan.shape[-1])
+            return plan._derive(tensor, lambda x: func(x, *args), view=True, rows=rows, shape=shape)
+    if name == "flatten" and last >= 2 and (tuple(args), dict(kwargs)) in (((0, last - 1), {}), ((0, -2), {})):
+        rows = plan.rows.flatten(0, -2)
+        return plan._derive(tensor, lambda x: func(x, *args), view=True, rows=rows, shape=(len(rows), plan.shape[-1]))
+    if name == "__getitem__" and _keeps_classes(args[0], len(plan.shape)):
+        rows = plan.rows[args[0]]
+        if rows.dim() > 1:
+            return plan._derive(
+                tensor, lambda x: func(x, args[0]), view=_is_basic(args[0]), rows=rows,
+                shape=(*rows.shape[:-1], plan.shape[-1]),
+            )  # fmt: skip
+    if last == 2 and _swaps_the_last_two(name, args):
+        shape = (plan.shape[0], plan.shape[2], plan.shape[1])
+        return plan._derive(tensor, lambda x: func(x, *args), view=True, shape=shape, class_dim=1)
+    return NotImplemented
+
+
+def _swaps_the_last_two(name: str, args) -> bool:
+    """Whether a method called so turns (B, T, V) to (B, V, T), as cross_entropy wants it."""
+    if name in ("transpose", "swapaxes", "swapdims"):
+        return all(type(a) is int for a in args) and sorted(a % 3 for a in args) == [1, 2]
+    return name == "permute" and [tuple(a) if isinstance(a, list) else a for a in args] in ([0, 2, 1], [(0, 2, 1)])
+
+
+def _is_basic(index) -> bool:
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(isinstance(p, slice | int) or p is Ellipsis for p in parts)
+
+
+def _keeps_classes(index, dims: int) -> bool:
+    """Whether ``index`` leaves the last of ``dims`` dimensions whole, so that it may as well select hidden states."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if any(p is None or isinstance(p, bool | list) for p in parts):
+        return False
+    if not all(isinstance(p, slice | int) or p is Ellipsis or type(p) is torch.Tensor for p in parts):
+        return False
+    taken = sum(p.dim() if isinstance(p, torch.Tensor) and p.dtype == torch.bool else p is not Ellipsis for p in parts)
+    if parts[-1] is Ellipsis or (isinstance(parts[-1], slice) and parts[-1] == slice(None)):
+        return taken <= dims
+    return taken < dims and not any(p is Ellipsis for p in parts)

@@ -1,0 +1,307 @@
+"""Norms by behaviour: what class a norm has does not matter, only what its forward computes, which is measured."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..functional import layer_norm, rms_norm
+from .deferred import value_of
+from .plain import plain
+from .swap import forward_of
+
+NARROW = (torch.bfloat16, torch.float16)
+# Of norms that keep their eps in the code; the last one is torch's default for RMSNorm in fp32.
+COMMON_EPS = (1e-6, 1e-5, 1e-8, 1e-12, torch.finfo(torch.float32).eps)
+EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps", "rms_norm_eps")
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm over the last dimension, as found: names of attributes, the formula, and which dtypes give which.
+
+    ``dtypes`` holds (input, weight, output) triples that were tried; None for the weight where there is none.
+    """
+
+    center: bool
+    weight: str | None
+    bias: str | None
+    eps: str | float
+    offset: float
+    argument: str
+    dtypes: tuple[tuple[torch.dtype, torch.dtype | None, torch.dtype], ...]
+
+    @property
+    def op(self) -> str:
+        return "layer_norm" if self.center else "rms_norm"
+
+    def __str__(self):
+        scale = {None: ""}.get(self.weight, f" * ({self.offset:g} + {self.weight})" if self.offset else " * weight")
+        shift = "" if self.bias is None else f" + {self.bias}"
+        return f"{'(x - mean) / std' if self.center else 'x / rms'}{scale}{shift}"
+
+
+@forward_of("norm")
+def norm_forward(module, original, norm: Norm, *args, **kwargs):
+    if len(args) == 1 and not kwargs:
+        (x,) = args
+    elif not args and len(kwargs) == 1 and norm.argument in kwargs:
+        x = kwargs[norm.argument]
+    else:
+        return original(module, *args, **kwargs)
+    x = value_of(x)
+    weight = None if norm.weight is None else getattr(module, norm.weight)
+    bias = None if norm.bias is None else getattr(module, norm.bias)
+    out = _output_dtype(norm, x, weight) if plain(x, weight, bias) else None
+    if out is None or x.dim() < 2 or (bias is not None and bias.dtype != weight.dtype):
+        return original(module, x)
+    eps = getattr(module, norm.eps) if isinstance(norm.eps, str) else norm.eps
+    shape = x.shape[-1:]
+    wide = x if x.dtype == torch.promote_types(x.dtype, out) else x.to(out)
+    if norm.center:
+        return layer_norm(wide, shape, weight, bias, eps, weight_offset=norm.offset).to(out)
+    return rms_norm(wide, shape, weight, eps, weight_offset=norm.offset).to(out)
+
+
+def _output_dtype(norm: Norm, x, weight) -> torch.dtype | None:
+    if weight is not None and (x.shape[-1:] != weight.shape or x.device != weight.device):
+        return None
+    for given, of_weight, out in norm.dtypes:
+        if given == x.dtype and (weight is None or of_weight == weight.dtype):
+            return out
+    return None
+
+
+def looks_like_norm(module: torch.nn.Module) -> bool:
+    """One or two parameters of one dimension or none at all, no parts, and a name or an eps that says norm."""
+    if any(True for _ in module.children()):
+        return False
+    shapes = {tuple(p.shape) for p in module.parameters(recurse=False)}
+    if len(shapes) > 1 or any(len(s) != 1 for s in shapes) or len(module._parameters) > 2:
+        return False
+    named = "norm" in type(module).__name__.lower()
+    return named or (bool(shapes) and any(name in EPS_NAMES for name in vars(module)))
+
+
+def _formula(x, weight, bias, eps: float, offset: float, center: bool):
+    x = x - x.mean(-1, keepdim=True) if center else x
+    y = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    y = y if weight is None else y * (weight + offset)
+    return y if bias is None else y + bias
+
+
+def _rms(x):
+    return x.square().mean(-1, keepdim=True).sqrt()
+
+
+# What near misses turn out to be, for the report.
+NEAR_MISSES: dict[str, Callable] = {
+    "it adds eps outside the square root": lambda x, eps: x / (_rms(x) + eps),
+    "it bounds the root mean square by eps from below": lambda x, eps: x / _rms(x).clamp_min(eps),
+    "it divides by the sample's standard deviation (n - 1)": lambda x, eps: (
+        (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + eps)
+    ),
+    "it takes the sum of squares, not their mean": lambda x, eps: x / x.norm(dim=-1, keepdim=True).clamp_min(eps),
+}
+
+
+class _Probe:
+    """``module``'s forward on parameters of ours; hooks do not run and the module itself is not touched."""
+
+    def __init__(self, module: torch.nn.Module, size: int):
+        self.module = module
+        devices = {p.device for p in module.parameters(recurse=False)} - {torch.device("meta")}
+        self.device = next(iter(devices), torch.device("cpu"))
+        self.generator = torch.Generator().manual_seed(size)
+        self.size = size
+        self.forward = type(module).forward
+        self.names = [name for name, p in module._parameters.items() if p is not None]
+
+    def normal(self, *shape) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(self.device)
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        return {name: 0.5 + 0.5 * self.normal(self.size) for name in self.names}
+
+    def run(self, x, parameters, training: bool = False):
+        module = object.__new__(type(self.module))
+        state = dict(vars(self.module))
+        state["_parameters"] = {name: None for name in self.module._parameters} | parameters
+        state["_buffers"] = {name: None if b is None else b.clone() for name, b in self.module._buffers.items()}
+        state["training"] = training
+        module.__dict__ = state
+        before = x.detach().clone()
+        y = self.forward(module, x)
+        if not isinstance(y, torch.Tensor) or y.shape != x.shape:
+            raise _Differs("its forward does not return one tensor of its input's shape")
+        if not torch.equal(before, x.detach()):
+            raise _Differs("its forward changes its input")
+        return y
+
+
+class _Differs(Exception):
+    """A probe's finding, for the report."""
+
+
+def _error(y: torch.Tensor, truth: torch.Tensor) -> float:
+    """The largest difference, relative to the largest value; infinite where there is NaN."""
+    worst = ((y.double() - truth).abs().amax() / truth.abs().amax()).item()
+    return worst if worst == worst else float("inf")
+
+
+def _bias(y: torch.Tensor, truth: torch.Tensor) -> float:
+    """The systematic part of the difference: how far the best factor between the two is from 1."""
+    y, truth = y.double().flatten(), truth.flatten()
+    return abs(((y @ truth) / (truth @ truth)).item() - 1.0)
+
+
+def _eps_candidates(module) -> list[tuple[str | float, float]]:
+    found = [(name, float(v)) for name, v in vars(module).items() if type(v) is float and 0.0 < v < 0.1 and name != "p"]
+    return found or [(e, e) for e in COMMON_EPS]
+
+
+def recognise(module: torch.nn.Module) -> Norm | str:
+    """The :class:`Norm` that ``module``'s forward is, by its outputs and gradients on random inputs; or why it is none.
+
+    Inputs of several scales (eps decides at the smallest), with and without a mean, in three shapes, in training and
+    evaluation mode, in fp32 and in 16 bits. Nothing global is drawn from or changed.
+    """
+    try:
+        arguments = list(inspect.signature(type(module).forward).parameters)
+    except (TypeError, ValueError):
+        return "its forward has no signature"
+    if len(arguments) < 2:
+        return "its forward takes no input"
+    devices = [
+        module_device for module_device in {p.device for p in module.parameters()} if module_device.type == "cuda"
+    ]
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        try:
+            return _recognise(module, arguments[1])
+        except _Differs as error:
+            return str(error)
+        except Exception as error:
+            message = str(error).split("\n")[0][:120]
+            return f"its forward does not take a lone random tensor ({type(error).__name__}: {message})"
+
+
+def _recognise(module, argument: str) -> Norm | str:
+    parameters = [p for p in module._parameters.values() if p is not None]
+    size = parameters[0].shape[0] if parameters else 96
+    if size < 2:
+        return f"it normalises {size} element"
+    probe = _Probe(module, size)
+    names = probe.names
+    weight = next((n for n in names if n in ("weight", "scale", "gamma", "g", "w")), names[0] if names else None)
+    bias = next((n for n in names if n != weight), None)
+    values = {name: p.float() for name, p in probe.parameters().items()}
+    wide = {name: p.double() for name, p in values.items()}
+
+    def formula(x, eps, offset, center):
+        return _formula(x.double(), wide.get(weight), wide.get(bias), eps, offset, center)
+
+    eps_candidates = _eps_candidates(module)
+    inputs = _inputs(probe, [e for _, e in eps_candidates])
+    outputs = [probe.run(x, values).detach() for _, x in inputs]
+    best = (float("inf"), "", None)
+    for name, eps in eps_candidates:
+        for center in (False, True):
+            for offset in (0.0, 1.0) if weight is not None else (0.0,):
+                worst, where = 0.0, ""
+                for (what, x), y in zip(inputs, outputs, strict=True):
+                    truth = formula(x, eps, offset, center)
+                    off = max(_error(y, truth) / 2e-5, _bias(y, truth) / 2e-6)
+                    worst, where = max((worst, where), (off, f"{what} by {_error(y, truth):.1e}"))
+                best = min(best, (worst, where, (name, eps, center, offset)), key=lambda b: b[0])
+    worst, where, (name, eps, center, offset) = best
+    if worst > 1.0:
+        return (
+            f"its forward is no RMS or layer norm: {_diagnosis(inputs, outputs, values, weight, bias, eps) or 'it'}"
+            + (f" (nearest: {'layer' if center else 'RMS'} norm, off on {where} of the largest value)")
+        )
+    x = probe.normal(4, size).float()
+    for training in (True, False):
+        _same_gradients(
+            probe, x, values, training, lambda x, p: _formula(x, p.get(weight), p.get(bias), eps, offset, center)
+        )
+    dtypes = _dtype_table(
+        probe, values, weight, lambda x, p: _formula(x, p.get(weight), p.get(bias), eps, offset, center)
+    )
+    own = parameters[0].dtype if parameters else None
+    if own is not None and not any(given == own == of_weight for given, of_weight, _ in dtypes):
+        return f"in {str(own).removeprefix('torch.')} its arithmetic is another (squares or sums in 16 bits, or fp64)"
+    return Norm(center, weight, bias, name, offset, argument, dtypes)
+
+
+def _inputs(probe: _Probe, eps: list[float]) -> list[tuple[str, torch.Tensor]]:
+    shapes = [(8, probe.size), (2, 5, probe.size), (2, 1, 3, probe.size)]
+    inputs = []
+    for index, (scale, mean) in enumerate([(1.0, 0.0), (1.0, 1.0), (60.0, 0.0)]):
+        x = scale * probe.normal(*shapes[index % 3]) + mean
+        inputs.append((f"inputs of scale {scale:g} and mean {mean:g}", x.float()))
+    for e in sorted(set(eps))[:4]:
+        for share in (0.3, 1.0):
+            scale = share * e**0.5
+            inputs.append((f"inputs of scale {scale:.1e}", (scale * probe.normal(8, probe.size)).float()))
+    return inputs
+
+
+def _diagnosis(inputs, outputs, values, weight, bias, eps: float) -> str:
+    """The name of the near miss that explains all the outputs, or ""."""
+    scale = values[weight].double() if weight is not None else 1.0
+    shift = values[bias].double() if bias is not None else 0.0
+    for what, other in NEAR_MISSES.items():
+        for factor in (scale, scale + 1.0):
+            pairs = zip(inputs, outputs, strict=True)
+            if all(_error(y, other(x.double(), eps) * factor + shift) < 2e-5 for (_, x), y in pairs):
+                return what
+    return ""
+
+
+def _same_gradients(probe: _Probe, x, values, training: bool, formula) -> None:
+    leaves = [x.clone().requires_grad_(), *(v.clone().requires_grad_() for v in values.values())]
+    truths = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    y = probe.run(leaves[0], dict(zip(values, leaves[1:], strict=True)), training)
+    truth = formula(truths[0], dict(zip(values, truths[1:], strict=True)))
+    if _error(y.detach(), truth.detach()) > 2e-5:
+        raise _Differs(f"{'in training' if training else 'in evaluation'} its forward is another")
+    grad = probe.normal(*x.shape)
+    got = torch.autograd.grad(y, leaves, grad.float(), allow_unused=True)
+    want = torch.autograd.grad(truth, truths, grad)
+    for name, g, w in zip(("input", *values), got, want, strict=True):
+        if g is None or _error(g, w) > 1e-4:
+            raise _Differs(f"its gradient for {name} is not that of the formula that its outputs follow")
+
+
+def _dtype_table(probe: _Probe, values, weight, formula) -> tuple:
+    """(input, weight, output) dtypes for which the module agrees with the formula to a few roundings."""
+    table = []
+    given = (torch.float32, torch.float64, *NARROW)
+    for of_input in given:
+        for of_weight in given if weight is not None else (None,):
+            parameters = {name: v.to(of_weight) for name, v in values.items()}
+            try:
+                agree, out = _agrees(probe, parameters, of_input, formula)
+            except Exception:
+                continue
+            if agree:
+                table.append((of_input, of_weight, out))
+    return tuple(table)
+
+
+def _agrees(probe: _Probe, parameters, of_input: torch.dtype, formula) -> tuple[bool, torch.dtype]:
+    involved = [of_input, *(p.dtype for p in parameters.values())]
+    # Scale 1000: its squares overflow in fp16.
+    for scale in (1.0, 1000.0):
+        x = (scale * probe.normal(8, probe.size)).to(of_input)
+        y = probe.run(x, parameters)
+        truth = formula(x.double(), {name: p.double() for name, p in parameters.items()})
+        # A norm in fp64 that computes in fp32 is another one: ours would not round.
+        eps = max(torch.finfo(d).eps for d in (*involved, y.dtype))
+        bound = 6 * eps * truth.abs() + 4 * eps * truth.abs().amax() / probe.size**0.5 + 1e-30
+        if not ((y.double() - truth).abs() <= bound).all():
+            return False, y.dtype
+    return True, y.dtype

@@ -1,0 +1,32 @@
+"""When a swapped forward may take a call; every other one goes to the forward that it replaced."""
+
+from __future__ import annotations
+
+import torch
+
+DEVICES = ("cpu", "cuda")
+
+
+def plain(*tensors) -> bool:
+    """Whether all are ordinary dense tensors on a CPU or GPU, outside vmap, jvp and forward-mode differentiation.
+
+    DTensors, quantised, nested and fake tensors are not: what they mean is their own class's affair. None is passed
+    over.
+    """
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.device.type not in DEVICES:
+            return False
+        if tensor.layout != torch.strided or tensor.is_nested:
+            return False
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is None and torch.autograd.forward_ad._current_level < 0
+
+
+def hooked(module: torch.nn.Module) -> bool:
+    """Whether somebody looks at ``module``'s inputs or outputs: they must get what they expect."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

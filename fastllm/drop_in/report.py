@@ -1,0 +1,135 @@
+"""What accelerate() did: a table for people, JSON for programs, and what it is worth for a given input."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from ..registry import OPS
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One module that was looked at.
+
+    ``path`` is its name in the model ("" for the model itself), ``what`` its class, ``by`` what serves it now (an op's
+    name; "" where it was left), ``why`` what the decision rests on.
+    """
+
+    path: str
+    what: str
+    by: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Size:
+    """What :meth:`Report.estimate` must know of a swapped module: its parameters' shape and dtype."""
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    path: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The least that the swapped modules move and compute in one training step, by the registry's formulas.
+
+    ``seconds`` is the larger of bytes / bandwidth and flops / rate of each module, summed: a bound from below, not a
+    measurement. ``logits_bytes`` is what a deferred head never holds: logits, their log-softmax and their gradient.
+    """
+
+    bytes: int
+    flops: int
+    seconds: float
+    logits_bytes: int
+    modules: int
+
+    def __str__(self):
+        text = (
+            f"{self.modules} modules: at least {self.bytes / 2**20:,.1f} MiB moved and {self.flops / 1e9:,.2f} GFLOP a "
+            f"step, {self.seconds * 1e3:,.3f} ms"
+        )
+        return text + (f"; {self.logits_bytes / 2**20:,.1f} MiB of logits not held" if self.logits_bytes else "")
+
+
+@dataclass
+class Report:
+    """What :func:`fastllm.accelerate` swapped and what it left, each an :class:`Entry`."""
+
+    swapped: list[Entry] = field(default_factory=list)
+    left: list[Entry] = field(default_factory=list)
+    sizes: list[Size] = field(default_factory=list, repr=False)
+
+    def __str__(self):
+        return self.table()
+
+    def table(self) -> str:
+        """Columns of text, modules alike on one line: how many, what, by what, why, and the first one's path."""
+        rows = [("", "modules", "what", "by", "why", "first")]
+        for title, entries in (("swapped", self.swapped), ("left", self.left)):
+            groups: dict[tuple[str, str, str], list[str]] = {}
+            for entry in entries:
+                groups.setdefault((entry.what, entry.by, entry.why), []).append(entry.path or "(the model)")
+            for (what, by, why), paths in groups.items():
+                rows.append((title, str(len(paths)), what, by or "-", why, paths[0]))
+        if len(rows) == 1:
+            return "nothing in this model that fastllm serves"
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+    def to_json(self, **options) -> str:
+        """``{"swapped": [...], "left": [...]}`` with the fields of :class:`Entry`; options are json.dumps's."""
+        lists = {"swapped": self.swapped, "left": self.left}
+        return json.dumps({name: [asdict(e) for e in entries] for name, entries in lists.items()}, **options)
+
+    def estimate(self, batch: int, length: int = 1, *, bandwidth: float = 4.3e12, flops: float = 7.9e14) -> Estimate:
+        """What one training step on (batch, length) tokens must move and compute in the swapped modules.
+
+        Args:
+            batch, length: the input's shape, in tokens; every module is taken to see all of them.
+            bandwidth: bytes per second of the device; by default an H200's, measured with a copy.
+            flops: floating-point operations per second; by default an H200's in bf16, measured with a product.
+
+        Norms, tables and heads count; attention, whose heads and masks the report does not know, does not.
+        """
+        for name, value in (("batch", batch), ("length", length)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"Report.estimate: {name} must be a positive integer, got {value!r}")
+        moved = work = logits = 0
+        seconds = 0.0
+        counted = 0
+        for size in self.sizes:
+            cost = _cost(size, batch * length)
+            if cost is None:
+                continue
+            counted += 1
+            step_bytes = cost.forward_bytes + cost.backward_bytes
+            step_flops = cost.forward_flops + cost.backward_flops
+            moved, work = moved + step_bytes, work + step_flops
+            seconds += max(step_bytes / bandwidth, step_flops / flops)
+            if size.op == "linear_cross_entropy":
+                wide = max(size.dtype.itemsize, 4)
+                logits += batch * length * size.shape[0] * (2 * size.dtype.itemsize + wide)
+        return Estimate(moved, work, seconds, logits, counted)
+
+
+def _cost(size: Size, rows: int):
+    op = OPS[size.op]
+
+    def make(*shape, dtype=size.dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    if size.op in ("layer_norm", "rms_norm"):
+        return op.cost(make(rows, math.prod(size.shape)), (math.prod(size.shape),), make(math.prod(size.shape)))
+    if size.op == "embedding":
+        # Its cost looks at the ids: as many different ones as there can be.
+        return op.cost(torch.arange(rows) % size.shape[0], make(*size.shape))
+    if size.op == "linear_cross_entropy":
+        target = torch.empty(rows, dtype=torch.int64, device="meta")
+        return op.cost(make(rows, size.shape[1]).requires_grad_(), make(*size.shape).requires_grad_(), target)
+    return None

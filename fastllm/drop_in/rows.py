@@ -1,0 +1,71 @@
+"""Embeddings that are looked up when somebody reads them, and whose sum is one op."""
+
+from __future__ import annotations
+
+import torch
+
+from ..functional import embedding, embedding_sum
+from .deferred import Deferred, defer
+
+
+class Rows:
+    """The plan of the sum of rows of tables, each by its ids; ``lookups`` are (module, ids) pairs."""
+
+    def __init__(self, tables, shape):
+        self.tables = tables  # (ids, weight, padding_idx)
+        self.shape = torch.Size(shape)
+        self.dtype = tables[0][1].dtype
+        self.value = None
+        self.versions = [weight._version for _, weight, _ in tables]
+
+    @staticmethod
+    def of(ids, weight, padding_idx) -> Deferred:
+        """Deferred ``F.embedding(ids, weight, padding_idx)``."""
+        return defer(Rows([(ids, weight, padding_idx)], (*ids.shape, weight.shape[1])), weight)
+
+    def read(self, tensor: Deferred) -> torch.Tensor:
+        if self.value is None:
+            with torch.set_grad_enabled(tensor.requires_grad):
+                self.value = self._compute([weight for _, weight, _ in self.tables])
+        return self.value if torch.is_grad_enabled() else self.value.detach()
+
+    def _compute(self, weights):
+        for (_, weight, _), version in zip(self.tables, self.versions, strict=True):
+            if weight._version != version:
+                raise RuntimeError(
+                    "these embeddings were not computed in the forward, and their table has changed since; "
+                    'fastllm.accelerate(model, skip="embedding_sum") keeps embeddings as they were'
+                )
+        if len(weights) == 1:
+            ids, _, padding = self.tables[0]
+            return embedding(ids, weights[0], padding)
+        indices = [ids for ids, _, _ in self.tables]
+        return embedding_sum(indices, weights, padding_idx=[padding for _, _, padding in self.tables])
+
+    def gradients(self, grad, inputs, needs):
+        weights = [weight.detach().requires_grad_(need) for weight, need in zip(inputs, needs, strict=True)]
+        with torch.enable_grad():
+            value = self._compute(weights)
+        wanted = [w for w in weights if w.requires_grad]
+        grads = iter(torch.autograd.grad(value, wanted, grad))
+        return [next(grads) if need else None for need in needs]
+
+    def handle(self, tensor, func, args, kwargs):
+        name = getattr(func, "__name__", "")
+        if name == "to" and not kwargs and len(args) == 2 and args[1] in (self.dtype, self.tables[0][1].device):
+            return tensor
+        if name not in ("add", "__add__", "__radd__") or kwargs or len(args) != 2:
+            return NotImplemented
+        plans = [other.plan if type(other) is Deferred else None for other in args]
+        if not all(isinstance(plan, Rows) and plan.value is None for plan in plans):
+            return NotImplemented
+        first, second = plans
+        if first.dtype != second.dtype or first.shape[-1] != second.shape[-1]:
+            return NotImplemented
+        tables = [*first.tables, *second.tables]
+        if len({weight.device for _, weight, _ in tables}) > 1:
+            return NotImplemented
+        shape = torch.broadcast_shapes(*(ids.shape for ids, _, _ in tables))
+        plan = Rows(tables, (*shape, first.shape[-1]))
+        plan.versions = [*first.versions, *second.versions]
+        return defer(plan, *(weight for _, weight, _ in tables))

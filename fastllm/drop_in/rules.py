@@ -1,0 +1,187 @@
+"""What to do with each module: swap it for something, or leave it and say why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .norms import Norm, looks_like_norm, recognise
+from .report import Size
+from .swap import Accelerated, Kind, original_forward
+
+# torch's class -> the op that serves it, with the same name as the forward's kind.
+TORCH_MODULES = {
+    nn.LayerNorm: "layer_norm",
+    nn.RMSNorm: "rms_norm",
+    nn.Embedding: "embedding",
+    nn.CrossEntropyLoss: "cross_entropy",
+    nn.MultiheadAttention: "multihead_attention",
+}
+WHOLE_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+OPS_SERVED = (*TORCH_MODULES.values(), "embedding_sum", "linear_cross_entropy", "attention")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """``kind`` is None where the module is left; ``op`` is what serves or would have served it."""
+
+    op: str
+    kind: Kind | None
+    why: str
+    size: Size | None = None
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Why this instance cannot get another forward, whatever it computes; or None."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is scripted: its forward is compiled already"
+    if isinstance(module, torch.fx.GraphModule):
+        return "its forward is a traced graph"
+    if "forward" in vars(module):
+        return "this instance's forward has been replaced already"
+    if any(torch.nn.parameter.is_lazy(p) for p in module.parameters(recurse=False) if p is not None):
+        return "its parameters do not exist yet; call accelerate after the first forward"
+    return None
+
+
+def odd_tensors(module: nn.Module) -> str | None:
+    """Why its parameters are not what the kernels take; or None. DTensors are: they become plain within FSDP2."""
+    for name, tensor in module.named_parameters(recurse=False):
+        kind = type(tensor.data)
+        if kind is not torch.Tensor and kind.__name__ not in ("DTensor", "FakeTensor"):
+            return f"{name} is a {kind.__name__}"
+        if not tensor.is_floating_point():
+            return f"{name} is {str(tensor.dtype).removeprefix('torch.')}"
+    return None
+
+
+def _size(module, op: str, path: str) -> Size | None:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return None
+    return Size(op, tuple(weight.shape), weight.dtype, path)
+
+
+class Rules:
+    """Decides for one model; look-alikes with the same attributes are measured once."""
+
+    def __init__(self, model: nn.Module, verify: bool, sums: Callable[[str, nn.Module], bool]):
+        self.verify = verify
+        self.sums = sums  # whether sums of this embedding may be one op
+        self.measured: dict[tuple, Norm | str] = {}
+        self.heads = dict(find_heads(model))
+        self.summed = set(find_summed(model))
+
+    def decide(self, path: str, module: nn.Module) -> Decision | None:
+        """What becomes of ``module``, or None if it is nothing that we serve."""
+        if isinstance(module, Accelerated):
+            kind = module.fastllm_kind
+            op = kind.options.op if kind.name == "norm" else kind.name
+            return Decision(op, None, "it is accelerated already")
+        if type(module).__module__.startswith("fastllm."):
+            return None
+        for cls, op in TORCH_MODULES.items():
+            if isinstance(module, cls):
+                return self._torch_module(path, module, cls, op)
+        if isinstance(module, WHOLE_LAYERS):
+            return Decision(
+                "attention", None,
+                "its attention and norms are swapped; in evaluation without gradients torch's fused layer serves it",
+            )  # fmt: skip
+        if id(module) in self.heads:
+            return self._head(path, module)
+        if looks_like_norm(module):
+            return self._norm(path, module)
+        return None
+
+    def _torch_module(self, path: str, module, cls: type, op: str) -> Decision:
+        why = obstacle(module) or odd_tensors(module)
+        if why is not None:
+            return Decision(op, None, why)
+        if original_forward(module) is not cls.forward:
+            if cls in (nn.LayerNorm, nn.RMSNorm):
+                return self._norm(path, module)
+            return Decision(op, None, f"its class has a forward of its own, not {cls.__name__}'s")
+        if op == "multihead_attention" and not all(
+            isinstance(module.out_proj, nn.Linear) and type(p.data) is torch.Tensor for p in module.parameters()
+        ):
+            return Decision(op, None, "its output projection is no plain linear layer")
+        options = None
+        why = f"torch.nn.{cls.__name__}"
+        if op == "embedding":
+            options = id(module) in self.summed and self.sums(path, module)
+            if options:
+                why = "torch.nn.Embedding; sums with its neighbours become one embedding_sum"
+        return Decision(op, Kind(op, options), why, _size(module, op, path))
+
+    def _norm(self, path: str, module) -> Decision:
+        why = obstacle(module) or odd_tensors(module)
+        if why is not None:
+            return Decision("rms_norm", None, why)
+        if not self.verify:
+            return Decision("rms_norm", None, "a look-alike is swapped only once it is measured, and verify is False")
+        norm = self._measure(module)
+        if isinstance(norm, str):
+            return Decision("rms_norm", None, norm)
+        return Decision(norm.op, Kind("norm", norm), f"measured: {norm}", _size(module, norm.op, path))
+
+    def _measure(self, module) -> Norm | str:
+        scalars = tuple(
+            (name, value) for name, value in sorted(vars(module).items())
+            if not name.startswith("_") and name != "training" and isinstance(value, bool | int | float | str | None)
+        )  # fmt: skip
+        others = tuple(
+            (name, id(value)) for name, value in sorted(vars(module).items())
+            if not name.startswith("_") and not isinstance(value, bool | int | float | str | None)
+        )  # fmt: skip
+        parameters = tuple((n, tuple(p.shape), p.dtype, str(p.device)) for n, p in module.named_parameters())
+        key = (type(module), scalars, others, parameters)
+        if key not in self.measured:
+            self.measured[key] = recognise(module)
+        return self.measured[key]
+
+    def _head(self, path: str, module) -> Decision:
+        op = "linear_cross_entropy"
+        why = obstacle(module) or odd_tensors(module)
+        if why is None and original_forward(module) is not nn.Linear.forward:
+            why = f"the head is a {type(module).__name__} with a forward of its own, not torch.nn.Linear's"
+        if why is not None:
+            return Decision(op, None, why)
+        return Decision(
+            op, Kind(op), f"{self.heads[id(module)]}; in training its logits are computed when somebody reads them",
+            _size(module, op, path),
+        )  # fmt: skip
+
+
+def find_heads(model: nn.Module) -> Iterator[tuple[int, str]]:
+    """(id, why) of the layers that give logits over a vocabulary."""
+    inside: set[int] = set()
+    for module in model.modules():
+        get: Callable | None = getattr(module, "get_output_embeddings", None)
+        if get is None or not callable(get):
+            continue
+        inside.update(id(m) for m in module.modules())
+        try:
+            head = get()
+        except (NotImplementedError, AttributeError, TypeError):
+            continue
+        if isinstance(head, nn.Module) and any(head is m for m in module.modules()):
+            yield id(head), "the model names it as its output embeddings"
+    vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    for module in model.modules():
+        if id(module) in inside or not isinstance(module, nn.Linear):
+            continue
+        if module.out_features in vocabularies and module.out_features > module.in_features:
+            yield id(module), "it gives one logit for each row of an embedding"
+
+
+def find_summed(model: nn.Module) -> Iterator[int]:
+    """ids of embeddings that have neighbours of the same width, which models add up."""
+    for parent in model.modules():
+        tables = [m for m in parent.children() if isinstance(m, nn.Embedding)]
+        for table in tables:
+            if sum(other.embedding_dim == table.embedding_dim for other in tables) > 1:
+                yield id(table)

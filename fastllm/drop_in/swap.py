@@ -1,0 +1,132 @@
+"""Giving one module another forward, and taking it back.
+
+The module gets a class of its own: a subclass of the class that it has, of the same name, which overrides ``forward``
+and nothing else. So parameters, buffers, hooks, ``isinstance``, attributes and state_dict stay what they are, and no
+other instance changes. FSDP2 and torch.nn.utils.parametrize do the same, and each may come before or after this.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What replaces a forward: ``name`` is a key of :data:`FORWARDS`, ``options`` what that forward must know."""
+
+    name: str
+    options: Any = None
+
+
+# Kind name -> forward(module, original_forward, options, *args, **kwargs).
+FORWARDS: dict[str, Callable] = {}
+
+
+def forward_of(name: str) -> Callable[[Callable], Callable]:
+    """Register a function as the forward of kind ``name``."""
+
+    def decorate(function: Callable) -> Callable:
+        FORWARDS[name] = function
+        return function
+
+    return decorate
+
+
+class Accelerated:
+    """Marks classes made here; ``fastllm_original`` is the class replaced, ``fastllm_kind`` the :class:`Kind`."""
+
+    def __init_subclass__(cls, **kwargs):
+        # The original's own hook, which may keep a register of subclasses, must not see this one.
+        pass
+
+    def __reduce_ex__(self, protocol):
+        made, original, kind = _made_class(type(self))
+        reduced = super().__reduce_ex__(protocol)
+        if made is not type(self) or isinstance(reduced, str):
+            return reduced
+        make, args, *rest = reduced
+        args = tuple(original if arg is made else arg for arg in args)
+        return (_restore, (kind, make, args), *rest)
+
+
+def _restore(kind: Kind, make: Callable, args: tuple) -> torch.nn.Module:
+    module = make(*args)
+    swap(module, kind)
+    return module
+
+
+def _made_class(cls: type) -> tuple[type, type, Kind]:
+    made = next(c for c in cls.__mro__ if "fastllm_original" in vars(c))
+    return made, made.fastllm_original, made.fastllm_kind
+
+
+_classes: dict[tuple[type, Kind], type] = {}
+
+
+def _class_for(original: type, kind: Kind) -> type:
+    key = (original, kind)
+    if key in _classes:
+        return _classes[key]
+    before = original.forward
+    replacement = FORWARDS[kind.name]
+    options = kind.options
+
+    @functools.wraps(before)
+    def forward(self, *args, **kwargs):
+        return replacement(self, before, options, *args, **kwargs)
+
+    # Code that reads signatures (transformers' Trainer) sees the original's; code that unwraps must not run it.
+    forward.__signature__ = inspect.signature(before)
+    del forward.__wrapped__
+    namespace = {
+        "forward": forward,
+        "fastllm_original": original,
+        "fastllm_kind": kind,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+    }
+    made = types.new_class(original.__name__, (Accelerated, original), {}, lambda body: body.update(namespace))
+    _classes[key] = made
+    return made
+
+
+def swap(module: torch.nn.Module, kind: Kind) -> None:
+    """Let ``module``'s forward be that of ``kind``.
+
+    Raises:
+        TypeError: Python refuses another class for this object.
+    """
+    module.__class__ = _class_for(type(module), kind)
+
+
+def _without(cls: type) -> type:
+    """``cls`` with the class made here taken out, also from below one that was derived from it since."""
+    if "fastllm_original" in vars(cls):
+        return cls.fastllm_original
+    if not issubclass(cls, Accelerated):
+        return cls
+    body = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return types.new_class(
+        cls.__name__, tuple(_without(base) for base in cls.__bases__), {}, lambda namespace: namespace.update(body)
+    )
+
+
+def unswap(module: torch.nn.Module) -> bool:
+    """Undo :func:`swap`; returns whether there was anything to undo."""
+    if not isinstance(module, Accelerated):
+        return False
+    module.__class__ = _without(type(module))
+    return True
+
+
+def original_forward(module: torch.nn.Module) -> Callable:
+    """The forward that the module's class has, or had before :func:`swap`."""
+    return _made_class(type(module))[1].forward if isinstance(module, Accelerated) else type(module).forward

@@ -1,0 +1,474 @@
+"""accelerate(), revert() and their report on torch's own modules and on look-alikes."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from contract import assert_as_true
+from torch import nn
+
+import fastllm
+
+
+class Lookalike(nn.Module):
+    """Llama's RMSNorm; what subclasses change is what the measurement must see."""
+
+    def __init__(self, size, eps=1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(size) + 0.5)
+        self.variance_epsilon = eps
+
+    def forward(self, hidden):
+        wide = hidden.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(hidden.dtype)
+
+
+class ZeroCentred(Lookalike):
+    def forward(self, hidden):
+        wide = hidden.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (wide * (1.0 + self.weight.float())).type_as(hidden)
+
+
+class WithoutWeight(nn.Module):
+    eps = 1e-5
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+class L2NormOfWidth(WithoutWeight):
+    pass
+
+
+class CentredLookalike(Lookalike):
+    def forward(self, x):
+        x = x - x.mean(-1, keepdim=True)
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+class OutsideTheRoot(Lookalike):
+    def forward(self, x):
+        return self.weight * x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
+
+
+class BoundedBelow(Lookalike):
+    def forward(self, x):
+        return self.weight * x / x.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(self.variance_epsilon)
+
+
+class SampleDeviation(Lookalike):
+    def forward(self, x):
+        return self.weight * (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + self.variance_epsilon)
+
+
+class OtherDimension(Lookalike):
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-2, keepdim=True) + self.variance_epsilon)
+
+
+class StoppedGradient(Lookalike):
+    def forward(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).detach()
+
+
+class Noisy(Lookalike):
+    def forward(self, x):
+        x = x + 0.01 * torch.randn_like(x) if self.training else x
+        return super().forward(x)
+
+
+class InPlace(Lookalike):
+    def forward(self, x):
+        return x.mul_(torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)).mul_(self.weight)
+
+
+class Pair(Lookalike):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Partial(Lookalike):
+    def forward(self, x):
+        half = x.shape[-1] // 2
+        mean = x[..., :half].pow(2).mean(-1, keepdim=True)
+        return self.weight * x * torch.rsqrt(mean + self.variance_epsilon)
+
+
+class AnotherArgument(Lookalike):
+    def forward(self, x, gate):
+        return super().forward(x) * gate
+
+
+class Wrong(Lookalike):
+    def forward(self, x):
+        raise RuntimeError("no such device")
+
+
+def test_torch_modules_are_swapped_and_give_the_same():
+    model = nn.Sequential(nn.Embedding(20, 16), nn.LayerNorm(16), nn.RMSNorm(16), nn.LayerNorm(16, bias=False))
+    other = copy.deepcopy(model)
+    keys = list(model.state_dict())
+    classes = [type(m) for m in model]
+    report = fastllm.accelerate(model)
+    assert [e.by for e in report.swapped] == ["embedding", "layer_norm", "rms_norm", "layer_norm"]
+    assert report.left == []
+    assert list(model.state_dict()) == keys
+    assert all(isinstance(m, cls) and type(m).__name__ == cls.__name__ for m, cls in zip(model, classes, strict=True))
+    assert [type(m) for m in other] == classes
+    ids = torch.randint(20, (3, 5))
+    got, want = model(ids), other(ids)
+    torch.testing.assert_close(got, want)
+    got.square().sum().backward()
+    want.square().sum().backward()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    assert fastllm.revert(model) == 4
+    assert [type(m) for m in model] == classes
+    assert torch.equal(model(ids), want)
+    assert fastllm.revert(model) == 0
+
+
+def test_the_root_itself_may_be_the_module():
+    norm = nn.LayerNorm(8)
+    assert fastllm.accelerate(norm).swapped[0].path == ""
+    assert type(norm) is not nn.LayerNorm
+    fastllm.revert(norm)
+    assert type(norm) is nn.LayerNorm
+
+
+@pytest.mark.parametrize(
+    ("cls", "formula"),
+    [
+        (Lookalike, "x / rms * weight"),
+        (ZeroCentred, "x / rms * (1 + weight)"),
+        (CentredLookalike, "(x - mean) / std * weight"),
+        (L2NormOfWidth, "x / rms"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norms_are_recognised_by_what_they_compute(cls, formula, dtype):
+    norm = (cls(24) if cls is not L2NormOfWidth else cls()).to(dtype)
+    other = copy.deepcopy(norm)
+    report = fastllm.accelerate(norm)
+    assert report.swapped[0].why == f"measured: {formula}"
+    x = torch.randn(3, 4, 24).to(dtype)
+    grad = torch.randn(3, 4, 24)
+    results = []
+    for module, width in ((norm, dtype), (other, dtype), (copy.deepcopy(other).double(), torch.float64)):
+        # The oracle must not narrow to fp32 on the way.
+        leaf = x.detach().to(width).requires_grad_()
+        module.zero_grad()
+        y = _oracle(cls, module, leaf) if width is torch.float64 else module(leaf)
+        y.backward(grad.to(y.dtype))
+        results.append([y, leaf.grad, *(p.grad for p in module.parameters())])
+    for got, eager, truth in zip(*results, strict=True):
+        assert_as_true(got, truth, eager, dtype, cls.__name__)
+    fastllm.revert(norm)
+    assert torch.equal(norm(x), other(x))
+
+
+def _oracle(cls, module, x):
+    x = x - x.mean(-1, keepdim=True) if cls is CentredLookalike else x
+    eps = getattr(module, "variance_epsilon", None) or module.eps
+    y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    return y * (module.weight + (cls is ZeroCentred)) if hasattr(module, "weight") else y
+
+
+@pytest.mark.parametrize(
+    ("cls", "why"),
+    [
+        (OutsideTheRoot, "it adds eps outside the square root"),
+        (BoundedBelow, "it bounds the root mean square by eps from below"),
+        (SampleDeviation, "it divides by the sample's standard deviation"),
+        (OtherDimension, "no RMS or layer norm"),
+        (StoppedGradient, "its gradient for input is not that of the formula"),
+        (Noisy, "in training its forward is another"),
+        (InPlace, "its forward changes its input"),
+        (Pair, "does not return one tensor"),
+        (Partial, "no RMS or layer norm"),
+        (AnotherArgument, "does not take a lone random tensor"),
+        (Wrong, "RuntimeError: no such device"),
+    ],
+)
+def test_what_only_looks_like_a_norm_is_left(cls, why):
+    norm = cls(32)
+    random_state = torch.get_rng_state()
+    report = fastllm.accelerate(norm)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert report.swapped == []
+    assert why in report.left[0].why
+    assert type(norm) is cls
+
+
+def test_squares_in_sixteen_bits_are_another_arithmetic():
+    class Narrow(Lookalike):
+        def forward(self, x):
+            return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+    norm = Narrow(64).half()
+    report = fastllm.accelerate(norm)
+    assert "in float16 its arithmetic is another" in report.left[0].why
+    wide = Narrow(64)
+    assert fastllm.accelerate(wide).swapped
+    wide.half()
+    x = torch.full((2, 64), 300.0).half()
+    assert torch.equal(wide(x), norm(x))
+    assert wide(x).eq(0).all()
+
+
+def test_mixed_dtypes_keep_the_output_dtype():
+    norm = Lookalike(16)
+    other = copy.deepcopy(norm)
+    fastllm.accelerate(norm)
+    x = torch.randn(4, 16).bfloat16()
+    assert norm(x).dtype == other(x).dtype == torch.float32
+    torch.testing.assert_close(norm(x), other(x), rtol=2**-7, atol=0)
+    # In fp64 the original computes in fp32; ours would not, so it is not ours.
+    assert torch.equal(norm.double()(x.double()), other.double()(x.double()))
+
+
+def test_verify_off_leaves_lookalikes():
+    model = nn.Sequential(Lookalike(8), nn.LayerNorm(8))
+    report = fastllm.accelerate(model, verify=False)
+    assert [e.path for e in report.swapped] == ["1"]
+    assert "once it is measured" in report.left[0].why
+
+
+class Subclassed(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class Inherited(nn.LayerNorm):
+    pass
+
+
+class Scaled(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids) * 3
+
+
+def test_subclasses_go_by_their_forward():
+    model = nn.ModuleList([Subclassed(8), Inherited(8), Scaled(4, 8)])
+    report = fastllm.accelerate(model)
+    assert [e.path for e in report.swapped] == ["1"]
+    assert ["RMS or layer norm" in report.left[0].why, "forward of its own" in report.left[1].why] == [True, True]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_instances_that_cannot_be_swapped_say_why():
+    patched = nn.LayerNorm(8)
+    patched.forward = lambda x: x
+    model = nn.ModuleDict({"patched": patched, "scripted": torch.jit.trace(nn.LayerNorm(8), torch.randn(2, 8))})
+    report = fastllm.accelerate(model)
+    assert report.swapped == []
+    assert {e.path: e.why for e in report.left}["patched"] == "this instance's forward has been replaced already"
+    assert torch.equal(model["patched"](torch.ones(8)), torch.ones(8))
+
+
+def test_shared_modules_hooks_buffers_and_modes_stay():
+    norm = nn.LayerNorm(8)
+    model = nn.ModuleList([norm, nn.Sequential(norm, nn.Dropout())]).eval()
+    model.register_buffer("count", torch.tensor(3))
+    seen = []
+    norm.register_forward_hook(lambda module, args, output: seen.append(output))
+    norm.weight.requires_grad_(False)
+    weight = norm.weight
+    report = fastllm.accelerate(model)
+    assert [e.path for e in report.swapped] == ["0"]
+    assert model[0] is model[1][0]
+    assert model[0].weight is weight
+    assert not weight.requires_grad
+    assert not model[0].training
+    y = model[0](torch.randn(2, 8))
+    assert seen[0] is y
+    fastllm.revert(model)
+    assert model[0] is model[1][0] is norm
+
+
+def test_copies_and_pickles_are_accelerated_and_can_be_reverted():
+    model = nn.Sequential(nn.LayerNorm(8), Lookalike(8), nn.MultiheadAttention(8, 2))
+    x = torch.randn(3, 8)
+    want = model[1](model[0](x))
+    fastllm.accelerate(model)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert [type(m) for m in again] == [type(m) for m in model]
+        assert again[0].weight is not model[0].weight
+        torch.testing.assert_close(again[1](again[0](x)), want)
+        assert fastllm.revert(again) == 3
+        assert [type(m) for m in again] == [nn.LayerNorm, Lookalike, nn.MultiheadAttention]
+        assert torch.equal(again[1](again[0](x)), want)
+    assert fastllm.revert(model) == 3
+
+
+def test_twice_is_once():
+    model = nn.Sequential(nn.LayerNorm(8))
+    fastllm.accelerate(model)
+    cls = type(model[0])
+    report = fastllm.accelerate(model)
+    assert report.swapped == []
+    assert report.left[0].why == "it is accelerated already"
+    assert type(model[0]) is cls
+
+
+def test_only_and_skip():
+    def build():
+        return nn.ModuleDict({"a": nn.Sequential(nn.LayerNorm(4), nn.RMSNorm(4)), "b": nn.LayerNorm(4)})
+
+    def swapped(**options):
+        return [e.path for e in fastllm.accelerate(build(), **options).swapped]
+
+    assert swapped(only="layer_norm") == ["a.0", "b"]
+    assert swapped(only="a") == ["a.0", "a.1"]
+    assert swapped(only=["a.*"], skip=nn.RMSNorm) == ["a.0"]
+    assert swapped(skip=["rms_norm", "b"]) == ["a.0"]
+    assert swapped(dry_run=True) == ["a.0", "a.1", "b"]
+    model = build()
+    fastllm.accelerate(model, dry_run=True)
+    assert type(model["b"]) is nn.LayerNorm
+    with pytest.raises(ValueError, match=r"only='rms' is neither an op .* nor a module's path"):
+        swapped(only="rms")
+    with pytest.raises(TypeError, match="skip takes op names"):
+        swapped(skip=[3])
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got dict"):
+        fastllm.accelerate({})
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got int"):
+        fastllm.revert(3)
+
+
+def test_the_report_reads_and_estimates():
+    model = nn.ModuleDict({"tokens": nn.Embedding(64, 16), "norm": nn.LayerNorm(16), "head": nn.Linear(16, 64)})
+    report = fastllm.accelerate(model)
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["modules", "what", "by", "why", "first"]
+    assert "LayerNorm" in lines[2]
+    assert json.loads(report.to_json())["swapped"][1] == {
+        "path": "norm", "what": "LayerNorm", "by": "layer_norm", "why": "torch.nn.LayerNorm",
+    }  # fmt: skip
+    estimate = report.estimate(2, 10)
+    rows = 20
+    norm = (2 + 3) * rows * 16 * 4 + (2 + 4) * 16 * 4 // 2
+    table = rows * 8 + 20 * 64 + rows * 64 + rows * 8 + rows * 64 + 64 * 64
+    assert estimate.modules == 3
+    assert estimate.bytes > norm + table
+    assert estimate.flops == 3 * 2 * rows * 16 * 64
+    assert estimate.logits_bytes == 3 * rows * 64 * 4
+    assert report.estimate(4, 10).seconds > estimate.seconds
+    with pytest.raises(ValueError, match="batch must be a positive integer"):
+        report.estimate(0)
+    assert str(fastllm.accelerate(nn.ReLU())) == "nothing in this model that fastllm serves"
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_multihead_attention(need_weights, batch_first):
+    attention = nn.MultiheadAttention(16, 4, batch_first=batch_first)
+    other = copy.deepcopy(attention)
+    assert fastllm.accelerate(attention).swapped[0].by == "multihead_attention"
+    x = torch.randn(5, 6, 16)
+    padding = torch.zeros(*((5, 6) if batch_first else (6, 5)), dtype=torch.bool)
+    padding[:, -1] = True
+    for options in ({}, {"key_padding_mask": padding}):
+        got = attention(x, x, x, need_weights=need_weights, **options)
+        want = other(x, x, x, need_weights=need_weights, **options)
+        torch.testing.assert_close(got, want)
+    attention.out_proj.register_forward_hook(lambda *a: pytest.fail("torch never calls out_proj"))
+    attention(x, x, x, need_weights=need_weights)
+
+
+def test_cross_entropy_modules():
+    logits = torch.randn(6, 9, 2, requires_grad=True)
+    target = torch.randint(9, (6, 2))
+    loss = nn.CrossEntropyLoss(weight=torch.rand(9), label_smoothing=0.1, ignore_index=3)
+    want = loss(logits, target)
+    assert fastllm.accelerate(loss).swapped[0].by == "cross_entropy"
+    torch.testing.assert_close(loss(logits, target), want)
+    plain = nn.CrossEntropyLoss()
+    probabilities = torch.softmax(torch.randn(6, 9, 2), 1)
+    want = plain(logits, probabilities)
+    fastllm.accelerate(plain)
+    torch.testing.assert_close(plain(logits, probabilities), want)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_calls_that_are_not_ours_take_the_forward_from_before():
+    model = nn.Sequential(nn.LayerNorm(8), Lookalike(8))
+    other = copy.deepcopy(model)
+    fastllm.accelerate(model)
+    x = torch.randn(4, 3, 8)
+    batched = torch.vmap(model)(x)
+    assert torch.equal(batched, torch.vmap(other)(x))
+    _, tangent = torch.func.jvp(model, (x,), (torch.ones_like(x),))
+    assert torch.equal(tangent, torch.func.jvp(other, (x,), (torch.ones_like(x),))[1])
+    gradient = torch.func.grad(lambda t: model(t).square().sum())(x)
+    torch.testing.assert_close(gradient, torch.func.grad(lambda t: other(t).square().sum())(x))
+    assert torch.equal(model(x[0, 0]), other(x[0, 0]))
+    meta = copy.deepcopy(model).to("meta")
+    assert meta(torch.empty(2, 8, device="meta")).shape == (2, 8)
+    with pytest.raises(RuntimeError):
+        model(torch.randn(4, 7))
+
+
+def test_residual_around_a_norm_has_the_right_gradient():
+    """Liger-Kernel's in-place backward gets this one wrong: y = h + norm(h)."""
+    norm = Lookalike(32)
+    h = torch.randn(4, 32, requires_grad=True)
+    (want,) = torch.autograd.grad((h + norm(h)).square().mean(), h)
+    fastllm.accelerate(norm)
+    with fastllm.backend("triton") if fastllm.registry.interpreting() else fastllm.backend("auto"):
+        (got,) = torch.autograd.grad((h + norm(h)).square().mean(), h)
+    torch.testing.assert_close(got, want)
+
+
+def test_functional_calls_inside_accelerated_only(monkeypatch):
+    calls = []
+    from fastllm.drop_in import mode
+
+    def spy(function):
+        def ours(*args, **kwargs):
+            calls.append(function.__name__)
+            return function(*args, **kwargs)
+
+        return ours
+
+    monkeypatch.setattr(mode, "ROUTES", {f: spy(ours) for f, ours in mode.ROUTES.items()})
+    x = torch.randn(4, 8, requires_grad=True)
+    weight = torch.randn(10, 8, requires_grad=True)
+    target = torch.randint(8, (4,))
+    ids = torch.randint(10, (3,))
+    q = torch.randn(1, 2, 5, 8)
+
+    def everything():
+        return [
+            F.layer_norm(x, (8,), x[0], x[1]),
+            torch.layer_norm(x, (8,)),
+            F.rms_norm(x, (8,)),
+            F.cross_entropy(x, target, label_smoothing=0.1),
+            nn.CrossEntropyLoss()(x, target),
+            F.embedding(ids, weight),
+            F.scaled_dot_product_attention(q, q, q, is_causal=True),
+            *([F.linear_cross_entropy(x, weight, ids.new_zeros(4))] if hasattr(F, "linear_cross_entropy") else []),
+        ]
+
+    want = everything()
+    assert calls == []
+    with fastllm.accelerated():
+        got = everything()
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    served = len(calls)
+    assert served == len(want)
+    everything()
+    assert len(calls) == served
+    with fastllm.accelerated():
+        assert torch.vmap(lambda t: F.layer_norm(t, (8,)))(x).shape == x.shape
+        assert len(calls) == served
+        with pytest.raises(RuntimeError, match="normalized_shape"):
+            F.layer_norm(x, (7,))
+        with pytest.raises(IndexError):
+            F.embedding(torch.tensor([10]), weight)
