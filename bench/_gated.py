@@ -28,3 +28,11 @@ shapes: dict[str, Callable[[torch.device, torch.dtype], Sample]] = {
     for packed in (False, True)
     for name, shape in SHAPES.items()
 }
+
+# As many elements each, more than any L2 cache holds.
+sweep = ("columns", {n: partial(_call, (1 << 25) // n, n, False) for n in (1024, 2048, 4096, 8192, 16384, 32768)})
+
+
+def halves(gate, up):
+    """Both tensors of a call; of a packed one the two views."""
+    return gate.chunk(2, -1) if up is None else (gate, up)

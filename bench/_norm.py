@@ -25,6 +25,10 @@ SHAPES = {
 }
 
 
+# As many elements each, more than any L2 cache holds.
+SWEEP = {cols: ((1 << 25) // cols, cols) for cols in (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)}
+
+
 def _call(name, rows, cols, bias, residual, device, dtype) -> Sample:
     parameters = {"weight": torch.ones(cols, device=device, dtype=dtype).requires_grad_()}
     if bias:
@@ -36,3 +40,13 @@ def _call(name, rows, cols, bias, residual, device, dtype) -> Sample:
 def norm_shapes(*, bias: bool, residual: bool = False) -> dict[str, Callable[[torch.device, torch.dtype], Sample]]:
     """Name -> ``make(device, dtype)`` of the call; parameters come in the input's dtype."""
     return {name: partial(_call, name, rows, cols, bias, residual) for name, (rows, cols) in SHAPES.items()}
+
+
+def norm_sweep(*, bias: bool, residual: bool = False):
+    """(axis, size -> ``make``) of calls that differ in columns."""
+    return "columns", {size: partial(_call, "", rows, cols, bias, residual) for size, (rows, cols) in SWEEP.items()}
+
+
+def default_eps(input: torch.Tensor, eps: float | None) -> float:
+    """RMS norm's, as torch has it."""
+    return torch.finfo(input.dtype).eps if eps is None else eps

@@ -1,5 +1,28 @@
-"""Shapes of add_rms_norm."""
+"""Shapes and rivals of add_rms_norm."""
 
-from ._norm import norm_shapes
+from ._norm import default_eps, norm_shapes, norm_sweep
 
 shapes = norm_shapes(bias=False, residual=True)
+sweep = norm_sweep(bias=False, residual=True)
+
+
+def _liger():
+    from liger_kernel.transformers.functional import liger_fused_add_rms_norm
+
+    def add_rms_norm(input, residual, normalized_shape, weight, eps=None):
+        # In place, its backward overwrites the incoming gradient.
+        return liger_fused_add_rms_norm(input, residual, weight, default_eps(input, eps), in_place=False)
+
+    return add_rms_norm
+
+
+def _quack():
+    from quack.rmsnorm import rmsnorm
+
+    def add_rms_norm(input, residual, normalized_shape, weight, eps=None):
+        return rmsnorm(input, weight, residual=residual, eps=default_eps(input, eps), prenorm=True)
+
+    return add_rms_norm
+
+
+rivals = {"liger-kernel": _liger, "quack": _quack}

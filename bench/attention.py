@@ -1,10 +1,15 @@
-"""Shapes of attention: FlashAttention's (16k tokens, 2048 hidden), and the features that its rivals lack."""
+"""Shapes and rivals of attention: FlashAttention's (16k tokens, 2048 hidden), and the features that rivals lack."""
 
 from __future__ import annotations
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
+from ..ops.attention import attention_reference
 from ..registry import Sample
+from ._attention_rivals import rivals
+
+__all__ = ["reference", "rivals", "shapes", "sweep"]
 
 
 def dense(batch: int, heads: int, length: int, dim: int, heads_kv: int | None = None, **kwargs):
@@ -66,5 +71,29 @@ shapes = {
     "d64 bias": dense(4, 16, 1024, 64, bias=parameter(1, 16, 1024, 1024)),
     "d128 decode 1x32/8x32768": decoding(1, 32, 8, 32768, 128),
     "d64 decode 16x16x4096 window 1024": decoding(16, 16, 16, 4096, 64, window=(1024, 0)),
+    "small d64 causal 1x12x128": dense(1, 12, 128, 64, causal=True),
     "d64 dropout": dense(4, 16, 2048, 64, causal=True, dropout_p=0.1),
 }
+
+# 16k tokens and 2048 hidden, as in FlashAttention's own plots.
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+sweep = ("sequence length", {n: dense(16384 // n, 16, n, 128, causal=True) for n in LENGTHS})
+
+
+def reference(query, key, value, *, alibi_slopes=None, sinks=None, bias=None, dropout_p=0.0, **options):
+    """The op's reference, one key head at a time and recomputed for the gradient: it holds all the scores of one."""
+    if dropout_p:  # the mask is drawn for all heads at once
+        options |= dict(alibi_slopes=alibi_slopes, sinks=sinks, bias=bias, dropout_p=dropout_p)
+        return attention_reference(query, key, value, **options)
+    group = query.shape[1] // key.shape[1]
+    outs = []
+    for h in range(key.shape[1]):
+        heads = slice(h * group, (h + 1) * group)
+        own = dict(
+            alibi_slopes=None if alibi_slopes is None else alibi_slopes[..., heads],
+            sinks=None if sinks is None else sinks[heads],
+            bias=bias if bias is None or bias.shape[1] == 1 else bias[:, heads],
+        )
+        tensors = query[:, heads], key[:, h : h + 1], value[:, h : h + 1]
+        outs.append(checkpoint(attention_reference, *tensors, use_reentrant=False, **own, **options))
+    return torch.cat(outs, 1)

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..registry import OPS, Op, Sample
 
@@ -19,6 +19,16 @@ def shapes_of(op: str) -> dict[str, Callable[[torch.device, torch.dtype], Sample
         if error.name != f"{__package__}.{op}":
             raise
         return None
+
+
+def sweep_of(op: str) -> tuple[str, dict[int, Callable[[torch.device, torch.dtype], Sample]]]:
+    """``sweep`` of bench/<op>.py: the name of an axis, and size -> the call of that size; no sizes without one."""
+    return getattr(importlib.import_module(f"{__package__}.{op}"), "sweep", ("size", {}))
+
+
+def reference_of(op: Op) -> Callable:
+    """The op's reference; or ``reference`` of bench/<op>.py, the same in less memory."""
+    return getattr(importlib.import_module(f"{__package__}.{op.name}"), "reference", op.reference)
 
 
 def rivals_of(op: str) -> dict[str, Callable[[], Callable]]:
@@ -38,6 +48,24 @@ def selected(names: Sequence[str]) -> list[Op]:
         if shapes_of(name) is None:
             raise ValueError(f"bench: {name} has no shapes (bench/{name}.py)")
     return [op for name, op in OPS.items() if (name in names if names else shapes_of(name) is not None)]
+
+
+def overwrites(function: Callable) -> Callable:
+    """Marks a rival that writes over its arguments: each call of it gets tensors of its own, outside the clock."""
+    function.overwrites = True
+    return function
+
+
+def own_tensors(function: Callable, sample: Sample) -> Sample:
+    """The sample; for a function that overwrites, a copy of it."""
+    if not getattr(function, "overwrites", False):
+        return sample
+
+    def copy(t: torch.Tensor) -> torch.Tensor:
+        return t.detach().clone().requires_grad_(t.requires_grad)
+
+    args, kwargs = tree_map_only(torch.Tensor, copy, (sample.args, dict(sample.kwargs)))
+    return Sample(sample.name, args, kwargs)
 
 
 def tensors_of(sample: Sample) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Shapes of cross_entropy: (tokens, vocabulary) of real models' training steps."""
+"""Shapes and rivals of cross_entropy: (tokens, vocabulary) of real models' training steps."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from ..registry import Sample
+from .cases import overwrites
 
 SHAPES = {
     "Llama-2 8192x32000": (8192, 32000),
@@ -15,6 +16,7 @@ SHAPES = {
     "Gemma-2 4096x256000": (4096, 256000),
     "bytes 65536x256": (65536, 256),
     "small 4096x4096": (4096, 4096),
+    "one sequence 128x50304": (128, 50304),
 }
 
 
@@ -24,3 +26,28 @@ def _call(name, rows, classes, device, dtype) -> Sample:
 
 
 shapes = {name: partial(_call, name, *shape) for name, shape in SHAPES.items()}
+# As many logits each.
+CLASSES = (4096, 8192, 16384, 32768, 65536, 131072, 262144)
+sweep = ("classes", {n: partial(_call, "", (1 << 28) // n, n) for n in CLASSES})
+
+
+def _liger():
+    from liger_kernel.ops import LigerCrossEntropyFunction
+
+    @overwrites  # the gradient takes the place of the logits
+    def cross_entropy(input, target):
+        return LigerCrossEntropyFunction.apply(input, target, None)[0]
+
+    return cross_entropy
+
+
+def _quack():
+    from quack.cross_entropy import cross_entropy as quack_cross_entropy
+
+    def cross_entropy(input, target):
+        return quack_cross_entropy(input, target)
+
+    return cross_entropy
+
+
+rivals = {"liger-kernel": _liger, "quack": _quack}

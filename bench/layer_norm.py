@@ -1,8 +1,9 @@
 """Shapes and rivals of layer_norm."""
 
-from ._norm import norm_shapes
+from ._norm import norm_shapes, norm_sweep
 
 shapes = norm_shapes(bias=True)
+sweep = norm_sweep(bias=True)
 
 
 def _liger():

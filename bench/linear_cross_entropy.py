@@ -1,10 +1,11 @@
-"""Shapes of linear_cross_entropy: (tokens, hidden size, vocabulary) of real models' heads."""
+"""Shapes and rivals of linear_cross_entropy: (tokens, hidden size, vocabulary) of real models' heads."""
 
 from __future__ import annotations
 
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from ..registry import Sample
 
@@ -13,6 +14,7 @@ SHAPES = {
     "Llama-3 8B 4096x4096x128256": (4096, 4096, 128256),
     "Llama-3 8B 16384x4096x128256": (16384, 4096, 128256),
     "Gemma-2 2B 8192x2304x256000": (8192, 2304, 256000),
+    "small 128x768x4096": (128, 768, 4096),
 }
 
 
@@ -24,3 +26,66 @@ def _call(name, rows, hidden, classes, device, dtype) -> Sample:
 
 
 shapes = {name: partial(_call, name, *shape) for name, shape in SHAPES.items()}
+sweep = ("tokens", {n: partial(_call, "", n, 768, 50304) for n in (512, 1024, 2048, 4096, 8192, 16384, 32768)})
+
+
+def _torch(chunked: bool):
+    """torch's own: all the logits, or chunks that compute the gradient ahead."""
+
+    def setup():
+        if not hasattr(F, "linear_cross_entropy"):
+            raise ModuleNotFoundError("torch >= 2.13", name="torch >= 2.13")
+        options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+
+        def linear_cross_entropy(input, linear_weight, target, *, softcap=None):
+            _refuse_softcap(softcap)
+            return F.linear_cross_entropy(input, linear_weight, target, options=options)
+
+        return linear_cross_entropy
+
+    return setup
+
+
+def _refuse_softcap(softcap):
+    if softcap is not None:
+        raise NotImplementedError("does not take softcap")
+
+
+def _liger():
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    def linear_cross_entropy(input, linear_weight, target, *, softcap=None):
+        return liger_fused_linear_cross_entropy(
+            input, linear_weight, target, softcap=softcap, accum_dtype=torch.float32
+        )
+
+    return linear_cross_entropy
+
+
+def _quack():
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    def linear_cross_entropy(input, linear_weight, target, *, softcap=None):
+        _refuse_softcap(softcap)
+        return chunked_linear_cross_entropy(input, linear_weight, target)
+
+    return linear_cross_entropy
+
+
+def _cut():
+    from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
+
+    def linear_cross_entropy(input, linear_weight, target, *, softcap=None):
+        # Its default leaves small gradients out.
+        return cut_cross_entropy(input, linear_weight, target, softcap=softcap, filter_eps=None)
+
+    return linear_cross_entropy
+
+
+rivals = {
+    "torch": _torch(chunked=False),
+    "torch chunked": _torch(chunked=True),
+    "liger-kernel": _liger,
+    "quack": _quack,
+    "cut-cross-entropy": _cut,
+}

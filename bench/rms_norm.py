@@ -1,14 +1,9 @@
 """Shapes and rivals of rms_norm."""
 
-import torch
-
-from ._norm import norm_shapes
+from ._norm import default_eps, norm_shapes, norm_sweep
 
 shapes = norm_shapes(bias=False)
-
-
-def _eps(input, eps):
-    return torch.finfo(input.dtype).eps if eps is None else eps
+sweep = norm_sweep(bias=False)
 
 
 def _liger():
@@ -16,7 +11,7 @@ def _liger():
 
     def rms_norm(input, normalized_shape, weight, eps=None):
         # In place, its backward overwrites the incoming gradient.
-        return liger_rms_norm(input, weight, _eps(input, eps), in_place=False)
+        return liger_rms_norm(input, weight, default_eps(input, eps), in_place=False)
 
     return rms_norm
 
@@ -25,7 +20,7 @@ def _quack():
     from quack.rmsnorm import rmsnorm
 
     def rms_norm(input, normalized_shape, weight, eps=None):
-        return rmsnorm(input, weight, eps=_eps(input, eps))
+        return rmsnorm(input, weight, eps=default_eps(input, eps))
 
     return rms_norm
 

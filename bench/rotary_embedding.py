@@ -1,4 +1,4 @@
-"""Shapes of rotary_embedding: queries and keys of real models, as views of their projections."""
+"""Shapes and rivals of rotary_embedding: queries and keys of real models, as views of their projections."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from ..registry import Sample
+from .cases import overwrites
 
 # Batch, positions, query heads, key heads, features of a head, rotated ones.
 SHAPES = {
@@ -28,3 +29,27 @@ shapes = {
     for interleaved in (False, True)
     for name, shape in SHAPES.items()
 }
+
+
+def _liger():
+    from liger_kernel.ops import LigerRopeFunction
+
+    @overwrites
+    def rotary_embedding(query, key, cos, sin, *, interleaved=False):
+        if interleaved:
+            raise NotImplementedError("does not take interleaved pairs")
+        return LigerRopeFunction.apply(query, key, cos, sin, None, 1, 2 * cos.shape[-1])
+
+    return rotary_embedding
+
+
+def _quack():
+    from quack.rotary import apply_rotary_emb
+
+    def rotary_embedding(query, key, cos, sin, *, interleaved=False):
+        return tuple(apply_rotary_emb(t.transpose(1, 2), cos, sin, interleaved).transpose(1, 2) for t in (query, key))
+
+    return rotary_embedding
+
+
+rivals = {"liger-kernel": _liger, "quack": _quack}

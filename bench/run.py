@@ -2,66 +2,35 @@
 
 For each op, shape and dtype, every provider first computes outputs and gradients, which must be as close to the truth
 as a kernel of this library has to be (parity.py); one that is not, or fails, gets no time and a reason. Then forward,
-backward and both are timed: providers take turns, on CUDA with the L2 cache overwritten before each call. GB/s and
-TFLOP/s are the op's least bytes and operations over the median, beside the copy bandwidth and the matrix rate
-measured at the start.
+backward and both are timed: providers take turns, on CUDA with the L2 cache overwritten before each call, and what
+matrix products bound also with a hot one. GB/s and TFLOP/s are the op's least bytes and operations over the median,
+beside the copy bandwidth and the matrix rate measured at the start.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime
+from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
-from pathlib import Path
 
 import torch
 
-from ..registry import Op, Sample, backend, pick
+from ..registry import Cost, Op, Sample, backend, pick
 from . import cases
-from .environment import environment
 from .parity import Judge, upstream
-from .timing import Quartiles, copy_bandwidth, interleaved, matrix_rate, synchronize
+from .results import COMPILED, EAGER, NOT_INSTALLED, OURS, Row, Run
+from .timing import Call, Quartiles, Timer, host_seconds, interleaved, synchronize
 
-OURS, EAGER, COMPILED = "fastllm", "eager", "torch.compile"
-NOT_INSTALLED = "not installed"
 DIRECTIONS = ("forward", "backward", "both")
-DTYPES = ("bfloat16", "float16", "float32")
 # Largest call, in bytes of its tensors, that is run: a CPU takes seconds for more, and its gradients as much again.
 LARGEST = {"cpu": 1 << 29, "cuda": 1 << 35}
 ROUNDS = {"cpu": 15, "cuda": 100}
-# A sample lasts at least this long on a CPU, by repetition: the clock and the loop around it cost about 1 us.
-SHORTEST = 2e-4
-
-
-@dataclass(frozen=True)
-class Row:
-    """One provider in one direction of one call. Seconds and bytes; ``problem`` says why there are no samples."""
-
-    op: str
-    shape: str
-    dtype: str
-    direction: str
-    provider: str
-    problem: str | None = None
-    samples: list[float] = field(default_factory=list)
-    least_bytes: int = 0
-    flops: int = 0
-    first_call: float | None = None
-    peak_bytes: int | None = None
-
-    @property
-    def case(self) -> tuple[str, str, str, str]:
-        return self.op, self.shape, self.dtype, self.direction
-
-    @property
-    def seconds(self) -> Quartiles:
-        return Quartiles.of(self.samples)
+# Least forward and backward passes of a case: parity's and the fewest samples of ours, eager and torch.compile.
+PASSES = 30
+# On a GPU, calls shorter than this are also timed on the host, whose work a longer one would hide.
+LAUNCH_BOUND = 1e-3
 
 
 def providers(op: Op) -> dict[str, Callable[[], Callable]]:
@@ -84,180 +53,224 @@ def providers(op: Op) -> dict[str, Callable[[], Callable]]:
     return {OURS: lambda: op.function, EAGER: lambda: eager, COMPILED: compiled, **cases.rivals_of(op.name)}
 
 
-@dataclass(frozen=True)
-class Call:
-    """What one provider does in one direction: ``run(prepare())``, of which ``run`` is timed."""
-
-    provider: str
-    prepare: Callable[[], object]
-    run: Callable[[object], object]
-
-
-class Timer:
-    """``timer(call, device)`` -> seconds of one ``call.run``, for :func:`.timing.interleaved`."""
-
-    def __init__(self, device: torch.device):
-        self.peaks: dict[str, int] = {}
-        self.repeats = 1
-        self.flush = None
-        if device.type == "cuda":
-            l2 = torch.cuda.get_device_properties(device).L2_cache_size
-            self.flush = torch.empty(4 * l2, dtype=torch.int8, device=device)
-
-    def calibrate(self, call: Call, device: torch.device) -> None:
-        """Choose how often a sample repeats its call; on CUDA once, since the cache is flushed before each."""
-        if self.flush is None:
-            once = min(self(call, device) for _ in range(3))
-            self.repeats = max(1, int(SHORTEST / max(once, 1e-7)))
-
-    def __call__(self, call: Call, device: torch.device) -> float:
-        ready = [call.prepare() for _ in range(self.repeats)]
-        if self.flush is None:
-            start = time.perf_counter()
-            for argument in ready:
-                call.run(argument)
-            return (time.perf_counter() - start) / self.repeats
-        torch.cuda.reset_peak_memory_stats(device)
-        self.flush.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call.run(ready[0])
-        end.record()
-        synchronize(device)
-        held = torch.cuda.max_memory_allocated(device) - self.flush.numel()
-        self.peaks[call.provider] = max(self.peaks.get(call.provider, 0), held)
-        return start.elapsed_time(end) * 1e-3
-
-
 def _calls(functions: dict[str, Callable], sample: Sample, direction: str) -> dict[str, Call]:
     """Each provider's work in one direction. A backward has its own forward's graph, made before the clock starts."""
-    leaves = cases.differentiable(sample)
     grads = upstream(cases.forward(next(iter(functions.values())), sample))
 
     def call(name: str) -> Call:
         function = functions[name]
 
-        def forward(_=None):
+        def own():
+            return cases.own_tensors(function, sample)
+
+        def forward(sample):
             return cases.forward(function, sample)
 
-        def backward(outputs):
-            return cases.backward(outputs, leaves, grads)
+        def graph():
+            sample = own()
+            return forward(sample), sample
+
+        def backward(ready):
+            outputs, sample = ready
+            return cases.backward(outputs, cases.differentiable(sample), grads)
 
         if direction == "forward":
-            return Call(name, lambda: None, forward)
+            return Call(name, own, forward)
         if direction == "backward":
-            return Call(name, forward, backward)
-        return Call(name, lambda: None, lambda _: backward(forward()))
+            return Call(name, graph, backward)
+        return Call(name, own, lambda sample: backward((forward(sample), sample)))
 
     return {name: call(name) for name in functions}
 
 
+def _first_calls(function: Callable, sample: Sample, device: torch.device) -> dict[str, float]:
+    """Direction -> seconds of a provider's first call, with what it compiles."""
+    sample = cases.own_tensors(function, sample)
+    start = time.perf_counter()
+    outputs = cases.forward(function, sample)
+    synchronize(device)
+    found = {"forward": time.perf_counter() - start}
+    leaves = cases.differentiable(sample)
+    if leaves:
+        grads = upstream(outputs)
+        synchronize(device)
+        start = time.perf_counter()
+        cases.backward(outputs, leaves, grads)
+        synchronize(device)
+        found["backward"] = time.perf_counter() - start
+        found["both"] = found["forward"] + found["backward"]
+    return found
+
+
+class OutOfTime(TimeoutError):
+    """A call that the budget has no room for."""
+
+
+class Entrants:
+    """The providers of one call that are right, how long their first calls took, and what is wrong with the others."""
+
+    def __init__(self, op: Op, sample: Sample, dtype: torch.dtype, device: torch.device, only=(), left=math.inf):
+        self.functions: dict[str, Callable] = {}
+        self.first: dict[str, dict[str, float]] = {}
+        self.problems: dict[str, str] = {}
+        judge = None
+        # Eager comes first: its error is the yardstick. Where it fails, that of the reference in the same dtype is.
+        for name, setup in sorted(providers(op).items(), key=lambda item: item[0] != EAGER):
+            if only and name not in (OURS, EAGER, *only):
+                continue
+            try:
+                function = setup()
+                self.first[name] = _first_calls(function, sample, device)
+                if name == EAGER and PASSES * sum(self.first[name].values()) / 2 > left:
+                    raise OutOfTime(f"a call takes {sum(self.first[name].values()):.1f} s, {left:.0f} s are left")
+                judge = judge or Judge(op, function if name == EAGER else op.reference, sample, dtype)
+                problem = judge.problem(function)
+            except OutOfTime:
+                raise
+            except ModuleNotFoundError as error:
+                problem = f"{NOT_INSTALLED} ({error.name})"
+            except Exception as error:
+                problem = _first_line(error)
+            if problem is None:
+                self.functions[name] = function
+            else:
+                self.problems[name] = problem
+
+
+def _least(cost: Cost, direction: str) -> tuple[int, int]:
+    """(bytes, FLOPs) of a direction."""
+    ways = ("forward", "backward") if direction == "both" else (direction,)
+    return sum(getattr(cost, f"{way}_bytes") for way in ways), sum(getattr(cost, f"{way}_flops") for way in ways)
+
+
+def _floor(cost: Cost, rates: dict[str, float]) -> float:
+    """Seconds that a forward and a backward take at least."""
+    least, flops = _least(cost, "both")
+    return max(least / rates["copy"], flops / rates["matrix"])
+
+
 def measure(
-    op: Op, sample: Sample, dtype: str, device: torch.device, rounds: int, only=(), within: float = math.inf
-) -> Iterator[Row]:
+    op: Op, sample: Sample, dtype: str, device: torch.device, rounds: int, only=(), within: float = math.inf,
+    left: float = math.inf, balance: float = math.inf, **sweep,
+) -> Iterator[Row]:  # fmt: skip
     """The rows of one call: parity of each provider, then the times of those that have it.
 
     Args:
         rounds: samples of each provider; fewer, but at least ``timing.FEWEST``, where they would take longer than
             ``within`` seconds.
         only: providers to take beside ours and eager; all if empty.
+        left: seconds that it must not exceed; a call whose first run says that it would raises OutOfTime.
+        balance: FLOPs a byte above which matrix products bound a call: on CUDA it is timed with a hot cache too.
+        sweep: ``axis`` and ``size`` of the rows.
     """
     began = time.monotonic()
     cost = op.cost(*sample.args, **sample.kwargs)
-    functions: dict[str, Callable] = {}
-    first: dict[str, float] = {}
-    problems: dict[str, str] = {}
-    judge = None
-    # Eager comes first: its error is the yardstick. Where it fails, that of the reference in the same dtype is.
-    for name, setup in sorted(providers(op).items(), key=lambda item: item[0] != EAGER):
-        if only and name not in (OURS, EAGER, *only):
-            continue
-        try:
-            function = setup()
-            start = time.perf_counter()
-            cases.forward(function, sample)
-            synchronize(device)
-            first[name] = time.perf_counter() - start
-            yardstick = function if name == EAGER else op.reference
-            judge = judge or Judge(op, yardstick, sample, getattr(torch, dtype))
-            problem = judge.problem(function)
-        except ModuleNotFoundError as error:
-            problem = f"{NOT_INSTALLED} ({error.name})"
-        except Exception as error:
-            problem = _first_line(error)
-        if problem is None:
-            functions[name] = function
-        else:
-            problems[name] = problem
-    judge = None
-    common = dict(op=op.name, shape=sample.name, dtype=dtype)
+    entrants = Entrants(op, sample, getattr(torch, dtype), device, only, left)
+    common = dict(op=op.name, shape=sample.name, dtype=dtype, **sweep)
     directions = DIRECTIONS if cases.differentiable(sample) else DIRECTIONS[:1]
+    states = {}
     for direction in directions:
-        least = (cost.forward_bytes, cost.backward_bytes, cost.forward_bytes + cost.backward_bytes)
-        flops = (cost.forward_flops, cost.backward_flops, cost.forward_flops + cost.backward_flops)
-        at = DIRECTIONS.index(direction)
-        for name, problem in problems.items():
-            yield Row(**common, direction=direction, provider=name, problem=problem)
-        if not functions:
+        least, flops = _least(cost, direction)
+        gemm_bound = flops > balance * least
+        states[direction] = ["hot"] if device.type != "cuda" else ["cold", "hot"] if gemm_bound else ["cold"]
+    turns = [(direction, cache) for direction in directions for cache in states[direction]]
+    for at, (direction, cache) in enumerate(turns):
+        common |= dict(direction=direction, cache=cache)
+        for name, problem in entrants.problems.items():
+            yield Row(**common, provider=name, problem=problem)
+        if not entrants.functions:
             continue
-        calls = _calls(functions, sample, direction)
-        timer = Timer(device)
+        calls = _calls(entrants.functions, sample, direction)
+        timer = Timer(device, cache == "cold")
         timer.calibrate(next(iter(calls.values())), device)
-        share = (within - (time.monotonic() - began)) / (len(directions) - at)
+        share = (within - (time.monotonic() - began)) / (len(turns) - at)
         samples = interleaved(calls, rounds, device, timer=timer, within=share)
+        least, flops = _least(cost, direction)
         for name, times in samples.items():
+            brief = device.type == "cuda" and Quartiles.of(times).median < LAUNCH_BOUND
             yield Row(
-                **common, direction=direction, provider=name, samples=times, least_bytes=least[at], flops=flops[at],
-                first_call=first[name], peak_bytes=timer.peaks.get(name),
+                **common, provider=name, samples=times, least_bytes=least, flops=flops,
+                first_call=entrants.first[name].get(direction), peak_bytes=timer.peaks.get(name),
+                host=host_seconds(calls[name], device) if brief else [],
             )  # fmt: skip
 
 
-def plan(ops: list[Op], shape: list[str]) -> list[tuple[Op, str]]:
-    """(op, shape) to run: the first shape of every op, then the second of every op, and so on."""
-    columns = [[(op, name) for name in cases.shapes_of(op.name) if any(part in name for part in shape)] for op in ops]
-    return [case for case in chain.from_iterable(zip_longest(*columns)) if case is not None]
+@dataclass(frozen=True)
+class Planned:
+    """A call to be run: ``make(device, dtype)`` gives its sample; ``axis`` and ``size`` where it is part of a sweep."""
+
+    op: Op
+    name: str
+    make: Callable[[torch.device, torch.dtype], Sample]
+    axis: str | None = None
+    size: int | None = None
+
+
+def plan(ops: list[Op], shape: list[str], sweep: bool = False) -> list[Planned]:
+    """What to run: the first shape of every op, then the second of every op, and so on; then the sweeps alike."""
+
+    def columns(calls):
+        found = [[planned for planned in calls(op) if any(part in planned.name for part in shape)] for op in ops]
+        return [planned for planned in chain.from_iterable(zip_longest(*found)) if planned is not None]
+
+    def shapes(op):
+        return [Planned(op, name, make) for name, make in cases.shapes_of(op.name).items()]
+
+    def swept(op):
+        axis, calls = cases.sweep_of(op.name)
+        return [Planned(op, f"{axis} {size}", make, axis, size) for size, make in calls.items()]
+
+    return columns(shapes) + (columns(swept) if sweep else [])
 
 
 def run(
-    ops: list[Op],
+    planned: list[Planned],
     device: torch.device,
     *,
     dtypes: list[str],
-    shape: list[str],
     rounds: int,
     budget: float,
     only=(),
+    environment: dict | None = None,
     tell: Callable[[str], None] = print,
-    keep: Callable[[list[Row], list[str]], None] = lambda rows, left_out: None,
-) -> tuple[list[Row], list[str]]:
+    keep: Callable[[Run], None] = lambda run: None,
+) -> Run:
     """All rows, and what was left out and why.
 
     Each case has an equal share of what is left of ``budget`` seconds; it takes fewer samples rather than more time.
-    ``keep`` is given what there is after every case.
+    ``keep`` is given what there is after every case. ``environment`` may have the device's ``rates``.
     """
-    rows: list[Row] = []
-    left_out: list[str] = []
+    found = Run(environment or {})
+    rates = found.environment.get("rates")
+    balance = rates["matrix"] / rates["copy"] if rates else math.inf
     end = time.monotonic() + budget
-    planned = [(op, name, dtype) for op, name in plan(ops, shape) for dtype in dtypes]
-    for i, (op, name, dtype) in enumerate(planned):
-        what = f"{op.name}, {name}, {dtype}"
+    todo = [(case, dtype) for case in planned for dtype in dtypes]
+    for i, (case, dtype) in enumerate(todo):
+        what = f"{case.op.name}, {case.name}, {dtype}"
         left = end - time.monotonic()
         if left <= 0:
-            left_out.append(f"{what}: the budget of {budget:g} s was spent")
+            found.left_out.append(f"{what}: the budget of {budget:g} s was spent")
             continue
-        make = cases.shapes_of(op.name)[name]
-        if cases.held_bytes(make(torch.device("meta"), getattr(torch, dtype))) > LARGEST[device.type]:
-            left_out.append(f"{what}: too large for this device")
+        call = case.make(torch.device("meta"), getattr(torch, dtype))
+        if cases.held_bytes(call) > LARGEST[device.type]:
+            found.left_out.append(f"{what}: too large for this device")
+            continue
+        if rates and PASSES * _floor(case.op.cost(*call.args, **call.kwargs), rates) > left:
+            found.left_out.append(f"{what}: takes longer than the {left:.0f} s that are left of the budget")
             continue
         torch.manual_seed(0)
         try:
-            call = replace(make(device, getattr(torch, dtype)), name=name)
-            tell(f"{what} (fastllm serves it by {_serving(op, call)})")
-            rows.extend(measure(op, call, dtype, device, rounds, only, left / (len(planned) - i)))
+            call = replace(case.make(device, getattr(torch, dtype)), name=case.name)
+            tell(f"{what} (fastllm serves it by {_serving(case.op, call)})")
+            share = left / (len(todo) - i)
+            sweep = dict(axis=case.axis, size=case.size)
+            found.rows.extend(measure(case.op, call, dtype, device, rounds, only, share, left, balance, **sweep))
+        except OutOfTime as error:
+            found.left_out.append(f"{what}: {error}")
         except Exception as error:  # what it was is in the results; the other cases go on
-            left_out.append(f"{what}: {_first_line(error)}")
-        keep(rows, left_out)
-    return rows, left_out
+            found.left_out.append(f"{what}: {_first_line(error)}")
+        keep(found)
+    return found
 
 
 def _first_line(error: Exception) -> str:
@@ -268,83 +281,3 @@ def _first_line(error: Exception) -> str:
 def _serving(op: Op, call: Sample) -> str:
     tensors = cases.tensors_of(call)
     return pick(op.name, *(t for t in tensors if t.is_floating_point()))
-
-
-def results_json(rows: list[Row], left_out: list[str], found: dict) -> str:
-    """What ``fastllm bench`` writes: the environment, every sample, and what is missing."""
-    return json.dumps({"environment": found, "left_out": left_out, "rows": [asdict(row) for row in rows]}, indent=1)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line; see the module's docstring. Returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["train"]:
-        from . import train
-
-        train.main(argv[1:])
-        return 0
-    parser = argparse.ArgumentParser(
-        prog="fastllm bench",
-        description="Time the ops, compare two runs, or time the training step (fastllm bench train --help).",
-    )
-    parser.add_argument("ops", nargs="*", metavar="OP", help="ops to time (all); or: compare A.json B.json; or: train")
-    parser.add_argument("--static", action="store_true", help="what is known without running: compiled kernels, model")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="(bfloat16)")
-    parser.add_argument("--shape", nargs="+", default=[""], help="only shapes whose name contains one of these")
-    parser.add_argument("--provider", nargs="+", default=[], help="beside fastllm and eager, only these")
-    parser.add_argument("--rounds", type=int, help="samples of each provider")
-    parser.add_argument("--budget", type=float, default=240.0, metavar="SECONDS", help="(%(default)g)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for bench.json (default: runs/bench-<time>)")
-    options = parser.parse_args(argv)
-    if options.ops[:1] == ["compare"]:
-        if len(options.ops) != 3:
-            parser.error("compare: expected two files")
-        from .report import compare
-
-        try:
-            compare(*map(Path, options.ops[1:]))
-        except (OSError, ValueError, KeyError) as error:
-            parser.error(f"compare: {error}")
-        return 0
-    try:
-        ops = cases.selected(options.ops)
-    except ValueError as error:
-        parser.error(str(error))
-    if options.rounds is not None and options.rounds < 2:
-        parser.error(f"--rounds: expected at least 2, got {options.rounds}")
-    if options.budget <= 0:
-        parser.error(f"--budget: expected a positive number of seconds, got {options.budget:g}")
-    if options.static:
-        from .static import both_tables
-
-        both_tables([op.name for op in ops], options.shape)
-        return 0
-    device = torch.device(options.device)
-    rounds = options.rounds or ROUNDS[device.type]
-    rates = {"copy": copy_bandwidth(device), "matrix": matrix_rate(device, torch.bfloat16)}
-    found = {**environment(device), "rates": rates}
-    folder = options.out or Path("runs") / f"bench-{datetime.now():%Y%m%d-%H%M%S}"
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "bench.json"
-
-    def keep(rows, left_out):
-        file.write_text(results_json(rows, left_out, found))
-
-    rows, left_out = run(
-        ops, device, dtypes=options.dtype, shape=options.shape, rounds=rounds, budget=options.budget,
-        only=options.provider, keep=keep,
-    )  # fmt: skip
-    keep(rows, left_out)
-    try:
-        from .report import show
-    except ModuleNotFoundError as error:
-        print(f"no table: the package {error.name} is not installed")
-    else:
-        show(rows, left_out, found)
-    print(f"written: {file}")
-    return 0 if rows or left_out else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,5 +1,17 @@
-"""Shapes of swiglu."""
+"""Shapes and rivals of swiglu."""
 
-from ._gated import shapes
+from ._gated import halves, shapes, sweep
 
-__all__ = ["shapes"]
+__all__ = ["rivals", "shapes", "sweep"]
+
+
+def _liger():
+    from liger_kernel.ops import LigerSiLUMulFunction
+
+    def swiglu(gate, up=None):
+        return LigerSiLUMulFunction.apply(*halves(gate, up))
+
+    return swiglu
+
+
+rivals = {"liger-kernel": _liger}

@@ -12,6 +12,10 @@ from typing import Any
 import torch
 
 FEWEST = 3
+# A sample lasts at least this long on a CPU, by repetition: the clock and the loop around it cost about 1 us.
+SHORTEST = 2e-4
+# Calls that the host queues at once: a few kernels each, far below the 1024 launches after which CUDA makes it wait.
+QUEUED = 20
 
 
 @dataclass(frozen=True)
@@ -91,3 +95,73 @@ def interleaved(
 def ratios(samples: Mapping[str, Sequence[float]], name: str, baseline: str) -> Quartiles:
     """How many times as fast ``name`` is as ``baseline``: quartiles of the ratios within each round."""
     return Quartiles.of([b / a for a, b in zip(samples[name], samples[baseline], strict=True)])
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one provider does in one direction: ``run(prepare())``, of which ``run`` is timed."""
+
+    provider: str
+    prepare: Callable[[], object]
+    run: Callable[[object], object]
+
+
+class Timer:
+    """``timer(call, device)`` -> seconds of one ``call.run``, for :func:`interleaved`.
+
+    On CUDA ``cold`` overwrites the L2 cache before each sample; hot, the same call has run just before. A CPU has no
+    such switch: a sample repeats its call, and is hot.
+    """
+
+    def __init__(self, device: torch.device, cold: bool):
+        self.peaks: dict[str, int] = {}
+        self.repeats = 1
+        self.flush = None
+        if cold:
+            l2 = torch.cuda.get_device_properties(device).L2_cache_size
+            self.flush = torch.empty(4 * l2, dtype=torch.int8, device=device)
+
+    def calibrate(self, call: Call, device: torch.device) -> None:
+        """Choose how often a sample on a CPU repeats its call."""
+        if device.type != "cuda":
+            once = min(self(call, device) for _ in range(3))
+            self.repeats = max(1, int(SHORTEST / max(once, 1e-7)))
+
+    def __call__(self, call: Call, device: torch.device) -> float:
+        if device.type == "cuda":
+            return self._on_cuda(call, device)
+        ready = [call.prepare() for _ in range(self.repeats)]
+        start = time.perf_counter()
+        for argument in ready:
+            call.run(argument)
+        return (time.perf_counter() - start) / self.repeats
+
+    def _on_cuda(self, call: Call, device: torch.device) -> float:
+        ready = call.prepare()
+        if self.flush is None:
+            call.run(call.prepare())
+        else:
+            self.flush.zero_()
+        torch.cuda.reset_peak_memory_stats(device)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call.run(ready)
+        end.record()
+        synchronize(device)
+        held = torch.cuda.max_memory_allocated(device) - (0 if self.flush is None else self.flush.numel())
+        self.peaks[call.provider] = max(self.peaks.get(call.provider, 0), held)
+        return start.elapsed_time(end) * 1e-3
+
+
+def host_seconds(call: Call, device: torch.device, samples: int = 9) -> list[float]:
+    """Seconds that the host spends on one call: QUEUED of them are launched, and the device is not waited for."""
+    found = []
+    for _ in range(samples):
+        ready = [call.prepare() for _ in range(QUEUED)]
+        synchronize(device)
+        start = time.perf_counter()
+        for argument in ready:
+            call.run(argument)
+        found.append((time.perf_counter() - start) / QUEUED)
+        synchronize(device)
+    return found

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal cannot show
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["bench"]:
-        from .bench.run import main as bench
+        from .bench.command import main as bench
 
         return bench(argv[1:])
     arguments = _parser(argv[0] if argv else None).parse_args(argv)

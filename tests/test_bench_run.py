@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from fastllm.bench import cases, report, run
+from fastllm.bench import cases, command, parity, report, run
 from fastllm.bench._norm import _call
-from fastllm.bench.timing import Quartiles
+from fastllm.bench.results import Case, Row, in_cases, read_run
+from fastllm.bench.timing import Call, Quartiles, Timer, host_seconds
 
 from fastllm import OPS
 from fastllm.cli import main
@@ -44,8 +45,10 @@ def small(monkeypatch):
 
 
 def _run(op, **options):
-    settings = dict(dtypes=["bfloat16"], shape=[""], rounds=3, budget=60.0, only=["wrong", "failing", "missing"])
-    return run.run([op], CPU, tell=lambda line: None, **(settings | options))
+    settings = dict(dtypes=["bfloat16"], rounds=3, budget=60.0, only=["wrong", "failing", "missing"])
+    planned = run.plan([op], options.pop("shape", [""]))
+    found = run.run(planned, CPU, tell=lambda line: None, **(settings | options))
+    return found.rows, found.left_out
 
 
 def test_only_what_is_right_gets_a_time(small):
@@ -104,13 +107,13 @@ def test_where_eager_fails_the_rest_is_still_timed(small, monkeypatch):
 def test_a_case_that_fails_stops_nothing_and_results_are_kept_as_they_come(small, monkeypatch):
     real, kept = run.measure, []
 
-    def measure(op, sample, *rest):
+    def measure(op, sample, *rest, **sweep):
         if sample.name == "first":
             raise RuntimeError("device lost")
-        return real(op, sample, *rest)
+        return real(op, sample, *rest, **sweep)
 
     monkeypatch.setattr(run, "measure", measure)
-    rows, left_out = _run(small, keep=lambda rows, left_out: kept.append((len(rows), len(left_out))))
+    rows, left_out = _run(small, keep=lambda found: kept.append((len(found.rows), len(found.left_out))))
     assert {row.shape for row in rows} == {"second"}
     assert left_out == ["layer_norm, first, bfloat16: RuntimeError: device lost"]
     assert kept == [(0, 1), (len(rows), 1)]
@@ -133,27 +136,103 @@ def test_what_is_too_large_is_left_out(small, monkeypatch):
 
 def test_first_shapes_of_all_ops_come_first():
     order = run.plan([OPS["layer_norm"], OPS["rms_norm"]], [""])
-    assert [op.name for op, _ in order[:4]] == ["layer_norm", "rms_norm"] * 2
-    assert order[0][1] == order[1][1]
+    assert [case.op.name for case in order[:4]] == ["layer_norm", "rms_norm"] * 2
+    assert order[0].name == order[1].name
+    swept = run.plan([OPS["layer_norm"], OPS["embedding"]], [""], sweep=True)
+    sizes = [case.size for case in swept if case.size]
+    assert sizes == sorted(sizes) == [case.size for case in swept[-len(sizes) :]]
+    assert {(case.op.name, case.axis) for case in swept if case.size} == {("layer_norm", "columns")}
+    assert [case.name for case in run.plan([OPS["layer_norm"]], ["columns 1024"], sweep=True)] == ["columns 1024"]
 
 
 def test_the_command_writes_shows_and_compares(small, tmp_path, capsys):
     arguments = ["layer_norm", "--provider", "wrong", "missing", "--rounds", "2", "--shape", "first"]
-    assert run.main([*arguments, "--out", str(tmp_path)]) == 0
+    assert command.main([*arguments, "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "no time" in shown
+    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.html", "roofline.png", "speedup.png"}
     assert "missing: not installed" in shown
     file = tmp_path / "bench.json"
     found = json.loads(file.read_text())
     assert found["environment"]["rates"]["copy"] > 0
-    rows = report.read_rows(file)
+    rows = read_run(file).rows
     assert all(len(row.samples) == 2 for row in rows if row.problem is None)
-    assert run.main(["compare", str(file), str(file)]) == 0
+    assert command.main(["compare", str(file), str(file)]) == 0
     assert "within the noise" in capsys.readouterr().out
 
 
+def test_a_call_that_the_budget_has_no_room_for_is_left_out(small, monkeypatch):
+    rates = {"copy": 1e9, "matrix": 1e9}
+    _, left_out = _run(small, budget=1e-2, environment={"rates": {"copy": 1.0, "matrix": 1.0}})
+    assert len(left_out) == 2
+    assert "longer than the 0 s that are left" in left_out[0]
+    monkeypatch.setattr(run, "_first_calls", lambda *args: {"forward": 5.0})
+    rows, left_out = _run(small, shape=["first"], environment={"rates": rates})
+    assert not rows
+    assert left_out == ["layer_norm, first, bfloat16: a call takes 5.0 s, 60 s are left"]
+
+
+def test_first_calls_are_timed_each_way(small):
+    rows, _ = _run(small, shape=["first"], only=["none"])
+    first = {row.direction: row.first_call for row in rows if row.provider == run.OURS}
+    assert first["both"] == first["forward"] + first["backward"]
+    assert min(first.values()) > 0
+
+
+def test_one_that_overwrites_its_arguments_spoils_nothing(small, monkeypatch):
+    @cases.overwrites
+    def scribbles(x, shape, weight, bias):
+        y = F.layer_norm(x * 1, shape, weight, bias)
+        x.data.zero_()
+        return y
+
+    monkeypatch.setattr(cases.importlib.import_module("fastllm.bench.layer_norm"), "rivals", {"it": lambda: scribbles})
+    rows, _ = _run(small, shape=["first"], only=["it"])
+    assert not [row.problem for row in rows if row.problem]
+    sample = cases.shapes_of("layer_norm")["first"](CPU, torch.float32)
+    before = sample.args[0].detach().clone()
+    assert parity.Judge(small, small.reference, sample, torch.float32).problem(scribbles) is None
+    assert torch.equal(sample.args[0], before)
+
+
+def test_the_host_is_timed_without_the_wait(monkeypatch):
+    waits = []
+    monkeypatch.setattr("fastllm.bench.timing.synchronize", waits.append)
+    calls = []
+    found = host_seconds(Call("it", lambda: len(calls), calls.append), CPU, samples=4)
+    assert len(found) == 4
+    assert all(seconds > 0 for seconds in found)
+    assert len(calls) == 4 * 20
+    assert len(waits) == 2 * 4  # around each sample, none within
+
+
+def test_a_sample_on_a_cpu_repeats_what_is_short():
+    calls = []
+    call = Call("it", lambda: None, calls.append)
+    timer = Timer(CPU, cold=False)
+    timer.calibrate(call, CPU)
+    assert timer.repeats > 10
+    calls.clear()
+    assert timer(call, CPU) > 0
+    assert len(calls) == timer.repeats
+
+
+def test_attention_is_judged_by_one_head_at_a_time():
+    op = OPS["attention"]
+    calls = [s for s in op.samples(CPU, torch.float64) if not s.kwargs.get("return_lse")]
+    assert len(calls) > 3
+    for sample in calls:
+        wide = parity.widened(sample, torch.float64)
+        whole, parts = (parity.results(f, wide) for f in (op.reference, cases.reference_of(op)))
+        for a, b in zip(whole, parts, strict=True):
+            if a is None or b is None:
+                assert a is b is None
+            else:
+                torch.testing.assert_close(a, b, equal_nan=True)
+
+
 def _row(provider, *samples, direction="forward"):
-    return run.Row("op", "shape", "bfloat16", direction, provider, None, list(samples), first_call=0.0)
+    return Row("op", "shape", "bfloat16", direction, provider, None, list(samples), first_call=0.0)
 
 
 def test_losses_are_seen_first():
@@ -161,8 +240,16 @@ def test_losses_are_seen_first():
         _row(run.OURS, 1.0, 1.0), _row(run.EAGER, 3.0, 3.0),
         _row(run.OURS, 2.0, 2.0, direction="backward"), _row(run.EAGER, 1.0, 1.0, direction="backward"),
     ]  # fmt: skip
-    found = report.in_cases(rows)
+    found = in_cases(rows)
     assert [(case.rows[0].direction, case.lead) for case in found] == [("backward", 0.5), ("forward", 3.0)]
+
+
+def test_a_case_names_the_best_other():
+    case = Case([_row(run.OURS, 2.0), _row(run.EAGER, 3.0), _row("rival", 1.0), _row("none")])
+    assert case.best_rival.provider == "rival"
+    assert case.lead == 0.5
+    assert case.lead_over(case.of(run.EAGER)) == 1.5
+    assert case.lead_over(case.of("none")) is None
 
 
 def test_verdicts_need_quartiles_that_do_not_meet():
@@ -185,20 +272,26 @@ def test_verdicts_need_quartiles_that_do_not_meet():
         (["compare", "one.json"], "expected two files"),
         (["compare", "/nowhere/a.json", "/nowhere/b.json"], "/nowhere/a.json"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--budget", "nan"], "--budget: expected a positive"),
+        (["--shape", "no such"], "no shape of these ops has 'no such' in its name"),
+        (["--device", "meta"], "--device: expected cpu or cuda, got 'meta'"),
+        (["--device", "nothing"], "--device: "),
+        (["report"], "expected one file"),
+        (["report", "/nowhere/a.json"], "/nowhere/a.json"),
     ],
 )
 def test_bad_options_are_refused_before_any_work(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        run.main(argv)
+        command.main(argv)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_run_is_named(tmp_path, capsys):
     file = tmp_path / "other.json"
-    file.write_text('{"rows": [{"a": 1}]}')
+    file.write_text('{"environment": {"device": "x", "rates": {"copy": 1, "matrix": 1}}, "rows": [{"a": 1}]}')
     with pytest.raises(SystemExit):
-        run.main(["compare", str(file), str(file)])
+        command.main(["compare", str(file), str(file)])
     assert "other.json: not a bench.json" in capsys.readouterr().err
 
 

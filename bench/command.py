@@ -1,0 +1,151 @@
+"""The command line of ``fastllm bench``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from . import cases
+from .environment import environment
+from .results import Run, read_run
+from .run import ROUNDS, plan, run
+from .timing import copy_bandwidth, matrix_rate
+
+DTYPES = ("bfloat16", "float16", "float32")
+EPILOG = """
+fastllm bench compare A.json B.json   two runs side by side, with a verdict a row
+fastllm bench report A.json           the plots and the page of a run again (--out FOLDER: elsewhere)
+fastllm bench train --help            the training step
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastllm bench",
+        description="Time the ops beside eager PyTorch, torch.compile and the rivals that are installed.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("ops", nargs="*", metavar="OP", help="ops to time (all); or one of the commands below")
+    parser.add_argument("--static", action="store_true", help="what is known without running: compiled kernels, model")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="(bfloat16)")
+    parser.add_argument("--shape", nargs="+", default=[""], help="only shapes whose name contains one of these")
+    parser.add_argument("--sweep", action="store_true", help="after the shapes, sizes for GB/s and TFLOP/s over them")
+    parser.add_argument("--provider", nargs="+", default=[], help="beside fastllm and eager, only these")
+    parser.add_argument("--rounds", type=int, help="samples of each provider")
+    parser.add_argument("--budget", type=float, default=240.0, metavar="SECONDS", help="(%(default)g)")
+    parser.add_argument(
+        "--fresh-caches", action="store_true",
+        help="nothing that Triton and Inductor have compiled before, so that the first calls compile",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the results (default: runs/bench-<time>)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """See the module's docstring. Returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["train"]:
+        from . import train
+
+        train.main(argv[1:])
+        return 0
+    parser = _parser()
+    options = parser.parse_args(argv)
+    try:
+        if options.ops[:1] == ["compare"]:
+            return _compare(options.ops[1:])
+        if options.ops[:1] == ["report"]:
+            return _report(options.ops[1:], options.out)
+        ops = cases.selected(options.ops)
+        if options.rounds is not None and options.rounds < 2:
+            raise ValueError(f"--rounds: expected at least 2, got {options.rounds}")
+        if not options.budget > 0:
+            raise ValueError(f"--budget: expected a positive number of seconds, got {options.budget:g}")
+        planned = plan(ops, options.shape, options.sweep)
+        if not planned:
+            raise ValueError(f"--shape: no shape of these ops has {' or '.join(map(repr, options.shape))} in its name")
+        device = _device(options.device)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if options.static:
+        from .static import both_tables
+
+        both_tables([op.name for op in ops], options.shape)
+        return 0
+    folder = options.out or Path("runs") / f"bench-{datetime.now():%Y%m%d-%H%M%S}"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "bench.json"
+    with tempfile.TemporaryDirectory() as caches:
+        if options.fresh_caches:
+            os.environ |= {"TRITON_CACHE_DIR": f"{caches}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
+        rates = {"copy": copy_bandwidth(device), "matrix": matrix_rate(device, torch.bfloat16)}
+        where = environment(device) | {"rates": rates, "fresh_caches": options.fresh_caches}
+        found = run(
+            planned, device, dtypes=options.dtype, rounds=options.rounds or ROUNDS[device.type],
+            budget=options.budget, only=options.provider, environment=where, keep=lambda found: found.write(file),
+        )  # fmt: skip
+    found.write(file)
+    written = [file]
+    # The JSON is what a run is for: what cannot be drawn is said, and loses nothing.
+    try:
+        from .report import show
+
+        show(found)
+        written += _drawn(found, folder)
+    except ModuleNotFoundError as error:
+        print(f"no table or page: the package {error.name} is not installed")
+    print("written:", *written)
+    return 0 if any(row.samples for row in found.rows) else 1
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device: {str(error).splitlines()[0]}") from error
+    if device.type not in ROUNDS:
+        raise ValueError(f"--device: expected {' or '.join(ROUNDS)}, got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: there is no GPU here (torch.cuda.is_available() is False)")
+    return device
+
+
+def _drawn(found: Run, folder: Path) -> list[Path]:
+    from .page import write_page
+    from .plots import plots
+
+    pictures = plots(found)
+    for name, picture in pictures.items():
+        (folder / f"{name}.png").write_bytes(picture)
+    return [*(folder / f"{name}.png" for name in pictures), write_page(found, pictures, folder / "bench.html")]
+
+
+def _compare(files: list[str]) -> int:
+    if len(files) != 2:
+        raise ValueError("compare: expected two files")
+    from .report import compare
+
+    compare(*map(Path, files))
+    return 0
+
+
+def _report(files: list[str], folder: Path | None) -> int:
+    if len(files) != 1:
+        raise ValueError("report: expected one file")
+    from .report import show
+
+    file = Path(files[0])
+    found = read_run(file)
+    show(found)
+    folder = folder or file.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    print("written:", *_drawn(found, folder))
+    return 0
