@@ -45,7 +45,7 @@ def _decide(module) -> Decision | None:
     now = getattr(config, "_attn_implementation", None)
     source = _source(type(module))
     if "ALL_ATTENTION_FUNCTIONS" not in source and "get_interface" not in source:
-        if "ttention" in source:
+        if re.search(r"class \w*Attention", source):
             return Decision("attention", None, "its code does not call attention through AttentionInterface")
         return None
     if now == NAME:

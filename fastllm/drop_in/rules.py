@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from .gated import GatedMLP, looks_like_gated, recognise_gated
 from .norms import Norm, looks_like_norm, recognise
 from .report import Size
 from .swap import Accelerated, Kind, original_forward
@@ -21,7 +23,9 @@ TORCH_MODULES = {
     nn.MultiheadAttention: "multihead_attention",
 }
 WHOLE_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-OPS_SERVED = (*TORCH_MODULES.values(), "embedding_sum", "linear_cross_entropy", "attention")
+OPS_SERVED = (*TORCH_MODULES.values(), "embedding_sum", "linear_cross_entropy", "attention", "swiglu", "geglu")
+
+UNMEASURED = "a look-alike is swapped only once it is measured, and verify is False"
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Rules:
     def __init__(self, model: nn.Module, verify: bool, sums: Callable[[str, nn.Module], bool]):
         self.verify = verify
         self.sums = sums  # whether sums of this embedding may be one op
-        self.measured: dict[tuple, Norm | str] = {}
+        self.measured: dict[tuple, Norm | GatedMLP | str] = {}
         self.heads = dict(find_heads(model))
         self.summed = set(find_summed(model))
 
@@ -79,7 +83,7 @@ class Rules:
         """What becomes of ``module``, or None if it is nothing that we serve."""
         if isinstance(module, Accelerated):
             kind = module.fastllm_kind
-            op = kind.options.op if kind.name == "norm" else kind.name
+            op = kind.options.op if kind.name in ("norm", "gated_mlp") else kind.name
             return Decision(op, None, "it is accelerated already")
         if type(module).__module__.startswith("fastllm."):
             return None
@@ -93,8 +97,12 @@ class Rules:
             )  # fmt: skip
         if id(module) in self.heads:
             return self._head(path, module)
+        if type(module).__module__.startswith("torch."):
+            return None
         if looks_like_norm(module):
             return self._norm(path, module)
+        if looks_like_gated(module):
+            return self._gated(module)
         return None
 
     def _torch_module(self, path: str, module, cls: type, op: str) -> Decision:
@@ -122,13 +130,24 @@ class Rules:
         if why is not None:
             return Decision("rms_norm", None, why)
         if not self.verify:
-            return Decision("rms_norm", None, "a look-alike is swapped only once it is measured, and verify is False")
-        norm = self._measure(module)
+            return Decision("rms_norm", None, UNMEASURED)
+        norm = self._measure(module, recognise)
         if isinstance(norm, str):
             return Decision("rms_norm", None, norm)
         return Decision(norm.op, Kind("norm", norm), f"measured: {norm}", _size(module, norm.op, path))
 
-    def _measure(self, module) -> Norm | str:
+    def _gated(self, module) -> Decision | None:
+        why = obstacle(module)
+        if why is not None or not self.verify:
+            return Decision("swiglu", None, why or UNMEASURED)
+        mlp = self._measure(module, recognise_gated)
+        if isinstance(mlp, str):
+            # Attention has projections of such shapes, too: only what calls itself an MLP is worth a line.
+            named = re.search("mlp|ffn|feed_?forward|glu|gated", type(module).__name__, re.IGNORECASE)
+            return Decision("swiglu", None, mlp) if named else None
+        return Decision(mlp.op, Kind("gated_mlp", mlp), f"measured: {mlp}")
+
+    def _measure(self, module, recognise: Callable):
         scalars = tuple(
             (name, value) for name, value in sorted(vars(module).items())
             if not name.startswith("_") and name != "training" and isinstance(value, bool | int | float | str | None)

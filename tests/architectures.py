@@ -1,0 +1,157 @@
+"""Tiny random models of many architectures, with inputs that give a loss: for tests and for docs/drop_in.py."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+VOCABULARY, BATCH, LENGTH = 96, 2, 12
+DECODER = dict(
+    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, head_dim=8,
+)  # fmt: skip
+ENCODER = dict(
+    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=0,
+)  # fmt: skip
+VISION = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8,
+    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+)  # fmt: skip
+GPT2 = dict(
+    vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2,
+    resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+)  # fmt: skip
+SEQ2SEQ = dict(
+    vocab_size=VOCABULARY, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+    decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, dropout=0.0,
+    attention_dropout=0.0, activation_dropout=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    decoder_start_token_id=1,
+)  # fmt: skip
+T5 = dict(
+    vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
+    decoder_start_token_id=0,
+)  # fmt: skip
+
+
+def _tokens():
+    ids = torch.randint(3, VOCABULARY, (BATCH, LENGTH))
+    mask = torch.ones_like(ids)
+    mask[1, LENGTH - 3 :] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    return dict(input_ids=ids, attention_mask=mask, labels=labels)
+
+
+def _image(**targets):
+    return dict(pixel_values=torch.randn(BATCH, 3, 16, 16), **targets)
+
+
+def _classes():
+    return _image(labels=torch.tensor([1, 0]))
+
+
+def _image_and_text():
+    return _image(input_ids=torch.randint(3, VOCABULARY, (BATCH, LENGTH)), return_loss=True)
+
+
+def _mel():
+    return dict(input_features=torch.randn(BATCH, 8, 24), labels=torch.randint(3, VOCABULARY, (BATCH, LENGTH)))
+
+
+def _waveform():
+    return dict(input_values=torch.randn(BATCH, 400), labels=torch.randint(3, 20, (BATCH, 3)))
+
+
+# Name -> (class, configuration class, its arguments, inputs).
+ARCHITECTURES = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", DECODER, _tokens),
+    "mistral": ("MistralForCausalLM", "MistralConfig", {**DECODER, "sliding_window": 4}, _tokens),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", DECODER, _tokens),
+    "gemma": ("GemmaForCausalLM", "GemmaConfig", DECODER, _tokens),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**DECODER, "sliding_window": 4}, _tokens),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", {**DECODER, "tie_word_embeddings": True}, _tokens),
+    "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", DECODER, _tokens),
+    "cohere": ("CohereForCausalLM", "CohereConfig", DECODER, _tokens),
+    "granite": ("GraniteForCausalLM", "GraniteConfig", {**DECODER, "logits_scaling": 4.0}, _tokens),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2, _tokens),
+    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", {**DECODER, "hidden_dropout": 0.0}, _tokens),
+    "opt": (
+        "OPTForCausalLM", "OPTConfig",
+        dict(vocab_size=VOCABULARY, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+             max_position_embeddings=64, dropout=0.0, word_embed_proj_dim=32, pad_token_id=0, bos_token_id=1,
+             eos_token_id=2), _tokens,
+    ),
+    "bloom": (
+        "BloomForCausalLM", "BloomConfig",
+        dict(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.0, attention_dropout=0.0,
+             bos_token_id=1, eos_token_id=2, pad_token_id=0), _tokens,
+    ),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**DECODER, "num_local_experts": 4}, _tokens),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM", "Qwen2MoeConfig",
+        {**DECODER, "num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}, _tokens,
+    ),
+    "gpt_oss": (
+        "GptOssForCausalLM", "GptOssConfig",
+        {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}, _tokens,
+    ),
+    "bert": ("BertForMaskedLM", "BertConfig", ENCODER, _tokens),
+    "roberta": ("RobertaForMaskedLM", "RobertaConfig", ENCODER, _tokens),
+    "electra": ("ElectraForMaskedLM", "ElectraConfig", {**ENCODER, "embedding_size": 24}, _tokens),
+    "albert": ("AlbertForMaskedLM", "AlbertConfig", {**ENCODER, "embedding_size": 24}, _tokens),
+    "modernbert": (
+        "ModernBertForMaskedLM", "ModernBertConfig",
+        {**ENCODER, "local_attention": 4, "cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2},
+        _tokens,
+    ),
+    "t5": ("T5ForConditionalGeneration", "T5Config", T5, _tokens),
+    "t5_gated": ("T5ForConditionalGeneration", "T5Config", {**T5, "feed_forward_proj": "gated-gelu"}, _tokens),
+    "bart": ("BartForConditionalGeneration", "BartConfig", SEQ2SEQ, _tokens),
+    "whisper": (
+        "WhisperForConditionalGeneration", "WhisperConfig",
+        {**SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 12, "max_target_positions": 32,
+         "suppress_tokens": None, "begin_suppress_tokens": None}, _mel,
+    ),
+    "wav2vec2": (
+        "Wav2Vec2ForCTC", "Wav2Vec2Config",
+        dict(vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+             conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 3), num_feat_extract_layers=2,
+             num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, hidden_dropout=0.0, attention_dropout=0.0,
+             activation_dropout=0.0, feat_proj_dropout=0.0, final_dropout=0.0, layerdrop=0.0, apply_spec_augment=False,
+             ctc_loss_reduction="mean"), _waveform,
+    ),
+    "vit": ("ViTForImageClassification", "ViTConfig", VISION, _classes),
+    "dinov2": ("Dinov2ForImageClassification", "Dinov2Config", {**VISION, "mlp_ratio": 2}, _classes),
+    "convnextv2": (
+        "ConvNextV2ForImageClassification", "ConvNextV2Config",
+        dict(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, patch_size=4, image_size=16), _classes,
+    ),
+    "clip": (
+        "CLIPModel", "CLIPConfig",
+        dict(
+            text_config=dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                             num_attention_heads=4, max_position_embeddings=32, bos_token_id=1, eos_token_id=2),
+            vision_config=dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                               image_size=16, patch_size=8),
+            projection_dim=16,
+        ), _image_and_text,
+    ),
+}  # fmt: skip
+
+
+def build(name: str):
+    """(model in training mode without dropout, inputs whose output has a loss), the same ones on every call."""
+    import transformers
+
+    model, config, arguments, inputs = ARCHITECTURES[name]
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        model = getattr(transformers, model)(getattr(transformers, config)(**arguments)).train()
+        for parameter in model.parameters():  # norms that are all ones and biases that are all zeros hide mistakes
+            parameter.data.add_(0.02 * torch.randn_like(parameter))
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        return model, inputs()

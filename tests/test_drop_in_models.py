@@ -1,0 +1,89 @@
+"""accelerate() on tiny models of many transformers architectures: what they compute and how they train stays."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, build
+from contract import assert_as_true
+
+import fastllm
+
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+STEPS = 30
+
+
+def loss_and_gradients(model, inputs):
+    model.zero_grad(set_to_none=True)
+    loss = model(**inputs).loss
+    loss.backward()
+    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+
+
+def wide(inputs):
+    return {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def curve(model, inputs):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return torch.tensor(losses)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_loss_gradients_training_and_revert(name):
+    model, inputs = build(name)
+    other = type(model)(model.config).train()
+    other.load_state_dict(model.state_dict())
+    for module in other.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    classes, own_classes = ([type(m) for m in x.modules()] for x in (other, model))
+    attention = other.config._attn_implementation
+    with torch.no_grad():
+        before = other(**inputs).loss
+    oracle = copy.deepcopy(other).double()
+    oracle.config._experts_implementation = "eager"  # torch's grouped product has no fp64
+    truth = loss_and_gradients(oracle, wide(inputs))
+    eager = loss_and_gradients(other, inputs)
+    keys = list(model.state_dict())
+
+    report = fastllm.accelerate(model)
+    assert report.swapped
+    assert list(model.state_dict()) == keys
+    got = loss_and_gradients(model, inputs)
+    for key in eager:
+        assert_as_true(got[key], truth[key], eager[key], torch.float32, f"{name}: {key}")
+    # Another instance, of the very same configuration object, is what it was.
+    assert [type(m) for m in other.modules()] == classes
+    assert other.config._attn_implementation == attention
+    with torch.no_grad():
+        assert torch.equal(other(**inputs).loss, before)
+    fastllm.revert(model)
+    assert [type(m) for m in model.modules()] == own_classes
+    assert model.config is other.config
+    again = loss_and_gradients(model, inputs)
+    for key in eager:
+        assert (again[key] is None and eager[key] is None) or torch.equal(again[key], eager[key]), key
+
+    fastllm.accelerate(model)
+    losses, expected = curve(model, inputs), curve(other, inputs)
+    torch.testing.assert_close(losses, expected, rtol=2e-3, atol=2e-3)
+    assert losses[-1] < losses[0]
+
+
+def test_every_kind_of_architecture_is_there():
+    assert len(ARCHITECTURES) >= 20
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        left = {name: fastllm.accelerate(build(name)[0], dry_run=True).left for name in ("gemma2", "bloom")}
+    assert any("forward of its own" in entry.why for entry in left["gemma2"])
+    assert any("AttentionInterface" in entry.why for entry in left["bloom"])
