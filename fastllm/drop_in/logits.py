@@ -77,7 +77,9 @@ class Logits:
     def compute(self) -> torch.Tensor:
         self._check_fresh()
         with torch.autocast(self.hidden.device.type, self.autocast[1], enabled=self.autocast[0]):
-            return torch.nn.functional.linear(self.hidden, self.weight, self.bias)
+            flat = torch.nn.functional.linear(self.hidden.flatten(0, -2), self.weight, self.bias)
+        # Not a view in autograd's eyes: it may then be changed in place outside the node that makes it.
+        return torch.ops.aten._unsafe_view(flat, (*self.hidden.shape[:-1], len(self.weight)))
 
     def read(self, tensor: Deferred) -> torch.Tensor:
         """The values, computed once; changes in place then show in what was derived from them as views."""
