@@ -15,6 +15,9 @@ from ..training.config import DEFAULT_PRESET
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
     run.add_argument("--out", metavar="FOLDER", help="the run's folder (default: the next free runs/NNNN)")
+    run.add_argument(
+        "--auto-resume", action="store_true", help="go on with the run that --out holds, if any; torchrun implies it"
+    )
     run.add_argument("--resume", metavar="RUN", help="go on with this run, or from one of its checkpoints")
     run.add_argument("--config", metavar="FILE.toml", help="settings, as in a run's config.toml; flags override it")
     run.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -48,5 +51,5 @@ def run(arguments: argparse.Namespace) -> int:
                 raise InputError(
                     f"{config.data.tokenizer}: {available} tokens do not match vocab_size {config.model.vocab_size}"
                 )
-        result = train(config, arguments.out, quiet=arguments.quiet)
+        result = train(config, arguments.out, quiet=arguments.quiet, auto_resume=arguments.auto_resume)
     return 128 + result.signal if result.signal else 0

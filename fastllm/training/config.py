@@ -85,6 +85,19 @@ class TrainingConfig:
         above=0, resume=True,
     )  # fmt: skip
     wandb: str | None = option(None, "a Weights & Biases project to log to as well", resume=True)
+    parallel: str = option(
+        "ddp", "how the processes that torchrun starts train together: the whole model on each, or fully sharded",
+        choices=("ddp", "fsdp"), resume=True,
+    )  # fmt: skip
+    tensor_parallel: int = option(
+        1, "processes over which the vocabulary of embedding and head is split", minimum=1, resume=True
+    )
+    hang_timeout: float = option(
+        600.0,
+        "seconds in a step after which the processes name the one that they wait for, and end",
+        above=0,
+        resume=True,
+    )
     max_skipped: int = option(3, "stop after so many skipped steps in a row", minimum=1, resume=True)
 
     def __post_init__(self):

@@ -6,39 +6,76 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..config import InputError, build
 from ..data import load_dataset, open_dataset
 from ..files import write_text
-from .checkpoint import find_checkpoint
+from .checkpoint import checkpoints, find_checkpoint
 from .config import RunConfig, TrainingConfig, read_run_config
-from .loop import CONFIG, Result, Run, pick_device
+from .distributed import joined, launched
+from .loop import CONFIG, Result, Run, fixed_settings, pick_device
 from .progress import Display
 
 RUNS = Path("runs")
 
 
-def train(config: RunConfig, folder: str | Path | None = None, *, quiet: bool = False) -> Result:
+def train(
+    config: RunConfig, folder: str | Path | None = None, *, quiet: bool = False, auto_resume: bool = False
+) -> Result:
     """Train from scratch in ``folder``, which is made and must not hold a run yet; None: the next free runs/NNNN.
+
+    Args:
+        auto_resume: go on with the run that ``folder`` holds, if there is one and its settings are these. Processes
+            that torchrun started always do, so that a restart needs no other command.
 
     Raises:
         InputError: the settings, the text and the folder do not allow it; nothing has been trained then.
-        Diverged: the loss is not finite any more.
+        Diverged: too many steps in a row had a loss that was not finite.
         OSError: something cannot be written.
     """
-    if folder is not None and (Path(folder) / "checkpoints").exists():
-        raise InputError(f"{folder}: holds a run already; go on with --resume {folder}, or choose another --out")
+    if launched() and folder is None:
+        raise InputError("--out: under torchrun the run needs a name, by which a restart finds it")
+    if folder is not None and checkpoints(Path(folder) / "checkpoints"):
+        if not (auto_resume or launched()):
+            raise InputError(f"{folder}: holds a run already; go on with --resume {folder}, or choose another --out")
+        return resume(folder, _changes(config, Path(folder) / CONFIG), quiet=quiet)
     pick_device(config.training.device)
-    with _new_folder(folder) as folder:
-        display = Display(quiet)
-        dataset = load_dataset(config.data, folder / "data", vocab_size=config.model.vocab_size, say=display.say)
-        model = replace(config.model, vocab_size=dataset.tokenizer.vocab_size)
-        run = Run(replace(config, model=model), folder, dataset, display, None)
-        write_text(folder / CONFIG, run.config.to_toml())
-        run.measure()
-    return run.train()
+    with joined(config.training) as ranks:
+        main = ranks.rank == 0
+        with _new_folder(folder) if main else contextlib.nullcontext(Path(folder)) as folder:
+            display = Display(quiet or not main)
+            with ranks.first():
+                dataset = (
+                    load_dataset(config.data, folder / "data", vocab_size=config.model.vocab_size, say=display.say)
+                    if main
+                    else open_dataset(folder / "data")
+                )
+            model = replace(config.model, vocab_size=dataset.tokenizer.vocab_size)
+            run = Run(replace(config, model=model), folder, dataset, display, None, ranks)
+            if main:
+                write_text(folder / CONFIG, run.config.to_toml())
+            run.measure()
+        return run.train()
+
+
+def _changes(config: RunConfig, path: Path) -> dict[str, object]:
+    """What ``config`` asks for beyond the settings in ``path``, all of which may change on the way.
+
+    Raises:
+        InputError: something that may not.
+    """
+    before = read_run_config(path)
+    given, old = asdict(config.training.with_budget()), asdict(before.training)
+    fixed = fixed_settings(before.training)
+    same_model = replace(config.model, vocab_size=before.model.vocab_size) == before.model
+    for name, same in (
+        ("data", config.data == before.data), ("model", same_model), *((key, given[key] == fixed[key]) for key in fixed)
+    ):  # fmt: skip
+        if not same:
+            raise InputError(f"{path}: {name} of the run that is there is another; choose another --out")
+    return {name: value for name, value in given.items() if value != old[name]}
 
 
 def _next_run() -> Path:
@@ -81,7 +118,10 @@ def resume(checkpoint: str | Path, changes: Mapping[str, object] | None = None, 
     config = read_run_config(folder / CONFIG)
     if changes:
         config = replace(config, training=build(TrainingConfig, changes, "command line", config.training))
-    run = Run(config, folder, open_dataset(folder / "data"), Display(quiet), path)
-    write_text(folder / CONFIG, run.config.to_toml())
-    run.measure()
-    return run.train()
+    with joined(config.training) as ranks:
+        main = ranks.rank == 0
+        run = Run(config, folder, open_dataset(folder / "data"), Display(quiet or not main), path, ranks)
+        if main:
+            write_text(folder / CONFIG, run.config.to_toml())
+        run.measure()
+        return run.train()

@@ -88,12 +88,14 @@ class Run:
         self.device = ranks.device(pick_device(config.training.device))
         training = config.training.with_budget()
         self.objective = CausalLM(dataset, config.model.context_length, training.batch_size, training.seed)
+        make = self._make = lambda: Transformer(config.model)
         if checkpoint is None:
             with keep_random_state(self.device):
                 torch.manual_seed(derive_seed(training.seed, "weights"))
-                self.model = ranks.build(lambda: Transformer(config.model), self.device)
+                dtype = ranks.dtype(training.dtype)
+                self.model = ranks.build(make, self.device, dtype)
             self.optimizers = Optimizers(self.model, training)
-            self.state = State(step=0, seconds=0.0, tokens=0, dtype=training.dtype, data=dataset.train.sha256)
+            self.state = State(step=0, seconds=0.0, tokens=0, dtype=dtype, data=dataset.train.sha256)
         else:
             self.state = read_state(checkpoint)
             if self.state.data != dataset.train.sha256:
@@ -102,7 +104,7 @@ class Run:
             saved = load_config(checkpoint)
             if saved != config.model:
                 raise InputError(f"{checkpoint}: another model than in {folder / CONFIG}")
-            self.model, tensors = ranks.load(checkpoint, lambda: Transformer(config.model), self.device)
+            self.model, tensors = ranks.load(checkpoint, make, self.device, self.state.dtype)
             self.optimizers = Optimizers(self.model, training)
             try:
                 self.optimizers.load_state_dict(tensors)
@@ -110,6 +112,7 @@ class Run:
                 raise InputError(f"{checkpoint}: {error}") from error
         self.state.settings = fixed_settings(training)
         key_dropout(self.model).train()
+        ranks.attach(self.model, self.objective)
         self.model.checkpoint_activations = training.checkpoint_activations
         self.config = replace(config, training=training)
         self._validation: Evaluation | None = None
@@ -287,7 +290,7 @@ class Run:
     def _evaluate(self, limit: int) -> None:
         """Score the validation split, or ``limit`` windows of it; the clock stands meanwhile."""
         training, state = self.config.training, self.state
-        with self._clock.pause():
+        with self._clock.pause(), self.ranks.evaluating():
             result = self.objective.evaluate(self.model, training.rows, state.dtype, limit)
         self._validation, self._evaluated = result, (state.step, result.tokens)
         state.validation = result.loss
@@ -306,8 +309,11 @@ class Run:
     def _finish(self) -> None:
         """The model's folder, the picture, the samples, and the result in words."""
         state, say = self.state, self.display.say
+        model = self.ranks.whole(self.model, self._make)
+        if model is None:
+            return
         with whole_folder(self.folder / "model") as folder:
-            save_model(folder, self.model, self.dataset.tokenizer)
+            save_model(folder, model, self.dataset.tokenizer)
             write_manifest(folder)
         xz = self.dataset.summary.xz_bits_per_byte
         plot_loss(
@@ -315,7 +321,7 @@ class Run:
             f"{self.dataset.summary.name}: {self.model.num_parameters() / 1e6:.2f}M parameters, "
             f"{state.step:,} steps, {state.tokens:,} tokens",
         )  # fmt: skip
-        samples = write_samples(self.folder, self.model, self.dataset, self.config.training.seed)
+        samples = write_samples(self.folder, model, self.dataset, self.config.training.seed)
         say()
         say(samples)
         say(

@@ -44,12 +44,20 @@ class Ranks:
         """What follows the model's description, for people."""
         return ""
 
-    def build(self, make: Callable[[], nn.Module], device: torch.device) -> nn.Module:
-        """The new model on ``device``; torch's generator is seeded."""
+    def dtype(self, dtype: str) -> str:
+        """What "auto" comes to where it is not measured."""
+        return dtype
+
+    def first(self) -> AbstractContextManager:
+        """Around what the first rank does before the others."""
+        return contextlib.nullcontext()
+
+    def build(self, make: Callable[[], nn.Module], device: torch.device, dtype: str) -> nn.Module:
+        """The new model on ``device``, to be trained in ``dtype``; torch's generator is seeded."""
         return make().to(device)
 
     def load(
-        self, checkpoint: Path, make: Callable[[], nn.Module], device: torch.device
+        self, checkpoint: Path, make: Callable[[], nn.Module], device: torch.device, dtype: str
     ) -> tuple[nn.Module, dict[str, torch.Tensor]]:
         """The model and the optimisers' tensors of a checkpoint.
 
@@ -65,6 +73,17 @@ class Ranks:
             return load_whole(checkpoint, make, device)
         model, tensors, _ = load_checkpoint(checkpoint, device)
         return model, tensors
+
+    def attach(self, model: nn.Module, objective: Objective) -> None:
+        """Make ready to train ``model``."""
+
+    def evaluating(self) -> AbstractContextManager:
+        """Around an evaluation."""
+        return contextlib.nullcontext()
+
+    def whole(self, model: nn.Module, make: Callable[[], nn.Module]) -> nn.Module | None:
+        """The model with all of its weights, on the first rank; called by every rank."""
+        return model if self.rank == 0 else None
 
     def saver(
         self, folder: Path, model: nn.Module, tokenizer: Tokenizer, keep: Keep, tell: Callable[[str], None]

@@ -1,0 +1,24 @@
+"""Run by torchrun: rank 1 is killed in the first life, hangs in the second, and a third one ends the run."""
+
+import os
+import signal
+import time
+
+from several import MODEL, fastllm
+
+from fastllm.training.objectives import CausalLM
+
+life, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), os.environ["RANK"]
+batch = CausalLM.batch
+
+
+def faulty(self, step):
+    if rank == "1" and life == 0 and step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == "1" and life == 1 and step == 5:
+        time.sleep(600)
+    return batch(self, step)
+
+
+CausalLM.batch = faulty
+fastllm("train", "--out", "run", *MODEL, "--dtype", "float32", "--hang-timeout", "3")

@@ -1,0 +1,78 @@
+"""Run by torchrun: one start of the interpreter for all ways of training together, and then for one process alone."""
+
+import os
+import sys
+
+import torch.distributed as dist
+
+from fastllm.cli import main
+from fastllm.training import loop
+
+MODEL = [
+    "--vocab-size",
+    "300",
+    "--context-length",
+    "32",
+    "--num-layers",
+    "2",
+    "--num-heads",
+    "2",
+    "--hidden-size",
+    "32",
+    "--dropout",
+    "0.1",
+    "--data",
+    "prose.txt",
+    "--device",
+    "cpu",
+    "--batch-size",
+    "4",
+    "--eval-interval",
+    "3",
+    "--checkpoint-interval",
+    "2",
+    "--steps",
+    "6",
+    "--quiet",
+]
+WAYS = {
+    "ddp": ["--micro-batch-size", "1"],
+    "fsdp": ["--parallel", "fsdp", "--micro-batch-size", "1", "--checkpoint-activations"],
+    "vocabulary": ["--tensor-parallel", "2"],
+    "bf16": ["--parallel", "fsdp", "--dtype", "bfloat16"],
+}
+loop.plot_loss = lambda *args: None
+loop.write_samples = lambda *args: ""
+loop.matmul_flops = lambda *args: 1e11
+
+
+def fastllm(*arguments):
+    assert main([*arguments]) == 0, arguments
+
+
+def resume(name, steps, *more):
+    fastllm("train", "--resume", name, "--steps", str(steps), "--quiet", *more)
+
+
+def run_all():
+    dist.init_process_group("gloo")
+    for name, more in WAYS.items():
+        fastllm("train", "--out", name, *MODEL, *(more if "bf16" in name else ["--dtype", "float32", *more]))
+        # Another way of training takes over in between.
+        resume(name, 7, "--parallel", "ddp" if name == "fsdp" else "fsdp", "--tensor-parallel", "1")
+        if os.environ["RANK"] == "0":
+            print(name, "done", file=sys.stderr, flush=True)
+    if os.environ["RANK"] == "0":
+        for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            del os.environ[variable]
+        # Back to one process; and one process from the beginning.
+        for name in WAYS:
+            resume(name, 8, "--parallel", "ddp")
+        fastllm("train", "--out", "alone", *MODEL, "--dtype", "float32")
+        resume("alone", 7)
+        resume("alone", 8)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_all()
