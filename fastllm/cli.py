@@ -94,13 +94,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     except (RuntimeError, MemoryError) as error:
-        from .training import Diverged
+        from .training import Failed
 
         code, message = 1, str(error)
         # torch has a class of its own for a full GPU, and only a message for full host memory.
         if isinstance(error, MemoryError) or re.search("out of memory|can't allocate|not enough memory", message):
             message = f"out of memory; a smaller model or --micro-batch-size needs less ({message})"
-        elif not isinstance(error, Diverged):
+        elif not isinstance(error, Failed):
             raise
     print(f"fastllm {arguments.command}: error: {' '.join(message.split())}", file=sys.stderr)
     return code

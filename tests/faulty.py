@@ -12,13 +12,22 @@ life, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), os.environ["RANK"]
 batch = CausalLM.batch
 
 
+def note(text):
+    with open("faults.txt", "a") as file:
+        file.write(text + "\n")
+
+
 def faulty(self, step):
     if rank == "1" and life == 0 and step == 4:
+        note("killed")
         os.kill(os.getpid(), signal.SIGKILL)
     if rank == "1" and life == 1 and step == 5:
+        note("hung")
         time.sleep(600)
     return batch(self, step)
 
 
 CausalLM.batch = faulty
 fastllm("train", "--out", "run", *MODEL, "--dtype", "float32", "--hang-timeout", "3")
+CausalLM.batch = batch
+fastllm("train", "--out", "whole", *MODEL, "--dtype", "float32")

@@ -3,8 +3,6 @@
 import os
 import sys
 
-import torch.distributed as dist
-
 from fastllm.cli import main
 from fastllm.training import loop
 
@@ -55,7 +53,6 @@ def resume(name, steps, *more):
 
 
 def run_all():
-    dist.init_process_group("gloo")
     for name, more in WAYS.items():
         fastllm("train", "--out", name, *MODEL, *(more if "bf16" in name else ["--dtype", "float32", *more]))
         # Another way of training takes over in between.
@@ -71,7 +68,6 @@ def run_all():
         fastllm("train", "--out", "alone", *MODEL, "--dtype", "float32")
         resume("alone", 7)
         resume("alone", 8)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

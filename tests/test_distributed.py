@@ -4,14 +4,20 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from prose import prose
 from safetensors.torch import load_file
-from toy import weights
+from several import MODEL
+from toy import TOY, weights
 
+from fastllm.cli import main
+from fastllm.models import Transformer
+from fastllm.training import loop
+from fastllm.training.meta import on_meta
 from fastllm.training.progress import read_metrics
 
 THOROUGH = pytest.mark.skipif(not os.environ.get("FASTLLM_THOROUGH"), reason="FASTLLM_THOROUGH=1 runs it")
@@ -62,16 +68,52 @@ def test_ddp_fsdp_and_a_split_vocabulary_train_as_one_process_does(tmp_path, pro
 
 def test_a_rank_that_is_killed_and_one_that_hangs_are_restarted_and_the_run_ends_right(tmp_path):
     result = launch(2, Path(__file__).with_name("faulty.py"), restarts=2)
-    assert "Signal 9 (SIGKILL) received" in result.stderr or "exitcode  : -9" in result.stderr
-    assert re.search(
-        r"step 6 has stood still for 3 s; waiting for rank 1 on \S+, at faulty.py:\d+ in faulty", result.stderr
-    )
-    found = steps(tmp_path / "run")
-    assert len(found) == 6
-    # An undisturbed run of two processes is bitwise the same.
-    (tmp_path / "whole.py").write_text(
-        "from several import *\nfastllm('train', '--out', 'whole', *MODEL, '--dtype', 'float32')\n"
-    )
-    launch(2, tmp_path / "whole.py", PYTHONPATH=str(Path(__file__).parent))
-    assert torch.equal(found, steps(tmp_path / "whole"))
+    assert (tmp_path / "faults.txt").read_text() == "killed\nhung\n"
+    assert "rank 0: another process has died or cannot be reached" in result.stderr
+    assert re.search(r"step 6 has stood still for 3 s; waiting for rank 1 on \S+, at loop.py:\d+ in", result.stderr)
+    assert len(steps(tmp_path / "run")) == 6
+    # "whole" was not disturbed.
+    assert torch.equal(steps(tmp_path / "run"), steps(tmp_path / "whole"))
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch-size", "3"], "batch_size: 3 is not a multiple of 2 processes"),
+        (["--tensor-parallel", "3"], "tensor_parallel: 3 does not divide the 2 processes"),
+        (["--tensor-parallel", "2", "--parallel", "fsdp"], "tensor_parallel: goes with parallel ddp only"),
+    ],
+)
+def test_settings_that_do_not_fit_the_processes_are_one_line(monkeypatch, capsys, arguments, message):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "--out", "run", *MODEL, *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert main(["train", *MODEL]) == 2
+    assert "under torchrun the run needs a name" in capsys.readouterr().err
+
+
+def test_auto_resume_goes_on_with_the_same_settings_only(capsys, monkeypatch):
+    monkeypatch.setattr(loop, "plot_loss", lambda *args: None)
+    monkeypatch.setattr(loop, "write_samples", lambda *args: "")
+    arguments = ["train", "--out", "run", *MODEL, "--auto-resume"]
+    assert main([*arguments, "--steps", "2"]) == 0
+    assert main([*arguments, "--steps", "4"]) == 0
+    assert len(steps(Path("run"))) == 4
+    assert main([*arguments, "--lr", "0.5"]) == 2
+    assert "lr of the run that is there is another" in capsys.readouterr().err
+
+
+def test_weights_drawn_without_memory_first_are_those_that_would_have_been_drawn():
+    for shape in (TOY, replace(TOY, positions="learned", norm="layer", tie_embeddings=False, bias=True)):
+        torch.manual_seed(3)
+        expected = Transformer(shape)
+        torch.manual_seed(3)
+        model, draw = on_meta(lambda shape=shape: Transformer(shape))
+        assert all(parameter.is_meta for parameter in model.parameters())
+        draw(torch.device("cpu"))
+        for name, value in expected.state_dict().items():
+            assert torch.equal(model.state_dict()[name], value), name
+        for one, other in zip(expected.buffers(), model.buffers(), strict=True):
+            assert torch.equal(one, other)

@@ -2,7 +2,7 @@
 
 from .config import RunConfig, TrainingConfig, build_run_config, read_run_config
 from .evaluate import Evaluation, evaluate
-from .guard import Diverged
+from .guard import Diverged, Failed
 from .launch import RUNS, resume, train
 from .loop import Result
 
@@ -10,6 +10,7 @@ __all__ = [
     "RUNS",
     "Diverged",
     "Evaluation",
+    "Failed",
     "Result",
     "RunConfig",
     "TrainingConfig",

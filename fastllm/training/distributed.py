@@ -8,7 +8,9 @@ so are loss and gradient, but for the order in which floating-point numbers are 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -27,6 +29,7 @@ from ..config import InputError
 from ..data import Tokenizer
 from .checkpoint import Keep
 from .config import TrainingConfig
+from .guard import Failed
 from .meta import on_meta
 from .objectives import Batch, CausalLM, Objective
 from .ranks import ALONE, Losses, Ranks, shares
@@ -39,6 +42,9 @@ from .watch import Watch
 def launched() -> bool:
     """Whether torchrun, or what sets the same variables, has started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+_lives = itertools.count()
 
 
 @contextlib.contextmanager
@@ -69,19 +75,37 @@ def joined(training: TrainingConfig) -> Iterator[Ranks]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     begun = not dist.is_initialized()  # a caller's own group serves as well, and stays
     if begun:
+        timeout = timedelta(seconds=2 * training.hang_timeout + 60)
+        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun's store outlives a restart: without a name of its own, a life would read the addresses of the last.
+        life = f"fastllm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_lives)}"
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=2 * training.hang_timeout + 60)
-        )
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore(life, store), rank=rank, world_size=size,
+            timeout=timeout,
+        )  # fmt: skip
     try:
         kind = {"ddp": DataParallel, "fsdp": FullySharded}[training.parallel]
         if training.tensor_parallel > 1:
             kind = VocabParallel
         ranks = kind(training, "cuda" if cuda else "cpu")
-        yield ranks
+        try:
+            yield ranks
+        except RuntimeError as error:
+            # Neither gloo nor NCCL has a class for it that both torch 2.11 and 2.13 raise.
+            if isinstance(error, Failed) or not re.search("gloo|nccl|peer|Connection", str(error), re.IGNORECASE):
+                raise
+            text = " ".join(str(error).split())
+            raise RankLost(
+                f"rank {ranks.rank}: another process has died or cannot be reached ({text[:200]})"
+            ) from error
         ranks.close()
     finally:
         if begun:
             dist.destroy_process_group()
+
+
+class RankLost(Failed):
+    """Another rank does not answer any more."""
 
 
 class WeightedLoss(nn.Module):
@@ -149,12 +173,14 @@ class Group(Ranks):
         dist.barrier(group=self.quiet)
 
 
+_calls = itertools.count()
+
+
 @contextlib.contextmanager
 def _first(rank: int) -> Iterator[None]:
     """Rank 0 runs the block before the others do; if it fails, they fail as well."""
     store = dist.distributed_c10d._get_default_store()
-    _first.calls = getattr(_first, "calls", 0) + 1
-    key = f"fastllm/first/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{_first.calls}"
+    key = f"fastllm/first/{next(_calls)}"
     if rank == 0:
         try:
             yield

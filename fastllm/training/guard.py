@@ -18,7 +18,11 @@ HISTORY = 128
 KEPT = 100
 
 
-class Diverged(RuntimeError):
+class Failed(RuntimeError):
+    """A run cannot go on; the message is one line that says why."""
+
+
+class Diverged(Failed):
     """Too many steps in a row had to be skipped."""
 
 

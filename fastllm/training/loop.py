@@ -25,7 +25,7 @@ from .clock import Clock, StopRequest
 from .config import RunConfig, TrainingConfig
 from .dropout import key_dropout
 from .evaluate import Evaluation
-from .guard import Diverged, Guard
+from .guard import Diverged, Failed, Guard
 from .measure import autocast, faster_dtype, keep_random_state, matmul_flops
 from .meters import Meters, Timer
 from .objectives import Batch, CausalLM, rows_of, to_device
@@ -67,7 +67,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-class DataChanged(RuntimeError):
+class DataChanged(Failed):
     """The file that a run reads was changed under it."""
 
 

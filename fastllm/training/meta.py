@@ -64,7 +64,14 @@ def on_meta(make: Callable[[], nn.Module]) -> tuple[nn.Module, Callable[..., Non
     def draw(device: torch.device, random: bool = True) -> None:
         buffers = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
         kept = {name: buffer.clone() for name, buffer in buffers.items()}
+        first = {id(parameter): name for name, parameter in model.named_parameters()}
+        ties = {
+            name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != name
+        }
         model.to_empty(device=device)
+        for name, other in ties.items():  # to_empty gives each name memory of its own
+            module, _, last_part = name.rpartition(".")
+            setattr(model.get_submodule(module), last_part, model.get_parameter(other))
         for name, buffer in model.named_buffers():
             if name in kept:
                 buffer.copy_(kept[name])

@@ -14,12 +14,13 @@ from torch import nn
 from ..data import Tokenizer
 from ..files import save_tensors
 from .checkpoint import OPTIMIZER, Keep, State, save_checkpoint, save_model
+from .guard import Failed
 
 # Checkpoints that may fail one after the other, the disk being full or gone, before the run stops.
 FAILURES = 3
 
 
-class NotFinite(RuntimeError):
+class NotFinite(Failed):
     """What was to be saved holds an infinity or a NaN."""
 
 

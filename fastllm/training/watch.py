@@ -45,7 +45,7 @@ class Watch:
         self._thread.join()
 
     def _key(self, rank: int) -> str:
-        return f"fastllm/at/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{rank}"
+        return f"fastllm/at/{rank}"
 
     def _where(self) -> str:
         frames = traceback.extract_stack(sys._current_frames()[self._main])
