@@ -6,13 +6,10 @@
 
 # Name and what ``fastllm --help`` says of it, in the order in which people meet them.
 COMMANDS = {
+    "prepare": "make clean text out of web pages, dumps, books and JSON lines",
+    "tokenizer": "train a tokenizer, show the pieces of a text, encode a corpus",
     "train": "train a model on text, from scratch or from where a run stopped",
     "generate": "continue a text",
-    "translate": "translate texts",
-    "classify": "say which label texts have",
-    "answer": "answer questions by passages of a text",
-    "eval": "score a model on held-out data",
-    "serve": "try models on a local web page",
     "bench": "time the ops beside their rivals (fastllm bench --help)",
     "info": "versions, hardware, and which backend serves each op here and why",
 }

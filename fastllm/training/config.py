@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..config import InputError, build, option, read_toml, settings, to_toml, unknown
 from ..data import DataConfig
-from ..models import PRESETS, ModelConfig
-from .objectives.choose import ObjectiveConfig, fit_model
+from ..models import PRESETS, TransformerConfig
 
 DEFAULT_PRESET = "tiny"
 # Seconds of training when neither steps nor max_seconds is given.
@@ -124,18 +123,15 @@ class RunConfig:
     """All that a run is made from; ``config.toml`` has one table for each field."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = PRESETS[DEFAULT_PRESET]
+    model: TransformerConfig = PRESETS[DEFAULT_PRESET]
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
 
     def to_toml(self) -> str:
-        return to_toml({field.name: getattr(self, field.name) for field in fields(self)})
+        return to_toml({"data": self.data, "model": self.model, "training": self.training})
 
 
 def build_run_config(tables: Mapping[str, Any], where: str, preset: str | None = None) -> RunConfig:
-    """A run's settings from the tables ``data``, ``model`` (which may have a ``preset``), ``training``, ``objective``.
-
-    The model gets the parts and heads that the objective needs.
+    """A run's settings from the tables ``data``, ``model`` (which may have a ``preset``) and ``training``.
 
     Args:
         where: what messages start with.
@@ -144,9 +140,9 @@ def build_run_config(tables: Mapping[str, Any], where: str, preset: str | None =
     Raises:
         InputError: an unknown table, key or preset, or a value out of its range.
     """
-    kinds = {"data": DataConfig, "model": ModelConfig, "training": TrainingConfig, "objective": ObjectiveConfig}
+    kinds = {"data": DataConfig, "model": TransformerConfig, "training": TrainingConfig}
     for title, table in tables.items():
-        if title not in kinds or (title == "objective" and isinstance(table, str)):
+        if title not in kinds:
             homes = [name for name, kind in kinds.items() if title in {s.name for s in settings(kind)}]
             if homes:
                 raise InputError(f"{where}: {title!r} belongs into the table [{homes[0]}]")
@@ -158,18 +154,10 @@ def build_run_config(tables: Mapping[str, Any], where: str, preset: str | None =
     model.pop("preset", None)
     if name not in PRESETS:
         raise InputError(f"{where}: preset: expected one of {', '.join(PRESETS)}; got {name!r}")
-    objective = build(ObjectiveConfig, tables.get("objective", {}), where)
-    shape = build(ModelConfig, model, where, PRESETS[name])
-    if objective.pretrained is None:
-        try:
-            shape = fit_model(objective, shape, model)
-        except ValueError as error:
-            raise InputError(f"{where}: {error}") from error
     return RunConfig(
         data=build(DataConfig, tables.get("data", {}), where),
-        model=shape,
+        model=build(TransformerConfig, model, where, PRESETS[name]),
         training=build(TrainingConfig, tables.get("training", {}), where),
-        objective=objective,
     )
 
 

@@ -1,0 +1,67 @@
+"""What is done to each document, and the one function that does it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from ...config import option
+from . import language
+from .document import Document, Rejection
+from .html import EXTRACTORS
+from .main_text import TooDeep
+from .pii import mask
+from .quality import RULES
+from .text import repair, tidy
+from .wikitext import extract_wikitext
+
+DEFAULT_RULES = ("gopher_repetition", "gopher_quality", "fineweb")
+
+
+@dataclass(frozen=True)
+class CleanConfig:
+    """How documents are cleaned."""
+
+    extractor: str = option(
+        "fast", "main text of HTML by a fast walk over landmarks and link density, by trafilatura, by its baseline, or "
+        "all visible text", choices=tuple(EXTRACTORS),
+    )  # fmt: skip
+    rules: tuple[str, ...] = option(DEFAULT_RULES, f"quality rules in this order, of {', '.join(RULES)}; or none")
+    language: tuple[str, ...] = option((), "keep only documents in these languages (ISO 639-1, such as en de)")
+    language_probability: float = option(0.65, "least probability of the language", minimum=0.0, maximum=1.0)
+    mask_pii: bool = option(False, "mask mail and IP addresses, telephone, card and bank account numbers")
+    repair: bool = option(True, "undo mojibake and normalise Unicode (ftfy, NFC)")
+
+    def __post_init__(self):
+        for rule in self.rules:
+            if rule not in (*RULES, "none") or (rule == "none" and len(self.rules) > 1):
+                raise ValueError(f"rules: expected some of {', '.join(RULES)}, or none alone; got {rule!r}")
+
+
+def clean(document: Document, config: CleanConfig) -> tuple[Document | Rejection, Counter[str]]:
+    """``document`` as plain text, or why it is left out; and how much personal data was masked in it."""
+    masked: Counter[str] = Counter()
+    text = document.text
+    if document.kind == "html":
+        try:
+            text = EXTRACTORS[config.extractor](text)
+        except TooDeep as error:
+            return Rejection.of(document, "nesting", depth=error.args[0]), masked
+    elif document.kind == "wikitext":
+        text = extract_wikitext(text)
+    if config.repair:
+        text = repair(text, entities=document.kind == "text")
+    result = Document(document.id, tidy(text), document.kind, document.metadata)
+    if not result.text:
+        return Rejection.of(document, "empty", characters=len(document.text)), masked
+    if config.language:
+        result = language.only(result, config.language, config.language_probability)
+    for rule in config.rules:
+        if isinstance(result, Rejection):
+            return result, masked
+        if rule != "none":
+            result = RULES[rule](result)
+    if isinstance(result, Document) and config.mask_pii:
+        text, masked = mask(result.text)
+        result = Document(result.id, text, result.kind, result.metadata)
+    return result, masked

@@ -1,0 +1,26 @@
+"""Which language a text is in, by py3langid's naive Bayes over byte n-grams (Lui and Baldwin 2012)."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from ..optional import require
+from .document import Document, Rejection
+
+# Characters that are enough to tell.
+_SAMPLE = 20_000
+
+
+@cache
+def _identifier():
+    module = require("py3langid.langid", "py3langid", "--language")
+    return module.LanguageIdentifier.from_model_file(module.MODEL_FILE, norm_probs=True)
+
+
+def only(document: Document, languages: tuple[str, ...], least: float) -> Document | Rejection:
+    """``document`` if it is in one of ``languages`` (ISO 639-1) with a probability of ``least``; notes which."""
+    language, probability = _identifier().classify(document.text[:_SAMPLE])
+    if language not in languages or probability < least:
+        return Rejection.of(document, "language", language=str(language), probability=round(float(probability), 4))
+    metadata = {**document.metadata, "language": str(language)}
+    return Document(document.id, document.text, document.kind, metadata)

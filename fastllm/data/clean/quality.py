@@ -1,0 +1,142 @@
+"""Rules that tell prose from the rest, each a pure function: Document -> Document or Rejection.
+
+Thresholds are those of the papers and of FineWeb's recipe: Gopher (Rae et al. 2021, appendix A), C4 (Raffel et al.
+2020), FineWeb (Penedo et al. 2024). A rejection carries the number and the bound that it broke.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from ..sentences import sentence_starts
+from .document import Document, Rejection
+from .words import repeated_parts, repeated_share, top_share, words_of
+
+# The most frequent function words; a text must have two of one language's.
+_STOP_WORDS = {
+    "en": "the be to of and that have with",
+    "de": "der die das und ist nicht mit ein von den",
+    "fr": "le la les et des est une dans que pour",
+    "es": "el la los que de y en una por con",
+    "it": "il di che la e un per non sono del",
+    "pt": "o que de e do da em um para com",
+    "nl": "de het een van en is dat niet op te",
+}
+_STOPS = tuple(frozenset(words.split()) for words in _STOP_WORDS.values())
+_NON_LATIN = re.compile("[^\\W\\d_\u0000-\u024f\u1e00-\u1eff]")
+_LETTER = re.compile(r"[^\W\d_]")
+_BULLETS = ("-", "*", "\u2022", "\u2023", "\u25cf", "\u25e6", "\u25aa", "\u25a0")
+_END_MARKS = (".", "?", "!", "\u3002", "\uff1f", "\uff01", "\u061f", '"', "'", "\u201d", "\u2019", ":", ";", "\u2026")
+_POLICY = (
+    "terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies",
+)  # fmt: skip
+_CITATION = re.compile(r"\[(?:\d+|edit|citation needed)\]")
+
+
+def _over(document: Document, rule: str, **bounds: tuple[float, float, float]) -> Rejection | None:
+    """The first of ``bounds`` (number, least, most) that is broken, as a rejection by ``rule``."""
+    for name, (number, least, most) in bounds.items():
+        if not least <= number <= most:
+            return Rejection.of(document, rule, measure=name, value=round(number, 4), least=least, most=most)
+    return None
+
+
+def gopher_quality(document: Document) -> Document | Rejection:
+    """Words in number and length, symbols, bullets, ellipses, letters, stop words. Books may be longer than pages."""
+    text, rule = document.text, "gopher_quality"
+    words = words_of(text)
+    count = len(words.words)
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    symbols = text.count("#") + text.count("...") + text.count("\u2026")
+    letters = len(_LETTER.findall(text[:100_000]))
+    foreign = len(_NON_LATIN.findall(text[:100_000])) > 0.5 * letters
+    infinity = float("inf")
+    rejection = _over(
+        document, rule,
+        words=(count, 50, infinity if document.kind == "text" else 100_000),
+        symbols_per_word=(symbols / max(1, count), 0, 0.1),
+        bullet_lines=(sum(line.startswith(_BULLETS) for line in lines) / max(1, len(lines)), 0, 0.9),
+        ellipsis_lines=(sum(line.endswith(("...", "\u2026")) for line in lines) / max(1, len(lines)), 0, 0.3),
+        words_with_a_letter=(sum(_LETTER.search(w) is not None for w in words.words) / max(1, count), 0.8, 1),
+    )  # fmt: skip
+    # Word lengths and stop words are those of languages in Latin letters.
+    if rejection is None and not foreign:
+        present = {word.strip(".,;:!?()\"'").lower() for word in words.words}
+        stops = max(len(present & stop) for stop in _STOPS)
+        mean = float(words.lengths.mean())
+        rejection = _over(document, rule, mean_word_length=(mean, 3, 10), stop_words=(stops, 2, infinity))
+    return rejection or document
+
+
+def gopher_repetition(document: Document) -> Document | Rejection:
+    """Repeated lines, paragraphs and runs of words."""
+    text, rule = document.text, "gopher_repetition"
+    lines = [line for line in text.split("\n") if line.strip()]
+    paragraphs = [part.strip() for part in text.split("\n\n") if part.strip()]
+    line_share, line_characters = repeated_parts(lines)
+    paragraph_share, paragraph_characters = repeated_parts(paragraphs)
+    rejection = _over(
+        document, rule,
+        repeated_lines=(line_share, 0, 0.3),
+        repeated_paragraphs=(paragraph_share, 0, 0.3),
+        characters_in_repeated_lines=(line_characters, 0, 0.2),
+        characters_in_repeated_paragraphs=(paragraph_characters, 0, 0.2),
+    )  # fmt: skip
+    if rejection is not None:
+        return rejection
+    words = words_of(text)
+    for n, most in ((2, 0.2), (3, 0.18), (4, 0.16)):
+        rejection = _over(document, rule, **{f"top_{n}_words": (top_share(words, n), 0, most)})
+        if rejection is not None:
+            return rejection
+    for n, most in ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10)):
+        rejection = _over(document, rule, **{f"repeated_{n}_words": (repeated_share(words, n), 0, most)})
+        if rejection is not None:
+            return rejection
+    return document
+
+
+def fineweb(document: Document) -> Document | Rejection:
+    """Lines that end as sentences do, short lines, repeated lines, lines for so many words."""
+    lines = [line.strip() for line in document.text.split("\n") if line.strip()]
+    count = max(1, len(lines))
+    words = max(1, len(words_of(document.text).words))
+    rejection = _over(
+        document, "fineweb",
+        lines_with_end_mark=(sum(line.endswith(_END_MARKS) for line in lines) / count, 0.12, 1),
+        short_lines=(sum(len(line) <= 30 for line in lines) / count, 0, 0.67),
+        characters_in_repeated_lines=(repeated_parts(lines)[1], 0, 0.1),
+        lines_per_word=(len(lines) / words, 0, 0.3),
+    )  # fmt: skip
+    return rejection or document
+
+
+def c4(document: Document) -> Document | Rejection:
+    """Lines about cookies and scripts go, with citation marks; place-holder text, braces and too few sentences reject.
+
+    Not made for pages with source code: a brace is enough to lose one.
+    """
+    lowered = document.text.lower()
+    for phrase in ("lorem ipsum", "{"):
+        if phrase in lowered:
+            return Rejection.of(document, "c4", measure="contains", value=phrase)
+    kept = []
+    for line in document.text.split("\n"):
+        low = line.lower()
+        if "javascript" in low or any(phrase in low for phrase in _POLICY):
+            continue
+        if any(len(word) > 1000 for word in line.split()):
+            continue
+        kept.append(_CITATION.sub("", line))
+    text = re.sub("\n{3,}", "\n\n", "\n".join(kept)).strip()
+    changed = Document(document.id, text, document.kind, document.metadata)
+    return _over(changed, "c4", sentences=(len(sentence_starts(text)), 5, float("inf"))) or changed
+
+
+RULES: dict[str, Callable[[Document], Document | Rejection]] = {
+    "gopher_repetition": gopher_repetition,
+    "gopher_quality": gopher_quality,
+    "fineweb": fineweb,
+    "c4": c4,
+}

@@ -1,0 +1,40 @@
+"""Text of a MediaWiki page's source: templates, tables, references and media go, the words of links stay."""
+
+from __future__ import annotations
+
+import re
+
+from ..optional import require
+
+_REMOVED = re.compile(
+    r"<!--.*?-->|<(ref|gallery|math|timeline|score|syntaxhighlight|imagemap)\b[^>]*?(?<!/)>.*?</\1\s*>|<ref[^>]*/>",
+    re.DOTALL | re.IGNORECASE,
+)
+_TABLE = re.compile(r"\{\|(?:(?!\{\|).)*?\|\}", re.DOTALL)
+_SWITCH = re.compile(r"__[A-Z]+__")
+_HEADING = re.compile(r"^\s*=+\s*(.*?)\s*=+\s*$", re.MULTILINE)
+_LIST = re.compile(r"^[*#:;]*[*#][*#:;]*\s*", re.MULTILINE)
+_INDENT = re.compile(r"^[ \t]+", re.MULTILINE)
+# Links into name spaces of files and categories, in any language a colon and a capital; the words of others stay.
+_MEDIA = re.compile(
+    r"\[\[\s*(?:[A-Z\u00c0-\u00de\u0400-\u042f][^\[\]|:]{1,30}):[^\[\]]*(?:\[\[[^\[\]]*\]\][^\[\]]*)*\]\]"
+)
+
+
+def extract_wikitext(source: str) -> str:
+    """The text of ``source``; headings are lines of their own.
+
+    Raises:
+        InputError: mwparserfromhell is not installed.
+    """
+    library = require("mwparserfromhell", "mwparserfromhell", "reading MediaWiki dumps")
+    source = _REMOVED.sub("", source)
+    # From the innermost table outwards; a page with more than this many nested ones keeps the rest.
+    for _ in range(8):
+        source, count = _TABLE.subn("", source)
+        if not count:
+            break
+    source = _LIST.sub("- ", _MEDIA.sub("", source))
+    text = library.parse(source, skip_style_tags=False).strip_code(normalize=True, collapse=True)
+    text = _HEADING.sub(r"\1", _SWITCH.sub("", text))
+    return _INDENT.sub("", text)

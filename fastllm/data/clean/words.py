@@ -1,0 +1,94 @@
+"""A text as its words, once: what the rules count and what MinHash compares."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+# Scripts that put no space between words: each of their characters counts as one.
+_WORD = re.compile(
+    "[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\\s\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]+"
+)
+# An odd multiplier for polynomial hashes modulo 2^64 (Knuth's MMIX).
+_BASE = 6364136223846793005
+
+
+@dataclass(frozen=True)
+class Words:
+    """The words of a text, with the punctuation that sticks to them."""
+
+    words: tuple[str, ...]
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return np.fromiter(map(len, self.words), np.int64, len(self.words))
+
+    @cached_property
+    def hashes(self) -> np.ndarray:
+        """64 bits of each word in lower case, the same on every machine."""
+        known: dict[str, int] = {}
+        for word in set(self.words):
+            digest = hashlib.blake2b(word.lower().encode("utf-8", "replace"), digest_size=8).digest()
+            known[word] = int.from_bytes(digest, "little")
+        return np.fromiter((known[word] for word in self.words), np.uint64, len(self.words))
+
+    def grams(self, n: int) -> np.ndarray:
+        """A 64-bit hash of each run of ``n`` words; fewer words than that have none."""
+        count = len(self.words) - n + 1
+        if count < 1:
+            return np.zeros(0, np.uint64)
+        total = np.zeros(count, np.uint64)
+        for i in range(n):
+            total = total * np.uint64(_BASE) + self.hashes[i : i + count]
+        return total
+
+
+@lru_cache(maxsize=2)
+def words_of(text: str) -> Words:
+    return Words(tuple(_WORD.findall(text)))
+
+
+def repeated_share(words: Words, n: int) -> float:
+    """The share of characters in runs of ``n`` words that occurred before; overlaps count once (Rae et al. 2021)."""
+    grams = words.grams(n)
+    if not len(grams):
+        return 0.0
+    _, first = np.unique(grams, return_index=True)
+    again = np.ones(len(grams), bool)
+    again[first] = False
+    covered = np.zeros(len(words.words) + 1, np.int64)
+    positions = np.flatnonzero(again)
+    np.add.at(covered, positions, 1)
+    np.add.at(covered, positions + n, -1)
+    inside = np.cumsum(covered[:-1]) > 0
+    return float(words.lengths[inside].sum() / max(1, words.lengths.sum()))
+
+
+def top_share(words: Words, n: int) -> float:
+    """The share of characters in the most frequent run of ``n`` words; 0 where none occurs twice."""
+    grams = words.grams(n)
+    if not len(grams):
+        return 0.0
+    _, first, counts = np.unique(grams, return_index=True, return_counts=True)
+    most = int(counts.max())
+    if most < 2:
+        return 0.0
+    at = int(first[counts == most].min())
+    return float(words.lengths[at : at + n].sum() * most / max(1, words.lengths.sum()))
+
+
+def repeated_parts(parts: Sequence[str]) -> tuple[float, float]:
+    """Of lines or paragraphs: the share of those that occurred before, and their share of the characters."""
+    seen: set[str] = set()
+    count = size = 0
+    for part in parts:
+        if part in seen:
+            count += 1
+            size += len(part)
+        seen.add(part)
+    return count / max(1, len(parts)), size / max(1, sum(map(len, parts)))

@@ -1,0 +1,29 @@
+"""Settings of a preparation run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...config import option
+from ..sources import NAMES, Limits
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """How sources are read and what is written; nothing here but ``workers`` may change a byte of the output's rule."""
+
+    format: str | None = option(None, "what the files are, whatever their names say", choices=NAMES)
+    text_field: str = option("text", "the field of a JSON line that holds the text; html: that holds a page")
+    near_duplicates: bool = option(True, "remove near duplicates (MinHash)")
+    similarity: float = option(
+        0.75, "share of common runs of five words from which on two texts are near duplicates", minimum=0.5, maximum=1.0
+    )
+    max_document_mb: int = option(64, "refuse larger documents", minimum=1, maximum=1 << 12)
+    document_seconds: float = option(60.0, "refuse a document that takes longer to clean", above=0.0)
+    shard_mb: int = option(128, "text in one output file, before compression", minimum=1, maximum=1 << 14)
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(document=self.max_document_mb * MIB)

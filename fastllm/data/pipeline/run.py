@@ -1,0 +1,247 @@
+"""``fastllm prepare``: sources in, shards of clean text and a report out.
+
+1. Plan: the files, in order (``work/plan.jsonl``).
+2. Clean: batches of documents through the pure functions, in several processes or on Ray; shards in the plan's order.
+3. Compare: exact and near duplicates among all that was kept.
+4. Write: the shards without their duplicates, ``report.json``, ``report.html`` and, last, ``prepared.json``.
+
+A run that was killed goes on after its last whole shard, and leaves the very bytes that it would have left undisturbed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...config import InputError
+from ...files import whole_file, write_text
+from ..clean import CleanConfig, Rejection
+from ..clean.document import EXCERPT
+from ..prepared import PREPARED
+from ..sources import Entry, Failure, plan
+from .config import MIB, PipelineConfig
+from .duplicates import Duplicates, find_duplicates
+from .pool import Pool
+from .report import write_report
+from .shards import Shards, compress, rejection_line
+from .work import Batch, Result, batches, run_batch
+
+Tell = Callable[[float, str], None]
+
+
+def prepare_text(
+    sources: Sequence[str], out: str | Path, cleaning: CleanConfig | None = None,
+    config: PipelineConfig | None = None, *, workers: int | None = None, engine: str = "local",
+    tell: Tell = lambda done, text: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Prepare ``sources`` into the folder ``out``, or go on where a run with the same settings stopped there.
+
+    Args:
+        workers: processes that clean; None: one for each core, 0: this one.
+        engine: ``local``, or ``ray`` for the Ray cluster that RAY_ADDRESS names (else one on this machine).
+        tell: called now and then with the share that is done and a line of text.
+
+    Returns:
+        The report, as ``report.json`` has it.
+
+    Raises:
+        InputError: a source is missing, ``out`` holds something else, a package is missing.
+        OSError: ``out`` cannot be written.
+    """
+    out = Path(out)
+    cleaning, config = cleaning or CleanConfig(), config or PipelineConfig()
+    if engine not in ("local", "ray"):
+        raise InputError(f"engine: expected local or ray, got {engine!r}")
+    settings = {"sources": [str(source) for source in sources], **asdict(cleaning), **asdict(config)}
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    if (out / PREPARED).exists():
+        if json.loads((out / PREPARED).read_text("utf-8")).get("key") != key:
+            raise InputError(f"{out}: holds text that was prepared with other settings; choose another --out")
+        # A run that was killed at its very end.
+        shutil.rmtree(out / "work", ignore_errors=True)
+        return json.loads((out / "report.json").read_text("utf-8"))
+    with _locked(out):
+        work = _plan(sources, out, config, key)
+        shards = Shards(out, config.near_duplicates)
+        start = shards.recover()
+        results = _results(batches(work, config, start), cleaning, config, workers, engine)
+        _clean(results, work, start, shards, config, tell)
+        tell(1.0, "comparing documents")
+        return _finish(out, shards, cleaning, config, settings, key)
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Make ``out`` and keep other runs off it; what a killed run was writing is removed."""
+    if out.exists() and not (out / "work").exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: is there already, and is no unfinished run of fastllm prepare; choose another --out")
+    try:
+        (out / "work").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot write there: {error.strerror}") from error
+    with open(out / "work" / "lock", "w") as lock:
+        if os.name == "posix":
+            import fcntl
+
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise InputError(f"{out}: another fastllm prepare is at work there") from error
+        for path in out.rglob(".*.tmp"):
+            path.unlink()
+        yield
+
+
+def _plan(sources: Sequence[str], out: Path, config: PipelineConfig, key: str) -> list[Entry | Failure]:
+    """The plan of a run that is gone on with, or a new one."""
+    path = out / "work" / "plan.jsonl"
+    if path.exists():
+        header, *lines = path.read_text("utf-8").splitlines()
+        if json.loads(header)["key"] != key:
+            raise InputError(f"{out}: holds an unfinished run with other settings; choose another --out, or remove it")
+        return [Entry(**item) if "path" in item else Failure(**item) for item in map(json.loads, lines)]
+    inside = out.resolve()
+    entries, failures = plan(sources, config.format)
+    # The output may lie inside a source.
+    entries = [entry for entry in entries if not Path(entry.path).resolve().is_relative_to(inside)]
+    work = [*failures, *entries]
+    lines = [json.dumps({"key": key}), *(json.dumps(asdict(item)) for item in work)]
+    write_text(path, "\n".join(lines) + "\n")
+    return work
+
+
+def _results(
+    work: Iterator[Batch], cleaning: CleanConfig, config: PipelineConfig, workers: int | None, engine: str
+) -> Iterator[tuple[Batch, Result]]:
+    if engine == "ray":
+        from .on_ray import results
+
+        yield from results(work, cleaning, config)
+        return
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers == 0:
+        for batch in work:
+            yield batch, run_batch(batch.items, cleaning, config)
+        return
+    with Pool(workers, cleaning, config) as pool:
+        yield from pool.results(work)
+
+
+def _clean(
+    results: Iterator[tuple[Batch, Result]], work: list[Entry | Failure], start: tuple[int, int], shards: Shards,
+    config: PipelineConfig, tell: Tell,
+) -> None:  # fmt: skip
+    sizes = np.cumsum([0, *(item.size if isinstance(item, Entry) else 0 for item in work)])
+    total, begin = max(1, int(sizes[-1])), time.monotonic()
+    counts: Counter[str] = Counter()
+    following = start
+    for batch, result in results:
+        following = batch.following
+        counts += result.counts
+        counts["kept"] += len(result.lines)
+        shards.add(result, following, config.shard_mb * MIB)
+        seconds = max(1e-9, time.monotonic() - begin)
+        tell(
+            sizes[min(following[0], len(work))] / total,
+            f"{counts['documents']:,} documents, {counts['kept']:,} kept, {counts['documents'] / seconds:,.0f} docs/s, "
+            f"{counts['bytes'] / seconds / 1e6:,.1f} MB/s",
+        )
+    shards.flush(following)
+
+
+def _finish(
+    out: Path, shards: Shards, cleaning: CleanConfig, config: PipelineConfig, settings: dict[str, Any], key: str
+) -> dict[str, Any]:
+    """Write the shards without duplicates, the reports, and last the file that makes the folder whole."""
+    written, counts = shards.done(), shards.counts()
+    duplicates = find_duplicates(shards.work, config.near_duplicates, config.similarity)
+    needed = duplicates.repeated()
+    ids: dict[int, str] = {}
+    files: list[dict[str, Any]] = []
+    kept_sizes: list[np.ndarray] = []
+    (out / "text").mkdir(exist_ok=True)
+    for number in range(len(written)):
+        own = np.arange(duplicates.starts[number], duplicates.starts[number + 1])
+        keep = duplicates.first[own] == own
+        source = shards.work / f"text-{number:05d}.jsonl.gz"
+        target = out / "text" / f"{len(files):05d}.jsonl.gz"
+        size = written[number]["text_bytes"]
+        if not keep.all() or needed & set(own.tolist()):
+            size = _write_without(source, target, shards, number, duplicates, ids, needed, counts)
+        elif keep.any():
+            with whole_file(target) as file, open(source, "rb") as content:
+                shutil.copyfileobj(content, file)
+        if keep.any():
+            files.append({"name": f"text/{target.name}", "documents": int(keep.sum()), "bytes": size})
+            kept_sizes.append(np.load(shards.work / f"characters-{number:05d}.npy")[keep])
+    sizes = np.concatenate(kept_sizes) if kept_sizes else np.zeros(0, np.int64)
+    for file in files:
+        file["sha256"] = _sha256(out / file["name"])
+    report = write_report(out, settings, counts, sizes)
+    manifest = {
+        "key": key, "documents": len(sizes), "characters": int(sizes.sum()),
+        "bytes": sum(file["bytes"] for file in files), "shards": files,
+    }  # fmt: skip
+    write_text(out / PREPARED, json.dumps(manifest, indent=1) + "\n")
+    shutil.rmtree(shards.work)
+    return report
+
+
+def _write_without(
+    source: Path, target: Path, shards: Shards, number: int, duplicates: Duplicates, ids: dict[int, str],
+    needed: set[int], counts: Counter[str],
+) -> int:  # fmt: skip
+    """Copy a shard but for its duplicates, which go to ``rejected``; the bytes of text that were kept.
+
+    Args:
+        ids: the names of the documents in ``needed`` that came so far, which this adds to.
+    """
+    rejected: dict[str, list[bytes]] = {}
+    size = 0
+
+    def kept() -> Iterator[bytes]:
+        nonlocal size
+        with gzip.open(source, "rb") as lines:
+            for own, line in enumerate(lines, int(duplicates.starts[number])):
+                first = int(duplicates.first[own])
+                if own in needed:
+                    ids[own] = json.loads(line)["id"]
+                if first == own:
+                    size += len(line)
+                    yield line
+                    continue
+                document = json.loads(line)
+                rule = "exact_duplicate" if duplicates.exact[own] else "near_duplicate"
+                found = Rejection(document["id"], rule, {"of": ids[first]}, document["text"][:EXCERPT])
+                rejected.setdefault(rule, []).append(rejection_line(found))
+                counts[f"rule {rule}"] += 1
+
+    lines = kept()
+    start = next(lines, None)
+    if start is not None:
+        compress(target, itertools.chain([start], lines))
+    for rule, rejects in rejected.items():
+        shards.write_rejected(rule, number, rejects)
+    return size
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while content := file.read(1 << 20):
+            digest.update(content)
+    return digest.hexdigest()

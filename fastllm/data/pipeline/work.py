@@ -1,0 +1,163 @@
+"""The work cut into batches, and what is done to one: the same functions for every engine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ...config import InputError
+from ..clean import CleanConfig, Document, Rejection, clean
+from ..clean.html import decode_page
+from ..clean.minhash import SIZE, exact_key, signature
+from ..sources import SINGLE, Entry, Failure, Raw, read
+from ..sources.limits import one_line
+from .config import PipelineConfig
+
+# A batch is closed by whichever comes first.
+BATCH_BYTES = 4 << 20
+BATCH_ITEMS = 256
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some of the work, in order. The next batch begins at ``following``: a number in the plan, a record in it."""
+
+    items: list[Entry | Raw | Failure]
+    following: tuple[int, int]
+
+
+@dataclass
+class Result:
+    """What a batch became. The kept documents' lines, keys, signatures and sizes have the same order."""
+
+    lines: list[bytes] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    signatures: list[np.ndarray] = field(default_factory=list)
+    characters: list[int] = field(default_factory=list)
+    rejections: list[Rejection] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Result) -> None:
+        for name in ("lines", "keys", "signatures", "characters", "rejections"):
+            getattr(self, name).extend(getattr(other, name))
+        self.counts += other.counts
+
+    def reject(self, rejection: Rejection) -> None:
+        self.rejections.append(rejection)
+        self.counts[f"rule {rejection.rule}"] += 1
+
+
+def _weight(item: Entry | Raw | Failure) -> int:
+    return item.size if isinstance(item, Entry) else len(item.content) if isinstance(item, Raw) else 100
+
+
+def batches(
+    plan: Sequence[Entry | Failure], config: PipelineConfig, start: tuple[int, int] = (0, 0)
+) -> Iterator[Batch]:
+    """The plan's work from ``start`` on. A file that is one document is read by whoever cleans it, others here."""
+    items: list[Entry | Raw | Failure] = []
+    size = 0
+    for number in range(start[0], len(plan)):
+        entry = plan[number]
+        single = isinstance(entry, Failure) or entry.format in SINGLE
+        found = [entry] if single else read(entry, config.limits, config.text_field)
+        for record, item in enumerate(found):
+            if number == start[0] and record < start[1]:
+                continue
+            items.append(item)
+            size += _weight(item)
+            if size >= BATCH_BYTES or len(items) >= BATCH_ITEMS:
+                yield Batch(items, (number + 1, 0) if single else (number, record + 1))
+                items, size = [], 0
+    if items:
+        yield Batch(items, (len(plan), 0))
+
+
+class _Late(Exception):
+    """A document took longer than it may."""
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise :class:`_Late` in the block after ``seconds``; only a main thread can be interrupted so."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def ring(number, frame):
+        raise _Late
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _text(raw: Raw) -> tuple[str, dict[str, str]]:
+    if raw.kind == "html":
+        text, encoding = decode_page(raw.content, raw.encoding)
+        return text, {} if encoding == "utf-8" else {"encoding": encoding}
+    if raw.kind == "text" and raw.content.count(b"\0") > len(raw.content) // 100 and raw.content[:2] not in (
+        b"\xff\xfe", b"\xfe\xff",
+    ):  # fmt: skip
+        raise ValueError("binary, not text")
+    text, encoding = decode_page(raw.content, raw.encoding or ("utf-8" if raw.kind == "wikitext" else None))
+    return text, {} if encoding == "utf-8" else {"encoding": encoding}
+
+
+def run_batch(items: Sequence[Entry | Raw | Failure], cleaning: CleanConfig, config: PipelineConfig) -> Result:
+    """Read what is to be read and clean everything: a pure function of the items, the settings and the files.
+
+    Raises:
+        InputError: a package that the settings need is missing. What a document does wrong rejects it instead.
+    """
+    result = Result()
+    for item in items:
+        found = read(item, config.limits) if isinstance(item, Entry) else [item]
+        for part in found:
+            result.counts["documents"] += 1
+            if isinstance(part, Failure):
+                result.reject(Rejection(part.id, part.reason, part.details))
+            else:
+                result.counts["bytes"] += len(part.content)
+                _one(part, cleaning, config, result)
+    return result
+
+
+def _one(raw: Raw, cleaning: CleanConfig, config: PipelineConfig, result: Result) -> None:
+    excerpt = raw.content[:2000].decode(errors="replace")
+    try:
+        with _time_limit(config.document_seconds):
+            text, noted = _text(raw)
+            outcome, masked = clean(Document(raw.id, text, raw.kind, {**raw.metadata, **noted}), cleaning)
+            near = config.near_duplicates and isinstance(outcome, Document)
+            values = signature(outcome.text) if near else np.zeros(SIZE, np.uint32)
+    except InputError:
+        raise
+    except _Late:
+        result.reject(Rejection(raw.id, "too_slow", {"seconds": config.document_seconds}, excerpt))
+        return
+    except Exception as error:
+        # A library that fails on one page of a billion must not end the run; the reject tells of it.
+        result.reject(Rejection(raw.id, "failed", {"error": one_line(error)}, excerpt))
+        return
+    if isinstance(outcome, Rejection):
+        result.reject(outcome)
+        return
+    record = {"id": outcome.id, "text": outcome.text, **({"metadata": outcome.metadata} if outcome.metadata else {})}
+    result.lines.append(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+    result.keys.append(exact_key(outcome.text))
+    result.signatures.append(values)
+    result.characters.append(len(outcome.text))
+    for name, count in masked.items():
+        result.counts[f"masked {name}"] += count

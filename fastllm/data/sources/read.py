@@ -1,0 +1,141 @@
+"""Documents out of files, one at a time: HTML, text, JSON lines, WARC, MediaWiki dumps, tar and zip archives.
+
+A reader yields :class:`Raw` documents and :class:`Failure` notes in the file's order, and never raises for what the
+file holds: a file that cannot be read on ends with a Failure that says after how many records.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import PurePosixPath
+from typing import BinaryIO
+
+from .compressed import SUFFIXES, Prompt, open_stream
+from .limits import Failure, Limits, Raw, Unreadable, one_line
+from .mediawiki import read_mediawiki
+from .plan import SINGLE, Entry, format_of
+from .warc import read_warc
+
+Item = Raw | Failure
+
+
+def _too_large(id: str, limits: Limits) -> Failure:
+    return Failure(id, "too_large", {"limit": limits.document})
+
+
+def _read_single(entry: Entry, limits: Limits) -> Iterator[Item]:
+    with open_stream(entry.path, limits) as stream:
+        content = stream.read(limits.document + 1)
+    if len(content) > limits.document:
+        yield _too_large(entry.id, limits)
+    else:
+        yield Raw(entry.id, content, entry.format, {})
+
+
+def _line(stream: BinaryIO, limits: Limits) -> bytes | None:
+    """The next line, empty at the end; None for one that is too long, whose rest is passed over."""
+    line = stream.readline(limits.document + 1)
+    if len(line) <= limits.document:
+        return line
+    while line and not line.endswith(b"\n"):
+        line = stream.readline(1 << 20)
+    return None
+
+
+def _read_jsonl(entry: Entry, limits: Limits, field: str) -> Iterator[Item]:
+    with open_stream(entry.path, limits) as stream:
+        number = -1
+        while (line := _line(stream, limits)) != b"":
+            number += 1
+            id = f"{entry.id}#{number}"
+            if line is None:
+                yield _too_large(id, limits)
+                continue
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                text = record[field]
+                if not isinstance(text, str):
+                    raise TypeError(f"{field} is {type(text).__name__}, not a string")
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                yield Failure(id, "damaged", {"error": one_line(error)})
+                continue
+            known = {key: record[key] for key in ("url", "title", "id") if isinstance(record.get(key), str)}
+            # Half a surrogate pair cannot be UTF-8; cleaning would remove it.
+            yield Raw(id, text.encode("utf-8", "replace"), "html" if field == "html" else "text", known, "utf-8")
+
+
+def _member(entry: Entry, name: str, read: Callable[[int], bytes], limits: Limits) -> Item:
+    path = PurePosixPath(name.replace("\\", "/"))
+    id = f"{entry.id}#{name}".encode("utf-8", "replace").decode()
+    if path.is_absolute() or ".." in path.parts or (path.parts and ":" in path.parts[0]):
+        return Failure(id, "outside", {})
+    kind = format_of(name)
+    if kind not in SINGLE or path.suffix.lower() in SUFFIXES:
+        return Failure(id, "unknown_format", {})
+    content = read(limits.document + 1)
+    return _too_large(id, limits) if len(content) > limits.document else Raw(id, content, kind, {})
+
+
+def _read_tar(entry: Entry, limits: Limits) -> Iterator[Item]:
+    # As a stream: nothing is sought, and nothing is ever written to the disk.
+    with open_stream(entry.path, limits) as stream, tarfile.open(fileobj=Prompt(stream), mode="r|") as archive:
+        for member in archive:
+            # tarfile keeps every header that it has seen.
+            archive.members = []
+            if member.isdir():
+                continue
+            if member.isfile():
+                yield _member(entry, member.name, archive.extractfile(member).read, limits)
+            else:
+                yield Failure(f"{entry.id}#{member.name}", "no_file", {})
+
+
+def _read_zip(entry: Entry, limits: Limits) -> Iterator[Item]:
+    with zipfile.ZipFile(entry.path) as archive:
+        for member in archive.infolist():
+            if member.is_dir():
+                continue
+            id = f"{entry.id}#{member.filename}"
+            if member.file_size > max(limits.free, limits.ratio * max(1, member.compress_size)):
+                yield Failure(id, "bomb", {"compressed": member.compress_size, "size": member.file_size})
+                continue
+            try:
+                with archive.open(member) as file:
+                    yield _member(entry, member.filename, file.read, limits)
+            except (zipfile.BadZipFile, RuntimeError, NotImplementedError, zlib.error, EOFError) as error:
+                yield Failure(id, "damaged", {"error": one_line(error)})
+
+
+def read(entry: Entry, limits: Limits, text_field: str = "text") -> Iterator[Item]:
+    """The documents of one file.
+
+    Args:
+        text_field: of a JSON line's object; ``html`` means that it holds a page.
+    """
+    readers: dict[str, Callable[[], Iterator[Item]]] = {
+        "html": lambda: _read_single(entry, limits),
+        "text": lambda: _read_single(entry, limits),
+        "jsonl": lambda: _read_jsonl(entry, limits, text_field),
+        "warc": lambda: read_warc(entry, limits),
+        "mediawiki": lambda: read_mediawiki(entry, limits),
+        "tar": lambda: _read_tar(entry, limits),
+        "zip": lambda: _read_zip(entry, limits),
+    }
+    records = 0
+    try:
+        for item in readers[entry.format]():
+            records += 1
+            yield item
+    except Unreadable as error:
+        yield Failure(entry.id, error.reason, {"error": str(error), "after_records": records})
+    except (tarfile.ReadError, EOFError) as error:
+        yield Failure(entry.id, "truncated", {"error": one_line(error), "after_records": records})
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, OSError) as error:
+        reason = "unreadable" if isinstance(error, OSError) and error.errno is not None else "damaged"
+        yield Failure(entry.id, reason, {"error": one_line(error), "after_records": records})

@@ -1,0 +1,54 @@
+"""Pages out of WARC files (ISO 28500), as Common Crawl's; texts out of its WET files."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+
+from ..optional import require
+from .compressed import Prompt, open_stream
+from .limits import Failure, Limits, Raw, Unreadable, one_line
+from .plan import Entry
+
+_CHARSET = re.compile(r"charset\s*=\s*[\"']?([-\w.:]+)", re.IGNORECASE)
+
+
+def read_warc(entry: Entry, limits: Limits) -> Iterator[Raw | Failure]:
+    """Responses of HTML and conversions to text; other records hold no page and are passed over.
+
+    Compression is undone before warcio sees the records, whether they were compressed one by one or as a whole.
+    """
+    iterator_of = require("warcio.archiveiterator", "warcio", "reading WARC files").ArchiveIterator
+    errors = require("warcio.exceptions", "warcio", "reading WARC files")
+    number = -1
+    with open_stream(entry.path, limits) as stream:
+        try:
+            for number, record in enumerate(iterator_of(Prompt(stream), check_digests=False)):
+                headers = record.http_headers
+                declared = (headers.get_header("Content-Type") or "") if headers else ""
+                kind = {"response": "html", "conversion": "text"}.get(record.rec_type)
+                if kind == "html" and "html" not in declared.lower():
+                    kind = None
+                content = record.content_stream().read(limits.document + 1) if kind else b""
+                missing = _drain(record.raw_stream)
+                id = f"{entry.id}#{number}"
+                if missing:
+                    raise Unreadable("truncated", f"record {number} lacks {missing:,} bytes of its content")
+                if len(content) > limits.document:
+                    yield Failure(id, "too_large", {"limit": limits.document})
+                elif kind:
+                    charset = _CHARSET.search(declared)
+                    url = record.rec_headers.get_header("WARC-Target-URI")
+                    yield Raw(id, content, kind, {"url": url} if url else {}, charset and charset[1])
+        except errors.ArchiveLoadFailed as error:
+            raise Unreadable("damaged", one_line(error)) from error
+    if number < 0 and os.path.getsize(entry.path):
+        raise Unreadable("damaged", "no record in it")
+
+
+def _drain(rest) -> int:
+    """Pass over the rest of a record; the bytes that it lacks."""
+    while rest.read(1 << 16):
+        pass
+    return getattr(rest, "limit", 0)

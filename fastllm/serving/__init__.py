@@ -1,1 +1,0 @@
-"""A local web page on which trained models can be tried."""

@@ -1,1 +1,0 @@
-"""What models are used for: translating, judging texts, answering questions. Examples, predictions, scores."""

@@ -1,0 +1,283 @@
+"""Reading sources: every format and compression, and input that is broken or hostile."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import os
+import tarfile
+import time
+import zipfile
+
+import pytest
+from pages import article, dump, gzipped, page, warc
+
+from fastllm.config import InputError
+from fastllm.data.optional import require
+from fastllm.data.sources import Entry, Failure, Limits, Raw, plan, read
+from fastllm.data.sources.limits import MIB
+from fastllm.data.sources.plan import format_of
+
+SMALL = Limits(document=1 << 16, ratio=50, free=1 << 18)
+
+
+def compressors():
+    yield "", lambda content: content
+    yield ".gz", gzipped
+    yield ".bz2", bz2.compress
+    yield ".xz", lzma.compress
+    zstandard = pytest.importorskip("zstandard")
+    yield ".zst", zstandard.ZstdCompressor().compress
+
+
+def documents(path, limits=SMALL, **options):
+    entry = Entry(str(path), path.name, format_of(path.name), path.stat().st_size if path.exists() else 0)
+    return list(read(entry, limits, **options))
+
+
+def jsonl(count):
+    return b"".join(json.dumps({"text": article(i), "url": f"u{i}"}).encode() + b"\n" for i in range(count))
+
+
+def make(name):
+    pages = [page(article(i)).encode() for i in range(3)]
+    if name == "a.jsonl":
+        return jsonl(3)
+    if name == "a.warc":
+        return warc(pages, compress=False)
+    if name == "a.xml":
+        return dump([(f"T{i}", "0", article(i)) for i in range(3)]).encode()
+    if name == "a.tar":
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+            for i, content in enumerate(pages):
+                member = tarfile.TarInfo(f"d/{i}.html")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        return buffer.getvalue()
+    return pages[0] if name == "a.html" else article(0).encode()
+
+
+@pytest.mark.parametrize("name", ["a.html", "a.txt", "a.jsonl", "a.warc", "a.xml", "a.tar"])
+def test_every_format_reads_the_same_however_it_is_compressed(tmp_path, name):
+    content = make(name)
+    found = []
+    for suffix, compress in compressors():
+        path = tmp_path / (name + suffix)
+        path.write_bytes(compress(content))
+        items = documents(path)
+        assert all(isinstance(item, Raw) for item in items), items
+        found.append([(item.content, item.kind, item.metadata) for item in items])
+    assert all(each == found[0] for each in found)
+    assert len(found[0]) == (1 if name in ("a.html", "a.txt") else 3)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.warc", "a.xml", "a.tar", "a.txt"])
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_file_that_was_cut_off_gives_what_is_whole_and_says_so(tmp_path, name, suffix):
+    compress = dict(compressors())[suffix]
+    path = tmp_path / (name + suffix)
+    content = compress(make(name))
+    path.write_bytes(content[: len(content) * 2 // 3])
+    *whole, last = documents(path)
+    assert isinstance(last, Failure)
+    assert last.reason in ("truncated", "damaged")
+    assert last.details["after_records"] == len(whole)
+    path.write_bytes(b"not what the name says" * 9)
+    (only,) = documents(path)
+    assert (only.reason, only.details["after_records"]) == ("damaged", 0)
+
+
+def test_a_warc_of_gzip_members_reads_and_tells_where_it_was_cut_off(tmp_path):
+    pages = [page(article(i)).encode() for i in range(6)]
+    content = warc(pages)
+    path = tmp_path / "a.warc.gz"
+    path.write_bytes(content)
+    whole = documents(path)
+    assert [item.content for item in whole] == pages
+    assert whole[2].metadata == {"url": "http://example.org/2"}
+    assert (whole[0].id, whole[0].encoding) == ("a.warc.gz#1", "utf-8")
+    cuts = 0
+    for cut in range(200, len(content), len(content) // 25):
+        path.write_bytes(content[:cut])
+        items = documents(path)
+        read_whole = [item for item in items if isinstance(item, Raw)]
+        whole_inside = sum(len(warc(pages[: k + 1])) <= cut for k in range(len(pages)))
+        assert [item.content for item in read_whole[:whole_inside]] == pages[:whole_inside]
+        assert len(read_whole) <= whole_inside + 1
+        assert len(items) - len(read_whole) <= 1
+        # A cut between two members is a shorter file, not a damaged one.
+        cuts += len(items) > len(read_whole)
+    assert cuts >= 23
+    broken = bytearray(content)
+    broken[len(content) // 2 : len(content) // 2 + 40] = b"\xff" * 40
+    path.write_bytes(broken)
+    *read_whole, last = documents(path)
+    assert isinstance(last, Failure)
+    assert [item.content for item in read_whole] == pages[: len(read_whole)]
+
+
+def test_other_warc_records_and_types_are_passed_over(tmp_path):
+    path = tmp_path / "a.warc.gz"
+    path.write_bytes(
+        warc([b"%PDF"], content_type="application/pdf") + warc([b"<p>caf\xe9"], "text/html;charset=latin1")
+    )
+    (item,) = documents(path)
+    assert (item.content, item.encoding) == (b"<p>caf\xe9", "latin1")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.html", "a.jsonl", "a.xml", "a.warc", "a.tar"])
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_decompression_bomb_costs_little_and_is_refused(tmp_path, name, suffix):
+    path = tmp_path / (name + suffix)
+    start = {"a.xml": b"<mediawiki><page>", "a.jsonl": b'{"text": "'}.get(name, b"")
+    if name == "a.tar":
+        member = tarfile.TarInfo("x.bin")
+        member.size = 16 * MIB
+        start = member.tobuf()
+    path.write_bytes(
+        dict(compressors())[suffix](start + bytes(16 * MIB) if name == "a.tar" else start + b"a" * 16 * MIB)
+    )
+    begin = time.monotonic()
+    items = documents(path)
+    assert items
+    assert all(isinstance(item, Failure) for item in items)
+    assert {item.reason for item in items} <= {"bomb", "too_large", "damaged", "unknown_format"}
+    assert time.monotonic() - begin < 5
+
+
+def test_a_bomb_inside_a_warc_record_is_refused(tmp_path):
+    path = tmp_path / "a.warc.gz"
+    path.write_bytes(warc([page(article(0)).encode(), b"<p>" + b"a" * 40 * MIB, b"<p>lost"]))
+    first, last = documents(path)
+    assert isinstance(first, Raw)
+    assert (last.reason, last.details["after_records"]) == ("bomb", 1)
+
+
+def test_members_that_point_outside_their_archive_are_refused_and_nothing_is_written(tmp_path):
+    names = ["../up.txt", "/etc/passwd.txt", "a/../../up.txt", "C:\\x.txt", "good.txt", "..\\up.txt"]
+    with tarfile.open(tmp_path / "a.tar", "w") as archive, zipfile.ZipFile(tmp_path / "a.zip", "w") as other:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = 4
+            archive.addfile(member, io.BytesIO(b"text"))
+            other.writestr(name, "text")
+        link = tarfile.TarInfo("link.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    before = sorted(p.name for p in tmp_path.parent.rglob("*"))
+    items = documents(tmp_path / "a.tar")
+    assert [item.reason if isinstance(item, Failure) else item.id for item in items] == [
+        *["outside"] * 4, "a.tar#good.txt", "outside", "no_file",
+    ]  # fmt: skip
+    assert [isinstance(item, Raw) for item in documents(tmp_path / "a.zip")] == [False] * 4 + [True, False]
+    assert sorted(p.name for p in tmp_path.parent.rglob("*")) == before
+
+
+def test_damaged_and_lying_zip_archives_are_survived(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("one.txt", article(1))
+        archive.writestr("bomb.txt", b"a" * 16 * MIB)
+        archive.writestr("two.txt", article(2))
+    items = documents(tmp_path / "a.zip")
+    assert [item.reason if isinstance(item, Failure) else "read" for item in items] == ["read", "bomb", "read"]
+    content = bytearray((tmp_path / "a.zip").read_bytes())
+    content[60:90] = b"\xff" * 30
+    (tmp_path / "a.zip").write_bytes(content)
+    items = documents(tmp_path / "a.zip")
+    assert [item.reason if isinstance(item, Failure) else "read" for item in items] == ["damaged", "bomb", "read"]
+    (tmp_path / "a.zip").write_bytes(content[:500])
+    assert [item.reason for item in documents(tmp_path / "a.zip")] == ["damaged"]
+
+
+def test_bad_json_lines_are_counted_one_by_one(tmp_path):
+    lines = [
+        b'{"text": "good"}', b"{not json", b'{"text": 7}', b'{"other": "x"}', b"[" * 50_000, b"", b'"a string"',
+        b'{"text": "' + b"a" * SMALL.document + b'"}', b'{"text": "half \\ud800 a pair", "id": "n", "url": 3}',
+        b"\xff\xfe",
+    ]  # fmt: skip
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    items = documents(tmp_path / "a.jsonl")
+    assert [item.reason if isinstance(item, Failure) else "read" for item in items] == [
+        "read", "damaged", "damaged", "damaged", "damaged", "damaged", "too_large", "read", "damaged",
+    ]  # fmt: skip
+    assert (items[7].content, items[7].metadata) == (b"half ? a pair", {"id": "n"})
+    (tmp_path / "b.jsonl").write_text('{"html": "<p>x"}\n')
+    assert documents(tmp_path / "b.jsonl", text_field="html")[0].kind == "html"
+
+
+def test_a_dump_gives_articles_and_counts_the_other_pages(tmp_path):
+    pages = [("A", "0", "text a"), ("Talk:A", "1", "chat"), ("B", "0", "#REDIRECT [[A]]"), ("C", "0", "text & c")]
+    (tmp_path / "a.xml").write_text(dump(pages))
+    items = documents(tmp_path / "a.xml")
+    assert [item.reason if isinstance(item, Failure) else item.content for item in items] == [
+        b"text a", "name_space", "redirect", b"text & c",
+    ]  # fmt: skip
+    assert items[3].metadata == {"title": "C"}
+    (tmp_path / "a.xml").write_text(dump(pages)[:-40])
+    *whole, last = documents(tmp_path / "a.xml")
+    assert (len(whole), last.reason) == (3, "truncated")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><mediawiki><page>&b;</page></mediawiki>', "damaged"),
+        ("<a>" * 100_000, "damaged"),
+        ("<mediawiki><page>" + "<x/>" * 200_000, "too_large"),
+        ("<mediawiki><page><title>" + "a" * 300_000, "too_large"),
+        ("", "truncated"),
+        ("no xml", "damaged"),
+    ],
+)
+def test_hostile_xml_is_refused(tmp_path, content, reason):
+    (tmp_path / "a.xml").write_text(content)
+    assert [item.reason for item in documents(tmp_path / "a.xml")] == [reason]
+
+
+def test_a_file_that_vanished_or_may_not_be_read_is_counted(tmp_path):
+    (item,) = documents(tmp_path / "gone.txt.gz")
+    assert item.reason == "unreadable"
+    assert "No such file" in item.details["error"]
+    (tmp_path / "folder.txt").mkdir()
+    (item,) = documents(tmp_path / "folder.txt")
+    assert item.reason == "unreadable"
+
+
+def test_a_plan_has_the_files_in_order_and_says_what_it_passes_over(tmp_path):
+    root = tmp_path / "in"
+    (root / "b").mkdir(parents=True)
+    for name in ("b/2.html", "a.txt", "c.jsonl.gz", "x.png", ".hidden.txt", "b/10.html"):
+        (root / name).write_text("x")
+    (tmp_path / "secret.txt").write_text("secret")
+    os.symlink(tmp_path / "secret.txt", root / "link.txt")
+    os.symlink("a.txt", root / "own.txt")
+    os.symlink(tmp_path, root / "up")
+    os.symlink("nowhere", root / "dead.txt")
+    os.mkfifo(root / "pipe.txt")
+    entries, failures = plan([str(root), str(root / "a.txt"), str(root)])
+    own = ["in/a.txt", "in/b/10.html", "in/b/2.html", "in/c.jsonl.gz", "in/own.txt"]
+    assert [entry.id for entry in entries] == [*own, "a.txt", *(name.replace("in/", "in~2/") for name in own)]
+    assert [(failure.id, failure.reason) for failure in failures[:5]] == [
+        ("in/dead.txt", "unreadable"), ("in/link.txt", "outside"), ("in/pipe.txt", "no_file"), ("in/up", "outside"),
+        ("in/x.png", "unknown_format"),
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="no such file or folder"):
+        plan([str(tmp_path / "none")])
+    with pytest.raises(InputError, match="unknown format; say --format"):
+        plan([str(root / "x.png")])
+    assert plan([str(root / "x.png")], "text")[0][0].format == "text"
+
+
+def test_a_missing_package_is_one_clear_line():
+    with pytest.raises(InputError, match=r"reading x needs no-such-package.*pip install 'fastllm\[data\]'"):
+        require("no_such_package", "no-such-package", "reading x")
+
+
+def test_gzip_reads_several_members_and_zstandard_several_frames(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    halves = [jsonl(2), jsonl(3)]
+    (tmp_path / "a.jsonl.gz").write_bytes(b"".join(map(gzip.compress, halves)))
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(map(zstandard.ZstdCompressor().compress, halves)))
+    assert len(documents(tmp_path / "a.jsonl.gz")) == len(documents(tmp_path / "a.jsonl.zst")) == 5
