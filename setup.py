@@ -39,7 +39,10 @@ class BuildExtension(build_ext):
 setup(
     packages=[*find_packages(include=["fastllm", "fastllm.*"]), "fastllm.kernels", "fastllm.bench", "fastllm.csrc"],
     package_dir={"fastllm": "fastllm", "fastllm.kernels": "kernels", "fastllm.bench": "bench", "fastllm.csrc": "csrc"},
-    package_data={"fastllm.csrc": ["*.h", "*.cpp", "*/*.h", "*/*.cpp", "*/*.cu", "*/*.cuh"]},
+    package_data={
+        "fastllm.serving": ["page.html"],
+        "fastllm.csrc": ["*.h", "*.cpp", "*/*.h", "*/*.cpp", "*/*.cu", "*/*.cuh"],
+    },
     ext_modules=[Extension("fastllm._C", sources=[], optional=True)],
     cmdclass={"build_ext": BuildExtension},
 )

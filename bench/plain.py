@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..models import Transformer
-from ..models.transformer import rotary_tables, rotate
+from ..models.blocks import rotary_tables, rotate
 
 
 class PlainTransformer:

@@ -148,7 +148,7 @@ def test_damaged_folders_are_named(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(weights)
     config = json.loads((tmp_path / "config.json").read_text())
     for change, message in (
-        ({"depth": 3}, "unknown field of TransformerConfig: depth"),
+        ({"depth": 3}, "unknown field of ModelConfig: depth"),
         ({"num_layers": 3}, "does not fit its config: missing"),
         ({"hidden_size": 25}, "num_heads must be a divisor of hidden_size 25"),
         ({"architecture": "RNN"}, "describes a RNN"),

@@ -10,6 +10,11 @@ COMMANDS = {
     "tokenizer": "train a tokenizer, show the pieces of a text, encode a corpus",
     "train": "train a model on text, from scratch or from where a run stopped",
     "generate": "continue a text",
+    "translate": "translate texts",
+    "classify": "say which label texts have",
+    "answer": "answer questions by passages of a text",
+    "eval": "score a model on held-out data",
+    "serve": "try models on a local web page",
     "bench": "time the ops beside their rivals (fastllm bench --help)",
     "info": "versions, hardware, and which backend serves each op here and why",
 }

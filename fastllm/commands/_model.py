@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from ..config import InputError
+from ..data import Tokenizer
+from ..models import Model, ModelConfig, load_model
 from ..training import RUNS
-from ..training.checkpoint import MANIFEST, check, find_checkpoint
+from ..training.checkpoint import MANIFEST, check, find_checkpoint, load_config
+from ..training.loop import pick_device
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,3 +43,55 @@ def model_folder(arguments: argparse.Namespace) -> Path:
         check(run / "model")
         return run / "model"
     return find_checkpoint(run)
+
+
+def task_of(config: ModelConfig) -> str:
+    """The task that a model of this configuration is for: a command's name, or "mlm" for an encoder without a task."""
+    if config.decoder != "none":
+        return "generate" if config.encoder == "none" else "translate"
+    return {"classify": "classify", "span": "answer"}.get(config.heads[-1] if config.heads else "", "mlm")
+
+
+def load_for(folder: Path, device: str, task: str | None = None) -> tuple[Model, Tokenizer]:
+    """The model in ``folder`` and its tokenizer.
+
+    Raises:
+        InputError: there is none, the two do not belong together, or the model is for another task than ``task``.
+    """
+    where = pick_device(device)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    config = load_config(folder)
+    if task is not None and task_of(config) != task:
+        raise InputError(f"{folder}: this model is for fastllm {task_of(config)}, not for fastllm {task}")
+    if config.vocab_size != tokenizer.vocab_size:
+        raise InputError(
+            f"{folder / 'tokenizer.json'}: {tokenizer.vocab_size} tokens do not match the model's vocab_size "
+            f"{config.vocab_size}"
+        )
+    if config.decoder == "none":
+        tokenizer.special("cls")
+    try:
+        return load_model(folder).to(where), tokenizer
+    except (ValueError, FileNotFoundError) as error:
+        raise InputError(str(error)) from error
+
+
+def given_texts(texts: list[str], file: str | None) -> list[str]:
+    """The texts on the command line, else the lines of ``file`` ("-": standard input); none is empty.
+
+    Raises:
+        InputError: there is no text, or the file is missing or not UTF-8.
+    """
+    if texts and file:
+        raise InputError("--file: texts are given on the command line too")
+    if file is not None:
+        try:
+            content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+            texts = [line for line in content.decode("utf-8-sig").splitlines() if line.strip()]
+        except OSError as error:
+            raise InputError(f"{file}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file}: not UTF-8 text (offset {error.start})") from error
+    if not texts or not all(text.strip() for text in texts):
+        raise InputError("no text given; write it on the command line, or name a --file (- reads standard input)")
+    return texts

@@ -6,12 +6,9 @@ import argparse
 import sys
 
 from ..config import InputError
-from ..data import Tokenizer
 from ..generate import check_sampling, generate
-from ..models import Transformer
-from ..training.loop import pick_device
 from ..training.progress import printable
-from ._model import add_model_arguments, model_folder
+from ._model import add_model_arguments, load_for, model_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,18 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_sampling(**sampling)
     except ValueError as error:
         raise InputError(str(error)) from error
-    device = pick_device(arguments.device)
-    folder = model_folder(arguments)
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    try:
-        model = Transformer.from_pretrained(folder).to(device)
-    except (ValueError, FileNotFoundError) as error:
-        raise InputError(str(error)) from error
-    if model.config.vocab_size != tokenizer.vocab_size:
-        raise InputError(
-            f"{folder / 'tokenizer.json'}: {tokenizer.vocab_size} tokens do not match the model's vocab_size "
-            f"{model.config.vocab_size}"
-        )
+    model, tokenizer = load_for(model_folder(arguments), arguments.device, "generate")
     tokens = generate(
         model, [tokenizer.end_of_text, *tokenizer.encode(arguments.prompt)],
         seed=arguments.seed, stop_token=tokenizer.end_of_text, **sampling,

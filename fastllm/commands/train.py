@@ -7,9 +7,10 @@ import argparse
 
 from ..config import InputError, add_flags, flags_given, read_toml, settings
 from ..data import DataConfig, Tokenizer
-from ..models import PRESETS, TransformerConfig
+from ..models import PRESETS, ModelConfig
 from ..training import TrainingConfig, build_run_config, resume, train
 from ..training.config import DEFAULT_PRESET
+from ..training.objectives import ObjectiveConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,17 +23,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--config", metavar="FILE.toml", help="settings, as in a run's config.toml; flags override it")
     run.add_argument("--quiet", action="store_true", help="print nothing but errors")
     run.add_argument("--preset", choices=list(PRESETS), help=f"the model's shape (default: {DEFAULT_PRESET})")
+    add_flags(parser, ObjectiveConfig, "objective")
     add_flags(parser, DataConfig, "data")
-    add_flags(parser, TransformerConfig, "model (override the preset)", PRESETS[DEFAULT_PRESET])
+    add_flags(parser, ModelConfig, "model (override the preset)", PRESETS[DEFAULT_PRESET])
     add_flags(parser, TrainingConfig, "training")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    model = flags_given(arguments, TransformerConfig)
-    tables = {"data": flags_given(arguments, DataConfig), "training": flags_given(arguments, TrainingConfig)}
+    model = flags_given(arguments, ModelConfig)
+    kinds = {"data": DataConfig, "training": TrainingConfig, "objective": ObjectiveConfig}
+    tables = {title: flags_given(arguments, kind) for title, kind in kinds.items()}
     if arguments.resume is not None:
         free = {setting.name for setting in settings(TrainingConfig) if setting.metadata.get("resume")}
-        fixed = [*tables["data"], *model, *(name for name in tables["training"] if name not in free)]
+        fixed = [
+            *tables["data"],
+            *tables["objective"],
+            *model,
+            *(name for name in tables["training"] if name not in free),
+        ]
         fixed += [name for name in ("out", "config", "preset") if getattr(arguments, name) is not None]
         if fixed:
             raise InputError(f"--resume: a run keeps its settings; --{fixed[0].replace('_', '-')} cannot be given")
@@ -45,6 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
         # A preset on the command line replaces the file's whole model.
         merged["model"] = {**({} if arguments.preset else file.get("model", {})), **model}
         config = build_run_config(merged, "command line", arguments.preset)
+        if config.objective.pretrained and merged["model"]:
+            flag = next(iter(merged["model"])).replace("_", "-")
+            raise InputError(f"--{flag}: the model's shape comes from --pretrained {config.objective.pretrained}")
         if config.data.tokenizer and "vocab_size" in merged["model"]:
             available = Tokenizer.load(config.data.tokenizer).vocab_size
             if available != config.model.vocab_size:

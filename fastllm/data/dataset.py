@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from .corpus import Corpus, default_corpus, read_corpus, xz_bits_per_byte
 from .prepared import PREPARED, PreparedCorpus
 from .token_file import TokenFile
 from .token_shards import SHARD_TOKENS, open_token_shards, write_token_shards
-from .tokenizer import Tokenizer
+from .tokenizer import SPECIAL_TOKENS, Tokenizer
 
 SUMMARY = "corpus.json"
 # Characters from which on preparing takes more than a few seconds and is announced.
@@ -82,12 +82,13 @@ def load_corpus(config: DataConfig) -> Corpus | PreparedCorpus:
 
 
 def load_dataset(
-    config: DataConfig, folder: str | Path, *, vocab_size: int, say: Callable[[str], None] = lambda text: None
-) -> Dataset:
+    config: DataConfig, folder: str | Path, *, vocab_size: int, say: Callable[[str], None] = lambda text: None,
+    special_tokens: Sequence[str] = SPECIAL_TOKENS["causal"],
+) -> Dataset:  # fmt: skip
     """The tokens of what ``config`` names: encoded into ``folder``, or where they lie already, which it then notes.
 
     Args:
-        vocab_size: for a tokenizer that is trained.
+        vocab_size, special_tokens: for a tokenizer that is trained.
         say: told what takes long.
 
     Raises:
@@ -110,17 +111,17 @@ def load_dataset(
     size = corpus.characters
     if size > LONG_TEXT:
         say(f"{'' if tokenizer else 'training a tokenizer on and '}encoding {size:,} characters")
-    return prepare(corpus, folder, vocab_size=vocab_size, tokenizer=tokenizer)
+    return prepare(corpus, folder, vocab_size=vocab_size, tokenizer=tokenizer, special_tokens=special_tokens)
 
 
 def prepare(
     corpus: Corpus | PreparedCorpus, folder: str | Path, *, vocab_size: int = 0, tokenizer: Tokenizer | None = None,
-    shard_tokens: int = SHARD_TOKENS,
+    special_tokens: Sequence[str] = SPECIAL_TOKENS["causal"], shard_tokens: int = SHARD_TOKENS,
 ) -> Dataset:  # fmt: skip
     """Fill ``folder`` from ``corpus``, or open it where it already holds just this.
 
     Args:
-        vocab_size: for the tokenizer that is trained on ``corpus.train``.
+        vocab_size, special_tokens: for the tokenizer that is trained on ``corpus.train``.
         tokenizer: use this one instead.
         shard_tokens: ids after which a token file ends, with the document that reaches them.
 
@@ -129,7 +130,7 @@ def prepare(
         OSError: the folder cannot be written.
     """
     folder = Path(folder)
-    origin = tokenizer.fingerprint if tokenizer else f"BPE {vocab_size}"
+    origin = tokenizer.fingerprint if tokenizer else f"BPE {vocab_size} {' '.join(special_tokens)}"
     key = hashlib.sha256(f"{corpus.sha256} {origin} {shard_tokens}".encode()).hexdigest()
     if (folder / SUMMARY).exists():
         try:
@@ -138,7 +139,7 @@ def prepare(
             dataset = None  # cut short or changed: made anew below
         if dataset is not None and dataset.summary.key == key:
             return dataset
-    tokenizer = tokenizer or Tokenizer.train(corpus.train, vocab_size)
+    tokenizer = tokenizer or Tokenizer.train(corpus.train, vocab_size, special_tokens=special_tokens)
     folder.mkdir(parents=True, exist_ok=True)
     # Without it the folder is not whole.
     (folder / SUMMARY).unlink(missing_ok=True)

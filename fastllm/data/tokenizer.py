@@ -210,6 +210,25 @@ class Tokenizer:
             result.append((np.concatenate(ids), np.unique(np.concatenate(marks))))
         return result
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of ``text``, and for each the characters [start, end) that it stands for."""
+        encoding = self._inner.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def with_special_tokens(self, names: Sequence[str]) -> Tokenizer:
+        """This tokenizer; those of ``names`` whose role it lacks are added at the end of the vocabulary."""
+        missing = [
+            name
+            for name in names
+            if not any(self._named(known) is not None for known in ROLES.values() if name in known)
+            and self._inner.token_to_id(name) is None
+        ]
+        if not missing:
+            return self
+        inner = tokenizers.Tokenizer.from_str(self._definition)
+        inner.add_special_tokens(missing)
+        return Tokenizer(inner.to_str())
+
     def _pieces(self, text: str) -> Iterable[str]:
         return _pieces(text) if self._cuts else (text,)
 

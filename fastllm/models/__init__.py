@@ -1,7 +1,66 @@
-"""The Transformer, its configuration and presets."""
+"""Decoders, encoders and both together, of attention or recurrent; their configuration and presets."""
 
-from .cache import KVCache
-from .config import PRESETS, TransformerConfig
-from .transformer import Transformer
+import json
+from pathlib import Path
 
-__all__ = ["PRESETS", "KVCache", "Transformer", "TransformerConfig"]
+from .cache import DecoderCache, Encoded, KVCache, RecurrentCache
+from .config import PRESETS, ModelConfig, TransformerConfig
+from .encoder import Encoder
+from .encoder_decoder import EncoderDecoder
+from .transformer import RNN, LanguageModel, Transformer
+
+Model = LanguageModel | Encoder | EncoderDecoder
+
+
+def model_class(config: ModelConfig) -> type:
+    """The class that ``config.encoder`` and ``config.decoder`` ask for."""
+    if config.decoder == "none":
+        return Encoder
+    if config.encoder != "none":
+        return EncoderDecoder
+    return Transformer if config.decoder == "transformer" else RNN
+
+
+def build_model(config: ModelConfig) -> Model:
+    """A new model of this shape, with the weights that torch's default generator gives."""
+    return model_class(config)(config)
+
+
+def load_model(folder: str | Path, *, device="cpu") -> Model:
+    """The model that ``save_pretrained`` wrote into ``folder``, whichever it is, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: config.json or model.safetensors is missing.
+        ValueError: one of them cannot be read, or they do not fit each other.
+    """
+    classes = {cls.__name__: cls for cls in (Transformer, RNN, Encoder, EncoderDecoder)}
+    path = Path(folder) / "config.json"
+    try:
+        name = json.loads(path.read_text("utf-8")).get("architecture")
+    except FileNotFoundError:
+        name = "Transformer"  # whose loader says what is missing
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not a model's configuration: {error}") from error
+    if name not in classes:
+        raise ValueError(f"{path}: architecture: expected one of {', '.join(classes)}; got {name!r}")
+    return classes[name].from_pretrained(folder, device=device)
+
+
+__all__ = [
+    "PRESETS",
+    "RNN",
+    "DecoderCache",
+    "Encoded",
+    "Encoder",
+    "EncoderDecoder",
+    "KVCache",
+    "LanguageModel",
+    "Model",
+    "ModelConfig",
+    "RecurrentCache",
+    "Transformer",
+    "TransformerConfig",
+    "build_model",
+    "load_model",
+    "model_class",
+]

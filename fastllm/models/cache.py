@@ -1,23 +1,62 @@
-"""Keys and values of the tokens that a decoder has seen, so that the next one costs one step."""
+"""What a decoder keeps of the tokens that it has seen, so that the next one costs one step."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from .config import TransformerConfig
+from .config import ModelConfig
 
 
-class KVCache:
-    """Room for the keys and values of ``batch_size`` sequences, (B, kv_heads, context_length, head_dim) per layer.
+class Encoded(NamedTuple):
+    """An encoder's output: ``states`` (B, S, hidden_size), and ``mask`` (B, S), True for tokens; None: all are."""
 
-    ``length`` is the number of tokens held. The model moves it on after its last layer; setting it back drops
-    tokens from the end. What it holds has no gradient, so it serves only without one.
+    states: torch.Tensor
+    mask: torch.Tensor | None
+
+
+class DecoderCache:
+    """``length`` tokens seen, and of an encoder's states the keys and values by layer, computed once, and the mask.
+
+    What a cache holds has no gradient, so it serves only without one.
     """
 
-    def __init__(self, config: TransformerConfig, batch_size: int, *, dtype: torch.dtype, device: torch.device):
+    def __init__(self, batch_size: int):
+        self.length = 0
+        self.batch_size = batch_size
+        self.memory: dict[int, tuple[torch.Tensor, ...]] = {}
+        self.memory_mask: torch.Tensor | None = None
+
+    def _check(self, *tensors: torch.Tensor) -> None:
+        if any(tensor.requires_grad for tensor in tensors):
+            raise RuntimeError("a key/value cache keeps no gradient: call the model under torch.no_grad()")
+        if tensors[0].shape[0] != self.batch_size:
+            raise ValueError(f"the cache was made for {self.batch_size} sequences, got {tensors[0].shape[0]}")
+
+    def read(self, memory: Encoded | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """States and mask for cross-attention: ``memory``'s, whose mask is kept for the calls that give none."""
+        if memory is not None:
+            self.memory_mask = memory.mask
+        return None if memory is None else memory.states, self.memory_mask
+
+    def select(self, index: torch.Tensor) -> None:
+        """Go on with the sequences ``index`` (any number, repeats allowed), as a beam search does."""
+        self.batch_size = len(index)
+        self.memory = {layer: tuple(t[index] for t in held) for layer, held in self.memory.items()}
+        self.memory_mask = None if self.memory_mask is None else self.memory_mask[index]
+
+
+class KVCache(DecoderCache):
+    """Room for the keys and values of ``batch_size`` sequences, (B, kv_heads, context_length, head_dim) per layer.
+
+    The model moves ``length`` on after its last layer; setting it back drops tokens from the end.
+    """
+
+    def __init__(self, config: ModelConfig, batch_size: int, *, dtype: torch.dtype, device: torch.device):
+        super().__init__(batch_size)
         shape = (2, config.num_layers, batch_size, config.kv_heads, config.context_length, config.head_dim)
         self._store = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store (B, kv_heads, T, head_dim) after the tokens held; returns all keys and values up to there.
@@ -26,12 +65,39 @@ class KVCache:
             ValueError: another number of sequences than the cache was made for.
             RuntimeError: ``key`` or ``value`` requires a gradient, which would be lost.
         """
-        if key.requires_grad or value.requires_grad:
-            raise RuntimeError("a key/value cache keeps no gradient: call the model under torch.no_grad()")
-        if key.shape[0] != self._store.shape[2]:
-            raise ValueError(f"the cache was made for {self._store.shape[2]} sequences, got {key.shape[0]}")
+        self._check(key, value)
         end = self.length + key.shape[2]
         for held, new in zip(self._store, (key, value), strict=True):
             held[layer, :, :, self.length : end] = new
         keys, values = self._store[:, layer, :, :, :end].to(key.dtype)
         return keys, values
+
+    def select(self, index: torch.Tensor) -> None:
+        super().select(index)
+        self._store = self._store[:, :, index]
+
+
+class RecurrentCache(DecoderCache):
+    """The state of each recurrent layer after ``length`` tokens. Tokens cannot be dropped from it one by one."""
+
+    def __init__(self, batch_size: int):
+        super().__init__(batch_size)
+        self._states: dict[int, tuple[torch.Tensor, ...]] = {}
+
+    def state(self, layer: int) -> tuple[torch.Tensor, ...] | None:
+        """The tensors of ``layer``'s state, each (1, B, hidden_size); None before the first token."""
+        return self._states.get(layer) if self.length else None
+
+    def store(self, layer: int, state: tuple[torch.Tensor, ...]) -> None:
+        """Keep ``state``, each (1, B, hidden_size).
+
+        Raises:
+            ValueError: another number of sequences than the cache was made for.
+            RuntimeError: a state requires a gradient, which would be lost.
+        """
+        self._check(*(tensor[0] for tensor in state))
+        self._states[layer] = state
+
+    def select(self, index: torch.Tensor) -> None:
+        super().select(index)
+        self._states = {layer: tuple(t[:, index] for t in state) for layer, state in self._states.items()}

@@ -1,12 +1,17 @@
-"""The shape of a Transformer: one dataclass that covers GPT-2's shape and Llama's, with presets."""
+"""The shape of a model: one dataclass for decoders, encoders and both, of attention or recurrent, with presets."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 
-POSITIONS = ("learned", "rotary")
+POSITIONS = ("learned", "rotary", "sinusoidal", "relative")
 NORMS = ("layer", "rms")
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu2", "swiglu")
+NORM_POSITIONS = ("pre", "post")
+GATED = ("swiglu", "geglu", "geglu_tanh")
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu2", *GATED)
+KINDS = ("transformer", "lstm", "gru")
+# What a head on an encoder gives: tokens, whether two texts follow each other, a class, an answer's ends.
+HEADS = ("mlm", "nsp", "classify", "span")
 
 
 def _field(default, help: str, **metadata):
@@ -14,51 +19,84 @@ def _field(default, help: str, **metadata):
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
-    """Everything that decides a decoder's parameters and its function.
+class ModelConfig:
+    """Everything that decides a model's parameters and its function.
+
+    ``decoder`` alone is a language model, ``encoder`` alone reads (BERT's shape and its kin), both translate. Either
+    may be a Transformer or recurrent: they meet in hidden_size only.
 
     Raises:
         ValueError: a field is out of range or two fields do not fit; the message names them.
     """
 
+    encoder: str = _field("none", "what reads", choices=("none", *KINDS))
+    decoder: str = _field("transformer", "what writes", choices=("none", *KINDS))
+    heads: tuple[str, ...] = _field((), "heads on an encoder", choices=HEADS)
+    labels: tuple[str, ...] = _field((), "names of the classes; training takes them from its data")
     vocab_size: int = _field(50257, "tokens in the vocabulary")
     context_length: int = _field(1024, "longest sequence, in tokens")
-    num_layers: int = _field(12, "blocks of attention and MLP")
+    num_layers: int = _field(12, "blocks of attention and MLP, or recurrent ones")
+    num_encoder_layers: int | None = _field(None, "blocks of the encoder; as num_layers if not given")
     num_heads: int = _field(12, "query heads")
     num_kv_heads: int | None = _field(None, "key and value heads (grouped-query attention); as num_heads if not given")
     hidden_size: int = _field(768, "width of the residual stream")
+    head_size: int | None = _field(None, "width of a head; hidden_size / num_heads if not given")
     intermediate_size: int | None = _field(
-        None, "width of the MLP; if not given 4 x hidden_size, for swiglu 8/3 of it rounded up to a multiple of 64"
+        None, "width of the MLP; if not given 4 x hidden_size, for gated ones 8/3 of it rounded up to a multiple of 64"
     )
-    positions: str = _field("learned", "how positions enter", choices=POSITIONS)
+    positions: str = _field("learned", "how positions enter a Transformer", choices=POSITIONS)
     rotary_base: float = _field(10000.0, "base of the rotary frequencies (Su et al. 2021)")
+    relative_buckets: int = _field(32, "buckets of distance (relative positions, Raffel et al. 2020)")
+    relative_distance: int = _field(128, "distance from which on one bucket holds all")
+    segments: int = _field(0, "rows of the segment embedding; 0: none")
+    scale_embeddings: bool = _field(False, "multiply token embeddings with sqrt(hidden_size) (Vaswani et al. 2017)")
     norm: str = _field("layer", "normalisation", choices=NORMS)
+    norm_position: str = _field("pre", "before each branch, or after its sum with the residual", choices=NORM_POSITIONS)
     norm_eps: float = _field(1e-5, "added to the variance or the mean square")
     embedding_norm: bool = _field(False, "normalise the embeddings before the first block")
     qk_norm: bool = _field(False, "RMS-normalise queries and keys per head before the product")
+    scale_attention: bool = _field(True, "divide attention's products by sqrt(head size); T5 does not")
     activation: str = _field("gelu_tanh", "the MLP's non-linearity; relu2 is ReLU squared", choices=ACTIVATIONS)
     bias: bool = _field(True, "biases in the linear layers and in LayerNorm")
     tie_embeddings: bool = _field(True, "the head shares the token embedding's weight")
+    logit_scale: float = _field(1.0, "multiplies the logits; hidden_size^-0.5 in the first T5")
     dropout: float = _field(0.0, "dropout probability on embeddings and on each branch, in training")
     zero_init: bool = _field(False, "start the projections back into the residual stream at zero, not at GPT-2's scale")
 
     def __post_init__(self):
+        for name in ("heads", "labels"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("vocab_size", "context_length", "num_layers", "num_heads", "hidden_size"):
             self._require(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "at least 1")
-        for name in ("num_kv_heads", "intermediate_size"):
+        for name in ("num_kv_heads", "intermediate_size", "num_encoder_layers", "head_size"):
             value = getattr(self, name)
             self._require(name, value is None or (isinstance(value, int) and value >= 1), "at least 1")
-        for name, choices in (("positions", POSITIONS), ("norm", NORMS), ("activation", ACTIVATIONS)):
+        for name, choices in (
+            ("positions", POSITIONS), ("norm", NORMS), ("norm_position", NORM_POSITIONS), ("activation", ACTIVATIONS),
+            ("encoder", ("none", *KINDS)), ("decoder", ("none", *KINDS)),
+        ):  # fmt: skip
             self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+        self._require("decoder", self.encoder != "none" or self.decoder != "none", "given where there is no encoder")
+        self._require("heads", set(self.heads) <= set(HEADS), f"among {', '.join(HEADS)}")
+        self._require("heads", not self.heads or self.decoder == "none", "empty for a model with a decoder")
+        self._require("segments", self.segments >= 0, "at least 0")
         self._require("dropout", 0.0 <= self.dropout < 1.0, "in [0, 1)")
         self._require("norm_eps", self.norm_eps > 0, "positive")
         self._require("rotary_base", self.rotary_base > 0, "positive")
-        self._require(
-            "num_heads", self.hidden_size % self.num_heads == 0, f"a divisor of hidden_size {self.hidden_size}"
-        )
+        self._require("relative_buckets", self.relative_buckets >= 4 and self.relative_buckets % 4 == 0,
+                      "a positive multiple of 4")  # fmt: skip
+        # Half of the buckets, per direction, hold single distances.
+        self._require("relative_distance", self.relative_distance > self.relative_buckets // 2,
+                      f"more than half of relative_buckets {self.relative_buckets}")  # fmt: skip
+        if self.head_size is None:
+            self._require(
+                "num_heads", self.hidden_size % self.num_heads == 0, f"a divisor of hidden_size {self.hidden_size}"
+            )
         self._require("num_kv_heads", self.num_heads % self.kv_heads == 0, f"a divisor of num_heads {self.num_heads}")
         if self.positions == "rotary":
             self._require("num_heads", self.head_dim % 2 == 0, "such that hidden_size / num_heads is even, for rotary")
+        if self.encoder in ("lstm", "gru") or self.positions == "sinusoidal":
+            self._require("hidden_size", self.hidden_size % 2 == 0, "even, for two directions and for sinusoids")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -66,7 +104,16 @@ class TransformerConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+        return self.head_size or self.hidden_size // self.num_heads
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the classification head: as many as labels, 2 where they have no names."""
+        return len(self.labels) or 2
+
+    @property
+    def encoder_layers(self) -> int:
+        return self.num_encoder_layers or self.num_layers
 
     @property
     def kv_heads(self) -> int:
@@ -76,21 +123,25 @@ class TransformerConfig:
     def mlp_size(self) -> int:
         if self.intermediate_size:
             return self.intermediate_size
-        if self.activation == "swiglu":
+        if self.activation in GATED:
             return -(-8 * self.hidden_size // (3 * 64)) * 64
         return 4 * self.hidden_size
 
-    def replace(self, **changes) -> TransformerConfig:
+    def replace(self, **changes) -> ModelConfig:
         """A copy with some fields changed, checked again."""
         return replace(self, **changes)
 
     @classmethod
-    def from_dict(cls, values: dict) -> TransformerConfig:
+    def from_dict(cls, values: dict) -> ModelConfig:
         """From field names and values; an unknown name is a ValueError."""
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
-            raise ValueError(f"unknown field of TransformerConfig: {', '.join(sorted(unknown))}")
+            raise ValueError(f"unknown field of {cls.__name__}: {', '.join(sorted(unknown))}")
         return cls(**values)
+
+
+# The name under which a Transformer's shape is written.
+TransformerConfig = ModelConfig
 
 
 def _gpt2(num_layers: int, num_heads: int, hidden_size: int) -> TransformerConfig:

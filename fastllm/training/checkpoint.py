@@ -26,7 +26,7 @@ import torch
 from ..config import InputError
 from ..data import Tokenizer
 from ..files import read_json, read_tensors, whole_folder, write_text
-from ..models import Transformer, TransformerConfig
+from ..models import Model, ModelConfig, load_model
 
 OPTIMIZER, STATE, MANIFEST, LATEST, SHARDED = (
     "optimizer.safetensors", "state.json", "manifest.json", "latest", "sharded",
@@ -94,7 +94,7 @@ def read_state(path: Path) -> State:
     return State(**values)
 
 
-def save_model(folder: Path, model: Transformer, tokenizer: Tokenizer) -> None:
+def save_model(folder: Path, model: Model, tokenizer: Tokenizer) -> None:
     """Weights, configuration and tokenizer into ``folder``: all that generating needs.
 
     Raises:
@@ -269,7 +269,7 @@ def check_settings(checkpoint: Path, saved: Mapping[str, Any] | None, now: Mappi
             )
 
 
-def load_config(path: Path) -> TransformerConfig:
+def load_config(path: Path) -> ModelConfig:
     """The configuration of a checkpoint's model, before anything of its size is allocated.
 
     Raises:
@@ -278,12 +278,12 @@ def load_config(path: Path) -> TransformerConfig:
     values = read_json(path / "config.json")
     values.pop("architecture", None)
     try:
-        return TransformerConfig.from_dict(values)
+        return ModelConfig.from_dict(values)
     except (ValueError, TypeError) as error:
         raise InputError(f"{path / 'config.json'}: {error}") from error
 
 
-def load_checkpoint(path: Path, device: torch.device) -> tuple[Transformer, dict[str, torch.Tensor], State]:
+def load_checkpoint(path: Path, device: torch.device) -> tuple[Model, dict[str, torch.Tensor], State]:
     """The model, the optimisers' tensors and the state of a checkpoint that :func:`find_checkpoint` has passed.
 
     Raises:
@@ -291,7 +291,7 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[Transformer, dict
     """
     state = read_state(path)
     try:
-        model = Transformer.from_pretrained(path).to(device)
+        model = load_model(path).to(device)
     except (ValueError, FileNotFoundError) as error:
         raise InputError(str(error)) from error
     return model, read_tensors(path / OPTIMIZER), state

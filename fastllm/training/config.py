@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..config import InputError, build, option, read_toml, settings, to_toml, unknown
 from ..data import DataConfig
-from ..models import PRESETS, TransformerConfig
+from ..models import PRESETS, ModelConfig
+from .objectives.choose import ObjectiveConfig, fit_model
 
 DEFAULT_PRESET = "tiny"
 # Seconds of training when neither steps nor max_seconds is given.
@@ -123,15 +124,18 @@ class RunConfig:
     """All that a run is made from; ``config.toml`` has one table for each field."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    model: TransformerConfig = PRESETS[DEFAULT_PRESET]
+    model: ModelConfig = PRESETS[DEFAULT_PRESET]
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
 
     def to_toml(self) -> str:
-        return to_toml({"data": self.data, "model": self.model, "training": self.training})
+        return to_toml({field.name: getattr(self, field.name) for field in fields(self)})
 
 
 def build_run_config(tables: Mapping[str, Any], where: str, preset: str | None = None) -> RunConfig:
-    """A run's settings from the tables ``data``, ``model`` (which may have a ``preset``) and ``training``.
+    """A run's settings from the tables ``data``, ``model`` (which may have a ``preset``), ``training``, ``objective``.
+
+    The model gets the parts and heads that the objective needs.
 
     Args:
         where: what messages start with.
@@ -140,9 +144,9 @@ def build_run_config(tables: Mapping[str, Any], where: str, preset: str | None =
     Raises:
         InputError: an unknown table, key or preset, or a value out of its range.
     """
-    kinds = {"data": DataConfig, "model": TransformerConfig, "training": TrainingConfig}
+    kinds = {"data": DataConfig, "model": ModelConfig, "training": TrainingConfig, "objective": ObjectiveConfig}
     for title, table in tables.items():
-        if title not in kinds:
+        if title not in kinds or (title == "objective" and isinstance(table, str)):
             homes = [name for name, kind in kinds.items() if title in {s.name for s in settings(kind)}]
             if homes:
                 raise InputError(f"{where}: {title!r} belongs into the table [{homes[0]}]")
@@ -154,10 +158,18 @@ def build_run_config(tables: Mapping[str, Any], where: str, preset: str | None =
     model.pop("preset", None)
     if name not in PRESETS:
         raise InputError(f"{where}: preset: expected one of {', '.join(PRESETS)}; got {name!r}")
+    objective = build(ObjectiveConfig, tables.get("objective", {}), where)
+    shape = build(ModelConfig, model, where, PRESETS[name])
+    if objective.pretrained is None:
+        try:
+            shape = fit_model(objective, shape, model)
+        except ValueError as error:
+            raise InputError(f"{where}: {error}") from error
     return RunConfig(
         data=build(DataConfig, tables.get("data", {}), where),
-        model=build(TransformerConfig, model, where, PRESETS[name]),
+        model=shape,
         training=build(TrainingConfig, tables.get("training", {}), where),
+        objective=objective,
     )
 
 

@@ -1,8 +1,11 @@
-"""Bits per byte on the whole validation split. Nothing here touches the state of training."""
+"""Scores on held-out data. Nothing here touches the state of training."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +14,7 @@ from torch import nn
 from ..data import TokenFile, evaluation_batches
 from ..data.batches import IGNORE
 from .measure import autocast
+from .objectives.base import Batch, Objective, to_device
 
 # What follows a score's number where its name would not do.
 UNITS = {"bits_per_byte": "bits/byte"}
@@ -20,17 +24,25 @@ UNITS = {"bits_per_byte": "bits/byte"}
 class Evaluation:
     """Mean loss in nats over the ``tokens`` (or other targets) scored; ``scores`` by name; ``main`` is the one to show.
 
-    For language models that is ``bits_per_byte``.
+    For language models that is ``bits_per_byte``. ``whole``: all held-out data were scored.
     """
 
     loss: float
     tokens: int
     scores: dict[str, float] = field(default_factory=dict)
     main: str = "bits_per_byte"
+    whole: bool = True
 
     @property
     def bits_per_byte(self) -> float | None:
         return self.scores.get("bits_per_byte")
+
+    def describe(self) -> str:
+        """All of it, in a line."""
+        if self.bits_per_byte is not None:
+            return f"{self.bits_per_byte:.4f} bits per byte ({self.loss:.4f} nats per token, {self.tokens:,} tokens)"
+        scores = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in self.scores.items())
+        return f"{scores} (loss {self.loss:.4f} over {self.tokens:,} targets)"
 
     def headline(self) -> str:
         """The main score, for people."""
@@ -42,7 +54,34 @@ def bits_per_byte(loss: float, tokens: TokenFile) -> float:
     return loss / math.log(2) * (len(tokens) - 1) / tokens.bytes
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block ``model`` is in evaluation mode, without gradients: no random number is drawn."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def mean_losses(
+    objective: Objective, model: nn.Module, batches: Iterable[Batch], dtype: str
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Each term's mean over all targets in ``batches``, and how many those are."""
+    device = next(model.parameters()).device
+    sums, counts = Counter(), Counter()
+    for batch in batches:
+        here = {name: count for name, count in objective.counts(batch).items() if count}
+        with autocast(device, dtype):
+            losses = objective.losses(model, to_device(batch, device)) if here else {}
+        for name, count in here.items():
+            sums[name] += losses[name].item() * count
+            counts[name] += count
+    return {name: sums[name] / counts[name] for name in counts}, dict(counts)
+
+
 def evaluate(
     model: nn.Module, tokens: TokenFile, context_length: int, batch_size: int, dtype: str = "float32", limit: int = 0
 ) -> Evaluation:
@@ -53,17 +92,14 @@ def evaluate(
     scored and count no bytes. Dropout is off, so no random number is drawn.
     """
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     nats, count = 0.0, 0
-    try:
-        stride = max(1, context_length // 2)
+    stride = max(1, context_length // 2)
+    with evaluating(model):
         for inputs, targets in evaluation_batches(tokens.tokens, context_length, stride, batch_size, limit):
             scored = int((targets != IGNORE).sum())
             with autocast(device, dtype):
                 loss = model.loss(inputs.to(device), targets.to(device))
             nats += loss.item() * scored
             count += scored
-    finally:
-        model.train(was_training)
-    return Evaluation(nats / count, count, {"bits_per_byte": bits_per_byte(nats / count, tokens)})
+    scores = {"bits_per_byte": bits_per_byte(nats / count, tokens)}
+    return Evaluation(nats / count, count, scores, whole=count == len(tokens) - 1)

@@ -10,13 +10,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..config import InputError, build
-from ..data import load_dataset, open_dataset
 from ..files import write_text
 from .checkpoint import checkpoints, find_checkpoint
 from .config import RunConfig, TrainingConfig, read_run_config
 from .distributed import joined, launched
 from .loop import CONFIG, Result, Run, fixed_settings, pick_device
 from .progress import Display
+from .setup import fitted, open_data, reopen_data, with_pretrained
 
 RUNS = Path("runs")
 
@@ -37,6 +37,7 @@ def train(
     """
     if launched() and folder is None:
         raise InputError("--out: under torchrun the run needs a name, by which a restart finds it")
+    config = with_pretrained(config)
     if folder is not None and checkpoints(Path(folder) / "checkpoints"):
         if not (auto_resume or launched()):
             raise InputError(f"{folder}: holds a run already; go on with --resume {folder}, or choose another --out")
@@ -47,13 +48,9 @@ def train(
         with _new_folder(folder) if main else contextlib.nullcontext(Path(folder)) as folder:
             display = Display(quiet or not main)
             with ranks.first():
-                dataset = (
-                    load_dataset(config.data, folder / "data", vocab_size=config.model.vocab_size, say=display.say)
-                    if main
-                    else open_dataset(folder / "data")
-                )
-            model = replace(config.model, vocab_size=dataset.tokenizer.vocab_size)
-            run = Run(replace(config, model=model), folder, dataset, display, None, ranks)
+                data = folder / "data"
+                dataset = open_data(config, data, display.say) if main else reopen_data(config, data)
+            run = Run(fitted(config, dataset), folder, dataset, display, None, ranks)
             if main:
                 write_text(folder / CONFIG, run.config.to_toml())
             run.measure()
@@ -69,9 +66,13 @@ def _changes(config: RunConfig, path: Path) -> dict[str, object]:
     before = read_run_config(path)
     given, old = asdict(config.training.with_budget()), asdict(before.training)
     fixed = fixed_settings(before.training)
-    same_model = replace(config.model, vocab_size=before.model.vocab_size) == before.model
+    # The vocabulary and the labels come from the data.
+    model = before.model
+    same_model = replace(config.model, vocab_size=model.vocab_size, labels=model.labels) == model
+    same_objective = config.objective == before.objective
     for name, same in (
-        ("data", config.data == before.data), ("model", same_model), *((key, given[key] == fixed[key]) for key in fixed)
+        ("data", config.data == before.data), ("model", same_model), ("objective", same_objective),
+        *((key, given[key] == fixed[key]) for key in fixed)
     ):  # fmt: skip
         if not same:
             raise InputError(f"{path}: {name} of the run that is there is another; choose another --out")
@@ -120,7 +121,7 @@ def resume(checkpoint: str | Path, changes: Mapping[str, object] | None = None, 
         config = replace(config, training=build(TrainingConfig, changes, "command line", config.training))
     with joined(config.training) as ranks:
         main = ranks.rank == 0
-        run = Run(config, folder, open_dataset(folder / "data"), Display(quiet or not main), path, ranks)
+        run = Run(config, folder, reopen_data(config, folder / "data"), Display(quiet or not main), path, ranks)
         if main:
             write_text(folder / CONFIG, run.config.to_toml())
         run.measure()

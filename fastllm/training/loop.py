@@ -18,7 +18,7 @@ import torch
 from ..config import InputError, settings
 from ..data import Dataset, derive_seed
 from ..files import whole_folder
-from ..models import Transformer
+from ..models import build_model
 from ..version import __version__
 from .checkpoint import Keep, State, check_settings, load_config, read_state, save_model, write_manifest
 from .clock import Clock, StopRequest
@@ -28,13 +28,14 @@ from .evaluate import Evaluation
 from .guard import Diverged, Failed, Guard
 from .measure import autocast, faster_dtype, keep_random_state, matmul_flops
 from .meters import Meters, Timer
-from .objectives import Batch, CausalLM, rows_of, to_device
+from .objectives import Batch, make_objective, rows_of, to_device
 from .optimizer import Optimizers
 from .progress import Display
 from .ranks import ALONE, Ranks
 from .report import plot_loss, write_samples
 from .saving import NotFinite
 from .schedule import lr_scale, progress
+from .setup import new_model
 from .step import train_step
 
 CONFIG = "config.toml"
@@ -87,13 +88,15 @@ class Run:
         self.folder, self.dataset, self.display, self.ranks = folder, dataset, display, ranks
         self.device = ranks.device(pick_device(config.training.device))
         training = config.training.with_budget()
-        self.objective = CausalLM(dataset, config.model.context_length, training.batch_size, training.seed)
-        make = self._make = lambda: Transformer(config.model)
+        self.objective = make_objective(
+            config.objective, dataset, config.model.context_length, training.batch_size, training.seed
+        )
+        make = self._make = lambda: build_model(config.model)
         if checkpoint is None:
             with keep_random_state(self.device):
                 torch.manual_seed(derive_seed(training.seed, "weights"))
                 dtype = ranks.dtype(training.dtype)
-                self.model = ranks.build(make, self.device, dtype)
+                self.model = ranks.build(lambda: new_model(config), self.device, dtype)
             self.optimizers = Optimizers(self.model, training)
             self.state = State(step=0, seconds=0.0, tokens=0, dtype=dtype, data=dataset.train.sha256)
         else:
@@ -116,8 +119,8 @@ class Run:
         self.model.checkpoint_activations = training.checkpoint_activations
         self.config = replace(config, training=training)
         self._validation: Evaluation | None = None
-        # At which step the last evaluation was made, and over how many tokens.
-        self._evaluated: tuple[int, int] | None = None
+        # At which step the last evaluation was made, and whether on all there is.
+        self._evaluated: tuple[int, bool] | None = None
 
     def measure(self) -> None:
         """Measure the device; say and record what will be trained, where and how."""
@@ -199,7 +202,7 @@ class Run:
                         self._save(final=True)
                     raise
                 self._meters.flush(self._now())
-                if not self._signal and self._evaluated != (state.step, len(self.dataset.validation) - 1):
+                if not self._signal and self._evaluated != (state.step, True):
                     self._evaluate(limit=0)
                 self._meters.show(force=True)
                 self._save(final=True)
@@ -292,7 +295,7 @@ class Run:
         training, state = self.config.training, self.state
         with self._clock.pause(), self.ranks.evaluating():
             result = self.objective.evaluate(self.model, training.rows, state.dtype, limit)
-        self._validation, self._evaluated = result, (state.step, result.tokens)
+        self._validation, self._evaluated = result, (state.step, result.whole)
         state.validation = result.loss
         self._meters.evaluation(result)
 
@@ -305,6 +308,12 @@ class Run:
                 self._saver.save(self.state, self.optimizers.state_dict())
             if final or not self.config.training.background_saving:
                 self._saver.wait(final)
+
+    def _epochs(self) -> float:
+        """How often the training data were seen: by tokens, or by examples."""
+        if self.config.objective.kind.task:
+            return self.state.step * self.config.training.batch_size / len(self.dataset.train)
+        return self.state.tokens / len(self.dataset.train)
 
     def _finish(self) -> None:
         """The model's folder, the picture, the samples, and the result in words."""
@@ -325,14 +334,13 @@ class Run:
         say()
         say(samples)
         say(
-            f"{state.step:,} steps, {state.tokens:,} tokens ({state.tokens / len(self.dataset.train):.1f} epochs), "
+            f"{state.step:,} steps, {state.tokens:,} tokens ({self._epochs():.1f} epochs), "
             f"{state.seconds:.1f} s of training, {state.tokens / max(state.seconds, 1e-9):,.0f} tok/s"
         )
-        say(
-            f"validation: {self._validation.bits_per_byte:.4f} bits per byte "
-            f"({self._validation.loss:.4f} nats per token, {self._validation.tokens:,} tokens)"
-        )
-        if xz is None:
+        say(f"validation: {self._validation.describe()}")
+        if self._validation.bits_per_byte is None:
+            pass
+        elif xz is None:
             say("xz -9 primed with the training text: not computed for so long a text")
         else:
             say(f"xz -9 primed with the training text: {xz:.4f} bits per byte")

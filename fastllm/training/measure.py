@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .objectives import Batch, Objective, to_device
+from .objectives.base import Batch, Objective, to_device
 
 
 def synchronize(device: torch.device) -> None:

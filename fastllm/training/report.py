@@ -9,7 +9,9 @@ from pathlib import Path
 from ..data import Dataset, derive_seed
 from ..files import whole_file, write_text
 from ..generate import generate
-from ..models import Transformer
+from ..models import LanguageModel, Model
+from ..tasks.show import show
+from ..tasks.store import TaskDataset
 from .evaluate import bits_per_byte
 from .progress import read_metrics
 
@@ -32,8 +34,15 @@ def smooth(values: list[float], span: int) -> list[float]:
     return result
 
 
-def plot_loss(run: Path, dataset: Dataset, title: str) -> Path:
-    """Draw metrics.jsonl into ``run/loss.png``: training and validation in bits per byte, and xz's line."""
+def plot_loss(run: Path, dataset: Dataset | TaskDataset, title: str) -> Path:
+    """Draw metrics.jsonl into ``run/loss.png``: training and validation in bits per byte, and xz's line.
+
+    Where there are no bits per byte: each term of the loss, and each score beside it.
+    """
+    if not any("validation_bits_per_byte" in line for line in read_metrics(run / "metrics.jsonl")):
+        from .curves import plot_terms
+
+        return plot_terms(run, title)
     # The Agg canvas directly: pyplot would look for a window system and keep global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -93,8 +102,12 @@ def plot_loss(run: Path, dataset: Dataset, title: str) -> Path:
     return run / "loss.png"
 
 
-def write_samples(run: Path, model: Transformer, dataset: Dataset, seed: int) -> str:
-    """Write ``run/samples.txt``: from nothing, and from the first words of held-out documents."""
+def write_samples(run: Path, model: Model, dataset: Dataset | TaskDataset, seed: int) -> str:
+    """Write ``run/samples.txt``: from nothing, and from the first words of held-out documents; or held-out examples."""
+    if not isinstance(model, LanguageModel):
+        text = show(model, dataset, SAMPLES)
+        write_text(run / "samples.txt", text)
+        return text
     tokenizer = dataset.tokenizer
     ids = dataset.validation.tokens
     starts = [i + 1 for i in range(len(ids) - 1) if ids[i] == tokenizer.end_of_text]

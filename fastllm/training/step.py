@@ -10,7 +10,7 @@ from torch import nn
 
 from .dropout import set_first_row
 from .measure import autocast
-from .objectives import Batch, Objective, rows_of, to_device
+from .objectives.base import Batch, Objective, rows_of, to_device
 from .optimizer import Optimizers
 from .ranks import ALONE, Losses, Ranks
 

@@ -1,4 +1,4 @@
-"""What a run learns: which batches it sees, what it minimises, and how the result is scored.
+"""The interface of an objective.
 
 An objective holds the data and no cursor. A batch is a dict of tensors whose first dimension is the sequence, so that
 any rows of it are a smaller batch: that is how a step is cut into micro-batches, or over several machines.
@@ -11,11 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import nn
 
-from ..data import Batches, Dataset
-from ..data.batches import IGNORE
-
 if TYPE_CHECKING:
-    from .evaluate import Evaluation
+    from ..evaluate import Evaluation
 
 Batch = dict[str, torch.Tensor]
 
@@ -58,32 +55,3 @@ def rows_of(batch: Batch, rows: int) -> list[Batch]:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """``batch`` on ``device``."""
     return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-class CausalLM:
-    """Each token predicted from those before it. A batch is ``tokens`` and ``targets``, one token later."""
-
-    def __init__(self, dataset: Dataset, context_length: int, batch_size: int, seed: int):
-        self.dataset, self.context_length = dataset, context_length
-        self._batches = Batches(dataset.train, context_length, batch_size, seed)
-
-    def batch(self, step: int) -> Batch:
-        tokens, targets = self._batches(step)
-        return {"tokens": tokens, "targets": targets}
-
-    @staticmethod
-    def counts(batch: Batch) -> dict[str, int]:
-        return {"loss": int((batch["targets"] != IGNORE).sum())}
-
-    @staticmethod
-    def tokens(batch: Batch) -> int:
-        return batch["tokens"].numel()
-
-    @staticmethod
-    def losses(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        return {"loss": model.loss(batch["tokens"], batch["targets"])}
-
-    def evaluate(self, model: nn.Module, rows: int, dtype: str, limit: int) -> Evaluation:
-        from .evaluate import evaluate
-
-        return evaluate(model, self.dataset.validation, self.context_length, rows, dtype, limit)

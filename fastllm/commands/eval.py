@@ -1,0 +1,112 @@
+"""Score a model on held-out data: BLEU and chrF of translations, accuracy and F1 of labels, exact match and F1 of
+answers, bits per byte of a language model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from ..config import InputError
+from ..data import read_corpus, write_token_file
+from ..data.token_file import open_token_file
+from ..tasks.answer import answers
+from ..tasks.classify import classify
+from ..tasks.metrics import confusion, f1_macro, squad_scores, translation_scores
+from ..tasks.read import read_labelled, read_pairs, read_questions
+from ..tasks.translate import translate
+from ..training.evaluate import evaluate
+from ._model import add_model_arguments, load_for, model_folder, task_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("data", nargs="+", metavar="FILE", help="data of the form that the model was trained on")
+    parser.add_argument("--beams", type=int, default=4, metavar="N", help="of translations; 1: greedy (%(default)s)")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N examples (default: all)")
+    parser.add_argument("--out", metavar="FOLDER", help="write predictions and the picture of a classifier's confusion")
+
+
+def _translations(model, tokenizer, examples, arguments) -> tuple[dict, list[dict]]:
+    found = translate(model, tokenizer, [e["source"] for e in examples], beams=arguments.beams)
+    scores = translation_scores([e["target"] for e in examples], found)
+    return scores, [{**e, "translation": text} for e, text in zip(examples, found, strict=True)]
+
+
+def _labels(model, tokenizer, examples, arguments) -> tuple[dict, list[dict]]:
+    names = model.config.labels
+    for example in examples:
+        if example["label"] not in names:
+            raise InputError(f"label {example['label']!r} is not among the model's: {', '.join(names)}")
+    labels = [names.index(e["label"]) for e in examples]
+    predicted = classify(model, tokenizer, [e["text"] for e in examples]).argmax(-1).tolist()
+    if arguments.out:
+        from ..training.curves import plot_confusion
+
+        Path(arguments.out).mkdir(parents=True, exist_ok=True)
+        plot_confusion(confusion(labels, predicted, len(names)), names, Path(arguments.out) / "confusion.png")
+    right = sum(a == b for a, b in zip(labels, predicted, strict=True))
+    scores = {"accuracy": right / len(labels), "f1": f1_macro(labels, predicted, len(names))}
+    return scores, [{**e, "predicted": names[p]} for e, p in zip(examples, predicted, strict=True)]
+
+
+def _answers(model, tokenizer, examples, arguments) -> tuple[dict, list[dict]]:
+    none = any(not e["answers"] for e in examples)
+    found = answers(model, tokenizer, [(e["question"], e["context"]) for e in examples], allow_none=none)
+    scores = squad_scores([e["answers"] for e in examples], [span.text for span in found])
+    return scores, [{**e, "found": span.text} for e, span in zip(examples, found, strict=True)]
+
+
+TASKS = {
+    "translate": (read_pairs, _translations),
+    "classify": (read_labelled, _labels),
+    "answer": (read_questions, _answers),
+}
+
+
+def _language(model, tokenizer, arguments) -> dict:
+    import tempfile
+
+    corpus = read_corpus(arguments.data, False)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "held-out.bin"
+        write_token_file(path, [*corpus.train, *corpus.validation], tokenizer)
+        result = evaluate(model, open_token_file(path, tokenizer), model.config.context_length, 8, "float32")
+    return {"bits_per_byte": result.bits_per_byte, "loss": result.loss, "tokens": result.tokens}
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.beams < 1 or arguments.limit < 0:
+        raise InputError(f"beams and limit: expected at least 1 and 0, got {arguments.beams} and {arguments.limit}")
+    folder = model_folder(arguments)
+    model, tokenizer = load_for(folder, arguments.device)
+    task = task_of(model.config)
+    predictions = []
+    if task in TASKS:
+        read, score = TASKS[task]
+        examples = read(arguments.data)
+        examples = examples[: arguments.limit] if arguments.limit else examples
+        scores, predictions = score(model, tokenizer, examples, arguments)
+        scores = {"examples": len(examples), **scores}
+    elif task == "generate":
+        with torch.inference_mode():
+            scores = _language(model, tokenizer, arguments)
+    else:
+        raise InputError(
+            f"{folder}: an encoder without a task has no score of its own; its run's metrics.jsonl has them"
+        )
+    for name, value in scores.items():
+        print(
+            f"{name.replace('_', ' ')}: {value:,}"
+            if isinstance(value, int)
+            else f"{name.replace('_', ' ')}: {value:.4f}"
+        )
+    if arguments.out:
+        out = Path(arguments.out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", "utf-8")
+        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in predictions]
+        (out / "predictions.jsonl").write_text("".join(lines), "utf-8")
+    return 0

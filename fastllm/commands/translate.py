@@ -1,0 +1,33 @@
+"""Translate texts with a model that fastllm train --objective seq2seq made; one translation a line."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..config import InputError
+from ..tasks.translate import translate
+from ._model import add_model_arguments, given_texts, load_for, model_folder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="what to translate")
+    parser.add_argument("--file", metavar="FILE", help="a text on each line; - reads standard input")
+    parser.add_argument("--beams", type=int, default=4, metavar="N", help="1: greedy (default: %(default)s)")
+    parser.add_argument(
+        "--length-penalty", type=float, default=1.0, metavar="X",
+        help="power of the length that divides the log-probability; 0 favours short ones (default: %(default)s)",
+    )  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.beams < 1:
+        raise InputError(f"beams: expected at least 1, got {arguments.beams}")
+    if not 0 <= arguments.length_penalty < float("inf"):
+        raise InputError(f"length_penalty: expected at least 0, got {arguments.length_penalty}")
+    texts = given_texts(arguments.texts, arguments.file)
+    model, tokenizer = load_for(model_folder(arguments), arguments.device, "translate")
+    options = dict(beams=arguments.beams, length_penalty=arguments.length_penalty)
+    for text in translate(model, tokenizer, texts, **options):
+        print(" ".join(text.split()))
+    return 0

@@ -1,0 +1,198 @@
+"""What a Transformer is made of: rotary and relative positions, attention, MLP, the block."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import nn as fast
+from ..functional import add_layer_norm, add_rms_norm, attention, rms_norm
+from .cache import KVCache
+from .config import GATED, ModelConfig
+from .embedding import make_norm
+
+
+def rotary_tables(length: int, head_dim: int, base: float, device=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of position * base^(-2i / head_dim), each (length, head_dim / 2) in fp32 (Su et al. 2021, eq. 15)."""
+    frequencies = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate each pair (x[i], x[i + D/2]) of ``x`` (..., T, D) by its position's angle; cos, sin (T, D/2)."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def relative_bucket(distance: torch.Tensor, buckets: int, furthest: int, causal: bool) -> torch.Tensor:
+    """The bucket of key position minus query position (Raffel et al. 2020, 2.1).
+
+    Half of the buckets hold one distance each, the others ranges that grow logarithmically up to ``furthest``; not
+    ``causal``, the upper half of all buckets is for keys after the query.
+    """
+    if causal:
+        offset, distance = 0, (-distance).clamp(min=0)
+    else:
+        buckets //= 2
+        offset, distance = (distance > 0) * buckets, distance.abs()
+    single = buckets // 2
+    ratio = torch.log(distance.clamp(min=1).float() / single) / math.log(furthest / single)
+    far = (single + (ratio * (buckets - single)).long()).clamp(max=buckets - 1)
+    return offset + torch.where(distance < single, distance, far)
+
+
+@dataclass
+class Context:
+    """What the blocks of one pass share.
+
+    ``causal``: hide later tokens. ``rotary``: cos and sin of each position. ``bias``: added to the scores, or boolean.
+    ``sequences``: where packed sequences start, (sequences + 1,), and the longest's length. ``memory`` (B, S,
+    hidden_size) and ``memory_mask`` (B, S), True for what is there: what cross-attention reads.
+    """
+
+    causal: bool
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    bias: torch.Tensor | None = None
+    sequences: tuple[torch.Tensor, int] | None = None
+    memory: torch.Tensor | None = None
+    memory_mask: torch.Tensor | None = None
+    cache: KVCache | None = None
+
+
+def _heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """(B, T, H * D) as (B, H, T, D), packed (total, H * D) as (total, H, D): views, the attention takes any strides."""
+    x = x.view(*x.shape[:-1], -1, head_dim)
+    return x.transpose(1, 2) if x.dim() == 4 else x
+
+
+def _joined(x: torch.Tensor) -> torch.Tensor:
+    return (x.transpose(1, 2) if x.dim() == 4 else x).flatten(-2)
+
+
+class Attention(nn.Module):
+    """Self-attention; queries, keys and values from one product."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.split = [heads * config.head_dim for heads in (config.num_heads, config.kv_heads, config.kv_heads)]
+        self.qkv = nn.Linear(config.hidden_size, sum(self.split), bias=config.bias)
+        self.out = nn.Linear(self.split[0], config.hidden_size, bias=config.bias)
+
+    def forward(self, x: torch.Tensor, context: Context, layer: int) -> torch.Tensor:
+        config = self.config
+        query, key, value = (_heads(part, config.head_dim) for part in self.qkv(x).split(self.split, -1))
+        if config.qk_norm:
+            query, key = (rms_norm(t, (config.head_dim,), eps=config.norm_eps) for t in (query, key))
+        if context.rotary is not None:
+            query, key = (rotate(t, *context.rotary) for t in (query, key))
+        if context.cache is not None:
+            key, value = context.cache.append(layer, key, value)
+        packed = {}
+        if context.sequences is not None:
+            starts, longest = context.sequences
+            packed = dict(cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=longest, max_seqlen_k=longest)
+        # Bottom-right causal: the last query sees every key, cached ones too.
+        out = attention(
+            query, key, value, causal=context.causal, bias=context.bias,
+            scale=None if config.scale_attention else 1.0, **packed,
+        )  # fmt: skip
+        return self.out(_joined(out))
+
+
+class CrossAttention(nn.Module):
+    """Attention from a decoder's states to an encoder's."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.query = nn.Linear(config.hidden_size, config.num_heads * config.head_dim, bias=config.bias)
+        self.key_value = nn.Linear(config.hidden_size, 2 * config.kv_heads * config.head_dim, bias=config.bias)
+        self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.bias)
+
+    def forward(self, x: torch.Tensor, context: Context, layer: int) -> torch.Tensor:
+        config, cache = self.config, context.cache
+        held = None if cache is None else cache.memory.get(layer)
+        if held is None:
+            held = tuple(_heads(part, config.head_dim) for part in self.key_value(context.memory).chunk(2, -1))
+            if cache is not None:
+                cache.memory[layer] = held
+        mask = None if context.memory_mask is None else context.memory_mask[:, None, None, :]
+        scale = None if config.scale_attention else 1.0
+        return self.out(_joined(attention(_heads(self.query(x), config.head_dim), *held, bias=mask, scale=scale)))
+
+
+class MLP(nn.Module):
+    """Two linear layers around a non-linearity, or three around a gate (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.activation = config.activation
+        wide = config.mlp_size * (2 if config.activation in GATED else 1)
+        self.up = nn.Linear(config.hidden_size, wide, bias=config.bias)
+        self.down = nn.Linear(config.mlp_size, config.hidden_size, bias=config.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.up(x)
+        if self.activation in GATED:
+            gate, x = x.chunk(2, dim=-1)
+            if self.activation == "swiglu":
+                x = F.silu(gate) * x
+            else:
+                x = F.gelu(gate, approximate="tanh" if self.activation == "geglu_tanh" else "none") * x
+        elif self.activation == "relu":
+            x = F.relu(x)
+        elif self.activation == "relu2":
+            x = F.relu(x).square()
+        else:
+            x = F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        return self.down(x)
+
+
+class Residual(nn.Module):
+    """Branches around the residual stream, each with its norm before it or after the sum."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.post = config.norm_position == "post"
+        self.dropout = nn.Dropout(config.dropout)
+
+    def add(self, x: torch.Tensor, norm: nn.Module, branch) -> torch.Tensor:
+        """x + dropout(branch(norm(x))), or norm(x + dropout(branch(x)))."""
+        if not self.post:
+            return x + self.dropout(branch(norm(x)))
+        branch_out = self.dropout(branch(x))
+        if isinstance(norm, fast.RMSNorm):
+            return add_rms_norm(branch_out, x, norm.normalized_shape, norm.weight, norm.eps)[0]
+        return add_layer_norm(branch_out, x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)[0]
+
+
+class Block(Residual):
+    """Self-attention, with ``cross`` attention to an encoder's states, MLP."""
+
+    def __init__(self, config: ModelConfig, cross: bool):
+        super().__init__(config)
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config)
+        if cross:
+            self.cross_norm = make_norm(config)
+            self.cross_attention = CrossAttention(config)
+        self.cross = cross
+        self.mlp_norm = make_norm(config)
+        self.mlp = MLP(config)
+
+    def projections(self) -> list[nn.Linear]:
+        """What writes into the residual stream."""
+        return [self.attention.out, *([self.cross_attention.out] if self.cross else []), self.mlp.down]
+
+    def forward(self, x: torch.Tensor, context: Context, layer: int) -> torch.Tensor:
+        x = self.add(x, self.attention_norm, lambda x: self.attention(x, context, layer))
+        if self.cross:
+            x = self.add(x, self.cross_norm, lambda x: self.cross_attention(x, context, layer))
+        return self.add(x, self.mlp_norm, self.mlp)

@@ -1,0 +1,132 @@
+"""An encoder with heads: masked tokens, whether two texts follow each other, classes, answers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import nn as fast
+from .cache import Encoded
+from .config import ModelConfig
+from .embedding import make_norm
+from .pretrained import Pretrained
+from .rnn import RecurrentEncoder
+from .stack import TransformerEncoder
+from .transformer import flops_per_token, head_loss
+
+
+def make_encoder(config: ModelConfig) -> TransformerEncoder | RecurrentEncoder:
+    """The encoder that ``config.encoder`` names, not initialised."""
+    return TransformerEncoder(config) if config.encoder == "transformer" else RecurrentEncoder(config)
+
+
+class MaskedHead(nn.Module):
+    """BERT's head over the vocabulary: linear, GELU, norm, and the token embedding as the last matrix."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.transform = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        self.norm = make_norm(config)
+        self.head = fast.LinearCrossEntropyHead(config.hidden_size, config.vocab_size, bias=config.bias)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.norm(F.gelu(self.transform(states)))
+
+
+class Encoder(Pretrained, nn.Module):
+    """An encoder and the heads that ``config.heads`` names.
+
+    ``mlm``: logits of masked tokens; ``nsp``: 2 logits, does the second text follow the first; ``classify``:
+    num_classes logits; ``span``: logits of an answer's first and last token. nsp and classify read the first token
+    through a tanh layer, as BERT does (Devlin et al. 2019).
+    """
+
+    config_class = ModelConfig
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        if config.encoder == "none" or config.decoder != "none":
+            raise ValueError(f"Encoder: not encoder {config.encoder!r} and decoder {config.decoder!r}")
+        self.config = config
+        self.encoder = make_encoder(config)
+        size, heads = config.hidden_size, config.heads
+        self.masked = MaskedHead(config) if "mlm" in heads else None
+        self.pooler = nn.Linear(size, size) if {"nsp", "classify"} & set(heads) else None
+        self.next = nn.Linear(size, 2) if "nsp" in heads else None
+        self.classifier = nn.Linear(size, config.num_classes) if "classify" in heads else None
+        self.span = nn.Linear(size, 2) if "span" in heads else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.encoder.initialize()
+        for head in (self.masked, self.pooler, self.next, self.classifier, self.span):
+            for module in () if head is None else head.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=0.02)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+        if self.masked is not None and config.tie_embeddings:
+            self.masked.head.weight = self.encoder.token_embedding.weight
+
+    @property
+    def checkpoint_activations(self) -> bool:
+        return self.encoder.checkpoint_activations
+
+    @checkpoint_activations.setter
+    def checkpoint_activations(self, value: bool) -> None:
+        self.encoder.checkpoint_activations = value
+
+    def encode(
+        self, tokens: torch.Tensor, lengths: torch.Tensor | None = None, segments: torch.Tensor | None = None
+    ) -> Encoded:
+        """States of ``tokens`` (B, S), of which row b has ``lengths[b]``; ``segments`` (B, S)."""
+        return self.encoder.encode(tokens, lengths, segments)
+
+    forward = encode
+
+    def _head(self, name: str) -> nn.Module:
+        head = getattr(self, name)
+        if head is None:
+            raise ValueError(
+                f"this encoder has no head for that; its heads are {', '.join(self.config.heads) or 'none'}"
+            )
+        return head
+
+    def _pooled(self, encoded: Encoded) -> torch.Tensor:
+        return self.dropout(torch.tanh(self.pooler(encoded.states[:, 0])))
+
+    def masked_logits(self, states: torch.Tensor) -> torch.Tensor:
+        """(..., vocab_size) for states (..., hidden_size)."""
+        head = self._head("masked")
+        return head.head(head(states)) * self.config.logit_scale
+
+    def masked_loss(self, encoded: Encoded, positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy of ``targets`` (B, M) at ``positions`` (B, M); -100 counts not.
+
+        Only these rows reach the head and the vocabulary; of them on a CPU only those that count.
+        """
+        head = self._head("masked")
+        rows = encoded.states.gather(1, positions[..., None].expand(-1, -1, encoded.states.shape[-1]))
+        return head_loss(head.head, head(rows), targets, self.config.logit_scale)
+
+    def next_logits(self, encoded: Encoded) -> torch.Tensor:
+        """(B, 2): 0, the second text follows the first; 1, it does not."""
+        return self._head("next")(self._pooled(encoded))
+
+    def class_logits(self, encoded: Encoded) -> torch.Tensor:
+        """(B, num_classes)."""
+        return self._head("classifier")(self._pooled(encoded))
+
+    def span_logits(self, encoded: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (B, S) of an answer's first token and of its last, -inf where there is no token."""
+        logits = self._head("span")(encoded.states)
+        if encoded.mask is not None:
+            logits = logits.masked_fill(~encoded.mask[..., None], -torch.inf)
+        return logits[..., 0], logits[..., 1]
+
+    def num_parameters(self) -> int:
+        """Parameters, a shared one counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, context_length: int | None = None) -> int:
+        """Training FLOPs per token, as if every one reached the head: :func:`flops_per_token`."""
+        return flops_per_token(self, context_length or self.config.context_length)

@@ -1,0 +1,89 @@
+"""An encoder and a decoder with cross-attention: what translates."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .. import nn as fast
+from .cache import DecoderCache, Encoded
+from .config import ModelConfig
+from .encoder import make_encoder
+from .pretrained import Pretrained
+from .rnn import RecurrentDecoder
+from .stack import TransformerDecoder
+from .transformer import flops_per_token, head_loss
+
+
+class EncoderDecoder(Pretrained, nn.Module):
+    """Source tokens in, logits of the next target token out. Either side may be a Transformer or recurrent.
+
+    Both sides and, with tie_embeddings, the head share one embedding: one vocabulary serves both languages.
+    """
+
+    config_class = ModelConfig
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        if "none" in (config.encoder, config.decoder):
+            raise ValueError(f"EncoderDecoder: not encoder {config.encoder!r} and decoder {config.decoder!r}")
+        self.config = config
+        self.encoder = make_encoder(config)
+        decoder = TransformerDecoder if config.decoder == "transformer" else RecurrentDecoder
+        self.decoder = decoder(config, cross=True)
+        self.encoder.initialize()
+        self.decoder.initialize()
+        self.decoder.token_embedding = self.encoder.token_embedding
+        self.head = fast.LinearCrossEntropyHead(config.hidden_size, config.vocab_size, bias=False)
+        nn.init.normal_(self.head.weight, std=0.02)
+        if config.tie_embeddings:
+            self.head.weight = self.encoder.token_embedding.weight
+
+    @property
+    def checkpoint_activations(self) -> bool:
+        return self.encoder.checkpoint_activations
+
+    @checkpoint_activations.setter
+    def checkpoint_activations(self, value: bool) -> None:
+        self.encoder.checkpoint_activations = self.decoder.checkpoint_activations = value
+
+    def encode(self, source: torch.Tensor, lengths: torch.Tensor | None = None) -> Encoded:
+        """States of ``source`` (B, S), of which row b has ``lengths[b]`` tokens (all if None)."""
+        return self.encoder.encode(source, lengths)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., vocab_size) for a decoder's states."""
+        logits = self.head(hidden)
+        return logits if self.config.logit_scale == 1.0 else logits * self.config.logit_scale
+
+    def forward(
+        self, tokens: torch.Tensor, memory: Encoded | None = None, cache: DecoderCache | None = None
+    ) -> torch.Tensor:
+        """Logits (B, T, vocab_size) of the token after each of ``tokens`` (B, T), given :meth:`encode`'s ``memory``.
+
+        With a ``cache`` from :meth:`new_cache`, ``tokens`` follow those that it holds and ``memory`` is needed at the
+        first call only.
+        """
+        if memory is None and (cache is None or not cache.memory):
+            raise ValueError("memory: a decoder needs the encoder's states, or a cache that has read them")
+        return self.logits(self.decoder.decode(tokens, memory, cache))
+
+    def loss(
+        self, source: torch.Tensor, lengths: torch.Tensor | None, tokens: torch.Tensor, targets: torch.Tensor,
+        label_smoothing: float = 0.0,
+    ) -> torch.Tensor:  # fmt: skip
+        """Mean cross-entropy in nats (fp32 scalar) of ``targets`` (B, T) given ``tokens``; target -100 counts not."""
+        hidden = self.decoder.decode(tokens, self.encode(source, lengths))
+        return head_loss(self.head, hidden, targets, self.config.logit_scale, label_smoothing)
+
+    def new_cache(self, batch_size: int = 1) -> DecoderCache:
+        """An empty cache of the decoder's for ``batch_size`` sequences."""
+        return self.decoder.new_cache(batch_size)
+
+    def num_parameters(self) -> int:
+        """Parameters, a shared one counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, context_length: int | None = None) -> int:
+        """Training FLOPs per token where there are as many source as target tokens: each passes one half."""
+        return flops_per_token(self, context_length or self.config.context_length) // 2

@@ -1,0 +1,131 @@
+"""Recurrent encoders and decoders, LSTM or GRU, in the places of the Transformer's.
+
+Each layer is a recurrence around a residual, with the norm before it, and in a translating decoder attention to the
+encoder's states after it (RNMT+, Chen et al. 2018). Over a whole sequence the recurrence is torch.nn's, which is
+cuDNN's on a GPU; attention reads all its outputs at once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
+
+from .blocks import Context, CrossAttention, Residual
+from .cache import Encoded, RecurrentCache
+from .config import ModelConfig
+from .embedding import Embedded, make_norm
+from .stack import length_mask
+
+
+class RecurrentBlock(Residual):
+    """Recurrence and, with ``cross``, attention to an encoder's states."""
+
+    def __init__(self, config: ModelConfig, kind: str, bidirectional: bool, cross: bool):
+        super().__init__(config)
+        recurrence = {"lstm": nn.LSTM, "gru": nn.GRU}[kind]
+        size = config.hidden_size
+        self.recurrence_norm = make_norm(config)
+        # Both directions together are as wide as the stream.
+        self.recurrence = recurrence(size, size // (1 + bidirectional), batch_first=True, bidirectional=bidirectional)
+        self.out = nn.Linear(size, size, bias=config.bias)
+        self.cross = cross
+        if cross:
+            self.cross_norm = make_norm(config)
+            self.cross_attention = CrossAttention(config)
+        if kind == "lstm":
+            # What is seen is kept at first (Jozefowicz et al. 2015). The order of gates: input, forget, cell, output.
+            with torch.no_grad():
+                for name, bias in self.recurrence.named_parameters():
+                    if name.startswith("bias_hh"):
+                        bias.chunk(4)[1].fill_(1.0)
+
+    def projections(self) -> list[nn.Linear]:
+        """What writes into the residual stream."""
+        return [self.out, *([self.cross_attention.out] if self.cross else [])]
+
+    def _recur(self, x: torch.Tensor, lengths: torch.Tensor | None, cache: RecurrentCache | None, layer: int):
+        if lengths is not None:
+            packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            out, _ = self.recurrence(packed)
+            out, _ = pad_packed_sequence(out, batch_first=True, total_length=x.shape[1])
+            return self.out(out)
+        state = None if cache is None else cache.state(layer)
+        if state is not None and isinstance(self.recurrence, nn.GRU):
+            (state,) = state
+        out, state = self.recurrence(x, state)
+        if cache is not None:
+            cache.store(layer, state if isinstance(state, tuple) else (state,))
+        return self.out(out)
+
+    def forward(self, x: torch.Tensor, context: Context, layer: int, lengths: torch.Tensor | None = None):
+        x = self.add(x, self.recurrence_norm, lambda x: self._recur(x, lengths, context.cache, layer))
+        if self.cross:
+            x = self.add(x, self.cross_norm, lambda x: self.cross_attention(x, context, layer))
+        return x
+
+
+class RecurrentStack(Embedded):
+    """Embeddings, recurrent blocks and the last norm. The order of tokens needs no positions."""
+
+    def __init__(self, config: ModelConfig, kind: str, layers: int, bidirectional: bool, cross: bool):
+        super().__init__(config, positions=False)
+        self.blocks = nn.ModuleList(RecurrentBlock(config, kind, bidirectional, cross) for _ in range(layers))
+        self.norm = make_norm(config) if config.norm_position == "pre" else nn.Identity()
+
+    def _blocks(self, x: torch.Tensor, context: Context, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        for layer, block in enumerate(self.blocks):
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, context, layer, lengths, use_reentrant=False)
+            else:
+                x = block(x, context, layer, lengths)
+        return self.norm(x)
+
+
+class RecurrentEncoder(RecurrentStack):
+    """Reads in both directions, half of the width each. Padding is left out: torch wants its lengths on the host."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config, config.encoder, config.encoder_layers, bidirectional=True, cross=False)
+
+    def encode(
+        self, tokens: torch.Tensor, lengths: torch.Tensor | None = None, segments: torch.Tensor | None = None
+    ) -> Encoded:
+        """As :meth:`fastllm.models.stack.TransformerEncoder.encode`; every length is at least 1."""
+        self.check_tokens(tokens)
+        mask = None if lengths is None else length_mask(tokens, lengths)
+        x = self.embed(tokens, None, segments)
+        states = self._blocks(x, Context(causal=False), None if lengths is None else lengths.cpu())
+        return Encoded(states if mask is None else states * mask[..., None], mask)
+
+
+class RecurrentDecoder(RecurrentStack):
+    """Reads from the left, and with ``cross`` attends to all states of an encoder."""
+
+    def __init__(self, config: ModelConfig, cross: bool):
+        super().__init__(config, config.decoder, config.num_layers, bidirectional=False, cross=cross)
+
+    def decode(
+        self, tokens: torch.Tensor, memory: Encoded | None = None, cache: RecurrentCache | None = None,
+        prefix: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """As :meth:`fastllm.models.stack.TransformerDecoder.decode`; a ``prefix`` cannot be: it reads in one direction.
+
+        Raises:
+            ValueError: ``prefix`` is given, or an argument does not fit.
+        """
+        if prefix is not None:
+            raise ValueError("prefix: a recurrent decoder reads in one direction only")
+        start = 0 if cache is None else cache.length
+        self.check_tokens(tokens, start)
+        context = Context(causal=True, cache=cache)
+        context.memory, context.memory_mask = (memory or (None, None)) if cache is None else cache.read(memory)
+        x = self._blocks(self.embed(tokens), context)
+        if cache is not None:
+            cache.length = start + tokens.shape[1]
+        return x
+
+    def new_cache(self, batch_size: int = 1) -> RecurrentCache:
+        """An empty cache for ``batch_size`` sequences."""
+        return RecurrentCache(batch_size)

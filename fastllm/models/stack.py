@@ -1,0 +1,144 @@
+"""Transformer stacks: an encoder and a decoder that take the same places as the recurrent ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import nn as fast
+from .blocks import Block, Context, relative_bucket, rotary_tables
+from .cache import Encoded, KVCache
+from .config import ModelConfig
+from .embedding import Embedded, make_norm
+
+
+def length_mask(tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """(B, S), True for the first ``lengths[b]`` of each row."""
+    if lengths.shape != tokens.shape[:1]:
+        raise ValueError(f"lengths must be ({len(tokens)},), one for each sequence, got {list(lengths.shape)}")
+    return torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+
+
+class TransformerStack(Embedded):
+    """Embeddings, blocks and the last norm; where the norm comes after each branch, there is no last one."""
+
+    def __init__(self, config: ModelConfig, layers: int, causal: bool, cross: bool):
+        super().__init__(config, positions=True)
+        if config.positions == "rotary":
+            cos, sin = rotary_tables(config.context_length, config.head_dim, config.rotary_base)
+            self.register_buffer("rotary_cos", cos, persistent=False)
+            self.register_buffer("rotary_sin", sin, persistent=False)
+        elif config.positions == "relative":
+            self.relative_bias = fast.Embedding(config.relative_buckets, config.num_heads)
+        self.causal = causal
+        self.blocks = nn.ModuleList(Block(config, cross) for _ in range(layers))
+        self.norm = make_norm(config) if config.norm_position == "pre" else nn.Identity()
+
+    def _bias(self, start: int, end: int) -> torch.Tensor:
+        """What relative positions add to the scores of queries start .. end - 1, (1, H, end - start, end)."""
+        device = self.relative_bias.weight.device
+        distance = torch.arange(end, device=device) - torch.arange(start, end, device=device)[:, None]
+        config = self.config
+        bucket = relative_bucket(distance, config.relative_buckets, config.relative_distance, self.causal)
+        return self.relative_bias(bucket).permute(2, 0, 1)[None]
+
+    def _blocks(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+        for layer, block in enumerate(self.blocks):
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, context, layer, use_reentrant=False)
+            else:
+                x = block(x, context, layer)
+        return self.norm(x)
+
+
+class TransformerEncoder(TransformerStack):
+    """Every token sees every other one of its sequence.
+
+    ``packed``: leave padding out, so that linear layers, norms and attention see the tokens alone; finding them makes
+    the host wait on a GPU. None: on a GPU. Both give the same states where there are tokens.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config, config.encoder_layers, causal=False, cross=False)
+        self.packed: bool | None = None
+
+    def encode(
+        self, tokens: torch.Tensor, lengths: torch.Tensor | None = None, segments: torch.Tensor | None = None
+    ) -> Encoded:
+        """States of ``tokens`` (B, S), of which row b has ``lengths[b]`` (all if None); 0 where there is none.
+
+        Args:
+            segments: (B, S) ids of the segment embedding; None: all 0.
+
+        Raises:
+            ValueError: an argument's shape or dtype does not fit, or tokens reach past context_length.
+            IndexError: a token is not in the vocabulary (on CPU).
+        """
+        self.check_tokens(tokens)
+        length = tokens.shape[1]
+        mask = None if lengths is None else length_mask(tokens, lengths)
+        bias = self._bias(0, length) if self.positions == "relative" else None
+        packed = tokens.is_cuda if self.packed is None else self.packed
+        if mask is None or not packed:
+            if mask is not None:
+                visible = mask[:, None, None, :]
+                bias = visible if bias is None else bias.masked_fill(~visible, -torch.inf)
+            rotary = (self.rotary_cos[:length], self.rotary_sin[:length]) if self.positions == "rotary" else None
+            states = self._blocks(self.embed(tokens, None, segments), Context(False, rotary, bias))
+            return Encoded(states if mask is None else states * mask[..., None], mask)
+        there = mask.flatten().nonzero()[:, 0]
+        positions = there % length
+        starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+        rotary = None
+        if self.positions == "rotary":
+            rotary = tuple(table[positions, None] for table in (self.rotary_cos, self.rotary_sin))
+        segments = None if segments is None else segments.flatten()[there]
+        x = self.embed(tokens.flatten()[there], positions, segments)
+        x = self._blocks(x, Context(False, rotary, bias, (starts, length)))
+        states = x.new_zeros(mask.numel(), x.shape[-1]).index_copy(0, there, x)
+        return Encoded(states.view(*mask.shape, -1), mask)
+
+
+class TransformerDecoder(TransformerStack):
+    """Every token sees those before it, and with ``cross`` all states of an encoder."""
+
+    def __init__(self, config: ModelConfig, cross: bool):
+        super().__init__(config, config.num_layers, causal=True, cross=cross)
+
+    def decode(
+        self, tokens: torch.Tensor, memory: Encoded | None = None, cache: KVCache | None = None,
+        prefix: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """The normed last states (B, T, hidden_size) of ``tokens`` (B, T).
+
+        Args:
+            memory: what cross-attention reads; with a cache it is read at the first call only.
+            cache: from :meth:`new_cache`; ``tokens`` follow those that it holds, and are added.
+            prefix: (B,), how many first tokens of each row all its tokens see, later ones too (prefix LM).
+        """
+        start = 0 if cache is None else cache.length
+        self.check_tokens(tokens, start)
+        end = start + tokens.shape[1]
+        # None: positions from 0, whose gradient needs no sort.
+        positions = None if start == 0 else torch.arange(start, end, device=tokens.device)
+        context = Context(causal=prefix is None, cache=cache)
+        context.memory, context.memory_mask = (memory or (None, None)) if cache is None else cache.read(memory)
+        if self.positions == "rotary":
+            context.rotary = (self.rotary_cos[start:end], self.rotary_sin[start:end])
+        elif self.positions == "relative":
+            context.bias = self._bias(start, end)
+        if prefix is not None:
+            key = torch.arange(end, device=tokens.device)
+            seen = (key <= torch.arange(start, end, device=tokens.device)[:, None]) | (key < prefix[:, None, None])
+            seen = seen[:, None]
+            context.bias = seen if context.bias is None else context.bias.masked_fill(~seen, -torch.inf)
+        x = self._blocks(self.embed(tokens, positions), context)
+        if cache is not None:
+            cache.length = end
+        return x
+
+    def new_cache(self, batch_size: int = 1) -> KVCache:
+        """An empty key/value cache for ``batch_size`` sequences of up to context_length tokens."""
+        weight = self.token_embedding.weight
+        return KVCache(self.config, batch_size, dtype=weight.dtype, device=weight.device)

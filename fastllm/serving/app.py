@@ -1,0 +1,197 @@
+"""The web application: one page, and JSON for each task. Needs the extra ``[serve]`` (Starlette, uvicorn)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+
+from starlette.applications import Starlette
+from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from ..data import Tokenizer
+from ..generate import check_sampling, generate
+from ..models import Model
+from ..tasks.answer import answers
+from ..tasks.classify import classify
+from ..tasks.translate import translate
+
+TASKS = ("generate", "translate", "classify", "answer")
+# Bytes of a request's body, and seconds that one may take.
+LARGEST, LONGEST = 64 << 10, 60.0
+# Characters of a text, tokens written, beams.
+LIMITS = {"text": 20_000, "question": 1_000, "max_new_tokens": 1_000, "beams": 16}
+
+
+class BadRequest(ValueError):
+    """What was asked for cannot be done; the message goes to the browser."""
+
+
+@dataclass
+class Served:
+    """A model and its tokenizer."""
+
+    model: Model
+    tokenizer: Tokenizer
+
+
+def _text(values: dict, name: str) -> str:
+    value = values.get(name)
+    limit = LIMITS.get(name, LIMITS["text"])
+    if not isinstance(value, str) or not value.strip():
+        raise BadRequest(f"{name}: expected a text")
+    if len(value) > limit:
+        raise BadRequest(f"{name}: expected at most {limit:,} characters, got {len(value):,}")
+    return value
+
+
+def _number(values: dict, name: str, default: float, kind: type = float):
+    value = values.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and value != int(value)):
+        raise BadRequest(f"{name}: expected a number, got {value!r}")
+    if name in LIMITS and value > LIMITS[name]:
+        raise BadRequest(f"{name}: expected at most {LIMITS[name]:,}, got {value}")
+    return kind(value)
+
+
+def _written(served: Served, values: dict, deadline: float) -> Iterator[str]:
+    """The continuation of ``prompt``, piece by piece, until the deadline."""
+    prompt = values.get("prompt", "")
+    if not isinstance(prompt, str) or len(prompt) > LIMITS["text"]:
+        raise BadRequest(f"prompt: expected a text of at most {LIMITS['text']:,} characters")
+    top_p = _number(values, "top_p", 0.95)
+    options = dict(
+        max_new_tokens=_number(values, "max_new_tokens", 200, int), temperature=_number(values, "temperature", 0.8),
+        top_k=None, top_p=top_p,
+    )  # fmt: skip
+    try:
+        check_sampling(**options)
+    except ValueError as error:
+        raise BadRequest(str(error)) from error
+    tokenizer = served.tokenizer
+    seed = values.get("seed")
+    tokens = generate(
+        served.model, [tokenizer.end_of_text, *tokenizer.encode(prompt)], stop_token=tokenizer.end_of_text,
+        seed=None if seed is None else _number(values, "seed", 0, int), **options,
+    )  # fmt: skip
+
+    def in_time() -> Iterator[int]:
+        for token in tokens:
+            if time.monotonic() > deadline:
+                return
+            yield token
+
+    return tokenizer.stream(in_time())
+
+
+def _translated(served: Served, values: dict) -> dict:
+    beams = _number(values, "beams", 4, int)
+    if beams < 1:
+        raise BadRequest(f"beams: expected at least 1, got {beams}")
+    lines = _text(values, "text").splitlines()
+    filled = [line for line in lines if line.strip()]
+    found = iter(translate(served.model, served.tokenizer, filled, beams=beams))
+    return {"translation": "\n".join(next(found) if line.strip() else "" for line in lines)}
+
+
+def _classified(served: Served, values: dict) -> dict:
+    row = classify(served.model, served.tokenizer, [_text(values, "text")])[0].tolist()
+    labels = served.model.config.labels
+    ranked = sorted(zip(labels, row, strict=True), key=lambda pair: -pair[1])
+    return {"labels": [{"label": label, "probability": probability} for label, probability in ranked]}
+
+
+def _answered(served: Served, values: dict) -> dict:
+    asked = (_text(values, "question"), _text(values, "text"))
+    (span,) = answers(served.model, served.tokenizer, [asked], allow_none=True)
+    return {"answer": span.text, "start": span.start, "end": span.end}
+
+
+ANSWERS: dict[str, Callable[[Served, dict], dict]] = {
+    "translate": _translated, "classify": _classified, "answer": _answered,
+}  # fmt: skip
+
+
+async def _body(request: Request) -> dict:
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        # A form of another site cannot send JSON without asking first.
+        raise BadRequest("expected application/json")
+    content = b""
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > LARGEST:
+            raise BadRequest(f"expected at most {LARGEST:,} bytes")
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest("expected JSON") from error
+    if not isinstance(values, dict):
+        raise BadRequest("expected a JSON object")
+    return values
+
+
+def make_app(models: dict[str, Served], hosts: tuple[str, ...], seconds: float = LONGEST) -> Starlette:
+    """The application for ``models`` by task, a subset of :data:`TASKS`.
+
+    Args:
+        hosts: the names under which it may be called; others are refused, so that no other site's page can reach it
+            by a name that points here.
+        seconds: what a request may take.
+    """
+    # One computation at a time: they share the cores.
+    busy = asyncio.Lock()
+    page = files("fastllm.serving").joinpath("page.html").read_text("utf-8")
+
+    async def home(request: Request) -> Response:
+        return HTMLResponse(page)
+
+    async def about(request: Request) -> Response:
+        return JSONResponse(
+            {task: {"parameters": served.model.num_parameters(), "labels": list(served.model.config.labels)}
+             for task, served in models.items()}
+        )  # fmt: skip
+
+    async def work(request: Request) -> Response:
+        task = request.path_params["task"]
+        if task not in models:
+            return JSONResponse({"error": f"no model for {task} is served"}, 404)
+        try:
+            async with asyncio.timeout(seconds) if hasattr(asyncio, "timeout") else contextlib.nullcontext():
+                values = await _body(request)
+            if task == "generate":
+                pieces = _written(models[task], values, time.monotonic() + seconds)
+
+                async def stream():
+                    async with busy:
+                        async for piece in iterate_in_threadpool(pieces):
+                            yield piece
+
+                return StreamingResponse(stream(), media_type="text/plain; charset=utf-8")
+            async with busy:
+                result = await asyncio.wait_for(run_in_threadpool(ANSWERS[task], models[task], values), seconds)
+            return JSONResponse(result)
+        except BadRequest as error:
+            return JSONResponse({"error": str(error)}, 400)
+        except (TimeoutError, asyncio.TimeoutError):
+            return JSONResponse({"error": f"took more than {seconds:g} s"}, 503)
+
+    app = Starlette(routes=[
+        Route("/", home), Route("/models", about), Route("/{task}", work, methods=["POST"]),
+    ])  # fmt: skip
+
+    async def guarded(scope, receive, send):
+        if scope["type"] == "http":
+            host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+            if host.rpartition(":")[0].strip("[]") not in hosts and host not in hosts:
+                await JSONResponse({"error": "unknown host"}, 421)(scope, receive, send)
+                return
+        await app(scope, receive, send)
+
+    return guarded

@@ -1,0 +1,89 @@
+"""Answers to questions as spans of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..data import Tokenizer
+from .features import Features, windows
+
+# An answer has at most so many tokens.
+LONGEST = 30
+
+
+@dataclass(frozen=True)
+class Span:
+    """``text`` is the context's characters [start, end); empty where the model finds none. ``score``: a log-probability
+    of its first and last token within their window."""
+
+    text: str
+    start: int
+    end: int
+    score: float
+
+
+def _best(starts: torch.Tensor, ends: torch.Tensor, offsets: list) -> tuple[float, int, int]:
+    """The likeliest (first, last) among the text's tokens, at most :data:`LONGEST`, and its log-probability."""
+    inside = torch.tensor([o is not None for o in offsets])
+    first = starts.log_softmax(-1)[: len(offsets)].masked_fill(~inside, -torch.inf)
+    last = ends.log_softmax(-1)[: len(offsets)].masked_fill(~inside, -torch.inf)
+    scores = first[:, None] + last[None, :]
+    ones = torch.ones_like(scores, dtype=torch.bool)
+    scores = scores.masked_fill(~(ones.triu() & ones.tril(LONGEST - 1)), -torch.inf)
+    place = int(scores.argmax())
+    return float(scores.max()), place // len(offsets), place % len(offsets)
+
+
+@torch.no_grad()
+def answers(
+    model, tokenizer: Tokenizer, questions: Sequence[tuple[str, str]], *, rows: int = 16, allow_none: bool = False
+) -> list[Span]:
+    """For each (question, text) the likeliest span, over all windows of the text.
+
+    Args:
+        model: an :class:`fastllm.models.Encoder` with a span head; run in evaluation mode and left as it was.
+        rows: windows at a time.
+        allow_none: no answer (an empty text) where the first token, which stands for it, is likelier in every window.
+    """
+    device = next(model.parameters()).device
+    context = model.config.context_length
+    todo = [
+        (number, window)
+        for number, (question, text) in enumerate(questions)
+        for window in windows(question, text, tokenizer, context)
+    ]
+    best: dict[int, tuple[float, int, int, list]] = {}
+    none: dict[int, float] = {}
+    training = model.training
+    model.eval()
+    try:
+        for begin in range(0, len(todo), rows):
+            part = todo[begin : begin + rows]
+            fillers = {"tokens": tokenizer.special("sep"), "segments": 1}
+            features = Features([window for _, window in part], fillers, {"lengths": "tokens"})
+            batch = {name: t.to(device) for name, t in features.batch(range(len(part))).items()}
+            segments = batch["segments"] if model.config.segments else None
+            encoded = model.encode(batch["tokens"], batch["lengths"], segments)
+            starts, ends = (logits.float().cpu() for logits in model.span_logits(encoded))
+            for (number, window), start, end in zip(part, starts, ends, strict=True):
+                score, first, last = _best(start, end, window["_offsets"])
+                if number not in best or score > best[number][0]:
+                    best[number] = (score, first, last, window["_offsets"])
+                nothing = float(start.log_softmax(-1)[0] + end.log_softmax(-1)[0])
+                none[number] = min(none.get(number, 0.0), nothing)
+    finally:
+        model.train(training)
+    result = []
+    for number, (_, text) in enumerate(questions):
+        score, first, last, offsets = best[number]
+        if score == -torch.inf or (allow_none and none[number] > score):
+            result.append(Span("", 0, 0, none[number]))
+            continue
+        begin, end = offsets[first][0], offsets[last][1]
+        # A byte-level piece takes the space before its word with it.
+        begin += len(text[begin:end]) - len(text[begin:end].lstrip())
+        result.append(Span(text[begin:end].rstrip(), begin, begin + len(text[begin:end].rstrip()), score))
+    return result

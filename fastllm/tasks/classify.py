@@ -1,0 +1,32 @@
+"""Labels of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..data import Tokenizer
+from .features import text_ids
+
+
+@torch.no_grad()
+def classify(model, tokenizer: Tokenizer, texts: Sequence[str], *, rows: int = 32) -> torch.Tensor:
+    """Probabilities (texts, classes) in fp32 on the CPU; the model is run in evaluation mode and left as it was."""
+    device = next(model.parameters()).device
+    ids = [text_ids(text, tokenizer, model.config.context_length) for text in texts]
+    training = model.training
+    model.eval()
+    result = []
+    try:
+        for begin in range(0, len(ids), rows):
+            part = ids[begin : begin + rows]
+            lengths = torch.tensor([len(row) for row in part])
+            tokens = torch.full((len(part), int(lengths.max())), tokenizer.special("sep"))
+            for row, values in zip(tokens, part, strict=True):
+                row[: len(values)] = torch.tensor(values)
+            encoded = model.encode(tokens.to(device), lengths.to(device))
+            result.append(model.class_logits(encoded).float().softmax(-1).cpu())
+    finally:
+        model.train(training)
+    return torch.cat(result) if result else torch.zeros(0, model.config.num_classes)

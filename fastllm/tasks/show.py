@@ -1,0 +1,41 @@
+"""A model's predictions on held-out examples, in words."""
+
+from __future__ import annotations
+
+from ..models import Encoder, EncoderDecoder, Model
+from .answer import answers
+from .classify import classify
+from .store import TaskDataset
+from .translate import translate
+
+
+def marked(context: str, start: int, end: int, around: int = 80) -> str:
+    """The part of ``context`` around characters [start, end), which stand in brackets, on one line."""
+    before, after = context[max(0, start - around) : start], context[end : end + around]
+    shown = f"{'...' if start > around else ''}{before}[{context[start:end]}]{after}"
+    return " ".join((shown + ("..." if end + around < len(context) else "")).split())
+
+
+def show(model: Model, dataset, count: int) -> str:
+    """What ``model`` makes of the first ``count`` held-out examples; of a stream of text, nothing."""
+    if not isinstance(dataset, TaskDataset):
+        return ""
+    examples = dataset.validation.examples[:count]
+    blocks = []
+    if isinstance(model, EncoderDecoder):
+        found = translate(model, dataset.tokenizer, [e["source"] for e in examples])
+        for example, text in zip(examples, found, strict=True):
+            blocks.append(f"source:      {example['source']}\nreference:   {example['target']}\ntranslation: {text}\n")
+    elif isinstance(model, Encoder) and "classify" in model.config.heads:
+        table = classify(model, dataset.tokenizer, [e["text"] for e in examples])
+        for example, row in zip(examples, table, strict=True):
+            best = int(row.argmax())
+            text = " ".join(example["text"].split())[:200]
+            blocks.append(f"{text}\n  -> {dataset.labels[best]} ({row[best]:.2f}); labelled {example['label']}\n")
+    elif isinstance(model, Encoder) and "span" in model.config.heads:
+        spans = answers(model, dataset.tokenizer, [(e["question"], e["context"]) for e in examples])
+        for example, span in zip(examples, spans, strict=True):
+            expected = example["answers"][0]["text"] if example["answers"] else "(none)"
+            blocks.append(f"{example['question']}\n  {marked(example['context'], span.start, span.end)}\n"
+                          f"  expected: {' '.join(expected.split())}\n")  # fmt: skip
+    return "\n".join(blocks)

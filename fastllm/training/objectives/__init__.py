@@ -1,0 +1,24 @@
+"""What a run learns: which batches it sees, what it minimises, and how the result is scored."""
+
+from .base import Batch, Objective, rows_of, to_device
+from .choose import OBJECTIVES, ObjectiveConfig, fit_model, make_objective
+from .examples import Answer, Classify, Seq2Seq
+from .masked import MaskedLM
+from .streams import CausalLM, PrefixLM
+
+__all__ = [
+    "OBJECTIVES",
+    "Answer",
+    "Batch",
+    "CausalLM",
+    "Classify",
+    "MaskedLM",
+    "Objective",
+    "ObjectiveConfig",
+    "PrefixLM",
+    "Seq2Seq",
+    "fit_model",
+    "make_objective",
+    "rows_of",
+    "to_device",
+]

@@ -1,0 +1,123 @@
+"""Which objective a run has: its settings, the model that it asks for, the data that it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from ...config import InputError, option
+from ...data import Dataset
+from ...data.tokenizer import SPECIAL_TOKENS
+from ...models import ModelConfig
+from ...tasks.store import TaskDataset
+from .base import Objective
+from .examples import Answer, Classify, Seq2Seq
+from .masked import MaskedLM
+from .streams import CausalLM, PrefixLM
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What an objective needs: ``encoder`` and ``decoder`` in the model, ``heads`` on the encoder.
+
+    ``task``: it reads examples, not a stream of text. ``tokens``: the tokenizer's special tokens, as in SPECIAL_TOKENS.
+    """
+
+    summary: str
+    encoder: bool
+    decoder: bool
+    heads: tuple[str, ...] = ()
+    task: bool = False
+    tokens: str = "masked"
+
+
+OBJECTIVES = {
+    "causal": Kind("the next token", False, True, tokens="causal"),
+    "prefix": Kind("the next token, given a beginning that is read in both directions", False, True, tokens="causal"),
+    "mlm": Kind("masked tokens", True, False, ("mlm",)),
+    "nsp": Kind("whether two texts follow each other", True, False, ("nsp",)),
+    "mlm+nsp": Kind("masked tokens and whether two texts follow each other, as BERT", True, False, ("mlm", "nsp")),
+    "seq2seq": Kind("a text in another language", True, True, task=True, tokens="causal"),
+    "classify": Kind("the label of a text", True, False, ("classify",), task=True),
+    "answer": Kind("where in a text the answer to a question stands", True, False, ("span",), task=True),
+}
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What to learn."""
+
+    objective: str = option("causal", "what is predicted", choices=tuple(OBJECTIVES))
+    mask_probability: float = option(0.15, "mlm: part of the tokens to predict", above=0, below=1)
+    whole_word: bool = option(True, "mlm: mask all pieces of a word or none")
+    label_smoothing: float = option(0.1, "seq2seq: probability spread over all tokens", minimum=0, below=1)
+    pretrained: str | None = option(
+        None, "start from this run's or model's weights, shape and tokenizer; heads that it lacks are new"
+    )
+    lora_rank: int = option(
+        0, "with pretrained: train rank-N corrections of its matrices (LoRA, needs peft), not the matrices", minimum=0
+    )
+    held_out: str | None = option(
+        None, "tasks: a file or folder to score on; without it one example in ten of the data"
+    )
+
+    def __post_init__(self):
+        if self.lora_rank and not self.pretrained:
+            raise InputError("lora_rank: there must be pretrained weights to correct")
+        if self.held_out and not OBJECTIVES[self.objective].task:
+            raise InputError(f"held_out: objective {self.objective} holds out documents of its data by itself")
+
+    @property
+    def kind(self) -> Kind:
+        return OBJECTIVES[self.objective]
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """What the tokenizer must have."""
+        return SPECIAL_TOKENS[self.kind.tokens]
+
+
+def fit_model(config: ObjectiveConfig, model: ModelConfig, given: Collection[str] = ()) -> ModelConfig:
+    """``model`` with the parts and heads that the objective needs, where ``given`` does not name them.
+
+    Raises:
+        InputError: what is given does not serve the objective.
+    """
+    kind, changes = config.kind, {}
+    for part, needed in (("encoder", kind.encoder), ("decoder", kind.decoder)):
+        value = getattr(model, part)
+        if needed == (value != "none"):
+            continue
+        if part in given:
+            wanted = "transformer, lstm or gru" if needed else "none"
+            raise InputError(f"{part}: objective {config.objective} needs {wanted}, got {value}")
+        changes[part] = "transformer" if needed else "none"
+    if config.objective == "prefix" and model.decoder != "transformer":
+        raise InputError(f"decoder: objective prefix needs transformer, got {model.decoder}")
+    changes["heads"] = kind.heads
+    # Two segments tell A from B, the question from the text.
+    if (set(kind.heads) & {"nsp", "span"} or (kind.heads and not kind.task)) and not model.segments:
+        if "segments" in given and "mlm" not in kind.heads:
+            raise InputError(f"segments: objective {config.objective} needs at least 2, got 0")
+        changes["segments"] = 2
+    return model.replace(**changes)
+
+
+def make_objective(
+    config: ObjectiveConfig, dataset: Dataset | TaskDataset, context_length: int, batch_size: int, seed: int
+) -> Objective:
+    """The objective on ``dataset``.
+
+    Raises:
+        InputError: the data do not serve it.
+    """
+    arguments = (dataset, context_length, batch_size, seed)
+    name = config.objective
+    if name in ("mlm", "nsp", "mlm+nsp"):
+        return MaskedLM(
+            *arguments, masking="mlm" in name, pairs="nsp" in name, probability=config.mask_probability,
+            whole_word=config.whole_word,
+        )  # fmt: skip
+    if name == "seq2seq":
+        return Seq2Seq(*arguments, label_smoothing=config.label_smoothing)
+    return {"causal": CausalLM, "prefix": PrefixLM, "classify": Classify, "answer": Answer}[name](*arguments)

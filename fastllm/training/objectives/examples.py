@@ -1,0 +1,172 @@
+"""Objectives on examples: pairs to translate, texts with labels, questions with answers in a text."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...config import InputError
+from ...data import derive_seed
+from ...data.batches import IGNORE, permute
+from ...tasks.features import Features, class_features, pair_features, span_features
+from ...tasks.store import TaskDataset
+from ..evaluate import Evaluation, evaluating, mean_losses
+from .base import Batch, to_device
+from .streams import perplexity
+
+# Batches of similar length are made within so many batches' worth of samples.
+POOL = 16
+
+
+class ExampleOrder:
+    """``order(step)`` -> which examples, so that each comes once per epoch and those of a batch are of similar length.
+
+    A function of (key, step) alone: the permuted samples of :data:`POOL` batches are sorted by length, cut, and the
+    batches visited in a permuted order.
+    """
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, *key: object):
+        self._lengths, self.batch_size, self._key = lengths, batch_size, key
+
+    def __call__(self, step: int) -> np.ndarray:
+        pool, place = divmod(step, POOL)
+        size = POOL * self.batch_size
+        sample = pool * size + np.arange(size, dtype=np.int64)
+        epochs, index = np.divmod(sample, len(self._lengths))
+        numbers = np.empty_like(index)
+        for epoch in np.unique(epochs):
+            rows = epochs == epoch
+            numbers[rows] = permute(index[rows], len(self._lengths), derive_seed("examples", *self._key, epoch))
+        numbers = numbers[np.argsort(self._lengths[numbers], kind="stable")].reshape(POOL, self.batch_size)
+        return numbers[permute(np.array([place]), POOL, derive_seed("pool", *self._key, pool))[0]]
+
+
+class _Examples:
+    """What the objectives on examples share; ``_features`` makes the arrays of examples."""
+
+    def __init__(self, dataset: TaskDataset, context_length: int, batch_size: int, seed: int):
+        self.dataset, self.context_length = dataset, context_length
+        self.train = self._features(dataset.train.examples)
+        self.validation = self._features(dataset.validation.examples)
+        if not len(self.train) or not len(self.validation):
+            raise InputError(f"context_length: no example fits into {context_length} tokens")
+        self._order = ExampleOrder(self.train.sizes(), batch_size, dataset.train.sha256, seed)
+
+    def batch(self, step: int) -> Batch:
+        return self.train.batch(self._order(step))
+
+    def _whole(self, limit: int) -> bool:
+        return not limit or limit >= len(self.validation)
+
+    def _batches(self, limit: int, rows: int):
+        count = len(self.validation)
+        numbers = np.arange(count) if not limit or limit >= count else np.arange(limit) * count // limit
+        # The longest first: what does not fit into memory shows at once, and little is padding.
+        numbers = numbers[np.argsort(-self.validation.sizes()[numbers], kind="stable")]
+        for first in range(0, len(numbers), rows):
+            yield self.validation.batch(numbers[first : first + rows])
+
+
+class Seq2Seq(_Examples):
+    """A target text given a source text. A batch: ``source``, ``lengths``, ``tokens`` and ``targets``."""
+
+    def __init__(self, dataset, context_length: int, batch_size: int, seed: int, *, label_smoothing: float = 0.1):
+        super().__init__(dataset, context_length, batch_size, seed)
+        self.label_smoothing = label_smoothing
+
+    def _features(self, examples: list[dict]) -> Features:
+        return pair_features(examples, self.dataset.tokenizer, self.context_length)
+
+    @staticmethod
+    def counts(batch: Batch) -> dict[str, int]:
+        return {"loss": int((batch["targets"] != IGNORE).sum())}
+
+    @staticmethod
+    def tokens(batch: Batch) -> int:
+        return int(batch["lengths"].sum() + (batch["targets"] != IGNORE).sum())
+
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        # Smoothing is for learning; what is scored is the likelihood.
+        smoothing = self.label_smoothing if model.training else 0.0
+        names = ("source", "lengths", "tokens", "targets")
+        return {"loss": model.loss(*(batch[name] for name in names), label_smoothing=smoothing)}
+
+    def evaluate(self, model: nn.Module, rows: int, dtype: str, limit: int) -> Evaluation:
+        with evaluating(model):
+            losses, counts = mean_losses(self, model, self._batches(limit, rows), dtype)
+        scores = {"perplexity": perplexity(losses["loss"])}
+        return Evaluation(losses["loss"], counts["loss"], scores, "perplexity", self._whole(limit))
+
+
+class Classify(_Examples):
+    """The label of a text. A batch: ``tokens``, ``segments``, ``lengths``, ``labels``."""
+
+    def _features(self, examples: list[dict]) -> Features:
+        return class_features(examples, self.dataset.tokenizer, self.context_length, self.dataset.labels)
+
+    @staticmethod
+    def counts(batch: Batch) -> dict[str, int]:
+        return {"loss": len(batch["labels"])}
+
+    @staticmethod
+    def tokens(batch: Batch) -> int:
+        return int(batch["lengths"].sum())
+
+    @staticmethod
+    def losses(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        logits = model.class_logits(model.encode(batch["tokens"], batch["lengths"]))
+        return {"loss": nn.functional.cross_entropy(logits.float(), batch["labels"])}
+
+    def evaluate(self, model: nn.Module, rows: int, dtype: str, limit: int) -> Evaluation:
+        from ...tasks.metrics import f1_macro
+
+        device = next(model.parameters()).device
+        predicted, labels, loss = [], [], 0.0
+        with evaluating(model):
+            for batch in self._batches(limit, rows):
+                batch = to_device(batch, device)
+                logits = model.class_logits(model.encode(batch["tokens"], batch["lengths"])).float()
+                loss += nn.functional.cross_entropy(logits, batch["labels"], reduction="sum").item()
+                predicted += logits.argmax(-1).tolist()
+                labels += batch["labels"].tolist()
+        accuracy = sum(a == b for a, b in zip(predicted, labels, strict=True)) / len(labels)
+        scores = {"accuracy": accuracy, "f1": f1_macro(labels, predicted, len(self.dataset.labels))}
+        return Evaluation(loss / len(labels), len(labels), scores, "accuracy", self._whole(limit))
+
+
+class Answer(_Examples):
+    """Where in a text the answer to a question begins and ends; at the first token where there is none.
+
+    A text that is too long is read in windows that overlap. A batch: ``tokens``, ``segments``, ``lengths``, ``start``
+    and ``end`` (B,).
+    """
+
+    def _features(self, examples: list[dict]) -> Features:
+        return span_features(examples, self.dataset.tokenizer, self.context_length)
+
+    @staticmethod
+    def counts(batch: Batch) -> dict[str, int]:
+        return {"start": len(batch["start"]), "end": len(batch["end"])}
+
+    @staticmethod
+    def tokens(batch: Batch) -> int:
+        return int(batch["lengths"].sum())
+
+    @staticmethod
+    def losses(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        encoded = model.encode(batch["tokens"], batch["lengths"], batch["segments"] if model.config.segments else None)
+        logits = dict(zip(("start", "end"), model.span_logits(encoded), strict=True))
+        return {name: nn.functional.cross_entropy(logits[name].float(), batch[name]) for name in logits}
+
+    def evaluate(self, model: nn.Module, rows: int, dtype: str, limit: int) -> Evaluation:
+        from ...tasks.answer import answers
+        from ...tasks.metrics import squad_scores
+
+        with evaluating(model):
+            losses, counts = mean_losses(self, model, self._batches(limit, rows), dtype)
+        examples = self.dataset.validation.examples
+        examples = examples[:limit] if limit else examples
+        found = answers(model, self.dataset.tokenizer, [(e["question"], e["context"]) for e in examples], rows=rows)
+        scores = squad_scores([e["answers"] for e in examples], [answer.text for answer in found])
+        return Evaluation(sum(losses.values()), counts["start"], scores, "f1", self._whole(limit))

@@ -1,0 +1,82 @@
+"""Objectives on a stream of tokens in which what comes is predicted: causal and prefix language models."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...data import Batches, Dataset, derive_seed, evaluation_batches
+from ...data.batches import IGNORE
+from ..evaluate import Evaluation, evaluate, evaluating, mean_losses
+from .base import Batch
+
+
+def perplexity(nats: float) -> float:
+    """exp(nats), infinite where a float cannot hold it."""
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+class CausalLM:
+    """Each token predicted from those before it. A batch is ``tokens`` and ``targets``, one token later."""
+
+    def __init__(self, dataset: Dataset, context_length: int, batch_size: int, seed: int):
+        self.dataset, self.context_length, self.seed = dataset, context_length, seed
+        self._batches = Batches(dataset.train, context_length, batch_size, seed)
+
+    def batch(self, step: int) -> Batch:
+        tokens, targets = self._batches(step)
+        return {"tokens": tokens, "targets": targets}
+
+    @staticmethod
+    def counts(batch: Batch) -> dict[str, int]:
+        return {"loss": int((batch["targets"] != IGNORE).sum())}
+
+    @staticmethod
+    def tokens(batch: Batch) -> int:
+        return batch["tokens"].numel()
+
+    @staticmethod
+    def losses(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        return {"loss": model.loss(batch["tokens"], batch["targets"])}
+
+    def evaluate(self, model: nn.Module, rows: int, dtype: str, limit: int) -> Evaluation:
+        return evaluate(model, self.dataset.validation, self.context_length, rows, dtype, limit)
+
+
+class PrefixLM(CausalLM):
+    """The rest of a window predicted, given its beginning, which is read in both directions (Raffel et al. 2020).
+
+    Each row's prefix has 1 to half of its tokens: a function of (data, seed, step, row). A batch adds ``prefix`` (B,).
+    """
+
+    def _prefixed(self, tokens: torch.Tensor, targets: torch.Tensor, *key: object) -> Batch:
+        lengths = [
+            np.random.Generator(np.random.Philox(derive_seed("prefix", self.dataset.train.sha256, *key, row))).integers(
+                1, max(2, tokens.shape[1] // 2 + 1)
+            )
+            for row in range(len(tokens))
+        ]
+        prefix = torch.tensor(np.array(lengths, np.int64))
+        # The last token of the prefix predicts the first one after it.
+        within = torch.arange(tokens.shape[1]) < prefix[:, None] - 1
+        return {"tokens": tokens, "targets": targets.masked_fill(within, IGNORE), "prefix": prefix}
+
+    def batch(self, step: int) -> Batch:
+        return self._prefixed(*self._batches(step), self.seed, step)
+
+    @staticmethod
+    def losses(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        return {"loss": model.loss(batch["tokens"], batch["targets"], batch["prefix"])}
+
+    def evaluate(self, model: nn.Module, rows: int, dtype: str, limit: int) -> Evaluation:
+        tokens = self.dataset.validation.tokens
+        windows = evaluation_batches(tokens, self.context_length, self.context_length, rows, limit)
+        batches = (self._prefixed(*window, "evaluation", number) for number, window in enumerate(windows))
+        with evaluating(model):
+            losses, counts = mean_losses(self, model, batches, dtype)
+        return Evaluation(
+            losses["loss"], counts["loss"], {"perplexity": perplexity(losses["loss"])}, "perplexity", not limit
+        )

@@ -1,0 +1,231 @@
+"""Objectives: what is masked, paired, shifted and batched; every one on every model that serves it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from cells import cells, dataset, setting, tiny_run
+
+import fastllm
+from fastllm.config import InputError
+from fastllm.data import Corpus, Tokenizer, prepare
+from fastllm.data.batches import IGNORE
+from fastllm.data.tokenizer import SPECIAL_TOKENS
+from fastllm.models import ModelConfig
+from fastllm.training.config import build_run_config
+from fastllm.training.objectives import MaskedLM, ObjectiveConfig, PrefixLM, fit_model, make_objective, rows_of
+from fastllm.training.objectives.examples import POOL, ExampleOrder
+from fastllm.training.objectives.masked import Pieces, Sentences, mask_tokens
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("toys")
+
+
+# Every cell of the table
+
+
+@pytest.mark.parametrize("cell", cells(), ids=" ".join)
+def test_every_objective_learns_on_every_model_that_serves_it(cell, folder):
+    first, last = tiny_run(*cell, folder)
+    assert last < 0.9 * first
+
+
+@pytest.mark.parametrize("cell", cells(), ids=" ".join)
+def test_gradients_on_the_kernels_are_those_on_the_eager_backend(cell, folder):
+    objective, model = setting(*cell, folder)
+    batch, results = rows_of(objective.batch(0), 2)[0], {}
+    for backend in ("eager", "triton"):
+        model.zero_grad()
+        with fastllm.backend(backend):
+            loss = sum(objective.losses(model, batch).values())
+            loss.backward()
+        results[backend] = [loss.detach(), *[p.grad.clone() for p in model.parameters() if p.grad is not None]]
+    for a, b in zip(results["triton"], results["eager"], strict=True):
+        torch.testing.assert_close(a, b, rtol=5e-4, atol=5e-6)
+
+
+@pytest.mark.parametrize("name", ["causal", "prefix", "mlm", "nsp", "mlm+nsp", "seq2seq", "classify", "answer"])
+def test_a_batch_is_a_function_of_seed_and_step_and_losses_of_parts_add_up(name, folder):
+    data = dataset(name, folder)
+    make = lambda seed, size: make_objective(ObjectiveConfig(name), data, 32, size, seed)  # noqa: E731
+    objective, again, other = make(3, 4), make(3, 4), make(4, 4)
+    state = torch.get_rng_state()
+    for step in (7, 0, 7):
+        a, b, c = (o.batch(step) for o in (objective, again, other))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+        assert any(a[key].shape != c[key].shape or not torch.equal(a[key], c[key]) for key in a)
+        assert {len(tensor) for tensor in a.values()} == {4}
+    assert torch.equal(state, torch.get_rng_state())
+    whole, parts = objective.counts(a), [objective.counts(part) for part in rows_of(a, 3)]
+    assert whole == {key: sum(part[key] for part in parts) for key in whole}
+
+
+def test_evaluation_is_repeatable_and_leaves_everything_alone(folder):
+    for name, encoder, decoder in cells()[::3]:
+        objective, model = setting(name, encoder, decoder, folder)
+        model.train()
+        state = torch.get_rng_state()
+        results = [objective.evaluate(model, 3, "float32", limit) for limit in (0, 0, 2)]
+        assert torch.equal(state, torch.get_rng_state())
+        assert model.training
+        assert results[0] == results[1]
+        assert results[0].main in results[0].scores
+
+
+# Masks
+
+
+@pytest.fixture(scope="module")
+def words():
+    text = "Unbelievably long extraordinary words, split into several pieces each; short ones not. " * 30
+    tokenizer = Tokenizer.train(
+        [text[:87] + "abcdefghijklmnopqrstuvwxyz"], 300, special_tokens=SPECIAL_TOKENS["masked"]
+    )
+    return tokenizer, np.array(tokenizer.encode(text))
+
+
+def drawn(ids, groups, rng, probability=0.15, allowed=None, most=10**6):
+    hidden = ids.copy()
+    allowed = np.ones(len(ids), bool) if allowed is None else allowed
+    positions, targets = mask_tokens(
+        hidden, groups, allowed, probability, most, 299, np.arange(10, 290), np.random.default_rng(rng)
+    )
+    return hidden, positions, targets
+
+
+def test_masking_takes_its_part_of_which_80_10_10(words):
+    ids = np.tile(words[1], 20)
+    hidden, positions, targets = drawn(ids, np.arange(len(ids)), 0)
+    assert len(positions) == round(0.15 * len(ids))
+    assert (np.diff(positions) > 0).all()
+    assert (targets == ids[positions]).all()
+    rest = np.setdiff1d(np.arange(len(ids)), positions)
+    assert (hidden[rest] == ids[rest]).all()
+    masked = (hidden[positions] == 299).mean()
+    stayed = (hidden[positions] == targets).mean()
+    # Five standard deviations of the binomial counts.
+    assert masked == pytest.approx(0.8, abs=5 * (0.16 / len(positions)) ** 0.5)
+    assert stayed == pytest.approx(0.1 + 0.1 / 280, abs=5 * (0.09 / len(positions)) ** 0.5)
+
+
+def test_whole_words_are_masked_whole(words):
+    tokenizer, ids = words
+    groups = Pieces(tokenizer).words(ids)
+    pieces = [tokenizer.decode(ids[groups == g]).strip() for g in range(12)]
+    assert pieces[:4] == ["Unbelievably", "long", "extraordinary", "words"]
+    assert np.bincount(groups).max() > 2
+    _, positions, _ = drawn(ids, groups, 1)
+    chosen = set(groups[positions])
+    assert set(np.flatnonzero(np.isin(groups, list(chosen)))) == set(positions)
+    assert 0.1 < len(positions) / len(ids) <= 0.16
+
+
+def test_masks_keep_to_what_is_allowed_and_to_the_most():
+    ids = np.arange(20, 60)
+    allowed = np.arange(40) % 2 == 0
+    _, positions, _ = drawn(ids, np.arange(40), 2, 0.5, allowed)
+    assert set(positions) <= set(np.flatnonzero(allowed))
+    assert len(positions) == 10
+    assert len(drawn(ids, np.arange(40), 2, 0.5, allowed, most=3)[1]) == 3
+    assert len(drawn(ids, np.zeros(40, int), 2, 0.05, most=3)[1]) == 3  # one word, longer than all that is wanted
+    assert len(drawn(ids, np.arange(40), 2, 0.5, np.zeros(40, bool))[1]) == 0
+
+
+# Pairs
+
+
+def test_pairs_follow_each_other_or_come_from_another_document(folder):
+    data = dataset("mlm+nsp", folder)
+    objective = MaskedLM(data, 32, 64, 0, masking=False, pairs=True)
+    ids, sentences = np.asarray(data.train.tokens), Sentences(data.train)
+    joined = " ".join(map(str, ids))
+    labels = []
+    for step in range(4):
+        batch = objective.batch(step)
+        for row, length, segments, label in zip(
+            batch["tokens"].tolist(), batch["lengths"].tolist(), batch["segments"], batch["next"].tolist(), strict=True
+        ):
+            row = row[:length]
+            first = row.index(objective.sep)
+            a, b = row[1:first], row[first + 1 : -1]
+            assert row[0] == objective.cls
+            assert row[-1] == objective.sep
+            assert segments[:length].tolist() == [0] * (first + 1) + [1] * (len(b) + 1)
+            follows = " ".join(map(str, a + b)) in joined
+            assert follows == (label == 0)
+            labels.append(label)
+    assert 0.35 < np.mean(labels) < 0.65
+    assert sentences.documents == 6
+
+
+def test_masked_targets_are_where_the_positions_say(folder):
+    data = dataset("mlm", folder)
+    objective = MaskedLM(data, 32, 16, 0)
+    plain = MaskedLM(data, 32, 16, 0, masking=False)
+    batch, shown = objective.batch(5), plain.batch(5)
+    assert torch.equal(batch["lengths"], shown["lengths"])
+    there = batch["targets"] != IGNORE
+    rows = torch.nonzero(there)[:, 0]
+    assert torch.equal(shown["tokens"][rows, batch["positions"][there]], batch["targets"][there])
+    assert there.sum(1).min() >= 1
+    assert not torch.equal(batch["tokens"], objective.batch(5 + len(objective._train))["tokens"])  # drawn anew
+
+
+def test_a_single_document_has_no_pairs(tmp_path):
+    corpus = Corpus("one", ["One sentence. Another one. A third."], ["Held out. Twice."])
+    data = prepare(corpus, tmp_path, vocab_size=300, special_tokens=SPECIAL_TOKENS["masked"])
+    with pytest.raises(InputError, match="at least two documents in the training text"):
+        MaskedLM(data, 32, 4, 0, pairs=True)
+    with pytest.raises(InputError, match="at least 11 tokens, got 8"):
+        MaskedLM(data, 8, 4, 0)
+
+
+# Prefixes and examples
+
+
+def test_only_what_follows_the_prefix_is_predicted(folder):
+    objective = PrefixLM(dataset("prefix", folder), 32, 16, 0)
+    batch = objective.batch(2)
+    assert batch["prefix"].min() >= 1
+    assert batch["prefix"].max() <= 16
+    for row, prefix in zip(batch["targets"], batch["prefix"].tolist(), strict=True):
+        assert (row[: prefix - 1] == IGNORE).all()
+        assert (row[prefix - 1 :] != IGNORE).all()
+
+
+def test_every_example_comes_once_an_epoch_beside_others_of_its_length():
+    lengths = np.random.default_rng(0).integers(1, 100, 640)
+    order = ExampleOrder(lengths, 4, "key")
+    seen = np.concatenate([order(step) for step in range(160)])
+    assert sorted(seen) == list(range(640))
+    spread = np.mean([np.ptp(lengths[order(step)]) for step in range(POOL)])
+    assert spread < 10
+    assert (order(37) == ExampleOrder(lengths, 4, "key")(37)).all()
+
+
+# Settings
+
+
+def test_the_model_gets_what_the_objective_needs():
+    config = build_run_config({"objective": {"objective": "mlm+nsp"}}, "here")
+    assert (config.model.encoder, config.model.decoder, config.model.heads) == ("transformer", "none", ("mlm", "nsp"))
+    assert config.model.segments == 2
+    again = build_run_config(
+        {"objective": {"objective": "mlm+nsp"}, "model": {"encoder": "gru", "decoder": "none", "hidden_size": 64}}, "x"
+    )
+    assert again.model.encoder == "gru"
+    with pytest.raises(InputError, match="here: decoder: objective mlm needs none, got lstm"):
+        build_run_config({"objective": {"objective": "mlm"}, "model": {"decoder": "lstm"}}, "here")
+    with pytest.raises(InputError, match="decoder: objective prefix needs transformer, got gru"):
+        build_run_config({"objective": {"objective": "prefix"}, "model": {"decoder": "gru"}}, "here")
+    with pytest.raises(InputError, match="encoder: objective seq2seq needs transformer, lstm or gru, got none"):
+        fit_model(ObjectiveConfig("seq2seq"), ModelConfig(), ("encoder",))
+    with pytest.raises(InputError, match="objective: expected one of causal, prefix, mlm"):
+        build_run_config({"objective": {"objective": "clm"}}, "here")
+    with pytest.raises(InputError, match="lora_rank: there must be pretrained weights"):
+        replace(ObjectiveConfig("classify"), lora_rank=4)
+    with pytest.raises(InputError, match="held_out: objective mlm holds out"):
+        ObjectiveConfig("mlm", held_out="file")
