@@ -1,19 +1,22 @@
-"""Examples for translation and question answering, made from Debian's documentation packages.
+"""Examples for translation, question answering and classification, made from Debian's documentation packages.
 
     apt-get download debian-handbook manpages manpages-de manpages-dev python3.11-doc
     for package in *.deb; do dpkg -x $package root; done        (or install them: the root is then /)
     python docs/debian.py pairs root pairs.tsv
     python docs/debian.py questions root questions.json
+    python docs/debian.py sections root sections.csv
 
 Pairs: English and German paragraphs of the Debian handbook and of man pages that have equally many of them.
 Questions: the entries of Python's documentation and of its glossary, "What is X?" with the first sentence of the entry
 as the answer. The questions are synthetic: they test finding the right passage, not understanding.
+Sections: paragraphs of Python's documentation, labelled with the part that they are from; as many of each.
 The texts keep their licences (GPL, CC-BY-SA, PSF); they are not part of this repository.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import gzip
 import html.parser
 import json
@@ -216,9 +219,26 @@ def questions(root: Path, entries_per_text: int = 3) -> dict:
     return {"version": "1.1", "data": [{"title": "Python's documentation", "paragraphs": paragraphs}]}
 
 
+def sections(root: Path, each: int = 600) -> list[tuple[str, str]]:
+    """(paragraph, part of the documentation), ``each`` of every part that has so many."""
+    base, result = root / "usr/share/doc/python3.11/html/_sources", []
+    for folder in ("c-api", "howto", "library", "tutorial", "whatsnew"):
+        found = {}
+        for path in sorted((base / folder).rglob("*.rst.txt")):
+            for paragraph in path.read_text("utf-8").split("\n\n"):
+                text = squeeze(paragraph)
+                if len(text.split()) >= 12 and not paragraph.startswith((" ", ".. ", "\n")):
+                    found[text] = None
+        chosen = list(found)
+        random.Random(0).shuffle(chosen)
+        result += [(text, folder) for text in chosen[:each]]
+    random.Random(1).shuffle(result)
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("pairs", "questions"))
+    parser.add_argument("what", choices=("pairs", "questions", "sections"))
     parser.add_argument("root", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--words", type=int, default=1000, help="leave out pairs with a longer side")
@@ -227,6 +247,11 @@ def main() -> None:
         made = pairs(arguments.root, arguments.words)
         arguments.out.write_text("".join(f"{a}\t{b}\n" for a, b in made), "utf-8")
         print(f"{len(made):,} pairs, {sum(len(a.split()) for a, _ in made):,} English words")
+    elif arguments.what == "sections":
+        made = sections(arguments.root)
+        with open(arguments.out, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("text", "label"), *made])
+        print(f"{len(made):,} paragraphs")
     else:
         made = questions(arguments.root)
         arguments.out.write_text(json.dumps(made), "utf-8")

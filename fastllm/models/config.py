@@ -93,7 +93,7 @@ class ModelConfig:
                 "num_heads", self.hidden_size % self.num_heads == 0, f"a divisor of hidden_size {self.hidden_size}"
             )
         self._require("num_kv_heads", self.num_heads % self.kv_heads == 0, f"a divisor of num_heads {self.num_heads}")
-        if self.positions == "rotary":
+        if self.positions == "rotary" and "transformer" in (self.encoder, self.decoder):
             self._require("num_heads", self.head_dim % 2 == 0, "such that hidden_size / num_heads is even, for rotary")
         if self.encoder in ("lstm", "gru") or self.positions == "sinusoidal":
             self._require("hidden_size", self.hidden_size % 2 == 0, "even, for two directions and for sinusoids")

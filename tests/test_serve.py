@@ -1,0 +1,225 @@
+"""The web page: its JSON interface, its limits, and the page itself in a headless browser where there is one."""
+
+import json
+import queue
+import re
+import shutil
+import socket
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+import torch
+import uvicorn
+from cells import dataset
+from starlette.requests import Request
+from starlette.responses import HTMLResponse
+
+from fastllm.models import ModelConfig, build_model
+from fastllm.serving.app import LARGEST, Served, _written, make_app
+
+# Chromium is no Python package; a machine without it tests the interface alone.
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SHAPE = dict(context_length=64, num_layers=1, num_heads=2, hidden_size=16)
+KINDS = {
+    "generate": {}, "translate": {"encoder": "gru"},
+    "classify": {"encoder": "transformer", "decoder": "none", "heads": ("classify",), "labels": ("bad", "good")},
+    "answer": {"encoder": "transformer", "decoder": "none", "heads": ("span",), "segments": 2},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    torch.manual_seed(0)
+    tokenizer = dataset("classify", tmp_path_factory.mktemp("serve")).tokenizer
+    made = {}
+    for task, kind in KINDS.items():
+        model = build_model(ModelConfig(**SHAPE, vocab_size=tokenizer.vocab_size, **kind)).eval()
+        for p in model.requires_grad_(False).parameters():
+            p.mul_(3)
+        made[task] = Served(model, tokenizer)
+    return made
+
+
+class Running:
+    """The application on a free port, in a thread of its own."""
+
+    def __init__(self, models, seconds=20.0, page=None):
+        listener = socket.socket()
+        listener.bind(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self.sent = queue.Queue()
+        inner = make_app(models, ("127.0.0.1", "localhost"), seconds)
+
+        async def app(scope, receive, send):
+            if page is not None and scope["path"] == "/drive":
+                if scope["method"] == "POST":
+                    self.sent.put(await Request(scope, receive).json())
+                await HTMLResponse(page)(scope, receive, send)
+            else:
+                await inner(scope, receive, send)
+
+        self.server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none", lifespan="off"))
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]}, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+
+    def close(self):
+        self.server.should_exit = True
+        self.thread.join()
+
+    def post(self, task, values, headers=()):
+        """(status, body)."""
+        content = values if isinstance(values, bytes) else json.dumps(values).encode()
+        request = urllib.request.Request(
+            f"{self.url}/{task}", content, {"Content-Type": "application/json", **dict(headers)}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=30) as reply:
+                return reply.status, reply.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+
+@pytest.fixture(scope="module")
+def served(models):
+    running = Running(models)
+    yield running
+    running.close()
+
+
+def test_every_task_answers(served):
+    status, text = served.post("generate", {"prompt": "the cat", "max_new_tokens": 9, "seed": 3})
+    assert status == 200
+    assert served.post("generate", {"prompt": "the cat", "max_new_tokens": 9, "seed": 3}) == (200, text)
+    status, reply = served.post("translate", {"text": "the cat\n\nthe dog", "beams": 2})
+    assert status == 200
+    assert json.loads(reply)["translation"].count("\n") == 2
+    status, reply = served.post("classify", {"text": "the cat"})
+    labels = json.loads(reply)["labels"]
+    assert {entry["label"] for entry in labels} == {"bad", "good"}
+    assert sum(entry["probability"] for entry in labels) == pytest.approx(1, abs=1e-5)
+    text = "the key is 7. red cat"
+    status, reply = served.post("answer", {"text": text, "question": "which?"})
+    found = json.loads(reply)
+    assert text[found["start"] : found["end"]] == found["answer"]
+
+
+def test_text_comes_piece_by_piece(served):
+    request = urllib.request.Request(
+        f"{served.url}/generate", json.dumps({"prompt": "the", "max_new_tokens": 60, "temperature": 1.5}).encode(),
+        {"Content-Type": "application/json"},
+    )  # fmt: skip
+    with urllib.request.urlopen(request, timeout=30) as reply:
+        assert reply.headers["Transfer-Encoding"] == "chunked"
+        assert reply.read1(1)
+
+
+@pytest.mark.parametrize(
+    ("task", "values", "message"),
+    [
+        ("translate", {"text": " "}, "text: expected a text"),
+        ("translate", {"text": "x", "beams": 99}, "beams: expected at most 16, got 99"),
+        ("translate", {"text": "x", "beams": 0}, "beams: expected at least 1"),
+        ("translate", {"text": "x", "beams": True}, "beams: expected a number"),
+        ("generate", {"prompt": 3}, "prompt: expected a text"),
+        ("generate", {"max_new_tokens": 10**6}, "max_new_tokens: expected at most 1,000"),
+        ("generate", {"temperature": -1}, "temperature must be at least 0"),
+        ("classify", {"text": "x" * 30_000}, "text: expected at most 20,000 characters"),
+        ("answer", {"text": "x"}, "question: expected a text"),
+        ("classify", [1], "expected a JSON object"),
+        ("classify", b"{", "expected JSON"),
+        ("classify", b"x" * (LARGEST + 1), f"expected at most {LARGEST:,} bytes"),
+    ],
+)
+def test_what_cannot_be_served_is_said(served, task, values, message):
+    status, reply = served.post(task, values)
+    assert status == 400
+    assert message in json.loads(reply)["error"]
+
+
+def test_other_sites_and_unknown_tasks_are_refused(served, models):
+    assert served.post("classify", {"text": "x"}, {"Host": "evil.example"})[0] == 421
+    assert served.post("classify", {"text": "x"}, {"Content-Type": "text/plain"})[0] == 400
+    assert served.post("paint", {"text": "x"})[0] == 404
+
+
+def test_a_request_that_takes_too_long_ends(models):
+    running = Running(models, seconds=1e-6)
+    try:
+        status, reply = running.post("translate", {"text": "the cat sees the dog " * 20, "beams": 16})
+        assert status == 503
+        assert "took more than" in reply
+    finally:
+        running.close()
+    # What is written ends where it is.
+    assert list(_written(models["generate"], {"prompt": "x"}, time.monotonic() - 1)) == []
+
+
+# Fills in the page's forms, one tab after the other, and sends home what they show.
+DRIVE = """<!doctype html><meta charset="utf-8"><iframe src="/" style="border:0;width:860px;height:560px"></iframe>
+<script>
+const STEPS = %s, frame = document.querySelector("iframe"), result = {};
+const until = async test => { while (!test()) await new Promise(r => setTimeout(r, 20)); };
+frame.onload = async () => {
+  const page = frame.contentDocument;
+  await until(() => page.querySelectorAll("nav button").length === 4);
+  for (const [task, values] of STEPS) {
+    page.querySelector(`[data-task=${task}]`).click();
+    const section = page.getElementById(task), form = section.querySelector("form");
+    for (const [name, value] of Object.entries(values)) form.elements[name].value = value;
+    form.requestSubmit();
+    const out = section.querySelector("output");
+    await until(() => out.dataset.state === "done");
+    result[task] = {text: out.textContent, mark: out.querySelector("mark")?.textContent ?? null, shown: !section.hidden,
+                    tabs: [...page.querySelectorAll("nav button")].map(b => b.getAttribute("aria-selected"))};
+  }
+  await fetch("/drive", {method: "POST", body: JSON.stringify(result)});
+};
+</script>"""
+TEXT = "the key \U0001f511 is 7. red cat"
+STEPS = [
+    ("generate", {"prompt": "the cat", "max_new_tokens": 12}), ("translate", {"text": "red cat", "beams": 2}),
+    ("classify", {"text": "<b>the</b> cat"}), ("answer", {"text": TEXT, "question": "which?"}),
+]  # fmt: skip
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_the_page_works_in_a_browser(models, tmp_path):
+    page = DRIVE % json.dumps(STEPS)
+    running = Running(models, page=page)
+    try:
+        options = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            f"--user-data-dir={tmp_path}",
+        ]
+        with subprocess.Popen(
+            [BROWSER, *options, f"{running.url}/drive"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as browser:
+            try:
+                result = running.sent.get(timeout=90)
+            finally:
+                browser.terminate()
+        found = json.loads(running.post("answer", {"text": TEXT, "question": "which?"})[1])
+    finally:
+        running.close()
+    assert set(result) == set(KINDS)
+    for number, task in enumerate(KINDS):
+        assert result[task]["shown"]
+        assert result[task]["tabs"] == [str(i == number).lower() for i in range(4)]
+    assert result["generate"]["text"].startswith("the cat")
+    assert sorted(re.findall(r"(good|bad) \d+\.\d %", result["classify"]["text"])) == ["bad", "good"]
+    # The answer stands where Python's characters say, beyond a character of two UTF-16 units.
+    if found["answer"]:
+        assert result["answer"]["mark"] == TEXT[found["start"] : found["end"]]
+        assert result["answer"]["text"] == TEXT
+    else:
+        assert result["answer"]["text"] == "No answer in the text."
