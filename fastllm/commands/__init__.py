@@ -15,6 +15,7 @@ COMMANDS = {
     "answer": "answer questions by passages of a text",
     "eval": "score a model on held-out data",
     "serve": "try models on a local web page",
+    "accelerate": "what fastllm.accelerate would do to a transformers model",
     "bench": "time the ops beside their rivals (fastllm bench --help)",
     "info": "versions, hardware, and which backend serves each op here and why",
 }

@@ -12,7 +12,7 @@ from .attention import INTERFACE, attention_decisions, give_back, take_over
 from .mode import accelerated
 from .report import Entry, Estimate, Report
 from .rules import OPS_SERVED, Decision, Rules
-from .swap import swap, unswap
+from .swap import restore_forward, swap_forward
 
 __all__ = ["Entry", "Estimate", "Report", "accelerate", "accelerated", "revert"]
 
@@ -118,7 +118,7 @@ def _carry_out(model, module, decision: Decision) -> Decision:
         take_over(model, module)
         return decision
     try:
-        swap(module, decision.kind)
+        swap_forward(module, decision.kind)
     except TypeError as error:
         return Decision(decision.op, None, f"Python refuses it another class: {error}")
     return decision
@@ -143,4 +143,4 @@ def revert(model: torch.nn.Module) -> int:
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"revert: model must be a torch.nn.Module, got {type(model).__name__}")
-    return sum(unswap(module) for module in model.modules()) + give_back(model)
+    return sum(restore_forward(module) for module in model.modules()) + give_back(model)

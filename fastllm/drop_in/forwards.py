@@ -8,7 +8,7 @@ from ..functional import cross_entropy, embedding, layer_norm, rms_norm
 from ..ops.multihead_attention import multihead_attention
 from .deferred import Deferred, value_of
 from .logits import Logits
-from .plain import hooked, plain
+from .plain import freed_after_forward, hooked, plain
 from .rows import Rows
 from .swap import forward_of
 
@@ -69,6 +69,7 @@ def head_forward(module, original, options, input):
         or x.device != module.weight.device
         or not (x.requires_grad or module.weight.requires_grad)
         or not (torch.is_autocast_enabled(x.device.type) or x.dtype == module.weight.dtype)
+        or freed_after_forward(module)
     ):
         return original(module, x)
     return Logits.of(x, module.weight, module.bias)

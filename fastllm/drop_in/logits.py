@@ -43,6 +43,7 @@ class Logits:
         self.class_dim = len(shape) - 1
         # last: the last factor; pending: the soft cap that tanh has begun.
         self.scale, self.softcap, self.last, self.pending = 1.0, None, 1.0, None
+        self.shift = None  # a constant for each class, added since: (V,) and its version
         self.value = None
         self.consumed = False
         if parent is None:
@@ -125,7 +126,7 @@ class Logits:
         )  # fmt: skip
         plan.class_dim = (len(shape) - 1) if class_dim is None else class_dim
         plan.parent_tensor = tensor
-        plan.scale, plan.softcap, plan.pending = self.scale, self.softcap, self.pending
+        plan.scale, plan.softcap, plan.pending, plan.shift = self.scale, self.softcap, self.pending, self.shift
         plan.last = 1.0 if dtype is None else self.last
         for name, value in changes.items():
             setattr(plan, name, value)
@@ -177,7 +178,12 @@ class Logits:
             return NotImplemented
         if weight is not None and (not plain(weight) or weight.requires_grad):
             return NotImplemented
+        if self.shift is not None and self.shift[0]._version != self.shift[1]:
+            return NotImplemented
         self._check_fresh()
+        bias = self.bias
+        if self.shift is not None:
+            bias = self.shift[0].reshape(-1) if bias is None else bias + self.shift[0].reshape(-1)
         out = self.dtype
         if torch.is_autocast_enabled(self.hidden.device.type):
             out = torch.promote_types(out, torch.float32)
@@ -190,7 +196,7 @@ class Logits:
             enabled, narrow = True, self.rows.dtype  # the op gives its loss in fp32 under autocast
         with torch.autocast(self.hidden.device.type, narrow, enabled=enabled):
             return linear_cross_entropy(
-                self.rows, self.weight, target, linear_bias=self.bias, weight=weight, reduction=reduction,
+                self.rows, self.weight, target, linear_bias=bias, weight=weight, reduction=reduction,
                 ignore_index=ignore_index, label_smoothing=label_smoothing, softcap=self.softcap,
                 logit_scale=self.scale,
             ).to(out)  # fmt: skip
@@ -223,6 +229,10 @@ def _step(plan: Logits, tensor, func, args, kwargs):
                 return NotImplemented
             return plan._derive(tensor, lambda x: func(x, args[0]), view=False, softcap=plan.pending, pending=None)
         return plan._derive(tensor, lambda x: func(x, args[0]), view=False, scale=plan.scale * factor, last=factor)
+    if name in ("add", "__add__", "__radd__") and len(args) == 1 and not kwargs and _is_shift(plan, args[0]):
+        return plan._derive(
+            tensor, lambda x: func(x, args[0]), view=False, shift=(args[0], args[0]._version), last=1.0
+        )  # fmt: skip
     if name == "tanh" and not args and not kwargs and plan.softcap is None and plan.pending is None:
         # tanh(z / cap), and cap to come: the scale before the division is the logits' own.
         return plan._derive(tensor, func, view=False, scale=plan.scale / plan.last, pending=1.0 / plan.last)
@@ -248,6 +258,20 @@ def _step(plan: Logits, tensor, func, args, kwargs):
         shape = (plan.shape[0], plan.shape[2], plan.shape[1])
         return plan._derive(tensor, lambda x: func(x, *args), view=True, shape=shape, class_dim=1)
     return NotImplemented
+
+
+def _is_shift(plan: Logits, other) -> bool:
+    """Whether ``other`` is one constant for each class, as BART adds it, before any scale."""
+    return (
+        type(other) is torch.Tensor
+        and not other.requires_grad
+        and other.numel() == other.shape[-1] == plan.shape[-1]
+        and other.dim() <= len(plan.shape)
+        and (other.dtype, other.device) == (plan.weight.dtype, plan.weight.device)
+        and plan.dtype == other.dtype
+        and (plan.scale, plan.softcap, plan.pending, plan.shift) == (1.0, None, None, None)
+        and plan.class_dim == len(plan.shape) - 1
+    )
 
 
 def _swaps_the_last_two(name: str, args) -> bool:

@@ -30,3 +30,27 @@ def hooked(module: torch.nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def freed_after_forward(module: torch.nn.Module) -> bool:
+    """Whether FSDP2 frees ``module``'s parameters at the end of the forward of the module that they are sharded with.
+
+    What is computed later, outside that forward, would find them gone. True also where FSDP2's own record of it, which
+    is not public, cannot be read.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    try:
+        from torch.distributed._composable_state import _module_state_mapping
+
+        for reference in list(_module_state_mapping.values()):
+            state = reference()
+            groups = getattr(state, "_fsdp_param_groups", None)
+            if groups is None:
+                groups = [getattr(state, "_fsdp_param_group", None)]
+            for group in groups:
+                if group is not None and any(p._module_info.module is module for p in group.fsdp_params):
+                    return group.post_forward_mesh_info is not None
+    except (ImportError, AttributeError):
+        return True
+    return False

@@ -58,7 +58,7 @@ class Accelerated:
 
 def _restore(kind: Kind, make: Callable, args: tuple) -> torch.nn.Module:
     module = make(*args)
-    swap(module, kind)
+    swap_forward(module, kind)
     return module
 
 
@@ -98,7 +98,7 @@ def _class_for(original: type, kind: Kind) -> type:
     return made
 
 
-def swap(module: torch.nn.Module, kind: Kind) -> None:
+def swap_forward(module: torch.nn.Module, kind: Kind) -> None:
     """Let ``module``'s forward be that of ``kind``.
 
     Raises:
@@ -119,14 +119,19 @@ def _without(cls: type) -> type:
     )
 
 
-def unswap(module: torch.nn.Module) -> bool:
-    """Undo :func:`swap`; returns whether there was anything to undo."""
+def restore_forward(module: torch.nn.Module) -> bool:
+    """Undo :func:`swap_forward`; returns whether there was anything to undo."""
     if not isinstance(module, Accelerated):
         return False
+    made, original, _ = _made_class(type(module))
+    for name, value in list(vars(module).items()):
+        # Wrappers of the instance's forward (accelerate's hooks) have kept it under a name of their own.
+        if inspect.ismethod(value) and value.__func__ is made.forward:
+            vars(module)[name] = types.MethodType(original.forward, module)
     module.__class__ = _without(type(module))
     return True
 
 
 def original_forward(module: torch.nn.Module) -> Callable:
-    """The forward that the module's class has, or had before :func:`swap`."""
+    """The forward that the module's class has, or had before :func:`swap_forward`."""
     return _made_class(type(module))[1].forward if isinstance(module, Accelerated) else type(module).forward

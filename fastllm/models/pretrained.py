@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..files import save_tensors, sync_folder
+from .hugging_face import LAYOUTS, layout_for, read_weights, to_ours, to_theirs
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -21,15 +22,23 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 class Pretrained:
     """Adds save_pretrained and from_pretrained to a module with a dataclass ``config``."""
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
+    def save_pretrained(self, folder: str | os.PathLike, *, layout: str = "fastllm") -> None:
         """Write config.json and model.safetensors into ``folder``, which is made if need be.
 
         Both are written aside and renamed when they are on the disk, the weights first: a folder with a readable
         config.json has whole weights. A shared parameter is stored once.
 
+        Args:
+            layout: "fastllm", or "transformers" for names and a configuration that transformers loads as GPT-2 or
+                Llama (decoders of one of these shapes); :meth:`from_pretrained` reads both.
+
         Raises:
+            ValueError: transformers has no class for this shape; says which setting it is.
             OSError: the folder cannot be written; nothing in it has changed then.
         """
+        if layout not in ("fastllm", "transformers"):
+            raise ValueError(f"save_pretrained: layout must be fastllm or transformers, got {layout!r}")
+        foreign = layout_for(self.config) if layout == "transformers" else None
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
@@ -41,8 +50,10 @@ class Pretrained:
                 for name, tensor in self.state_dict().items()
                 if name in names or name not in dict(self.named_parameters(remove_duplicate=False))
             }
-            save_tensors(weights, staging / WEIGHTS)
             config = {"architecture": type(self).__name__, **dataclasses.asdict(self.config)}
+            if foreign is not None:
+                weights, config = to_theirs(foreign, self.state_dict(), self.config), foreign.to_config(self.config)
+            save_tensors(weights, staging / WEIGHTS)
             (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             for name in (WEIGHTS, CONFIG):
                 with open(staging / name, "rb") as file:
@@ -55,13 +66,20 @@ class Pretrained:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, *, device: torch.device | str = "cpu"):
-        """The model that :meth:`save_pretrained` wrote into ``folder``, in evaluation mode.
+        """The model in ``folder``, in evaluation mode: what :meth:`save_pretrained` wrote, or transformers.
+
+        Of transformers' models, decoders of ``model_type`` gpt2 and llama (:data:`hugging_face.LAYOUTS`), from
+        safetensors in one file or in shards. Parameters are fp32 whatever the files hold.
 
         Raises:
             FileNotFoundError: config.json or model.safetensors is missing.
-            ValueError: one of them cannot be read, or they do not fit each other.
+            ValueError: one of them cannot be read, or they do not fit each other, or the model has a setting that this
+                class does not.
         """
         folder = Path(folder)
+        foreign = _foreign_values(folder / CONFIG)
+        if foreign is not None:
+            return cls._from_transformers(folder, foreign).to(device).eval()
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no model: {name} is missing")
@@ -88,3 +106,30 @@ class Pretrained:
         if missing or unexpected:
             raise ValueError(f"{folder / WEIGHTS} does not fit its config: missing {missing}, unexpected {unexpected}")
         return model.to(device).eval()
+
+    @classmethod
+    def _from_transformers(cls, folder: Path, values: dict):
+        layout = LAYOUTS[values["model_type"]]
+        try:
+            config = cls.config_class.from_dict(layout.from_config(values))
+        except KeyError as error:
+            raise ValueError(f"{folder / CONFIG}: {error} is missing") from error
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{folder / CONFIG}: {error}") from error
+        model = cls(config)
+        names = set(model.state_dict())
+        try:
+            weights = to_ours(layout, read_weights(folder, WEIGHTS), config, names)
+            model.load_state_dict(weights, strict=not config.tie_embeddings)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{folder} does not fit its config: {error}") from error
+        return model
+
+
+def _foreign_values(path: Path) -> dict | None:
+    """A configuration of one of transformers' models that we read; None for anything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return values if "architecture" not in values and values.get("model_type") in LAYOUTS else None
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None

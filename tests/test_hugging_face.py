@@ -1,0 +1,116 @@
+"""GPT-2's and Llama's weights as transformers writes them, read and written without it; proved by logits."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastllm.models import Transformer
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+V = 64
+
+
+def gpt2(**options):
+    config = dict(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=24, bos_token_id=1, eos_token_id=2)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**config, **options}))
+
+
+def llama(**options):
+    config = dict(
+        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=24,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**config, **options}))
+
+
+MODELS = {
+    "gpt2": gpt2,
+    "gpt2_wide": lambda: gpt2(n_inner=40, activation_function="gelu", tie_word_embeddings=False),
+    "llama": llama,
+    "llama_tied": lambda: llama(tie_word_embeddings=True, rope_theta=500.0, num_key_value_heads=4),
+}
+
+
+def randomised(model):
+    for parameter in model.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_in_and_out(name, tmp_path):
+    theirs = randomised(MODELS[name]())
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = Transformer.from_pretrained(tmp_path / "theirs")
+    ids = torch.randint(V, (2, 9))
+    with torch.no_grad():
+        want = theirs(ids).logits
+        torch.testing.assert_close(ours(ids), want)
+    ours.save_pretrained(tmp_path / "ours", layout="transformers")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    assert type(again) is type(theirs)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, want)
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+    back = Transformer.from_pretrained(tmp_path / "ours")
+    for key, value in ours.state_dict().items():
+        assert torch.equal(back.state_dict()[key], value), key
+    assert back.config == ours.config
+
+
+def test_shards_sixteen_bits_and_names_without_their_prefix(tmp_path):
+    theirs = randomised(llama()).bfloat16()
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert (tmp_path / "shards" / "model.safetensors.index.json").is_file()
+    ours = Transformer.from_pretrained(tmp_path / "shards")
+    ids = torch.randint(V, (1, 5))
+    assert next(ours.parameters()).dtype == torch.float32
+    torch.testing.assert_close(ours(ids), theirs.float()(ids).logits)
+    body = randomised(gpt2())
+    body.transformer.save_pretrained(tmp_path / "body")
+    torch.testing.assert_close(Transformer.from_pretrained(tmp_path / "body")(ids), body(ids).logits)
+
+
+def test_transformers_is_not_imported(tmp_path):
+    gpt2().save_pretrained(tmp_path)
+    code = (
+        "import sys; from fastllm.models import Transformer; "
+        f"Transformer.from_pretrained({str(tmp_path)!r}); assert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "message"),
+    [
+        (gpt2, {"activation_function": "relu"}, "activation_function: expected 'gelu_new' or .* got 'relu'"),
+        (gpt2, {"n_head": None}, "num_heads"),
+        (llama, {"attention_bias": True}, "attention_bias: expected False, got True"),
+        (llama, {"rope_parameters": {"rope_type": "yarn"}}, "rope_type: expected 'default', got 'yarn'"),
+        (llama, {"head_dim": 16}, "head_dim: expected hidden_size / num_attention_heads"),
+        (llama, {"num_hidden_layers": 3}, r"model\.layers\.2\.input_layernorm\.weight is missing"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(model, change, message, tmp_path):
+    model().save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, **change}))
+    with pytest.raises(ValueError, match=message):
+        Transformer.from_pretrained(tmp_path)
+
+
+def test_shapes_that_transformers_has_no_class_for(tmp_path):
+    config = Transformer.config_class(
+        vocab_size=V, context_length=24, num_layers=1, num_heads=2, hidden_size=16, positions="rotary", norm="rms",
+        qk_norm=True, activation="swiglu", bias=False,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="Llama has qk_norm False, this model True"):
+        Transformer(config).save_pretrained(tmp_path / "none", layout="transformers")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ValueError, match="layout must be fastllm or transformers, got 'hf'"):
+        Transformer(config).save_pretrained(tmp_path, layout="hf")
