@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from fastllm.models import Transformer
+from fastllm.models import Encoder, EncoderDecoder, Transformer, load_model
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -31,6 +31,7 @@ MODELS = {
     "gpt2": gpt2,
     "gpt2_wide": lambda: gpt2(n_inner=40, activation_function="gelu", tie_word_embeddings=False),
     "llama": llama,
+    "llama_wide_heads": lambda: llama(head_dim=16),
     "llama_tied": lambda: llama(tie_word_embeddings=True, rope_theta=500.0, num_key_value_heads=4),
 }
 
@@ -76,6 +77,35 @@ def test_shards_sixteen_bits_and_names_without_their_prefix(tmp_path):
     torch.testing.assert_close(Transformer.from_pretrained(tmp_path / "body")(ids), body(ids).logits)
 
 
+def test_encoders_and_encoder_decoders_come_as_what_they_are(tmp_path):
+    bert = randomised(
+        transformers.BertForMaskedLM(
+            transformers.BertConfig(
+                vocab_size=V,
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=48,
+                max_position_embeddings=24,
+            )  # fmt: skip
+        )
+    )
+    bert.save_pretrained(tmp_path / "bert")
+    for ours in (Transformer.from_pretrained(tmp_path / "bert"), load_model(tmp_path / "bert")):
+        assert type(ours) is Encoder
+        ids = torch.randint(V, (2, 9))
+        with torch.no_grad():
+            logits = ours.masked_logits(ours.encode(ids).states)
+            torch.testing.assert_close(logits, bert(ids).logits, rtol=1e-5, atol=2e-6)
+    t5 = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=V, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    )
+    randomised(t5).save_pretrained(tmp_path / "t5")
+    assert type(load_model(tmp_path / "t5")) is EncoderDecoder
+    with pytest.raises(ValueError, match="describes a Encoder, not a EncoderDecoder"):
+        EncoderDecoder.from_pretrained(tmp_path / "bert")
+
+
 def test_transformers_is_not_imported(tmp_path):
     gpt2().save_pretrained(tmp_path)
     code = (
@@ -92,7 +122,6 @@ def test_transformers_is_not_imported(tmp_path):
         (gpt2, {"n_head": None}, "num_heads"),
         (llama, {"attention_bias": True}, "attention_bias: expected False, got True"),
         (llama, {"rope_parameters": {"rope_type": "yarn"}}, "rope_type: expected 'default', got 'yarn'"),
-        (llama, {"head_dim": 16}, "head_dim: expected hidden_size / num_attention_heads"),
         (llama, {"num_hidden_layers": 3}, r"model\.layers\.2\.input_layernorm\.weight is missing"),
     ],
 )

@@ -27,7 +27,7 @@ def build_model(config: ModelConfig) -> Model:
 
 
 def load_model(folder: str | Path, *, device="cpu") -> Model:
-    """The model that ``save_pretrained`` wrote into ``folder``, whichever it is, in evaluation mode.
+    """The model that ``save_pretrained`` wrote into ``folder``, whichever it is, in evaluation mode; or transformers.
 
     Raises:
         FileNotFoundError: config.json or model.safetensors is missing.
@@ -36,7 +36,9 @@ def load_model(folder: str | Path, *, device="cpu") -> Model:
     classes = {cls.__name__: cls for cls in (Transformer, RNN, Encoder, EncoderDecoder)}
     path = Path(folder) / "config.json"
     try:
-        name = json.loads(path.read_text("utf-8")).get("architecture")
+        values = json.loads(path.read_text("utf-8"))
+        # Of transformers' folders Transformer reads every one that can be read.
+        name = values.get("architecture", "Transformer" if "model_type" in values else None)
     except FileNotFoundError:
         name = "Transformer"  # whose loader says what is missing
     except (ValueError, AttributeError) as error:

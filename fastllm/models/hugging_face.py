@@ -1,6 +1,6 @@
-"""Decoders as transformers keeps them: GPT-2's and Llama's config.json and parameter names, both ways.
+"""Models as transformers keeps them: GPT-2's and Llama's config.json and parameter names both ways, others to read.
 
-One :class:`Layout` for each ``model_type``; transformers itself is not needed.
+One :class:`Layout` for each decoder's ``model_type``; transformers itself is not needed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from pathlib import Path
 import safetensors
 import torch
 from safetensors.torch import load_file
+
+from .config import ModelConfig
+from .from_bert import bert_config, bert_weights
+from .from_t5 import t5_config, t5_weights
 
 Weights = Mapping[str, torch.Tensor]
 INDEX = "model.safetensors.index.json"
@@ -37,16 +41,14 @@ class Layout:
     transposed: tuple[str, ...] = ()
     split: Callable[[object, str], list[int]] | None = None
 
-    def ours_and_theirs(self, num_layers: int, names) -> dict[str, tuple[str, ...]]:
-        """For each of our parameters in ``names`` the ones of theirs that it is made of."""
-        found = {}
-        for ours, theirs in self.outside.items():
-            found[ours] = (theirs,)
+    def ours_and_theirs(self, num_layers: int) -> dict[str, tuple[str, ...]]:
+        """For each of our parameters the ones of theirs that it is made of."""
+        found = {ours: (theirs,) for ours, theirs in self.outside.items()}
         for i in range(num_layers):
             for ours, theirs in self.block.items():
                 several = theirs if isinstance(theirs, tuple) else (theirs,)
                 found[f"blocks.{i}.{ours}"] = tuple(f"{self.layer.format(i)}.{name}" for name in several)
-        return {ours: theirs for ours, theirs in found.items() if ours in names}
+        return found
 
 
 def _require(values: Mapping, name: str, *allowed, default=None) -> None:
@@ -72,8 +74,15 @@ def _from_gpt2(values: Mapping) -> dict:
     )  # fmt: skip
 
 
+# What neither architecture has; the settings of ours that their decoders leave alone.
+_NEITHER = dict(
+    encoder="none", decoder="transformer", embedding_norm=False, qk_norm=False, norm_position="pre", segments=0,
+    scale_embeddings=False, scale_attention=True, logit_scale=1.0,
+)  # fmt: skip
+
+
 def _expect(config, architecture: str, **fields) -> None:
-    for name, expected in fields.items():
+    for name, expected in {**fields, **_NEITHER}.items():
         got = getattr(config, name, expected)
         allowed = expected if isinstance(expected, tuple) else (expected,)
         if got not in allowed:
@@ -86,7 +95,7 @@ def _expect(config, architecture: str, **fields) -> None:
 def _to_gpt2(config) -> dict:
     _expect(
         config, "GPT-2", positions="learned", norm="layer", bias=True, activation=("gelu", "gelu_tanh"),
-        num_kv_heads=(None, config.num_heads), embedding_norm=False, qk_norm=False,
+        num_kv_heads=(None, config.num_heads), head_size=(None, config.hidden_size // config.num_heads),
     )  # fmt: skip
     return dict(
         architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=config.vocab_size,
@@ -107,13 +116,13 @@ def _from_llama(values: Mapping) -> dict:
     if kind != "default":
         raise ValueError(f"rope_type: expected 'default', got {kind!r}")
     heads = values["num_attention_heads"]
-    if values.get("head_dim") not in (None, values["hidden_size"] // heads):
-        raise ValueError(f"head_dim: expected hidden_size / num_attention_heads, got {values['head_dim']}")
+    head_dim = values.get("head_dim")
     kv_heads = values.get("num_key_value_heads")
     return dict(
         vocab_size=values["vocab_size"], context_length=values.get("max_position_embeddings", 2048),
         num_layers=values["num_hidden_layers"], num_heads=heads, num_kv_heads=None if kv_heads == heads else kv_heads,
-        hidden_size=values["hidden_size"], intermediate_size=values["intermediate_size"], positions="rotary",
+        hidden_size=values["hidden_size"], head_size=None if head_dim == values["hidden_size"] // heads else head_dim,
+        intermediate_size=values["intermediate_size"], positions="rotary",
         rotary_base=float(rope.get("rope_theta", values.get("rope_theta", 10000.0))), norm="rms",
         norm_eps=values.get("rms_norm_eps", 1e-6), activation="swiglu", bias=False,
         tie_embeddings=values.get("tie_word_embeddings", False), dropout=0.0,
@@ -121,10 +130,7 @@ def _from_llama(values: Mapping) -> dict:
 
 
 def _to_llama(config) -> dict:
-    _expect(
-        config, "Llama", positions="rotary", norm="rms", bias=False, activation="swiglu", embedding_norm=False,
-        qk_norm=False,
-    )  # fmt: skip
+    _expect(config, "Llama", positions="rotary", norm="rms", bias=False, activation="swiglu")
     return dict(
         architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=config.vocab_size,
         max_position_embeddings=config.context_length, num_hidden_layers=config.num_layers,
@@ -210,15 +216,15 @@ def read_weights(folder: Path, single: str) -> dict[str, torch.Tensor]:
     return weights
 
 
-def to_ours(layout: Layout, weights: Weights, config, names) -> dict[str, torch.Tensor]:
-    """The state dict of our model, whose parameters are ``names``, from theirs.
+def to_ours(layout: Layout, weights: Weights, config) -> dict[str, torch.Tensor]:
+    """The state dict of our model from theirs.
 
     Raises:
         ValueError: a tensor is missing; names it.
     """
     bare = not any(name.startswith(layout.prefix) for name in weights)
     result = {}
-    for ours, theirs in layout.ours_and_theirs(config.num_layers, names).items():
+    for ours, theirs in layout.ours_and_theirs(config.num_layers).items():
         parts = []
         for name in theirs:
             full = name if bare else _full(layout, name)
@@ -236,7 +242,7 @@ def to_ours(layout: Layout, weights: Weights, config, names) -> dict[str, torch.
 def to_theirs(layout: Layout, weights: Weights, config) -> dict[str, torch.Tensor]:
     """Their tensors from our state dict; a tied head is left out, as transformers leaves it."""
     result = {}
-    for ours, theirs in layout.ours_and_theirs(config.num_layers, weights).items():
+    for ours, theirs in layout.ours_and_theirs(config.num_layers).items():
         if theirs == (HEAD,) and config.tie_embeddings:
             continue
         tensor = weights[ours]
@@ -256,3 +262,19 @@ def layout_for(config) -> Layout:
     layout = LAYOUTS["gpt2" if config.positions == "learned" else "llama"]
     layout.to_config(config)
     return layout
+
+
+def _reader(name: str) -> tuple[Callable, Callable]:
+    layout = LAYOUTS[name]
+    return (
+        lambda values, weights: ModelConfig.from_dict(layout.from_config(values)),
+        lambda weights, config: to_ours(layout, weights, config),
+    )
+
+
+# model_type -> (configuration of ours from config.json and the weights, state dict of ours from weights and it).
+READERS: dict[str, tuple[Callable, Callable]] = {
+    **{name: _reader(name) for name in LAYOUTS},
+    "bert": (bert_config, bert_weights),
+    "t5": (t5_config, t5_weights),
+}

@@ -9,12 +9,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import safetensors
 import torch
-from safetensors.torch import load_file
 
 from ..files import save_tensors, sync_folder
-from .hugging_face import LAYOUTS, layout_for, read_weights, to_ours, to_theirs
+from .hugging_face import READERS, layout_for, read_weights, to_theirs
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -68,8 +66,9 @@ class Pretrained:
     def from_pretrained(cls, folder: str | os.PathLike, *, device: torch.device | str = "cpu"):
         """The model in ``folder``, in evaluation mode: what :meth:`save_pretrained` wrote, or transformers.
 
-        Of transformers' models, decoders of ``model_type`` gpt2 and llama (:data:`hugging_face.LAYOUTS`), from
-        safetensors in one file or in shards. Parameters are fp32 whatever the files hold.
+        Of transformers' models, those of ``model_type`` gpt2, llama, bert and t5 (:data:`hugging_face.READERS`), from
+        safetensors in one file or in shards. Parameters are fp32 whatever the files hold. ``Transformer`` reads them
+        all; a BERT is then an ``Encoder``, a T5 an ``EncoderDecoder``.
 
         Raises:
             FileNotFoundError: config.json or model.safetensors is missing.
@@ -94,42 +93,50 @@ class Pretrained:
             model = cls(cls.config_class.from_dict(values))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{folder / CONFIG}: {error}") from error
-        try:
-            weights = load_file(folder / WEIGHTS)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ValueError(f"{folder / WEIGHTS} cannot be read (cut short or damaged): {error}") from error
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        tied = {name for name, p in model.named_parameters(remove_duplicate=False)} - {
-            name for name, p in model.named_parameters()
-        }
-        missing = [name for name in missing if name not in tied]
-        if missing or unexpected:
-            raise ValueError(f"{folder / WEIGHTS} does not fit its config: missing {missing}, unexpected {unexpected}")
+        _load(model, read_weights(folder, WEIGHTS), folder / WEIGHTS)
         return model.to(device).eval()
 
     @classmethod
     def _from_transformers(cls, folder: Path, values: dict):
-        layout = LAYOUTS[values["model_type"]]
+        from . import Transformer, model_class
+
+        make_config, convert = READERS[values["model_type"]]
+        weights = read_weights(folder, WEIGHTS)
         try:
-            config = cls.config_class.from_dict(layout.from_config(values))
+            config = make_config(values, weights)
         except KeyError as error:
             raise ValueError(f"{folder / CONFIG}: {error} is missing") from error
         except (ValueError, TypeError) as error:
             raise ValueError(f"{folder / CONFIG}: {error}") from error
-        model = cls(config)
-        names = set(model.state_dict())
+        found = model_class(config)
+        if cls not in (found, Transformer):
+            raise ValueError(f"{folder / CONFIG} describes a {found.__name__}, not a {cls.__name__}")
         try:
-            weights = to_ours(layout, read_weights(folder, WEIGHTS), config, names)
-            model.load_state_dict(weights, strict=not config.tie_embeddings)
-        except (ValueError, RuntimeError) as error:
+            converted = convert(weights, config)
+        except ValueError as error:
             raise ValueError(f"{folder} does not fit its config: {error}") from error
-        return model
+        return _load(found(config), converted, folder)
+
+
+def _load(model: torch.nn.Module, weights: dict[str, torch.Tensor], source: Path) -> torch.nn.Module:
+    """``model`` with ``weights``, of which only names of shared parameters may be missing."""
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{source} does not fit its config: {error}") from error
+    tied = {name for name, p in model.named_parameters(remove_duplicate=False)} - {
+        name for name, p in model.named_parameters()
+    }
+    missing = [name for name in missing if name not in tied]
+    if missing or unexpected:
+        raise ValueError(f"{source} does not fit its config: missing {missing}, unexpected {unexpected}")
+    return model
 
 
 def _foreign_values(path: Path) -> dict | None:
     """A configuration of one of transformers' models that we read; None for anything else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return values if "architecture" not in values and values.get("model_type") in LAYOUTS else None
+        return values if "architecture" not in values and values.get("model_type") in READERS else None
     except (OSError, ValueError, AttributeError, TypeError):
         return None
