@@ -78,18 +78,11 @@ def test_shards_sixteen_bits_and_names_without_their_prefix(tmp_path):
 
 
 def test_encoders_and_encoder_decoders_come_as_what_they_are(tmp_path):
-    bert = randomised(
-        transformers.BertForMaskedLM(
-            transformers.BertConfig(
-                vocab_size=V,
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                intermediate_size=48,
-                max_position_embeddings=24,
-            )  # fmt: skip
-        )
-    )
+    sizes = dict(
+        vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=24,
+    )  # fmt: skip
+    bert = randomised(transformers.BertForMaskedLM(transformers.BertConfig(**sizes)))
     bert.save_pretrained(tmp_path / "bert")
     for ours in (Transformer.from_pretrained(tmp_path / "bert"), load_model(tmp_path / "bert")):
         assert type(ours) is Encoder
