@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import tempfile
+import time
 from datetime import datetime
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from .results import Run, read_run
 from .run import ROUNDS, plan, run
 from .timing import copy_bandwidth, matrix_rate
 
+# Seconds kept for the table, the plots and the page.
+DRAWING = 15.0
 DTYPES = ("bfloat16", "float16", "float32")
 EPILOG = """
 fastllm bench compare A.json B.json   two runs side by side, with a verdict a row
@@ -40,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sweep", action="store_true", help="after the shapes, sizes for GB/s and TFLOP/s over them")
     parser.add_argument("--provider", nargs="+", default=[], help="beside fastllm and eager, only these")
     parser.add_argument("--rounds", type=int, help="samples of each provider")
-    parser.add_argument("--budget", type=float, default=240.0, metavar="SECONDS", help="(%(default)g)")
+    parser.add_argument("--budget", type=float, default=240.0, metavar="SECONDS", help="for everything (%(default)g)")
     parser.add_argument(
         "--fresh-caches", action="store_true",
         help="nothing that Triton and Inductor have compiled before, so that the first calls compile",
@@ -80,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 
         both_tables([op.name for op in ops], options.shape)
         return 0
+    began = time.monotonic()
     folder = options.out or Path("runs") / f"bench-{datetime.now():%Y%m%d-%H%M%S}"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "bench.json"
@@ -88,21 +92,13 @@ def main(argv: list[str] | None = None) -> int:
             os.environ |= {"TRITON_CACHE_DIR": f"{caches}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
         rates = {"copy": copy_bandwidth(device), "matrix": matrix_rate(device, torch.bfloat16)}
         where = environment(device) | {"rates": rates, "fresh_caches": options.fresh_caches}
+        left = options.budget - (time.monotonic() - began) - min(DRAWING, options.budget / 4)
         found = run(
             planned, device, dtypes=options.dtype, rounds=options.rounds or ROUNDS[device.type],
-            budget=options.budget, only=options.provider, environment=where, keep=lambda found: found.write(file),
+            budget=left, only=options.provider, environment=where, keep=lambda found: found.write(file),
         )  # fmt: skip
     found.write(file)
-    written = [file]
-    # The JSON is what a run is for: what cannot be drawn is said, and loses nothing.
-    try:
-        from .report import show
-
-        show(found)
-        written += _drawn(found, folder)
-    except ModuleNotFoundError as error:
-        print(f"no table or page: the package {error.name} is not installed")
-    print("written:", *written)
+    print("written:", file, *_shown(found, folder))
     return 0 if any(row.samples for row in found.rows) else 1
 
 
@@ -118,11 +114,23 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _drawn(found: Run, folder: Path) -> list[Path]:
+def _shown(found: Run, folder: Path) -> list[Path]:
+    """Prints the table, draws plots and page; what cannot be had without a package that is missing is said."""
     from .page import write_page
-    from .plots import plots
 
-    pictures = plots(found)
+    try:
+        from .report import show
+
+        show(found)
+    except ModuleNotFoundError as error:
+        print(f"no table: the package {error.name} is not installed")
+    pictures: dict[str, bytes] = {}
+    try:
+        from .plots import plots
+
+        pictures = plots(found)
+    except ModuleNotFoundError as error:
+        print(f"no plots: the package {error.name} is not installed")
     for name, picture in pictures.items():
         (folder / f"{name}.png").write_bytes(picture)
     return [*(folder / f"{name}.png" for name in pictures), write_page(found, pictures, folder / "bench.html")]
@@ -140,12 +148,9 @@ def _compare(files: list[str]) -> int:
 def _report(files: list[str], folder: Path | None) -> int:
     if len(files) != 1:
         raise ValueError("report: expected one file")
-    from .report import show
-
     file = Path(files[0])
     found = read_run(file)
-    show(found)
     folder = folder or file.parent
     folder.mkdir(parents=True, exist_ok=True)
-    print("written:", *_drawn(found, folder))
+    print("written:", *_shown(found, folder))
     return 0

@@ -3,7 +3,8 @@
 #
 # Builds the extension in place, runs the tests on the GPU (every dtype), compute-sanitizer on the extension and on
 # the kernels, the bench and the training step, within SECONDS (default 540). Installs nothing and needs no network;
-# works from the source tree. Leaves in OUT: log.txt, bench.json, train.json, and says what it skipped and why.
+# works from the source tree. Leaves in OUT: log.txt, bench.json, the plots, bench.html, train.json, and says what it
+# skipped and why. FASTLLM_GPU_DRY_RUN=1 takes every path of it that needs no GPU, on little.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:?usage: bench/gpu.sh OUT [SECONDS]}")
@@ -32,8 +33,6 @@ step() {
   return "$status"
 }
 
-has() { "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)"; }
-
 if [ -z "${FASTLLM_GPU_DRY_RUN:-}" ]; then
   nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,memory.total --format=csv \
     || { echo "no GPU here: nvidia-smi failed"; exit 2; }
@@ -59,11 +58,32 @@ step info 60 "$python" -m fastllm info
 # pyproject.toml's options, but for one process: what is not installed here cannot be asked for.
 pytest=("$python" -m pytest -o addopts="-q --strict-markers --import-mode=importlib" -p no:cacheprovider --tb=short)
 tests=(tests --maxfail=25)
-if has xdist; then tests+=(-n 6); fi
-if ! has expecttest; then
-  echo "== test_opinfo.py: skipped, PyTorch's own samples need the package expecttest"
-  tests+=(--ignore tests/test_opinfo.py)
-fi
+# One test file a line that imports a package which is not installed, with the package.
+lacking=$("$python" - << 'PYTHON'
+import ast, importlib.util, pathlib
+
+if importlib.util.find_spec("xdist"):
+    print("-n 6")
+for file in sorted(pathlib.Path("tests").glob("test_*.py")):
+    for node in ast.parse(file.read_text()).body:
+        names = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            package = name.partition(".")[0]
+            if importlib.util.find_spec(package) is None and not pathlib.Path("tests", f"{package}.py").exists():
+                print(file, package)
+PYTHON
+)
+while read -r file package; do
+  case $file in
+    "") ;;
+    -n) tests+=(-n "$package") ;;
+    *)
+      echo "== $file: skipped, it needs the package $package"
+      tests+=(--ignore "$file")
+      ;;
+  esac
+done <<< "$lacking"
 if [ "$device" = cpu ]; then tests=(tests/test_registry.py); fi
 step tests 210 "${pytest[@]}" "${tests[@]}"
 
@@ -76,8 +96,10 @@ else
   echo "== compute-sanitizer: skipped, $([ "$device" = cuda ] && echo 'it is not installed' || echo 'no GPU')"
 fi
 
-step bench $(($(left) * 3 / 5)) "$python" -m fastllm bench --device $device --out "$out" --budget $(($(left) * 3 / 5 - 20)) \
-  $([ "$device" = cpu ] && echo layer_norm --rounds 2)
+bench=(--sweep)
+if [ "$device" = cpu ]; then bench=(layer_norm swiglu --shape "one token" --rounds 2); fi
+limit=$(($(left) * 3 / 5))
+step bench "$limit" "$python" -m fastllm bench --device $device --out "$out" --budget $((limit > 40 ? limit - 15 : 25)) "${bench[@]}"
 train=(--preset gpt2 --batch-size 32 --steps 2 --rounds 5 --compile)
 if [ "$device" = cpu ]; then train=(--preset tiny --batch-size 1 --context-length 32 --steps 1 --rounds 1); fi
 step train $(($(left) - 10)) "$python" -m fastllm.bench.train --device $device --json "$out/train.json" "${train[@]}"

@@ -21,12 +21,16 @@ from ..registry import Cost, Op, Sample, backend, pick
 from . import cases
 from .parity import Judge, upstream
 from .results import COMPILED, EAGER, NOT_INSTALLED, OURS, Row, Run
-from .timing import Call, Quartiles, Timer, host_seconds, interleaved, synchronize
+from .timing import Call, OutOfTime, Quartiles, Timer, host_seconds, interleaved, synchronize, time_limit
 
 DIRECTIONS = ("forward", "backward", "both")
 # Largest call, in bytes of its tensors, that is run: a CPU takes seconds for more, and its gradients as much again.
 LARGEST = {"cpu": 1 << 29, "cuda": 1 << 35}
 ROUNDS = {"cpu": 15, "cuda": 100}
+# Seconds, and share of what is left of the budget, the larger of which one case may take.
+CASE, CASE_SHARE = 40.0, 0.25
+# Share of it that a rival may take before it is timed, compilation included.
+RIVAL_SHARE = 0.4
 # Least forward and backward passes of a case: parity's and the fewest samples of ours, eager and torch.compile.
 PASSES = 30
 # On a GPU, calls shorter than this are also timed on the host, whose work a longer one would hide.
@@ -53,7 +57,7 @@ def providers(op: Op) -> dict[str, Callable[[], Callable]]:
     return {OURS: lambda: op.function, EAGER: lambda: eager, COMPILED: compiled, **cases.rivals_of(op.name)}
 
 
-def _calls(functions: dict[str, Callable], sample: Sample, direction: str) -> dict[str, Call]:
+def calls_of(functions: dict[str, Callable], sample: Sample, direction: str) -> dict[str, Call]:
     """Each provider's work in one direction. A backward has its own forward's graph, made before the clock starts."""
     grads = upstream(cases.forward(next(iter(functions.values())), sample))
 
@@ -102,10 +106,6 @@ def _first_calls(function: Callable, sample: Sample, device: torch.device) -> di
     return found
 
 
-class OutOfTime(TimeoutError):
-    """A call that the budget has no room for."""
-
-
 class Entrants:
     """The providers of one call that are right, how long their first calls took, and what is wrong with the others."""
 
@@ -119,14 +119,17 @@ class Entrants:
             if only and name not in (OURS, EAGER, *only):
                 continue
             try:
-                function = setup()
-                self.first[name] = _first_calls(function, sample, device)
-                if name == EAGER and PASSES * sum(self.first[name].values()) / 2 > left:
-                    raise OutOfTime(f"a call takes {sum(self.first[name].values()):.1f} s, {left:.0f} s are left")
-                judge = judge or Judge(op, function if name == EAGER else op.reference, sample, dtype)
-                problem = judge.problem(function)
-            except OutOfTime:
-                raise
+                with time_limit(math.inf if name in (OURS, EAGER) else RIVAL_SHARE * left):
+                    function = setup()
+                    self.first[name] = _first_calls(function, sample, device)
+                    if name == EAGER and PASSES * sum(self.first[name].values()) / 2 > left:
+                        raise OutOfTime(f"a call takes {sum(self.first[name].values()):.1f} s, {left:.0f} s are left")
+                    judge = judge or Judge(op, function if name == EAGER else op.reference, sample, dtype)
+                    problem = judge.problem(function)
+            except OutOfTime as error:
+                if name in (OURS, EAGER):
+                    raise
+                problem = str(error)
             except ModuleNotFoundError as error:
                 problem = f"{NOT_INSTALLED} ({error.name})"
             except Exception as error:
@@ -180,7 +183,7 @@ def measure(
             yield Row(**common, provider=name, problem=problem)
         if not entrants.functions:
             continue
-        calls = _calls(entrants.functions, sample, direction)
+        calls = calls_of(entrants.functions, sample, direction)
         timer = Timer(device, cache == "cold")
         timer.calibrate(next(iter(calls.values())), device)
         share = (within - (time.monotonic() - began)) / (len(turns) - at)
@@ -237,7 +240,8 @@ def run(
 ) -> Run:
     """All rows, and what was left out and why.
 
-    Each case has an equal share of what is left of ``budget`` seconds; it takes fewer samples rather than more time.
+    Each case has an equal share of what is left of ``budget`` seconds, takes fewer samples rather than more time, and
+    is stopped where it takes the time of many others.
     ``keep`` is given what there is after every case. ``environment`` may have the device's ``rates``.
     """
     found = Run(environment or {})
@@ -262,9 +266,13 @@ def run(
         try:
             call = replace(case.make(device, getattr(torch, dtype)), name=case.name)
             tell(f"{what} (fastllm serves it by {_serving(case.op, call)})")
-            share = left / (len(todo) - i)
-            sweep = dict(axis=case.axis, size=case.size)
-            found.rows.extend(measure(case.op, call, dtype, device, rounds, only, share, left, balance, **sweep))
+            limit = min(left, max(CASE, CASE_SHARE * left))
+            settings = dict(within=left / (len(todo) - i), left=limit, balance=balance)
+            with time_limit(limit):
+                for row in measure(
+                    case.op, call, dtype, device, rounds, only, **settings, axis=case.axis, size=case.size
+                ):
+                    found.rows.append(row)
         except OutOfTime as error:
             found.left_out.append(f"{what}: {error}")
         except Exception as error:  # what it was is in the results; the other cases go on

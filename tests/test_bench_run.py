@@ -1,14 +1,15 @@
 """``fastllm bench``: parity before times, one failure stops nothing, the budget holds, runs compare."""
 
 import json
+import time
 
 import pytest
 import torch
 import torch.nn.functional as F
 from fastllm.bench import cases, command, parity, report, run
 from fastllm.bench._norm import _call
-from fastllm.bench.results import Case, Row, in_cases, read_run
-from fastllm.bench.timing import Call, Quartiles, Timer, host_seconds
+from fastllm.bench.results import Case, Row, Run, in_cases, read_run
+from fastllm.bench.timing import Call, OutOfTime, Quartiles, Timer, host_seconds, time_limit
 
 from fastllm import OPS
 from fastllm.cli import main
@@ -169,7 +170,69 @@ def test_a_call_that_the_budget_has_no_room_for_is_left_out(small, monkeypatch):
     monkeypatch.setattr(run, "_first_calls", lambda *args: {"forward": 5.0})
     rows, left_out = _run(small, shape=["first"], environment={"rates": rates})
     assert not rows
-    assert left_out == ["layer_norm, first, bfloat16: a call takes 5.0 s, 60 s are left"]
+    assert left_out == ["layer_norm, first, bfloat16: a call takes 5.0 s, 40 s are left"]
+
+
+def test_a_case_that_takes_too_long_is_stopped_and_the_next_goes_on(small, monkeypatch):
+    real = run.measure
+
+    def measure(op, sample, *rest, **more):
+        rows = real(op, sample, *rest, **more)
+        yield next(rows)
+        while sample.name == "first":
+            time.sleep(0.01)
+        yield from rows
+
+    monkeypatch.setattr(run, "measure", measure)
+    monkeypatch.setattr(run, "CASE", 1.5)
+    monkeypatch.setattr(run, "CASE_SHARE", 0.0)
+    monkeypatch.setattr(run, "PASSES", 0)
+    rows, left_out = _run(small, only=["none"])
+    assert left_out == ["layer_norm, first, bfloat16: stopped after 2 s"]
+    assert len([row for row in rows if row.shape == "first"]) == 1
+    assert {row.direction for row in rows if row.shape == "second"} == set(run.DIRECTIONS)
+
+
+def test_a_rival_that_hangs_is_stopped_and_the_others_are_timed(small, monkeypatch):
+    def hangs():
+        while True:
+            time.sleep(0.01)
+
+    rivals = {"hangs": hangs, "right": lambda: F.layer_norm}
+    monkeypatch.setattr(cases.importlib.import_module("fastllm.bench.layer_norm"), "rivals", rivals)
+    monkeypatch.setattr(run, "RIVAL_SHARE", 0.02)
+    rows, left_out = _run(small, shape=["first"], only=list(rivals))
+    assert not left_out
+    assert {row.problem for row in rows if row.provider == "hangs"} == {"stopped after 1 s"}
+    assert {row.provider for row in rows if row.samples} == {run.OURS, run.EAGER, "right"}
+
+
+def test_time_limits_nest():
+    def both():
+        with time_limit(0.3):
+            with pytest.raises(OutOfTime), time_limit(0.01):
+                time.sleep(5)
+            reached.append("inner")
+            with time_limit(60):
+                pass
+            time.sleep(5)
+
+    reached = []
+    with pytest.raises(OutOfTime, match="after 0 s"):
+        both()
+    assert reached == ["inner"]
+    with time_limit(0.01):
+        pass
+    time.sleep(0.05)
+
+
+def test_the_budget_covers_the_whole_command(small, tmp_path, monkeypatch):
+    budgets = []
+    monkeypatch.setattr(command, "copy_bandwidth", lambda device: time.sleep(1.5) or 1e9)
+    monkeypatch.setattr(command, "run", lambda planned, device, budget, **more: budgets.append(budget) or Run({}))
+    monkeypatch.setattr(command, "_shown", lambda found, folder: [])
+    assert command.main(["layer_norm", "--budget", "40", "--out", str(tmp_path)]) == 1
+    assert 20 < budgets[0] < 40 - 10 - 1.5
 
 
 def test_first_calls_are_timed_each_way(small):
