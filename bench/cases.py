@@ -88,6 +88,14 @@ def forward(function: Callable, sample: Sample) -> list[torch.Tensor]:
     return [t for t in tree_leaves(function(*sample.args, **sample.kwargs)) if isinstance(t, torch.Tensor)]
 
 
+def upstream(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Gradients of the outputs as training gives them: 1 for a loss (a scalar); for others random multiples of 1/16."""
+    return [
+        torch.ones_like(y) if y.dim() == 0 else (torch.randint(-15, 16, y.shape, device=y.device) / 16).to(y.dtype)
+        for y in outputs
+    ]
+
+
 def backward(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], outputs_grad: Sequence[torch.Tensor]):
     """Gradients of ``inputs``; outputs that are not differentiable are passed over with their gradient."""
     pairs = [(y, dy) for y, dy in zip(outputs, outputs_grad, strict=True) if y.requires_grad]

@@ -19,7 +19,7 @@ import torch
 
 from ..registry import Cost, Op, Sample, backend, pick
 from . import cases
-from .parity import Judge, upstream
+from .parity import Judge
 from .results import COMPILED, EAGER, NOT_INSTALLED, OURS, Row, Run
 from .timing import Call, OutOfTime, Quartiles, Timer, host_seconds, interleaved, synchronize, time_limit
 
@@ -59,7 +59,7 @@ def providers(op: Op) -> dict[str, Callable[[], Callable]]:
 
 def calls_of(functions: dict[str, Callable], sample: Sample, direction: str) -> dict[str, Call]:
     """Each provider's work in one direction. A backward has its own forward's graph, made before the clock starts."""
-    grads = upstream(cases.forward(next(iter(functions.values())), sample))
+    grads = cases.upstream(cases.forward(next(iter(functions.values())), sample))
 
     def call(name: str) -> Call:
         function = functions[name]
@@ -96,7 +96,7 @@ def _first_calls(function: Callable, sample: Sample, device: torch.device) -> di
     found = {"forward": time.perf_counter() - start}
     leaves = cases.differentiable(sample)
     if leaves:
-        grads = upstream(outputs)
+        grads = cases.upstream(outputs)
         synchronize(device)
         start = time.perf_counter()
         cases.backward(outputs, leaves, grads)

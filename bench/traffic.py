@@ -327,7 +327,7 @@ def measure(
         with count_traffic(programs) as forward_traffic, _TorchTraffic(forward_traffic):
             outputs = cases.forward(function, sample)
         leaves = cases.differentiable(sample) if backward else []
-        grads = [torch.randn_like(y) if y.is_floating_point() else torch.empty_like(y) for y in outputs]
+        grads = cases.upstream(outputs)
         with count_traffic(programs) as backward_traffic, _TorchTraffic(backward_traffic):
             if leaves:
                 cases.backward(outputs, leaves, grads)

@@ -5,20 +5,23 @@ import triton
 import triton.language as tl
 
 from ._cross_entropy import along, dlogits, merged, scaled, through_transform, tile, warps
+from ._launch import OPTIONS, next_power_of_2, processor_count
 
-SCALE_TILE = 8192
+# Elements to a turn of the rescaling, 16 to a thread; eight such programs fill a multiprocessor.
+SCALE_TILE = 4096
 
 
 @triton.jit
 def _backward_kernel(
-    dloss_ptr, dlse_ptr, x_ptr, target_ptr, weight_ptr, stats_ptr, total_ptr, dx_ptr, dtarget_ptr,
+    dloss_ptr, dlse_ptr, dentropy_ptr, entropy_ptr,
+    x_ptr, target_ptr, weight_ptr, stats_ptr, total_ptr, dx_ptr, dtarget_ptr,
     stride_dloss, stride_xb, stride_xc, stride_xs, stride_tb, stride_tc, stride_ts,
     stride_dxb, stride_dxc, stride_dxs, stride_dtb, stride_dtc, stride_dts,
     n_inner, n_rows, n_classes, ignore_index, smoothing, scale, cap, z_loss,
-    HAS_DLOSS: tl.constexpr, HAS_DLSE: tl.constexpr, MEAN: tl.constexpr, PROBABILITIES: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr,
-    ROUND_FIRST: tl.constexpr, NEED_DX: tl.constexpr, NEED_DTARGET: tl.constexpr, ADJACENT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_DLOSS: tl.constexpr, HAS_DLSE: tl.constexpr, HAS_DENTROPY: tl.constexpr, MEAN: tl.constexpr,
+    PROBABILITIES: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_CAP: tl.constexpr, ROUND_FIRST: tl.constexpr, NEED_DX: tl.constexpr, NEED_DTARGET: tl.constexpr,
+    ADJACENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(n_inner, BLOCK_M)
     outer = (tl.program_id(0) // blocks).to(tl.int64)
@@ -62,6 +65,11 @@ def _backward_kernel(
         if HAS_DLSE:
             dlse = tl.load(dlse_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
             dx += through_transform(p * dlse[:, None], z, scale, cap, HAS_SCALE, HAS_CAP)
+        if HAS_DENTROPY:
+            dentropy = tl.load(dentropy_ptr + rows, mask=in_rows, other=0.0)
+            entropy = tl.load(entropy_ptr + rows, mask=in_rows, other=0.0)
+            dz = tl.where(p == 0.0, 0.0, p * (nll - entropy[:, None]) * dentropy[:, None])
+            dx += through_transform(dz, z, scale, cap, HAS_SCALE, HAS_CAP)
         at = outer * stride_dxb + (inner * stride_dxs)[:, None] + along(cols, stride_dxc, ADJACENT)[None, :]
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if NEED_DTARGET:
@@ -75,28 +83,27 @@ def _backward_kernel(
 
 
 @triton.jit
-def _scale_kernel(dx_ptr, dloss_ptr, stride_dloss, n_classes, BLOCK_N: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    factor = tl.load(dloss_ptr + row * stride_dloss).to(tl.float32)
+def _scale_kernel(dx_ptr, dloss_ptr, n, BLOCK: tl.constexpr):
+    factor = tl.load(dloss_ptr).to(tl.float32)
     # Mostly 1, and then nothing is moved. Read on the device: the host does not wait for it.
     if factor != 1.0:
-        cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        at = dx_ptr + row * n_classes + cols
-        dx = tl.load(at, mask=cols < n_classes, other=0.0).to(tl.float32)
-        # An ignored row stays exactly 0 even where the upstream gradient is NaN.
-        dx = tl.where(dx == 0.0, 0.0, dx * factor)
-        tl.store(at, dx.to(dx_ptr.dtype.element_ty), mask=cols < n_classes)
+        for block in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
+            at = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            dx = tl.load(dx_ptr + at, mask=at < n, other=0.0).to(tl.float32)
+            # An ignored row stays exactly 0 even where the upstream gradient is NaN.
+            dx = tl.where(dx == 0.0, 0.0, dx * factor)
+            tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=at < n)
 
 
 def cross_entropy_bwd(
     dloss, dlse, x, target, weight, stats, total,
-    ignore_index, smoothing, softcap, scale, z_loss, reduction, needs, out=None,
+    ignore_index, smoothing, softcap, scale, z_loss, reduction, needs, out=None, dentropy=None, entropy=None,
 ):  # fmt: skip
     """(dlogits, dtarget) as ``x`` and ``target``; one that ``needs`` does not ask for is an empty tensor.
 
     ``dloss`` is a scalar or (B * S,), ``dlse`` (B * S,), either may be None; the rest as in
     :func:`.cross_entropy.cross_entropy_fwd`. ``out`` receives dlogits, and may be ``x`` itself: a tile is read before
-    it is written.
+    it is written. ``dentropy`` and ``entropy`` (B * S,) fp32, or None: that output, and its gradient.
     """
     need_dx, need_dtarget = needs
     probabilities = target.is_floating_point()
@@ -115,26 +122,24 @@ def cross_entropy_bwd(
     if dloss is not None and dloss.dim():
         dloss = dloss.contiguous()
     _backward_kernel[(x3.shape[0] * triton.cdiv(x3.shape[2], block_m), triton.cdiv(x3.shape[1], block_n))](
-        dloss, None if dlse is None else dlse.contiguous(), x3, t3 if probabilities else target.contiguous(), weight,
-        stats, total, dx3, dt3,
+        dloss, None if dlse is None else dlse.contiguous(), dentropy, entropy,
+        x3, t3 if probabilities else target.contiguous(), weight, stats, total, dx3, dt3,
         0 if dloss is None or not dloss.dim() else 1, *x3.stride(), *t3.stride(), *dx3.stride(), *dt3.stride(),
         x3.shape[2], n_rows, x3.shape[1], ignore_index, smoothing, scale, softcap or 0.0, z_loss,
-        HAS_DLOSS=dloss is not None, HAS_DLSE=dlse is not None, MEAN=reduction == "mean",
+        HAS_DLOSS=dloss is not None, HAS_DLSE=dlse is not None, HAS_DENTROPY=dentropy is not None,
+        MEAN=reduction == "mean",
         PROBABILITIES=probabilities, HAS_WEIGHT=weight is not None, SMOOTHING=smoothing != 0.0,
         HAS_SCALE=scale != 1.0, HAS_CAP=softcap is not None,
         ROUND_FIRST=x.dtype == torch.bfloat16 or x.dtype == torch.float32,
         NEED_DX=need_dx, NEED_DTARGET=need_dtarget, ADJACENT=adjacent,
-        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps(block_m * block_n),
+        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps(block_m * block_n), **OPTIONS,
     )  # fmt: skip
     return dx, dtarget
 
 
-def scale_rows(dx, dloss):
-    """``dx`` (rows, classes, 1), contiguous, times ``dloss``, a scalar or (rows,), in place."""
-    n_rows, n_classes, _ = dx.shape
-    if n_rows:
-        dloss = dloss.contiguous()
-        block = min(SCALE_TILE, triton.next_power_of_2(n_classes))
-        _scale_kernel[(n_rows, triton.cdiv(n_classes, block))](
-            dx, dloss, 1 if dloss.dim() else 0, n_classes, BLOCK_N=block, num_warps=warps(block)
-        )
+def scale(dx, dloss):
+    """``dx``, contiguous, times the scalar ``dloss``, in place."""
+    block = min(SCALE_TILE, next_power_of_2(dx.numel()))
+    if dx.numel():
+        programs = min(triton.cdiv(dx.numel(), block), 8 * processor_count(dx.device))
+        _scale_kernel[(programs,)](dx, dloss, dx.numel(), BLOCK=block, num_warps=warps(block), **OPTIONS)

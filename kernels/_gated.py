@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import Rows, next_power_of_2
+from ._launch import OPTIONS, Rows, next_power_of_2
 from ._math import starts
 
 # 16 elements of each tensor to a thread of 4 warps: from compiled register counts, not yet from timings.
@@ -96,7 +96,7 @@ def _plan(tensors, packed: bool):
         tensors = [t.view(1, n_cols) for t in tensors]
     block_n = min(next_power_of_2(n_cols), TILE if n_rows == 1 else BLOCK_COLS)
     block_m = max(1, min(TILE // block_n, next_power_of_2(n_rows)))
-    settings = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=max(1, block_m * block_n // 512))
+    settings = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=max(1, block_m * block_n // 512), **OPTIONS)
     grid = (triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, block_n),)
     return [Rows(t, n_cols) for t in tensors], n_rows, n_cols, grid, settings
 

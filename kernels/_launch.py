@@ -3,6 +3,9 @@
 import torch
 import triton
 
+# Options of every launch. a * b + c is rounded once, whatever Triton's version or the environment has as its default.
+OPTIONS = {"enable_fp_fusion": True}
+
 
 def as_rows(x: torch.Tensor, n_cols: int) -> torch.Tensor:
     """``x`` as (rows, n_cols) whose columns are adjacent in memory; copies only where no such view exists."""

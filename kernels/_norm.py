@@ -4,15 +4,17 @@
     xhat = (h - mean) * rstd,  rstd = 1 / sqrt(mean((h - mean)^2) + eps),  y = xhat * (weight + offset) + bias
 
 RMS norm is mean = 0 throughout. Rows of up to FWD_ROW columns stay in registers, so that every tensor is read or
-written once. Wider ones are walked in blocks, twice; the second walk finds in the cache what the first has left there.
+written once; 16-bit ones stay there as 16 bits up to twice that (_norm_packed.py). Wider ones are walked in blocks,
+twice; the second walk finds in the cache what the first has left there.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import Rows, next_power_of_2
+from ._launch import OPTIONS, Rows, next_power_of_2
 from ._math import is_kept, starts
+from ._norm_packed import norm_fwd_packed, packable
 
 # Widest row that no program spills on sm_80, sm_90 and sm_100, and tiles that keep 8 warps busy with 16 elements a
 # thread, 32 for wider rows: from compiled register counts, not yet from timings.
@@ -155,20 +157,23 @@ def norm_fwd(x, residual, weight, bias, seed, eps: float, offset: float, p: floa
     if rows.count == 0:
         return y, h, mean, rstd
     more = rows if residual is None else Rows(residual, n_cols)
-    args = (rows.data, None if residual is None else more.data, weight, bias, seed, y, h, mean, rstd)
+    inputs, outputs = (rows.data, None if residual is None else more.data, weight, bias), (y, h, mean, rstd)
+    args = (*inputs, seed, *outputs)
     layouts = (*rows.layout, *more.layout)
     flags = dict(
-        CENTER=center, HAS_RESIDUAL=residual is not None, DROPOUT=p > 0.0,
-        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-    )  # fmt: skip
+        CENTER=center, HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None
+    )
     if n_cols <= FWD_ROW:
         block_m, block_n = row_tile(rows.count, n_cols, FWD_TILE)
         _norm_fwd_kernel[(triton.cdiv(rows.count, block_m),)](
-            *args, *layouts, rows.count, n_cols, eps, offset, p, **flags,
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=max(warps(block_m * block_n, 8), block_n // 1024),
+            *args, *layouts, rows.count, n_cols, eps, offset, p, **flags, DROPOUT=p > 0.0,
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=max(warps(block_m * block_n, 8), block_n // 1024), **OPTIONS,
         )  # fmt: skip
+    elif n_cols <= 2 * FWD_ROW and p == 0.0 and packable(inputs, layouts, n_cols):
+        norm_fwd_packed(rows.count, (*inputs, *outputs), layouts, n_cols, eps, offset, flags)
     else:
         _norm_fwd_blocked_kernel[(rows.count,)](
-            *args, *layouts, n_cols, eps, offset, p, **flags, BLOCK_N=BLOCKED_COLS, num_warps=warps(BLOCKED_COLS)
-        )
+            *args, *layouts, n_cols, eps, offset, p, **flags, DROPOUT=p > 0.0,
+            BLOCK_N=BLOCKED_COLS, num_warps=warps(BLOCKED_COLS), **OPTIONS,
+        )  # fmt: skip
     return y, h, mean, rstd

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import Rows, processor_count
+from ._launch import OPTIONS, Rows, processor_count
 from ._math import is_kept, starts
 from ._norm import BLOCKED_COLS, row_tile, warps
 
@@ -187,7 +187,7 @@ def norm_bwd(
             _row_means_kernel[(n_rows,)](
                 dy_rows.data, x_rows.data, weight, mean, rstd, mean_g, mean_gx,
                 *dy_rows.layout, *x_rows.layout, n_cols, offset,
-                **flags, BLOCK_N=BLOCKED_COLS, num_warps=warps(BLOCKED_COLS),
+                **flags, BLOCK_N=BLOCKED_COLS, num_warps=warps(BLOCKED_COLS), **OPTIONS,
             )  # fmt: skip
     parts = x.new_empty(need_dweight + need_dbias, programs, n_cols, dtype=torch.float32)
     partial = (parts[0], parts[-1]) if len(parts) else (None, None)
@@ -196,11 +196,20 @@ def norm_bwd(
         dinput, dresidual, *partial, *dy_rows.layout, *dh_rows.layout, *x_rows.layout, n_rows, n_cols, offset, p,
         WHOLE=whole, **flags, HAS_DH=dh is not None, DROPOUT=p > 0.0,
         NEED_DINPUT=need_dinput, NEED_DRESIDUAL=need_dresidual, **wanted,
-        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps(block_m * block_n),
+        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps(block_m * block_n), **OPTIONS,
     )  # fmt: skip
     if need_dweight or need_dbias:
         block_m, block_n = (32, 64) if whole else (8, 256)
         _column_sum_kernel[(triton.cdiv(n_cols, block_n),)](
-            *partial, dweight, dbias, programs, n_cols, **wanted, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4
+            *partial,
+            dweight,
+            dbias,
+            programs,
+            n_cols,
+            **wanted,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            num_warps=4,
+            **OPTIONS,
         )
     return dinput, dresidual, dweight, dbias

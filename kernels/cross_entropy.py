@@ -18,18 +18,20 @@ import triton
 import triton.language as tl
 
 from ._cross_entropy import along, dlogits, merged, scaled, tile, warps
-from ._launch import next_power_of_2
+from ._launch import OPTIONS, next_power_of_2
 
-# Widest row that is held in registers, and elements a sum's program takes at a time. No spills on sm_80, sm_90, sm_100.
+# Widest row that is held in registers, and the widest where something is held beside it (class weights, the soft cap's
+# slope, the entropy's terms). Elements a sum's program takes at a time. No spills on sm_80, sm_90, sm_100.
 ROW = 32768
+ROW_BESIDE = 8192
 SUM_BLOCK = 4096
 
 
 @triton.jit
 def _accumulate(
-    x, q, weight, mask, in_cols, top, base, total, mass, dot, weights, spread, scale, cap,
+    x, q, weight, mask, in_cols, top, base, total, mass, dot, weights, spread, tilt, scale, cap,
     PROBABILITIES: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_CAP: tl.constexpr,
+    HAS_CAP: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """A block of classes into a row's sums, relative to the maximum so far; first z, and z less that maximum."""
     z = tl.where(in_cols[None, :], scaled(x, scale, cap, HAS_SCALE, HAS_CAP), float("-inf"))
@@ -38,6 +40,9 @@ def _accumulate(
     base = tl.where(top == float("-inf"), 0.0, top)
     shift -= base
     below = z - base[:, None]
+    if ENTROPY:
+        tilt = tl.exp(before - base) * (tilt + shift * total)
+        tilt += tl.sum(tl.where(below == float("-inf"), 0.0, tl.exp(below) * below), axis=1)
     total = total * tl.exp(before - base) + tl.sum(tl.exp(below), axis=1)
     if PROBABILITIES:
         wq = q * weight if HAS_WEIGHT else q
@@ -47,17 +52,18 @@ def _accumulate(
         wz = weight * below if HAS_WEIGHT else below
         spread += shift * weights + tl.sum(tl.where(in_cols[None, :], wz, 0.0), axis=1)
         weights += tl.sum(weight) if HAS_WEIGHT else tl.sum(in_cols.to(tl.float32))
-    return z, below, top, base, total, mass, dot, weights, spread
+    return z, below, top, base, total, mass, dot, weights, spread, tilt
 
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, target_ptr, weight_ptr, total_ptr, factor_ptr, loss_ptr, lse_ptr, stats_ptr, dx_ptr,
+    x_ptr, target_ptr, weight_ptr, total_ptr, factor_ptr, loss_ptr, lse_ptr, stats_ptr, hit_ptr, entropy_ptr, dx_ptr,
     stride_xb, stride_xc, stride_xs, stride_tb, stride_tc, stride_ts, stride_dxs,
     n_inner, n_rows, n_classes, ignore_index, smoothing, scale, cap, z_loss,
     PROBABILITIES: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, HAS_SCALE: tl.constexpr,
     HAS_CAP: tl.constexpr, GRADIENT: tl.constexpr, MEAN: tl.constexpr, HAS_FACTOR: tl.constexpr,
-    ADJACENT: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACCURACY: tl.constexpr, ENTROPY: tl.constexpr, ADJACENT: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(n_inner, BLOCK_M)
     outer = (tl.program_id(0) // blocks).to(tl.int64)
@@ -85,6 +91,7 @@ def _forward_kernel(
     dot = tl.zeros((BLOCK_M,), tl.float32)  # sum w q (z - base)
     weights = 0.0  # sum w
     spread = tl.zeros((BLOCK_M,), tl.float32)  # sum w (z - base)
+    tilt = tl.zeros((BLOCK_M,), tl.float32)  # sum exp(z - base) (z - base)
     if WHOLE:
         cols = tl.arange(0, BLOCK_N)
         in_cols = cols < n_classes
@@ -95,9 +102,9 @@ def _forward_kernel(
         if PROBABILITIES:
             at = t_rows[:, None] + along(cols, stride_tc, ADJACENT)[None, :]
             q = tl.load(target_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        z, below, top, base, total, mass, dot, weights, spread = _accumulate(
-            x, q, weight, mask, in_cols, top, base, total, mass, dot, weights, spread, scale, cap,
-            PROBABILITIES, HAS_WEIGHT, SMOOTHING, HAS_SCALE, HAS_CAP,
+        z, below, top, base, total, mass, dot, weights, spread, tilt = _accumulate(
+            x, q, weight, mask, in_cols, top, base, total, mass, dot, weights, spread, tilt, scale, cap,
+            PROBABILITIES, HAS_WEIGHT, SMOOTHING, HAS_SCALE, HAS_CAP, ENTROPY,
         )  # fmt: skip
     else:
         for start in range(0, n_classes, BLOCK_N):
@@ -113,9 +120,9 @@ def _forward_kernel(
             if PROBABILITIES:
                 at = t_rows[:, None] + along(cols, stride_tc, ADJACENT)[None, :]
                 q = tl.load(target_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            _, _, top, base, total, mass, dot, weights, spread = _accumulate(
-                x, q, weight, mask, in_cols, top, base, total, mass, dot, weights, spread, scale, cap,
-                PROBABILITIES, HAS_WEIGHT, SMOOTHING, HAS_SCALE, HAS_CAP,
+            _, _, top, base, total, mass, dot, weights, spread, tilt = _accumulate(
+                x, q, weight, mask, in_cols, top, base, total, mass, dot, weights, spread, tilt, scale, cap,
+                PROBABILITIES, HAS_WEIGHT, SMOOTHING, HAS_SCALE, HAS_CAP, ENTROPY,
             )  # fmt: skip
     rel = tl.log(total)
     lse = base + rel
@@ -143,6 +150,10 @@ def _forward_kernel(
     tl.store(stats_ptr + rows, base, mask=in_rows)
     tl.store(stats_ptr + n_rows + rows, rel, mask=in_rows)
     tl.store(stats_ptr + 2 * n_rows + rows, slope, mask=in_rows)
+    if ACCURACY:
+        tl.store(hit_ptr + rows, (hit & (own >= top)).to(tl.float32), mask=in_rows)
+    if ENTROPY:
+        tl.store(entropy_ptr + rows, rel - tilt / total, mask=in_rows)
     if GRADIENT:
         dx_rows = inner * stride_dxs
         factor = 1.0 / tl.load(total_ptr) if MEAN else 1.0
@@ -216,9 +227,9 @@ def _sum_into(out, x, total=None):
     programs, block = _programs(x.numel())
     if programs > 1:
         parts = x.new_empty(programs)
-        _sum_kernel[(programs,)](x, None, parts, x.numel(), MEAN=False, BLOCK=block, num_warps=warps(block))
+        _sum_kernel[(programs,)](x, None, parts, x.numel(), MEAN=False, BLOCK=block, num_warps=warps(block), **OPTIONS)
         return _sum_into(out, parts, total)
-    _sum_kernel[(1,)](x, total, out, x.numel(), MEAN=total is not None, BLOCK=block, num_warps=warps(block))
+    _sum_kernel[(1,)](x, total, out, x.numel(), MEAN=total is not None, BLOCK=block, num_warps=warps(block), **OPTIONS)
 
 
 def target_mass(target, weight, n_classes: int, ignore_index: int):
@@ -228,7 +239,7 @@ def target_mass(target, weight, n_classes: int, ignore_index: int):
     parts = total if programs == 1 else total.new_empty(programs)
     _mass_kernel[(programs,)](
         target, weight, parts, target.numel(), n_classes, ignore_index,
-        HAS_WEIGHT=weight is not None, BLOCK=block, num_warps=warps(block),
+        HAS_WEIGHT=weight is not None, BLOCK=block, num_warps=warps(block), **OPTIONS,
     )  # fmt: skip
     if programs > 1:
         _sum_into(total, parts)
@@ -273,7 +284,7 @@ def cross_entropy_fwd(
         total = target_mass(target, weight, n_classes, ignore_index)
     if n_rows:
         forward_rows(
-            x, target, weight, total, None, rows, lse, stats, dx if with_gradient else None,
+            x, target, weight, total, None, rows, lse, stats, None, None, dx if with_gradient else None,
             ignore_index, smoothing, softcap, scale, z_loss, mean,
         )  # fmt: skip
     if not none:
@@ -282,9 +293,13 @@ def cross_entropy_fwd(
 
 
 def forward_rows(
-    x, target, weight, total, factor, rows, lse, stats, dx, ignore_index, smoothing, softcap, scale, z_loss, mean: bool
-):
+    x, target, weight, total, factor, rows, lse, stats, hits, entropy, dx,
+    ignore_index, smoothing, softcap, scale, z_loss, mean: bool,
+):  # fmt: skip
     """Row losses, lse and statistics of :func:`cross_entropy_fwd` into ``rows``, ``lse``, ``stats``.
+
+    ``hits`` and ``entropy``, (rows,) fp32 or None: 1 where no class has a larger logit than the target, for class
+    indices; and softmax(z)'s entropy in nats.
 
     With ``dx`` (may be ``x``) also the gradient, over ``total`` for a mean and times ``factor`` (rows,) fp32 if given.
     """
@@ -294,17 +309,21 @@ def forward_rows(
     adjacent, block_m, block_n = tile(x3)
     if probabilities:
         adjacent = adjacent and t3.stride(1) == 1
-    if dx is not None and n_classes <= ROW:
+    beside = weight is not None or softcap is not None or entropy is not None or (smoothing and x.dtype.itemsize > 2)
+    if dx is not None and n_classes <= (min(ROW, ROW_BESIDE) if beside else ROW):
         block_n = next_power_of_2(n_classes)
     elements = block_m * block_n
+    # 32 elements to a thread, in fp32 16 while there are threads.
+    most = min(32, elements // (512 if x.dtype.itemsize > 2 else 1024))
     # Asserts are compiled in for this kernel alone; its integer arithmetic needs none of the overflow checks.
     asserts = dict(debug=True, sanitize_overflow=False) if x.is_cuda else {}
     _forward_kernel[(x3.shape[0] * triton.cdiv(x3.shape[2], block_m),)](
-        x3, t3, weight, total, factor, rows, lse, stats, dx,
+        x3, t3, weight, total, factor, rows, lse, stats, hits, entropy, dx,
         *x3.stride(), *(t3.stride() if probabilities else (0, 0, 0)), 0 if dx is None else dx.stride(0),
         x3.shape[2], lse.numel(), n_classes, ignore_index, smoothing, scale, softcap or 0.0, z_loss,
         PROBABILITIES=probabilities, HAS_WEIGHT=weight is not None, SMOOTHING=smoothing != 0.0,
         HAS_SCALE=scale != 1.0, HAS_CAP=softcap is not None, GRADIENT=dx is not None, MEAN=mean,
-        HAS_FACTOR=factor is not None, ADJACENT=adjacent, WHOLE=n_classes <= block_n,
-        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=max(warps(elements), elements // 1024), **asserts,
+        HAS_FACTOR=factor is not None, ACCURACY=hits is not None, ENTROPY=entropy is not None,
+        ADJACENT=adjacent, WHOLE=n_classes <= block_n,
+        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=max(warps(elements), most), **OPTIONS, **asserts,
     )  # fmt: skip

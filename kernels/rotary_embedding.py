@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import next_power_of_2
+from ._launch import OPTIONS, next_power_of_2
 
 # Features to a program: 16 to a thread of 4 warps, as two times 16 bytes. From compiled register counts, not timings.
 TILE = 2048
@@ -138,6 +138,6 @@ def rotary(query, key, cos, sin, position_ids, offset: int, interleaved: bool, i
             half=half, rest=rest, HAS_IDS=ids is not None, HAS_KEY=key is not None,
             INVERSE=inverse, INTERLEAVED=interleaved,
             BLOCK_M=block_m, HALF=block_half, REST=next_power_of_2(rest) if rest else 0,
-            num_warps=max(1, min(8, block_m * next_power_of_2(width) // 512)), **asserts,
+            num_warps=max(1, min(8, block_m * next_power_of_2(width) // 512)), **OPTIONS, **asserts,
         )  # fmt: skip
     return outs[0], query.new_empty(0) if key is None else outs[1]

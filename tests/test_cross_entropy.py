@@ -1,6 +1,5 @@
 """What is peculiar to cross-entropy: torch's own samples, its errors, its odd corners."""
 
-import itertools
 import math
 
 import pytest
@@ -31,33 +30,6 @@ def _gradient(function, x, *args, **kwargs):
     return loss.detach(), x.grad
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@pytest.mark.parametrize("probabilities", [False, True])
-def test_options_together(backend, reduction, probabilities):
-    x = torch.randn(3, 11, 4, device=DEVICE) * 3
-    target = torch.softmax(torch.randn(3, 11, 4, device=DEVICE), 1)
-    if not probabilities:
-        target = torch.where(torch.rand(3, 4, device=DEVICE) < 0.2, 7, target.argmax(1))
-    weight = torch.rand(11, device=DEVICE)
-    ignored = {} if probabilities else {"ignore_index": 7}
-    for w, smoothing, cap, scale, z in itertools.product(
-        (None, weight), (0.0, 0.3), (None, 4.0), (1.0, 0.5), (0.0, 0.1)
-    ):
-        options = dict(
-            weight=w,
-            label_smoothing=smoothing,
-            softcap=cap,
-            logit_scale=scale,
-            z_loss=z,
-            reduction=reduction,
-            **ignored,
-        )
-        loss, grad = _gradient(cross_entropy, x, target, **options)
-        expected, expected_grad = _gradient(cross_entropy_reference, x, target, **options)
-        torch.testing.assert_close(loss, expected)
-        torch.testing.assert_close(grad, expected_grad)
-
-
 def test_one_hot_probabilities_equal_indices(backend):
     x, y, w = torch.randn(6, 9, device=DEVICE), torch.randint(0, 9, (6,), device=DEVICE), torch.rand(9, device=DEVICE)
     options = dict(weight=w, label_smoothing=0.2, z_loss=0.1, reduction="sum")
@@ -85,11 +57,12 @@ def test_ignored_rows_have_exactly_zero_loss_and_gradient(backend):
     assert (grad[y != -100] != 0).any(1).all()
 
 
-@pytest.mark.parametrize("masked", [1, 4096, 8191])
+@pytest.mark.parametrize("masked", [1, 4096, 8191, 32768])
 def test_leading_minus_infinities(backend, masked):
-    x = torch.randn(2, 8192 + 5, device=DEVICE)
+    classes = max(8192, masked) + 5
+    x = torch.randn(2, classes, device=DEVICE)
     x[:, :masked] = -math.inf
-    y = torch.tensor([8192, 8195], device=DEVICE)
+    y = torch.tensor([classes - 5, classes - 2], device=DEVICE)
     loss, grad = _gradient(cross_entropy, x, y)
     expected, expected_grad = _gradient(F.cross_entropy, x, y)
     assert loss.isfinite()

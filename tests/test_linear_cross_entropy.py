@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import fastllm
 from fastllm.functional import cross_entropy, linear_cross_entropy, linear_cross_entropy_plan
+from fastllm.ops import _linear_cross_entropy_chunks as chunks
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy_reference
 
 
@@ -41,6 +42,9 @@ OPTIONS = st.fixed_dictionaries(
         "max_workspace_mb": st.sampled_from([None, 1e-5, 1e-3]),
         "recompute": st.booleans(),
         "return_lse": st.booleans(),
+        "return_accuracy": st.booleans(),
+        "return_entropy": st.booleans(),
+        "max_targets": st.sampled_from([None, 8, 100]),
         "ignore_index": st.sampled_from([-100, 2]),
     }
 )
@@ -65,9 +69,10 @@ def test_options_together(backend, options, weighted, tokens, bias, v):
     for function in (linear_cross_entropy, linear_cross_entropy_reference):
         with fastllm.backend(backend):
             out = function(x.view(2, 4, 8), w, y, **options)
-            outs = out if options["return_lse"] else (out,)
-            upstream = [torch.linspace(0.5, 2, o.numel(), device=DEVICE).view(o.shape) for o in outs]
-            results.append([*outs, *torch.autograd.grad(outs, leaves, upstream)])
+            outs = out if isinstance(out, tuple) else (out,)
+            given = [o for o in outs if o.requires_grad]
+            upstream = [torch.linspace(0.5, 2, o.numel(), device=DEVICE).view(o.shape) for o in given]
+            results.append([*outs, *torch.autograd.grad(given, leaves, upstream)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5, equal_nan=True)
 
@@ -203,23 +208,66 @@ def test_memory_stays_within_the_workspace():
     assert mine <= gradients + 8 * 2**20 + 16 * 2**20
 
 
-def test_ignored_rows_cost_nothing_on_cpu():
-    from fastllm.ops import _linear_cross_entropy as chunks
-
-    x, w, y = (t.cpu() for t in _call(n=64))
-    y = torch.where(torch.arange(64) % 8 == 0, 3, -100)
+@pytest.mark.parametrize("max_targets", [None, 8, 20])
+def test_ignored_rows_cost_nothing(backend, max_targets):
+    """Without max_targets on CPU alone: on CUDA how many there are is known on the device only."""
+    x, w, y = _call(n=64)
+    y = torch.where(torch.arange(64, device=DEVICE) % 8 == 0, 3, -100)
     seen = []
-    real = chunks.Rows.eager
+    real = chunks.Rows.eager if backend == "eager" else chunks.Rows.fused
 
     def counted(self, z, *rest):
         seen.append(len(z))
         return real(self, z, *rest)
 
-    with pytest.MonkeyPatch.context() as patch, fastllm.backend("eager"):
-        patch.setattr(chunks.Rows, "eager", counted)
-        loss = linear_cross_entropy(x, w, y)
-    assert sum(seen) == 8
-    torch.testing.assert_close(loss, F.cross_entropy(F.linear(x, w), y))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks.Rows, real.__name__, counted)
+        loss = linear_cross_entropy(x, w, y, max_targets=max_targets)
+    assert sum(seen) == (8 if DEVICE.type == "cpu" else max_targets or 64)
+    expected = F.cross_entropy(F.linear(x, w), y)
+    torch.testing.assert_close(loss, expected)
+    for a, b in zip(torch.autograd.grad(loss, (x, w)), torch.autograd.grad(expected, (x, w)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a device-side assert ends the process's use of the GPU")
+def test_more_targets_than_were_promised(backend):
+    x, w, y = _call(n=64, ignored=0.0)
+    with pytest.raises(ValueError, match="64 targets count, more than max_targets 63"):
+        linear_cross_entropy(x, w, y, max_targets=63)
+
+
+def test_the_way_of_a_gpu_leaves_out_ignored_rows_without_knowing_them(monkeypatch):
+    y = torch.tensor([-100, 4, -100, 2, 0, -100], device=DEVICE)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    assert chunks.counting_rows(y, -100, 4).tolist() == [1, 3, 4, 0]
+    assert chunks.counting_rows(y, -100, 3).tolist() == [1, 3, 4]
+    with pytest.raises(RuntimeError, match="more targets count than max_targets"):
+        chunks.counting_rows(y, -100, 2)
+
+
+def test_accuracy_and_entropy_are_what_they_say(backend):
+    w = torch.eye(4, device=DEVICE)
+    x = torch.tensor([[9.0, 0, 0, 0], [0, 9, 0, 0], [3, 0, 3, 0], [0, 0, 0, 0], [0, 9, 0, 0]], device=DEVICE)
+    y = torch.tensor([0, 0, 2, -100, 1], device=DEVICE)
+    loss, accuracy, entropy = linear_cross_entropy(x, w, y, return_accuracy=True, return_entropy=True)
+    torch.testing.assert_close(loss, F.cross_entropy(x, y))
+    assert accuracy.tolist() == [1, 0, 1, 0, 1]  # a tie is no miss
+    torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=x).entropy())
+    loss, accuracy = linear_cross_entropy(x, w, y, return_accuracy=True, shift=1)
+    assert accuracy.tolist() == [1, 0, 0, 1, 0]
+
+
+def test_an_entropy_bonus_has_its_gradient(backend):
+    """As in reinforcement learning: the loss less the entropy, in one backward, with certain rows among them."""
+    x, w, y = _call(n=12, v=40)
+    x = (x * torch.linspace(0, 30, 12, device=DEVICE)[:, None]).detach().requires_grad_()
+    loss, entropy = linear_cross_entropy(x, w, y, return_entropy=True, max_workspace_mb=1e-3)
+    mine = torch.autograd.grad(loss - 0.1 * entropy.mean(), (x, w))
+    logits = F.linear(x, w)
+    theirs = F.cross_entropy(logits, y) - 0.1 * torch.distributions.Categorical(logits=logits).entropy().mean()
+    for a, b in zip(mine, torch.autograd.grad(theirs, (x, w)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_fp16_gradients_survive_a_mean_over_many_tokens():
@@ -274,6 +322,8 @@ X, W, Y = torch.zeros(4, 8), torch.zeros(5, 8), torch.zeros(4, dtype=torch.long)
         ((X, W, Y), {"token_weight": X}, ValueError, "token_weight"),
         ((X, W, Y), {"shift": -1}, ValueError, "shift.*-1"),
         ((X, W, Y), {"max_workspace_mb": 0}, ValueError, "max_workspace_mb"),
+        ((X, W, Y), {"max_targets": 0}, ValueError, "max_targets.*0"),
+        ((X, W, torch.zeros(4, 5)), {"return_entropy": True}, ValueError, "return_entropy"),
         ((X, W, Y), {"reduction": "avg"}, ValueError, "avg"),
         ((X, W, Y), {"softcap": -1.0}, ValueError, "softcap"),
         ((X, W, Y.to("meta")), {}, ValueError, "meta"),

@@ -10,6 +10,7 @@ from fastllm.kernels import _norm, _norm_backward
 import fastllm
 from fastllm import OPS
 from fastllm.functional import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from fastllm.registry import Sample
 
 NORMS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
 ADDS = (add_layer_norm, add_rms_norm)
@@ -39,6 +40,34 @@ def test_rows_past_what_registers_hold(name, dtype, monkeypatch, poisoned_memory
         for mine, true, stick in zip(got, truth, yardstick, strict=True):
             for i, (a, b, c) in enumerate(zip(mine, true, stick, strict=True)):
                 assert_as_true(a, b, c, dtype, f"{name}/{sample.name} {i}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", NORMS)
+def test_rows_that_stay_16_bit_in_registers(name, dtype, monkeypatch, poisoned_memory):
+    op, packed = OPS[name], []
+    monkeypatch.setattr(_norm, "FWD_ROW", 80)
+    real = _norm.norm_fwd_packed
+    monkeypatch.setattr(_norm, "norm_fwd_packed", lambda *args: (packed.append(args), real(*args)))
+
+    def made(*shape):
+        return torch.randn(shape, device=DEVICE).to(dtype)
+
+    for cols in (82, 130, 160):
+        wide = [made(5, cols + 6) for _ in range(1 + name.startswith("add"))]
+        for inputs in ([t[:, 4 : 4 + cols] for t in wide], [t[:3, :cols].contiguous() for t in wide]):
+            options = {"weight": made(cols), "weight_offset": 0.5} | (
+                {"bias": made(cols)} if name.endswith("layer_norm") else {}
+            )
+            sample = Sample("", (*inputs, (cols,)), options)
+            truth = outputs(op.reference(*copy(sample, torch.float64).args, **copy(sample, torch.float64).kwargs))
+            yardstick, _ = run(op.function, sample, "eager", grads=False)
+            got, _ = run(op.function, sample, "triton", grads=False)
+            for a, b, c in zip(got, truth, yardstick, strict=True):
+                assert_as_true(a, b, c, dtype, f"{name} {cols}")
+    assert len(packed) == 6
+    run(op.function, Sample("", (*(t[:, 1:83] for t in wide), (82,))), "triton", grads=False)
+    assert len(packed) == 6  # rows that begin at an odd element go another way
 
 
 def test_a_row_at_the_edge_of_each_kernel():

@@ -74,6 +74,36 @@ def test_norms_move_128_bits_at_a_time(norm_rows):
             assert sum(n for bits, n in stores.items() if bits < 128) <= 2, where
 
 
+@pytest.fixture(scope="session")
+def other_rows(compiler, tmp_path_factory):
+    file = tmp_path_factory.mktemp("static") / "others.json"
+    shapes = ("Llama-2 8192x32000", "Llama-3 8192x128256", "8192x14336 packed", "NeoX")
+    names = ("cross_entropy", "geglu", "rotary_embedding")
+    _finish(compiler("-m", "fastllm.bench.static", *names, "--arch", "90", "--shape", *shapes, "--json", str(file)))
+    return read_rows(file)
+
+
+def test_losses_and_activations_do_not_spill_and_use_no_fp64(other_rows):
+    assert {row.op for row in other_rows} == {"cross_entropy", "geglu", "rotary_embedding"}
+    assert not [(r.op, r.shape, r.kernel) for r in other_rows if r.resources.spills or r.resources.doubles]
+
+
+def test_losses_and_activations_move_128_bits_at_a_time(other_rows):
+    for row in other_rows:
+        if row.kernel in (
+            "_forward_kernel",
+            "_scale_kernel",
+            "_gated_fwd_kernel",
+            "_gated_bwd_kernel",
+            "_rotary_kernel",
+        ):
+            loads, stores = row.resources.load_widths, row.resources.store_widths
+            where = (row.op, row.shape, row.kernel, loads, stores)
+            # Narrower: targets and statistics, one a row.
+            assert loads.get(128, 0) * 128 > sum(bits * n for bits, n in loads.items() if bits < 128), where
+            assert stores.get(128, 0) * 128 > sum(bits * n for bits, n in stores.items() if bits < 128), where
+
+
 SPILLING = """
 from fastllm import OPS
 from fastllm.bench import static

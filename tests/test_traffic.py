@@ -193,6 +193,14 @@ def test_norms_move_little_more_than_the_least_bytes(op):
     assert 1.0 <= measured.backward_ratio <= 1.05, measured.backward.table()
 
 
+@pytest.mark.parametrize("op", ["layer_norm", "add_rms_norm"])
+def test_rows_held_as_16_bits_are_read_once(op, monkeypatch):
+    monkeypatch.setattr(_norm, "FWD_ROW", 512)
+    measured = measure(OPS[op], _norm_call(op, 128, 1024, torch.bfloat16), backward=False)
+    assert {a.kernel for a in measured.forward.accesses} == {"_norm_fwd_packed_kernel"}
+    assert 1.0 <= measured.forward_ratio <= 1.02, measured.forward.table()
+
+
 def test_an_extra_read_shows(monkeypatch):
     monkeypatch.setattr(_norm, "FWD_ROW", 0)  # every row in blocks: x is read twice, in the backward dy too
     monkeypatch.setattr(_norm_backward, "BWD_ROW", 0)

@@ -1,4 +1,4 @@
-"""Behind linear_cross_entropy: checks, plan, the chunked computation (logits of some rows, never of all), samples."""
+"""Behind linear_cross_entropy: checks, the definition, the plan, samples, least bytes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from ..registry import Cost, Sample
+from ._cross_entropy import loss_dtype, transformed
+from .cross_entropy import cross_entropy_reference
 
 DEFAULT_WORKSPACE_MB = {"cuda": 1200.0, "cpu": 64.0}
 
@@ -31,8 +33,11 @@ class Plan:
         return f"{self.chunks} chunks of {self.rows} rows, {mib:.1f} MiB of workspace, {self.lane}"
 
 
-def check_whole(input, linear_weight, target, linear_bias, ignore_index, token_weight, shift):
-    """For class probabilities and weights of more than two dimensions; cross_entropy checks the rest."""
+def check_whole(input, linear_weight, target, linear_bias, ignore_index, refused):
+    """For class probabilities and weights of more than two dimensions; cross_entropy checks the rest.
+
+    ``refused``: names of options that are for the other forms -> whether they were given.
+    """
     op = "linear_cross_entropy"
     if not isinstance(input, torch.Tensor) or not input.is_floating_point() or not linear_weight.is_floating_point():
         raise TypeError(f"{op}: input and linear_weight must be floating-point tensors")
@@ -49,11 +54,12 @@ def check_whole(input, linear_weight, target, linear_bias, ignore_index, token_w
         )
     if target.is_floating_point() and ignore_index is not None:
         raise ValueError(f"{op}: ignore_index is for class indices, got {ignore_index} with class probabilities")
-    if token_weight is not None or shift:
-        raise ValueError(f"{op}: token_weight and shift are for class indices and a linear_weight (V, D)")
+    for name, given in refused.items():
+        if given:
+            raise ValueError(f"{op}: {name} is for class indices and a linear_weight (V, D)")
 
 
-def check_linear(input, linear_weight, target, linear_bias, token_weight, shift, max_workspace_mb):
+def check_linear(input, linear_weight, target, linear_bias, token_weight, shift, max_workspace_mb, max_targets):
     op = "linear_cross_entropy"
     for name, tensor in (("input", input), ("linear_weight", linear_weight)):
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
@@ -89,6 +95,8 @@ def check_linear(input, linear_weight, target, linear_bias, token_weight, shift,
         raise ValueError(f"{op}: shift must not be negative, and needs a dimension to shift along; got {shift}")
     if max_workspace_mb is not None and not max_workspace_mb > 0:
         raise ValueError(f"{op}: max_workspace_mb must be positive, got {max_workspace_mb}")
+    if max_targets is not None and max_targets < 1:
+        raise ValueError(f"{op}: max_targets must be positive, got {max_targets}")
 
 
 def shifted(target, ignore_index: int, shift: int):
@@ -112,17 +120,75 @@ def whole_logits(input, linear_weight, linear_bias, dtype):
     return logits.unflatten(-1, linear_weight.shape[:-1]) if linear_weight.dim() > 2 else logits
 
 
+def reduced(rows, token_weight, y, weight, ignore_index: int, reduction: str):
+    """(the loss of fp32 rows, what its mean divides by)."""
+    if token_weight is not None:
+        rows = rows * token_weight
+    total = rows.new_ones(())
+    if reduction == "mean":
+        keep = y != ignore_index
+        mass = keep.to(rows.dtype) if weight is None else weight.to(rows.dtype)[torch.where(keep, y, 0)] * keep
+        total = (mass if token_weight is None else mass * token_weight).sum()
+    return rows if reduction == "none" else rows.sum() / total, total
+
+
+def linear_cross_entropy_reference(
+    input, linear_weight, target, *, linear_bias=None, weight=None, reduction="mean", ignore_index=None,
+    label_smoothing=0.0, options=None, softcap=None, logit_scale=1.0, z_loss=0.0, token_weight=None, shift=0,
+    max_workspace_mb=None, max_targets=None, recompute=False, return_lse=False, return_accuracy=False,
+    return_entropy=False,
+):  # fmt: skip
+    """The definition, with all the logits, in at least fp32."""
+    ignore_index = -100 if ignore_index is None else ignore_index
+    if is_whole(linear_weight, target):
+        logits = whole_logits(input, linear_weight, linear_bias, torch.promote_types(input.dtype, torch.float32))
+        loss = cross_entropy_reference(
+            logits, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
+            softcap=softcap, logit_scale=logit_scale, z_loss=z_loss, return_lse=return_lse,
+        )  # fmt: skip
+        dtype = loss_dtype(input, target)
+        return (loss[0].to(dtype), loss[1]) if return_lse else loss.to(dtype)
+    wide = torch.promote_types(input.dtype, torch.float32)
+    logits = input.to(wide).reshape(-1, input.shape[-1]) @ linear_weight.to(wide).t()
+    if linear_bias is not None:
+        logits = logits + linear_bias.to(wide)
+    y = shifted(target, ignore_index, shift).reshape(-1)
+    rows, lse = cross_entropy_reference(
+        logits, y, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing,
+        softcap=softcap, logit_scale=logit_scale, z_loss=z_loss, return_lse=True,
+    )  # fmt: skip
+    token_weight = None if token_weight is None else token_weight.reshape(-1).to(wide)
+    loss, _ = reduced(rows, token_weight, y, weight, ignore_index, reduction)
+    loss = loss.to(loss_dtype(input, target))
+    outputs = [loss.view(target.shape) if reduction == "none" else loss]
+    if return_lse:
+        outputs.append(lse.view(target.shape))
+    z = transformed(logits, softcap, logit_scale)
+    if return_accuracy:
+        keep = y != ignore_index
+        own = z.gather(1, torch.where(keep, y, 0).unsqueeze(1)).squeeze(1)
+        outputs.append((keep & (own >= z.amax(1))).to(wide).view(target.shape))
+    if return_entropy:
+        log_p = torch.log_softmax(z, 1)
+        # p log p is 0 at p = 0.
+        entropy = -torch.where(log_p == -math.inf, 0, log_p.exp() * log_p).sum(1)
+        outputs.append(entropy.view(target.shape))
+    return tuple(outputs) if len(outputs) > 1 else loss.view(outputs[0].shape)
+
+
 def keeps_wide(dtype: torch.dtype, fused: bool) -> bool:
     """Whether a chunk's logits are held once more in fp32: the eager path does so for 16-bit inputs."""
     return not fused and torch.promote_types(dtype, torch.float32) != dtype
 
 
 def plan(
-    tokens: int, vocabulary: int, dtype, device_type: str, fused: bool, max_workspace_mb, softcap, lane: str
-) -> Plan:
-    size = torch.empty((), dtype=dtype).element_size()
+    tokens: int, vocabulary: int, dtype, device_type: str, fused: bool, max_workspace_mb, softcap, entropy: bool,
+    lane: str,
+) -> Plan:  # fmt: skip
     wide = torch.promote_types(dtype, torch.float32).itemsize
-    row = vocabulary * (size + (wide if keeps_wide(dtype, fused) else 0) + (0 if fused or softcap is None else wide))
+    # Beside the logits, eager holds the soft cap's slope and what the entropy sums.
+    more = keeps_wide(dtype, fused) + (0 if fused else (softcap is not None) + entropy)
+    row = vocabulary * (dtype.itemsize + more * wide)
     budget = (max_workspace_mb or DEFAULT_WORKSPACE_MB.get(device_type, 64.0)) * 2**20
     rows = max(1, min(int(budget // row), tokens))
     if 128 <= rows < tokens:
@@ -132,145 +198,13 @@ def plan(
     return Plan(rows, chunks, rows * row, lane)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The loss of single rows: all of cross_entropy's options that do not concern the reduction."""
-
-    ignore_index: int
-    smoothing: float
-    softcap: float | None
-    scale: float
-    z_loss: float
-
-    def eager(self, z, y, weight, factor, dlse):
-        """(loss, lse) of the logits ``z`` (rows, V), at least fp32; they are overwritten.
-
-        Where ``factor`` (rows,) is given, with the gradient: ``factor`` times that of the loss plus ``dlse`` times that
-        of lse.
-        """
-        n_classes = z.shape[1]
-        keep = y != self.ignore_index
-        index = torch.where(keep, y, 0).unsqueeze(1)
-        if self.scale != 1.0:
-            z.mul_(self.scale)
-        if self.softcap is not None:
-            z.div_(self.softcap).tanh_()
-            slope_of_cap = (1 - z.square()) if factor is not None else None
-            z.mul_(self.softcap)
-        top = z.amax(1)
-        torch.log_softmax(z, 1, out=z)
-        lse = top - z.amax(1)
-        mass = keep.to(z.dtype) if weight is None else weight[index.squeeze(1)].to(z.dtype) * keep
-        loss = -mass * z.gather(1, index).squeeze(1)
-        slope = mass
-        if self.smoothing != 0.0:
-            spread = z.sum(1) if weight is None else z @ weight.to(z.dtype)
-            share = self.smoothing / n_classes
-            loss = (1 - self.smoothing) * loss - share * spread
-            slope = (1 - self.smoothing) * mass + share * (n_classes if weight is None else weight.sum().to(z.dtype))
-        if self.z_loss != 0.0:
-            loss = loss + self.z_loss * mass * lse.square()
-            slope = slope + 2 * self.z_loss * mass * lse
-        loss = torch.where(keep, loss, 0)
-        if factor is None:
-            return loss, lse
-        factor = torch.where(keep, factor, 0)
-        along = factor * slope if dlse is None else factor * slope + dlse
-        z.exp_().mul_(torch.where(along == 0, 0, along).unsqueeze(1))
-        z.scatter_add_(1, index, (-(1 - self.smoothing) * factor * mass).unsqueeze(1))
-        if self.smoothing != 0.0:
-            ones = z.new_ones(n_classes) if weight is None else weight.to(z.dtype)
-            z.addr_(factor, ones, alpha=-share)
-        if self.softcap is not None:
-            z.mul_(slope_of_cap)
-        if self.scale != 1.0:
-            z.mul_(self.scale)
-        return loss, lse
-
-    def fused(self, z, y, weight, factor, dlse):
-        """The same by the kernels, on logits of any dtype that they take."""
-        from ..kernels._cross_entropy_backward import cross_entropy_bwd
-        from ..kernels.cross_entropy import forward_rows
-
-        options = (self.ignore_index, self.smoothing, self.softcap, self.scale, self.z_loss)
-        x = z.unsqueeze(-1)
-        loss, lse = z.new_empty(len(z), dtype=torch.float32), z.new_empty(len(z), dtype=torch.float32)
-        stats = z.new_empty((3, len(z)), dtype=torch.float32)
-        dx = x if factor is not None and dlse is None else None
-        forward_rows(x, y, weight, None, factor, loss, lse, stats, dx, *options, mean=False)
-        if factor is not None and dlse is not None:
-            cross_entropy_bwd(factor, dlse, x, y, weight, stats, None, *options, "none", (True, False), out=x)
-        return loss, lse
-
-
-def in_chunks(
-    x, linear_weight, linear_bias, y, weight, factor, dlse, rows: Rows, chunk: int, fused: bool, compact, needs
-):
-    """(loss, lse, dx, dlinear_weight, dlinear_bias) of ``x`` (N, D), ``chunk`` rows of logits at a time.
-
-    loss and lse are (N,) in at least fp32. Gradients only where ``factor`` (N,) is given and ``needs`` asks, else None;
-    the linear layer's are summed over the chunks in at least fp32 and returned so. With ``compact`` ignored rows are
-    left out before anything is computed, and lse is 0 there.
-    """
-    n, n_classes = x.shape[0], linear_weight.shape[0]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    need_dx, need_dw, need_db = needs if factor is not None else (False, False, False)
-    loss, lse = (torch.zeros(n, dtype=wide, device=x.device) for _ in range(2))
-    dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_dx else None
-    dw = torch.zeros(linear_weight.shape, dtype=wide, device=x.device) if need_dw else None
-    db = torch.zeros(n_classes, dtype=wide, device=x.device) if need_db else None
-    index = (y != rows.ignore_index).nonzero().squeeze(1) if compact else None
-    count = n if index is None else len(index)
-    logits = x.new_empty(min(chunk, count), n_classes)
-    held = logits.to(wide) if keeps_wide(x.dtype, fused) else logits
-    # Autocast would narrow the fp32 sums again.
-    with torch.autocast(x.device.type, enabled=False):
-        for start in range(0, count, chunk):
-            stop = min(start + chunk, count)
-            at = slice(start, stop) if index is None else index[start:stop]
-            xc = x[at]
-            z, mine = logits[: stop - start], held[: stop - start]
-            if linear_bias is None:
-                torch.mm(xc, linear_weight.t(), out=z)
-            else:
-                torch.addmm(linear_bias, xc, linear_weight.t(), out=z)
-            if mine.dtype != z.dtype:
-                mine.copy_(z)
-            one = rows.fused if fused else rows.eager
-            loss[at], lse[at] = one(
-                mine, y[at], weight, None if factor is None else factor[at], None if dlse is None else dlse[at]
-            )
-            if need_dw:
-                _add_product(dw, mine, xc, first=start == 0)
-            if need_db:
-                db += mine.sum(0, dtype=wide)
-            if need_dx:
-                if mine.dtype != z.dtype:
-                    z.copy_(mine)
-                if index is None:
-                    torch.mm(z, linear_weight, out=dx[at])
-                else:
-                    dx.index_copy_(0, at, z @ linear_weight)
-    return loss, lse, dx, dw, db
-
-
-def _add_product(total, a, b, first: bool) -> None:
-    """``total += a.T @ b``, summed in total's dtype."""
-    narrow = a.dtype == b.dtype != total.dtype
-    if narrow and a.is_cuda:
-        torch.addmm(total, a.t(), b, out_dtype=total.dtype, beta=0 if first else 1, out=total)
-    else:
-        # PyTorch's CPU matmuls sum 16-bit operands into 16 bits, which would cost dW its precision over many chunks.
-        torch.addmm(total, a.t().to(total.dtype), b.to(total.dtype), beta=0 if first else 1, out=total)
-
-
 def linear_samples(device, dtype):
     def make(*shape, scale=1.0):
         return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_()
 
-    def classes(n, *shape):
+    def classes(n, *shape, ignored=0.25):
         y = torch.randint(0, n, shape, device=device)
-        return torch.where(torch.rand(shape, device=device) < 0.25, -100, y)
+        return torch.where(torch.rand(shape, device=device) < ignored, -100, y)
 
     tiny = 1e-4  # MiB: a few rows at a time
     yield Sample("mean", (make(7, 16), make(50, 16, scale=0.3), classes(50, 7)))
@@ -286,6 +220,12 @@ def linear_samples(device, dtype):
             max_workspace_mb=tiny,
         ),
     )  # fmt: skip
+    yield Sample(
+        "accuracy_and_entropy",
+        (make(7, 8), make(21, 8), classes(21, 7)),
+        dict(return_accuracy=True, return_entropy=True, logit_scale=0.5, softcap=5.0, max_workspace_mb=tiny),
+    )
+    yield Sample("few_targets", (make(9, 8), make(21, 8), classes(21, 9, ignored=0.6)), dict(max_targets=8))
     yield Sample("none", (make(6, 8), make(21, 8), classes(21, 6)), dict(reduction="none", max_workspace_mb=tiny))
     yield Sample("sum_recomputed", (make(6, 8), make(21, 8), classes(21, 6)), dict(reduction="sum", recompute=True))
     yield Sample("frozen_body", (make(6, 8).detach(), make(21, 8), classes(21, 6)), dict(z_loss=0.1))

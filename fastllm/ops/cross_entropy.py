@@ -159,9 +159,9 @@ def _cross_entropy_bwd_(dloss, dlse, x, *args):
 
 @define("cross_entropy_scale_(Tensor(a!) dlogits, Tensor dloss) -> ()", lambda *args: None)
 def _cross_entropy_scale_(dx, dloss):
-    from ..kernels._cross_entropy_backward import scale_rows
+    from ..kernels._cross_entropy_backward import scale
 
-    scale_rows(dx, dloss)
+    scale(dx, dloss)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -292,8 +292,9 @@ def cross_entropy(
     q = target.reshape(x.shape) if probabilities else target.reshape(x.shape[0], x.shape[2]).long()
     needs = input.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     inplace = inplace and needs and 0 not in input.stride()
+    # A scalar's upstream gradient is mostly 1, and then the forward's gradient needs no second pass. Not so for rows.
     # fp16 would lose the gradient of a mean to underflow before a loss scale reaches it.
-    in_forward = needs and not inplace and not probabilities and x.dtype != torch.float16
+    in_forward = needs and not inplace and not probabilities and reduction != "none" and x.dtype != torch.float16
     loss, lse, *_ = _CrossEntropy.apply(
         x, q, None if weight is None else weight.contiguous(), loss_dtype(input, target),
         int(ignore_index), float(label_smoothing), None if softcap is None else float(softcap), float(logit_scale),
