@@ -1,14 +1,11 @@
 """What is peculiar to linear_cross_entropy: memory, precision over many chunks, lanes, modules, errors."""
 
-import gc
-import threading
-import time
-
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE
 from contract import assert_as_true
+from fastllm.bench.memory import peak
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -169,40 +166,13 @@ def test_dw_over_many_chunks_is_as_good_as_over_one():
     assert linear_cross_entropy_plan(x, w, max_workspace_mb=256 * 6 * 16 / 2**20).chunks == 128
 
 
-def _peak(call) -> int:
-    """Bytes that the process grew by at most while ``call`` ran, sampled every millisecond."""
-    page = 4096
-
-    def resident():
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * page
-
-    gc.collect()
-    base, peak, done = resident(), 0, threading.Event()
-
-    def watch():
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, resident() - base)
-            time.sleep(0.001)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        call()
-    finally:
-        done.set()
-        thread.join()
-    return peak
-
-
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="measures the process on CPU")
 def test_memory_stays_within_the_workspace():
     x, w, y = _call(n=2048, d=64, v=20000, ignored=0.0)
     gradients = 4 * (x.numel() + w.numel())
     linear_cross_entropy(x, w, y, max_workspace_mb=8).backward()  # first-call allocations
     x.grad = w.grad = None
-    mine = _peak(lambda: linear_cross_entropy(x, w, y, max_workspace_mb=8).backward())
+    mine = peak(lambda: linear_cross_entropy(x, w, y, max_workspace_mb=8).backward())
     x.grad = w.grad = None
     # 156 MiB of logits, twice, for the plain way.
     assert mine <= gradients + 8 * 2**20 + 16 * 2**20
