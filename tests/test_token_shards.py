@@ -1,5 +1,8 @@
 """Several token files read as one."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from prose import prose
@@ -101,3 +104,17 @@ def test_documents_without_text_keep_their_place(tokenizer, tmp_path):
     assert opened.document_starts.tolist()[:2] == [1, 2]
     assert opened.documents == 3
     assert len(opened.sentence_starts) == 2
+
+
+def test_the_documented_lines_of_numpy_read_a_shard(sharded):
+    dataset, folder = sharded
+    guide = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    read = []
+    for path in sorted(folder.glob("train-*.bin")):
+        names = {"path": path}
+        exec(block, names)
+        read.append(names)
+    assert np.array_equal(np.concatenate([names["ids"] for names in read]), np.asarray(dataset.train.tokens))
+    assert sum(len(names["document_starts"]) for names in read) == dataset.train.documents
+    assert sum(len(names["sentence_starts"]) for names in read) == len(dataset.train.sentence_starts)
