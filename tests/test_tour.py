@@ -16,30 +16,7 @@ from fastllm.training import loop
 DOCS = Path(__file__).parent.parent / "docs"
 TOUR = (DOCS / "tour.md").read_text("utf-8")
 STEPS = ["--steps", "2", "--batch-size", "4", "--dtype", "float32", "--device", "cpu", "--eval-interval", "0"]
-    "--steps",
-    "2",
-    "--batch-size",
-    "4",
-    "--dtype",
-    "float32",
-    "--device",
-    "cpu",
-    "--eval-interval",
-    "0",
-    "--quiet",
-]
 SHAPE = ["--num-layers", "1", "--hidden-size", "16", "--num-heads", "2", "--context-length", "32"]
-    "--num-layers",
-    "1",
-    "--hidden-size",
-    "16",
-    "--num-heads",
-    "2",
-    "--context-length",
-    "32",
-    "--vocab-size",
-    "300",
-]
 
 
 def commands():
