@@ -16,6 +16,8 @@ COMMANDS = {
     "eval": "score a model on held-out data",
     "serve": "try models on a local web page",
     "accelerate": "what fastllm.accelerate would do to a transformers model",
+    "plan": "memory, communication and time of a training step on many GPUs, on paper",
+    "report": "one page with the curves of one or several runs, their samples and what differs in their settings",
     "bench": "time the ops beside their rivals (fastllm bench --help)",
     "info": "versions, hardware, and which backend serves each op here and why",
 }

@@ -124,15 +124,18 @@ def _wandb_run(folder: Path, project: str):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that was cut off is left out. No file: no lines."""
+    """The lines of a metrics.jsonl, up to the first that was cut off or damaged. No file: no lines."""
     if not path.exists():
         return []
     lines = []
-    for line in path.read_text("utf-8").splitlines():
+    for text in path.read_bytes().splitlines():
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            break
+        lines.append(line)
     return lines
 
 

@@ -1,0 +1,114 @@
+"""Memory per GPU, communication and time of a training step, on paper, from stated rates."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import replace
+
+from ..config import InputError
+from ..models import PRESETS
+from ..training.planner import GIB, GPUS, TooLarge, plan, shape_of
+
+_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+
+
+def _number(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbt]?)", text.lower())
+    if not match:
+        raise argparse.ArgumentTypeError(f"expected a number such as 70b or 4m, got {text!r}")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument("--params", type=_number, metavar="N", help="a Llama-shaped decoder of about so many, e.g. 70b")
+    shape.add_argument("--preset", choices=list(PRESETS), help="a model's shape by name (default: gpt2)")
+    parser.add_argument("--context-length", type=int, metavar="N", help="(default: the model's)")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--gpu", choices=list(GPUS), default="h200", help="whose data sheet (default: %(default)s)")
+    for name, text in (
+        ("memory", "GB of memory"),
+        ("flops", "TFLOP/s, dense, in bf16"),
+        ("within", "GB/s to GPUs of the same node"),
+        ("between", "GB/s to other nodes"),
+    ):
+        parser.add_argument(f"--{name}", type=float, metavar="X", help=f"{text}, instead of the data sheet's")
+    parser.add_argument(
+        "--batch-tokens", type=_number, metavar="N", help="of a step (default: 4m, at least one context)"
+    )
+    parser.add_argument("--micro-batch-size", type=int, metavar="N", help="(default: the largest that fits)")
+    parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="fsdp", help="(default: %(default)s)")
+    parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="(default: %(default)s)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
+    parser.add_argument("--checkpoint-activations", action="store_true", help="keep only each block's input")
+    parser.add_argument(
+        "--efficiency", type=float, default=0.55, metavar="X", help="of the peak (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--overlap", type=float, default=0.8, metavar="X",
+        help="part of the compute time that hides communication (default: %(default)s)",
+    )  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> int:
+    for name in ("gpus", "gpus_per_node", "context_length", "micro_batch_size"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    if not 0 < arguments.efficiency <= 1 or not 0 <= arguments.overlap <= 1:
+        raise InputError("--efficiency and --overlap: expected parts of 1")
+    given = {
+        "memory": (arguments.memory, 1e9), "flops": (arguments.flops, 1e12), "within": (arguments.within, 1e9),
+        "between": (arguments.between, 1e9),
+    }  # fmt: skip
+    for name, (value, _) in given.items():
+        if value is not None and not 0 < value < float("inf"):
+            raise InputError(f"--{name}: expected more than 0, got {value}")
+    gpu = replace(
+        GPUS[arguments.gpu], **{name: value * unit for name, (value, unit) in given.items() if value is not None}
+    )
+    context = {} if arguments.context_length is None else {"context_length": arguments.context_length}
+    model = shape_of(arguments.params) if arguments.params else PRESETS[arguments.preset or "gpt2"]
+    model = model.replace(**context)
+    tokens = int(arguments.batch_tokens or max(4e6, model.context_length * arguments.gpus))
+    tokens = max(1, tokens // (model.context_length * arguments.gpus)) * model.context_length * arguments.gpus
+    settings = {
+        "batch_tokens": tokens, "parallel": arguments.parallel, "optimizer": arguments.optimizer,
+        "dtype": arguments.dtype, "gpus_per_node": arguments.gpus_per_node, "efficiency": arguments.efficiency,
+        "overlap": arguments.overlap, "micro_batch": arguments.micro_batch_size,
+    }  # fmt: skip
+    recompute = arguments.checkpoint_activations
+    try:
+        result = plan(model, arguments.gpus, gpu, checkpoint_activations=recompute, **settings)
+    except TooLarge:
+        if recompute:
+            raise
+        recompute = True
+        result = plan(model, arguments.gpus, gpu, checkpoint_activations=recompute, **settings)
+        print("with --checkpoint-activations: without, not even one sequence fits")
+    shape = result.model
+    print(
+        f"model: {result.parameters / 1e9:.2f}B parameters, {shape.num_layers} layers of {shape.hidden_size}, "
+        f"{shape.num_heads} heads ({shape.kv_heads} of keys), vocabulary {shape.vocab_size:,}, "
+        f"context {shape.context_length:,}"
+    )
+    print(
+        f"{result.gpus:,} x {arguments.gpu}, {arguments.parallel}, {tokens:,} tokens a step: {result.micro_steps} x "
+        f"{result.micro_batch} sequences on each GPU (at most {result.largest_micro_batch} at once)"
+    )
+    print("memory of a GPU, GiB:")
+    for name, size in result.memory.items():
+        print(f"  {name:<28}{size / GIB:10.2f}")
+    print(f"  {'sum':<28}{sum(result.memory.values()) / GIB:10.2f}  of {result.limit / GIB:.1f}")
+    print("sent by a GPU in a step, GB:")
+    for name, size in result.sent.items():
+        print(f"  {name:<28}{size / 1e9:10.2f}")
+    print(
+        f"a step: {result.step_seconds:.3f} s = {result.compute_seconds:.3f} s of compute at "
+        f"{arguments.efficiency:.0%} of {gpu.flops / 1e12:,.0f} TFLOP/s + {result.exposed_seconds:.3f} s of "
+        f"{result.communication_seconds:.3f} s of communication, the rest of which compute hides"
+    )
+    print(f"{result.tokens_per_second(tokens):,.0f} tokens/s, expected MFU {result.mfu:.1%}")
+    return 0

@@ -1,0 +1,20 @@
+"""One self-contained HTML page with the curves of one or several runs side by side, their samples, and the settings
+that differ."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..training.page import make_page
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="(default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    make_page(arguments.runs, arguments.out)
+    print(f"{arguments.out}: {arguments.out.stat().st_size:,} bytes")
+    return 0

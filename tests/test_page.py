@@ -1,0 +1,36 @@
+"""fastllm report: one page, self-contained, whatever the runs hold."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from fastllm.cli import main
+from fastllm.training import train
+
+pytestmark = pytest.mark.usefixtures("short_runs")
+
+
+def test_a_page_has_curves_results_samples_and_what_differs(config, tmp_path, capsys):
+    for name, settings in (("a", {}), ("b<i>", {"batch_size": 2, "seed": 1})):
+        train(config(eval_interval=2, **settings), tmp_path / name, quiet=True)
+    (tmp_path / "a" / "samples.txt").write_text("</pre><script>alert(1)</script>")
+    page = tmp_path / "page.html"
+    assert main(["report", str(tmp_path / "a"), str(tmp_path / "b<i>"), "--out", str(page)]) == 0
+    text = page.read_text()
+    assert text.count("<svg") >= 6
+    assert "<script" not in text
+    assert "b<i>" not in text  # what a name or a sample holds is text
+    assert not re.search(r"""(src|href)=["'](?!#)""", text)  # nothing is loaded
+    differing = re.findall(r'<tr class="differs"><td>([^<]*)', text)
+    assert differing == ["training.batch_size", "training.seed"]
+    HTMLParser().feed(text)
+
+
+def test_what_is_no_run_is_refused(config, tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert "no run: config.toml is missing" in capsys.readouterr().err
+    train(config(steps=1), tmp_path / "run", quiet=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"st')
+    assert main(["report", str(tmp_path / "run")]) == 2
+    assert "has nothing to show yet" in capsys.readouterr().err
