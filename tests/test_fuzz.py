@@ -1,6 +1,6 @@
 """Readers of what others may have written: any bytes at all give the library's own error or a result, never a crash.
 
-``FASTLLM_THOROUGH=1 pytest -n 0 tests/test_fuzz.py`` gives every reader 13,000 inputs (minutes), 104,000 in all, instead of 60.
+``FASTLLM_THOROUGH=1 pytest -n 0 tests/test_fuzz.py`` gives each 13,000 inputs, 104,000 in all, not 60 (minutes).
 """
 
 import json
