@@ -12,15 +12,13 @@ import torch
 from prose import prose
 from safetensors.torch import load_file
 from several import MODEL
-from toy import TOY, weights
+from toy import THOROUGH, TOY, weights
 
 from fastllm.cli import main
 from fastllm.models import Transformer
 from fastllm.training import loop
 from fastllm.training.meta import on_meta
 from fastllm.training.progress import read_metrics
-
-THOROUGH = pytest.mark.skipif(not os.environ.get("FASTLLM_THOROUGH"), reason="FASTLLM_THOROUGH=1 runs it")
 
 
 @pytest.fixture(autouse=True)

@@ -3,12 +3,14 @@
 import random
 import shutil
 import time
+from dataclasses import replace
 
 import pytest
 import toy
-from toy import weights
+from toy import THOROUGH, weights
 
 from fastllm.training.checkpoint import checkpoints
+from fastllm.training.objectives import ObjectiveConfig, fit_model
 from fastllm.training.progress import read_metrics
 
 KILLS = 5
@@ -37,11 +39,19 @@ def kill_at_random(process, run, draw, while_saving):
     return killed
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_killed_five_times_a_run_ends_bitwise_like_an_undisturbed_one(config, tmp_path, dtype):
-    draw = random.Random(dtype)
+@pytest.mark.parametrize(
+    ("objective", "dtype"),
+    [
+        ("causal", "float32"), ("mlm", "bfloat16"),
+        pytest.param("causal", "bfloat16", marks=THOROUGH), pytest.param("mlm", "float32", marks=THOROUGH),
+    ],
+)  # fmt: skip
+def test_killed_five_times_a_run_ends_bitwise_like_an_undisturbed_one(config, tmp_path, objective, dtype):
+    draw = random.Random(objective + dtype)
     start = toy.processes().Process
     settings = config(steps=60, dtype=dtype, checkpoint_interval=4, eval_interval=10, micro_batch_size=2)
+    learns = ObjectiveConfig(objective)
+    settings = replace(settings, objective=learns, model=fit_model(learns, settings.model))
     whole = start(target=toy.train_or_resume, args=(settings, tmp_path / "whole", {}))
     whole.start()
     whole.join()
