@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -207,6 +208,33 @@ def test_what_cannot_be_written_to_is_refused_before_any_work(sources, undisturb
         prepare_text([tmp_path / "none"], tmp_path / "out", workers=0)
     with pytest.raises(InputError, match="engine: expected local or ray"):
         prepare_text([sources], tmp_path / "out", engine="spark")
+    with pytest.raises(InputError, match="workers: expected 0 or more, got -1"):
+        prepare_text([sources], tmp_path / "out", workers=-1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_says_what_it_did_and_refuses_in_one_line(tmp_path, capsys):
+    for i in range(12):
+        (tmp_path / f"{i}.txt").write_text(article(i))
+    out = ["--out", str(tmp_path / "out"), "--workers", "0"]
+    files = [str(tmp_path / f"{i}.txt") for i in range(12)]
+    assert main(["prepare", *files, files[3], *out]) == 0
+    shown = capsys.readouterr().out
+    assert "13 documents read, 12 kept" in shown
+    assert re.search(r"1\s+exact_duplicate", shown)
+    assert "docs/s" in shown
+    assert "MB/s" in shown
+    for arguments, message in (
+        (["prepare", str(tmp_path / "none"), "--out", str(tmp_path / "x")], "none: no such file or folder"),
+        (["prepare", *files, "--rules", "gopher", "--out", str(tmp_path / "x")], "rules: expected some of"),
+        (["prepare", *files, "--similarity", "2", "--out", str(tmp_path / "x")], "similarity: expected at most 1.0"),
+        (["prepare", *files, "--rules", "c4", *out], "prepared with other settings"),
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "x").exists()
 
 
 def test_two_runs_in_one_folder_are_refused(sources, tmp_path):

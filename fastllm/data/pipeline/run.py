@@ -65,6 +65,8 @@ def prepare_text(
     cleaning, config = cleaning or CleanConfig(), config or PipelineConfig()
     if engine not in ("local", "ray"):
         raise InputError(f"engine: expected local or ray, got {engine!r}")
+    if workers is not None and workers < 0:
+        raise InputError(f"workers: expected 0 or more, got {workers}")
     settings = {"sources": [str(source) for source in sources], **asdict(cleaning), **asdict(config)}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     if (out / PREPARED).exists():
@@ -88,6 +90,7 @@ def _locked(out: Path) -> Iterator[None]:
     """Make ``out`` and keep other runs off it; what a killed run was writing is removed."""
     if out.exists() and not (out / "work").exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: is there already, and is no unfinished run of fastllm prepare; choose another --out")
+    new = not out.exists()
     try:
         (out / "work").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -102,7 +105,12 @@ def _locked(out: Path) -> Iterator[None]:
                 raise InputError(f"{out}: another fastllm prepare is at work there") from error
         for path in out.rglob(".*.tmp"):
             path.unlink()
-        yield
+        try:
+            yield
+        except InputError:
+            if new and not (out / "work" / "plan.jsonl").exists():
+                shutil.rmtree(out)
+            raise
 
 
 def _plan(sources: Sequence[str], out: Path, config: PipelineConfig, key: str) -> list[Entry | Failure]:
