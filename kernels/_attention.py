@@ -50,6 +50,35 @@ def locate(
 
 
 @triton.jit
+def plane_of(ptr, b, head, start, stride_b, stride_h, stride_m, ALIGN: tl.constexpr):
+    """Where row ``start`` of plane (b, head) begins. Strides are multiples of ALIGN, which Triton cannot know."""
+    stride_b = stride_b // ALIGN * ALIGN
+    stride_h = stride_h // ALIGN * ALIGN
+    return ptr + b * stride_b + head * stride_h + start * (stride_m // ALIGN * ALIGN)
+
+
+@triton.jit
+def tile_at(ptr, rows, in_rows, stride_m, d, stride_d, dim, ALIGN: tl.constexpr):
+    """(pointers, mask) of a tile of rows of a plane and the columns ``d`` < ``dim``."""
+    at = rows.to(tl.int64)[:, None] * (stride_m // ALIGN * ALIGN) + d[None, :] * stride_d
+    return ptr + at, in_rows[:, None] & (d < dim // ALIGN * ALIGN)[None, :]
+
+
+@triton.jit
+def load_tile(ptr, rows, in_rows, stride_m, d, stride_d, dim, ALIGN: tl.constexpr):
+    """The tile at :func:`tile_at`, 0 outside."""
+    at, inside = tile_at(ptr, rows, in_rows, stride_m, d, stride_d, dim, ALIGN=ALIGN)
+    return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, tile, rows, in_rows, stride_m, d, stride_d, dim, ALIGN: tl.constexpr):
+    """Stores ``tile`` in ptr's dtype."""
+    at, inside = tile_at(ptr, rows, in_rows, stride_m, d, stride_d, dim, ALIGN=ALIGN)
+    tl.store(at, tile.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def tanh(x):
     """A rational function near 0 (continued fraction, error below 1e-9 for |x| < 1), exponentials beyond."""
     square = x * x
@@ -229,6 +258,17 @@ class Problem:
     def strides(self, x):
         """(batch, head, row, column) strides of a tensor shaped like q, k, v or the output."""
         return (0, x.stride(1), x.stride(0), x.stride(2)) if self.packed else x.stride()
+
+    def align(self, *tensors) -> int:
+        """The ALIGN of a kernel that takes q, k, v and ``tensors``: elements in 16 bytes, or 1.
+
+        Triton tells of a size or stride only whether 16 divides it, which head dims of 40, 72 or 120 do not fulfil.
+        """
+        size = 16 // self.q.element_size()
+        numbers = [self.dim, self.dim_v]
+        for x in (self.q, self.k, self.v, *tensors):
+            numbers += self.strides(x)[:3]
+        return 1 if any(n % size for n in numbers) else size
 
     def stat_strides(self):
         """(batch, head) strides of a contiguous per-row tensor: (B, H, Sq), packed (H, total)."""

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ._attention import LN2, kept, scores
+from ._attention import LN2, kept, load_tile, scores
 
 
 @triton.jit
@@ -13,7 +13,7 @@ def forward_tiles(
     bias_ptr, stride_bm, stride_bn, slope, scale, softcap, unit, offset, left, right, seed, plane, threshold,
     NATURAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
-    MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """(acc, row_max, row_sum) after the column tiles begin .. end: the online softmax.
 
@@ -21,14 +21,9 @@ def forward_tiles(
     """
     for start in range(begin, end, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        in_cols = cols < n_cols
-        wide = cols.to(tl.int64)
-        k = tl.load(
-            k_ptr + wide[None, :] * stride_kn + d[:, None] * stride_kd,
-            mask=in_cols[None, :] & (d < dim)[:, None], other=0.0,
-        )  # fmt: skip
+        k = load_tile(k_ptr, cols, cols < n_cols, stride_kn, d, stride_kd, dim, ALIGN=ALIGN)
         t, _ = scores(
-            tl.dot(q, k, input_precision=PRECISION), rows[:, None], cols[None, :], n_rows, n_cols,
+            tl.dot(q, tl.trans(k), input_precision=PRECISION), rows[:, None], cols[None, :], n_rows, n_cols,
             bias_ptr, stride_bm, stride_bn, slope, scale, softcap, offset, left, right,
             NATURAL=NATURAL, SOFTCAP=SOFTCAP, ALIBI=ALIBI, BIAS=BIAS, LEFT=LEFT, RIGHT=RIGHT, MASKED=MASKED,
         )  # fmt: skip
@@ -41,10 +36,7 @@ def forward_tiles(
         row_max = new_max
         if DROPOUT:
             p = tl.where(kept(seed, plane, rows, start, threshold, BLOCK_N), p, 0.0)
-        v = tl.load(
-            v_ptr + wide[:, None] * stride_vn + dv[None, :] * stride_vd,
-            mask=in_cols[:, None] & (dv < dim_v)[None, :], other=0.0,
-        )  # fmt: skip
+        v = load_tile(v_ptr, cols, cols < n_cols, stride_vn, dv, stride_vd, dim_v, ALIGN=ALIGN)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return acc, row_max, row_sum
 

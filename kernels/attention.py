@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._attention import Problem, column_range, locate
+from ._attention import Problem, column_range, load_tile, locate, plane_of, store_tile
 from ._attention_forward import forward_tiles, row_results
 from .attention_decode import attention_decode, splits
 
@@ -28,7 +28,7 @@ def _attention_fwd_kernel(
     PACKED: tl.constexpr, NATURAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
     SINKS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
-    SPLIT_ROWS: tl.constexpr, SPLIT_FROM: tl.constexpr,
+    SPLIT_ROWS: tl.constexpr, SPLIT_FROM: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -51,13 +51,10 @@ def _attention_fwd_kernel(
         d = tl.arange(0, BLOCK_D).to(tl.int64)
         dv = tl.arange(0, BLOCK_DV).to(tl.int64)
         head_kv = head // group
-        at_rows = start_q + rows.to(tl.int64)
-        q = tl.load(
-            q_ptr + b * stride_qb + head * stride_qh + at_rows[:, None] * stride_qm + d[None, :] * stride_qd,
-            mask=in_rows[:, None] & (d < dim)[None, :], other=0.0,
-        )  # fmt: skip
-        k_ptr += b * stride_kb + head_kv * stride_kh + start_k * stride_kn
-        v_ptr += b * stride_vb + head_kv * stride_vh + start_k * stride_vn
+        q_ptr = plane_of(q_ptr, b, head, start_q, stride_qb, stride_qh, stride_qm, ALIGN=ALIGN)
+        k_ptr = plane_of(k_ptr, b, head_kv, start_k, stride_kb, stride_kh, stride_kn, ALIGN=ALIGN)
+        v_ptr = plane_of(v_ptr, b, head_kv, start_k, stride_vb, stride_vh, stride_vn, ALIGN=ALIGN)
+        q = load_tile(q_ptr, rows, in_rows, stride_qm, d, stride_qd, dim, ALIGN=ALIGN)
         if BIAS > 0:
             bias_ptr += b * stride_bb + head * stride_bh
         slope = tl.load(slopes_ptr + b * stride_ab + head * stride_ah).to(tl.float32) if ALIBI else 0.0
@@ -88,20 +85,18 @@ def _attention_fwd_kernel(
                     bias_ptr, stride_bm, stride_bn, slope, scale, softcap, unit, offset, left, right,
                     seed, plane, threshold,
                     NATURAL=NATURAL, SOFTCAP=SOFTCAP, ALIBI=ALIBI, BIAS=BIAS, LEFT=LEFT, RIGHT=RIGHT,
-                    DROPOUT=DROPOUT, PRECISION=PRECISION, EXACT=EXACT, MASKED=phase != 1, BLOCK_N=BLOCK_N,
+                    DROPOUT=DROPOUT, PRECISION=PRECISION, EXACT=EXACT, MASKED=phase != 1, ALIGN=ALIGN, BLOCK_N=BLOCK_N,
                 )  # fmt: skip
         lse, row_max, row_sum, row_log2 = row_results(row_max, row_sum, unit, NATURAL=NATURAL)
         acc = acc / row_sum[:, None]
         if DROPOUT:
             acc *= keep_scale
-        at_stats = b * stride_sb + head * stride_sh + at_rows
+        at_stats = b * stride_sb + head * stride_sh + start_q + rows
         tl.store(lse_ptr + at_stats, lse, mask=in_rows)
         tl.store(max_ptr + at_stats, row_max, mask=in_rows)
         tl.store(log2_ptr + at_stats, row_log2, mask=in_rows)
-        tl.store(
-            out_ptr + b * stride_ob + head * stride_oh + at_rows[:, None] * stride_om + dv[None, :] * stride_od,
-            acc.to(out_ptr.dtype.element_ty), mask=in_rows[:, None] & (dv < dim_v)[None, :],
-        )  # fmt: skip
+        out_ptr = plane_of(out_ptr, b, head, start_q, stride_ob, stride_oh, stride_om, ALIGN=ALIGN)
+        store_tile(out_ptr, acc, rows, in_rows, stride_om, dv, stride_od, dim_v, ALIGN=ALIGN)
 
 
 def forward_tile(dim: int, dtype: torch.dtype, plain: bool, hopper: bool) -> dict:
@@ -143,6 +138,6 @@ def attention_fwd(q, k, v, bias, sinks, alibi_slopes, seed, cu_q, cu_k, scale, s
         *problem.bias_args(), *problem.slope_args(), *problem.feature_args(), problem.keep_scale,
         programs, n_tiles, problem.batch, problem.heads, problem.group, problem.rows, problem.cols,
         problem.dim, problem.dim_v, SINKS=sinks is not None, **(limits or dict(SPLIT_ROWS=0, SPLIT_FROM=0)),
-        **problem.flags, **problem.blocks, **tile,
+        ALIGN=problem.align(out), **problem.flags, **problem.blocks, **tile,
     )  # fmt: skip
     return lse, stats

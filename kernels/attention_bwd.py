@@ -13,7 +13,19 @@ import torch
 import triton
 import triton.language as tl
 
-from ._attention import LOG2E, Problem, column_range, kept, locate, probabilities, row_range, scores
+from ._attention import (
+    LOG2E,
+    Problem,
+    column_range,
+    kept,
+    load_tile,
+    locate,
+    plane_of,
+    probabilities,
+    row_range,
+    scores,
+    store_tile,
+)  # fmt: skip
 from .attention_dbias import attention_dbias
 
 
@@ -22,7 +34,7 @@ def _delta_kernel(
     out_ptr, dout_ptr, dlse_ptr, log2_ptr, delta_ptr,
     stride_ob, stride_oh, stride_om, stride_od, stride_gb, stride_gh, stride_gm, stride_gd,
     stride_lb, stride_lh, stride_lm, stride_sb, stride_sh, n_tiles, heads, n_rows, dim_v,
-    HAS_DLSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_DLSE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     rows = (program % n_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -30,15 +42,10 @@ def _delta_kernel(
     b, head = plane // heads, plane % heads
     in_rows = rows < n_rows
     dv = tl.arange(0, BLOCK_DV).to(tl.int64)
-    mask = in_rows[:, None] & (dv < dim_v)[None, :]
-    out = tl.load(
-        out_ptr + b * stride_ob + head * stride_oh + rows[:, None] * stride_om + dv[None, :] * stride_od,
-        mask=mask, other=0.0,
-    ).to(tl.float32)  # fmt: skip
-    dout = tl.load(
-        dout_ptr + b * stride_gb + head * stride_gh + rows[:, None] * stride_gm + dv[None, :] * stride_gd,
-        mask=mask, other=0.0,
-    ).to(tl.float32)  # fmt: skip
+    out_ptr = plane_of(out_ptr, b, head, 0, stride_ob, stride_oh, stride_om, ALIGN=ALIGN)
+    dout_ptr = plane_of(dout_ptr, b, head, 0, stride_gb, stride_gh, stride_gm, ALIGN=ALIGN)
+    out = load_tile(out_ptr, rows, in_rows, stride_om, dv, stride_od, dim_v, ALIGN=ALIGN).to(tl.float32)
+    dout = load_tile(dout_ptr, rows, in_rows, stride_gm, dv, stride_gd, dim_v, ALIGN=ALIGN).to(tl.float32)
     delta = tl.sum(out * dout, axis=1)
     if HAS_DLSE:
         delta -= tl.load(
@@ -58,18 +65,14 @@ def _dkdv_tiles(
     keep_scale,
     NATURAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
-    MASKED: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
+    MASKED: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # Everything is transposed, (keys, queries): both products then take their left operand from registers.
     for start in range(begin, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         in_rows = rows < n_rows
-        wide = rows.to(tl.int64)
-        q = tl.load(
-            q_ptr + wide[:, None] * stride_qm + d[None, :] * stride_qd,
-            mask=in_rows[:, None] & (d < dim)[None, :], other=0.0,
-        )  # fmt: skip
+        q = load_tile(q_ptr, rows, in_rows, stride_qm, d, stride_qd, dim, ALIGN=ALIGN)
         t, slack = scores(
             tl.dot(k, tl.trans(q), input_precision=PRECISION), rows[None, :], cols[:, None], n_rows, n_cols,
             bias_ptr, stride_bm, stride_bn, slope, scale, softcap, offset, left, right,
@@ -78,10 +81,7 @@ def _dkdv_tiles(
         row_max = tl.load(max_ptr + rows, mask=in_rows, other=0.0)
         row_log2 = tl.load(log2_ptr + rows, mask=in_rows, other=float("inf"))
         p = probabilities(t, row_max[None, :], row_log2[None, :], unit, EXACT=EXACT)
-        dout = tl.load(
-            dout_ptr + wide[:, None] * stride_gm + e[None, :] * stride_gd,
-            mask=in_rows[:, None] & (e < dim_v)[None, :], other=0.0,
-        )  # fmt: skip
+        dout = load_tile(dout_ptr, rows, in_rows, stride_gm, e, stride_gd, dim_v, ALIGN=ALIGN)
         if DROPOUT:
             keep = tl.trans(kept(seed, plane, rows, first_col, threshold, BLOCK_N))
         if NEED_DV:
@@ -110,7 +110,7 @@ def _attention_bwd_dkdv_kernel(
     PACKED: tl.constexpr, NATURAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, EXACT: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     head_kv = (program // n_programs).to(tl.int64)
@@ -123,17 +123,10 @@ def _attention_bwd_dkdv_kernel(
         in_cols = cols < n_cols
         d = tl.arange(0, BLOCK_D).to(tl.int64)
         e = tl.arange(0, BLOCK_DV).to(tl.int64)
-        at_cols = start_k + cols.to(tl.int64)
-        in_k = in_cols[:, None] & (d < dim)[None, :]
-        in_v = in_cols[:, None] & (e < dim_v)[None, :]
-        k = tl.load(
-            k_ptr + b * stride_kb + head_kv * stride_kh + at_cols[:, None] * stride_kn + d[None, :] * stride_kd,
-            mask=in_k, other=0.0,
-        )  # fmt: skip
-        v = tl.load(
-            v_ptr + b * stride_vb + head_kv * stride_vh + at_cols[:, None] * stride_vn + e[None, :] * stride_vd,
-            mask=in_v, other=0.0,
-        )  # fmt: skip
+        k_ptr = plane_of(k_ptr, b, head_kv, start_k, stride_kb, stride_kh, stride_kn, ALIGN=ALIGN)
+        v_ptr = plane_of(v_ptr, b, head_kv, start_k, stride_vb, stride_vh, stride_vn, ALIGN=ALIGN)
+        k = load_tile(k_ptr, cols, in_cols, stride_kn, d, stride_kd, dim, ALIGN=ALIGN)
+        v = load_tile(v_ptr, cols, in_cols, stride_vn, e, stride_vd, dim_v, ALIGN=ALIGN)
         seed = tl.load(seed_ptr) if DROPOUT else 0
         offset = n_cols - n_rows if BOTTOM_RIGHT else 0
         begin, full_begin, full_end, end = row_range(
@@ -155,8 +148,9 @@ def _attention_bwd_dkdv_kernel(
                 # Without a left bound the third run is empty.
                 if phase < 2 or LEFT:
                     dk, dv = _dkdv_tiles(
-                        dk, dv, k, v, q_ptr + b * stride_qb + head * stride_qh + start_q * stride_qm,
-                        dout_ptr + b * stride_gb + head * stride_gh + start_q * stride_gm,
+                        dk, dv, k, v,
+                        plane_of(q_ptr, b, head, start_q, stride_qb, stride_qh, stride_qm, ALIGN=ALIGN),
+                        plane_of(dout_ptr, b, head, start_q, stride_gb, stride_gh, stride_gm, ALIGN=ALIGN),
                         max_ptr + at_stats, log2_ptr + at_stats, delta_ptr + at_stats,
                         low, high, cols, first, n_rows, n_cols,
                         stride_qm, stride_qd, stride_gm, stride_gd, d, e, dim, dim_v,
@@ -164,18 +158,14 @@ def _attention_bwd_dkdv_kernel(
                         scale, softcap, unit, offset, left, right, seed, b * heads + head, threshold, keep_scale,
                         NATURAL=NATURAL, SOFTCAP=SOFTCAP, ALIBI=ALIBI, BIAS=BIAS, LEFT=LEFT, RIGHT=RIGHT,
                         DROPOUT=DROPOUT, PRECISION=PRECISION, EXACT=EXACT, MASKED=phase != 1,
-                        NEED_DK=NEED_DK, NEED_DV=NEED_DV, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+                        NEED_DK=NEED_DK, NEED_DV=NEED_DV, ALIGN=ALIGN, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
                     )  # fmt: skip
         if NEED_DK:
-            tl.store(
-                dk_ptr + b * stride_xb + head_kv * stride_xh + at_cols[:, None] * stride_xn + d[None, :] * stride_xd,
-                (dk * scale).to(dk_ptr.dtype.element_ty), mask=in_k,
-            )  # fmt: skip
+            dk_ptr = plane_of(dk_ptr, b, head_kv, start_k, stride_xb, stride_xh, stride_xn, ALIGN=ALIGN)
+            store_tile(dk_ptr, dk * scale, cols, in_cols, stride_xn, d, stride_xd, dim, ALIGN=ALIGN)
         if NEED_DV:
-            tl.store(
-                dv_ptr + b * stride_yb + head_kv * stride_yh + at_cols[:, None] * stride_yn + e[None, :] * stride_yd,
-                dv.to(dv_ptr.dtype.element_ty), mask=in_v,
-            )  # fmt: skip
+            dv_ptr = plane_of(dv_ptr, b, head_kv, start_k, stride_yb, stride_yh, stride_yn, ALIGN=ALIGN)
+            store_tile(dv_ptr, dv, cols, in_cols, stride_yn, e, stride_yd, dim_v, ALIGN=ALIGN)
 
 
 @triton.jit
@@ -186,20 +176,13 @@ def _dq_tiles(
     keep_scale,
     NATURAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
-    MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     for start in range(begin, end, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         in_cols = cols < n_cols
-        wide = cols.to(tl.int64)
-        k = tl.load(
-            k_ptr + wide[:, None] * stride_kn + d[None, :] * stride_kd,
-            mask=in_cols[:, None] & (d < dim)[None, :], other=0.0,
-        )  # fmt: skip
-        v = tl.load(
-            v_ptr + wide[:, None] * stride_vn + e[None, :] * stride_vd,
-            mask=in_cols[:, None] & (e < dim_v)[None, :], other=0.0,
-        )  # fmt: skip
+        k = load_tile(k_ptr, cols, in_cols, stride_kn, d, stride_kd, dim, ALIGN=ALIGN)
+        v = load_tile(v_ptr, cols, in_cols, stride_vn, e, stride_vd, dim_v, ALIGN=ALIGN)
         t, slack = scores(
             tl.dot(q, tl.trans(k), input_precision=PRECISION), rows[:, None], cols[None, :], n_rows, n_cols,
             bias_ptr, stride_bm, stride_bn, slope, scale, softcap, offset, left, right,
@@ -226,7 +209,7 @@ def _attention_bwd_dq_kernel(
     n_programs, n_tiles, n_seqs, heads, group, length_q, length_k, dim, dim_v,
     PACKED: tl.constexpr, NATURAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -244,17 +227,11 @@ def _attention_bwd_dq_kernel(
         d = tl.arange(0, BLOCK_D).to(tl.int64)
         e = tl.arange(0, BLOCK_DV).to(tl.int64)
         head_kv = head // group
-        at_rows = start_q + rows.to(tl.int64)
-        in_q = in_rows[:, None] & (d < dim)[None, :]
-        q = tl.load(
-            q_ptr + b * stride_qb + head * stride_qh + at_rows[:, None] * stride_qm + d[None, :] * stride_qd,
-            mask=in_q, other=0.0,
-        )  # fmt: skip
-        dout = tl.load(
-            dout_ptr + b * stride_gb + head * stride_gh + at_rows[:, None] * stride_gm + e[None, :] * stride_gd,
-            mask=in_rows[:, None] & (e < dim_v)[None, :], other=0.0,
-        )  # fmt: skip
-        at_stats = b * stride_sb + head * stride_sh + at_rows
+        q_ptr = plane_of(q_ptr, b, head, start_q, stride_qb, stride_qh, stride_qm, ALIGN=ALIGN)
+        dout_ptr = plane_of(dout_ptr, b, head, start_q, stride_gb, stride_gh, stride_gm, ALIGN=ALIGN)
+        q = load_tile(q_ptr, rows, in_rows, stride_qm, d, stride_qd, dim, ALIGN=ALIGN)
+        dout = load_tile(dout_ptr, rows, in_rows, stride_gm, e, stride_gd, dim_v, ALIGN=ALIGN)
+        at_stats = b * stride_sb + head * stride_sh + start_q + rows
         row_max = tl.load(max_ptr + at_stats, mask=in_rows, other=0.0)
         row_log2 = tl.load(log2_ptr + at_stats, mask=in_rows, other=float("inf"))
         delta = tl.load(delta_ptr + at_stats, mask=in_rows, other=0.0)
@@ -275,19 +252,17 @@ def _attention_bwd_dq_kernel(
             if phase > 0 or LEFT:
                 dq = _dq_tiles(
                     dq, q, dout, row_max, row_log2, delta,
-                    k_ptr + b * stride_kb + head_kv * stride_kh + start_k * stride_kn,
-                    v_ptr + b * stride_vb + head_kv * stride_vh + start_k * stride_vn,
+                    plane_of(k_ptr, b, head_kv, start_k, stride_kb, stride_kh, stride_kn, ALIGN=ALIGN),
+                    plane_of(v_ptr, b, head_kv, start_k, stride_vb, stride_vh, stride_vn, ALIGN=ALIGN),
                     low, high, rows, n_rows, n_cols,
                     stride_kn, stride_kd, stride_vn, stride_vd, d, e, dim, dim_v,
                     bias_ptr + b * stride_bb + head * stride_bh, stride_bm, stride_bn, slope,
                     scale, softcap, unit, offset, left, right, seed, b * heads + head, threshold, keep_scale,
                     NATURAL=NATURAL, SOFTCAP=SOFTCAP, ALIBI=ALIBI, BIAS=BIAS, LEFT=LEFT, RIGHT=RIGHT,
-                    DROPOUT=DROPOUT, PRECISION=PRECISION, EXACT=EXACT, MASKED=phase != 1, BLOCK_N=BLOCK_N,
+                    DROPOUT=DROPOUT, PRECISION=PRECISION, EXACT=EXACT, MASKED=phase != 1, ALIGN=ALIGN, BLOCK_N=BLOCK_N,
                 )  # fmt: skip
-        tl.store(
-            dq_ptr + b * stride_xb + head * stride_xh + at_rows[:, None] * stride_xm + d[None, :] * stride_xd,
-            (dq * scale).to(dq_ptr.dtype.element_ty), mask=in_q,
-        )  # fmt: skip
+        dq_ptr = plane_of(dq_ptr, b, head, start_q, stride_xb, stride_xh, stride_xm, ALIGN=ALIGN)
+        store_tile(dq_ptr, dq * scale, rows, in_rows, stride_xm, d, stride_xd, dim, ALIGN=ALIGN)
 
 
 def dkdv_tile(dim: int, dtype: torch.dtype, plain: bool, hopper: bool) -> dict:
@@ -330,7 +305,8 @@ def attention_bwd(dout, dlse, q, k, v, out, stats, bias, sinks, alibi_slopes, se
             out, dout, delta if dlse is None else dlse, stats[1], delta,
             *problem.strides(out), *problem.strides(dout), *dlse_strides, *problem.stat_strides(),
             n_tiles, problem.heads, problem.rows, problem.dim_v,
-            HAS_DLSE=dlse is not None, BLOCK_M=block_m, BLOCK_DV=problem.blocks["BLOCK_DV"], num_warps=4,
+            HAS_DLSE=dlse is not None, ALIGN=problem.align(out, dout), BLOCK_M=block_m,
+            BLOCK_DV=problem.blocks["BLOCK_DV"], num_warps=4,
         )  # fmt: skip
     tail = (
         *problem.bias_args(), *problem.slope_args(), *problem.feature_args(), problem.keep_scale,
@@ -347,7 +323,8 @@ def attention_bwd(dout, dlse, q, k, v, out, stats, bias, sinks, alibi_slopes, se
             *inputs, dk_or_k, dv_or_v, stats[0], stats[1], delta,
             *(s for x in (*inputs, dk_or_k, dv_or_v) for s in problem.strides(x)), *problem.stat_strides(),
             *problem.cu, *tail, programs, n_tiles, *sizes,
-            NEED_DK=dk is not None, NEED_DV=dv is not None, **problem.flags, **problem.blocks, **tile,
+            NEED_DK=dk is not None, NEED_DV=dv is not None, ALIGN=problem.align(dout, dk_or_k, dv_or_v),
+            **problem.flags, **problem.blocks, **tile,
         )  # fmt: skip
     if dq is not None and q.numel() > 0:
         tile = problem.fit(dq_tile(problem.widest, q.dtype, problem.plain, problem.hopper), "BLOCK_M", problem.rows)
@@ -355,7 +332,8 @@ def attention_bwd(dout, dlse, q, k, v, out, stats, bias, sinks, alibi_slopes, se
         _attention_bwd_dq_kernel[(programs * problem.heads,)](
             *inputs, dq, stats[0], stats[1], delta,
             *(s for x in (*inputs, dq) for s in problem.strides(x)), *problem.stat_strides(),
-            *problem.cu, *tail, programs, n_tiles, *sizes, **problem.flags, **problem.blocks, **tile,
+            *problem.cu, *tail, programs, n_tiles, *sizes,
+            ALIGN=problem.align(dout, dq), **problem.flags, **problem.blocks, **tile,
         )  # fmt: skip
     dbias = attention_dbias(problem, dout, stats, delta) if need_dbias else None
     dsinks = None

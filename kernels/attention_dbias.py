@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._attention import kept, probabilities, scores
+from ._attention import kept, load_tile, plane_of, probabilities, scores
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def _attention_dbias_kernel(
     ALL_BATCHES: tl.constexpr, ALL_HEADS: tl.constexpr, ALL_ROWS: tl.constexpr, ALL_COLS: tl.constexpr,
     PACKED: tl.constexpr, NATURAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -59,37 +59,24 @@ def _attention_dbias_kernel(
         for head in range(first_head, last_head):
             head_kv = head // group
             slope = tl.load(slopes_ptr + b * stride_ab + head * stride_ah).to(tl.float32) if ALIBI else 0.0
+            q_plane = plane_of(q_ptr, b, head, start_q, stride_qb, stride_qh, stride_qm, ALIGN=ALIGN)
+            k_plane = plane_of(k_ptr, b, head_kv, start_k, stride_kb, stride_kh, stride_kn, ALIGN=ALIGN)
+            v_plane = plane_of(v_ptr, b, head_kv, start_k, stride_vb, stride_vh, stride_vn, ALIGN=ALIGN)
+            dout_plane = plane_of(dout_ptr, b, head, start_q, stride_gb, stride_gh, stride_gm, ALIGN=ALIGN)
             for row in range(first_row, last_row, BLOCK_M):
                 rows = row + tl.arange(0, BLOCK_M)
                 in_rows = rows < n_rows
-                at_rows = start_q + rows.to(tl.int64)
-                q = tl.load(
-                    q_ptr + b * stride_qb + head * stride_qh + at_rows[:, None] * stride_qm + d[None, :] * stride_qd,
-                    mask=in_rows[:, None] & (d < dim)[None, :], other=0.0,
-                )  # fmt: skip
-                dout = tl.load(
-                    dout_ptr + b * stride_gb + head * stride_gh + at_rows[:, None] * stride_gm
-                    + e[None, :] * stride_gd,
-                    mask=in_rows[:, None] & (e < dim_v)[None, :], other=0.0,
-                )  # fmt: skip
-                at_stats = b * stride_sb + head * stride_sh + at_rows
+                q = load_tile(q_plane, rows, in_rows, stride_qm, d, stride_qd, dim, ALIGN=ALIGN)
+                dout = load_tile(dout_plane, rows, in_rows, stride_gm, e, stride_gd, dim_v, ALIGN=ALIGN)
+                at_stats = b * stride_sb + head * stride_sh + start_q + rows
                 row_max = tl.load(max_ptr + at_stats, mask=in_rows, other=0.0)
                 row_log2 = tl.load(log2_ptr + at_stats, mask=in_rows, other=float("inf"))
                 delta = tl.load(delta_ptr + at_stats, mask=in_rows, other=0.0)
                 for col in range(first_col, last_col, BLOCK_N):
                     cols = col + tl.arange(0, BLOCK_N)
                     in_cols = cols < n_cols
-                    at_cols = start_k + cols.to(tl.int64)
-                    k = tl.load(
-                        k_ptr + b * stride_kb + head_kv * stride_kh + at_cols[:, None] * stride_kn
-                        + d[None, :] * stride_kd,
-                        mask=in_cols[:, None] & (d < dim)[None, :], other=0.0,
-                    )  # fmt: skip
-                    v = tl.load(
-                        v_ptr + b * stride_vb + head_kv * stride_vh + at_cols[:, None] * stride_vn
-                        + e[None, :] * stride_vd,
-                        mask=in_cols[:, None] & (e < dim_v)[None, :], other=0.0,
-                    )  # fmt: skip
+                    k = load_tile(k_plane, cols, in_cols, stride_kn, d, stride_kd, dim, ALIGN=ALIGN)
+                    v = load_tile(v_plane, cols, in_cols, stride_vn, e, stride_vd, dim_v, ALIGN=ALIGN)
                     t, _ = scores(
                         tl.dot(q, tl.trans(k), input_precision=PRECISION), rows[:, None], cols[None, :],
                         n_rows, n_cols, bias_ptr + b * stride_bb + head * stride_bh, stride_bm, stride_bn,
@@ -142,6 +129,6 @@ def attention_dbias(problem, dout, stats, delta):
         problem.batch, problem.heads, problem.group, problem.rows, problem.cols, problem.dim, problem.dim_v,
         heads, rows, cols, row_tiles, col_tiles,
         ALL_BATCHES=b == 1, ALL_HEADS=heads == 1, ALL_ROWS=rows == 1, ALL_COLS=cols == 1,
-        **problem.flags, **problem.blocks, **tile,
+        ALIGN=problem.align(dout), **problem.flags, **problem.blocks, **tile,
     )  # fmt: skip
     return dbias

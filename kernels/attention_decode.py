@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._attention import column_range, locate
+from ._attention import column_range, load_tile, locate, plane_of, store_tile
 from ._attention_forward import forward_tiles, row_results
 from ._launch import next_power_of_2
 
@@ -29,7 +29,7 @@ def _attention_split_kernel(
     PACKED: tl.constexpr, NATURAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
-    GROUP: tl.constexpr, SPLIT_ROWS: tl.constexpr, SPLIT_FROM: tl.constexpr, CHUNK: tl.constexpr,
+    GROUP: tl.constexpr, SPLIT_ROWS: tl.constexpr, SPLIT_FROM: tl.constexpr, CHUNK: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -61,13 +61,10 @@ def _attention_split_kernel(
             full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
             d = tl.arange(0, BLOCK_D).to(tl.int64)
             dv = tl.arange(0, BLOCK_DV).to(tl.int64)
-            q = tl.load(
-                q_ptr + b * stride_qb + head[:, None] * stride_qh + (start_q + row.to(tl.int64))[:, None] * stride_qm
-                + d[None, :] * stride_qd,
-                mask=in_rows[:, None] & (d < dim)[None, :], other=0.0,
-            )  # fmt: skip
-            k_ptr += b * stride_kb + head_kv * stride_kh + start_k * stride_kn
-            v_ptr += b * stride_vb + head_kv * stride_vh + start_k * stride_vn
+            q_rows = plane_of(q_ptr, b, head[:, None], start_q, stride_qb, stride_qh, stride_qm, ALIGN=ALIGN)
+            k_ptr = plane_of(k_ptr, b, head_kv, start_k, stride_kb, stride_kh, stride_kn, ALIGN=ALIGN)
+            v_ptr = plane_of(v_ptr, b, head_kv, start_k, stride_vb, stride_vh, stride_vn, ALIGN=ALIGN)
+            q = load_tile(q_rows, row, in_rows, stride_qm, d, stride_qd, dim, ALIGN=ALIGN)
             bias_rows = bias_ptr
             if BIAS > 0:
                 bias_rows = bias_ptr + b * stride_bb + head[:, None] * stride_bh
@@ -91,9 +88,10 @@ def _attention_split_kernel(
                         bias_rows, stride_bm, stride_bn, slope, scale, softcap, unit, offset, left, right,
                         seed, plane, threshold,
                         NATURAL=NATURAL, SOFTCAP=SOFTCAP, ALIBI=ALIBI, BIAS=BIAS, LEFT=LEFT, RIGHT=RIGHT,
-                        DROPOUT=DROPOUT, PRECISION=PRECISION, EXACT=EXACT, MASKED=phase != 1, BLOCK_N=BLOCK_N,
+                        DROPOUT=DROPOUT, PRECISION=PRECISION, EXACT=EXACT, MASKED=phase != 1,
+                        ALIGN=ALIGN, BLOCK_N=BLOCK_N,
                     )  # fmt: skip
-            tl.store(part_ptr + at[:, None] * dim_v + dv[None, :], acc, mask=in_rows[:, None] & (dv < dim_v)[None, :])
+            store_tile(part_ptr, acc, at, in_rows, dim_v, dv, 1, dim_v, ALIGN=ALIGN)
         tl.store(part_max_ptr + at, row_max, mask=in_rows)
         tl.store(part_sum_ptr + at, row_sum, mask=in_rows)
 
@@ -148,10 +146,7 @@ def _attention_merge_kernel(
             part_max = tl.load(part_max_ptr + at, mask=chunk + s < chunks, other=float("-inf"))
             part_sum = tl.load(part_sum_ptr + at, mask=chunk + s < chunks, other=0.0)
             # Chunks in which the row sees nothing have stored no output.
-            part = tl.load(
-                part_ptr + at[:, None] * dim_v + dv[None, :],
-                mask=(part_sum != 0.0)[:, None] & (dv < dim_v)[None, :], other=0.0,
-            )  # fmt: skip
+            part = load_tile(part_ptr, at, part_sum != 0.0, dim_v, dv, 1, dim_v, ALIGN=1)
             weight = tl.exp2((part_max - shift) * unit)
             row_sum += tl.sum(weight * part_sum, axis=0)
             acc += tl.sum(weight[:, None] * part, axis=0)
@@ -207,7 +202,8 @@ def attention_decode(problem, limits: dict, sinks, out, lse, stats):
         q, k, v, part, part_max, part_sum, *(s for x in (q, k, v) for s in problem.strides(x)), *problem.cu,
         *problem.bias_args(), *problem.slope_args(), *problem.feature_args(),
         programs, n_tiles, problem.batch, problem.heads, problem.group, problem.rows, problem.cols,
-        problem.dim, problem.dim_v, BLOCK_N=tile["BLOCK_N"], **problem.blocks, **{**problem.flags, **shared},
+        problem.dim, problem.dim_v, ALIGN=problem.align(), BLOCK_N=tile["BLOCK_N"],
+        **problem.blocks, **{**problem.flags, **shared},
         num_warps=tile["num_warps"], num_stages=tile["num_stages"],
     )  # fmt: skip
     _attention_merge_kernel[(rows * problem.heads * problem.batch,)](
