@@ -12,14 +12,17 @@ from ._attention_rivals import rivals
 __all__ = ["reference", "rivals", "shapes", "sweep"]
 
 
+def _made(kwargs, device, dtype):
+    return {k: v(device, dtype) if callable(v) else v for k, v in kwargs.items()}
+
+
 def dense(batch: int, heads: int, length: int, dim: int, heads_kv: int | None = None, **kwargs):
     def make(device, dtype):
         def tensor(n):
             return torch.randn(batch, length, n, dim, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
 
         query, key, value = tensor(heads), tensor(heads_kv or heads), tensor(heads_kv or heads)
-        extra = {k: v(device, dtype) if callable(v) else v for k, v in kwargs.items()}
-        return Sample("", (query, key, value), extra)
+        return Sample("", (query, key, value), _made(kwargs, device, dtype))
 
     return make
 
@@ -43,16 +46,19 @@ def parameter(*shape: int):
     return lambda device, dtype: torch.randn(shape, device=device, dtype=dtype).requires_grad_()
 
 
-def packed(batch: int, length: int, heads: int, dim: int, **kwargs):
+def packed(batch: int, length: int, heads: int, dim: int, heads_kv: int | None = None, **kwargs):
     """``batch`` sequences of one length in one tensor."""
 
     def make(device, dtype):
         starts = torch.arange(batch + 1, device=device, dtype=torch.int32) * length
 
-        def tensor():
-            return torch.randn(batch * length, heads, dim, device=device, dtype=dtype).requires_grad_()
+        def tensor(n):
+            return torch.randn(batch * length, n, dim, device=device, dtype=dtype).requires_grad_()
 
-        return Sample("", (tensor(), tensor(), tensor()), dict(cu_seqlens_q=starts, cu_seqlens_k=starts, **kwargs))
+        query, key, value = tensor(heads), tensor(heads_kv or heads), tensor(heads_kv or heads)
+        return Sample(
+            "", (query, key, value), dict(cu_seqlens_q=starts, cu_seqlens_k=starts, **_made(kwargs, device, dtype))
+        )
 
     return make
 

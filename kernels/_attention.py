@@ -249,9 +249,13 @@ class Problem:
             PRECISION=self.precision if q.dtype == torch.float32 else "ieee",
             EXACT=natural or q.dtype == torch.float32,
         )  # fmt: skip
-        # What a launch table asks for: the wider padded head dim, and whether scores are bare products.
-        self.plain = not natural and dropout_p == 0
-        self.hopper = q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] >= 9
+        # What the launch tables ask for: the architecture, the wider padded head dim, and the load.
+        self.arch = 90
+        if q.device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(q.device)
+            self.arch = 10 * major + minor
+        features = (left >= 0, softcap > 0, bias is not None, alibi_slopes is not None, dropout_p > 0)
+        self.load = 2 if self.align() == 1 else min(sum(features), 2)
         self.blocks = dict(BLOCK_D=max(16, next_power_of_2(self.dim)), BLOCK_DV=max(16, next_power_of_2(self.dim_v)))
         self.widest = max(self.blocks.values())
 

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ._attention import Problem, column_range, load_tile, locate, plane_of, store_tile
 from ._attention_forward import forward_tiles, row_results
+from ._attention_tiles import forward_tile
 from .attention_decode import attention_decode, splits
 
 
@@ -99,17 +100,6 @@ def _attention_fwd_kernel(
         store_tile(out_ptr, acc, rows, in_rows, stride_om, dv, stride_od, dim_v, ALIGN=ALIGN)
 
 
-def forward_tile(dim: int, dtype: torch.dtype, plain: bool, hopper: bool) -> dict:
-    """Tile sizes of the forward by the padded head dim; ``hopper``: sm_90 and later. From registers, not yet timed."""
-    if dtype == torch.float32:
-        return dict(BLOCK_M=64, BLOCK_N=32 if dim > 64 else 64, num_warps=4 if dim <= 64 else 8, num_stages=2)
-    if dim <= 64:
-        return dict(BLOCK_M=128, BLOCK_N=128 if plain else 64, num_warps=8, num_stages=3)
-    if dim > 128 and not hopper:
-        return dict(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2)
-    return dict(BLOCK_M=128, BLOCK_N=64 if dim <= 128 else 32, num_warps=8, num_stages=3 if dim <= 128 else 2)
-
-
 def attention_fwd(q, k, v, bias, sinks, alibi_slopes, seed, cu_q, cu_k, scale, softcap, left, right, bottom_right,
                   dropout_p, out):  # fmt: skip
     """Fills ``out``; returns lse, and the statistics for the backward: (2, *lse.shape), row maxima and log2 of sums."""
@@ -130,7 +120,7 @@ def attention_fwd(q, k, v, bias, sinks, alibi_slopes, seed, cu_q, cu_k, scale, s
         attention_decode(problem, limits, sinks, out, lse, stats)
         if not problem.packed:
             return lse, stats
-    tile = problem.fit(forward_tile(problem.widest, q.dtype, problem.plain, problem.hopper), "BLOCK_M", problem.rows)
+    tile = problem.fit(forward_tile(problem.widest, q.dtype, problem.arch, problem.load), "BLOCK_M", problem.rows)
     n_tiles, programs = problem.tiles(tile["BLOCK_M"], problem.rows)
     _attention_fwd_kernel[(programs * problem.heads,)](
         q, k, v, out, lse, stats[0], stats[1], q if sinks is None else sinks,

@@ -26,6 +26,7 @@ from ._attention import (
     scores,
     store_tile,
 )  # fmt: skip
+from ._attention_tiles import dkdv_tile, dq_tile
 from .attention_dbias import attention_dbias
 
 
@@ -60,35 +61,44 @@ def _delta_kernel(
 @triton.jit
 def _dkdv_tiles(
     dk, dv, k, v, q_ptr, dout_ptr, max_ptr, log2_ptr, delta_ptr, begin, end, cols, first_col, n_rows, n_cols,
-    stride_qm, stride_qd, stride_gm, stride_gd, d, e, dim, dim_v,
-    bias_ptr, stride_bm, stride_bn, slope, scale, softcap, unit, offset, left, right, seed, plane, threshold,
-    keep_scale,
+    b, first_head, heads, group, start_q,
+    stride_qb, stride_qh, stride_qm, stride_qd, stride_gb, stride_gh, stride_gm, stride_gd, stride_sb, stride_sh,
+    d, e, dim, dim_v, bias_ptr, stride_bh, stride_bm, stride_bn, slopes_ptr, stride_ab, stride_ah,
+    scale, softcap, unit, offset, left, right, seed, threshold, keep_scale,
     NATURAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
     MASKED: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # Everything is transposed, (keys, queries): both products then take their left operand from registers.
-    for start in range(begin, end, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
+    # The group's heads are part of one loop: nested in another, the sums would take more registers.
+    tiles = tl.cdiv(end - begin, BLOCK_M)
+    for turn in range(0, group * tiles):
+        member = turn // tiles
+        head = first_head + member
+        rows = begin + (turn - member * tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
         in_rows = rows < n_rows
-        q = load_tile(q_ptr, rows, in_rows, stride_qm, d, stride_qd, dim, ALIGN=ALIGN)
+        slope = tl.load(slopes_ptr + b * stride_ab + head * stride_ah).to(tl.float32) if ALIBI else 0.0
+        q_plane = plane_of(q_ptr, b, head, start_q, stride_qb, stride_qh, stride_qm, ALIGN=ALIGN)
+        dout_plane = plane_of(dout_ptr, b, head, start_q, stride_gb, stride_gh, stride_gm, ALIGN=ALIGN)
+        at_stats = b * stride_sb + head * stride_sh + start_q + rows
+        q = load_tile(q_plane, rows, in_rows, stride_qm, d, stride_qd, dim, ALIGN=ALIGN)
         t, slack = scores(
             tl.dot(k, tl.trans(q), input_precision=PRECISION), rows[None, :], cols[:, None], n_rows, n_cols,
-            bias_ptr, stride_bm, stride_bn, slope, scale, softcap, offset, left, right,
+            bias_ptr + head * stride_bh, stride_bm, stride_bn, slope, scale, softcap, offset, left, right,
             NATURAL=NATURAL, SOFTCAP=SOFTCAP, ALIBI=ALIBI, BIAS=BIAS, LEFT=LEFT, RIGHT=RIGHT, MASKED=MASKED,
         )  # fmt: skip
-        row_max = tl.load(max_ptr + rows, mask=in_rows, other=0.0)
-        row_log2 = tl.load(log2_ptr + rows, mask=in_rows, other=float("inf"))
+        row_max = tl.load(max_ptr + at_stats, mask=in_rows, other=0.0)
+        row_log2 = tl.load(log2_ptr + at_stats, mask=in_rows, other=float("inf"))
         p = probabilities(t, row_max[None, :], row_log2[None, :], unit, EXACT=EXACT)
-        dout = load_tile(dout_ptr, rows, in_rows, stride_gm, e, stride_gd, dim_v, ALIGN=ALIGN)
+        dout = load_tile(dout_plane, rows, in_rows, stride_gm, e, stride_gd, dim_v, ALIGN=ALIGN)
         if DROPOUT:
-            keep = tl.trans(kept(seed, plane, rows, first_col, threshold, BLOCK_N))
+            keep = tl.trans(kept(seed, b * heads + head, rows, first_col, threshold, BLOCK_N))
         if NEED_DV:
             dropped = tl.where(keep, p * keep_scale, 0.0) if DROPOUT else p
             dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=PRECISION)
         if NEED_DK:
-            delta = tl.load(delta_ptr + rows, mask=in_rows, other=0.0)
+            delta = tl.load(delta_ptr + at_stats, mask=in_rows, other=0.0)
             dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
             if DROPOUT:
                 dp = tl.where(keep, dp * keep_scale, 0.0)
@@ -134,32 +144,26 @@ def _attention_bwd_dkdv_kernel(
         )
         dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
-        for member in range(0, group):
-            head = head_kv * group + member
-            at_stats = b * stride_sb + head * stride_sh + start_q
-            slope = tl.load(slopes_ptr + b * stride_ab + head * stride_ah).to(tl.float32) if ALIBI else 0.0
-            for phase in tl.static_range(3):
-                if phase == 0:
-                    low, high = begin, full_begin
-                elif phase == 1:
-                    low, high = full_begin, full_end
-                else:
-                    low, high = full_end, end
-                # Without a left bound the third run is empty.
-                if phase < 2 or LEFT:
-                    dk, dv = _dkdv_tiles(
-                        dk, dv, k, v,
-                        plane_of(q_ptr, b, head, start_q, stride_qb, stride_qh, stride_qm, ALIGN=ALIGN),
-                        plane_of(dout_ptr, b, head, start_q, stride_gb, stride_gh, stride_gm, ALIGN=ALIGN),
-                        max_ptr + at_stats, log2_ptr + at_stats, delta_ptr + at_stats,
-                        low, high, cols, first, n_rows, n_cols,
-                        stride_qm, stride_qd, stride_gm, stride_gd, d, e, dim, dim_v,
-                        bias_ptr + b * stride_bb + head * stride_bh, stride_bm, stride_bn, slope,
-                        scale, softcap, unit, offset, left, right, seed, b * heads + head, threshold, keep_scale,
-                        NATURAL=NATURAL, SOFTCAP=SOFTCAP, ALIBI=ALIBI, BIAS=BIAS, LEFT=LEFT, RIGHT=RIGHT,
-                        DROPOUT=DROPOUT, PRECISION=PRECISION, EXACT=EXACT, MASKED=phase != 1,
-                        NEED_DK=NEED_DK, NEED_DV=NEED_DV, ALIGN=ALIGN, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
-                    )  # fmt: skip
+        for phase in tl.static_range(3):
+            if phase == 0:
+                low, high = begin, full_begin
+            elif phase == 1:
+                low, high = full_begin, full_end
+            else:
+                low, high = full_end, end
+            # Without a left bound the third run is empty.
+            if phase < 2 or LEFT:
+                dk, dv = _dkdv_tiles(
+                    dk, dv, k, v, q_ptr, dout_ptr, max_ptr, log2_ptr, delta_ptr, low, high, cols, first, n_rows, n_cols,
+                    b, head_kv * group, heads, group, start_q,
+                    stride_qb, stride_qh, stride_qm, stride_qd, stride_gb, stride_gh, stride_gm, stride_gd,
+                    stride_sb, stride_sh, d, e, dim, dim_v,
+                    bias_ptr + b * stride_bb, stride_bh, stride_bm, stride_bn, slopes_ptr, stride_ab, stride_ah,
+                    scale, softcap, unit, offset, left, right, seed, threshold, keep_scale,
+                    NATURAL=NATURAL, SOFTCAP=SOFTCAP, ALIBI=ALIBI, BIAS=BIAS, LEFT=LEFT, RIGHT=RIGHT,
+                    DROPOUT=DROPOUT, PRECISION=PRECISION, EXACT=EXACT, MASKED=phase != 1,
+                    NEED_DK=NEED_DK, NEED_DV=NEED_DV, ALIGN=ALIGN, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+                )  # fmt: skip
         if NEED_DK:
             dk_ptr = plane_of(dk_ptr, b, head_kv, start_k, stride_xb, stride_xh, stride_xn, ALIGN=ALIGN)
             store_tile(dk_ptr, dk * scale, cols, in_cols, stride_xn, d, stride_xd, dim, ALIGN=ALIGN)
@@ -265,26 +269,6 @@ def _attention_bwd_dq_kernel(
         store_tile(dq_ptr, dq * scale, rows, in_rows, stride_xm, d, stride_xd, dim, ALIGN=ALIGN)
 
 
-def dkdv_tile(dim: int, dtype: torch.dtype, plain: bool, hopper: bool) -> dict:
-    """Tile sizes for dk and dv, as attention.forward_tile."""
-    if dtype == torch.float32:
-        return dict(BLOCK_M=32, BLOCK_N=32 if dim > 64 else 64, num_warps=4 if dim <= 64 else 8, num_stages=1)
-    if 64 < dim <= 128 and not hopper:
-        return dict(BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=2)
-    if dim <= 128:
-        return dict(BLOCK_M=64 if plain and dim <= 64 else 32, BLOCK_N=128, num_warps=8, num_stages=2)
-    return dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)
-
-
-def dq_tile(dim: int, dtype: torch.dtype, plain: bool, hopper: bool) -> dict:
-    """Tile sizes for dq, as attention.forward_tile."""
-    if dtype == torch.float32:
-        return dict(BLOCK_M=32 if dim > 64 else 64, BLOCK_N=32, num_warps=4 if dim <= 64 else 8, num_stages=1)
-    if dim <= 128:
-        return dict(BLOCK_M=128 if hopper else 64, BLOCK_N=64, num_warps=8, num_stages=2)
-    return dict(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=2 if hopper else 1)
-
-
 def attention_bwd(dout, dlse, q, k, v, out, stats, bias, sinks, alibi_slopes, seed, cu_q, cu_k, scale, softcap, left,
                   right, bottom_right, dropout_p, grads):  # fmt: skip
     """Fills ``grads`` = (dq, dk, dv), each shaped as its input or None; returns (dbias, dsinks) or Nones.
@@ -316,7 +300,7 @@ def attention_bwd(dout, dlse, q, k, v, out, stats, bias, sinks, alibi_slopes, se
     )  # fmt: skip
     inputs = (q, k, v, dout)
     if (dk is not None or dv is not None) and k.numel() + v.numel() > 0:
-        tile = problem.fit(dkdv_tile(problem.widest, q.dtype, problem.plain, problem.hopper), "BLOCK_N", problem.cols)
+        tile = problem.fit(dkdv_tile(problem.widest, q.dtype, problem.arch, problem.load), "BLOCK_N", problem.cols)
         n_tiles, programs = problem.tiles(tile["BLOCK_N"], problem.cols)
         dk_or_k, dv_or_v = (k if dk is None else dk), (v if dv is None else dv)
         _attention_bwd_dkdv_kernel[(programs * problem.heads_kv,)](
@@ -327,7 +311,7 @@ def attention_bwd(dout, dlse, q, k, v, out, stats, bias, sinks, alibi_slopes, se
             **problem.flags, **problem.blocks, **tile,
         )  # fmt: skip
     if dq is not None and q.numel() > 0:
-        tile = problem.fit(dq_tile(problem.widest, q.dtype, problem.plain, problem.hopper), "BLOCK_M", problem.rows)
+        tile = problem.fit(dq_tile(problem.widest, q.dtype, problem.arch, problem.load), "BLOCK_M", problem.rows)
         n_tiles, programs = problem.tiles(tile["BLOCK_M"], problem.rows)
         _attention_bwd_dq_kernel[(programs * problem.heads,)](
             *inputs, dq, stats[0], stats[1], delta,

@@ -1,7 +1,8 @@
 """The gradient of attention's additive bias: ds summed over the dimensions along which the bias is broadcast.
 
 A program owns one tile of the bias and walks, in a fixed order, every batch, head, row and column that shares it; so
-nothing of the size S x S exists but the gradient itself, and no atomics are needed.
+nothing of the size S x S exists but the gradient itself, and no atomics are needed. A bias of few tiles, as one of
+(1, 1, 1, Sk), gives its walk to several programs: batches, heads or rows in pieces, whose sums are added afterwards.
 """
 
 import torch
@@ -9,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ._attention import kept, load_tile, plane_of, probabilities, scores
+from ._attention_tiles import dbias_tile
 
 
 @triton.jit
@@ -19,7 +21,8 @@ def _attention_dbias_kernel(
     stride_sb, stride_sh, cu_q_ptr, cu_k_ptr,
     bias_ptr, stride_bb, stride_bh, stride_bm, stride_bn, slopes_ptr, stride_ab, stride_ah,
     scale, softcap, unit, left, right, seed_ptr, threshold, keep_scale,
-    batch, heads, group, length_q, length_k, dim, dim_v, bias_heads, bias_rows, bias_cols, row_tiles, col_tiles,
+    batch, heads, group, length_q, length_k, dim, dim_v, bias_planes, bias_heads, bias_rows, bias_cols,
+    row_tiles, col_tiles, batch_pieces, batch_step, head_pieces, head_step, row_step,
     ALL_BATCHES: tl.constexpr, ALL_HEADS: tl.constexpr, ALL_ROWS: tl.constexpr, ALL_COLS: tl.constexpr,
     PACKED: tl.constexpr, NATURAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, DROPOUT: tl.constexpr,
@@ -29,7 +32,11 @@ def _attention_dbias_kernel(
     program = tl.program_id(0)
     col_tile = program % col_tiles
     row_tile = (program // col_tiles) % row_tiles
-    plane = (program // (col_tiles * row_tiles)).to(tl.int64)
+    plane = (program // (col_tiles * row_tiles) % bias_planes).to(tl.int64)
+    piece = program // (col_tiles * row_tiles) // bias_planes
+    batch_piece = piece % batch_pieces
+    head_piece = piece // batch_pieces % head_pieces
+    row_piece = piece // batch_pieces // head_pieces
     bias_b, bias_head = plane // bias_heads, plane % bias_heads
     d = tl.arange(0, BLOCK_D).to(tl.int64)
     e = tl.arange(0, BLOCK_DV).to(tl.int64)
@@ -37,10 +44,12 @@ def _attention_dbias_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first_b, last_b = bias_b, bias_b + 1
     if ALL_BATCHES:
-        last_b = bias_b * 0 + batch
+        first_b = bias_b + batch_piece * batch_step
+        last_b = tl.minimum(first_b + batch_step, batch)
     first_head, last_head = bias_head, bias_head + 1
     if ALL_HEADS:
-        last_head = bias_head * 0 + heads
+        first_head = bias_head + head_piece * head_step
+        last_head = tl.minimum(first_head + head_step, heads)
     for b in range(first_b, last_b):
         start_q = plane * 0
         start_k = plane * 0
@@ -52,8 +61,8 @@ def _attention_dbias_kernel(
             n_rows = (tl.load(cu_q_ptr + b + 1).to(tl.int64) - start_q).to(tl.int32)
             n_cols = (tl.load(cu_k_ptr + b + 1).to(tl.int64) - start_k).to(tl.int32)
         offset = n_cols - n_rows if BOTTOM_RIGHT else 0
-        first_row = row_tile * BLOCK_M
-        last_row = n_rows if ALL_ROWS else tl.minimum(n_rows, first_row + BLOCK_M)
+        first_row = row_piece * row_step if ALL_ROWS else row_tile * BLOCK_M
+        last_row = tl.minimum(n_rows, first_row + row_step) if ALL_ROWS else tl.minimum(n_rows, first_row + BLOCK_M)
         first_col = col_tile * BLOCK_N
         last_col = n_cols if ALL_COLS else tl.minimum(n_cols, first_col + BLOCK_N)
         for head in range(first_head, last_head):
@@ -91,7 +100,7 @@ def _attention_dbias_kernel(
                     acc += p * (dp - delta[:, None])
     rows = (row_tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     cols = (col_tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    dbias_ptr += plane * bias_rows * bias_cols
+    dbias_ptr += (piece.to(tl.int64) * bias_planes + plane) * bias_rows * bias_cols
     if ALL_ROWS and ALL_COLS:
         tl.store(dbias_ptr, tl.sum(tl.sum(acc, axis=1), axis=0).to(dbias_ptr.dtype.element_ty))
     elif ALL_ROWS:
@@ -105,30 +114,42 @@ def _attention_dbias_kernel(
         )  # fmt: skip
 
 
-def dbias_tile(dim: int, dtype: torch.dtype) -> dict:
-    """Tile sizes for dbias by the padded head dim. Chosen from compiled registers (sm_90), not yet timed."""
-    if dtype == torch.float32:
-        return dict(BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1)
-    return dict(BLOCK_M=64, BLOCK_N=64 if dim <= 128 else 32, num_warps=8, num_stages=1)
+# Programs to have at least, where the bias has fewer tiles: some turns of the largest GPU.
+PROGRAMS = 512
+
+
+def _pieces(count: int, wanted: int) -> tuple[int, int]:
+    """(pieces, length of each): ``count`` in at most ``wanted`` pieces."""
+    step = triton.cdiv(max(count, 1), max(min(wanted, count), 1))
+    return triton.cdiv(max(count, 1), step), step
 
 
 def attention_dbias(problem, dout, stats, delta):
     """The gradient (as bias, contiguous) for the call ``problem`` describes."""
     bias = problem.bias
-    dbias = bias.new_empty(bias.shape)
-    if dbias.numel() == 0:
-        return dbias
-    tile = dbias_tile(problem.widest, problem.q.dtype)
+    if bias.numel() == 0:
+        return bias.new_empty(bias.shape)
+    tile = dbias_tile(problem.widest, problem.q.dtype, problem.arch)
     b, heads, rows, cols = bias.shape
     row_tiles, col_tiles = triton.cdiv(rows, tile["BLOCK_M"]), triton.cdiv(cols, tile["BLOCK_N"])
+    programs = b * heads * row_tiles * col_tiles
+    wanted = PROGRAMS // programs
+    batches, batch_step = _pieces(problem.batch, wanted if b == 1 else 1)
+    members, head_step = _pieces(problem.heads, wanted // batches if heads == 1 else 1)
+    parts, row_step = _pieces(
+        triton.cdiv(problem.rows, tile["BLOCK_M"]), wanted // (batches * members) if rows == 1 else 1
+    )
+    pieces = batches * members * parts
+    dbias = bias.new_empty((pieces, *bias.shape), dtype=bias.dtype if pieces == 1 else torch.float32)
     q, k, v = problem.q, problem.k, problem.v
-    _attention_dbias_kernel[(b * heads * row_tiles * col_tiles,)](
+    _attention_dbias_kernel[(programs * pieces,)](
         q, k, v, dout, dbias, stats[0], stats[1], delta,
         *(s for x in (q, k, v, dout) for s in problem.strides(x)), *problem.stat_strides(), *problem.cu,
         *problem.bias_args(), *problem.slope_args(), *problem.feature_args(), problem.keep_scale,
         problem.batch, problem.heads, problem.group, problem.rows, problem.cols, problem.dim, problem.dim_v,
-        heads, rows, cols, row_tiles, col_tiles,
+        b * heads, heads, rows, cols, row_tiles, col_tiles, batches, batch_step, members, head_step,
+        row_step * tile["BLOCK_M"],
         ALL_BATCHES=b == 1, ALL_HEADS=heads == 1, ALL_ROWS=rows == 1, ALL_COLS=cols == 1,
         ALIGN=problem.align(dout), **problem.flags, **problem.blocks, **tile,
     )  # fmt: skip
-    return dbias
+    return dbias[0] if pieces == 1 else dbias.sum(0).to(bias.dtype)

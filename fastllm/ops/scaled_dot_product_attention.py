@@ -11,6 +11,7 @@ from ._attention_check import check_dropout, check_qkv, check_scale
 from ._attention_reference import draw_seed, reference
 from ._attention_samples import attention_cost
 from ._attention_short import short_attention, short_serves
+from ._torch_switch import register as register_with_torch
 from .attention import apply_attention, autocast, kernel_refuses, sdpa_serves
 
 OP = "scaled_dot_product_attention"
@@ -206,3 +207,4 @@ register(
         backends=("eager", "triton"),
     )
 )
+register_with_torch()

@@ -1,0 +1,118 @@
+"""Launch tables of the attention kernels: (BLOCK_M, BLOCK_N, warps, stages) by architecture, head dim and load.
+
+Chosen from what ptxas makes of them (Triton 3.9, November 2026): the largest tiles without a spill, in which warpgroup
+products fit on sm_90. ``python -m fastllm.bench.attention_tables`` compiles every entry. None has been timed yet.
+
+The load is how much besides the products a score needs registers for: 0 where it is the bare product under a causal
+mask, 1 with a left window, a soft cap, ALiBi, a bias or dropout, 2 with several of them, or where rows cannot be read
+16 bytes at a time.
+"""
+
+import torch
+
+# Padded head dims up to 64, 128 and 256 -> tiles by load. The keys: sm_80 (and sm_86, sm_89, sm_120), sm_90, sm_100.
+FORWARD = {
+    80: {
+        64: ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
+        128: ((128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
+        256: ((64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1)),
+    },
+    90: {
+        64: ((128, 128, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
+        128: ((128, 64, 8, 3), (128, 32, 8, 2), (128, 32, 8, 2)),
+        256: ((128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
+    },
+    100: {
+        64: ((128, 128, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
+        128: ((128, 64, 8, 3), (128, 32, 8, 2), (128, 32, 8, 2)),
+        256: ((128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
+    },
+}
+DKDV = {
+    80: {
+        64: ((32, 64, 8, 2), (32, 64, 8, 1), (32, 32, 8, 1)),
+        128: ((32, 64, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
+        256: ((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+    },
+    90: {
+        64: ((64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 8, 2)),
+        128: ((32, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+        256: ((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+    },
+    100: {
+        64: ((64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 8, 2)),
+        128: ((32, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+        256: ((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+    },
+}
+DQ = {
+    80: {
+        64: ((128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
+        128: ((64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1)),
+        256: ((64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
+    },
+    90: {
+        64: ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
+        128: ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
+        256: ((128, 32, 8, 2), (64, 32, 8, 2), (64, 16, 8, 1)),
+    },
+    100: {
+        64: ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
+        128: ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
+        256: ((128, 32, 8, 2), (64, 32, 8, 2), (64, 16, 8, 1)),
+    },
+}
+DBIAS = {
+    80: {64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
+    90: {64: (64, 64, 8, 1), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)},
+    100: {64: (64, 64, 8, 1), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)},
+}
+# fp32: products of the scalar units, whose code is the same on all of them.
+FORWARD_32 = {
+    64: ((64, 32, 8, 2), (32, 32, 8, 1), (32, 16, 8, 1)),
+    128: ((32, 32, 8, 1), (32, 16, 8, 1), (16, 32, 8, 1)),
+    256: ((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
+}
+DKDV_32 = {
+    64: ((32, 64, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+    128: ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
+    256: ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
+}
+DQ_32 = {
+    64: ((64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
+    128: ((32, 32, 8, 1), (16, 32, 8, 1), (32, 16, 8, 1)),
+    256: ((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
+}
+DBIAS_32 = {64: (16, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
+
+
+def _tile(table, table_32, dim: int, dtype: torch.dtype, arch: int):
+    bucket = 64 if dim <= 64 else 128 if dim <= 128 else 256
+    if dtype == torch.float32:
+        return table_32[bucket]
+    # sm_120 has the shared memory and the matrix instructions of sm_80's kind.
+    return table[80 if arch < 90 or arch >= 120 else 90 if arch < 100 else 100][bucket]
+
+
+def _named(tile) -> dict:
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile, strict=True))
+
+
+def forward_tile(dim: int, dtype: torch.dtype, arch: int, load: int) -> dict:
+    """Tile of the forward: query rows of a program, keys of a step."""
+    return _named(_tile(FORWARD, FORWARD_32, dim, dtype, arch)[load])
+
+
+def dkdv_tile(dim: int, dtype: torch.dtype, arch: int, load: int) -> dict:
+    """Tile for dk and dv: query rows of a step, keys of a program."""
+    return _named(_tile(DKDV, DKDV_32, dim, dtype, arch)[load])
+
+
+def dq_tile(dim: int, dtype: torch.dtype, arch: int, load: int) -> dict:
+    """Tile for dq: query rows of a program, keys of a step."""
+    return _named(_tile(DQ, DQ_32, dim, dtype, arch)[load])
+
+
+def dbias_tile(dim: int, dtype: torch.dtype, arch: int) -> dict:
+    """Tile for dbias."""
+    return _named(_tile(DBIAS, DBIAS_32, dim, dtype, arch))
