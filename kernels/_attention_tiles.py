@@ -3,9 +3,9 @@
 Chosen from what ptxas makes of them (Triton 3.9, November 2026): the largest tiles without a spill, in which warpgroup
 products fit on sm_90. ``python -m fastllm.bench.attention_tables`` compiles every entry. None has been timed yet.
 
-The load is how much besides the products a score needs registers for: 0 where it is the bare product under a causal
-mask, 1 with a left window, a soft cap, ALiBi, a bias or dropout, 2 with several of them, or where rows cannot be read
-16 bytes at a time.
+The load is how much besides the products a score needs registers for: 0 where it is the bare product, causal or not;
+1 with a left window, a soft cap or ALiBi; 2 with several of them, a bias, dropout, or rows that cannot be read 16 bytes
+at a time.
 """
 
 import torch
@@ -19,12 +19,12 @@ FORWARD = {
     },
     90: {
         64: ((128, 128, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
-        128: ((128, 64, 8, 3), (128, 32, 8, 2), (128, 32, 8, 2)),
+        128: ((128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2)),
         256: ((128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
     },
     100: {
         64: ((128, 128, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
-        128: ((128, 64, 8, 3), (128, 32, 8, 2), (128, 32, 8, 2)),
+        128: ((128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2)),
         256: ((128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
     },
 }
@@ -69,18 +69,18 @@ DBIAS = {
 }
 # fp32: products of the scalar units, whose code is the same on all of them.
 FORWARD_32 = {
-    64: ((64, 32, 8, 2), (32, 32, 8, 1), (32, 16, 8, 1)),
+    64: ((64, 32, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1)),
     128: ((32, 32, 8, 1), (32, 16, 8, 1), (16, 32, 8, 1)),
     256: ((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
 }
 DKDV_32 = {
-    64: ((32, 64, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
-    128: ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
+    64: ((16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+    128: ((16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
     256: ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
 }
 DQ_32 = {
-    64: ((64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
-    128: ((32, 32, 8, 1), (16, 32, 8, 1), (32, 16, 8, 1)),
+    64: ((64, 32, 8, 1), (64, 32, 8, 1), (32, 16, 8, 1)),
+    128: ((32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
     256: ((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
 }
 DBIAS_32 = {64: (16, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
