@@ -281,7 +281,7 @@ def attention_bwd(dout, dlse, q, k, v, out, stats, bias, sinks, alibi_slopes, se
     )
     delta = q.new_empty(problem.stats_shape(), dtype=torch.float32)
     if delta.numel() > 0:
-        block_m = max(1, min(64, 4096 // problem.blocks["BLOCK_DV"]))
+        block_m = max(1, min(64, 8192 // (problem.blocks["BLOCK_DV"] * q.element_size())))
         n_tiles = triton.cdiv(problem.rows, block_m)
         planes = delta.numel() // problem.rows
         dlse_strides = (0, 0, 0) if dlse is None else ((0, *dlse.stride()) if problem.packed else dlse.stride())

@@ -7,7 +7,7 @@ import sys
 
 from fastllm.bench.static import Resources
 
-SHAPES = ("d64 causal", "d128 causal 2x16x8192", "decode")
+SHAPES = ("d64 causal 2x32x8192", "d128 causal 2x16x8192", "decode")
 PRODUCTS = {f"_attention_{name}_kernel" for name in ("fwd", "split", "bwd_dkdv", "bwd_dq")}
 
 
