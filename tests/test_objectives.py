@@ -1,7 +1,5 @@
 """Objectives: what is masked, paired, shifted and batched; every one on every model that serves it."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -225,7 +223,5 @@ def test_the_model_gets_what_the_objective_needs():
         fit_model(ObjectiveConfig("seq2seq"), ModelConfig(), ("encoder",))
     with pytest.raises(InputError, match="objective: expected one of causal, prefix, mlm"):
         build_run_config({"objective": {"objective": "clm"}}, "here")
-    with pytest.raises(InputError, match="lora_rank: there must be pretrained weights"):
-        replace(ObjectiveConfig("classify"), lora_rank=4)
     with pytest.raises(InputError, match="held_out: objective mlm holds out"):
         ObjectiveConfig("mlm", held_out="file")

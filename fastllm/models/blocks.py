@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import nn as fast
-from ..functional import add_layer_norm, add_rms_norm, attention, rms_norm
+from ..functional import add_layer_norm, add_rms_norm, attention, geglu, rms_norm, swiglu
 from .cache import KVCache
 from .config import GATED, ModelConfig
 from .embedding import make_norm
@@ -140,12 +140,10 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.up(x)
-        if self.activation in GATED:
-            gate, x = x.chunk(2, dim=-1)
-            if self.activation == "swiglu":
-                x = F.silu(gate) * x
-            else:
-                x = F.gelu(gate, approximate="tanh" if self.activation == "geglu_tanh" else "none") * x
+        if self.activation == "swiglu":
+            x = swiglu(x)
+        elif self.activation in GATED:
+            x = geglu(x, approximate="tanh" if self.activation == "geglu_tanh" else "none")
         elif self.activation == "relu":
             x = F.relu(x)
         elif self.activation == "relu2":

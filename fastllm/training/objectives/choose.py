@@ -54,16 +54,11 @@ class ObjectiveConfig:
     pretrained: str | None = option(
         None, "start from this run's or model's weights, shape and tokenizer; heads that it lacks are new"
     )
-    lora_rank: int = option(
-        0, "with pretrained: train rank-N corrections of its matrices (LoRA, needs peft), not the matrices", minimum=0
-    )
     held_out: str | None = option(
         None, "tasks: a file or folder to score on; without it one example in ten of the data"
     )
 
     def __post_init__(self):
-        if self.lora_rank and not self.pretrained:
-            raise InputError("lora_rank: there must be pretrained weights to correct")
         if self.held_out and not OBJECTIVES[self.objective].task:
             raise InputError(f"held_out: objective {self.objective} holds out documents of its data by itself")
 
