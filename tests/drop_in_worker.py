@@ -77,12 +77,26 @@ def run(mode: str, rank: int) -> dict[str, torch.Tensor]:
     return grads
 
 
+def with_dtensors() -> bool:
+    """Whether accelerated modules with DTensor parameters give what they gave before."""
+    from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2,))
+    model = nn.Sequential(nn.LayerNorm(D), nn.RMSNorm(D))
+    x = torch.randn(4, D, generator=torch.Generator().manual_seed(1))
+    want = model(x)
+    fastllm.accelerate(model)
+    distribute_module(model, mesh)
+    return torch.allclose(model(distribute_tensor(x, mesh, [Replicate()])).full_tensor(), want)
+
+
 def main():
     rank, port, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     results = {mode: run(mode, rank) for mode in MODES}
+    results["dtensor"] = with_dtensors()
     if rank == 0:
         torch.save(results, out)
     dist.destroy_process_group()

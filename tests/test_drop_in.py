@@ -1,4 +1,4 @@
-"""accelerate(), revert() and their report on torch's own modules and on look-alikes."""
+"""accelerate(), revert() and their report, on torch's own modules; accelerated()."""
 
 import copy
 import json
@@ -7,106 +7,10 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import assert_as_true
+from lookalikes import Lookalike
 from torch import nn
 
 import fastllm
-
-
-class Lookalike(nn.Module):
-    """Llama's RMSNorm; what subclasses change is what the measurement must see."""
-
-    def __init__(self, size, eps=1e-6):
-        super().__init__()
-        self.weight = nn.Parameter(torch.rand(size) + 0.5)
-        self.variance_epsilon = eps
-
-    def forward(self, hidden):
-        wide = hidden.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * wide.to(hidden.dtype)
-
-
-class ZeroCentred(Lookalike):
-    def forward(self, hidden):
-        wide = hidden.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return (wide * (1.0 + self.weight.float())).type_as(hidden)
-
-
-class WithoutWeight(nn.Module):
-    eps = 1e-5
-
-    def forward(self, x):
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-
-
-class L2NormOfWidth(WithoutWeight):
-    pass
-
-
-class CentredLookalike(Lookalike):
-    def forward(self, x):
-        x = x - x.mean(-1, keepdim=True)
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-
-
-class OutsideTheRoot(Lookalike):
-    def forward(self, x):
-        return self.weight * x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
-
-
-class BoundedBelow(Lookalike):
-    def forward(self, x):
-        return self.weight * x / x.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(self.variance_epsilon)
-
-
-class SampleDeviation(Lookalike):
-    def forward(self, x):
-        return self.weight * (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + self.variance_epsilon)
-
-
-class OtherDimension(Lookalike):
-    def forward(self, x):
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-2, keepdim=True) + self.variance_epsilon)
-
-
-class StoppedGradient(Lookalike):
-    def forward(self, x):
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).detach()
-
-
-class Noisy(Lookalike):
-    def forward(self, x):
-        x = x + 0.01 * torch.randn_like(x) if self.training else x
-        return super().forward(x)
-
-
-class InPlace(Lookalike):
-    def forward(self, x):
-        return x.mul_(torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)).mul_(self.weight)
-
-
-class Pair(Lookalike):
-    def forward(self, x):
-        return super().forward(x), x
-
-
-class Partial(Lookalike):
-    def forward(self, x):
-        half = x.shape[-1] // 2
-        mean = x[..., :half].pow(2).mean(-1, keepdim=True)
-        return self.weight * x * torch.rsqrt(mean + self.variance_epsilon)
-
-
-class AnotherArgument(Lookalike):
-    def forward(self, x, gate):
-        return super().forward(x) * gate
-
-
-class Wrong(Lookalike):
-    def forward(self, x):
-        raise RuntimeError("no such device")
 
 
 def test_torch_modules_are_swapped_and_give_the_same():
@@ -139,97 +43,6 @@ def test_the_root_itself_may_be_the_module():
     assert type(norm) is not nn.LayerNorm
     fastllm.revert(norm)
     assert type(norm) is nn.LayerNorm
-
-
-@pytest.mark.parametrize(
-    ("cls", "formula"),
-    [
-        (Lookalike, "x / rms * weight"),
-        (ZeroCentred, "x / rms * (1 + weight)"),
-        (CentredLookalike, "(x - mean) / std * weight"),
-        (L2NormOfWidth, "x / rms"),
-    ],
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_norms_are_recognised_by_what_they_compute(cls, formula, dtype):
-    norm = (cls(24) if cls is not L2NormOfWidth else cls()).to(dtype)
-    other = copy.deepcopy(norm)
-    report = fastllm.accelerate(norm)
-    assert report.swapped[0].why == f"measured: {formula}"
-    x = torch.randn(3, 4, 24).to(dtype)
-    grad = torch.randn(3, 4, 24)
-    results = []
-    for module, width in ((norm, dtype), (other, dtype), (copy.deepcopy(other).double(), torch.float64)):
-        # The oracle must not narrow to fp32 on the way.
-        leaf = x.detach().to(width).requires_grad_()
-        module.zero_grad()
-        y = _oracle(cls, module, leaf) if width is torch.float64 else module(leaf)
-        y.backward(grad.to(y.dtype))
-        results.append([y, leaf.grad, *(p.grad for p in module.parameters())])
-    for got, eager, truth in zip(*results, strict=True):
-        assert_as_true(got, truth, eager, dtype, cls.__name__)
-    fastllm.revert(norm)
-    assert torch.equal(norm(x), other(x))
-
-
-def _oracle(cls, module, x):
-    x = x - x.mean(-1, keepdim=True) if cls is CentredLookalike else x
-    eps = getattr(module, "variance_epsilon", None) or module.eps
-    y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-    return y * (module.weight + (cls is ZeroCentred)) if hasattr(module, "weight") else y
-
-
-@pytest.mark.parametrize(
-    ("cls", "why"),
-    [
-        (OutsideTheRoot, "it adds eps outside the square root"),
-        (BoundedBelow, "it bounds the root mean square by eps from below"),
-        (SampleDeviation, "it divides by the sample's standard deviation"),
-        (OtherDimension, "no RMS or layer norm"),
-        (StoppedGradient, "its gradient for input is not that of the formula"),
-        (Noisy, "in training its forward is another"),
-        (InPlace, "its forward changes its input"),
-        (Pair, "does not return one tensor"),
-        (Partial, "no RMS or layer norm"),
-        (AnotherArgument, "does not take a lone random tensor"),
-        (Wrong, "RuntimeError: no such device"),
-    ],
-)
-def test_what_only_looks_like_a_norm_is_left(cls, why):
-    norm = cls(32)
-    random_state = torch.get_rng_state()
-    report = fastllm.accelerate(norm)
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert report.swapped == []
-    assert why in report.left[0].why
-    assert type(norm) is cls
-
-
-def test_squares_in_sixteen_bits_are_another_arithmetic():
-    class Narrow(Lookalike):
-        def forward(self, x):
-            return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
-
-    norm = Narrow(64).half()
-    report = fastllm.accelerate(norm)
-    assert "in float16 its arithmetic is another" in report.left[0].why
-    wide = Narrow(64)
-    assert fastllm.accelerate(wide).swapped
-    wide.half()
-    x = torch.full((2, 64), 300.0).half()
-    assert torch.equal(wide(x), norm(x))
-    assert wide(x).eq(0).all()
-
-
-def test_mixed_dtypes_keep_the_output_dtype():
-    norm = Lookalike(16)
-    other = copy.deepcopy(norm)
-    fastllm.accelerate(norm)
-    x = torch.randn(4, 16).bfloat16()
-    assert norm(x).dtype == other(x).dtype == torch.float32
-    torch.testing.assert_close(norm(x), other(x), rtol=2**-7, atol=0)
-    # In fp64 the original computes in fp32; ours would not, so it is not ours.
-    assert torch.equal(norm.double()(x.double()), other.double()(x.double()))
 
 
 def test_verify_off_leaves_lookalikes():

@@ -224,4 +224,11 @@ def test_gated_mlps_are_measured():
         other(x).square().sum().backward()
         same_gradients(mlp, other)
         mlp.zero_grad()
+    several = nn.ModuleList([Gated(nn.SiLU()), Gated(nn.GELU()), Gated(nn.ReLU())])
+    assert [e.by for e in fastllm.accelerate(several).swapped] == ["swiglu", "geglu"]
+    others = copy.deepcopy(several)
+    fastllm.revert(others)
+    several[0].activation = others[0].activation = nn.Tanh()
+    for mlp, other in zip(several, others, strict=True):
+        torch.testing.assert_close(mlp(x), other(x))
     assert fastllm.accelerate(ClampedMLP(F.silu)).left[0].why.startswith("its forward is none of swiglu")

@@ -45,3 +45,7 @@ def test_gradients_of_two_processes_are_those_of_one(mode, gradients):
     loss_of(model, ids, labels).backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(gradients[mode][name], p.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_tensor_parallel_modules_take_the_forward_from_before(gradients):
+    assert gradients["dtensor"]

@@ -119,7 +119,7 @@ def _carry_out(model, module, decision: Decision) -> Decision:
         return decision
     try:
         swap_forward(module, decision.kind)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         return Decision(decision.op, None, f"Python refuses it another class: {error}")
     return decision
 

@@ -30,11 +30,11 @@ _NAMES_SDPA = re.compile(r"_attn_implementation[^\n]*sdpa|sdpa[^\n]*_attn_implem
 
 def attention_decisions(model: nn.Module) -> Iterator[tuple[str, nn.Module, Decision]]:
     """For each transformers model within ``model`` (itself or an encoder, a decoder, a tower): swap it or why not."""
-    transformers = sys.modules.get("transformers")
-    if transformers is None:  # then no module is an instance of its classes
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None:  # then no module is an instance of its classes
         return
     for path, module in model.named_modules():
-        if isinstance(module, transformers.PreTrainedModel) and getattr(module, "config", None) is not None:
+        if isinstance(module, modeling.PreTrainedModel) and getattr(module, "config", None) is not None:
             decision = _decide(module)
             if decision is not None:
                 yield path, module, decision

@@ -27,6 +27,7 @@ METADATA = {
     torch.Tensor.element_size, torch.Tensor.__len__, torch.is_floating_point, torch.is_complex, torch.numel,
     torch.Tensor.is_contiguous,
 }  # fmt: skip
+DIFFERENTIATE = {torch.autograd.backward, torch.autograd.grad, torch.Tensor.backward}
 
 
 class Deferred(torch.Tensor):
@@ -43,7 +44,9 @@ class Deferred(torch.Tensor):
                 result = tensor.plan.handle(tensor, func, args, kwargs)
                 if result is not NotImplemented:
                     return result
-        args, kwargs = pytree.tree_map_only(Deferred, value_of, (args, kwargs))
+        # A backward within a backward runs without recording, and still needs the values' place in the graph.
+        with torch.set_grad_enabled(torch.is_grad_enabled() or func in DIFFERENTIATE):
+            args, kwargs = pytree.tree_map_only(Deferred, value_of, (args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod

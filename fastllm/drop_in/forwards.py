@@ -12,6 +12,8 @@ from .plain import freed_after_forward, hooked, plain
 from .rows import Rows
 from .swap import forward_of
 
+NARROW = (torch.bfloat16, torch.float16)
+
 
 def _fits(module, x, *parameters) -> bool:
     shape = module.normalized_shape
@@ -19,6 +21,7 @@ def _fits(module, x, *parameters) -> bool:
         plain(x, *parameters)
         and x.is_floating_point()
         and tuple(x.shape[-len(shape) :]) == tuple(shape)
+        and not (x.dtype in NARROW and torch.is_autocast_enabled(x.device.type))  # torch may widen it
         and all(p is None or (p.device == x.device and p.dtype == x.dtype) for p in parameters)
     )
 
@@ -47,7 +50,8 @@ def embedding_forward(module, original, may_defer: bool, input):
     if input.device != weight.device:
         return original(module, input)
     simple = module.max_norm is None and not module.sparse and not module.scale_grad_by_freq
-    if may_defer and simple and not torch.compiler.is_compiling() and not torch.jit.is_tracing() and not hooked(module):
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if may_defer and simple and not traced and not weight.is_inference() and not hooked(module):
         return Rows.of(input, weight, module.padding_idx)
     return embedding(
         input, weight, module.padding_idx, module.max_norm, module.norm_type, module.scale_grad_by_freq, module.sparse
@@ -69,6 +73,8 @@ def head_forward(module, original, options, input):
         or x.device != module.weight.device
         or not (x.requires_grad or module.weight.requires_grad)
         or not (torch.is_autocast_enabled(x.device.type) or x.dtype == module.weight.dtype)
+        or x.is_inference()
+        or module.weight.is_inference()
         or freed_after_forward(module)
     ):
         return original(module, x)

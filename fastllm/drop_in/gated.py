@@ -12,7 +12,8 @@ from torch import nn
 
 from ..functional import geglu, swiglu
 from .deferred import value_of
-from .plain import plain
+from .norms import changed, settings_of
+from .plain import hooked, plain
 from .swap import forward_of
 
 FORMULAS = {
@@ -31,8 +32,10 @@ class GatedMLP:
     up: str | None
     down: str
     dropout: str | None
-    activation: str | None  # a part that is a module, for its hooks
+    activation: str | None  # a part that is a module, and its class
+    activation_class: type | None
     argument: str
+    settings: tuple[tuple[str, object], ...]
 
     @property
     def op(self) -> str:
@@ -54,7 +57,10 @@ def gated_mlp_forward(module, original, mlp: GatedMLP, *args, **kwargs):
     x = value_of(x)
     down = getattr(module, mlp.down)
     parts = [module._modules.get(mlp.activation), module._modules.get(mlp.dropout)]
-    if any(part is not None and part._forward_hooks for part in parts) or not plain(x) or not x.is_floating_point():
+    if mlp.activation is not None and type(parts[0]) is not mlp.activation_class:
+        return original(module, x)
+    looked_at = any(part is not None and hooked(part) for part in parts)
+    if looked_at or changed(module, mlp) or not plain(x) or not x.is_floating_point():
         return original(module, x)
     gate = getattr(module, mlp.gate)(x)
     up = None if mlp.up is None else getattr(module, mlp.up)(x)
@@ -105,6 +111,8 @@ def _roles(linears: dict[str, nn.Linear]) -> list[tuple[str, str | None, str]]:
 
 def recognise_gated(module: nn.Module) -> GatedMLP | str:
     """What gated MLP ``module``'s forward is, by outputs and gradients with small random layers in place of its own."""
+    if any(b is not None for b in module._buffers.values()):
+        return "it keeps buffers, on which its forward may depend"
     arguments = list(inspect.signature(type(module).forward).parameters)
     if len(arguments) < 2:
         return "its forward takes no input"
@@ -138,7 +146,8 @@ def _recognise(module, argument: str) -> GatedMLP | str:
             if _close(y, truth) and _close(grad, want):
                 return GatedMLP(
                     formula, gate, up, down, dropouts[0] if dropouts else None,
-                    activations[0] if activations else None, argument,
+                    activations[0] if activations else None,
+                    type(module._modules[activations[0]]) if activations else None, argument, settings_of(module),
                 )  # fmt: skip
     return "its forward is none of swiglu, geglu and geglu by tanh between its layers"
 

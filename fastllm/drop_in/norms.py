@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..functional import layer_norm, rms_norm
 from .deferred import value_of
@@ -16,6 +18,7 @@ from .swap import forward_of
 NARROW = (torch.bfloat16, torch.float16)
 # Of norms that keep their eps in the code; the last one is torch's default for RMSNorm in fp32.
 COMMON_EPS = (1e-6, 1e-5, 1e-8, 1e-12, torch.finfo(torch.float32).eps)
+PLAIN = (bool, int, float, str, types.FunctionType, types.BuiltinFunctionType)
 EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps", "rms_norm_eps")
 
 
@@ -24,6 +27,8 @@ class Norm:
     """A norm over the last dimension, as found: names of attributes, the formula, and which dtypes give which.
 
     ``dtypes`` holds (input, weight, output) triples that were tried; None for the weight where there is none.
+    ``settings`` are the module's other plain attributes when it was measured, on which its forward may depend.
+    ``narrow_inside``: it squares or takes roots of 16-bit tensors, which autocast would widen.
     """
 
     center: bool
@@ -33,6 +38,8 @@ class Norm:
     offset: float
     argument: str
     dtypes: tuple[tuple[torch.dtype, torch.dtype | None, torch.dtype], ...]
+    settings: tuple[tuple[str, object], ...]
+    narrow_inside: bool
 
     @property
     def op(self) -> str:
@@ -56,7 +63,9 @@ def norm_forward(module, original, norm: Norm, *args, **kwargs):
     weight = None if norm.weight is None else getattr(module, norm.weight)
     bias = None if norm.bias is None else getattr(module, norm.bias)
     out = _output_dtype(norm, x, weight) if plain(x, weight, bias) else None
-    if out is None or x.dim() < 2 or (bias is not None and bias.dtype != weight.dtype):
+    if out is None or x.dim() < 2 or (bias is not None and bias.dtype != weight.dtype) or changed(module, norm):
+        return original(module, x)
+    if norm.narrow_inside and x.dtype in NARROW and torch.is_autocast_enabled(x.device.type):
         return original(module, x)
     eps = getattr(module, norm.eps) if isinstance(norm.eps, str) else norm.eps
     shape = x.shape[-1:]
@@ -64,6 +73,21 @@ def norm_forward(module, original, norm: Norm, *args, **kwargs):
     if norm.center:
         return layer_norm(wide, shape, weight, bias, eps, weight_offset=norm.offset).to(out)
     return rms_norm(wide, shape, weight, eps, weight_offset=norm.offset).to(out)
+
+
+def settings_of(module: torch.nn.Module, but: str | float | None = None) -> tuple[tuple[str, object], ...]:
+    """The public attributes that are plain values or functions, except ``but``."""
+    return tuple(
+        (name, value)
+        for name, value in sorted(vars(module).items())
+        if not name.startswith("_") and name not in ("training", but) and type(value) in PLAIN
+    )
+
+
+def changed(module: torch.nn.Module, found) -> bool:
+    """Whether an attribute that the measurement rests on has another value now."""
+    state = vars(module)
+    return any(state.get(name) != value for name, value in found.settings)
 
 
 def _output_dtype(norm: Norm, x, weight) -> torch.dtype | None:
@@ -175,9 +199,9 @@ def recognise(module: torch.nn.Module) -> Norm | str:
         return "its forward has no signature"
     if len(arguments) < 2:
         return "its forward takes no input"
-    devices = [
-        module_device for module_device in {p.device for p in module.parameters()} if module_device.type == "cuda"
-    ]
+    if any(b is not None for b in module._buffers.values()):
+        return "it keeps buffers, on which its forward may depend"
+    devices = [device for device in {p.device for p in module.parameters()} if device.type == "cuda"]
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         try:
             return _recognise(module, arguments[1])
@@ -233,7 +257,9 @@ def _recognise(module, argument: str) -> Norm | str:
     own = parameters[0].dtype if parameters else None
     if own is not None and not any(given == own == of_weight for given, of_weight, _ in dtypes):
         return f"in {str(own).removeprefix('torch.')} its arithmetic is another (squares or sums in 16 bits, or fp64)"
-    return Norm(center, weight, bias, name, offset, argument, dtypes)
+    return Norm(
+        center, weight, bias, name, offset, argument, dtypes, settings_of(module, name), _narrow_inside(probe, values)
+    )
 
 
 def _inputs(probe: _Probe, eps: list[float]) -> list[tuple[str, torch.Tensor]]:
@@ -290,6 +316,32 @@ def _dtype_table(probe: _Probe, values, weight, formula) -> tuple:
             if agree:
                 table.append((of_input, of_weight, out))
     return tuple(table)
+
+
+class _Narrow(TorchDispatchMode):
+    """Whether an operator that autocast runs in fp32 sees a 16-bit tensor."""
+
+    WIDENED = ("pow", "rsqrt", "reciprocal", "norm", "linalg_vector_norm", "sum", "prod", "layer_norm", "rms_norm",
+               "native_layer_norm", "_fused_rms_norm", "exp", "log")  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.found = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.WIDENED:
+            self.found |= any(isinstance(a, torch.Tensor) and a.dtype in NARROW for a in args)
+        return func(*args, **(kwargs or {}))
+
+
+def _narrow_inside(probe: _Probe, values) -> bool:
+    narrow = {name: value.bfloat16() for name, value in values.items()}
+    with _Narrow() as seen:
+        try:
+            probe.run(probe.normal(4, probe.size).bfloat16(), narrow)
+        except Exception:
+            return True
+    return seen.found
 
 
 def _agrees(probe: _Probe, parameters, of_input: torch.dtype, formula) -> tuple[bool, torch.dtype]:

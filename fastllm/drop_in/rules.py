@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .gated import GatedMLP, looks_like_gated, recognise_gated
-from .norms import Norm, looks_like_norm, recognise
+from .norms import PLAIN, Norm, looks_like_norm, recognise, settings_of
 from .report import Size
 from .swap import Accelerated, Kind, original_forward
 
@@ -148,16 +148,7 @@ class Rules:
         return Decision(mlp.op, Kind("gated_mlp", mlp), f"measured: {mlp}")
 
     def _measure(self, module, recognise: Callable):
-        scalars = tuple(
-            (name, value) for name, value in sorted(vars(module).items())
-            if not name.startswith("_") and name != "training" and isinstance(value, bool | int | float | str | None)
-        )  # fmt: skip
-        others = tuple(
-            (name, id(value)) for name, value in sorted(vars(module).items())
-            if not name.startswith("_") and not isinstance(value, bool | int | float | str | None)
-        )  # fmt: skip
-        parameters = tuple((n, tuple(p.shape), p.dtype, str(p.device)) for n, p in module.named_parameters())
-        key = (type(module), scalars, others, parameters)
+        key = _fingerprint(module)
         if key not in self.measured:
             self.measured[key] = recognise(module)
         return self.measured[key]
@@ -175,6 +166,17 @@ class Rules:
         )  # fmt: skip
 
 
+def _fingerprint(module: nn.Module) -> tuple:
+    """Equal for modules whose forwards do the same: class, attributes, parameters' shapes, and so on for the parts."""
+    state = vars(module)
+    others = tuple(
+        (name, id(value)) for name, value in sorted(state.items()) if name[0] != "_" and type(value) not in PLAIN
+    )
+    parameters = tuple((n, tuple(p.shape), p.dtype, str(p.device)) for n, p in module.named_parameters(recurse=False))
+    parts = tuple((name, _fingerprint(part)) for name, part in module.named_children())
+    return type(module), settings_of(module), others, parameters, parts
+
+
 def find_heads(model: nn.Module) -> Iterator[tuple[int, str]]:
     """(id, why) of the layers that give logits over a vocabulary."""
     inside: set[int] = set()
@@ -185,7 +187,7 @@ def find_heads(model: nn.Module) -> Iterator[tuple[int, str]]:
         inside.update(id(m) for m in module.modules())
         try:
             head = get()
-        except (NotImplementedError, AttributeError, TypeError):
+        except Exception:  # foreign code: without an answer there is no head
             continue
         if isinstance(head, nn.Module) and any(head is m for m in module.modules()):
             yield id(head), "the model names it as its output embeddings"
