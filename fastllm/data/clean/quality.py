@@ -6,6 +6,7 @@ Thresholds are those of the papers and of FineWeb's recipe: Gopher (Rae et al. 2
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 
@@ -38,7 +39,9 @@ def _over(document: Document, rule: str, **bounds: tuple[float, float, float]) -
     """The first of ``bounds`` (number, least, most) that is broken, as a rejection by ``rule``."""
     for name, (number, least, most) in bounds.items():
         if not least <= number <= most:
-            return Rejection.of(document, rule, measure=name, value=round(number, 4), least=least, most=most)
+            # JSON has no infinity.
+            limits = {"least": least, "most": most if math.isfinite(most) else None}
+            return Rejection.of(document, rule, measure=name, value=round(number, 4), **limits)
     return None
 
 
@@ -51,7 +54,7 @@ def gopher_quality(document: Document) -> Document | Rejection:
     symbols = text.count("#") + text.count("...") + text.count("\u2026")
     letters = len(_LETTER.findall(text[:100_000]))
     foreign = len(_NON_LATIN.findall(text[:100_000])) > 0.5 * letters
-    infinity = float("inf")
+    infinity = math.inf
     rejection = _over(
         document, rule,
         words=(count, 50, infinity if document.kind == "text" else 100_000),
@@ -131,7 +134,7 @@ def c4(document: Document) -> Document | Rejection:
         kept.append(_CITATION.sub("", line))
     text = re.sub("\n{3,}", "\n\n", "\n".join(kept)).strip()
     changed = Document(document.id, text, document.kind, document.metadata)
-    return _over(changed, "c4", sentences=(len(sentence_starts(text)), 5, float("inf"))) or changed
+    return _over(changed, "c4", sentences=(len(sentence_starts(text)), 5, math.inf)) or changed
 
 
 RULES: dict[str, Callable[[Document], Document | Rejection]] = {
