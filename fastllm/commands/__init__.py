@@ -18,6 +18,7 @@ COMMANDS = {
     "accelerate": "what fastllm.accelerate would do to a transformers model",
     "plan": "memory, communication and time of a training step on many GPUs, on paper",
     "report": "one page with the curves of one or several runs, their samples and what differs in their settings",
+    "export": "write a trained model as transformers loads it, or a checkpoint in parts as one",
     "bench": "time the ops beside their rivals (fastllm bench --help)",
     "info": "versions, hardware, and which backend serves each op here and why",
 }

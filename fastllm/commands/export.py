@@ -1,0 +1,53 @@
+"""Write a trained model for use elsewhere: safetensors, config.json and tokenizer.json, as transformers loads them or
+as fastllm does. A checkpoint that is in parts becomes whole."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from ..config import InputError
+from ..data import Tokenizer
+from ..files import whole_folder
+from ..models import build_model, load_model
+from ..training.checkpoint import SHARDED, load_config, write_manifest
+from ..training.setup import model_folder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="RUN", help="a run's folder, one of its checkpoints, or a model's")
+    parser.add_argument("out", type=Path, metavar="FOLDER", help="where to write; must not exist")
+    parser.add_argument(
+        "--layout", choices=("transformers", "fastllm"), default="transformers",
+        help="whose names and configuration (default: %(default)s)",
+    )  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.out.exists():
+        raise InputError(f"{arguments.out}: is there already")
+    folder = model_folder(arguments.model)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    try:
+        if (folder / SHARDED).exists():
+            from ..training.sharded import load_whole
+
+            model, _ = load_whole(folder, lambda: build_model(load_config(folder)), torch.device("cpu"))
+        else:
+            model = load_model(folder)
+        with whole_folder(arguments.out) as out:
+            model.save_pretrained(out, layout=arguments.layout)
+            tokenizer.save(out / "tokenizer.json")
+            if arguments.layout == "transformers":
+                end = "<|endoftext|>"
+                settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end,
+                            "model_max_length": model.config.context_length}  # fmt: skip
+                (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
+            write_manifest(out)
+    except (ValueError, FileNotFoundError) as error:
+        raise InputError(str(error)) from error
+    print(f"{arguments.out}: {', '.join(sorted(path.name for path in arguments.out.iterdir()))}")
+    return 0
