@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file
 from toy import TOY, weights
 
+from fastllm.config import InputError
 from fastllm.models import Transformer
 from fastllm.training import Diverged, resume, train
 from fastllm.training.checkpoint import State, checkpoints, read_state
 from fastllm.training.dropout import Dropout, keep_mask, key_dropout, set_first_row
 from fastllm.training.guard import HISTORY, Guard, deviation
+from fastllm.training.loop import DataChanged
 from fastllm.training.objectives import CausalLM
 from fastllm.training.progress import read_metrics
 
@@ -161,3 +163,46 @@ def test_the_micro_batch_may_change_and_only_the_order_of_sums_does(config, tmp_
         for name in ("whole", "by one")
     }
     assert losses["whole"] == pytest.approx(losses["by one"], rel=1e-5)
+
+
+# Data that change under a run
+
+
+def at_step(monkeypatch, number, act):
+    """Call ``act`` when the batch of step ``number``, counted from 1, is made."""
+    real = CausalLM.batch
+
+    def batch(self, step):
+        if step + 1 == number:
+            act()
+        return real(self, step)
+
+    monkeypatch.setattr(CausalLM, "batch", batch)
+
+
+def test_a_token_file_that_vanishes_is_told_and_the_run_ends_the_same(config, tmp_path, monkeypatch, capsys):
+    train(config(), tmp_path / "whole", quiet=True)
+    (file,) = (tmp_path / "whole" / "data").glob("train*.bin")
+    gone = tmp_path / "run" / "data" / file.name
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, gone.unlink)
+        train(config(), tmp_path / "run", quiet=True)
+    assert f"{gone}: deleted during the run, which goes on" in capsys.readouterr().err
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    with pytest.raises(InputError, match=rf"{file.name}: No such file"):
+        resume(tmp_path / "run", {"steps": 7}, quiet=True)
+
+
+def test_a_token_file_that_is_changed_stops_the_run_which_is_saved_first(config, tmp_path, monkeypatch):
+    train(config(), tmp_path / "whole", quiet=True)
+    (file,) = (tmp_path / "whole" / "data").glob("train*.bin")
+    path = tmp_path / "run" / "data" / file.name
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: path.write_bytes(file.read_bytes() + b"more"))
+        with pytest.raises(DataChanged, match=rf"{file.name}: [\d,]+ bytes when the run began, now [\d,]+"):
+            train(config(), tmp_path / "run", quiet=True)
+    (checkpoint,) = checkpoints(tmp_path / "run" / "checkpoints")
+    assert read_state(checkpoint).step == 3
+    path.write_bytes(file.read_bytes())
+    resume(tmp_path / "run", quiet=True)
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")

@@ -4,7 +4,6 @@ as fastllm does. A checkpoint that is in parts becomes whole."""
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -40,12 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
             model = load_model(folder)
         with whole_folder(arguments.out) as out:
             model.save_pretrained(out, layout=arguments.layout)
-            tokenizer.save(out / "tokenizer.json")
-            if arguments.layout == "transformers":
-                end = "<|endoftext|>"
-                settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end,
-                            "model_max_length": model.config.context_length}  # fmt: skip
-                (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
+            tokenizer.save_pretrained(out)
             write_manifest(out)
     except (ValueError, FileNotFoundError) as error:
         raise InputError(str(error)) from error

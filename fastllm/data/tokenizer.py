@@ -106,7 +106,10 @@ class Tokenizer:
             tokenizer = cls(Path(path).read_text("utf-8"))
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}") from error
-        except Exception as error:  # tokenizers raises bare Exception for every malformed file
+        except BaseException as error:
+            # tokenizers raises bare Exception for every malformed file; a panic in it is no Exception to Python.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise InputError(f"{path}: not a tokenizer.json: {' '.join(str(error).split())}") from error
         if tokenizer._named(SEPARATORS) is None:
             raise InputError(f"{path}: the tokenizer has no {END_OF_TEXT} token")
