@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 
 from ..models import Transformer
-from ..models.blocks import rotary_tables, rotate
+from ..models.blocks import rotary_tables
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate each pair (x[i], x[i + D/2]) of ``x`` (..., T, D) by its position's angle; cos, sin (T, D/2)."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class PlainTransformer:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import nn as fast
-from ..functional import add_layer_norm, add_rms_norm, attention, geglu, rms_norm, swiglu
+from ..functional import add_layer_norm, add_rms_norm, attention, geglu, rms_norm, rotary_embedding, swiglu
 from .cache import KVCache
 from .config import GATED, ModelConfig
 from .embedding import make_norm
@@ -21,13 +21,6 @@ def rotary_tables(length: int, head_dim: int, base: float, device=None) -> tuple
     frequencies = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
     return angles.cos(), angles.sin()
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate each pair (x[i], x[i + D/2]) of ``x`` (..., T, D) by its position's angle; cos, sin (T, D/2)."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def relative_bucket(distance: torch.Tensor, buckets: int, furthest: int, causal: bool) -> torch.Tensor:
@@ -75,6 +68,13 @@ def _joined(x: torch.Tensor) -> torch.Tensor:
     return (x.transpose(1, 2) if x.dim() == 4 else x).flatten(-2)
 
 
+def _rotated(query: torch.Tensor, key: torch.Tensor, tables):
+    """Both, (B, H, T, D) or packed (total, H, D), turned by their positions' angles."""
+    if query.dim() == 4:
+        return rotary_embedding(query, key, *tables)
+    return (x.transpose(0, 1) for x in rotary_embedding(query.transpose(0, 1), key.transpose(0, 1), *tables))
+
+
 class Attention(nn.Module):
     """Self-attention; queries, keys and values from one product."""
 
@@ -91,7 +91,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             query, key = (rms_norm(t, (config.head_dim,), eps=config.norm_eps) for t in (query, key))
         if context.rotary is not None:
-            query, key = (rotate(t, *context.rotary) for t in (query, key))
+            query, key = _rotated(query, key, context.rotary)
         if context.cache is not None:
             key, value = context.cache.append(layer, key, value)
         packed = {}

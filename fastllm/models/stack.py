@@ -92,7 +92,7 @@ class TransformerEncoder(TransformerStack):
         starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
         rotary = None
         if self.positions == "rotary":
-            rotary = tuple(table[positions, None] for table in (self.rotary_cos, self.rotary_sin))
+            rotary = tuple(table[positions] for table in (self.rotary_cos, self.rotary_sin))
         segments = None if segments is None else segments.flatten()[there]
         x = self.embed(tokens.flatten()[there], positions, segments)
         x = self._blocks(x, Context(False, rotary, bias, (starts, length)))
