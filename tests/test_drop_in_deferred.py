@@ -353,3 +353,14 @@ def test_embeddings_that_are_not_added_are_ordinary(fused):
     assert fused == []
     torch.testing.assert_close(model.tokens.weight.grad, other.tokens.weight.grad)
     torch.testing.assert_close(model.positions.weight.grad, other.positions.weight.grad)
+
+
+def test_sums_of_embeddings_can_be_named_or_left_out(fused):
+    ids = torch.randint(V, (3, 7))
+    for options, sums in (({"only": "embedding_sum"}, 1), ({"skip": "embedding_sum"}, 0), ({"skip": "embedding"}, 0)):
+        model = LanguageModel()
+        report = fastllm.accelerate(model, **options)
+        assert any(e.by == "embedding" for e in report.swapped) == (options.get("skip") != "embedding")
+        fused.clear()
+        model(ids) + 0
+        assert fused.count("embedding_sum") == sums

@@ -91,10 +91,11 @@ def accelerate(
     wanted = None if only is None else _Filter("only", only, model)
     unwanted = None if skip is None else _Filter("skip", skip, model)
 
-    def filtered(path: str, module: torch.nn.Module, op: str) -> str | None:
-        if unwanted is not None and unwanted.matches(path, module, op):
+    def filtered(path: str, module: torch.nn.Module, *ops: str) -> str | None:
+        """Why none of ``ops`` may serve ``module``, or None; the first one is what it would be swapped for."""
+        if unwanted is not None and unwanted.matches(path, module, ops[0]):
             return "skip names it"
-        if wanted is not None and not wanted.matches(path, module, op):
+        if wanted is not None and not any(wanted.matches(path, module, op) for op in ops):
             return "only does not name it"
         return None
 
@@ -104,7 +105,8 @@ def accelerate(
     for path, module, decision in [*decisions, *attention_decisions(model)]:
         if decision is None:
             continue
-        why = filtered(path, module, decision.op) if decision.kind is not None else None
+        ops = (decision.op, "embedding_sum") if decision.sums else (decision.op,)
+        why = filtered(path, module, *ops) if decision.kind is not None else None
         if why is not None:
             decision = Decision(decision.op, None, why)
         if decision.kind is not None and not dry_run:

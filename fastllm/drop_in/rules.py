@@ -37,6 +37,11 @@ class Decision:
     why: str
     size: Size | None = None
 
+    @property
+    def sums(self) -> bool:
+        """Whether it stands for embedding_sum, too."""
+        return self.kind is not None and self.kind.name == "embedding" and bool(self.kind.options)
+
 
 def obstacle(module: nn.Module) -> str | None:
     """Why this instance cannot get another forward, whatever it computes; or None."""
