@@ -1,7 +1,9 @@
 """The parts of docs/tour.md that are computed.
 
 python docs/tour.py table                 the table of objectives and models, from tiny runs: rewrites docs/tour.md
-python docs/tour.py curves RUNS           the pictures, from the runs that the tour's commands left in RUNS
+python docs/tour.py curves RUNS           the pictures, from the runs that RUNS holds
+python docs/tour.py baseline PAIRS HELD   word by word: BLEU and chrF on the pairs that a run on PAIRS holds out,
+                                          which are written to HELD for fastllm eval
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import re
 import sys
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -73,6 +76,35 @@ def curves(runs: Path) -> list[Path]:
     return made
 
 
+def dictionary(pairs: list[dict], rounds: int = 4) -> dict[str, str]:
+    """For each source word its likeliest translation, by IBM's first model (Brown et al. 1993)."""
+    words = [(pair["source"].split(), pair["target"].split()) for pair in pairs]
+    table: dict[str, dict[str, float]] = {}
+    for number in range(rounds):
+        counts: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        for source, target in words:
+            for word in target:
+                shares = [table[s].get(word, 0.0) if number else 1.0 for s in source]
+                total = sum(shares)
+                for s, share in zip(source, shares, strict=True):
+                    counts[s][word] += share / total
+        table = {s: {w: c / sum(row.values()) for w, c in row.items()} for s, row in counts.items()}
+    return {s: max(row, key=row.get) for s, row in table.items()}
+
+
+def baseline(pairs: Path, held: Path) -> dict[str, float]:
+    """Scores of translating word by word; words that are not known stay as they are."""
+    from fastllm.tasks.metrics import translation_scores
+    from fastllm.tasks.read import read_pairs
+    from fastllm.tasks.store import split
+
+    train, validation = split(read_pairs([pairs]))
+    held.write_text("".join(f"{pair['source']}\t{pair['target']}\n" for pair in validation), "utf-8")
+    known = dictionary(train)
+    translations = [" ".join(known.get(w, w) for w in pair["source"].split()) for pair in validation]
+    return translation_scores([pair["target"] for pair in validation], translations)
+
+
 def main() -> None:
     if sys.argv[1:] == ["table"]:
         old = TOUR.read_text("utf-8")
@@ -81,6 +113,8 @@ def main() -> None:
     elif len(sys.argv) == 3 and sys.argv[1] == "curves":
         for path in curves(Path(sys.argv[2])):
             print(path)
+    elif len(sys.argv) == 4 and sys.argv[1] == "baseline":
+        print(baseline(*map(Path, sys.argv[2:])))
     else:
         sys.exit(__doc__)
 

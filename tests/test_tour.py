@@ -116,3 +116,12 @@ def test_debians_pages_become_examples(kind, tmp_path, monkeypatch):
         assert all(e["answers"][0]["text"].endswith("does a thing.") for e in found)
     else:
         assert {e["label"] for e in read_labelled([out.rename(out.with_suffix(".csv"))])} == {"c-api", "library"}
+
+
+def test_the_dictionary_finds_what_goes_with_what():
+    import runpy
+
+    dictionary = runpy.run_path(str(DOCS / "tour.py"))["dictionary"]
+    pairs = [("red cat", "rote katze"), ("red dog", "rote hund"), ("cat", "katze"), ("big dog", "grosse hund")]
+    known = dictionary([{"source": a, "target": b} for a, b in pairs])
+    assert known == {"red": "rote", "cat": "katze", "dog": "hund", "big": "grosse"}
