@@ -14,6 +14,7 @@ import triton.language as tl
 from ._attention import Problem, column_range, load_tile, locate, plane_of, store_tile
 from ._attention_forward import forward_tiles, row_results
 from ._attention_tiles import forward_tile
+from ._launch import OPTIONS
 from .attention_decode import attention_decode, splits
 
 
@@ -128,6 +129,6 @@ def attention_fwd(q, k, v, bias, sinks, alibi_slopes, seed, cu_q, cu_k, scale, s
         *problem.bias_args(), *problem.slope_args(), *problem.feature_args(), problem.keep_scale,
         programs, n_tiles, problem.batch, problem.heads, problem.group, problem.rows, problem.cols,
         problem.dim, problem.dim_v, SINKS=sinks is not None, **(limits or dict(SPLIT_ROWS=0, SPLIT_FROM=0)),
-        ALIGN=problem.align(out), **problem.flags, **problem.blocks, **tile,
+        ALIGN=problem.align(out), **problem.flags, **problem.blocks, **tile, **OPTIONS,
     )  # fmt: skip
     return lse, stats

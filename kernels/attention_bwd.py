@@ -27,6 +27,7 @@ from ._attention import (
     store_tile,
 )  # fmt: skip
 from ._attention_tiles import dkdv_tile, dq_tile
+from ._launch import OPTIONS
 from .attention_dbias import attention_dbias
 
 
@@ -290,7 +291,7 @@ def attention_bwd(dout, dlse, q, k, v, out, stats, bias, sinks, alibi_slopes, se
             *problem.strides(out), *problem.strides(dout), *dlse_strides, *problem.stat_strides(),
             n_tiles, problem.heads, problem.rows, problem.dim_v,
             HAS_DLSE=dlse is not None, ALIGN=problem.align(out, dout), BLOCK_M=block_m,
-            BLOCK_DV=problem.blocks["BLOCK_DV"], num_warps=4,
+            BLOCK_DV=problem.blocks["BLOCK_DV"], num_warps=4, **OPTIONS,
         )  # fmt: skip
     tail = (
         *problem.bias_args(), *problem.slope_args(), *problem.feature_args(), problem.keep_scale,
@@ -308,7 +309,7 @@ def attention_bwd(dout, dlse, q, k, v, out, stats, bias, sinks, alibi_slopes, se
             *(s for x in (*inputs, dk_or_k, dv_or_v) for s in problem.strides(x)), *problem.stat_strides(),
             *problem.cu, *tail, programs, n_tiles, *sizes,
             NEED_DK=dk is not None, NEED_DV=dv is not None, ALIGN=problem.align(dout, dk_or_k, dv_or_v),
-            **problem.flags, **problem.blocks, **tile,
+            **problem.flags, **problem.blocks, **tile, **OPTIONS,
         )  # fmt: skip
     if dq is not None and q.numel() > 0:
         tile = problem.fit(dq_tile(problem.widest, q.dtype, problem.arch, problem.load), "BLOCK_M", problem.rows)
@@ -317,7 +318,7 @@ def attention_bwd(dout, dlse, q, k, v, out, stats, bias, sinks, alibi_slopes, se
             *inputs, dq, stats[0], stats[1], delta,
             *(s for x in (*inputs, dq) for s in problem.strides(x)), *problem.stat_strides(),
             *problem.cu, *tail, programs, n_tiles, *sizes,
-            ALIGN=problem.align(dout, dq), **problem.flags, **problem.blocks, **tile,
+            ALIGN=problem.align(dout, dq), **problem.flags, **problem.blocks, **tile, **OPTIONS,
         )  # fmt: skip
     dbias = attention_dbias(problem, dout, stats, delta) if need_dbias else None
     dsinks = None

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ._attention import kept, load_tile, plane_of, probabilities, scores
 from ._attention_tiles import dbias_tile
+from ._launch import OPTIONS
 
 
 @triton.jit
@@ -150,6 +151,6 @@ def attention_dbias(problem, dout, stats, delta):
         b * heads, heads, rows, cols, row_tiles, col_tiles, batches, batch_step, members, head_step,
         row_step * tile["BLOCK_M"],
         ALL_BATCHES=b == 1, ALL_HEADS=heads == 1, ALL_ROWS=rows == 1, ALL_COLS=cols == 1,
-        ALIGN=problem.align(dout), **problem.flags, **problem.blocks, **tile,
+        ALIGN=problem.align(dout), **problem.flags, **problem.blocks, **tile, **OPTIONS,
     )  # fmt: skip
     return dbias[0] if pieces == 1 else dbias.sum(0).to(bias.dtype)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ._attention import column_range, load_tile, locate, plane_of, store_tile
 from ._attention_forward import forward_tiles, row_results
-from ._launch import next_power_of_2
+from ._launch import OPTIONS, next_power_of_2
 
 # Rows of a tile: queries times heads of a group (as a power of 2).
 MOST_ROWS = 64
@@ -204,12 +204,12 @@ def attention_decode(problem, limits: dict, sinks, out, lse, stats):
         programs, n_tiles, problem.batch, problem.heads, problem.group, problem.rows, problem.cols,
         problem.dim, problem.dim_v, ALIGN=problem.align(), BLOCK_N=tile["BLOCK_N"],
         **problem.blocks, **{**problem.flags, **shared},
-        num_warps=tile["num_warps"], num_stages=tile["num_stages"],
+        num_warps=tile["num_warps"], num_stages=tile["num_stages"], **OPTIONS,
     )  # fmt: skip
     _attention_merge_kernel[(rows * problem.heads * problem.batch,)](
         part, part_max, part_sum, out, lse, stats[0], stats[1], q if sinks is None else sinks,
         *problem.strides(out), *problem.stat_strides(), *problem.cu,
         problem.unit, problem.keep_scale, n_tiles, problem.heads, problem.group, problem.rows, problem.cols,
         problem.dim_v, rows, SINKS=sinks is not None, BLOCK_S=16, BLOCK_DV=problem.blocks["BLOCK_DV"],
-        num_warps=4, num_stages=2, **shared,
+        num_warps=4, num_stages=2, **shared, **OPTIONS,
     )  # fmt: skip
