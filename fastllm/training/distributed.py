@@ -32,17 +32,11 @@ from .config import TrainingConfig
 from .guard import Failed
 from .meta import on_meta
 from .objectives import Batch, CausalLM, Objective
-from .ranks import ALONE, Losses, Ranks, shares
+from .ranks import ALONE, Losses, Ranks, launched, shares
 from .saving import Saver
 from .sharded import ShardedSaver, read_sharded, whole_model
 from .vocab_parallel import split_vocabulary
 from .watch import Watch
-
-
-def launched() -> bool:
-    """Whether torchrun, or what sets the same variables, has started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
 
 _lives = itertools.count()
 

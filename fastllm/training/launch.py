@@ -13,9 +13,9 @@ from ..config import InputError, build
 from ..files import write_text
 from .checkpoint import checkpoints, find_checkpoint
 from .config import RunConfig, TrainingConfig, read_run_config
-from .distributed import joined, launched
 from .loop import CONFIG, Result, Run, fixed_settings, pick_device
 from .progress import Display
+from .ranks import ALONE, Ranks, launched
 from .setup import fitted, open_data, reopen_data, with_pretrained
 
 RUNS = Path("runs")
@@ -43,7 +43,7 @@ def train(
             raise InputError(f"{folder}: holds a run already; go on with --resume {folder}, or choose another --out")
         return resume(folder, _changes(config, Path(folder) / CONFIG), quiet=quiet)
     pick_device(config.training.device)
-    with joined(config.training) as ranks:
+    with _joined(config.training) as ranks:
         main = ranks.rank == 0
         with _new_folder(folder) if main else contextlib.nullcontext(Path(folder)) as folder:
             display = Display(quiet or not main)
@@ -77,6 +77,16 @@ def _changes(config: RunConfig, path: Path) -> dict[str, object]:
         if not same:
             raise InputError(f"{path}: {name} of the run that is there is another; choose another --out")
     return {name: value for name, value in given.items() if value != old[name]}
+
+
+def _joined(training: TrainingConfig) -> contextlib.AbstractContextManager[Ranks]:
+    """What a run trains on: the ranks that torchrun started, or this process."""
+    if not launched() and training.parallel == "ddp" and training.tensor_parallel == 1:
+        return contextlib.nullcontext(ALONE)
+    # Imported here: torch's distributed packages take a second that a single process need not wait for.
+    from .distributed import joined
+
+    return joined(training)
 
 
 def _next_run() -> Path:
@@ -119,7 +129,7 @@ def resume(checkpoint: str | Path, changes: Mapping[str, object] | None = None, 
     config = read_run_config(folder / CONFIG)
     if changes:
         config = replace(config, training=build(TrainingConfig, changes, "command line", config.training))
-    with joined(config.training) as ranks:
+    with _joined(config.training) as ranks:
         main = ranks.rank == 0
         run = Run(config, folder, reopen_data(config, folder / "data"), Display(quiet or not main), path, ranks)
         if main:

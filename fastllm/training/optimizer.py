@@ -9,10 +9,41 @@ from torch import nn
 
 from .config import TrainingConfig
 
+
+class GatheredMuon(torch.optim.Muon):
+    """torch.optim.Muon for matrices that are spread over ranks (DTensors).
+
+    The orthogonal factor of a matrix needs all of it: each update is gathered, and every rank computes the factor as a
+    single process would, then keeps its part. (On DTensors themselves torch's would add up parts of bf16 products.)
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+                whole = nn.Parameter(torch.zeros(p.shape, device=update.device, dtype=update.dtype))
+                whole.grad = update.full_tensor()
+                kept = {key: group[key] for key in ("ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
+                torch.optim.Muon([whole], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False, **kept).step()
+                # Imported where there are such tensors: torch has loaded it by then.
+                from torch.distributed.tensor import distribute_tensor
+
+                part = distribute_tensor(whole.data, p.device_mesh, p.placements, src_data_rank=None)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(part, alpha=group["lr"])
+
+
 # What each optimiser keeps of a parameter.
 _QUANTITIES = {
     torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
     torch.optim.Muon: {"momentum_buffer"},
+    GatheredMuon: {"momentum_buffer"},
 }
 
 
@@ -55,8 +86,9 @@ class Optimizers:
                 )
             )
         if config.optimizer == "muon" and groups["hidden"]:
+            spread = any(hasattr(p, "placements") for _, p in groups["hidden"])  # DTensors
             self._optimizers.append(
-                torch.optim.Muon(
+                (GatheredMuon if spread else torch.optim.Muon)(
                     [p for _, p in groups["hidden"]],
                     lr=config.muon_lr,
                     momentum=config.momentum,

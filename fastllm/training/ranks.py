@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,6 +17,11 @@ from .objectives import Batch, Objective, rows_of
 from .saving import Saver
 
 Losses = Callable[[nn.Module, Batch], dict[str, torch.Tensor]]
+
+
+def launched() -> bool:
+    """Whether torchrun, or what sets the same variables, has started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def shares(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -147,10 +148,13 @@ def read_sharded(checkpoint: Path, model: nn.Module, group: dist.ProcessGroup | 
             raise InputError(f"{folder}: optimizer state of an unknown parameter: {parameter}")
         tensors[name] = torch.zeros(()) if quantity == "step" else torch.zeros_like(parameters[parameter].data)
     try:
-        dcp.load(
-            {**wanted, **tensors}, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group,
-            no_dist=group is None,
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            # Said where one process reads alone, as is meant.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(
+                {**wanted, **tensors}, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group,
+                no_dist=group is None,
+            )  # fmt: skip
     except (dcp.CheckpointException, ValueError, AssertionError, RuntimeError) as error:
         raise InputError(f"{folder}: does not fit the model: {' '.join(str(error).split())[:300]}") from error
     return tensors
