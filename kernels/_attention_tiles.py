@@ -1,7 +1,9 @@
 """Launch tables of the attention kernels: (BLOCK_M, BLOCK_N, warps, stages) by architecture, head dim and load.
 
-Chosen from what ptxas makes of them (Triton 3.9, November 2026): the largest tiles without a spill, in which warpgroup
-products fit on sm_90. ``python -m fastllm.bench.attention_tables`` compiles every entry. None has been timed yet.
+Chosen from what ptxas makes of them (Triton 3.9, November 2026): large tiles without a spill, with warpgroup products
+on sm_90. ``python -m fastllm.bench.attention_tables`` compiles every entry and fails on those that still spill: with
+every feature at once, dbias at head dim 256 (480 bytes on sm_90, 664 on sm_80) and at 128 on sm_80 (96), and in fp32 at
+64 and 256 (8 and 16). None has been timed yet.
 
 The load is how much besides the products a score needs registers for: 0 where it is the bare product, causal or not;
 1 with a left window, a soft cap or ALiBi; 2 with several of them, a bias, dropout, or rows that cannot be read 16 bytes
