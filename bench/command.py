@@ -81,8 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.static:
         from .static import both_tables
 
-        both_tables([op.name for op in ops], options.shape)
-        return 0
+        return both_tables([op.name for op in ops], options.shape, options.budget)
     began = time.monotonic()
     folder = options.out or Path("runs") / f"bench-{datetime.now():%Y%m%d-%H%M%S}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -58,20 +58,32 @@ step info 60 "$python" -m fastllm info
 # pyproject.toml's options, but for one process: what is not installed here cannot be asked for.
 pytest=("$python" -m pytest -o addopts="-q --strict-markers --import-mode=importlib" -p no:cacheprovider --tb=short)
 tests=(tests --maxfail=25)
-# One test file a line that imports a package which is not installed, with the package.
+# One test file a line that cannot be imported here, with the packages that it lacks.
 lacking=$("$python" - << 'PYTHON'
 import ast, importlib.util, pathlib
+
+
+def lacking(file):
+    """The packages that a test file, or another file in tests/ that it imports, would not find."""
+    found = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        names = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for package in (name.partition(".")[0] for name in names):
+            beside = file.with_name(f"{package}.py")
+            if beside.exists() and beside != file:
+                found |= lacking(beside)
+            elif importlib.util.find_spec(package) is None:
+                found.add(package)
+    return found
+
 
 if importlib.util.find_spec("xdist"):
     print("-n 6")
 for file in sorted(pathlib.Path("tests").glob("test_*.py")):
-    for node in ast.parse(file.read_text()).body:
-        names = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        for name in names:
-            package = name.partition(".")[0]
-            if importlib.util.find_spec(package) is None and not pathlib.Path("tests", f"{package}.py").exists():
-                print(file, package)
+    packages = lacking(file)
+    if packages:
+        print(file, ",".join(sorted(packages)))
 PYTHON
 )
 while read -r file package; do
@@ -79,7 +91,7 @@ while read -r file package; do
     "") ;;
     -n) tests+=(-n "$package") ;;
     *)
-      echo "== $file: skipped, it needs the package $package"
+      echo "== $file: skipped, not installed here: $package"
       tests+=(--ignore "$file")
       ;;
   esac

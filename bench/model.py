@@ -14,7 +14,9 @@ import argparse
 import contextlib
 import importlib
 import json
+import math
 import pkgutil
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from .. import kernels
 from ..registry import Op
 from . import cases
 from .capture import GPUS, Gpu
+from .run import plan
 from .traffic import measure
 
 # Programs of a launch that are run: enough to see uneven shares, few enough for the interpreter.
@@ -85,37 +88,38 @@ def _processors(gpu: Gpu) -> Iterator[None]:
 
 
 def rows(
-    ops: Iterable[Op], arch: int = 90, dtype: torch.dtype = torch.bfloat16, shapes: Iterable[str] = ("",)
-) -> Iterator[Row]:
+    ops: Iterable[Op], arch: int = 90, dtype: torch.dtype = torch.bfloat16, shapes: Iterable[str] = ("",),
+    budget: float = math.inf, left_out: list[str] | None = None,
+) -> Iterator[Row]:  # fmt: skip
     """The rows of those of the ops' shapes whose name contains one of ``shapes`` and that fit in LARGEST bytes.
 
-    Ops without Triton kernels have no rows.
+    Ops without Triton kernels have no rows. No call begins after ``budget`` seconds; ``left_out`` is given those.
 
     Raises:
         RuntimeError: Triton's interpreter is off.
     """
-    shapes = list(shapes)
-    for op in ops:
-        if "triton" not in op.backends:
+    began = time.monotonic()
+    for case in plan([op for op in ops if "triton" in op.backends], list(shapes)):
+        op, name = case.op, case.name
+        if cases.held_bytes(case.make(torch.device("meta"), dtype)) > LARGEST:
             continue
-        for name, make in cases.shapes_of(op.name).items():
-            if not any(shape in name for shape in shapes):
-                continue
-            if cases.held_bytes(make(torch.device("meta"), dtype)) > LARGEST:
-                continue
-            call = make(torch.device("cpu"), dtype)
-            with _processors(GPUS[arch]):
-                measured = measure(op, call, programs=PROGRAMS)
-            common = dict(op=op.name, shape=name, dtype=str(dtype).removeprefix("torch."), arch=arch)
-            for direction, traffic in (("forward", measured.forward), ("backward", measured.backward)):
-                yield Row(
-                    **common,
-                    direction=direction,
-                    least_bytes=getattr(measured.cost, f"{direction}_bytes"),
-                    counted_bytes=traffic.total,
-                    flops=getattr(measured.cost, f"{direction}_flops"),
-                    launches=traffic.launches,
-                )
+        if time.monotonic() - began > budget:
+            if left_out is not None:
+                left_out.append(f"{op.name}, {name}: the budget of {budget:g} s was spent")
+            continue
+        call = case.make(torch.device("cpu"), dtype)
+        with _processors(GPUS[arch]):
+            measured = measure(op, call, programs=PROGRAMS)
+        common = dict(op=op.name, shape=name, dtype=str(dtype).removeprefix("torch."), arch=arch)
+        for direction, traffic in (("forward", measured.forward), ("backward", measured.backward)):
+            yield Row(
+                **common,
+                direction=direction,
+                least_bytes=getattr(measured.cost, f"{direction}_bytes"),
+                counted_bytes=traffic.total,
+                flops=getattr(measured.cost, f"{direction}_flops"),
+                launches=traffic.launches,
+            )
 
 
 COLUMNS = ("op", "shape", "pass", "least MB", "counted MB", "ratio", "GFLOP", "launches", "floor us", "modelled us")
@@ -145,12 +149,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")
     parser.add_argument("--shape", nargs="+", default=[""], help="only shapes whose name contains one of these")
     parser.add_argument("--json", metavar="FILE", help="write every row there")
+    parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="begin no call after it")
     options = parser.parse_args(argv)
     try:
         ops = cases.selected(options.ops)
     except ValueError as error:
         parser.error(str(error))
-    found = list(rows(ops, options.arch, getattr(torch, options.dtype), options.shape))
+    left_out: list[str] = []
+    found = list(rows(ops, options.arch, getattr(torch, options.dtype), options.shape, options.budget, left_out))
+    order = {op.name: i for i, op in enumerate(ops)}
+    found.sort(key=lambda row: order[row.op])
     if options.json:
         Path(options.json).write_text(json.dumps([asdict(row) for row in found]))
     from rich.console import Console
@@ -160,6 +168,8 @@ def main(argv: list[str] | None = None) -> None:
     for row in found:
         table.add_row(*cells(row))
     Console(width=None if Console().is_terminal else 200).print(table)
+    for line in left_out:
+        print(f"left out: {line}")
 
 
 if __name__ == "__main__":

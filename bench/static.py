@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,9 +28,10 @@ from pathlib import Path
 import torch
 import triton
 
-from ..registry import Op
+from ..registry import OPS, Op
 from . import cases
 from .capture import CUDA, GPUS, Launch, launches
+from .run import plan
 
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
@@ -137,44 +142,98 @@ def read_resources(compiled) -> Resources:
     )
 
 
+# Compiled kernel's hash -> what it takes; calls of several shapes often launch the same.
+_known: dict[str, Resources] = {}
+
+
+def rows_of(op: Op, shape: str, arches: Sequence[int], dtype: torch.dtype) -> list[Row]:
+    """What one call launches, compiled for ``arches``."""
+    found = []
+    for arch in arches:
+        same: dict[tuple[str, str], list[Launch]] = {}
+        for launch in launches(op, partial(cases.shapes_of(op.name)[shape], CUDA, dtype), GPUS[arch]):
+            same.setdefault((launch.direction, launch.compiled.hash), []).append(launch)
+        for (direction, key), group in same.items():
+            if key not in _known:
+                _known[key] = read_resources(group[0].compiled)
+            found.append(
+                Row(
+                    op=op.name,
+                    shape=shape,
+                    dtype=str(dtype).removeprefix("torch."),
+                    arch=arch,
+                    direction=direction,
+                    kernel=group[0].kernel,
+                    grids=[launch.grid for launch in group],
+                    resources=_known[key],
+                )
+            )
+    return found
+
+
+def _compiled_elsewhere(op: str, shape: str, arches: Sequence[int], dtype: torch.dtype) -> list[Row]:
+    return rows_of(OPS[op], shape, arches, dtype)
+
+
 def rows(
     ops: Iterable[Op],
     arches: Iterable[int] = tuple(GPUS),
     dtype: torch.dtype = torch.bfloat16,
     shapes: Sequence[str] = ("",),
+    budget: float = math.inf,
+    workers: int = 1,
+    left_out: list[str] | None = None,
 ) -> Iterator[Row]:
     """Compiles what the ops launch on those of their shapes whose name contains one of ``shapes``.
 
-    Ops without Triton kernels have no rows.
+    Ops without Triton kernels have no rows. The first shape of every op comes first, as in ``fastllm bench``.
+
+    Args:
+        budget: seconds after which no further call is begun; those are added to ``left_out``.
+        workers: processes that compile.
 
     Raises:
         RuntimeError: Triton's interpreter is on.
     """
-    arches = list(arches)
-    known: dict[str, Resources] = {}
-    for op in ops:
-        if "triton" not in op.backends:
-            continue
-        for name, make in cases.shapes_of(op.name).items():
-            if not any(shape in name for shape in shapes):
-                continue
-            for arch in arches:
-                same: dict[tuple[str, str], list[Launch]] = {}
-                for launch in launches(op, partial(make, CUDA, dtype), GPUS[arch]):
-                    same.setdefault((launch.direction, launch.compiled.hash), []).append(launch)
-                for (direction, key), group in same.items():
-                    if key not in known:
-                        known[key] = read_resources(group[0].compiled)
-                    yield Row(
-                        op=op.name,
-                        shape=name,
-                        dtype=str(dtype).removeprefix("torch."),
-                        arch=arch,
-                        direction=direction,
-                        kernel=group[0].kernel,
-                        grids=[launch.grid for launch in group],
-                        resources=known[key],
-                    )
+    arches, began = list(arches), time.monotonic()
+    todo = [(case.op, case.name) for case in plan([op for op in ops if "triton" in op.backends], list(shapes))]
+
+    def in_time(op: Op, shape: str) -> bool:
+        if time.monotonic() - began < budget:
+            return True
+        if left_out is not None:
+            left_out.append(f"{op.name}, {shape}: the budget of {budget:g} s was spent")
+        return False
+
+    if workers == 1:
+        for op, shape in todo:
+            if in_time(op, shape):
+                yield from rows_of(op, shape, arches, dtype)
+        return
+    # A process that has run PyTorch's threads must not be forked.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        waiting, running = list(todo), []
+        while waiting or running:
+            while waiting and len(running) < workers:
+                op, shape = waiting.pop(0)
+                if in_time(op, shape):
+                    running.append(pool.submit(_compiled_elsewhere, op.name, shape, arches, dtype))
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                running.remove(future)
+                yield from future.result()
+
+
+def problems(row: Row) -> list[str]:
+    """What no kernel of this library may have: spills, fp64 arithmetic, more shared memory than a block can have."""
+    found = []
+    if row.resources.spills:
+        found.append(f"{row.resources.spills} loads and stores of thread-local memory")
+    if row.resources.doubles:
+        found.append(f"{row.resources.doubles} fp64 instructions")
+    if not row.resources.occupancy(row.arch) or row.resources.shared > GPUS[row.arch].shared_per_block:
+        found.append("does not fit on a multiprocessor")
+    return found
 
 
 def read_rows(file: Path) -> list[Row]:
@@ -233,30 +292,56 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def both_tables(ops: Sequence[str], shapes: Sequence[str] = ("",)) -> None:
-    """Prints this module's table and model.py's: the one without, the other in Triton's interpreter, a process each."""
+def both(arguments: Sequence[str], **options) -> dict[str, subprocess.Popen]:
+    """Starts this module and model.py, the one without, the other in Triton's interpreter, side by side.
+
+    ``{module}`` in an argument is the one's name or the other's.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     # 3.9 warns while it is unset; 1 is what it and older versions do by default.
     environment.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    for module, more in (("static", {}), ("model", {"TRITON_INTERPRET": "1"})):
-        command = [sys.executable, "-m", f"{__package__}.{module}", *ops, "--shape", *shapes]
-        subprocess.run(command, env=environment | more, check=True)
+    return {
+        module: subprocess.Popen(
+            [sys.executable, "-m", f"{__package__}.{module}", *(a.format(module=module) for a in arguments)],
+            env=environment | more,
+            **options,
+        )
+        for module, more in (("static", {}), ("model", {"TRITON_INTERPRET": "1"}))
+    }
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line; see the module's docstring."""
+def both_tables(ops: Sequence[str], shapes: Sequence[str] = ("",), budget: float = math.inf) -> int:
+    """Prints this module's table and model.py's. Returns the larger of their exit codes."""
+    # The last call begun may take a while; what is printed must still come in time.
+    arguments = [*ops, "--shape", *shapes, *([] if budget == math.inf else ["--budget", str(0.8 * budget)])]
+    with tempfile.TemporaryFile("w+") as later:
+        running = both(arguments, stdout=later)
+        codes = [process.wait() for process in running.values()]
+        later.seek(0)
+        print(later.read())
+    return max(codes)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; see the module's docstring. 1 where a kernel has one of :func:`problems`."""
     parser = argparse.ArgumentParser(prog="python -m fastllm.bench.static", description=__doc__.partition("\n")[0])
     parser.add_argument("ops", nargs="*", metavar="OP", help="ops to compile (all that have shapes)")
     parser.add_argument("--arch", type=int, nargs="+", choices=list(GPUS), default=list(GPUS), help="sm versions")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")
     parser.add_argument("--shape", nargs="+", default=[""], help="only shapes whose name contains one of these")
     parser.add_argument("--json", metavar="FILE", help="write every row with its opcodes there")
+    parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="begin no call after it")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
     options = parser.parse_args(argv)
     try:
         ops = cases.selected(options.ops)
     except ValueError as error:
         parser.error(str(error))
-    found = list(rows(ops, options.arch, getattr(torch, options.dtype), options.shape))
+    left_out: list[str] = []
+    dtype = getattr(torch, options.dtype)
+    found = list(rows(ops, options.arch, dtype, options.shape, options.budget, max(1, options.workers), left_out))
+    order = {op.name: i for i, op in enumerate(ops)}
+    found.sort(key=lambda row: (order[row.op], row.shape, row.direction, row.kernel, row.arch))
     if options.json:
         Path(options.json).write_text(json.dumps([asdict(row) for row in found]))
     from rich.console import Console
@@ -266,7 +351,14 @@ def main(argv: list[str] | None = None) -> None:
     for row in found:
         table.add_row(*cells(row))
     Console(width=None if Console().is_terminal else 200).print(table)
+    for line in left_out:
+        print(f"left out: {line}")
+    bad = [(row, problem) for row in found for problem in problems(row)]
+    for row, problem in bad:
+        print(f"{row.op}, {row.shape}, sm_{row.arch}: {row.kernel}: {problem}")
+    print(f"{len(found)} kernels, {len(bad)} problems")
+    return int(bool(bad))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,12 +1,17 @@
 """Rewrites the generated parts of the README: ``python docs/tables.py``; ``--check`` says whether they are stale."""
 
+import json
 import re
 import sys
 from pathlib import Path
 
+from fastllm.bench.plots import geometric_mean, leads
+from fastllm.bench.results import COMPILED, EAGER, in_cases, read_run
+
 from fastllm.registry import OPS
 
 README = Path(__file__).parent.parent / "README.md"
+RESULTS = README.parent / "bench" / "results"
 
 
 def ops() -> str:
@@ -18,7 +23,48 @@ def ops() -> str:
     return "\n".join(rows)
 
 
-GENERATED = {"ops": ops}
+def _measured(environment: dict) -> str:
+    """On what, when and from which commit."""
+    commit, _, changes = (environment["commit"] or "no commit").partition("+")
+    return (
+        f"{environment['device']}, {environment['date'][:10]}, commit {commit[:10]}{' and changes' if changes else ''}"
+    )
+
+
+def embedding_backward() -> str:
+    """Ratios of bench/results/cpu/embedding-backward.json."""
+    found = json.loads((RESULTS / "cpu" / "embedding-backward.json").read_text(encoding="utf-8"))
+    dtypes = list(dict.fromkeys(row["dtype"] for row in found["rows"]))
+    lines = [f"{_measured(found['environment'])}:", "", f"| | {' | '.join(dtypes)} |", "|---|" + "---|" * len(dtypes)]
+    for case in dict.fromkeys(row["case"] for row in found["rows"]):
+        ratios = {row["dtype"]: row["ratio"] for row in found["rows"] if row["case"] == case}
+        cells = [f"{r['median']:.2f} ({r['low']:.2f} to {r['high']:.2f})" for r in (ratios[d] for d in dtypes)]
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def bench() -> str:
+    """For each bench.json under bench/results: geometric means over the calls of each op, worst first."""
+    parts = []
+    for file in sorted(RESULTS.glob("*/bench.json")):
+        run = read_run(file)
+        found = leads(in_cases(run.rows))
+        lines = [f"{_measured(run.environment)}; [every sample]({file.relative_to(README.parent)}):", ""]
+        kinds = (EAGER, COMPILED, "best other")
+        lines += [f"| op | calls | {' | '.join(f'over {kind}' for kind in kinds)} |", "|---|---|---|---|---|"]
+
+        def mean(op: str, kind: str, found=found) -> float | None:
+            values = found[op].get(kind)
+            return geometric_mean(values) if values else None
+
+        for op in sorted(found, key=lambda op: mean(op, "best other") or 0.0):
+            cells = ["" if (m := mean(op, kind)) is None else f"{m:.2f}" for kind in kinds]
+            lines.append(f"| {op} | {max(map(len, found[op].values()))} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) or "No run is in bench/results yet."
+
+
+GENERATED = {"ops": ops, "bench": bench, "embedding-backward": embedding_backward}
 
 
 def regenerate(text: str) -> str:

@@ -13,6 +13,11 @@ def test_generated_parts_are_fresh():
     assert result.returncode == 0, result.stderr
 
 
+def test_static_page_is_fresh():
+    result = subprocess.run([sys.executable, "docs/static.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_python_blocks_run():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert blocks

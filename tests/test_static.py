@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from fastllm.bench.capture import GPUS
-from fastllm.bench.static import Resources, read_rows
+from fastllm.bench.static import Resources, Row, problems, read_rows
 
 
 @pytest.fixture(scope="session")
@@ -110,6 +110,10 @@ from fastllm.bench import static
 from fastllm.kernels import _norm
 _norm.FWD_ROW = 65536
 rows = list(static.rows([OPS["layer_norm"]], [90], shapes=["32768x65536"]))
+assert any("thread-local memory" in problem for row in rows for problem in static.problems(row))
+left_out = []
+assert not list(static.rows([OPS["layer_norm"]], [90], shapes=["one token"], budget=0.0, left_out=left_out))
+assert left_out == ["layer_norm, one token 1x4096: the budget of 0 s was spent"]
 print(max(row.resources.spills for row in rows))
 """
 
@@ -137,6 +141,28 @@ counts = dict(found)
 assert counts["scale"] == 0 and counts["scale_in_double"] > 0, counts
 """
 
+# Under torch.compile a Python float can reach a kernel as fp64; in a kernel of this library it must show.
+FLOAT = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from fastllm.bench.capture import GPUS, pretend
+from fastllm.bench.static import read_resources
+from fastllm.kernels._norm import _norm_fwd_kernel as kernel
+
+constants = dict(
+    residual_ptr=None, bias_ptr=None, seed_ptr=None, CENTER=True, HAS_RESIDUAL=False, DROPOUT=False, HAS_WEIGHT=True,
+    HAS_BIAS=False, BLOCK_M=1, BLOCK_N=1024,
+)
+def doubles(eps):
+    types = {"eps": eps, "offset": "fp32", "p": "fp32", "mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
+    types |= {name: "*bf16" for name in ("x_ptr", "weight_ptr", "y_ptr", "h_ptr")}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    return read_resources(compile(ASTSource(kernel, signature, constants), GPUTarget("cuda", 90, 32))).doubles
+
+assert doubles("fp32") == 0 < doubles("fp64"), (doubles("fp32"), doubles("fp64"))
+"""
+
 SYNC = """
 import torch
 from fastllm.bench.capture import GPUS, pretend
@@ -160,6 +186,10 @@ def test_fp64_creeping_in_shows(compiler, tmp_path):
     script = tmp_path / "double.py"  # a kernel's source must lie in a file
     script.write_text(DOUBLE)
     _finish(compiler(str(script)))
+
+
+def test_a_python_float_that_comes_as_fp64_shows(compiler):
+    _finish(compiler("-c", FLOAT))
 
 
 def test_a_host_sync_fails(compiler):
@@ -190,3 +220,16 @@ def test_resources_count_by_family():
     assert (resources.spills, resources.tensor_core, resources.doubles, resources.count("MUFU")) == (0, 4, 0, 3)
     # 40 registers x 32 lanes = 1280 a warp: 51 warps fit, so 6 blocks of 8 of the 64.
     assert resources.occupancy(90) == 48 / 64
+
+
+def test_what_no_kernel_may_have_is_a_problem():
+    def found(arch=90, **resources):
+        common = dict(registers=32, stack=0, shared=0, num_warps=4, num_stages=1, opcodes={"LDG.E.128": 1})
+        return problems(Row("op", "shape", "bfloat16", arch, "forward", "k", [(1,)], Resources(**(common | resources))))
+
+    assert found() == []
+    assert found(opcodes={"STL.128": 3, "LDL.128": 2}) == ["5 loads and stores of thread-local memory"]
+    assert found(stack=16) == ["1 loads and stores of thread-local memory"]
+    assert found(opcodes={"DFMA": 1, "F2F.F64.F32": 1}) == ["2 fp64 instructions"]
+    assert found(80, shared=170 << 10) == found(90, shared=228 << 10) == ["does not fit on a multiprocessor"]
+    assert found(90, shared=170 << 10) == []
