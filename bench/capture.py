@@ -126,6 +126,12 @@ class Launch:
     compiled: Any
 
 
+def check_compiles() -> None:
+    """Raises RuntimeError where Triton's interpreter is on, so that there is nothing to compile."""
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1: it is read when they are decorated")
+
+
 @contextlib.contextmanager
 def pretend(gpu: Gpu, on_launch: Callable[[str, tuple[int, ...], Any], None]) -> Iterator[None]:
     """Within the block, ``device="cuda"`` is a pretended ``gpu``; a launch calls ``on_launch(name, grid, compiled)``.
@@ -133,8 +139,7 @@ def pretend(gpu: Gpu, on_launch: Callable[[str, tuple[int, ...], Any], None]) ->
     Raises:
         RuntimeError: Triton's interpreter is on, so there is nothing to compile.
     """
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1: it is read when they are decorated")
+    check_compiles()
     compile_only = JITFunction.run
 
     def run(kernel, *args, grid, warmup, **kwargs):

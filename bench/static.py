@@ -30,7 +30,7 @@ import triton
 
 from ..registry import OPS, Op
 from . import cases
-from .capture import CUDA, GPUS, Launch, launches
+from .capture import CUDA, GPUS, Launch, check_compiles, launches
 from .run import plan
 
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
@@ -195,6 +195,7 @@ def rows(
     Raises:
         RuntimeError: Triton's interpreter is on.
     """
+    check_compiles()
     arches, began = list(arches), time.monotonic()
     todo = [(case.op, case.name) for case in plan([op for op in ops if "triton" in op.backends], list(shapes))]
 
