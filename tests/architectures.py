@@ -140,15 +140,18 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
-def build(name: str):
-    """(model in training mode without dropout, inputs whose output has a loss), the same ones on every call."""
+def build(name: str, **changes):
+    """(model in training mode without dropout, inputs whose output has a loss), the same ones on every call.
+
+    ``changes`` override arguments of the configuration.
+    """
     import transformers
 
     model, config, arguments, inputs = ARCHITECTURES[name]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        model = getattr(transformers, model)(getattr(transformers, config)(**arguments)).train()
+        model = getattr(transformers, model)(getattr(transformers, config)(**{**arguments, **changes})).train()
         for parameter in model.parameters():  # norms that are all ones and biases that are all zeros hide mistakes
             parameter.data.add_(0.02 * torch.randn_like(parameter))
         for module in model.modules():

@@ -16,10 +16,12 @@ V = 48
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("name", ["llama", "bert", "t5_gated"])
-def test_one_step_with_the_kernels(name):
+@pytest.mark.parametrize(
+    ("name", "layers"), [("llama", "num_hidden_layers"), ("bert", "num_hidden_layers"), ("t5_gated", "num_layers")]
+)
+def test_one_step_with_the_kernels(name, layers):
     pytest.importorskip("transformers")
-    model, inputs = build(name)
+    model, inputs = build(name, **{layers: 1})
     model.to(DEVICE)
     inputs = {key: value.to(DEVICE) for key, value in inputs.items()}
     other = copy.deepcopy(model)

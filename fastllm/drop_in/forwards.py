@@ -28,18 +28,19 @@ def _fits(module, x, *parameters) -> bool:
 
 @forward_of("layer_norm")
 def layer_norm_forward(module, original, options, input):
-    x = value_of(input)
-    if not _fits(module, x, module.weight, module.bias):
+    # Read once: a parametrization computes them anew each time.
+    x, weight, bias = value_of(input), module.weight, module.bias
+    if not _fits(module, x, weight, bias):
         return original(module, x)
-    return layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
+    return layer_norm(x, module.normalized_shape, weight, bias, module.eps)
 
 
 @forward_of("rms_norm")
 def rms_norm_forward(module, original, options, x):
-    x = value_of(x)
-    if not _fits(module, x, module.weight):
+    x, weight = value_of(x), module.weight
+    if not _fits(module, x, weight):
         return original(module, x)
-    return rms_norm(x, module.normalized_shape, module.weight, module.eps)
+    return rms_norm(x, module.normalized_shape, weight, module.eps)
 
 
 @forward_of("embedding")
@@ -60,25 +61,25 @@ def embedding_forward(module, original, may_defer: bool, input):
 
 @forward_of("linear_cross_entropy")
 def head_forward(module, original, options, input):
-    x = value_of(input)
+    x, weight, bias = value_of(input), module.weight, module.bias
     if (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or not (module.training and torch.is_grad_enabled())
         or hooked(module)
-        or not plain(x, module.weight, module.bias)
+        or not plain(x, weight, bias)
         or not x.is_floating_point()
         or x.dim() < 2
-        or x.shape[-1] != module.weight.shape[1]
-        or x.device != module.weight.device
-        or not (x.requires_grad or module.weight.requires_grad)
-        or not (torch.is_autocast_enabled(x.device.type) or x.dtype == module.weight.dtype)
+        or x.shape[-1] != weight.shape[1]
+        or x.device != weight.device
+        or not (x.requires_grad or weight.requires_grad)
+        or not (torch.is_autocast_enabled(x.device.type) or x.dtype == weight.dtype)
         or x.is_inference()
-        or module.weight.is_inference()
+        or weight.is_inference()
         or freed_after_forward(module)
     ):
         return original(module, x)
-    return Logits.of(x, module.weight, module.bias)
+    return Logits.of(x, weight, bias)
 
 
 @forward_of("cross_entropy")

@@ -33,13 +33,15 @@ def hooked(module: torch.nn.Module) -> bool:
 
 
 def freed_after_forward(module: torch.nn.Module) -> bool:
-    """Whether FSDP2 frees ``module``'s parameters at the end of the forward of the module that they are sharded with.
+    """Whether FSDP frees ``module``'s parameters at the end of the forward of the module that they are sharded with.
 
     What is computed later, outside that forward, would find them gone. True also where FSDP2's own record of it, which
-    is not public, cannot be read.
+    is not public, cannot be read, and for weights that are no parameters at the time: FSDP1's views.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
+    if module._parameters.get("weight") is None:
+        return True
     try:
         from torch.distributed._composable_state import _module_state_mapping
 
