@@ -135,7 +135,7 @@ def _convert(setting: Setting, value: Any, where: str) -> Any:
         return None
     # A TOML integer is a good float; a bool is an int to Python and to nobody else.
     if setting.type is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) <= sys.float_info.max else math.inf
     if not isinstance(value, setting.type) or (setting.type is int and isinstance(value, bool)):
         raise InputError(f"{where}: {setting.name}: expected {setting.type.__name__}, got {value!r}")
     _check_range(setting, value, where)

@@ -230,6 +230,11 @@ HOSTILE = [
     ("state.json", '{"step": -1}', "missing"),
     ("state.json", '{"step": -1, "seconds": 0, "tokens": 0, "dtype": "auto", "data": ""}', "step cannot be -1"),
     ("state.json", '{"step": 1, "seconds": NaN, "tokens": 0, "dtype": "auto", "data": ""}', "seconds cannot be nan"),
+    (
+        "state.json",
+        '{"step": 1, "seconds": 1' + "0" * 400 + ', "tokens": 0, "dtype": "", "data": ""}',
+        "seconds cannot",
+    ),
     ("state.json", '{"step": 1, "seconds": 0, "tokens": 0, "dtype": "exec", "data": ""}', "dtype cannot be exec"),
     ("state.json", '{"step":1,"seconds":0,"tokens":0,"dtype":"auto","data":"","x":1}', "unknown entry 'x'"),
     ("config.json", '{"architecture": "Transformer", "num_layers": 999999999}', "another model"),

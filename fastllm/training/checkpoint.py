@@ -12,9 +12,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -65,7 +65,7 @@ def read_state(path: Path) -> State:
     values = read_json(path / STATE)
 
     def number(value: object) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
     def count(value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
