@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("ops", nargs="*", metavar="OP", help="ops to time (all); or one of the commands below")
     parser.add_argument("--static", action="store_true", help="what is known without running: compiled kernels, model")
+    parser.add_argument("--tune", action="store_true", help="search launch settings on this GPU; rewrites _tuned.py")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="(bfloat16)")
     parser.add_argument("--shape", nargs="+", default=[""], help="only shapes whose name contains one of these")
@@ -76,6 +77,10 @@ def main(argv: list[str] | None = None) -> int:
         if not planned:
             raise ValueError(f"--shape: no shape of these ops has {' or '.join(map(repr, options.shape))} in its name")
         device = _device(options.device)
+        if options.tune:
+            from .tune import main as tune
+
+            return tune(ops, options.dtype, options.shape)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if options.static:

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import OPTIONS, Rows, next_power_of_2
+from ._launch import OPTIONS, Rows, next_power_of_2, tuned
 from ._math import starts
 
 # 16 elements of each tensor to a thread of 4 warps: from compiled register counts, not yet from timings.
@@ -96,9 +96,12 @@ def _plan(tensors, packed: bool):
         tensors = [t.view(1, n_cols) for t in tensors]
     block_n = min(next_power_of_2(n_cols), TILE if n_rows == 1 else BLOCK_COLS)
     block_m = max(1, min(TILE // block_n, next_power_of_2(n_rows)))
-    settings = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=max(1, block_m * block_n // 512), **OPTIONS)
+    settings = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=max(1, block_m * block_n // 512))
+    kernel, first = ("gated_fwd", "gated_bwd")[len(tensors) - 2], tensors[-1]
+    settings = tuned(kernel, first.device, (block_m, block_n, first.element_size()), settings)
+    block_m, block_n = settings["BLOCK_M"], settings["BLOCK_N"]
     grid = (triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, block_n),)
-    return [Rows(t, n_cols) for t in tensors], n_rows, n_cols, grid, settings
+    return [Rows(t, n_cols) for t in tensors], n_rows, n_cols, grid, settings | OPTIONS
 
 
 def _halves(gate, up):

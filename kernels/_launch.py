@@ -3,6 +3,8 @@
 import torch
 import triton
 
+from ._tuned import TUNED
+
 # Options of every launch. a * b + c is rounded once, whatever Triton's version or the environment has as its default.
 OPTIONS = {"enable_fp_fusion": True}
 
@@ -18,6 +20,15 @@ def processor_count(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def tuned(kernel: str, device: torch.device, key: tuple, settings: dict[str, int]) -> dict[str, int]:
+    """``settings``, or what was measured to be faster where ``kernel`` decides by ``key`` on such a GPU."""
+    arch = 0
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        arch = 10 * major + minor
+    return TUNED.get((kernel, arch, *key), settings)
 
 
 def next_power_of_2(n: int) -> int:

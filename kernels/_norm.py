@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import OPTIONS, Rows, next_power_of_2
+from ._launch import OPTIONS, Rows, next_power_of_2, tuned
 from ._math import is_kept, starts
 from ._norm_packed import norm_fwd_packed, packable
 
@@ -165,9 +165,11 @@ def norm_fwd(x, residual, weight, bias, seed, eps: float, offset: float, p: floa
     )
     if n_cols <= FWD_ROW:
         block_m, block_n = row_tile(rows.count, n_cols, FWD_TILE)
-        _norm_fwd_kernel[(triton.cdiv(rows.count, block_m),)](
+        settings = dict(BLOCK_M=block_m, num_warps=max(warps(block_m * block_n, 8), block_n // 1024))
+        settings = tuned("norm_fwd", x.device, (block_m, block_n, x.element_size(), residual is not None), settings)
+        _norm_fwd_kernel[(triton.cdiv(rows.count, settings["BLOCK_M"]),)](
             *args, *layouts, rows.count, n_cols, eps, offset, p, **flags, DROPOUT=p > 0.0,
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=max(warps(block_m * block_n, 8), block_n // 1024), **OPTIONS,
+            BLOCK_N=block_n, **settings, **OPTIONS,
         )  # fmt: skip
     elif n_cols <= 2 * FWD_ROW and p == 0.0 and packable(inputs, layouts, n_cols):
         norm_fwd_packed(rows.count, (*inputs, *outputs), layouts, n_cols, eps, offset, flags)

@@ -1,0 +1,156 @@
+"""``fastllm bench --tune OP``: searches launch settings on a GPU and rewrites kernels/_tuned.py.
+
+Settings are those that a launcher passes through :func:`fastllm.kernels._launch.tuned`. From the launcher's own, each
+is halved and doubled in turn for as long as the call gets faster outside the noise. What fails, or is not as close to
+the truth as the op has to be, is passed over.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from ..kernels import _launch, _tuned
+from ..registry import Op, backend
+from . import cases
+from .parity import Judge
+from .report import verdict
+from .run import LARGEST, calls_of, plan
+from .timing import Quartiles, Timer, interleaved
+
+Settings = dict[str, int]
+TABLE = Path(_tuned.__file__)
+ROUNDS = 60
+ASSIGNMENT = "TUNED: dict[tuple, dict[str, int]] = "
+
+
+class Table(dict):
+    """In the place of TUNED: notes what launchers ask for, and answers with ``trial`` where that has the key."""
+
+    def __init__(self, entries=()):
+        super().__init__(entries)
+        self.asked: dict[tuple, Settings] = {}
+        self.trial: dict[tuple, Settings] = {}
+
+    def get(self, key, default=None):
+        found = self.trial.get(key) or super().get(key, default)
+        self.asked.setdefault(key, dict(found))
+        return found
+
+
+def neighbours(settings: Settings) -> Iterator[Settings]:
+    """Each setting halved and doubled, the others as they are."""
+    for name, value in settings.items():
+        for changed in (value // 2, value * 2):
+            if changed >= 1:
+                yield settings | {name: changed}
+
+
+def search(start: Settings, faster: Callable[[Settings, Settings], bool]) -> Settings:
+    """The end of a walk from ``start``, each step to a neighbour that is ``faster(neighbour, current)``."""
+    current, seen = start, [start]
+    moved = True
+    while moved:
+        moved = False
+        for settings in neighbours(current):
+            if settings not in seen:
+                seen.append(settings)
+                if faster(settings, current):
+                    current, moved = settings, True
+                    break
+    return current
+
+
+def rewrite(text: str, found: dict[tuple, Settings], where: str, on: date) -> str:
+    """The source of _tuned.py with ``found`` in its table, under a line that says where and when it was measured.
+
+    Raises:
+        ValueError: ``text`` has no literal table.
+    """
+    head, assignment, literal = text.partition(ASSIGNMENT)
+    if not assignment:
+        raise ValueError("kernels/_tuned.py has no table TUNED to rewrite")
+    end = ast.parse(assignment + literal).body[0].end_lineno
+    rest = literal.splitlines(keepends=True)[end:]
+    entries = ast.literal_eval("".join(literal.splitlines(keepends=True)[:end]).strip()) | found
+    head = head.rstrip() + "\n" if f"# {where}, {on}" in head else f"{head.rstrip()}\n\n# {where}, {on}.\n"
+    lines = "".join(f"    {key!r}: {entries[key]!r},\n" for key in sorted(entries)).replace("'", '"')
+    return f"{head}{ASSIGNMENT}{{\n{lines}}}\n{''.join(rest)}"
+
+
+def tune(ops: list[Op], dtypes: list[str], shape: list[str], tell: Callable[[str], None] = print) -> dict:
+    """Key -> settings that beat the launcher's own on this GPU, over the shapes of ``ops``.
+
+    Raises:
+        ValueError: there is no GPU, or no launcher of these ops asks for settings.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("--tune: there is no GPU here, and settings are only worth what was measured")
+    device, found, asked = torch.device("cuda"), {}, set()
+    table = Table(_tuned.TUNED)
+    with mock.patch.object(_launch, "TUNED", table), backend("triton"):
+        for planned in plan(ops, shape):
+            for dtype in dtypes:
+                kind = getattr(torch, dtype)
+                if cases.held_bytes(planned.make(torch.device("meta"), kind)) > LARGEST["cuda"] // 4:
+                    continue
+                sample = replace(planned.make(device, kind), name=planned.name)
+                table.asked.clear()
+                judge = Judge(planned.op, planned.op.reference, sample, kind)
+                calls = calls_of({"one": planned.op.function}, sample, "both")
+                calls["one"].run(calls["one"].prepare())
+                for key, start in list(table.asked.items()):
+                    if key in asked:
+                        continue
+                    asked.add(key)
+
+                    def faster(new: Settings, old: Settings, key=key, op=planned.op, judge=judge, call=calls["one"]):
+                        table.trial = {key: new}
+                        try:
+                            if judge.problem(op.function) is not None:
+                                return False
+                        except Exception:  # does not compile, or does not fit
+                            return False
+                        timer = _Switching(device, table, key)
+                        samples = interleaved({"new": (new, call), "old": (old, call)}, ROUNDS, device, timer=timer)
+                        new_time, old_time = (Quartiles.of(samples[name]) for name in ("new", "old"))
+                        return verdict(old_time, new_time) == "faster"
+
+                    best = search(start, faster)
+                    table.trial = {}
+                    if best != start:
+                        found[key] = best
+                        tell(f"{planned.op.name}, {planned.name}, {dtype}: {key}: {start} -> {best}")
+    if not asked:
+        raise ValueError(f"--tune: no launcher of {', '.join(op.name for op in ops)} asks for settings")
+    return found
+
+
+class _Switching:
+    """Times a call under the settings that come with it."""
+
+    def __init__(self, device: torch.device, table: Table, key: tuple):
+        self.timer, self.table, self.key = Timer(device, cold=True), table, key
+
+    def __call__(self, run, device: torch.device) -> float:
+        settings, call = run
+        self.table.trial = {self.key: settings}
+        return self.timer(call, device)
+
+
+def main(ops: list[Op], dtypes: list[str], shape: list[str]) -> int:
+    """Tunes, and rewrites the table where something was found."""
+    found = tune(ops, dtypes, shape)
+    if not found:
+        print("nothing is faster than what is there")
+        return 0
+    text = rewrite(TABLE.read_text(encoding="utf-8"), found, torch.cuda.get_device_name(), date.today())
+    TABLE.write_text(text, encoding="utf-8")
+    print(f"written: {TABLE}, {len(found)} entries")
+    return 0
