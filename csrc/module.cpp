@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/attention.h"
 #include "cpu/rows.h"
 #include "fastllm_build.h"  // written by fastllm/build.py
 
@@ -30,6 +31,7 @@ py::dict build_info() {
   info["torch_headers"] = std::string(FASTLLM_BUILD_TORCH);
   info["torch_target"] = std::string("2.10");
   info["cpu_capability"] = std::string(fastllm::row_kernels().name);
+  info["matrix_units"] = fastllm::attention_usable();
   const std::string cuda = FASTLLM_BUILD_CUDA;
   info["cuda"] = cuda.empty() ? py::object(py::none()) : py::object(py::str(cuda));
   info["cuda_architectures"] = std::vector<std::string>(FASTLLM_BUILD_ARCHITECTURES);
@@ -44,6 +46,6 @@ PYBIND11_MODULE(_C, m) {
 
 Returns a dict: ``compiler``, ``flags``, ``sources`` (a fingerprint of the code), ``torch_headers`` (the version whose
 headers were used), ``torch_target`` (the oldest torch that it loads on), ``cpu_capability`` (the vector instructions
-chosen for this machine: default, avx2 or avx512), ``cuda`` (nvcc's version, None without CUDA code) and
+chosen for this machine: default, avx2 or avx512), ``matrix_units`` (whether AMX serves attention here), ``cuda`` (nvcc's version, None without CUDA code) and
 ``cuda_architectures``.)");
 }

@@ -13,5 +13,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastllm, m) {
   m.def(
       "embedding_sum_fwd(Tensor[] weights, Tensor[] indices, SymInt rows, float[] scales, float dropout_p, "
       "Tensor? seed) -> Tensor");
+  m.def("attention_amx_fwd(Tensor q, Tensor k, Tensor v, float scale, bool causal) -> Tensor");
+  m.def(
+      "attention_amx_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, float scale, bool causal)"
+      " -> (Tensor, Tensor, Tensor)");
   m.def("embedding_sum_dropout(Tensor grad, float dropout_p, Tensor seed) -> Tensor");
 }

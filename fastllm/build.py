@@ -41,6 +41,8 @@ X86_VARIANTS = {
     "avx2": ["-mavx2"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"],
 }
+# For attention on matrix units; compilers before GCC 11 and Clang 12 do not know them.
+AMX = ["-mamx-tile", "-mamx-bf16", "-mavx512bf16", "-mfma", *X86_VARIANTS["avx512"]]
 
 
 class CannotBuild(Exception):
@@ -217,12 +219,19 @@ def _common_flags(torch: Torch, work: Path) -> list[str]:
     return [*flags, *[part for folder in includes for part in ("-isystem", str(folder))]]
 
 
-def _cxx_flags(cuda: Cuda | None) -> list[str]:
+def _knows_amx(compiler: list[str]) -> bool:
+    command = [*compiler, *AMX, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def _cxx_flags(compiler: list[str], cuda: Cuda | None) -> list[str]:
     optimise = ["-O0", "-g", "-D_GLIBCXX_ASSERTIONS"] if _debug() else ["-O3", "-DNDEBUG"]
     # No contraction of a * b + c: each instruction set would round differently. Nobody reads floating-point exceptions.
     flags = [*optimise, "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math", "-Wall", "-Wextra"]
     if platform.machine() in ("x86_64", "AMD64"):
         flags.append("-DFASTLLM_X86_VARIANTS")
+        if sys.platform == "linux" and _knows_amx(compiler):
+            flags.append("-DFASTLLM_AMX")
     if cuda:
         flags.append("-DFASTLLM_WITH_CUDA")
     return [*flags, *shlex.split(os.environ.get("CXXFLAGS", ""))]
@@ -247,7 +256,7 @@ def _write_if_changed(path: Path, text: str) -> None:
 
 def _steps(compiler: list[str], torch: Torch, cuda: Cuda | None, work: Path, target: Path) -> list[Step]:
     csrc = sources()
-    common, cxx = _common_flags(torch, work), _cxx_flags(cuda)
+    common, cxx = _common_flags(torch, work), _cxx_flags(compiler, cuda)
     quoted = ", ".join(f'"{a}"' for a in (cuda.architectures if cuda else ()))
     flags = shlex.join(cxx).replace("\\", "\\\\").replace('"', '\\"')
     _write_if_changed(
@@ -267,7 +276,8 @@ def _steps(compiler: list[str], torch: Torch, cuda: Cuda | None, work: Path, tar
     for source in sorted([*csrc.glob("*.cpp"), *(csrc / "cpu").glob("*.cpp")]):
         if source.name != "rows.cpp":
             # The pybind11 inside torch 2.11 refuses to be compiled beside TORCH_TARGET_VERSION.
-            steps.append(compile_cxx(source, source.stem, [] if source.name == "module.cpp" else [TARGET]))
+            extra = AMX if source.name == "attention_amx.cpp" and "-DFASTLLM_AMX" in cxx else []
+            steps.append(compile_cxx(source, source.stem, extra if source.name == "module.cpp" else [TARGET, *extra]))
             continue
         variants = X86_VARIANTS if "-DFASTLLM_X86_VARIANTS" in cxx else {"default": []}
         for name, extra in variants.items():
