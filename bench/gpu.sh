@@ -43,7 +43,7 @@ else
   device=cpu wish=0 # every path of this script, on a machine without a GPU
 fi
 
-step build 120 env FASTLLM_CUDA=$wish "$python" fastllm/build.py
+step build 120 env FASTLLM_CUDA=$wish "$python" fastllm/compiler.py
 
 # The source tree as the package that setup.py would install: kernels/, bench/ and csrc/ inside fastllm/.
 tree=$PWD/build/gpu

@@ -7,7 +7,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/rows.h"
-#include "fastllm_build.h"  // written by fastllm/build.py
+#include "fastllm_build.h"  // written by fastllm/compiler.py
 
 namespace py = pybind11;
 

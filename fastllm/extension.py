@@ -20,7 +20,7 @@ from types import ModuleType
 
 import torch
 
-from . import build
+from . import compiler
 
 NAME = "fastllm._C"
 # What decides how it is compiled, beside the sources, torch and Python.
@@ -40,6 +40,7 @@ _module: ModuleType | None = None
 # Why there is no extension; None: there is one.
 _missing: str | None = None
 _may_build = False
+_matrix_units = False
 _fakes: dict[str, Callable] = {}
 _operators: dict[str, Callable] = {}
 
@@ -57,6 +58,11 @@ def missing() -> str | None:
 def has_cuda() -> bool:
     """Whether it was built with CUDA code."""
     return _module is not None and _module.build_info()["cuda"] is not None
+
+
+def has_matrix_units() -> bool:
+    """Whether it was built with attention on AMX and this machine has it."""
+    return _matrix_units
 
 
 def operator(name: str, fake: Callable) -> Callable:
@@ -84,16 +90,16 @@ def build_at_first_use() -> None:
     if os.environ.get("FASTLLM_BUILD", "1") == "0":
         return
     folder = cache_folder()
-    target = folder / build.extension_name()
+    target = folder / compiler.extension_name()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _locked(folder / "lock"):
             if not target.exists():  # else another process built it meanwhile
                 if (folder / _FAILED).exists():
-                    raise build.CannotBuild((folder / _FAILED).read_text("utf-8"))
+                    raise compiler.CannotBuild((folder / _FAILED).read_text("utf-8"))
                 print("fastllm: compiling the extension, this once (a minute or two) ...", file=sys.stderr, flush=True)
                 _build_into(folder, target)
-    except (OSError, ValueError, build.CannotBuild) as error:
+    except (OSError, ValueError, compiler.CannotBuild) as error:
         _missing = f"the extension {NAME} was not built: {error} (python -m fastllm.build tries again)"
     else:
         _load(target)
@@ -103,8 +109,8 @@ def _build_into(folder: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as work:
         fresh = Path(work, target.name)
         try:
-            line = build.build(fresh, Path(work))
-        except build.CannotBuild as error:
+            line = compiler.build(fresh, Path(work))
+        except compiler.CannotBuild as error:
             (folder / _FAILED).write_text(str(error), "utf-8")
             raise
         os.replace(fresh, target)
@@ -125,7 +131,12 @@ def cache_folder() -> Path:
     """Where an extension from these sources, for this torch, Python and environment, belongs."""
     home = os.environ.get("FASTLLM_CACHE")
     root = Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fastllm")
-    parts = [build.fingerprint(), torch.__version__, sys.version, *(os.environ.get(name, "") for name in _ENVIRONMENT)]
+    parts = [
+        compiler.fingerprint(),
+        torch.__version__,
+        sys.version,
+        *(os.environ.get(name, "") for name in _ENVIRONMENT),
+    ]
     return root / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -136,7 +147,7 @@ def _bind(name: str) -> None:
 
 def _load(path: Path | None = None) -> None:
     """Import the extension, from ``path`` or as installed; sets what the functions above tell."""
-    global _module, _missing
+    global _module, _missing, _matrix_units
     rebuild = "python -m fastllm.build rebuilds it"
     try:
         if path is None:
@@ -154,7 +165,7 @@ def _load(path: Path | None = None) -> None:
         if _is_stale(found):
             _missing = f"the extension {NAME} was built from other sources than those here ({rebuild})"
             return
-        _module, _missing = found, None
+        _module, _missing, _matrix_units = found, None, found.build_info()["matrix_units"]
         for name in _fakes:
             _bind(name)
 
@@ -162,8 +173,8 @@ def _load(path: Path | None = None) -> None:
 def _is_stale(found: ModuleType) -> bool:
     """Whether a checkout's C++ and CUDA code has changed since: its operators may have other arguments."""
     try:
-        return found.build_info().get("sources") != build.fingerprint()
-    except build.CannotBuild:
+        return found.build_info().get("sources") != compiler.fingerprint()
+    except compiler.CannotBuild:
         return False  # no sources to compare with
 
 
@@ -171,8 +182,8 @@ def _find() -> None:
     global _may_build
     _load()
     if _module is None and NAME not in sys.modules and importlib.util.find_spec(NAME) is None:
-        with contextlib.suppress(build.CannotBuild, RuntimeError):  # no sources; no home directory
-            target = cache_folder() / build.extension_name()
+        with contextlib.suppress(compiler.CannotBuild, RuntimeError):  # no sources; no home directory
+            target = cache_folder() / compiler.extension_name()
             _may_build = True
             if target.exists():
                 _load(target)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import fastllm
-from fastllm import build, extension
+from fastllm import compiler as build
+from fastllm import extension
 
 ROOT = Path(__file__).parent.parent
 BUILT = importlib.util.find_spec("fastllm._C")
@@ -59,10 +60,10 @@ def test_build_info_tells_how_it_was_built():
 
 
 def _build(tmp_path, env):
-    """build.py alone, away from the package, as setup.py runs it; ``main`` would write into the source tree."""
+    """compiler.py alone, away from the package, as setup.py runs it; ``main`` would write into the source tree."""
     run = (
         "import importlib.util, sys; from pathlib import Path;"
-        f"spec = importlib.util.spec_from_file_location('build', {str(ROOT / 'fastllm' / 'build.py')!r});"
+        f"spec = importlib.util.spec_from_file_location('build', {str(ROOT / 'fastllm' / 'compiler.py')!r});"
         "build = importlib.util.module_from_spec(spec); sys.modules['build'] = build; spec.loader.exec_module(build);"
         f"build.HERE = Path({str(tmp_path)!r}); build.sources = lambda: Path({str(ROOT / 'csrc')!r});"
         "sys.exit(build.main())"
@@ -159,7 +160,7 @@ def look():
 # Stands in for the compiler, which takes half a minute: the installed extension, copied.
 COPY = f"""
 import shutil
-fastllm.build.build = lambda target, work: (shutil.copy({BUILT.origin if BUILT else ""!r}, target), "built")[1]
+fastllm.compiler.build = lambda target, work: (shutil.copy({BUILT.origin if BUILT else ""!r}, target), "built")[1]
 """
 
 

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from ..registry import Op, define, pick, register
+from ._attention_amx import amx_attention, amx_serves
 from ._attention_check import check_attention, check_dropout, check_scale, check_window
 from ._attention_reference import draw_seed, reference
 from ._attention_samples import attention_cost, attention_samples
-from ._attention_short import short_attention, short_serves
 from ._autograd import gradients
 
 MAX_HEAD_DIM = 256
@@ -254,8 +254,8 @@ def attention(
     plain = all(x is None for x in (*args[4:9], softcap or None)) and left < 0 and not return_lse
     square = q.shape[-2] == k.shape[-2]
     if not kernels and plain and sdpa_serves(q, k, v, mask) and (right < 0 or (right == 0 and square and mask is None)):
-        if short_serves(q, k, v, mask, right == 0):
-            return short_attention(q, k, v, args[9], right == 0)
+        if amx_serves(q, k, v, mask, right == 0):
+            return amx_attention(q, k, v, args[9], right == 0)
         # A plain bool even where the shapes are symbolic.
         gqa = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=right == 0, scale=args[9], enable_gqa=gqa)

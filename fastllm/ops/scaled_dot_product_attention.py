@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from ..registry import Op, Sample, pick, register
+from ._attention_amx import amx_attention, amx_serves
 from ._attention_check import check_dropout, check_qkv, check_scale
 from ._attention_reference import draw_seed, reference
 from ._attention_samples import attention_cost
-from ._attention_short import short_attention, short_serves
 from ._torch_switch import register as register_with_torch
 from .attention import apply_attention, autocast, kernel_refuses, sdpa_serves
 
@@ -159,8 +159,8 @@ def scaled_dot_product_attention(
                 k.shape[-2] - q.shape[-2]
             )
         causal = right == 0 and mask is None
-        if p == 0 and short_serves(q, k, v, mask, causal):
-            out = short_attention(q, k, v, scale, causal)
+        if p == 0 and amx_serves(q, k, v, mask, causal):
+            out = amx_attention(q, k, v, scale, causal)
         else:
             out = F.scaled_dot_product_attention(q, k, v, mask, p, causal, scale=scale, enable_gqa=enable_gqa)
     else:
