@@ -90,7 +90,7 @@ def _adamw(named_parameters, training: TrainingConfig) -> torch.optim.AdamW:
     named = list(named_parameters)
 
     def table(name):
-        return "embedding" in name or name == "head.weight"
+        return any(part in name for part in ("embedding", "head.weight", "wte", "wpe"))
 
     matrices = [p for name, p in named if p.ndim == 2 and not table(name)]
     others = [p for name, p in named if p.ndim != 2 or table(name)]
@@ -136,6 +136,46 @@ def nanogpt_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return renamed
 
 
+def _check_shape(who: str, config: TransformerConfig, **more) -> None:
+    """GPT-2's shape is all that ``who`` has; ValueError for another."""
+    wanted = dict(
+        positions="learned", norm="layer", activation="gelu", tie_embeddings=True, embedding_norm=False, qk_norm=False,
+        num_kv_heads=None, intermediate_size=None, norm_eps=1e-5, **more,
+    )  # fmt: skip
+    for name, value in wanted.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"{who} has only {name}={value!r}, the model has {getattr(config, name)!r}")
+
+
+def hugging_face(setting: Setting) -> Step:
+    """transformers' GPT-2, with its scaled_dot_product_attention and its own loss.
+
+    Raises:
+        ValueError: it has no model of this configuration.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = setting.model.config
+    _check_shape("transformers' GPT-2", config, bias=True)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=config.vocab_size, n_positions=config.context_length, n_embd=config.hidden_size,
+            n_layer=config.num_layers, n_head=config.num_heads, activation_function="gelu", use_cache=False,
+            resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
+            layer_norm_epsilon=config.norm_eps, bos_token_id=None, eos_token_id=None, attn_implementation="sdpa",
+        )
+    ).to(setting.device).train()  # fmt: skip
+    state = nanogpt_weights(setting.model.state_dict())  # nanoGPT took its names from here, but not the layout
+    turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    model.load_state_dict({k: v.t() if k.endswith(turned) else v for k, v in state.items()}, strict=True)
+
+    def loss(tokens, targets):
+        return model(tokens, labels=targets, shift_labels=targets).loss
+
+    optimizer = _adamw(model.named_parameters(), setting.training)
+    return _plain_step(loss, list(model.parameters()), optimizer, setting.device, setting.dtype)
+
+
 def nanogpt(setting: Setting) -> Step:
     """nanoGPT's model and optimiser from the checkout that the user names, as train.py there runs them.
 
@@ -143,13 +183,7 @@ def nanogpt(setting: Setting) -> Step:
         ValueError: it has no model of this configuration.
     """
     config = setting.model.config
-    wanted = dict(
-        positions="learned", norm="layer", activation="gelu", tie_embeddings=True, embedding_norm=False, qk_norm=False,
-        num_kv_heads=None, intermediate_size=None, norm_eps=1e-5,
-    )  # fmt: skip
-    for name, value in wanted.items():
-        if getattr(config, name) != value:
-            raise ValueError(f"nanoGPT has only {name}={value!r}, the model has {getattr(config, name)!r}")
+    _check_shape("nanoGPT", config)
     spec = importlib.util.spec_from_file_location("nanogpt_model", setting.nanogpt / "model.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -176,6 +210,7 @@ PROVIDERS: dict[str, Callable[[Setting], Step]] = {
     OURS: ours,
     "PyTorch eager": eager,
     "torch.compile": compiled,
+    "transformers": hugging_face,
     "nanoGPT": nanogpt,
 }
 
@@ -309,6 +344,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=2, metavar="N", help="steps a turn (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="turns of each (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="also plain PyTorch under torch.compile")
+    parser.add_argument("--hugging-face", action="store_true", help="also transformers' GPT-2")
     parser.add_argument("--nanogpt", type=Path, metavar="FOLDER", help="also nanoGPT, from its checkout there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample and the environment there")
     options = parser.parse_args(argv)
@@ -332,6 +368,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     names = ["PyTorch eager"]
     names += ["torch.compile"] if options.compile else []
+    names += ["transformers"] if options.hugging_face else []
     names += ["nanoGPT"] if options.nanogpt else []
     rows = compare(setting, names, steps=options.steps, rounds=options.rounds)
     found = environment(device)
