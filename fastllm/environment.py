@@ -67,5 +67,6 @@ def describe() -> str:
         lines += ["", f"on {device_type} tensors"]
         for op in registry.OPS:
             name, why = serving(op, device_type)
-            lines.append(f"  {op:<22} {name:<8} {why}")
+            exception = registry.OPS[op].exception(device_type)
+            lines.append(f"  {op:<28} {name:<8} {why}" + (f"; {exception}" if exception else ""))
     return "\n".join(lines)

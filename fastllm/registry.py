@@ -64,7 +64,8 @@ class Op:
     ``function`` and ``reference`` take the same arguments. The reference is eager PyTorch that upcasts with
     ``torch.promote_types(dtype, torch.float32)``, so fp64 inputs make it the oracle.
     ``samples(device, dtype)`` yields :class:`Sample`; floating tensors that take part in differentiation come
-    with ``requires_grad``. ``cost(*args, **kwargs)`` gives the :class:`Cost` of such a call.
+    with ``requires_grad``. ``cost(*args, **kwargs)`` gives the :class:`Cost` of such a call. ``exception`` says in
+    words which calls something else than the backends serves on a type of device.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Op:
     cost: Callable[..., Cost]
     backends: tuple[str, ...]
     module: type | None = None
+    exception: Callable[[str], str | None] = lambda device_type: None
 
 
 OPS: dict[str, Op] = {}

@@ -32,6 +32,13 @@ def amx_serves(q, k, v, mask, causal: bool) -> bool:
     return 0 < q.shape[2] <= LONGEST and 0 < k.shape[2] <= LONGEST and q.numel() > 0
 
 
+def amx_exception(device_type: str) -> str | None:
+    """What ``info`` says of it."""
+    if device_type != "cpu" or chosen_backend() == "eager" or not extension.has_matrix_units():
+        return None
+    return f"bfloat16 without masks up to {LONGEST} tokens: the extension, on AMX"
+
+
 def _fresh(x):
     """As the extension allocates: heads of one token side by side in memory."""
     batch, heads, rows, columns = x.shape

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..registry import Op, define, pick, register
-from ._attention_amx import amx_attention, amx_serves
+from ._attention_amx import amx_attention, amx_exception, amx_serves
 from ._attention_check import check_attention, check_dropout, check_scale, check_window
 from ._attention_reference import draw_seed, reference
 from ._attention_samples import attention_cost, attention_samples
@@ -279,5 +279,6 @@ register(
         samples=attention_samples,
         cost=attention_cost,
         backends=("eager", "triton"),
+        exception=amx_exception,
     )
 )

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from ..registry import Op, Sample, pick, register
-from ._attention_amx import amx_attention, amx_serves
+from ._attention_amx import amx_attention, amx_exception, amx_serves
 from ._attention_check import check_dropout, check_qkv, check_scale
 from ._attention_reference import draw_seed, reference
 from ._attention_samples import attention_cost
@@ -205,6 +205,7 @@ register(
         samples=_samples,
         cost=_cost,
         backends=("eager", "triton"),
+        exception=amx_exception,
     )
 )
 register_with_torch()
