@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from .. import nn as fast
+from ..config import InputError
 from ..functional import embedding, linear_cross_entropy
 
 
@@ -117,10 +118,10 @@ def split_vocabulary(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Split the token embedding and the head of ``model``, in place; a weight that both share stays shared.
 
     Raises:
-        ValueError: the model looks its tokens up in another way.
+        InputError: the model looks its tokens up in another way.
     """
     if getattr(model.config, "positions", None) != "rotary":
-        raise ValueError("tensor_parallel: needs rotary positions; learned ones are looked up together with the tokens")
+        raise InputError("tensor_parallel: needs rotary positions; learned ones are looked up together with the tokens")
     table, head = model.token_embedding, model.head
     tied = head.weight is table.weight
     table.weight = nn.Parameter(distribute_tensor(table.weight.data, mesh, [Shard(0)]))
