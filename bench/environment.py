@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from datetime import datetime, timezone
@@ -67,6 +68,8 @@ def environment(device: torch.device) -> dict:
         "python": platform.python_version(),
         "system": platform.platform(),
         "device": device_name(device),
+        # Processes that ran or waited for a core in the last minute; beyond the cores, times are noise.
+        "load": round(os.getloadavg()[0], 1),
         "packages": {name: version for name in PACKAGES if (version := version_of(name)) is not None},
     }
     if device.type == "cuda":
