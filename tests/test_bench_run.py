@@ -235,6 +235,15 @@ def test_the_budget_covers_the_whole_command(small, tmp_path, monkeypatch):
     assert 20 < budgets[0] < 40 - 10 - 1.5
 
 
+def test_ops_whose_cost_depends_on_values_are_timed():
+    found = run.run(
+        run.plan([OPS["embedding"]], ["one token"]), CPU, dtypes=["bfloat16"], rounds=2, budget=60.0, only=["none"],
+        environment={"rates": {"copy": 1e10, "matrix": 1e11}}, tell=lambda line: None,
+    )  # fmt: skip
+    assert not found.left_out
+    assert {row.provider for row in found.rows if row.samples} == {run.OURS, run.EAGER}
+
+
 def test_first_calls_are_timed_each_way(small):
     rows, _ = _run(small, shape=["first"], only=["none"])
     first = {row.direction: row.first_call for row in rows if row.provider == run.OURS}
