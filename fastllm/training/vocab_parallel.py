@@ -17,6 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from .. import nn as fast
 from ..config import InputError
 from ..functional import embedding, linear_cross_entropy
+from ..models import Transformer
 
 
 class _Copy(torch.autograd.Function):
@@ -120,7 +121,9 @@ def split_vocabulary(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     Raises:
         InputError: the model looks its tokens up in another way.
     """
-    if getattr(model.config, "positions", None) != "rotary":
+    if not isinstance(model, Transformer):
+        raise InputError(f"tensor_parallel: splits the vocabulary of a decoder, not of a {type(model).__name__}")
+    if model.config.positions != "rotary":
         raise InputError("tensor_parallel: needs rotary positions; learned ones are looked up together with the tokens")
     table, head = model.token_embedding, model.head
     tied = head.weight is table.weight
