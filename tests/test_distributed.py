@@ -67,7 +67,8 @@ def test_ddp_fsdp_and_a_split_vocabulary_train_as_one_process_does(tmp_path, pro
 def test_a_rank_that_is_killed_and_one_that_hangs_are_restarted_and_the_run_ends_right(tmp_path):
     result = launch(2, Path(__file__).with_name("faulty.py"), restarts=2)
     assert (tmp_path / "faults.txt").read_text() == "killed\nhung\n"
-    assert "rank 0: another process has died or cannot be reached" in result.stderr
+    # Rank 0 finds its peer gone, unless torchrun ends it before it looks.
+    assert re.search("rank 0: another process has died or cannot be reached|closing signal SIGTERM", result.stderr)
     assert re.search(r"step 6 has stood still for 3 s; waiting for rank 1 on \S+, at loop.py:\d+ in", result.stderr)
     assert len(steps(tmp_path / "run")) == 6
     # "whole" was not disturbed.

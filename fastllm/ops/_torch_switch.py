@@ -53,9 +53,12 @@ class _Handle:
         self.library = torch.library.Library("aten", "IMPL")
         for key in KEYS:
             self.library.impl("scaled_dot_product_attention", _serve, key)
+        _sdpa._dispatch_cache.clear()
 
     def remove(self) -> None:
         self.library._destroy()
+        # Tracing keeps which kernel each key led to, and would go on looking for those that were just taken out.
+        _sdpa._dispatch_cache.clear()
 
 
 def register() -> None:
