@@ -136,11 +136,11 @@ def nanogpt_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return renamed
 
 
-def _check_shape(who: str, config: TransformerConfig, **more) -> None:
+def _check_shape(who: str, config: TransformerConfig) -> None:
     """GPT-2's shape is all that ``who`` has; ValueError for another."""
     wanted = dict(
         positions="learned", norm="layer", activation="gelu", tie_embeddings=True, embedding_norm=False, qk_norm=False,
-        num_kv_heads=None, intermediate_size=None, norm_eps=1e-5, **more,
+        num_kv_heads=None, intermediate_size=None, norm_eps=1e-5,
     )  # fmt: skip
     for name, value in wanted.items():
         if getattr(config, name) != value:
@@ -148,15 +148,11 @@ def _check_shape(who: str, config: TransformerConfig, **more) -> None:
 
 
 def hugging_face(setting: Setting) -> Step:
-    """transformers' GPT-2, with its scaled_dot_product_attention and its own loss.
-
-    Raises:
-        ValueError: it has no model of this configuration.
-    """
+    """transformers' GPT-2, with its scaled_dot_product_attention and its own loss; ValueError for another shape."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = setting.model.config
-    _check_shape("transformers' GPT-2", config, bias=True)
+    _check_shape("transformers' GPT-2", config)
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=config.vocab_size, n_positions=config.context_length, n_embd=config.hidden_size,
@@ -167,13 +163,21 @@ def hugging_face(setting: Setting) -> Step:
     ).to(setting.device).train()  # fmt: skip
     state = nanogpt_weights(setting.model.state_dict())  # nanoGPT took its names from here, but not the layout
     turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-    model.load_state_dict({k: v.t() if k.endswith(turned) else v for k, v in state.items()}, strict=True)
+    state = {name: tensor.t() if name.endswith(turned) else tensor for name, tensor in state.items()}
+    if not config.bias:
+        # It always has biases: zeros that stay.
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                state[name] = torch.zeros_like(parameter)
+                parameter.requires_grad_(False)
+    model.load_state_dict(state, strict=True)
 
     def loss(tokens, targets):
         return model(tokens, labels=targets, shift_labels=targets).loss
 
-    optimizer = _adamw(model.named_parameters(), setting.training)
-    return _plain_step(loss, list(model.parameters()), optimizer, setting.device, setting.dtype)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = _adamw(trained.items(), setting.training)
+    return _plain_step(loss, list(trained.values()), optimizer, setting.device, setting.dtype)
 
 
 def nanogpt(setting: Setting) -> Step:

@@ -121,15 +121,15 @@ def test_nanogpt_refuses_a_model_that_it_has_not(tmp_path):
         train.nanogpt(_setting(SHAPES["llama"], nanogpt=tmp_path))
 
 
-def test_transformers_takes_our_weights_and_has_our_losses():
+@pytest.mark.parametrize("bias", [False, True])
+def test_transformers_takes_our_weights_and_has_our_losses(bias):
     pytest.importorskip("transformers", reason="transformers is not installed")
-    rows = train.compare(
-        _setting(SMALL.replace(bias=True)), ["transformers"], steps=1, rounds=1, tell=lambda line: None
-    )
+    setting = _setting(SMALL.replace(bias=bias))
+    rows = train.compare(setting, ["transformers"], steps=1, rounds=1, tell=lambda line: None)
     assert [row.problem for row in rows] == [None, None]
     assert rows[1].losses == pytest.approx(rows[0].losses, rel=1e-5)
-    with pytest.raises(ValueError, match="transformers' GPT-2 has only bias=True"):
-        train.hugging_face(_setting(SMALL.replace(bias=False)))
+    with pytest.raises(ValueError, match="transformers' GPT-2 has only positions='learned'"):
+        train.hugging_face(_setting(SHAPES["llama"]))
 
 
 def test_the_command_writes_every_sample(tmp_path, monkeypatch, capsys):
