@@ -311,7 +311,7 @@ def _dtype_table(probe: _Probe, values, weight, formula) -> tuple:
             parameters = {name: v.to(of_weight) for name, v in values.items()}
             try:
                 agree, out = _agrees(probe, parameters, of_input, formula)
-            except Exception:
+            except Exception:  # foreign code: what it refuses is not swapped
                 continue
             if agree:
                 table.append((of_input, of_weight, out))
@@ -339,7 +339,7 @@ def _narrow_inside(probe: _Probe, values) -> bool:
     with _Narrow() as seen:
         try:
             probe.run(probe.normal(4, probe.size).bfloat16(), narrow)
-        except Exception:
+        except Exception:  # foreign code: taken for the kind that keeps its own forward under autocast
             return True
     return seen.found
 
