@@ -17,5 +17,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastllm, m) {
   m.def(
       "attention_amx_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, float scale, bool causal)"
       " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "cross_entropy_rows(Tensor x, Tensor target, Tensor? weight, Tensor? factor, Tensor? dlse, Tensor? dentropy, "
+      "Tensor(a!)? dx, Tensor(b!)? dtarget, int ignore_index, float smoothing, float softcap, float scale, "
+      "float z_loss, bool accuracy, bool entropy) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "norm_rows(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, float eps, float dropout_p, "
+      "bool center) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "norm_grad_rows(Tensor dy, Tensor? dh, Tensor normed, Tensor? weight, Tensor? seed, Tensor mean, Tensor rstd, "
+      "ScalarType input_dtype, float dropout_p, bool center, bool need_input, "
+      "bool need_residual, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("add_product_(Tensor(a!) total, Tensor a, Tensor b) -> ()");
   m.def("embedding_sum_dropout(Tensor grad, float dropout_p, Tensor seed) -> Tensor");
 }

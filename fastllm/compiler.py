@@ -41,7 +41,7 @@ X86_VARIANTS = {
     "avx2": ["-mavx2"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"],
 }
-# For attention on matrix units; compilers before GCC 11 and Clang 12 do not know them.
+# For what runs on matrix units; compilers before GCC 11 and Clang 12 do not know them.
 AMX = ["-mamx-tile", "-mamx-bf16", "-mavx512bf16", "-mfma", *X86_VARIANTS["avx512"]]
 
 
@@ -262,14 +262,13 @@ def _steps(compiler: list[str], torch: Torch, cuda: Cuda | None, work: Path, tar
 
     steps = []
     for source in sorted([*csrc.glob("*.cpp"), *(csrc / "cpu").glob("*.cpp")]):
-        if source.name != "rows.cpp":
-            # The pybind11 inside torch 2.11 refuses to be compiled beside TORCH_TARGET_VERSION.
-            extra = AMX if source.name == "attention_amx.cpp" and "-DFASTLLM_AMX" in cxx else []
-            steps.append(compile_cxx(source, source.stem, extra if source.name == "module.cpp" else [TARGET, *extra]))
-            continue
-        variants = X86_VARIANTS if "-DFASTLLM_X86_VARIANTS" in cxx else {"default": []}
+        # The pybind11 inside torch 2.11 refuses to be compiled beside TORCH_TARGET_VERSION.
+        extra = AMX if source.stem.endswith("_amx") and "-DFASTLLM_AMX" in cxx else []
+        steps.append(compile_cxx(source, source.stem, extra if source.name == "module.cpp" else [TARGET, *extra]))
+    variants = X86_VARIANTS if "-DFASTLLM_X86_VARIANTS" in cxx else {"default": []}
+    for source in sorted((csrc / "cpu" / "vector").glob("*.cpp")):
         for name, extra in variants.items():
-            steps.append(compile_cxx(source, f"rows_{name}", [f"-DFASTLLM_ISA=isa_{name}", *extra]))
+            steps.append(compile_cxx(source, f"{source.stem}_{name}", [f"-DFASTLLM_ISA=isa_{name}", *extra]))
     if cuda:
         host = ["-ccbin", compiler[0]] if len(compiler) == 1 else []
         for source in sorted((csrc / "cuda").glob("*.cu")):

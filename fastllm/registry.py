@@ -6,6 +6,9 @@ A backend is how an op is computed:
 ``eager``  PyTorch's own operators. Runs everywhere and is differentiable to any order.
 ``triton`` Our Triton kernels: CUDA tensors, or CPU tensors in Triton's interpreter (for tests).
 ``native`` The compiled C++/CUDA extension, for the ops that have such a kernel.
+``hopper`` As ``triton``, with attention's forward in Gluon for GPUs of sm_90 (H100, H200) in the calls that it
+           takes: fp16 or bf16, head dim 64 or 128, nothing but causal, tensors at multiples of 16 bytes. Never
+           chosen but on request: it has not been run on a GPU yet.
 =========  =====================================================================================
 
 The choice is made once per call, in the op's public function, so the backward always runs on the
@@ -27,7 +30,7 @@ import torch
 
 from . import extension
 
-BACKENDS = ("eager", "triton", "native")
+BACKENDS = ("eager", "triton", "native", "hopper")
 # In order of preference; `eager` is always possible. CPU has no `triton`: the interpreter is for tests only.
 PREFERENCE = {"cuda": ("triton", "native"), "cpu": ("native",)}
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -134,8 +137,8 @@ def backend(name: str) -> Iterator[None]:
     """Within the block, every op that has the backend ``name`` uses it; ops that lack it keep their default.
 
     Args:
-        name: ``"eager"``, ``"triton"``, ``"native"``, or ``"auto"`` for the default by device. The environment
-            variable FASTLLM_BACKEND sets the same for a whole process.
+        name: ``"eager"``, ``"triton"``, ``"native"``, ``"hopper"``, or ``"auto"`` for the default by device. The
+            environment variable FASTLLM_BACKEND sets the same for a whole process.
 
     The choice is process-wide (see the module's docstring), not per thread. A call that the chosen backend cannot
     serve raises :class:`BackendError` and says how to mend it.
@@ -167,7 +170,7 @@ _INTERPRETING = interpreting()
 
 def why_not(name: str, device_type: str, dtypes: Iterable[torch.dtype] = ()) -> str | None:
     """Why the backend ``name`` cannot run on such tensors here, with how to mend it; None if it can."""
-    if name == "triton":
+    if name in ("triton", "hopper"):
         if not _HAS_TRITON:
             return "Triton is not installed (pip install 'triton>=3.6', Linux only)"
         if device_type != "cuda" and not (device_type == "cpu" and _INTERPRETING):
@@ -178,6 +181,11 @@ def why_not(name: str, device_type: str, dtypes: Iterable[torch.dtype] = ()) -> 
         for dtype in dtypes:
             if dtype not in KERNEL_DTYPES:
                 return f"the kernels take float32, float16 and bfloat16, got {str(dtype).removeprefix('torch.')}"
+    if name == "hopper":
+        capability = torch.cuda.get_device_capability() if device_type == "cuda" else None
+        if capability != (9, 0):
+            found = "the interpreter" if capability is None else "sm_{}{}".format(*capability)
+            return f"it is for GPUs of sm_90 (H100, H200), this is {found}"
     if name == "native":
         if extension.missing() is not None:
             return extension.missing()
@@ -192,6 +200,14 @@ def why_not(name: str, device_type: str, dtypes: Iterable[torch.dtype] = ()) -> 
                     f"got {str(dtype).removeprefix('torch.')}"
                 )
     return None
+
+
+def _mapping() -> bool:
+    """Whether torch.func.vmap is at work, which PyTorch's own operators know how to take and kernels do not."""
+    functorch = torch._C._functorch
+    if torch.compiler.is_compiling() or functorch.maybe_current_level() is None:
+        return False
+    return any(layer.key() == functorch.TransformType.Vmap for layer in functorch.get_interpreter_stack())
 
 
 def pick(op: str, *tensors: torch.Tensor | None, refused: Mapping[str, str | None] | None = None) -> str:
@@ -225,6 +241,8 @@ def pick(op: str, *tensors: torch.Tensor | None, refused: Mapping[str, str | Non
                 f"call: {reason}; or choose the eager or auto backend"
             )
         return asked
+    if device_type == "cpu" and _mapping():
+        return "eager"
     for name in PREFERENCE.get(device_type, ()):
         if name in has:
             reason = obstacle(name)

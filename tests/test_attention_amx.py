@@ -74,6 +74,26 @@ def test_as_close_to_the_truth_as_torch(queries, keys, columns, causal, layout, 
         assert error <= 2 * allowed + 4 * EPS * size, (name, error, allowed, size)
 
 
+@pytest.mark.parametrize("scale", [None, 2.0, -0.3])
+def test_padding_that_is_hidden_is_as_if_it_were_not_there(scale):
+    q, k, v = planes(4, 3, 40, 48, "tokens"), planes(4, 3, 70, 48, "part"), planes(4, 3, 70, 48)
+    dout, lengths = planes(4, 3, 40, 48), torch.tensor([70, 33, 1, 0])
+    mask = (torch.arange(70) < lengths[:, None])[:, None, None, :]
+    assert amx_serves(q, k, v, mask, False)
+    out, dq, dk, dv = run(attention, q * 30, k, v, dout, bias=mask, scale=scale)
+    for row, length in enumerate(lengths.tolist()):
+        if not length:
+            assert not any(x[row].any() for x in (out, dq, dk, dv))
+            continue
+        one = [x[row : row + 1] for x in (q * 30, k[:, :, :length], v[:, :, :length], dout)]
+        alone = run(attention, *one, scale=scale)
+        there = (out, dq, dk[:, :, :length], dv[:, :, :length])
+        for name, mine, other in zip(NAMES, there, alone, strict=True):
+            assert torch.equal(mine[row], other[0]), (name, length)
+        assert not dk[row, :, length:].any()
+        assert not dv[row, :, length:].any()
+
+
 def test_one_key_has_no_gradient_through_the_scores():
     q, k, v = planes(2, 2, 50, 24), planes(2, 2, 1, 24), planes(2, 2, 1, 24)
     out, dq, dk, _ = run(attention, q, k, v, planes(2, 2, 50, 24))
@@ -145,6 +165,11 @@ def test_what_it_leaves_to_torch():
     assert not amx_serves(q, q[:, :1], q[:, :1], None, False)
     assert not amx_serves(q, q[:, :, :4], q[:, :, :4], None, True)
     assert not amx_serves(q, q, q, torch.zeros(8, 8), False)
+    assert not amx_serves(q, q, q, torch.zeros(1, 1, 1, 8), False)
+    padding = torch.ones(1, 1, 1, 8, dtype=torch.bool)
+    assert amx_serves(q, q, q, padding, False)
+    assert not amx_serves(q, q, q, padding, True)
+    assert not amx_serves(q, q, q, padding.expand(1, 2, 8, 8), False)
     long = q.new_empty(1, 1, LONGEST + 1, 16)
     assert not amx_serves(long, long, long, None, False)
     empty = q[:, :, :0]

@@ -22,8 +22,9 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_cpu_defaults_to_eager_even_with_the_interpreter():
-    assert registry.pick("layer_norm", torch.ones(2, 3)) == "eager"
+def test_cpu_never_defaults_to_the_interpreter():
+    assert registry.pick("swiglu", torch.ones(2, 3)) == "eager"
+    assert registry.pick("layer_norm", torch.ones(2, 3)) != "triton"
 
 
 def test_the_choice_nests_and_is_undone_by_an_exception():
@@ -36,13 +37,13 @@ def test_the_choice_nests_and_is_undone_by_an_exception():
 
 
 def test_unknown_backends_are_refused():
-    with pytest.raises(ValueError, match=r"expected auto, eager, triton, native; got 'cuda'"), fastllm.backend("cuda"):
+    with pytest.raises(ValueError, match=r"native, hopper; got 'cuda'"), fastllm.backend("cuda"):
         pass
     result = python(
         "import torch, fastllm; fastllm.functional.layer_norm(torch.ones(2, 3), (3,))", FASTLLM_BACKEND="trtion"
     )
     assert result.returncode != 0
-    assert "FASTLLM_BACKEND: expected auto, eager, triton, native; got 'trtion'" in result.stderr
+    assert "FASTLLM_BACKEND: expected auto, eager, triton, native, hopper; got 'trtion'" in result.stderr
 
 
 @pytest.mark.skipif(HAS_GPU, reason="asks for the message of a machine without a GPU")
@@ -64,7 +65,7 @@ def test_kernels_refuse_other_dtypes_by_name():
 
 def test_an_op_without_the_chosen_backend_keeps_its_default():
     with fastllm.backend("native"):
-        assert registry.pick("layer_norm", torch.ones(2, 3)) == "eager"
+        assert registry.pick("swiglu", torch.ones(2, 3)) == "eager"
 
 
 def test_an_implicit_fallback_is_said_once(monkeypatch):

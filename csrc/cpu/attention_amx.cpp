@@ -4,42 +4,10 @@
 
 #if defined(FASTLLM_AMX)
 
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+#include "amx_tiles.h"
 
 namespace fastllm {
 namespace {
-
-// Matrix tiles hold 16 rows of 64 bytes; every product is of 32 x 32 blocks, four tiles of sums at once.
-constexpr int64_t kBlock = 32;
-
-int64_t padded(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock; }
-
-// A product's right operand holds rows 2r and 2r + 1 side by side, as pairs of bfloat16 in 32 bits.
-using Pair = uint32_t;
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-template <class T>
-T* take(char*& scratch, int64_t count) {
-  T* begin = reinterpret_cast<T*>(scratch);
-  scratch += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-  return begin;
-}
-
-__mmask16 first(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1); }
-__mmask32 first32(int64_t n) { return n >= 32 ? 0xffffffffu : n <= 0 ? 0 : (1u << n) - 1; }
-
-__m256i to_bf16(__m512 x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); }
-
-__m512i paired(__m256i even, __m256i odd) {
-  return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-}
 
 // to (padded rows x columns) = from, zeros around it.
 void copy_rows(uint16_t* to, Plane from, int64_t rows, int64_t columns, int64_t width) {
@@ -60,29 +28,6 @@ void pair_rows(Pair* to, const uint16_t* from, int64_t rows, int64_t width) {
     }
 }
 
-void transpose_16x16(__m512i r[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 16; i += 8)
-    for (int j = 0; j < 4; ++j) {
-      t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0x88);
-      t[i + j + 4] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0xdd);
-    }
-  for (int j = 0; j < 8; ++j) {
-    r[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88);
-    r[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
-  }
-}
-
 // to (columns x rows) = from (rows x columns) transposed, both multiples of 16.
 void transpose(Pair* to, const Pair* from, int64_t rows, int64_t columns) {
   __m512i block[16];
@@ -92,32 +37,6 @@ void transpose(Pair* to, const Pair* from, int64_t rows, int64_t columns) {
       transpose_16x16(block);
       for (int i = 0; i < 16; ++i) _mm512_store_si512(to + (c + i) * rows + r, block[i]);
     }
-}
-
-// GCC's tile loads are assembly that does not say what memory it reads: stores before them must be done.
-void see_memory() { __asm__ volatile("" ::: "memory"); }
-
-// c (32 x 32, rows `to` apart) = a (32 x 32 blocks, rows `along` apart) times b (16 blocks pairs x 32, `across` apart).
-void multiply(float* c, int64_t to, const uint16_t* a, int64_t along, const Pair* b, int64_t across, int64_t blocks) {
-  see_memory();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t k = 0; k < blocks; ++k) {
-    _tile_loadd(4, a + k * kBlock, along * 2);
-    _tile_loadd(6, b + k * 16 * across, across * 4);
-    _tile_loadd(7, b + k * 16 * across + 16, across * 4);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a + 16 * along + k * kBlock, along * 2);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, c, to * 4);
-  _tile_stored(1, c + 16, to * 4);
-  _tile_stored(2, c + 16 * to, to * 4);
-  _tile_stored(3, c + 16 * to + 16, to * 4);
 }
 
 // 2^x; relative error below 2e-7 for x in [-126, 0], NaN and infinities as they should be.
@@ -246,32 +165,8 @@ char* const kNowhere = reinterpret_cast<char*>(uintptr_t{64});
 
 }  // namespace
 
-bool amx_usable() {
-  // Tiles, their bf16 product, AVX-512 F, BW, VL, DQ and BF16, by CPUID: older compilers cannot name them all.
-  unsigned a, b, c, d;
-  __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
-  const bool tiles = (d >> 24 & 1) && (d >> 22 & 1);
-  const bool wide = (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1);
-  __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(1));
-  const bool bf16 = a >> 5 & 1;
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return tiles && wide && bf16 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-
 int64_t amx_forward_scratch(const PlaneShape& s) { return Forward(s, kNowhere).end - kNowhere; }
 int64_t amx_backward_scratch(const PlaneShape& s) { return Backward(s, kNowhere).end - kNowhere; }
-
-void amx_begin() {
-  TileConfig config;
-  for (int tile = 0; tile < 8; ++tile) {
-    config.bytes[tile] = 64;
-    config.rows[tile] = 16;
-  }
-  __asm__ volatile("" ::"r"(&config) : "memory");
-  _tile_loadconfig(&config);
-}
-
-void amx_end() { _tile_release(); }
 
 void amx_forward(const PlaneShape& s, Plane q, Plane k, Plane v, PlaneOut out, void* scratch) {
   const Forward w(s, static_cast<char*>(scratch));

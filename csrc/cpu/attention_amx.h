@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "amx.h"
+
 namespace fastllm {
 
 // Rows of one plane: `rows` of them, `stride` elements apart, each with its columns side by side.
@@ -24,9 +26,6 @@ struct PlaneShape {
   bool causal;  // key j is hidden from query i < j
 };
 
-// Whether this machine and its kernel let a process use AMX; asks for the permission.
-bool amx_usable();
-
 // Bytes of scratch for one plane, to be aligned to 64.
 int64_t amx_forward_scratch(const PlaneShape&);
 int64_t amx_backward_scratch(const PlaneShape&);
@@ -34,9 +33,5 @@ int64_t amx_backward_scratch(const PlaneShape&);
 void amx_forward(const PlaneShape&, Plane q, Plane k, Plane v, PlaneOut out, void* scratch);
 void amx_backward(const PlaneShape&, Plane dout, Plane q, Plane k, Plane v, PlaneOut dq, PlaneOut dk, PlaneOut dv,
                   void* scratch);
-
-// Around a thread's calls of the two above.
-void amx_begin();
-void amx_end();
 
 }  // namespace fastllm

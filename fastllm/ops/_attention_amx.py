@@ -8,6 +8,8 @@ its gradient in bf16 for the products over the queries, and saves nothing but it
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .. import extension
@@ -17,14 +19,21 @@ from ._autograd import gradients
 
 LONGEST = 2048
 WIDEST = 256
+# What a hidden key adds to its products with the queries; exact in bf16, beyond every product of what is not.
+HIDDEN = 2.0**100
 
 
 def amx_serves(q, k, v, mask, causal: bool) -> bool:
-    """Whether this form takes the call: (B, H, S, D) in bf16 on CPU, nothing but causal, not too long."""
-    if not (q.device.type == "cpu" and q.dtype == k.dtype == v.dtype == torch.bfloat16 and mask is None):
+    """Whether this form takes the call: (B, H, S, D) in bf16 on CPU, causal or with padding hidden, not too long."""
+    if not (q.device.type == "cpu" and q.dtype == k.dtype == v.dtype == torch.bfloat16):
         return False
     if chosen_backend() == "eager" or not extension.has_matrix_units():
         return False
+    if mask is not None:
+        # A key that is hidden is hidden from all queries and heads; the mask takes one column more.
+        keys = mask.dim() == 4 and mask.shape[0] in (1, q.shape[0]) and mask.shape[1:] == (1, 1, k.shape[2])
+        if not keys or mask.dtype != torch.bool or causal or q.shape[-1] >= WIDEST:
+            return False
     if q.shape[:2] != k.shape[:2] or k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[-1] > WIDEST:
         return False
     if causal and q.shape[2] != k.shape[2]:
@@ -36,7 +45,7 @@ def amx_exception(device_type: str) -> str | None:
     """What ``info`` says of it."""
     if device_type != "cpu" or chosen_backend() == "eager" or not extension.has_matrix_units():
         return None
-    return f"bfloat16 without masks up to {LONGEST} tokens: the extension, on AMX"
+    return f"bfloat16 with no mask but of padding up to {LONGEST} tokens: the extension, on AMX"
 
 
 def _fresh(x):
@@ -83,6 +92,17 @@ class _Attention(torch.autograd.Function):
         return *gradients(launch, formula, ctx.saved_tensors, ctx.needs_input_grad[:3], (dout,)), None, None
 
 
-def amx_attention(q, k, v, scale: float, causal: bool):
-    """(B, H, Sq, D) attention where :func:`amx_serves`; causal is for square scores."""
-    return _Attention.apply(q, k, v, float(scale), causal)
+def amx_attention(q, k, v, mask, scale: float, causal: bool):
+    """(B, H, Sq, D) attention where :func:`amx_serves`; causal is for square scores.
+
+    A mask of keys is one more column of the heads: 1 in the queries, in the keys 0 or what no score comes near.
+    """
+    scale = float(scale)
+    if mask is None:
+        return _Attention.apply(q, k, v, scale, causal)
+    hidden = k.new_zeros(()).where(mask, math.copysign(HIDDEN, -scale)).transpose(2, 3)
+    hidden = hidden.expand(*k.shape[:3], 1)
+    q, v = torch.cat((q, q.new_ones(*q.shape[:3], 1)), -1), torch.cat((v, hidden.new_zeros(()).expand_as(hidden)), -1)
+    out = _Attention.apply(q, torch.cat((k, hidden), -1), v, scale, causal)[..., :-1]
+    # Where no key is left, none is higher than another.
+    return out.masked_fill(~mask.any(-1, keepdim=True), 0.0)

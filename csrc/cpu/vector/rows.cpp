@@ -1,9 +1,9 @@
 // Built once per instruction set: FASTLLM_ISA names the variant. Only plain loops over plain types, nothing from the
 // standard library: an inline function that the linker merged would carry the wider instructions to other callers.
-#include "rows.h"
+#include "../rows.h"
 
-#include "../order.h"
-#include "../scalar.h"
+#include "../../order.h"
+#include "../../scalar.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {

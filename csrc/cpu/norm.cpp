@@ -1,0 +1,180 @@
+// norm_rows and norm_grad_rows on the CPU.
+#include "norm.h"
+
+#include <cstring>
+
+#include "strided.h"
+
+namespace fastllm {
+namespace {
+
+bool is_wide(const Tensor& x, const std::optional<Tensor>& other) {
+  return x.scalar_type() == ScalarType::Double || (other.has_value() && other->scalar_type() == ScalarType::Double);
+}
+
+std::vector<int64_t> shape_of(const Tensor& x) {
+  const auto sizes = x.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+const void* parameter(const char* op, const std::optional<Tensor>& p, int64_t columns, bool wide) {
+  if (!p.has_value()) return nullptr;
+  if (p->numel() != columns || p->scalar_type() != (wide ? ScalarType::Double : ScalarType::Float) ||
+      !p->is_contiguous())
+    refuse(op, ": weight and bias must be contiguous, one a column, in the accumulator's dtype");
+  return p->const_data_ptr();
+}
+
+std::optional<uint64_t> read_seed(const char* op, const std::optional<Tensor>& seed) {
+  if (!seed.has_value()) return std::nullopt;
+  if (seed->numel() != 1 || seed->scalar_type() != ScalarType::Long) refuse(op, ": seed must be one int64");
+  return static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+}
+
+void check_rows(const char* op, const Tensor& x, const std::optional<Tensor>& other) {
+  if (x.dim() < 1 || !is_supported_float(x.scalar_type()) || x.size(x.dim() - 1) < 1)
+    refuse(op, ": expected rows of float64, float32, float16 or bfloat16");
+  if (other.has_value() && (shape_of(*other) != shape_of(x) || !is_supported_float(other->scalar_type())))
+    refuse(op, ": the tensors must have one shape");
+}
+
+struct Stats {
+  Tensor tensor;
+  bool wide;
+  void put(int64_t i, double value) {
+    if (tensor.numel() == 0) return;
+    if (wide)
+      static_cast<double*>(tensor.mutable_data_ptr())[i] = value;
+    else
+      static_cast<float*>(tensor.mutable_data_ptr())[i] = static_cast<float>(value);
+  }
+  double get(int64_t i) const {
+    if (tensor.numel() == 0) return 0.0;
+    return wide ? static_cast<const double*>(tensor.const_data_ptr())[i]
+                : static_cast<double>(static_cast<const float*>(tensor.const_data_ptr())[i]);
+  }
+};
+
+// y as x; h as residual, empty without one; mean (empty unless centered) and rstd (rows,) in the accumulator's dtype.
+// weight has its offset added already.
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_rows(const Tensor& x, const std::optional<Tensor>& residual,
+                                                     const std::optional<Tensor>& weight,
+                                                     const std::optional<Tensor>& bias,
+                                                     const std::optional<Tensor>& seed_, double eps, double dropout_p,
+                                                     bool center) {
+  const char* op = "norm_rows";
+  check_rows(op, x, residual);
+  const int64_t columns = x.size(x.dim() - 1);
+  const bool wide = is_wide(x, residual);
+  const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
+  const std::optional<uint64_t> seed = read_seed(op, seed_);
+  const Rows xs(x);
+  const std::optional<Rows> residuals = residual.has_value() ? std::optional<Rows>(*residual) : std::nullopt;
+  Tensor y = empty_like_device(x, shape_of(x), x.scalar_type());
+  Tensor h = residual.has_value() ? empty_like_device(x, shape_of(x), residual->scalar_type())
+                                  : empty_like_device(x, {0}, x.scalar_type());
+  Stats mean{empty_like_device(x, {center ? xs.count : 0}, dtype), wide};
+  Stats rstd{empty_like_device(x, {xs.count}, dtype), wide};
+  if (xs.count == 0) return {y, h, mean.tensor, rstd.tensor};
+  advise_huge_pages(y);
+  advise_huge_pages(h);
+  const Rows ys(y), hs(h);
+  const NormOptions options{columns, parameter(op, weight, columns, wide), parameter(op, bias, columns, wide), eps,
+                            dropout_p, center, xs.dtype, residual.has_value() ? residuals->dtype : xs.dtype};
+  const NormOfRow norm_of_row = norm_kernels().norm_of_row[wide];
+  torch::stable::parallel_for(0, xs.count, row_grain(columns), [&](int64_t begin, int64_t end) {
+    const Scratch scratch(2 * columns * (wide ? 8 : 4));
+    for (int64_t i = begin; i < end; ++i) {
+      NormRow row{xs.at(i), residual.has_value() ? residuals->at(i) : nullptr, ys.mutable_at(i),
+                  residual.has_value() ? hs.mutable_at(i) : nullptr, seed.has_value() ? &*seed : nullptr, i * columns,
+                  0, 0};
+      norm_of_row(options, row, scratch.get());
+      mean.put(i, row.mean);
+      rstd.put(i, row.rstd);
+    }
+  });
+  return {y, h, mean.tensor, rstd.tensor};
+}
+
+// Rows are summed into dweight and dbias part by part, and the parts in order: the same bits for any number of threads.
+constexpr int64_t kParts = 64;
+
+// (dinput as dy, dresidual as normed, dweight, dbias in the accumulator's dtype); empty where not needed.
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_grad_rows(
+    const Tensor& dy, const std::optional<Tensor>& dh, const Tensor& normed, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& seed_, const Tensor& mean_, const Tensor& rstd_, ScalarType input_dtype,
+    double dropout_p, bool center, bool need_input, bool need_residual, bool need_weight, bool need_bias) {
+  const char* op = "norm_grad_rows";
+  check_rows(op, normed, dy);
+  check_rows(op, normed, dh);
+  const int64_t columns = normed.size(normed.dim() - 1);
+  const bool wide = rstd_.scalar_type() == ScalarType::Double;
+  const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
+  const std::optional<uint64_t> seed = read_seed(op, seed_);
+  const Rows dys(dy), xs(normed);
+  const std::optional<Rows> dhs = dh.has_value() ? std::optional<Rows>(*dh) : std::nullopt;
+  const Stats mean{mean_, wide}, rstd{rstd_, wide};
+  if (rstd_.numel() != xs.count || (center && mean_.numel() != xs.count)) refuse(op, ": one mean and rstd a row");
+  const auto grad = [&](bool needed, ScalarType type) {
+    return empty_like_device(dy, needed ? shape_of(normed) : std::vector<int64_t>{0}, type);
+  };
+  Tensor dinput = grad(need_input, input_dtype), dresidual = grad(need_residual, normed.scalar_type());
+  Tensor dweight = empty_like_device(dy, {need_weight ? columns : 0}, dtype);
+  Tensor dbias = empty_like_device(dy, {need_bias ? columns : 0}, dtype);
+  advise_huge_pages(dinput);
+  advise_huge_pages(dresidual);
+  const Rows dinputs(dinput), dresiduals(dresidual);
+  const NormOptions options{columns, parameter(op, weight, columns, wide), nullptr, 0.0, dropout_p, center, dys.dtype,
+                            xs.dtype};
+  const int64_t element = wide ? 8 : 4, wanted = need_weight + need_bias;
+  const int64_t rows_of_part = std::max<int64_t>((xs.count + kParts - 1) / kParts, 4);
+  const int64_t parts = (xs.count + rows_of_part - 1) / rows_of_part;
+  const int64_t part_bytes = wanted * columns * element;
+  const Scratch sums(parts * part_bytes);
+  const auto sum_of = [&](int64_t part, int64_t which) {
+    return static_cast<char*>(sums.get()) + part * part_bytes + which * columns * element;
+  };
+  const NormGradOfRow norm_grad_of_row = norm_kernels().norm_grad_of_row[wide];
+  const int64_t grain = std::max<int64_t>(1, row_grain(columns) / rows_of_part);
+  torch::stable::parallel_for(0, parts, grain, [&](int64_t first, int64_t last) {
+    const Scratch scratch(3 * columns * element);
+    for (int64_t part = first; part < last; ++part) {
+      std::memset(sum_of(part, 0), 0, static_cast<size_t>(part_bytes));
+      const int64_t end = std::min(xs.count, (part + 1) * rows_of_part);
+      for (int64_t i = part * rows_of_part; i < end; ++i) {
+        const NormGradRow row{dys.at(i), dh.has_value() ? dhs->at(i) : nullptr, xs.at(i),
+                              need_input ? dinputs.mutable_at(i) : nullptr, need_residual ? dresiduals.mutable_at(i) : nullptr,
+                              need_weight ? sum_of(part, 0) : nullptr, need_bias ? sum_of(part, need_weight) : nullptr,
+                              seed.has_value() ? &*seed : nullptr, i * columns, mean.get(i), rstd.get(i)};
+        norm_grad_of_row(options, row, scratch.get());
+      }
+    }
+  });
+  const auto add_up = [&](Tensor& out, int64_t which, auto zero) {
+    using A = decltype(zero);
+    A* to = static_cast<A*>(out.mutable_data_ptr());
+    torch::stable::parallel_for(0, columns, 4096, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) to[c] = zero;
+      for (int64_t part = 0; part < parts; ++part) {
+        const A* from = reinterpret_cast<const A*>(sum_of(part, which));
+        for (int64_t c = begin; c < end; ++c) to[c] += from[c];
+      }
+    });
+  };
+  for (int64_t which = 0; which < wanted; ++which) {
+    Tensor& out = which == 0 && need_weight ? dweight : dbias;
+    if (wide)
+      add_up(out, which, 0.0);
+    else
+      add_up(out, which, 0.0f);
+  }
+  return {dinput, dresidual, dweight, dbias};
+}
+
+}  // namespace
+}  // namespace fastllm
+
+STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
+  m.impl("norm_rows", TORCH_BOX(&fastllm::norm_rows));
+  m.impl("norm_grad_rows", TORCH_BOX(&fastllm::norm_grad_rows));
+}
