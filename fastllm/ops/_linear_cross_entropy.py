@@ -176,18 +176,18 @@ def linear_cross_entropy_reference(
     return tuple(outputs) if len(outputs) > 1 else loss.view(outputs[0].shape)
 
 
-def keeps_wide(dtype: torch.dtype, fused: bool) -> bool:
+def keeps_wide(dtype: torch.dtype, backend: str) -> bool:
     """Whether a chunk's logits are held once more in fp32: the eager path does so for 16-bit inputs."""
-    return not fused and torch.promote_types(dtype, torch.float32) != dtype
+    return backend == "eager" and torch.promote_types(dtype, torch.float32) != dtype
 
 
 def plan(
-    tokens: int, vocabulary: int, dtype, device_type: str, fused: bool, max_workspace_mb, softcap, entropy: bool,
+    tokens: int, vocabulary: int, dtype, device_type: str, backend: str, max_workspace_mb, softcap, entropy: bool,
     lane: str,
 ) -> Plan:  # fmt: skip
     wide = torch.promote_types(dtype, torch.float32).itemsize
     # Beside the logits, eager holds the soft cap's slope and what the entropy sums.
-    more = keeps_wide(dtype, fused) + (0 if fused else (softcap is not None) + entropy)
+    more = keeps_wide(dtype, backend) + ((softcap is not None) + entropy if backend == "eager" else 0)
     row = vocabulary * (dtype.itemsize + more * wide)
     budget = (max_workspace_mb or DEFAULT_WORKSPACE_MB.get(device_type, 64.0)) * 2**20
     rows = max(1, min(int(budget // row), tokens))

@@ -12,7 +12,7 @@ from ._linear_cross_entropy_chunks import Rows, Upstream, in_chunks
 
 _TENSORS = "Tensor x, Tensor w, Tensor? bias, Tensor target, Tensor? weight, Tensor? token_weight"
 _OPTIONS = "int ignore_index, float smoothing, float? softcap, float scale, float z_loss, str reduction"
-_HOW = "int chunk, bool fused, int compact, bool[3] needs"
+_HOW = "int chunk, str backend, int compact, bool[3] needs"
 
 
 def _outputs(x, w, bias, needs, dtype):
@@ -47,11 +47,11 @@ def _unit_factor(y, token_weight, total, dtype):
     return share.expand(len(y)).contiguous() if token_weight is None else token_weight * share
 
 
-def _scale(grad, factor, fused: bool) -> None:
+def _scale(grad, factor, backend: str) -> None:
     """``grad`` times a scalar in place, where that is not 1."""
     if grad.numel() == 0:
         return
-    if fused:
+    if backend == "triton":
         from ..kernels._cross_entropy_backward import scale
 
         scale(grad, factor)
@@ -60,12 +60,12 @@ def _scale(grad, factor, fused: bool) -> None:
 
 
 @define(
-    "linear_cross_entropy_scale_(Tensor(a!) dx, Tensor(b!) dw, Tensor(c!) db, Tensor dloss, bool fused) -> ()",
+    "linear_cross_entropy_scale_(Tensor(a!) dx, Tensor(b!) dw, Tensor(c!) db, Tensor dloss, str backend) -> ()",
     lambda *args: None,
 )
-def _linear_cross_entropy_scale_(dx, dw, db, dloss, fused):
+def _linear_cross_entropy_scale_(dx, dw, db, dloss, backend):
     for grad in (dx, dw, db):
-        _scale(grad, dloss, fused)
+        _scale(grad, dloss, backend)
 
 
 @define(
@@ -75,7 +75,7 @@ def _linear_cross_entropy_scale_(dx, dw, db, dloss, fused):
 )
 def _linear_cross_entropy_fwd(
     x, w, bias, y, weight, token_weight, ignore_index, smoothing, softcap, scale, z_loss, reduction,
-    dtype, with_gradient, chunk, fused, compact, needs, wanted,
+    dtype, with_gradient, chunk, backend, compact, needs, wanted,
 ):  # fmt: skip
     if y.device.type == "cpu":
         error = out_of_range(y, ignore_index, w.shape[0], "linear_cross_entropy")
@@ -89,7 +89,7 @@ def _linear_cross_entropy_fwd(
     )
     factor = _unit_factor(y, token_weight, total, wide) if with_gradient else None
     losses, lse, *others = in_chunks(
-        x, w, bias, y, weight, Upstream(factor), rows, chunk, fused, compact, needs, wanted
+        x, w, bias, y, weight, Upstream(factor), rows, chunk, backend, compact, needs, wanted
     )
     others, grads = others[:2], others[2:]
     others = [lse.new_empty(0) if t is None else t for t in others]
@@ -110,7 +110,7 @@ def _bwd_fake(dloss, dlse, dentropy, total, x, w, bias, *rest):
 )
 def _linear_cross_entropy_bwd(
     dloss, dlse, dentropy, total, x, w, bias, y, weight, token_weight, ignore_index, smoothing, softcap, scale, z_loss,
-    reduction, chunk, fused, compact, needs,
+    reduction, chunk, backend, compact, needs,
 ):  # fmt: skip
     wide = torch.promote_types(x.dtype, torch.float32)
     rows = Rows(ignore_index, smoothing, softcap, scale, z_loss)
@@ -123,14 +123,14 @@ def _linear_cross_entropy_bwd(
         factor = factor * dloss.to(wide) if dloss is not None else torch.zeros_like(factor)
     upstream = Upstream(factor, *(None if t is None else t.to(wide).contiguous() for t in (dlse, dentropy)))
     *_, dx, dw, db = in_chunks(
-        x, w, bias, y, weight, upstream, rows, chunk, fused, compact if alone else 0, needs,
+        x, w, bias, y, weight, upstream, rows, chunk, backend, compact if alone else 0, needs,
         (False, dentropy is not None),
     )  # fmt: skip
     grads = (dx, dw, db)
     grads = _given(grads, x, w, bias, needs)
     if scale_last:
         for grad in grads:
-            _scale(grad, dloss, fused)
+            _scale(grad, dloss, backend)
     return grads
 
 
@@ -138,11 +138,11 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         x, w, bias, y, weight, token_weight, ignore_index, smoothing, softcap, scale, z_loss, reduction,
-        dtype, with_gradient, chunk, fused, compact, needs, wanted,
+        dtype, with_gradient, chunk, backend, compact, needs, wanted,
     ):  # fmt: skip
         options = (ignore_index, smoothing, softcap, scale, z_loss, reduction)
         return _linear_cross_entropy_fwd(
-            x, w, bias, y, weight, token_weight, *options, dtype, with_gradient, chunk, fused, compact, needs,
+            x, w, bias, y, weight, token_weight, *options, dtype, with_gradient, chunk, backend, compact, needs,
             wanted,
         )  # fmt: skip
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from .. import extension
+from ._cross_entropy_native import rows as cross_entropy_rows
 from ._linear_cross_entropy import keeps_wide
 
 
@@ -55,8 +57,7 @@ class Rows:
         # log p itself only where it is summed; else p at once, which saves a pass.
         logs = self.smoothing != 0.0 or wanted[1]
         (torch.log_softmax if logs else torch.softmax)(z, 1, out=z)
-        # The largest p is 1 / sum exp(z - top).
-        rel = -z.amax(1) if logs else -z.amax(1).log_()
+        rel = -z.amax(1) if logs else _log_sum(z, index, own - top)
         lse = top + rel
         mass = keep.to(z.dtype) if weight is None else weight[index.squeeze(1)].to(z.dtype) * keep
         loss = mass * (rel + (top - own))
@@ -114,26 +115,46 @@ class Rows:
             )  # fmt: skip
         return loss, lse, hits, entropy
 
+    def native(self, z, y, weight, upstream: Upstream, wanted):
+        """The same by the extension, on CPU logits of any dtype."""
+        options = (self.ignore_index, self.smoothing, self.softcap, self.scale, self.z_loss)
+        loss, lse, hits, entropy = cross_entropy_rows(
+            z, y, weight, *options, **upstream._asdict(), dx=None if upstream.factor is None else z,
+            accuracy=wanted[0], entropy=wanted[1],
+        )  # fmt: skip
+        return loss, lse, hits if wanted[0] else None, entropy if wanted[1] else None
+
+    def of_backend(self, name: str):
+        """The form that a backend has."""
+        return {"eager": self.eager, "triton": self.fused, "native": self.native}[name]
+
+
+def _log_sum(p, index, below):
+    """log sum exp(z - top) of each row of p = softmax(z), where ``below`` is z - top at ``index``."""
+    # The largest p is 1 / sum. Any other is exp(below) / sum, which spares a pass over p while neither is near 0; to
+    # know that, a GPU's host would have to wait.
+    if not p.is_cuda and bool((below > -70).all()):
+        return (below.exp() / p.gather(1, index).squeeze(1)).log_()
+    return -p.amax(1).log_()
+
 
 def counting_rows(y, ignore_index: int, compact: int):
     """The rows whose loss is computed, or None for all: see :func:`in_chunks`."""
     if compact == 0:
         return None
     keep = y != ignore_index
-    if compact < 0:
-        return keep.nonzero().squeeze(1)
-    if y.is_cuda:
+    if compact > 0 and y.is_cuda:
         # Which rows they are need not be known here: those that count come first, and the host does not wait.
         torch._assert_async(keep.sum() <= compact, "linear_cross_entropy: more targets count than max_targets")
         return torch.argsort((~keep).to(torch.uint8), stable=True)[:compact]
     index = keep.nonzero().squeeze(1)
-    if len(index) > compact:
+    if 0 < compact < len(index):
         raise ValueError(f"linear_cross_entropy: {len(index)} targets count, more than max_targets {compact}")
-    return index
+    return None if len(index) == len(y) and not y.is_cuda else index
 
 
 def in_chunks(
-    x, linear_weight, linear_bias, y, weight, upstream: Upstream, rows: Rows, chunk: int, fused: bool, compact: int,
+    x, linear_weight, linear_bias, y, weight, upstream: Upstream, rows: Rows, chunk: int, backend: str, compact: int,
     needs, wanted,
 ):  # fmt: skip
     """(loss, lse, accuracy, entropy, dx, dlinear_weight, dlinear_bias), ``chunk`` rows of logits at a time.
@@ -147,14 +168,15 @@ def in_chunks(
     wide = torch.promote_types(x.dtype, torch.float32)
     need_dx, need_dw, need_db = needs if upstream.factor is not None else (False, False, False)
     held_rows = [torch.zeros(n, dtype=wide, device=x.device) if want else None for want in (True, True, *wanted)]
-    dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_dx else None
-    dw = torch.zeros(linear_weight.shape, dtype=wide, device=x.device) if need_dw else None
-    db = torch.zeros(n_classes, dtype=wide, device=x.device) if need_db else None
     index = counting_rows(y, rows.ignore_index, compact)
     count = n if index is None else len(index)
+    dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_dx else None
+    blank = torch.empty if count else torch.zeros  # the first chunk overwrites it
+    dw = blank(linear_weight.shape, dtype=wide, device=x.device) if need_dw else None
+    db = torch.zeros(n_classes, dtype=wide, device=x.device) if need_db else None
     logits = x.new_empty(min(chunk, count), n_classes)
-    held = logits.to(wide) if keeps_wide(x.dtype, fused) else logits
-    one = rows.fused if fused else rows.eager
+    held = logits.to(wide) if keeps_wide(x.dtype, backend) else logits
+    one = rows.of_backend(backend)
     # Autocast would narrow the fp32 sums again.
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, count, chunk):
@@ -172,7 +194,7 @@ def in_chunks(
                 if whole is not None:
                     whole[at] = part
             if need_dw:
-                _add_product(dw, mine, xc, first=start == 0)
+                _add_product(dw, mine, xc, backend, first=start == 0)
             if need_db:
                 db += mine.sum(0, dtype=wide)
             if need_dx:
@@ -185,10 +207,21 @@ def in_chunks(
     return *held_rows, dx, dw, db
 
 
-def _add_product(total, a, b, first: bool) -> None:
+def _product_fake(total, a, b):
+    return None
+
+
+_add_product_on_matrix_units = extension.operator("add_product_", _product_fake)
+
+
+def _add_product(total, a, b, backend: str, first: bool) -> None:
     """``total += a.T @ b``, summed in total's dtype."""
     narrow = a.dtype == b.dtype != total.dtype
-    if narrow and a.is_cuda:
+    if backend == "native" and narrow and a.dtype == torch.bfloat16 and extension.has_matrix_units():
+        if first:
+            total.zero_()
+        _add_product_on_matrix_units(total, a, b if b.stride(1) == 1 else b.contiguous())
+    elif narrow and a.is_cuda:
         torch.addmm(total, a.t(), b, out_dtype=total.dtype, beta=0 if first else 1, out=total)
     else:
         # PyTorch's CPU matmuls sum 16-bit operands into 16 bits, which would cost dW its precision over many chunks.

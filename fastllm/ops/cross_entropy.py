@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..registry import Cost, Op, define, pick, register
+from ..registry import Cost, Op, chosen_backend, define, pick, register
 from ._autograd import gradients
 from ._cross_entropy import (
     check_cross_entropy,
@@ -101,34 +101,48 @@ def _eager(input, target, weight, ignore_index, reduction, label_smoothing, soft
 _OPTIONS = "int ignore_index, float smoothing, float? softcap, float scale, float z_loss, str reduction"
 
 
-def _fwd_fake(x, target, weight, ignore_index, smoothing, softcap, scale, z_loss, reduction, dtype, with_gradient):
+def _rows_of(backend: str):
+    """(forward, backward, scale) of the backend that was picked."""
+    if backend == "native":
+        from . import _cross_entropy_native as native
+
+        return native.cross_entropy_fwd, native.cross_entropy_bwd, native.scale
+    from ..kernels._cross_entropy_backward import cross_entropy_bwd, scale
+    from ..kernels.cross_entropy import cross_entropy_fwd
+
+    return cross_entropy_fwd, cross_entropy_bwd, scale
+
+
+def _fwd_fake(
+    x, target, weight, ignore_index, smoothing, softcap, scale, z_loss, reduction, dtype, with_gradient, backend
+):  # fmt: skip
     rows = x.shape[0] * x.shape[2]
+    wide = torch.promote_types(x.dtype, torch.float32)
     return (
         x.new_empty(rows if reduction == "none" else (), dtype=dtype),
-        x.new_empty(rows, dtype=torch.float32),
-        x.new_empty((3, rows), dtype=torch.float32),
-        x.new_empty(() if reduction == "mean" else 0, dtype=torch.float32),
+        x.new_empty(rows, dtype=wide),
+        x.new_empty((3, 0 if backend == "native" else rows), dtype=torch.float32),
+        x.new_empty(() if reduction == "mean" else 0, dtype=wide),
         x.new_empty(x.shape if with_gradient else 0),
     )
 
 
 @define(
     f"cross_entropy_fwd(Tensor x, Tensor target, Tensor? weight, {_OPTIONS}, ScalarType dtype,"
-    " bool with_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " bool with_gradient, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd_fake,
 )
 def _cross_entropy_fwd(x, target, weight, ignore_index, *options):
-    from ..kernels.cross_entropy import cross_entropy_fwd
-
+    *options, backend = options
     if target.device.type == "cpu" and not target.is_floating_point():
         error = out_of_range(target, ignore_index, x.shape[1])
         if error is not None:
             raise error
-    return cross_entropy_fwd(x, target, weight, ignore_index, *options)
+    return _rows_of(backend)[0](x, target, weight, ignore_index, *options)
 
 
 def _bwd_fake(dloss, dlse, x, target, weight, stats, total, *options_and_needs):
-    need_dx, need_dtarget = options_and_needs[-1]
+    need_dx, need_dtarget = options_and_needs[-2]
     return (
         torch.empty_like(x) if need_dx else x.new_empty(0),
         torch.empty_like(target) if need_dtarget else target.new_empty(0),
@@ -137,44 +151,41 @@ def _bwd_fake(dloss, dlse, x, target, weight, stats, total, *options_and_needs):
 
 @define(
     "cross_entropy_bwd(Tensor? dloss, Tensor? dlse, Tensor x, Tensor target, Tensor? weight, Tensor stats,"
-    f" Tensor total, {_OPTIONS}, bool[2] needs) -> (Tensor, Tensor)",
+    f" Tensor total, {_OPTIONS}, bool[2] needs, str backend) -> (Tensor, Tensor)",
     _bwd_fake,
 )
 def _cross_entropy_bwd(*args):
-    from ..kernels._cross_entropy_backward import cross_entropy_bwd
-
-    return cross_entropy_bwd(*args)
+    *args, backend = args
+    return _rows_of(backend)[1](*args)
 
 
 @define(
     "cross_entropy_bwd_(Tensor? dloss, Tensor? dlse, Tensor(a!) x, Tensor target, Tensor? weight, Tensor stats,"
-    f" Tensor total, {_OPTIONS}) -> ()",
+    f" Tensor total, {_OPTIONS}, str backend) -> ()",
     lambda *args: None,
 )
 def _cross_entropy_bwd_(dloss, dlse, x, *args):
-    from ..kernels._cross_entropy_backward import cross_entropy_bwd
+    *args, backend = args
+    _rows_of(backend)[1](dloss, dlse, x, *args, (True, False), out=x)
 
-    cross_entropy_bwd(dloss, dlse, x, *args, (True, False), out=x)
 
-
-@define("cross_entropy_scale_(Tensor(a!) dlogits, Tensor dloss) -> ()", lambda *args: None)
-def _cross_entropy_scale_(dx, dloss):
-    from ..kernels._cross_entropy_backward import scale
-
-    scale(dx, dloss)
+@define("cross_entropy_scale_(Tensor(a!) dlogits, Tensor dloss, str backend) -> ()", lambda *args: None)
+def _cross_entropy_scale_(dx, dloss, backend):
+    _rows_of(backend)[2](dx, dloss)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        x, target, weight, dtype, ignore_index, smoothing, softcap, scale, z_loss, reduction, with_gradient, inplace
-    ):
+        x, target, weight, dtype, ignore_index, smoothing, softcap, scale, z_loss, reduction, with_gradient, inplace,
+        backend,
+    ):  # fmt: skip
         options = (ignore_index, smoothing, softcap, scale, z_loss, reduction)
-        return _cross_entropy_fwd(x, target, weight, *options, dtype, with_gradient)
+        return _cross_entropy_fwd(x, target, weight, *options, dtype, with_gradient, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, target, weight, ctx.dtype, *ctx.options, with_gradient, ctx.inplace = inputs
+        x, target, weight, ctx.dtype, *ctx.options, with_gradient, ctx.inplace, ctx.backend = inputs
         _, _, stats, total, dlogits = output
         ctx.mark_non_differentiable(stats, total, dlogits)
         ctx.set_materialize_grads(False)
@@ -183,7 +194,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss, dlse, _dstats, _dtotal, _ddlogits):
-        none = (None,) * (4 + len(ctx.options))
+        none = (None,) * (5 + len(ctx.options))
         if dloss is None and dlse is None:
             return None, None, *none
         x, target, weight, stats, total, dlogits = ctx.saved_tensors
@@ -196,17 +207,17 @@ class _CrossEntropy(torch.autograd.Function):
             # takes the other way, to the same bits.
             ctx.has_gradient = False
             dx = dlogits.data
-            _cross_entropy_scale_(dx, dloss)
+            _cross_entropy_scale_(dx, dloss, ctx.backend)
             return dx, None, *none
         if ctx.inplace and needs == (True,) and not torch.is_grad_enabled():
-            _cross_entropy_bwd_(dloss, dlse, x.detach(), target, weight, stats, total, *ctx.options)
+            _cross_entropy_bwd_(dloss, dlse, x.detach(), target, weight, stats, total, *ctx.options, ctx.backend)
             torch.autograd.graph.increment_version(x)
             return x.detach(), None, *none
 
         def launch(inputs, outputs_grad, extras, needs):
             q = inputs[1] if probabilities else target
             needs = (needs[0], probabilities and needs[1])
-            grads = _cross_entropy_bwd(*outputs_grad, inputs[0], q, weight, *extras, *ctx.options, needs)
+            grads = _cross_entropy_bwd(*outputs_grad, inputs[0], q, weight, *extras, *ctx.options, needs, ctx.backend)
             return grads[: len(inputs)]
 
         def formula(x, q=None):
@@ -273,10 +284,14 @@ def cross_entropy(
     if inplace and input.requires_grad and input.is_leaf:
         raise ValueError("cross_entropy: inplace=True would overwrite a leaf; logits must come from an operation")
     probabilities = target.is_floating_point()
-    chosen = pick(
-        "cross_entropy", input, target if probabilities else None, weight,
-        refused={"triton": _kernel_refuses(input, weight)},
-    )  # fmt: skip
+    refuses = _kernel_refuses(input, weight)
+    if input.shape[class_dim(input)] == 0 and chosen_backend() == "auto":
+        chosen = "eager"
+    else:
+        chosen = pick(
+            "cross_entropy", input, target if probabilities else None, weight,
+            refused={"triton": refuses, "native": refuses},
+        )  # fmt: skip
     if chosen == "eager":
         options = (weight, ignore_index, reduction, label_smoothing, softcap, logit_scale, z_loss, return_lse)
         if torch.compiler.is_compiling():
@@ -299,6 +314,7 @@ def cross_entropy(
         x, q, None if weight is None else weight.contiguous(), loss_dtype(input, target),
         int(ignore_index), float(label_smoothing), None if softcap is None else float(softcap), float(logit_scale),
         float(z_loss), reduction, in_forward and input.dim() == 2 and input.stride(1) == 1, inplace,
+        chosen,
     )  # fmt: skip
     positions = target.shape if not probabilities else () if input.dim() == 1 else (input.shape[0], *input.shape[2:])
     if reduction == "none":
@@ -345,7 +361,7 @@ register(
         reference=cross_entropy_reference,
         samples=cross_entropy_samples,
         cost=_cost,
-        backends=("eager", "triton"),
+        backends=("eager", "triton", "native"),
         module=CrossEntropyLoss,
     )
 )

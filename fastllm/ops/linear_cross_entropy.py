@@ -64,9 +64,9 @@ def linear_cross_entropy(
         order lse, accuracy, entropy; each of the target's shape, in at least fp32. lse and entropy are differentiable;
         where their gradients are asked for, the logits are computed once more.
 
-    On a CPU the layer's gradient is a product in fp32, whatever the inputs' dtype, because PyTorch's 16-bit products
-    there are rounded to 16 bits chunk by chunk. ``torch.set_float32_matmul_precision("medium")`` gives it to the matrix
-    units: faster, its logits' gradient rounded to bf16 first.
+    On a CPU the layer's gradient is summed over the chunks by bf16 products with fp32 sums on the matrix units (AMX)
+    where there are some and the extension was built; else by products in fp32, whatever the inputs' dtype, because
+    PyTorch's 16-bit products there are rounded to 16 bits chunk by chunk.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or option does not fit.
@@ -101,7 +101,7 @@ def linear_cross_entropy(
             raise TypeError(f"linear_cross_entropy: {name} is {tensor.dtype}, input {input.dtype}; they must agree")
     if weight is not None and weight.requires_grad:
         raise ValueError("linear_cross_entropy: weight requires a gradient, which class weights get nowhere")
-    fused = pick("linear_cross_entropy", input, linear_weight, linear_bias, weight) == "triton"
+    backend = pick("linear_cross_entropy", input, linear_weight, linear_bias, weight)
     needs = tuple(
         t is not None and t.requires_grad and torch.is_grad_enabled() for t in (input, linear_weight, linear_bias)
     )
@@ -115,15 +115,16 @@ def linear_cross_entropy(
     everywhere = return_lse or return_entropy
     rows = x.shape[0] if max_targets is None or everywhere else min(x.shape[0], max_targets)
     chunk = plan(
-        rows, linear_weight.shape[0], input.dtype, input.device.type, fused, max_workspace_mb, softcap, return_entropy,
-        "",
+        rows, linear_weight.shape[0], input.dtype, input.device.type, backend, max_workspace_mb, softcap,
+        return_entropy, "",
     ).rows  # fmt: skip
     compact = 0 if everywhere else rows if max_targets is not None else -1 if input.device.type == "cpu" else 0
     loss, lse, accuracy, entropy, *_ = LinearCrossEntropy.apply(
         x, linear_weight, linear_bias, y, None if weight is None else weight.contiguous(),
         None if token_weight is None else token_weight.reshape(-1).to(wide),
         int(ignore_index), float(label_smoothing), None if softcap is None else float(softcap), float(logit_scale),
-        float(z_loss), reduction, dtype, with_gradient, chunk, fused, compact, needs, (return_accuracy, return_entropy),
+        float(z_loss), reduction, dtype, with_gradient, chunk, backend, compact, needs,
+        (return_accuracy, return_entropy),
     )  # fmt: skip
     loss = loss.view(target.shape) if reduction == "none" else loss
     asked = ((return_lse, lse), (return_accuracy, accuracy), (return_entropy, entropy))
@@ -136,7 +137,7 @@ def linear_cross_entropy_plan(
     return_entropy=False,
 ) -> Plan:  # fmt: skip
     """How :func:`linear_cross_entropy` would run such a call: print it before running."""
-    fused = pick("linear_cross_entropy", input, linear_weight) == "triton"
+    backend = pick("linear_cross_entropy", input, linear_weight)
     if not torch.is_grad_enabled() or not (input.requires_grad or linear_weight.requires_grad):
         lane = "1 matmul, loss only"
     elif reduction == "none" or recompute or input.dtype == torch.float16:
@@ -147,7 +148,7 @@ def linear_cross_entropy_plan(
     if max_targets is not None and not return_entropy:
         tokens = min(tokens, max_targets)
     return plan(
-        tokens, len(linear_weight), input.dtype, input.device.type, fused, max_workspace_mb, softcap, return_entropy,
+        tokens, len(linear_weight), input.dtype, input.device.type, backend, max_workspace_mb, softcap, return_entropy,
         lane,
     )  # fmt: skip
 
@@ -212,7 +213,7 @@ register(
         reference=linear_cross_entropy_reference,
         samples=linear_samples,
         cost=linear_cost,
-        backends=("eager", "triton"),
+        backends=("eager", "triton", "native"),
         module=LinearCrossEntropyLoss,
     )
 )
