@@ -31,6 +31,21 @@ def tuned(kernel: str, device: torch.device, key: tuple, settings: dict[str, int
     return TUNED.get((kernel, arch, *key), settings)
 
 
+# A reduction across a cluster's blocks does not compile before.
+_REDUCES_ACROSS_CLUSTERS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+
+
+def cluster_blocks(device: torch.device, n_cols: int, most: int) -> int:
+    """How many blocks of a cluster share a row of which one holds ``most`` columns; 0 where no cluster can.
+
+    Clusters are of sm_90 and later, and 8 blocks the most that every such GPU grants. The interpreter is as sm_90.
+    """
+    if device.type == "cuda" and not (_REDUCES_ACROSS_CLUSTERS and torch.cuda.get_device_capability(device)[0] >= 9):
+        return 0
+    blocks = next_power_of_2(triton.cdiv(n_cols, max(most, 1)))
+    return blocks if blocks <= 8 else 0
+
+
 def next_power_of_2(n: int) -> int:
     return triton.next_power_of_2(max(int(n), 1))
 

@@ -4,16 +4,18 @@
     xhat = (h - mean) * rstd,  rstd = 1 / sqrt(mean((h - mean)^2) + eps),  y = xhat * (weight + offset) + bias
 
 RMS norm is mean = 0 throughout. Rows of up to FWD_ROW columns stay in registers, so that every tensor is read or
-written once; 16-bit ones stay there as 16 bits up to twice that (_norm_packed.py). Wider ones are walked in blocks,
-twice; the second walk finds in the cache what the first has left there.
+written once; 16-bit ones stay there as 16 bits up to twice that (_norm_packed.py). Wider ones, up to 8 * FWD_ROW, are
+shared by the blocks of a cluster (_norm_cluster.py). Where there are no clusters, and with dropout past FWD_ROW / 2,
+they are walked in blocks, twice; the second walk finds in the cache what the first has left there.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import OPTIONS, Rows, next_power_of_2, tuned
+from ._launch import OPTIONS, Rows, cluster_blocks, next_power_of_2, tuned
 from ._math import is_kept, starts
+from ._norm_cluster import norm_fwd_cluster
 from ._norm_packed import norm_fwd_packed, packable
 
 # Widest row that no program spills on sm_80, sm_90 and sm_100, and tiles that keep 8 warps busy with 16 elements a
@@ -163,7 +165,8 @@ def norm_fwd(x, residual, weight, bias, seed, eps: float, offset: float, p: floa
     flags = dict(
         CENTER=center, HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None
     )
-    if n_cols <= FWD_ROW:
+    # The random numbers take registers too: at FWD_ROW columns they would spill.
+    if n_cols <= (FWD_ROW if p == 0.0 else FWD_ROW // 2):
         block_m, block_n = row_tile(rows.count, n_cols, FWD_TILE)
         settings = dict(BLOCK_M=block_m, num_warps=max(warps(block_m * block_n, 8), block_n // 1024))
         settings = tuned("norm_fwd", x.device, (block_m, block_n, x.element_size(), residual is not None), settings)
@@ -173,6 +176,8 @@ def norm_fwd(x, residual, weight, bias, seed, eps: float, offset: float, p: floa
         )  # fmt: skip
     elif n_cols <= 2 * FWD_ROW and p == 0.0 and packable(inputs, layouts, n_cols):
         norm_fwd_packed(rows.count, (*inputs, *outputs), layouts, n_cols, eps, offset, flags)
+    elif p == 0.0 and (blocks := cluster_blocks(x.device, n_cols, FWD_ROW)):
+        norm_fwd_cluster(rows.count, blocks, (*inputs, *outputs), layouts, n_cols, eps, offset, flags)
     else:
         _norm_fwd_blocked_kernel[(rows.count,)](
             *args, *layouts, n_cols, eps, offset, p, **flags, DROPOUT=p > 0.0,

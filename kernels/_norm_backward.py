@@ -5,18 +5,21 @@
     dresidual = dh,  dinput = keep * dh / (1 - p),  dweight = sum_rows(dy * xhat),  dbias = sum_rows(dy)
 
 Up to BWD_ROW columns a persistent grid reads every row once, prefetching the next tiles, keeps its share of dweight
-and dbias in fp32 registers and leaves one partial row a program, which a second small kernel sums. Wider rows do not
-leave room for that: one kernel takes the two means of each row, another walks blocks of columns with them. No atomics,
-so results repeat bit for bit.
+and dbias in fp32 registers and leaves one partial row a program, which a second small kernel sums. Up to 8 * BWD_ROW
+the blocks of a cluster share the row (_norm_cluster.py). Wider rows, all rows past BWD_ROW where there are no clusters,
+and those with dropout do not leave room for that: 12 bytes a column of sums, x and dy against a multiprocessor's 256 KB
+of registers. For them one kernel takes the two means of each row, another walks blocks of columns with them, and x and
+dy are read twice. No atomics, so results repeat bit for bit.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import OPTIONS, Rows, processor_count
+from ._launch import OPTIONS, Rows, cluster_blocks, processor_count
 from ._math import is_kept, starts
 from ._norm import BLOCKED_COLS, row_tile, warps
+from ._norm_cluster import norm_bwd_cluster
 
 # The backward holds x, dy, weight and two fp32 sums of a row. Its tiles fill a multiprocessor's registers (16 warps x
 # 128), so one program each: the partial rows stay below 5% of the bytes of 8192 rows. Of wide rows a program takes
@@ -171,15 +174,21 @@ def norm_bwd(
         return dinput, dresidual, dweight.zero_(), dbias.zero_()
     flags = dict(CENTER=center, HAS_WEIGHT=weight is not None)
     wanted = dict(NEED_DWEIGHT=need_dweight, NEED_DBIAS=need_dbias)
+    dx_wanted = dict(NEED_DINPUT=need_dinput, NEED_DRESIDUAL=need_dresidual)
     mean_g = mean_gx = None
-    whole = n_cols <= BWD_ROW
+    whole, processors = n_cols <= BWD_ROW, processor_count(x.device)
+    # The row sums are what blocks of a cluster exchange: without dx there are none.
+    shares = p == 0.0 and (need_dinput or need_dresidual)
+    blocks = cluster_blocks(x.device, n_cols, BWD_ROW) if shares and not whole else 0
     if whole:
         block_m, block_n = row_tile(n_rows, n_cols, BWD_TILE)
-        programs = min(triton.cdiv(n_rows, block_m), processor_count(x.device))
+        programs = min(triton.cdiv(n_rows, block_m), processors)
+    elif blocks:
+        programs = min(n_rows, max(1, processors // blocks))
     else:
         block_m, block_n = WIDE_TILE
         # Two programs a multiprocessor, over the column blocks and the rows.
-        programs = max(1, 2 * processor_count(x.device) // triton.cdiv(n_cols, block_n))
+        programs = max(1, 2 * processors // triton.cdiv(n_cols, block_n))
         programs = min(triton.cdiv(n_rows, block_m), programs)
         if need_dinput or need_dresidual:
             mean_g = x.new_empty(n_rows if center else 0, dtype=torch.float32)
@@ -191,25 +200,22 @@ def norm_bwd(
             )  # fmt: skip
     parts = x.new_empty(need_dweight + need_dbias, programs, n_cols, dtype=torch.float32)
     partial = (parts[0], parts[-1]) if len(parts) else (None, None)
-    _norm_bwd_kernel[(programs, triton.cdiv(n_cols, block_n))](
-        dy_rows.data, None if dh is None else dh_rows.data, x_rows.data, weight, seed, mean, rstd, mean_g, mean_gx,
-        dinput, dresidual, *partial, *dy_rows.layout, *dh_rows.layout, *x_rows.layout, n_rows, n_cols, offset, p,
-        WHOLE=whole, **flags, HAS_DH=dh is not None, DROPOUT=p > 0.0,
-        NEED_DINPUT=need_dinput, NEED_DRESIDUAL=need_dresidual, **wanted,
-        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps(block_m * block_n), **OPTIONS,
-    )  # fmt: skip
+    inputs = (dy_rows.data, None if dh is None else dh_rows.data, x_rows.data, weight)
+    layouts = (*dy_rows.layout, *dh_rows.layout, *x_rows.layout)
+    flags |= dict(HAS_DH=dh is not None, **dx_wanted, **wanted)
+    if blocks:
+        args = (*inputs, mean, rstd, dinput, dresidual, *partial)
+        norm_bwd_cluster(programs, blocks, args, layouts, n_rows, n_cols, offset, flags)
+    else:
+        _norm_bwd_kernel[(programs, triton.cdiv(n_cols, block_n))](
+            *inputs, seed, mean, rstd, mean_g, mean_gx, dinput, dresidual, *partial,
+            *layouts, n_rows, n_cols, offset, p, WHOLE=whole, **flags, DROPOUT=p > 0.0,
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps(block_m * block_n), **OPTIONS,
+        )  # fmt: skip
     if need_dweight or need_dbias:
         block_m, block_n = (32, 64) if whole else (8, 256)
         _column_sum_kernel[(triton.cdiv(n_cols, block_n),)](
-            *partial,
-            dweight,
-            dbias,
-            programs,
-            n_cols,
-            **wanted,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            num_warps=4,
-            **OPTIONS,
-        )
+            *partial, dweight, dbias, programs, n_cols,
+            **wanted, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, **OPTIONS,
+        )  # fmt: skip
     return dinput, dresidual, dweight, dbias

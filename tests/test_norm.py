@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DEVICE
 from contract import assert_as_true, copy, leaves, outputs, run
-from fastllm.kernels import _norm, _norm_backward
+from fastllm.kernels import _launch, _norm, _norm_backward
 
 import fastllm
 from fastllm import OPS
@@ -70,6 +70,38 @@ def test_rows_that_stay_16_bit_in_registers(name, dtype, monkeypatch, poisoned_m
     assert len(packed) == 6  # rows that begin at an odd element go another way
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NORMS)
+def test_rows_shared_by_a_cluster(name, dtype, monkeypatch, poisoned_memory):
+    op, seen = OPS[name], []
+    monkeypatch.setattr(_norm, "FWD_ROW", 8)
+    monkeypatch.setattr(_norm_backward, "BWD_ROW", 8)
+    for module, launcher in ((_norm, "norm_fwd_cluster"), (_norm_backward, "norm_bwd_cluster")):
+        real = getattr(module, launcher)
+        monkeypatch.setattr(
+            module, launcher, lambda *args, real=real: (seen.append((real.__name__, args[1])), real(*args))
+        )
+    chosen = ("5x63", "no_parameters", "packed_heads", "weight_offset", "bias_only", "wide_residual")
+    for sample in (copy(s) for s in op.samples(DEVICE, dtype) if s.name in chosen):
+        truth = run(op.reference, copy(sample, torch.float64))
+        yardstick = run(op.function, copy(sample), "eager")
+        for mine, true, stick in zip(run(op.function, copy(sample), "triton"), truth, yardstick, strict=True):
+            for i, (a, b, c) in enumerate(zip(mine, true, stick, strict=True)):
+                assert_as_true(a, b, c, dtype, f"{name}/{sample.name} {i}")
+    assert {("norm_fwd_cluster", 8), ("norm_bwd_cluster", 8), ("norm_bwd_cluster", 2)} <= set(seen)
+
+
+def test_clusters_are_for_gpus_that_have_them(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(_launch, "_REDUCES_ACROSS_CLUSTERS", True)
+    for major, blocks in ((8, 0), (9, 2), (10, 2)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=major: (major, 0))
+        assert _launch.cluster_blocks(cuda, 12288, 8192) == blocks
+    assert [_launch.cluster_blocks(cuda, n, 8192) for n in (8193, 32768, 65536, 65537)] == [2, 4, 8, 0]
+    monkeypatch.setattr(_launch, "_REDUCES_ACROSS_CLUSTERS", False)
+    assert _launch.cluster_blocks(cuda, 12288, 8192) == 0
+
+
 def test_a_row_at_the_edge_of_each_kernel():
     for cols in (_norm_backward.BWD_ROW, _norm.FWD_ROW, _norm.FWD_ROW + 1):
         x = torch.randn(2, cols, device=DEVICE, requires_grad=True)
@@ -84,7 +116,7 @@ def test_a_row_at_the_edge_of_each_kernel():
 @pytest.mark.parametrize("cols", [48, 100])
 def test_dropout_is_the_same_in_both_directions(function, cols, monkeypatch):
     monkeypatch.setattr(_norm_backward, "BWD_ROW", 64)  # the wider goes another way, in other tiles
-    monkeypatch.setattr(_norm, "FWD_ROW", 64)
+    monkeypatch.setattr(_norm, "FWD_ROW", 128)  # half of it with dropout
     x = torch.rand(64, cols, device=DEVICE).add_(1).requires_grad_()
     residual = torch.randn(64, cols, device=DEVICE, requires_grad=True)
     weight = torch.rand(cols, device=DEVICE, requires_grad=True)
@@ -116,21 +148,38 @@ def test_dropout_follows_the_seed_and_the_mode(function):
             draws.append(function(x, residual, (40,), dropout_p=0.5)[1])
         assert torch.equal(draws[0], draws[1])
         assert not torch.equal(draws[0], draws[2])
-        x.requires_grad_()
-        loss = function(x, residual, (40,), dropout_p=0.5)[0].square().sum()
-        with pytest.raises(NotImplementedError, match="dropout"):
-            torch.autograd.grad(loss, x, create_graph=True)
+
+
+@pytest.mark.parametrize("kernels", ["triton", "native"])
+@pytest.mark.parametrize("function", ADDS)
+def test_gradients_through_dropout_have_gradients(function, kernels):
+    x, residual, weight = (torch.randn(n, 40, device=DEVICE).squeeze(0).requires_grad_() for n in (6, 6, 1))
+
+    def to_second_order(y, h):
+        grads = torch.autograd.grad(y.sin().sum() + h.square().sum(), (x, residual, weight), create_graph=True)
+        return *grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), (x, residual, weight))
+
+    with fastllm.backend(kernels):
+        y, h = function(x, residual, (40,), weight, dropout_p=0.4)
+        mine = to_second_order(y, h)
+    branch = torch.where((h - residual).abs() > 0, x / 0.6, 0)
+    with fastllm.backend("eager"):
+        expected = to_second_order(*function(branch, residual, (40,), weight))
+    for a, b in zip(mine, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_modules_drop_out_in_training_only(backend):
-    for module in (fastllm.nn.AddLayerNorm(40, dropout_p=0.5), fastllm.nn.AddRMSNorm(40, dropout_p=0.5)):
-        module = module.to(DEVICE)
+    for cls, plain in ((fastllm.nn.AddLayerNorm, torch.nn.LayerNorm), (fastllm.nn.AddRMSNorm, torch.nn.RMSNorm)):
+        module = cls(40, dropout_p=0.5).to(DEVICE)
         assert "dropout_p=0.5" in repr(module)
         x, residual = torch.rand(8, 40, device=DEVICE) + 1, torch.zeros(8, 40, device=DEVICE)
         assert (module(x, residual)[1] == 0).any()
         y, h = module.eval()(x, residual)
         torch.testing.assert_close(h, x)
-        torch.testing.assert_close(y, type(module).__mro__[1].forward(module, x))
+        torch.testing.assert_close(y, plain.forward(module, x))
+        with pytest.raises(ValueError, match=f"{cls.__name__}: dropout_p must be in"):
+            cls(40, dropout_p=1.0)
 
 
 def test_the_residual_stream_keeps_its_dtype(backend):

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from ..registry import Cost, Sample, define
+from ..registry import Cost, Sample, chosen_backend, define, pick
 from ._autograd import gradients
+from ._philox import dropout_mask, rows_kept
 
 
 def check_norm(op: str, input, normalized_shape, residual=None, **parameters) -> tuple[int, ...]:
@@ -53,35 +54,48 @@ def check_scalars(op: str, weight_offset: float, dropout_p: float = 0.0) -> None
         raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
 
 
-def kernel_refuses(input: torch.Tensor, shape: tuple[int, ...]) -> str | None:
-    """Why a norm kernel cannot take these arguments, or None."""
-    if 0 in shape:
-        return f"normalized_shape {list(shape)} has no elements"
-    return None
+def torch_is_faster(input: torch.Tensor) -> bool:
+    """Whether an add and PyTorch's own layer norm beat the extension on a CPU: in fp32 they take half its time."""
+    return input.device.type == "cpu" and input.dtype.itemsize > 2
 
 
-def _fwd_fake(x, residual, weight, bias, seed, eps, offset, p, center):
+def pick_norm(op: str, shape: tuple[int, ...], *tensors: torch.Tensor | None) -> str:
+    """The backend that serves this call."""
+    empty = 0 in shape
+    if chosen_backend() == "auto" and (empty or (op == "add_layer_norm" and torch_is_faster(tensors[0]))):
+        return "eager"
+    refuses = f"normalized_shape {list(shape)} has no elements" if empty else None
+    return pick(op, *tensors, refused={"triton": refuses, "native": refuses})
+
+
+def _fwd_fake(x, residual, weight, bias, seed, eps, offset, p, center, backend):
     rows = x.numel() // x.shape[-1]
+    wide = torch.promote_types(x.dtype if residual is None else residual.dtype, torch.float32)
+    wide = torch.promote_types(wide, x.dtype)
     return (
         x.new_empty(x.shape),
         x.new_empty(0) if residual is None else residual.new_empty(x.shape),
-        x.new_empty(rows if center else 0, dtype=torch.float32),
-        x.new_empty(rows, dtype=torch.float32),
+        x.new_empty(rows if center else 0, dtype=wide),
+        x.new_empty(rows, dtype=wide),
     )
 
 
 @define(
     "norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, float eps, float offset, float p,"
-    " bool center) -> (Tensor, Tensor, Tensor, Tensor)",
+    " bool center, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _fwd_fake,
 )
 def _norm_fwd(*args):
-    from ..kernels._norm import norm_fwd
+    *args, backend = args
+    if backend == "native":
+        from ._norm_native import norm_fwd
+    else:
+        from ..kernels._norm import norm_fwd
 
     return norm_fwd(*args)
 
 
-def _bwd_fake(dy, dh, x, weight, seed, mean, rstd, input_dtype, bias_dtype, offset, p, center, needs):
+def _bwd_fake(dy, dh, x, weight, seed, mean, rstd, input_dtype, bias_dtype, offset, p, center, needs, backend):
     n = x.shape[-1]
     need_dinput, need_dresidual, need_dweight, need_dbias = needs
     if p == 0.0 and input_dtype == x.dtype:
@@ -96,20 +110,24 @@ def _bwd_fake(dy, dh, x, weight, seed, mean, rstd, input_dtype, bias_dtype, offs
 
 @define(
     "norm_bwd(Tensor dy, Tensor? dh, Tensor x, Tensor? weight, Tensor? seed, Tensor mean, Tensor rstd,"
-    " ScalarType input_dtype, ScalarType bias_dtype, float offset, float p, bool center, bool[4] needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    " ScalarType input_dtype, ScalarType bias_dtype, float offset, float p, bool center, bool[4] needs,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
 )
 def _norm_bwd(*args):
-    from ..kernels._norm_backward import norm_bwd
+    *args, backend = args
+    if backend == "native":
+        from ._norm_native import norm_bwd
+    else:
+        from ..kernels._norm_backward import norm_bwd
 
     return norm_bwd(*args)
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(x, residual, weight, bias, seed, eps, offset, p, center):
-        return _norm_fwd(x, residual, weight, bias, seed, eps, offset, p, center)
+    def forward(x, residual, weight, bias, seed, eps, offset, p, center, backend):
+        return _norm_fwd(x, residual, weight, bias, seed, eps, offset, p, center, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -127,30 +145,26 @@ class _Norm(torch.autograd.Function):
         if dy is None and dh is None:
             return None, None, None, None, *none
         normed, weight, bias, seed, mean, rstd = ctx.saved_tensors
-        eps, offset, p, center = ctx.options
+        eps, offset, p, center, backend = ctx.options
         bias_dtype = normed.dtype if bias is None else bias.dtype
         needs = ctx.needs_input_grad[:4]
         if dy is None:
             dy = torch.zeros_like(normed, dtype=ctx.input_dtype)
         if ctx.added and (not torch.is_grad_enabled() or torch.compiler.is_compiling()):
             dinput, dresidual, *others = _norm_bwd(
-                dy, dh, normed, weight, seed, mean, rstd, ctx.input_dtype, bias_dtype, offset, p, center, needs
-            )
+                dy, dh, normed, weight, seed, mean, rstd, ctx.input_dtype, bias_dtype, offset, p, center, needs,
+                backend,
+            )  # fmt: skip
             if p == 0.0 and ctx.input_dtype == normed.dtype:
                 dresidual = dinput
             grads = (dinput, dresidual, *others)
             return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *none
-        if ctx.added and p > 0.0:
-            raise NotImplementedError(
-                "a norm with dropout on its kernel is differentiable once; for its gradient's gradient choose the "
-                "eager backend or dropout_p=0"
-            )
 
         def launch(inputs, outputs_grad, extras, needs):
             x, weight, _ = inputs
             dx, _, *others = _norm_bwd(
                 *outputs_grad, None, x, weight, None, *extras, x.dtype, bias_dtype, offset, 0.0, center,
-                (needs[0], False, *needs[1:]),
+                (needs[0], False, *needs[1:]), backend,
             )  # fmt: skip
             return dx, *others
 
@@ -161,12 +175,17 @@ class _Norm(torch.autograd.Function):
         dx, dweight, dbias = gradients(launch, formula, (normed, weight, bias), inner, (dy,), (mean, rstd))
         if ctx.added and dh is not None and dx is not None:
             dx = dx + dh
-        dinput = dx.to(ctx.input_dtype) if needs[0] else None
+        dinput = dx if needs[0] else None
+        if needs[0] and p > 0.0:
+            native = backend == "native"
+            kept = dropout_mask(seed, dx.shape, p) if native else rows_kept(seed, rstd.numel(), dx.shape[-1], p)
+            dinput = torch.where(kept.view(dx.shape), dx * (1.0 / (1.0 - p)), 0.0)
+        dinput = dinput.to(ctx.input_dtype) if needs[0] else None
         return dinput, dx if ctx.added and needs[1] else None, dweight, dbias, *none
 
 
-def fused_norm(input, shape, weight, bias, eps, offset, center: bool, residual=None, p: float = 0.0):
-    """(y, h) by the kernels; h is None without a residual."""
+def fused_norm(input, shape, weight, bias, eps, offset, center: bool, backend: str, residual=None, p: float = 0.0):
+    """(y, h) by ``backend``'s kernels; h is None without a residual."""
 
     def flat(parameter):
         return None if parameter is None else parameter.reshape(-1).contiguous()
@@ -177,8 +196,9 @@ def fused_norm(input, shape, weight, bias, eps, offset, center: bool, residual=N
     # The seed is a tensor drawn on the device: no synchronisation, and a captured graph draws anew at each replay.
     seed = torch.randint(0, 2**62, (1,), device=input.device) if p > 0.0 else None
     y, h, _, _ = _Norm.apply(
-        rows(input), rows(residual), flat(weight), flat(bias), seed, float(eps), float(offset), float(p), center
-    )
+        rows(input), rows(residual), flat(weight), flat(bias), seed, float(eps), float(offset), float(p), center,
+        backend,
+    )  # fmt: skip
     return y.view(input.shape), None if residual is None else h.view(input.shape)
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from ..registry import Op, pick, register
+from ..registry import Op, register
+from ._add_norm import DropsBranch
 from ._norm import (
     add_norm_cost,
     added,
     check_norm,
     check_scalars,
     fused_norm,
-    kernel_refuses,
     norm_reference,
     norm_samples,
+    pick_norm,
 )
 from .layer_norm import eager_layer_norm
 
@@ -47,36 +48,26 @@ def add_layer_norm(
         TypeError: ``input`` or ``residual`` is not a floating-point tensor.
         ValueError: a shape, device or option does not fit.
         BackendError: the backend asked for cannot serve the call.
-        NotImplementedError: a gradient's gradient is asked for through dropout on the kernel.
     """
     shape = check_norm("add_layer_norm", input, normalized_shape, residual, weight=weight, bias=bias)
     check_scalars("add_layer_norm", weight_offset, dropout_p)
-    refused = {"triton": kernel_refuses(input, shape)}
-    if pick("add_layer_norm", input, residual, weight, bias, refused=refused) == "eager":
+    backend = pick_norm("add_layer_norm", shape, input, residual, weight, bias)
+    if backend == "eager":
         h = added(input, residual, dropout_p)
         return eager_layer_norm(h, shape, weight, bias, eps, weight_offset).to(input.dtype), h
-    return fused_norm(input, shape, weight, bias, eps, weight_offset, True, residual, dropout_p)
+    return fused_norm(input, shape, weight, bias, eps, weight_offset, True, backend, residual, dropout_p)
 
 
-class AddLayerNorm(torch.nn.LayerNorm):
+class AddLayerNorm(DropsBranch, torch.nn.LayerNorm):
     """:func:`add_layer_norm` with torch.nn.LayerNorm's arguments and state_dict keys.
 
     ``forward(input, residual)`` gives (y, h); ``dropout_p`` acts in training mode only.
     """
 
-    def __init__(self, *args, dropout_p: float = 0.0, **kwargs):
-        super().__init__(*args, **kwargs)
-        check_scalars("AddLayerNorm", 0.0, dropout_p)
-        self.dropout_p = dropout_p
-
     def forward(self, input, residual):
         return add_layer_norm(
-            input, residual, self.normalized_shape, self.weight, self.bias, self.eps,
-            dropout_p=self.dropout_p if self.training else 0.0,
-        )  # fmt: skip
-
-    def extra_repr(self):
-        return f"{super().extra_repr()}, dropout_p={self.dropout_p}"
+            input, residual, self.normalized_shape, self.weight, self.bias, self.eps, dropout_p=self.active_dropout
+        )
 
 
 register(
@@ -87,7 +78,8 @@ register(
         reference=add_layer_norm_reference,
         samples=lambda device, dtype: norm_samples(device, dtype, bias=True, residual=True),
         cost=add_norm_cost,
-        backends=("eager", "triton"),
+        backends=("eager", "triton", "native"),
         module=AddLayerNorm,
+        exception=lambda device: "float32 and float64: eager, which is faster" if device == "cpu" else None,
     )
 )

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from ..registry import Op, pick, register
+from ..registry import Op, register
+from ._add_norm import DropsBranch
 from ._norm import (
     add_norm_cost,
     added,
     check_norm,
     check_scalars,
     fused_norm,
-    kernel_refuses,
     norm_reference,
     norm_samples,
+    pick_norm,
 )
 from .rms_norm import default_eps, eager_rms_norm
 
@@ -46,38 +47,29 @@ def add_rms_norm(input, residual, normalized_shape, weight=None, eps=None, *, dr
         TypeError: ``input`` or ``residual`` is not a floating-point tensor.
         ValueError: a shape, device or option does not fit.
         BackendError: the backend asked for cannot serve the call.
-        NotImplementedError: a gradient's gradient is asked for through dropout on the kernel.
     """
     shape = check_norm("add_rms_norm", input, normalized_shape, residual, weight=weight)
     check_scalars("add_rms_norm", weight_offset, dropout_p)
-    refused = {"triton": kernel_refuses(input, shape)}
-    if pick("add_rms_norm", input, residual, weight, refused=refused) == "eager":
+    backend = pick_norm("add_rms_norm", shape, input, residual, weight)
+    if backend == "eager":
         h = added(input, residual, dropout_p)
         return eager_rms_norm(h, shape, weight, eps, weight_offset).to(input.dtype), h
     return fused_norm(
-        input, shape, weight, None, default_eps(eps, residual.dtype), weight_offset, False, residual, dropout_p
-    )
+        input, shape, weight, None, default_eps(eps, residual.dtype), weight_offset, False, backend, residual,
+        dropout_p,
+    )  # fmt: skip
 
 
-class AddRMSNorm(torch.nn.RMSNorm):
+class AddRMSNorm(DropsBranch, torch.nn.RMSNorm):
     """:func:`add_rms_norm` with torch.nn.RMSNorm's arguments and state_dict keys.
 
     ``forward(input, residual)`` gives (y, h); ``dropout_p`` acts in training mode only.
     """
 
-    def __init__(self, *args, dropout_p: float = 0.0, **kwargs):
-        super().__init__(*args, **kwargs)
-        check_scalars("AddRMSNorm", 0.0, dropout_p)
-        self.dropout_p = dropout_p
-
     def forward(self, input, residual):
         return add_rms_norm(
-            input, residual, self.normalized_shape, self.weight, self.eps,
-            dropout_p=self.dropout_p if self.training else 0.0,
-        )  # fmt: skip
-
-    def extra_repr(self):
-        return f"{super().extra_repr()}, dropout_p={self.dropout_p}"
+            input, residual, self.normalized_shape, self.weight, self.eps, dropout_p=self.active_dropout
+        )
 
 
 register(
@@ -88,7 +80,7 @@ register(
         reference=add_rms_norm_reference,
         samples=lambda device, dtype: norm_samples(device, dtype, bias=False, residual=True),
         cost=add_norm_cost,
-        backends=("eager", "triton"),
+        backends=("eager", "triton", "native"),
         module=AddRMSNorm,
     )
 )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..registry import Op, pick, register
-from ._norm import check_norm, check_scalars, fused_norm, kernel_refuses, norm_cost, norm_reference, norm_samples
+from ..registry import Op, register
+from ._norm import check_norm, check_scalars, fused_norm, norm_cost, norm_reference, norm_samples, pick_norm
 
 
 def layer_norm_reference(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, weight_offset=0.0):
@@ -42,9 +42,10 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, wei
     """
     shape = check_norm("layer_norm", input, normalized_shape, weight=weight, bias=bias)
     check_scalars("layer_norm", weight_offset)
-    if pick("layer_norm", input, weight, bias, refused={"triton": kernel_refuses(input, shape)}) == "eager":
+    backend = pick_norm("layer_norm", shape, input, weight, bias)
+    if backend == "eager":
         return eager_layer_norm(input, shape, weight, bias, eps, weight_offset)
-    return fused_norm(input, shape, weight, bias, eps, weight_offset, center=True)[0]
+    return fused_norm(input, shape, weight, bias, eps, weight_offset, True, backend)[0]
 
 
 class LayerNorm(torch.nn.LayerNorm):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..registry import Op, pick, register
-from ._norm import check_norm, check_scalars, fused_norm, kernel_refuses, norm_cost, norm_reference, norm_samples
+from ..registry import Op, register
+from ._norm import check_norm, check_scalars, fused_norm, norm_cost, norm_reference, norm_samples, pick_norm
 
 
 def default_eps(eps: float | None, dtype: torch.dtype) -> float:
@@ -48,9 +48,10 @@ def rms_norm(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.
     """
     shape = check_norm("rms_norm", input, normalized_shape, weight=weight)
     check_scalars("rms_norm", weight_offset)
-    if pick("rms_norm", input, weight, refused={"triton": kernel_refuses(input, shape)}) == "eager":
+    backend = pick_norm("rms_norm", shape, input, weight)
+    if backend == "eager":
         return eager_rms_norm(input, shape, weight, eps, weight_offset)
-    return fused_norm(input, shape, weight, None, default_eps(eps, input.dtype), weight_offset, center=False)[0]
+    return fused_norm(input, shape, weight, None, default_eps(eps, input.dtype), weight_offset, False, backend)[0]
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -68,7 +69,7 @@ register(
         reference=rms_norm_reference,
         samples=lambda device, dtype: norm_samples(device, dtype, bias=False),
         cost=norm_cost,
-        backends=("eager", "triton"),
+        backends=("eager", "triton", "native"),
         module=RMSNorm,
     )
 )
