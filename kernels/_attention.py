@@ -254,8 +254,10 @@ class Problem:
         if q.device.type == "cuda":
             major, minor = torch.cuda.get_device_capability(q.device)
             self.arch = 10 * major + minor
-        heavy = bias is not None or dropout_p > 0 or self.align() == 1
+        heavy = bias is not None or dropout_p > 0
         self.load = 2 if heavy else min(sum((left >= 0, softcap > 0, alibi_slopes is not None)), 2)
+        if self.align() == 1:
+            self.load = 3
         self.blocks = dict(BLOCK_D=max(16, next_power_of_2(self.dim)), BLOCK_DV=max(16, next_power_of_2(self.dim_v)))
         self.widest = max(self.blocks.values())
 

@@ -1,13 +1,11 @@
 """Launch tables of the attention kernels: (BLOCK_M, BLOCK_N, warps, stages) by architecture, head dim and load.
 
 Chosen from what ptxas makes of them (Triton 3.9, November 2026): large tiles without a spill, with warpgroup products
-on sm_90. ``python -m fastllm.bench.attention_tables`` compiles every entry and fails on those that still spill: with
-every feature at once, dbias at head dim 256 (480 bytes on sm_90, 664 on sm_80) and at 128 on sm_80 (96), and in fp32 at
-64 and 256 (8 and 16). None has been timed yet.
+on sm_90; ``python -m fastllm.bench.attention_tables`` prints the registers of every entry. None has been timed yet.
 
 The load is how much besides the products a score needs registers for: 0 where it is the bare product, causal or not;
-1 with a left window, a soft cap or ALiBi; 2 with several of them, a bias, dropout, or rows that cannot be read 16 bytes
-at a time.
+1 with a left window, a soft cap or ALiBi; 2 with several of them, a bias or dropout; 3 where rows cannot be read
+16 bytes at a time, which takes a pointer for every element: as 2 where no fourth tile is given.
 """
 
 import torch
@@ -17,11 +15,11 @@ FORWARD = {
     80: {
         64: ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
         128: ((128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)),
-        256: ((64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1)),
+        256: ((64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
     },
     90: {
         64: ((128, 128, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
-        128: ((128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2)),
+        128: ((128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
         256: ((128, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
     },
     100: {
@@ -32,7 +30,7 @@ FORWARD = {
 }
 DKDV = {
     80: {
-        64: ((32, 64, 8, 2), (32, 64, 8, 1), (32, 32, 8, 1)),
+        64: ((32, 64, 8, 2), (32, 64, 8, 1), (16, 32, 8, 1)),
         128: ((32, 64, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
         256: ((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
     },
@@ -42,7 +40,7 @@ DKDV = {
         256: ((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
     },
     100: {
-        64: ((64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 8, 2)),
+        64: ((64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 8, 1)),
         128: ((32, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
         256: ((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
     },
@@ -55,8 +53,8 @@ DQ = {
     },
     90: {
         64: ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
-        128: ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
-        256: ((128, 32, 8, 2), (64, 32, 8, 1), (32, 16, 8, 1)),
+        128: ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2), (64, 16, 8, 2)),
+        256: ((128, 32, 8, 2), (64, 16, 8, 2), (32, 16, 8, 1)),
     },
     100: {
         64: ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
@@ -64,12 +62,10 @@ DQ = {
         256: ((128, 32, 8, 2), (64, 32, 8, 1), (32, 16, 8, 1)),
     },
 }
-DBIAS = {
-    80: {64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
-    90: {64: (64, 64, 8, 1), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)},
-    100: {64: (64, 64, 8, 1), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)},
-}
-# fp32: products of the scalar units, whose code is the same on all of them.
+# A product of dbias walks the head dim: one tile serves all of them.
+DBIAS = {80: (64, 32, 8, 2), 90: (64, 64, 8, 2), 100: (64, 64, 8, 2)}
+# fp32: products of the scalar units, whose code is the same on all of them. At head dim 128 and with every
+# feature, ptxas still spills on sm_90: 16 bytes of dq, 504 bytes of the split decoding.
 FORWARD_32 = {
     64: ((64, 32, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1)),
     128: ((32, 32, 8, 1), (32, 16, 8, 1), (16, 32, 8, 1)),
@@ -85,36 +81,45 @@ DQ_32 = {
     128: ((32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
     256: ((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
 }
-DBIAS_32 = {64: (16, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
-
-
-def _tile(table, table_32, dim: int, dtype: torch.dtype, arch: int):
-    bucket = 64 if dim <= 64 else 128 if dim <= 128 else 256
-    if dtype == torch.float32:
-        return table_32[bucket]
-    # sm_120 has the shared memory and the matrix instructions of sm_80's kind.
-    return table[80 if arch < 90 or arch >= 120 else 90 if arch < 100 else 100][bucket]
+DBIAS_32 = (64, 32, 8, 1)
 
 
 def _named(tile) -> dict:
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile, strict=True))
 
 
+def bound(dtype: torch.dtype) -> dict:
+    """A launch's bound on registers: in fp32 the hardware's own, else ptxas spills to reach 128 and a second block."""
+    return dict(maxnreg=255) if dtype == torch.float32 else {}
+
+
+def _of(table, table_32, dtype: torch.dtype, arch: int, choose) -> dict:
+    if dtype == torch.float32:
+        return {**_named(choose(table_32)), **bound(dtype)}
+    # sm_120 has the shared memory and the matrix instructions of sm_80's kind.
+    return _named(choose(table[80 if arch < 90 or arch >= 120 else 90 if arch < 100 else 100]))
+
+
+def _tile(table, table_32, dim: int, dtype: torch.dtype, arch: int, load: int) -> dict:
+    bucket = 64 if dim <= 64 else 128 if dim <= 128 else 256
+    return _of(table, table_32, dtype, arch, lambda tiles: tiles[bucket][min(load, len(tiles[bucket]) - 1)])
+
+
 def forward_tile(dim: int, dtype: torch.dtype, arch: int, load: int) -> dict:
     """Tile of the forward: query rows of a program, keys of a step."""
-    return _named(_tile(FORWARD, FORWARD_32, dim, dtype, arch)[load])
+    return _tile(FORWARD, FORWARD_32, dim, dtype, arch, load)
 
 
 def dkdv_tile(dim: int, dtype: torch.dtype, arch: int, load: int) -> dict:
     """Tile for dk and dv: query rows of a step, keys of a program."""
-    return _named(_tile(DKDV, DKDV_32, dim, dtype, arch)[load])
+    return _tile(DKDV, DKDV_32, dim, dtype, arch, load)
 
 
 def dq_tile(dim: int, dtype: torch.dtype, arch: int, load: int) -> dict:
     """Tile for dq: query rows of a program, keys of a step."""
-    return _named(_tile(DQ, DQ_32, dim, dtype, arch)[load])
+    return _tile(DQ, DQ_32, dim, dtype, arch, load)
 
 
-def dbias_tile(dim: int, dtype: torch.dtype, arch: int) -> dict:
-    """Tile for dbias."""
-    return _named(_tile(DBIAS, DBIAS_32, dim, dtype, arch))
+def dbias_tile(dtype: torch.dtype, arch: int) -> dict:
+    """Tile for dbias: of the bias."""
+    return _of(DBIAS, DBIAS_32, dtype, arch, lambda tile: tile)

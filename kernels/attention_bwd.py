@@ -26,7 +26,7 @@ from ._attention import (
     scores,
     store_tile,
 )  # fmt: skip
-from ._attention_tiles import dkdv_tile, dq_tile
+from ._attention_tiles import bound, dkdv_tile, dq_tile
 from ._launch import OPTIONS
 from .attention_dbias import attention_dbias
 
@@ -291,7 +291,7 @@ def attention_bwd(dout, dlse, q, k, v, out, stats, bias, sinks, alibi_slopes, se
             *problem.strides(out), *problem.strides(dout), *dlse_strides, *problem.stat_strides(),
             n_tiles, problem.heads, problem.rows, problem.dim_v,
             HAS_DLSE=dlse is not None, ALIGN=problem.align(out, dout), BLOCK_M=block_m,
-            BLOCK_DV=problem.blocks["BLOCK_DV"], num_warps=4, **OPTIONS,
+            BLOCK_DV=problem.blocks["BLOCK_DV"], num_warps=4, **bound(q.dtype), **OPTIONS,
         )  # fmt: skip
     tail = (
         *problem.bias_args(), *problem.slope_args(), *problem.feature_args(), problem.keep_scale,

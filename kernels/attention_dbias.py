@@ -15,6 +15,22 @@ from ._launch import OPTIONS
 
 
 @triton.jit
+def _product(
+    a_ptr, rows, in_rows, stride_am, stride_ad, b_ptr, cols, in_cols, stride_bn, stride_bd, dim,
+    PRECISION: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """a b^T of a tile of rows and one of columns, STEP of the head dim at a time: registers do not grow with it."""
+    product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, BLOCK_D, STEP):
+        d = (start + tl.arange(0, STEP)).to(tl.int64)
+        a = load_tile(a_ptr, rows, in_rows, stride_am, d, stride_ad, dim, ALIGN=ALIGN)
+        b = load_tile(b_ptr, cols, in_cols, stride_bn, d, stride_bd, dim, ALIGN=ALIGN)
+        product = tl.dot(a, tl.trans(b), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
 def _attention_dbias_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, dbias_ptr, max_ptr, log2_ptr, delta_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
@@ -29,6 +45,7 @@ def _attention_dbias_kernel(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr, DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, EXACT: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    STEP: tl.constexpr, STEP_V: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     col_tile = program % col_tiles
@@ -39,8 +56,6 @@ def _attention_dbias_kernel(
     head_piece = piece // batch_pieces % head_pieces
     row_piece = piece // batch_pieces // head_pieces
     bias_b, bias_head = plane // bias_heads, plane % bias_heads
-    d = tl.arange(0, BLOCK_D).to(tl.int64)
-    e = tl.arange(0, BLOCK_DV).to(tl.int64)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first_b, last_b = bias_b, bias_b + 1
@@ -76,8 +91,6 @@ def _attention_dbias_kernel(
             for row in range(first_row, last_row, BLOCK_M):
                 rows = row + tl.arange(0, BLOCK_M)
                 in_rows = rows < n_rows
-                q = load_tile(q_plane, rows, in_rows, stride_qm, d, stride_qd, dim, ALIGN=ALIGN)
-                dout = load_tile(dout_plane, rows, in_rows, stride_gm, e, stride_gd, dim_v, ALIGN=ALIGN)
                 at_stats = b * stride_sb + head * stride_sh + start_q + rows
                 row_max = tl.load(max_ptr + at_stats, mask=in_rows, other=0.0)
                 row_log2 = tl.load(log2_ptr + at_stats, mask=in_rows, other=float("inf"))
@@ -85,16 +98,22 @@ def _attention_dbias_kernel(
                 for col in range(first_col, last_col, BLOCK_N):
                     cols = col + tl.arange(0, BLOCK_N)
                     in_cols = cols < n_cols
-                    k = load_tile(k_plane, cols, in_cols, stride_kn, d, stride_kd, dim, ALIGN=ALIGN)
-                    v = load_tile(v_plane, cols, in_cols, stride_vn, e, stride_vd, dim_v, ALIGN=ALIGN)
+                    dot = _product(
+                        q_plane, rows, in_rows, stride_qm, stride_qd, k_plane, cols, in_cols, stride_kn, stride_kd, dim,
+                        PRECISION=PRECISION, ALIGN=ALIGN, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, STEP=STEP,
+                    )  # fmt: skip
                     t, _ = scores(
-                        tl.dot(q, tl.trans(k), input_precision=PRECISION), rows[:, None], cols[None, :],
-                        n_rows, n_cols, bias_ptr + b * stride_bb + head * stride_bh, stride_bm, stride_bn,
-                        slope, scale, softcap, offset, left, right,
+                        dot, rows[:, None], cols[None, :], n_rows, n_cols,
+                        bias_ptr + b * stride_bb + head * stride_bh, stride_bm, stride_bn, slope, scale,
+                        softcap, offset, left, right,
                         NATURAL=NATURAL, SOFTCAP=SOFTCAP, ALIBI=ALIBI, BIAS=BIAS, LEFT=LEFT, RIGHT=RIGHT, MASKED=True,
                     )  # fmt: skip
                     p = probabilities(t, row_max[:, None], row_log2[:, None], unit, EXACT=EXACT)
-                    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+                    dp = _product(
+                        dout_plane, rows, in_rows, stride_gm, stride_gd, v_plane, cols, in_cols, stride_vn, stride_vd,
+                        dim_v, PRECISION=PRECISION, ALIGN=ALIGN, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_DV,
+                        STEP=STEP_V,
+                    )  # fmt: skip
                     if DROPOUT:
                         keep = kept(seed, b * heads + head, rows, col, threshold, BLOCK_N)
                         dp = tl.where(keep, dp * keep_scale, 0.0)
@@ -117,6 +136,8 @@ def _attention_dbias_kernel(
 
 # Programs to have at least, where the bias has fewer tiles: some turns of the largest GPU.
 PROGRAMS = 512
+# Of a row that a step of the product over the head dim takes.
+STEP_BYTES = 128
 
 
 def _pieces(count: int, wanted: int) -> tuple[int, int]:
@@ -130,7 +151,7 @@ def attention_dbias(problem, dout, stats, delta):
     bias = problem.bias
     if bias.numel() == 0:
         return bias.new_empty(bias.shape)
-    tile = dbias_tile(problem.widest, problem.q.dtype, problem.arch)
+    tile = dbias_tile(problem.q.dtype, problem.arch)
     b, heads, rows, cols = bias.shape
     row_tiles, col_tiles = triton.cdiv(rows, tile["BLOCK_M"]), triton.cdiv(cols, tile["BLOCK_N"])
     programs = b * heads * row_tiles * col_tiles
@@ -143,6 +164,7 @@ def attention_dbias(problem, dout, stats, delta):
     pieces = batches * members * parts
     dbias = bias.new_empty((pieces, *bias.shape), dtype=bias.dtype if pieces == 1 else torch.float32)
     q, k, v = problem.q, problem.k, problem.v
+    step = STEP_BYTES // q.element_size()
     _attention_dbias_kernel[(programs * pieces,)](
         q, k, v, dout, dbias, stats[0], stats[1], delta,
         *(s for x in (q, k, v, dout) for s in problem.strides(x)), *problem.stat_strides(), *problem.cu,
@@ -151,6 +173,7 @@ def attention_dbias(problem, dout, stats, delta):
         b * heads, heads, rows, cols, row_tiles, col_tiles, batches, batch_step, members, head_step,
         row_step * tile["BLOCK_M"],
         ALL_BATCHES=b == 1, ALL_HEADS=heads == 1, ALL_ROWS=rows == 1, ALL_COLS=cols == 1,
+        STEP=min(step, problem.blocks["BLOCK_D"]), STEP_V=min(step, problem.blocks["BLOCK_DV"]),
         ALIGN=problem.align(dout), **problem.flags, **problem.blocks, **tile, **OPTIONS,
     )  # fmt: skip
     return dbias[0] if pieces == 1 else dbias.sum(0).to(bias.dtype)

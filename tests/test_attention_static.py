@@ -1,30 +1,49 @@
-"""What ptxas makes of the attention kernels on sm_90: no spills, and warpgroup products in forward and backward."""
+"""What ptxas makes of the attention kernels: two calls compiled here, and when the page of all of them is stale."""
 
-import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-from fastllm.bench.static import Resources
+from fastllm.bench import attention_tables as tables
 
-SHAPES = ("d64 causal 2x32x8192", "d128 causal 2x16x8192", "decode")
-PRODUCTS = {f"_attention_{name}_kernel" for name in ("fwd", "split", "bwd_dkdv", "bwd_dq")}
+PAGE = Path(__file__).parent.parent / "docs" / "attention-tables.md"
 
 
 def test_no_spills_and_warpgroup_products(tmp_path):
-    file = tmp_path / "rows.json"
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTLLM_BACKEND")}
     # 3.9 warns while it is unset; 1 is what it and older versions do by default.
     environment |= {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "TRITON_DEFAULT_FP_FUSION": "1"}
-    command = [sys.executable, "-m", "fastllm.bench.static", "attention", "--arch", "90", "--json", str(file)]
-    run = subprocess.run([*command, "--shape", *SHAPES], env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    found = json.loads(file.read_text())
-    rows = [(row["kernel"], row["direction"], Resources(**row["resources"])) for row in found]
-    assert {direction for _, direction, _ in rows} == {"forward", "backward"}
-    assert not [(kernel, r.registers, r.stack) for kernel, _, r in rows if r.spills]
-    assert all(r.occupancy(90) > 0 for *_, r in rows)
-    products = [(row["shape"], r) for row, (kernel, _, r) in zip(found, rows, strict=True) if kernel in PRODUCTS]
-    # One query a sequence is too few rows for a warpgroup's products: each warp has its own.
-    assert len([r for shape, r in products if "decode" not in shape and r.count("HGMMA") > 0]) == 6
-    assert len([r for shape, r in products if "decode" in shape and r.count("HMMA") > 0]) == 4
+    command = [sys.executable, "-m", "fastllm.bench.attention_tables", "--spot"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    *lines, total = run.stdout.splitlines()
+    assert total.endswith(" kernels, 0 that spill or do not fit")
+    products = [line for line in lines if " full " in line and " delta " not in line]
+    assert len(products) == 3
+    assert all(line.endswith("HGMMA") for line in products)
+    other = tables.spot()[1][3]
+    assert [line for line in lines if f" {other} " in line]
+
+
+def test_the_page_is_of_these_kernels_and_shows_no_spills():
+    assert tables.stale(PAGE) is None
+    rows = [line.split("|") for line in PAGE.read_text(encoding="utf-8").splitlines() if "float" in line[:9]]
+    assert len(rows) > 50
+    assert {spills.strip() for row in rows for spills in row[8].split("/")} <= {"0", ""}
+
+
+def test_a_changed_kernel_makes_the_page_stale(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text(f"Sources: {tables.fingerprint()}.")
+    assert tables.stale(page) is None
+    kernel = tmp_path / "attention.py"
+    kernel.write_text("x = 1\n")
+    monkeypatch.setattr(tables.kernels, "__path__", [str(tmp_path)])
+    (tmp_path / "_launch.py").write_text("")
+    assert "is stale" in tables.stale(page)
+    page.write_text(f"Sources: {tables.fingerprint()}.")
+    kernel.write_text("# A comment.\n\nx = 1\n")
+    assert tables.stale(page) is None
+    kernel.write_text("x = 2\n")
+    assert "is stale" in tables.stale(page)

@@ -13,6 +13,7 @@ from torch.nn.attention import (
 
 import fastllm
 from fastllm.ops import scaled_dot_product_attention as module
+from fastllm.ops._torch_switch import KEYS
 
 
 @pytest.fixture
@@ -40,6 +41,22 @@ def gradients(function, tensors, **kwargs):
 def test_off_until_it_is_asked_for():
     assert "fastllm" in list_flash_attention_impls()
     assert current_flash_attention_impl() is None
+
+
+def registered() -> set[str]:
+    """The keys, CUDA's among them, at which torch's dispatcher has a kernel of its own for the call."""
+    name = "aten::scaled_dot_product_attention"
+    return {key for key in KEYS if torch._C._dispatch_has_kernel_for_dispatch_key(name, key)}
+
+
+def test_the_switch_registers_for_cpu_and_cuda_with_and_without_gradients():
+    assert {"CPU", "CUDA", "AutogradCPU", "AutogradCUDA"} == set(KEYS)
+    for _ in range(2):
+        assert registered() == set()
+        activate_flash_attention_impl("fastllm")
+        assert registered() == set(KEYS)
+        restore_flash_attention_impl()
+    assert registered() == set()
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])

@@ -18,6 +18,7 @@ from ._attention_amx import amx_attention, amx_exception, amx_serves
 from ._attention_check import check_attention, check_dropout, check_scale, check_window
 from ._attention_reference import draw_seed, reference
 from ._attention_samples import attention_cost, attention_samples
+from ._attention_torch import faster_in_torch, torch_attention, torch_exception
 from ._autograd import gradients
 
 MAX_HEAD_DIM = 256
@@ -39,10 +40,10 @@ def _lengths(q, k):
     return q.shape[2], k.shape[2]
 
 
-_SPEC = "float scale, float softcap, int left, int right, bool bottom_right, float dropout_p, bool kernels"
+_SPEC = "float scale, float softcap, int left, int right, bool bottom_right, float dropout_p, str backend"
 
 
-def _fwd_fake(q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, scale, softcap, left, right, bottom_right, p, kernels):
+def _fwd_fake(q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, scale, softcap, left, right, bottom_right, p, backend):
     heads, _, rows, _ = _sizes(q, k, cu_q is not None)
     shape = (heads, rows) if cu_q is not None else (q.shape[0], heads, rows)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -56,8 +57,10 @@ def _fwd_fake(q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, scale, softcap, le
     _fwd_fake,
 )
 def _attention_fwd(q, k, v, *rest):
-    *rest, kernels = rest
-    if kernels:
+    *rest, backend = rest
+    if backend == "hopper":
+        from ..kernels.attention_hopper import attention_fwd
+    elif backend == "triton":
         from ..kernels.attention import attention_fwd
     else:
         from ._attention_eager import attention_fwd
@@ -90,8 +93,8 @@ def _bwd_fake(dout, dlse, out, stats, needs, q, k, v, bias, sinks, slopes, seed,
     _bwd_fake,
 )
 def _attention_bwd(dout, dlse, out, stats, needs, q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, *spec):
-    *spec, kernels = spec
-    if kernels:
+    *spec, backend = spec
+    if backend != "eager":
         from ..kernels.attention_bwd import attention_bwd
     else:
         from ._attention_eager import attention_bwd
@@ -145,7 +148,7 @@ class _Attention(torch.autograd.Function):
 
 
 def apply_attention(q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, *spec):
-    """``(out, lse)`` of a call in normal form, differentiable; the last of ``spec`` chooses kernels or eager chunks."""
+    """``(out, lse)`` of a call in normal form, differentiable; the last of ``spec`` is the backend."""
     out, lse, _ = _Attention.apply(q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, *spec)
     return out, lse
 
@@ -249,17 +252,21 @@ def attention(
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
     )  # fmt: skip
     q, k, v, mask = args[:4]
-    kernels = pick("attention", q, k, v, sinks, refused={"triton": kernel_refuses(q, v)}) == "triton"
+    backend = pick("attention", q, k, v, sinks, refused=dict.fromkeys(("triton", "hopper"), kernel_refuses(q, v)))
+    kernels = backend != "eager"
     left, right = args[-4:-2]
     plain = all(x is None for x in (*args[4:9], softcap or None)) and left < 0 and not return_lse
     square = q.shape[-2] == k.shape[-2]
+    faster = faster_in_torch(q, k, v, right == 0) if kernels and plain and mask is None and right <= 0 else None
+    if faster is not None:
+        return torch_attention(faster, q, k, v, right == 0, args[9])
     if not kernels and plain and sdpa_serves(q, k, v, mask) and (right < 0 or (right == 0 and square and mask is None)):
         if amx_serves(q, k, v, mask, right == 0):
-            return amx_attention(q, k, v, args[9], right == 0)
+            return amx_attention(q, k, v, mask, args[9], right == 0)
         # A plain bool even where the shapes are symbolic.
         gqa = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=right == 0, scale=args[9], enable_gqa=gqa)
-    out, lse = apply_attention(*args, kernels)
+    out, lse = apply_attention(*args, backend)
     return (out, lse) if return_lse else out
 
 
@@ -278,7 +285,7 @@ register(
         reference=attention_reference,
         samples=attention_samples,
         cost=attention_cost,
-        backends=("eager", "triton"),
-        exception=amx_exception,
+        backends=("eager", "triton", "hopper"),
+        exception=lambda device_type: amx_exception(device_type) or torch_exception(device_type),
     )
 )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from ..registry import Op, Sample, pick, register
 from ._attention_amx import amx_attention, amx_exception, amx_serves
 from ._attention_check import check_dropout, check_qkv, check_scale
 from ._attention_reference import draw_seed, reference
 from ._attention_samples import attention_cost
+from ._attention_torch import faster_in_torch, torch_attention, torch_exception
 from ._torch_switch import register as register_with_torch
 from .attention import apply_attention, autocast, kernel_refuses, sdpa_serves
 
@@ -63,10 +63,20 @@ def _mask(attn_mask, query, leading, rows: int, cols: int):
     return attn_mask[(None,) * (4 - attn_mask.dim())]
 
 
+def _variant(mask) -> str | None:
+    """``UPPER_LEFT`` or ``LOWER_RIGHT`` for a CausalBias, None for any other mask."""
+    if mask is None or type(mask) in (torch.Tensor, torch.nn.Parameter):
+        return None
+    # Not at the top: that module takes a second to import, for torch._dynamo and sympy.
+    from torch.nn.attention.bias import CausalBias
+
+    return mask.variant.name if isinstance(mask, CausalBias) else None
+
+
 def _normal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
     """(q, k, v, mask, scale, right, bottom_right, dropout_p, leading), four-dimensional tensors, after all checks."""
     check_qkv(OP, query, key, value)
-    variant = attn_mask.variant if isinstance(attn_mask, CausalBias) else None
+    variant = _variant(attn_mask)
     got = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     if min(x.dim() for x in (query, key, value)) < 2:
         raise ValueError(f"{OP}: query, key and value need at least 2 dimensions, got {got}")
@@ -88,13 +98,13 @@ def _normal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gq
     k = _four(key, of_key, key.shape[-2:])
     v = _four(value, of_value, value.shape[-2:])
     right = 0 if is_causal or variant is not None else -1
-    return q, k, v, mask, scale, right, variant == CausalVariant.LOWER_RIGHT, dropout_p, leading
+    return q, k, v, mask, scale, right, variant == "LOWER_RIGHT", dropout_p, leading
 
 
 def _cast(query, key, value, attn_mask):
     if not all(isinstance(x, torch.Tensor) for x in (query, key, value)):
         return query, key, value, attn_mask
-    if attn_mask is None or isinstance(attn_mask, CausalBias):
+    if attn_mask is None or _variant(attn_mask) is not None:
         return *autocast(query, key, value), attn_mask
     return autocast(query, key, value, attn_mask)
 
@@ -144,11 +154,16 @@ def scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
     )
     heads = None if k.shape[1] == v.shape[1] else f"key has {k.shape[1]} heads and value {v.shape[1]}"
-    kernels = pick(OP, q, k, v, refused={"triton": kernel_refuses(q, v) or heads}) == "triton"
+    backend = pick(OP, q, k, v, refused=dict.fromkeys(("triton", "hopper"), kernel_refuses(q, v) or heads))
+    kernels = backend != "eager"
     square = q.shape[-2] == k.shape[-2]
     # torch's dropout draws from torch's own stream: an eager call keeps it. Few scores keep torch's own choice, too:
     # below four dimensions and for a mask's gradient it multiplies 16-bit inputs in fp32, and keeps all scores.
     few = q.shape[-2] * k.shape[-2] <= SMALL and (query.dim() < 4 or mask is not None)
+    plain = mask is None and p == 0 and (square or not bottom_right)
+    faster = faster_in_torch(q, k, v, right == 0) if kernels and plain else None
+    if faster is not None:
+        return torch_attention(faster, q, k, v, right == 0, scale).reshape(*leading, q.shape[-2], v.shape[-1])
     if not kernels and not bottom_right and few:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -160,13 +175,13 @@ def scaled_dot_product_attention(
             )
         causal = right == 0 and mask is None
         if p == 0 and amx_serves(q, k, v, mask, causal):
-            out = amx_attention(q, k, v, scale, causal)
+            out = amx_attention(q, k, v, mask, scale, causal)
         else:
             out = F.scaled_dot_product_attention(q, k, v, mask, p, causal, scale=scale, enable_gqa=enable_gqa)
     else:
         seed = draw_seed(q.device) if p > 0 else None
         out, _ = apply_attention(
-            q, k, v, mask, None, None, seed, None, None, scale, 0.0, -1, right, bottom_right, p, kernels
+            q, k, v, mask, None, None, seed, None, None, scale, 0.0, -1, right, bottom_right, p, backend
         )
     return out.reshape(*leading, *out.shape[-2:])
 
@@ -204,8 +219,8 @@ register(
         reference=scaled_dot_product_attention_reference,
         samples=_samples,
         cost=_cost,
-        backends=("eager", "triton"),
-        exception=amx_exception,
+        backends=("eager", "triton", "hopper"),
+        exception=lambda device_type: amx_exception(device_type) or torch_exception(device_type),
     )
 )
 register_with_torch()
