@@ -1,110 +1,271 @@
 """The attention kernels' launch tables, entry by entry: each compiled for each architecture, and what ptxas made of it.
 
-    python -m fastllm.bench.attention_tables [--arch 80 90 100] [--dtype float16 bfloat16 float32] [--dim 64 128 256]
-                                             [--feature TEXT...] [--json FILE]
+    python -m fastllm.bench.attention_tables [--arch 80 90 100] [--dtype bfloat16 float16 float32] [--dim 64 128 256]
+                                             [--feature TEXT...] [--budget SECONDS] [--results FILE] [--page FILE]
+    python -m fastllm.bench.attention_tables --spot
+    python -m fastllm.bench.attention_tables --hopper [--dim 64 128] [--dtype bfloat16 float16] [--feature TEXT...]
 
 prints registers, bytes of stack (spills), shared memory and matrix instructions of every kernel, and exits with 1 where
-one spills or does not fit. All of it takes about 40 minutes of one core.
+one spills or does not fit, or a call is left. All of it takes about half an hour of one core. ``--results`` keeps what
+was compiled, by a hash of the kernels' sources: several runs share it, and the next goes on where the last stopped.
+``--page`` writes what it holds as docs/attention-tables.md; ``--spot`` compiles two calls. ``--hopper`` compiles every
+setting of the Gluon forward for sm_90 instead, which must also have warpgroup products and bulk tensor copies.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import groupby, product
 from pathlib import Path
 
 import torch
+import triton
 
+from .. import kernels
 from ..registry import OPS
 from .attention import decoding, dense, packed, parameter, slopes
 from .capture import CUDA, GPUS, launches
+from .cases import code_hash
 from .static import Resources, read_resources
 
 DTYPES = ("bfloat16", "float16", "float32")
 DIMS = (64, 128, 256)
-_EVERYTHING = dict(
-    window=(100, 64),
-    softcap=20.0,
-    alibi_slopes=slopes(4),
-    sinks=parameter(4),
-    bias=parameter(1, 4, 512, 512),
-    dropout_p=0.1,
-    return_lse=True,
-)
+
+
+def _everything(rows: int, cols: int, heads: int) -> dict:
+    return dict(
+        window=(cols - 100, 64),
+        softcap=20.0,
+        alibi_slopes=slopes(heads),
+        sinks=parameter(heads),
+        bias=parameter(1, heads, rows, cols),
+        dropout_p=0.1,
+        return_lse=True,
+    )
+
+
 _LENGTHS = dict(max_seqlen_q=512, max_seqlen_k=512)
-# Feature -> what makes the call for a head dim, by load: one of each kind, where it needs most.
+# Feature -> what makes the call for a head dim: of each load the commonest and what needs most registers.
 FEATURES = {
     "full": lambda dim: dense(2, 4, 512, dim),
-    "grouped causal": lambda dim: dense(2, 4, 512, dim, 2, causal=True),
     "packed grouped": lambda dim: packed(4, 512, 4, dim - 8, 2, causal=True),
     "packed window": lambda dim: packed(4, 512, 4, dim - 8, 2, window=(100, 64)),
     "soft cap": lambda dim: packed(4, 512, 4, dim - 8, 2, causal=True, softcap=50.0),
-    "alibi": lambda dim: packed(4, 512, 4, dim - 8, 2, causal=True, alibi_slopes=slopes(4)),
-    "bias": lambda dim: packed(4, 512, 4, dim - 8, 2, causal=True, bias=parameter(1, 4, 512, 512), **_LENGTHS),
-    "dropout": lambda dim: packed(4, 512, 4, dim - 8, 2, causal=True, dropout_p=0.1),
-    "dense everything": lambda dim: dense(2, 4, 512, dim, 2, **_EVERYTHING),
-    "packed everything": lambda dim: packed(4, 512, 4, dim - 8, 2, **_EVERYTHING, **_LENGTHS),
     "scalar loads": lambda dim: packed(4, 512, 4, dim - 4, 2, causal=True),
-    "decode": lambda dim: decoding(2, 8, 2, 1024, dim, window=(900, 0), softcap=20.0),
+    "packed everything": lambda dim: packed(4, 512, 4, dim - 8, 2, **_everything(512, 512, 4), **_LENGTHS),
+    "decode everything": lambda dim: decoding(2, 8, 2, 1024, dim, **_everything(1, 1024, 8)),
 }
+# The calls that the Hopper forward has a variant for.
+HOPPER = {
+    "dense causal": lambda dim: dense(2, 4, 512, dim, 2, causal=True),
+    "dense full": lambda dim: dense(2, 4, 512, dim),
+    "packed causal": lambda dim: packed(4, 512, 4, dim, 2, causal=True),
+    "packed full": lambda dim: packed(4, 512, 4, dim),
+}
+# Bytes of shared memory that a block can have. sm_86, sm_89 and sm_120 take sm_80's tiles and have less of it.
+SHARED = {**{arch: gpu.shared_per_block for arch, gpu in GPUS.items()}, 80: 99 << 10}
+# float16 has bfloat16's tiles and instructions: the heaviest of each load stand for it.
+OF_FLOAT16 = ("packed grouped", "packed window", "scalar loads", "packed everything")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One kernel of one call: its tile and resources."""
+    """One kernel of one call, its hash and its resources."""
 
     feature: str
     dim: int
     dtype: str
     arch: int
+    direction: str
     kernel: str
+    key: str
     resources: Resources
 
     @property
     def fits(self) -> bool:
         """No spills, and a processor can hold it."""
-        return self.resources.spills == 0 and self.resources.shared <= GPUS[self.arch].shared_per_block
+        return self.resources.spills == 0 and self.resources.shared <= SHARED[self.arch]
+
+    @property
+    def matrix(self) -> str:
+        """The matrix instructions that it has."""
+        r = self.resources
+        return "HGMMA" if r.count("HGMMA") else "HMMA" if r.count("HMMA") else "UTCHMMA" if r.tensor_core else "-"
 
 
-def entries(
-    arches: Iterable[int] = tuple(GPUS),
-    dtypes: Iterable[str] = DTYPES,
-    dims: Iterable[int] = DIMS,
-    features: Iterable[str] = ("",),
-) -> Iterator[Entry]:
-    """Compiles the launches of every feature whose name contains one of ``features``.
+def fingerprint() -> str:
+    """Of the code of the attention kernels and of the names of the calls that are compiled here."""
+    folder = Path(kernels.__path__[0])
+    ours = [*folder.glob("attention*.py"), *folder.glob("_attention*.py"), folder / "_launch.py"]
+    # The Hopper kernel has a test of its own.
+    ours = [file for file in sorted(ours) if file.stem.strip("_") != "attention_hopper"]
+    return code_hash(ours, *FEATURES)
+
+
+Call = tuple[int, str, int, str]
+
+
+def spot() -> list[Call]:
+    """The plain kernels, whose products must be warpgroups', and one call more: another after each change."""
+    others = [name for name in FEATURES if name != "full"]
+    return [(90, "bfloat16", 128, "full"), (90, "bfloat16", 64, others[int(fingerprint(), 16) % len(others)])]
+
+
+def planned(arches=tuple(GPUS), dtypes=DTYPES, dims=DIMS, features=tuple(FEATURES)) -> list[Call]:
+    """Every call of these."""
+    every = product(arches, dtypes, dims, features)
+    return [call for call in every if call[1] != "float16" or call[3] in OF_FLOAT16]
+
+
+def compiled(call: Call) -> list[Entry]:
+    """What the call (architecture, dtype, head dim, feature) launches, each kernel once.
 
     Raises:
         RuntimeError: Triton's interpreter is on.
     """
-    known: dict[str, Resources] = {}
-    for arch in arches:
-        for dtype in dtypes:
-            for dim in dims:
-                for name, make in FEATURES.items():
-                    if not any(text in name for text in features):
-                        continue
-                    sample = partial(make(dim), CUDA, getattr(torch, dtype))
-                    for launch in {x.compiled.hash: x for x in launches(OPS["attention"], sample, GPUS[arch])}.values():
-                        key = launch.compiled.hash
-                        if key not in known:
-                            known[key] = read_resources(launch.compiled)
-                        kernel = launch.kernel.strip("_").removesuffix("_kernel")
-                        yield Entry(name, dim, dtype, arch, kernel, known[key])
+    arch, dtype, dim, feature = call
+    found = {}
+    for launch in launches(OPS["attention"], partial(FEATURES[feature](dim), CUDA, getattr(torch, dtype)), GPUS[arch]):
+        kernel = launch.kernel.strip("_").removesuffix("_kernel")
+        key = launch.compiled.hash
+        if key not in found:
+            resources = read_resources(launch.compiled)
+            found[key] = Entry(feature, dim, dtype, arch, launch.direction, kernel, key, resources)
+    return list(found.values())
+
+
+def compiled_hopper(dtype: str, dim: int, feature: str) -> Entry:
+    """The Gluon kernel of a call of :data:`HOPPER`.
+
+    Raises:
+        RuntimeError: Triton's interpreter is on, or another kernel served the call.
+    """
+
+    def forward_only():
+        call = HOPPER[feature](dim)(CUDA, getattr(torch, dtype))
+        return replace(call, args=tuple(t.detach() for t in call.args))
+
+    (launch,) = launches(OPS["attention"], forward_only, GPUS[90], "hopper")
+    kernel = launch.kernel.strip("_").removesuffix("_kernel")
+    if kernel != "attention_hopper_fwd":
+        raise RuntimeError(f"{feature}, {dtype}, head dim {dim}: served by {kernel}")
+    return Entry(
+        feature, dim, dtype, 90, launch.direction, kernel, launch.compiled.hash, read_resources(launch.compiled)
+    )
+
+
+def hopper(dtypes, dims, features) -> int:
+    """Prints those entries of the Hopper forward; 1 where one does not do what it is there for."""
+    bad = count = 0
+    for dtype, dim, feature in product(dtypes, dims, features):
+        entry = compiled_hopper(dtype, dim, feature)
+        copies = entry.resources.count("UTMALDG")
+        good = entry.fits and entry.matrix == "HGMMA" and copies > 0
+        print(f"{_line(entry)} copies {copies}{'' if good else ' WRONG'}", flush=True)
+        bad, count = bad + (not good), count + 1
+    print(f"{count} kernels, {bad} that spill, do not fit, or lack warpgroup products or copies")
+    return int(bad > 0)
+
+
+def read(file: Path | None) -> dict[Call, list[Entry]]:
+    """The calls that the file holds of these kernels."""
+    found = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file and file.exists() else ():
+        record = json.loads(line)
+        if record["sources"] == [fingerprint(), triton.__version__]:
+            entries = [Entry(**{**e, "resources": Resources(**e["resources"])}) for e in record["entries"]]
+            found[tuple(record["call"])] = entries
+    return found
+
+
+def _keep(file: Path, call: Call, entries: list[Entry]) -> None:
+    record = dict(sources=[fingerprint(), triton.__version__], call=call, entries=[asdict(e) for e in entries])
+    # One write, so that several runs may share the file.
+    with file.open("a", encoding="utf-8") as out:
+        out.write(json.dumps(record) + "\n")
 
 
 def _line(entry: Entry) -> str:
     r = entry.resources
-    matrix = "HGMMA" if r.count("HGMMA") else "HMMA" if r.count("HMMA") else "UTCHMMA" if r.tensor_core else "-"
     return (
-        f"sm_{entry.arch:<4}{entry.dtype:<9} d{entry.dim:<4}{entry.feature:<19}{entry.kernel:<20}"
+        f"sm_{entry.arch:<4}{entry.dtype:<9} d{entry.dim:<4}{entry.feature:<18}{entry.kernel:<20}"
         f"warps {r.num_warps:<3}stages {r.num_stages:<3}registers {r.registers:<4}stack {r.stack:<5}"
-        f"local {r.count('LDL', 'STL'):<4}shared {r.shared:<7}{matrix:<8}{'' if entry.fits else 'DOES NOT FIT'}"
+        f"local {r.count('LDL', 'STL'):<4}shared {r.shared:<7}{entry.matrix:<8}{'' if entry.fits else 'DOES NOT FIT'}"
     ).rstrip()
+
+
+_COLUMNS = (
+    "dtype",
+    "head dim",
+    "call",
+    "kernel",
+    "warps",
+    "stages",
+    "registers",
+    "spills",
+    "shared KB",
+    "matrix instructions",
+)
+
+
+def _place(entry: Entry) -> tuple:
+    e = entry
+    return DTYPES.index(e.dtype), e.dim, list(FEATURES).index(e.feature), e.direction != "forward", e.kernel
+
+
+def page(results: dict[Call, list[Entry]]) -> str:
+    """The register table of all calls as Markdown."""
+    found, seen = [], set()
+    for call in planned():
+        found += [e for e in results.get(call, ()) if e.key not in seen]
+        seen |= {e.key for e in found}
+    missing = Counter(call[:2] for call in planned() if call not in results)
+    left = ", ".join(f"{n} of sm_{arch} {dtype}" for (arch, dtype), n in missing.items())
+    arches = " / ".join(f"sm_{arch}" for arch in GPUS)
+    text = [
+        "# Attention's launch tables, compiled\n",
+        f"Generated by `python -m fastllm.bench.attention_tables --results FILE --page docs/attention-tables.md` with "
+        f"Triton {triton.__version__}. Sources: {fingerprint()}.\n",
+        f"For {arches}: registers a thread, spills (loads and stores of thread-local memory), shared memory of a "
+        "block. A kernel that several calls share stands under the first of them. Head dims up to 64, 128 and 256 have "
+        "a tile each; packed calls have a head dim of 8 less, scalar loads 4 less. Products of float32 are the scalar "
+        "units'.\n",
+        f"{len(planned()) - missing.total()} of {len(planned())} calls are compiled"
+        + (f"; missing: {left}." if left else "."),
+    ]
+    text += ["\n| " + " | ".join(_COLUMNS) + " |", "|---" * len(_COLUMNS) + "|"]
+    for _, same in groupby(sorted(found, key=_place), key=_place):
+        by_arch = {e.arch: e for e in same}
+        first = next(iter(by_arch.values()))
+        cells = [
+            " / ".join(str(value(by_arch[arch])) if arch in by_arch else "" for arch in GPUS)
+            for value in (
+                lambda e: e.resources.num_warps,
+                lambda e: e.resources.num_stages,
+                lambda e: e.resources.registers,
+                lambda e: e.resources.spills,
+                lambda e: f"{e.resources.shared / 1024:.1f}",
+                lambda e: e.matrix,
+            )
+        ]
+        text.append(f"| {first.dtype} | {first.dim} | {first.feature} | {first.kernel} | " + " | ".join(cells) + " |")
+    return "\n".join(text) + "\n"
+
+
+def stale(file: Path) -> str | None:
+    """Why the page is out of date, or None."""
+    written = re.search(r"Sources: (\w+)\.", file.read_text(encoding="utf-8"))
+    if written is None or written[1] != fingerprint():
+        return f"{file} is stale: run python -m fastllm.bench.attention_tables --results FILE --page {file}"
+    return None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -113,18 +274,38 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", choices=list(GPUS), default=list(GPUS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--dim", type=int, nargs="+", choices=DIMS, default=DIMS)
-    parser.add_argument("--feature", nargs="+", default=[""], help="only features whose name contains one of these")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write every entry with its opcodes there")
+    parser.add_argument("--feature", nargs="+", default=[""], help="only calls whose name contains one of these")
+    parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="begin no call after it")
+    parser.add_argument("--results", metavar="FILE", type=Path, help="take from it what it has, add what it has not")
+    parser.add_argument("--page", metavar="FILE", type=Path, help="write the table of the results there")
+    parser.add_argument("--spot", action="store_true", help="compile two calls for sm_90 and no others")
+    parser.add_argument("--hopper", action="store_true", help="compile the settings of the Gluon forward and no others")
     options = parser.parse_args(argv)
-    found = []
-    for entry in entries(options.arch, options.dtype, options.dim, options.feature):
-        found.append(entry)
-        print(_line(entry), flush=True)
-    if options.json:
-        options.json.write_text(json.dumps([asdict(entry) for entry in found]))
-    bad = sum(not entry.fits for entry in found)
-    print(f"{len(found)} kernels, {bad} that spill or do not fit")
-    return int(bad > 0)
+    if options.hopper:
+        features = [name for name in HOPPER if any(text in name for text in options.feature)]
+        dtypes, dims = ([x for x in given if x not in ("float32", 256)] for given in (options.dtype, options.dim))
+        return hopper(dtypes, dims, features)
+    features = [name for name in FEATURES if any(text in name for text in options.feature)]
+    calls = spot() if options.spot else planned(options.arch, options.dtype, options.dim, features)
+    results, began = read(options.results), time.monotonic()
+    done = []
+    for call in calls:
+        if call not in results:
+            if time.monotonic() - began > options.budget:
+                continue
+            results[call] = compiled(call)
+            if options.results:
+                _keep(options.results, call, results[call])
+        done += results[call]
+        print(*map(_line, results[call]), sep="\n", flush=True)
+    bad = sum(not entry.fits for entry in done)
+    left = sum(call not in results for call in calls)
+    if left:
+        print(f"{left} calls were not begun in {options.budget:g} s")
+    if options.page:
+        options.page.write_text(page(results), encoding="utf-8")
+    print(f"{len(done)} kernels, {bad} that spill or do not fit")
+    return int(bad > 0 or left > 0)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 import triton
+from triton.runtime.cache import get_cache_manager
 
 from ..registry import OPS, Op
 from . import cases
@@ -34,6 +35,7 @@ from .capture import CUDA, GPUS, Launch, check_compiles, launches
 from .run import plan
 
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+_RESOURCES_FILE = "fastllm_resources.json"
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
 _LOADS, _STORES = ("LDG", "LDGSTS"), ("STG",)
 _TENSOR_CORE = ("HGMMA", "HMMA", "QGMMA", "IMMA", "IGMMA", "DMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA")
@@ -50,6 +52,8 @@ class Resources:
     num_warps: int
     num_stages: int
     opcodes: dict[str, int]
+    narrow_products: int = 0
+    """32-bit products of two numbers that are known at the launch only: as offsets they may overflow."""
 
     def count(self, *families: str) -> int:
         """Instructions whose opcode, up to its first dot, is one of ``families``."""
@@ -124,7 +128,11 @@ def _cuobjdump(option: str, cubin: Path) -> str:
 
 
 def read_resources(compiled) -> Resources:
-    """Registers, stack, shared memory and opcodes of a kernel that Triton compiled."""
+    """Registers, stack, shared memory and opcodes of a kernel that Triton compiled; Triton's cache keeps them too."""
+    cache = get_cache_manager(compiled.hash)
+    known = cache.get_file(_RESOURCES_FILE)
+    if known is not None:
+        return Resources(**json.loads(Path(known).read_text()))
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -132,14 +140,33 @@ def read_resources(compiled) -> Resources:
         opcodes = Counter(_OPCODE.findall(_cuobjdump("-sass", cubin)))
     if not used or not opcodes:
         raise RuntimeError(f"cuobjdump found no code in the cubin of {compiled.name}")
-    return Resources(
+    found = Resources(
         registers=max(registers for registers, _ in used),
         stack=max(stack for _, stack in used),
         shared=compiled.metadata.shared,
         num_warps=compiled.metadata.num_warps,
         num_stages=compiled.metadata.num_stages,
         opcodes=dict(sorted(opcodes.items())),
+        narrow_products=narrow_products(compiled.asm.get("ttir", "")),
     )
+    cache.put(json.dumps(asdict(found)), _RESOURCES_FILE, binary=False)
+    return found
+
+
+_ASSIGNED = re.compile(
+    r"^\s*(%[\w#]+) = (arith\.constant|tt\.splat|arith\.muli)\b *(%[\w#]+)?,? *(%[\w#]+)?(.*)", re.MULTILINE
+)
+
+
+def narrow_products(ttir: str) -> int:
+    """See :class:`Resources`. A product with a constant of the kernel, such as its tile's size, is none."""
+    constants, found = set(), 0
+    for name, operator, a, b, rest in _ASSIGNED.findall(ttir):
+        if operator == "arith.constant" or (operator == "tt.splat" and a in constants):
+            constants.add(name)
+        elif operator == "arith.muli" and not {a, b} & constants:
+            found += bool(re.search(r": (?:tensor<[\dx]*x)?i32", rest))
+    return found
 
 
 # Compiled kernel's hash -> what it takes; calls of several shapes often launch the same.

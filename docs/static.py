@@ -4,7 +4,6 @@ The page holds a fingerprint of what it was made from, the kernels and the bench
 they have changed since, and compiles nothing. Kernels that Triton's cache holds are not compiled again.
 """
 
-import hashlib
 import json
 import re
 import sys
@@ -50,13 +49,8 @@ def _markdown(columns, rows) -> str:
 
 def fingerprint() -> str:
     """Of the kernels' code, without comments and empty lines, and of the names of the shapes that they are run on."""
-    found = hashlib.sha256()
-    for file in sorted((ROOT / "kernels").glob("*.py")):
-        lines = (line.rstrip() for line in file.read_text(encoding="utf-8").splitlines())
-        found.update("\n".join(line for line in lines if line and not line.lstrip().startswith("#")).encode())
-    for op in cases.selected([]):
-        found.update("\n".join([op.name, *cases.shapes_of(op.name)]).encode())
-    return found.hexdigest()[:16]
+    shapes = ("\n".join([op.name, *cases.shapes_of(op.name)]) for op in cases.selected([]))
+    return cases.code_hash(sorted((ROOT / "kernels").glob("*.py")), *shapes)
 
 
 def stale() -> str | None:

@@ -1,4 +1,8 @@
-"""What ptxas makes of the kernels that the ops launch: no spills, wide loads and stores, no fp64."""
+"""What ptxas makes of the kernels that the ops launch: no spills, wide loads and stores, no fp64.
+
+A sample of the shapes. FASTLLM_STATIC=thorough pytest -n 0 tests/test_static.py compiles every shape of the losses and
+activations and the norms' whole launch table for each architecture, which is about an hour on one core.
+"""
 
 import os
 import subprocess
@@ -26,11 +30,13 @@ def compiler(tmp_path_factory):
 
 
 def _finish(process):
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, err.decode()
     return out.decode()
 
 
+THOROUGH = os.environ.get("FASTLLM_STATIC") == "thorough"
+LIMIT = 7200 if THOROUGH else 300
 SHAPES = ("8192x768", "8192x4096", "4096x16384", "32768x65536")
 
 
@@ -39,6 +45,43 @@ def norm_rows(compiler, tmp_path_factory):
     file = tmp_path_factory.mktemp("static") / "rows.json"
     _finish(compiler("-m", "fastllm.bench.static", "layer_norm", "--shape", *SHAPES, "--json", str(file)))
     return read_rows(file)
+
+
+# Every width at which the norms' launchers decide anew, and those between that fill a tile worst.
+TABLE = """
+import sys
+from functools import partial
+import torch
+from fastllm import OPS
+from fastllm.bench._norm import _call
+from fastllm.bench.capture import CUDA, GPUS, launches
+from fastllm.bench.static import Row, problems, read_resources
+
+thorough, done, found = sys.argv[1] == "thorough", {}, []
+widths = [1, 63, *(2**k for k in range(7, 19)), 12288, 50304] if thorough else [262144]
+for arch in GPUS if thorough else [90]:
+    for dtype in (torch.bfloat16, torch.float32) if thorough else [torch.bfloat16]:
+        for name in ("layer_norm", "add_rms_norm", "add_layer_norm") if thorough else ["layer_norm"]:
+            for cols in widths:
+                for p in (0.0, 0.1) if name == "add_layer_norm" else (0.0,):
+                    def call():
+                        made = _call("", 4096, cols, name.endswith("layer_norm"), name.startswith("add"), CUDA, dtype)
+                        return type(made)("", made.args, made.kwargs | ({"dropout_p": p} if p else {}))
+                    for launch in launches(OPS[name], call, GPUS[arch]):
+                        if launch.compiled.hash not in done:
+                            done[launch.compiled.hash] = resources = read_resources(launch.compiled)
+                            row = Row(name, f"{cols} p={p}", str(dtype), arch, "", launch.kernel, [], resources)
+                            found += [(row.op, row.shape, row.dtype, arch, row.kernel, x) for x in problems(row)]
+                            if resources.narrow_products and not p:  # Philox multiplies in 32 bits
+                                found.append((row, "32-bit products"))
+print(f"{len(done)} kernels", *found, sep="\\n")
+"""
+
+
+def test_the_norms_launch_table(compiler):
+    count, *found = _finish(compiler("-c", TABLE, "thorough" if THOROUGH else "sample")).splitlines()
+    assert int(count.split()[0]) >= (300 if THOROUGH else 4)
+    assert not found
 
 
 def test_every_call_and_architecture_was_compiled(norm_rows):
@@ -79,13 +122,27 @@ def other_rows(compiler, tmp_path_factory):
     file = tmp_path_factory.mktemp("static") / "others.json"
     shapes = ("Llama-2 8192x32000", "Llama-3 8192x128256", "8192x14336 packed", "NeoX")
     names = ("cross_entropy", "geglu", "rotary_embedding")
-    _finish(compiler("-m", "fastllm.bench.static", *names, "--arch", "90", "--shape", *shapes, "--json", str(file)))
-    return read_rows(file)
+    if not THOROUGH:
+        _finish(compiler("-m", "fastllm.bench.static", *names, "--arch", "90", "--shape", *shapes, "--json", str(file)))
+        return read_rows(file)
+    found = []
+    for dtype in ("bfloat16", "float32"):
+        names = ("cross_entropy", "linear_cross_entropy", "geglu", "swiglu", "rotary_embedding")
+        _finish(compiler("-m", "fastllm.bench.static", *names, "--dtype", dtype, "--json", str(file)))
+        found += read_rows(file)
+    return found
 
 
 def test_losses_and_activations_do_not_spill_and_use_no_fp64(other_rows):
-    assert {row.op for row in other_rows} == {"cross_entropy", "geglu", "rotary_embedding"}
+    assert {row.op for row in other_rows} >= {"cross_entropy", "geglu", "rotary_embedding"}
     assert not [(r.op, r.shape, r.kernel) for r in other_rows if r.resources.spills or r.resources.doubles]
+
+
+def test_offsets_of_more_than_2_31_elements_are_computed_in_64_bits(norm_rows, other_rows):
+    """A kernel's rows times its columns, strides too: no 32-bit product of two numbers that the launch brings."""
+    allowed = {"_rotary_kernel": 1}  # a program's first head
+    for row in (*norm_rows, *other_rows):
+        assert row.resources.narrow_products <= allowed.get(row.kernel, 0), (row.op, row.shape, row.kernel)
 
 
 def test_losses_and_activations_move_128_bits_at_a_time(other_rows):
@@ -128,17 +185,24 @@ def scale(x_ptr, y_ptr, factor, BLOCK: tl.constexpr):
     tl.store(y_ptr + at, tl.load(x_ptr + at) * factor)
 
 @triton.jit
+def scale_rows(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * BLOCK
+    at = row * n + tl.arange(0, BLOCK)
+    tl.store(y_ptr + at, tl.load(x_ptr + row.to(tl.int64) * n + tl.arange(0, BLOCK)))
+
+@triton.jit
 def scale_in_double(x_ptr, y_ptr, factor: tl.float64, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     tl.store(y_ptr + at, tl.load(x_ptr + at) * factor)
 
-found = []
-with pretend(GPUS[90], lambda name, grid, compiled: found.append((name, read_resources(compiled).doubles))):
+found = {}
+with pretend(GPUS[90], lambda name, grid, compiled: found.update({name: read_resources(compiled)})):
     x = torch.empty(1024, device="cuda")
     scale[(1,)](x, x, 0.5, BLOCK=1024)
     scale_in_double[(1,)](x, x, 0.5, BLOCK=1024)
-counts = dict(found)
-assert counts["scale"] == 0 and counts["scale_in_double"] > 0, counts
+    scale_rows[(1,)](x, x, 77, BLOCK=1024)
+assert found["scale"].doubles == 0 < found["scale_in_double"].doubles, found
+assert found["scale"].narrow_products == 0 and found["scale_rows"].narrow_products == 1, found
 """
 
 # Under torch.compile a Python float can reach a kernel as fp64; in a kernel of this library it must show.
@@ -182,7 +246,7 @@ def test_too_large_a_block_shows_as_spills(compiler):
     assert int(_finish(compiler("-c", SPILLING))) > 0
 
 
-def test_fp64_creeping_in_shows(compiler, tmp_path):
+def test_fp64_and_narrow_offsets_creeping_in_show(compiler, tmp_path):
     script = tmp_path / "double.py"  # a kernel's source must lie in a file
     script.write_text(DOUBLE)
     _finish(compiler(str(script)))

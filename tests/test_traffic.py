@@ -196,9 +196,21 @@ def test_norms_move_little_more_than_the_least_bytes(op):
 @pytest.mark.parametrize("op", ["layer_norm", "add_rms_norm"])
 def test_rows_held_as_16_bits_are_read_once(op, monkeypatch):
     monkeypatch.setattr(_norm, "FWD_ROW", 512)
-    measured = measure(OPS[op], _norm_call(op, 128, 1024, torch.bfloat16), backward=False)
+    measured = measure(OPS[op], _norm_call(op, 16, 1024, torch.bfloat16), backward=False)
     assert {a.kernel for a in measured.forward.accesses} == {"_norm_fwd_packed_kernel"}
     assert 1.0 <= measured.forward_ratio <= 1.02, measured.forward.table()
+
+
+# 8 blocks a row, so one cluster of the interpreter's 4 processors: 96 rows a program, of about 500 on a GPU.
+@pytest.mark.parametrize("op", ["layer_norm", "add_rms_norm"])
+def test_rows_shared_by_a_cluster_are_read_once(op, monkeypatch):
+    monkeypatch.setattr(_norm, "FWD_ROW", 64)
+    monkeypatch.setattr(_norm_backward, "BWD_ROW", 64)
+    measured = measure(OPS[op], _norm_call(op, 96, 512, torch.float32))
+    assert {a.kernel for a in measured.forward.accesses} == {"_norm_fwd_cluster_kernel"}
+    assert "_norm_bwd_cluster_kernel" in {a.kernel for a in measured.backward.accesses}
+    assert 1.0 <= measured.forward_ratio <= 1.02, measured.forward.table()
+    assert 1.0 <= measured.backward_ratio <= 1.05, measured.backward.table()
 
 
 def test_an_extra_read_shows(monkeypatch):
