@@ -45,6 +45,22 @@ def _sdpa(name: str) -> Callable[[], Callable]:
     return setup
 
 
+def _hopper():
+    """Our own attention by the backend ``hopper``, which only serves those who ask for it."""
+    from ..ops.attention import attention
+    from ..registry import BackendError, backend, why_not
+
+    reason = why_not("hopper", "cuda" if torch.cuda.is_available() else "cpu")
+    if reason is not None:
+        raise BackendError(reason)
+
+    def call(*args, **kwargs):
+        with backend("hopper"):
+            return attention(*args, **kwargs)
+
+    return call
+
+
 def _longest(known: dict[int, int], starts: torch.Tensor) -> int:
     """The longest sequence, read back from the device once for each ``cu_seqlens``."""
     if id(starts) not in known:
@@ -169,6 +185,7 @@ def _xformers():
 
 
 rivals = {
+    "fastllm hopper": _hopper,
     "SDPA flash": _sdpa("FLASH_ATTENTION"),
     "SDPA cuDNN": _sdpa("CUDNN_ATTENTION"),
     "SDPA efficient": _sdpa("EFFICIENT_ATTENTION"),

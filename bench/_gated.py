@@ -28,6 +28,7 @@ shapes: dict[str, Callable[[torch.device, torch.dtype], Sample]] = {
     for packed in (False, True)
     for name, shape in SHAPES.items()
 }
+cpu_shapes = {"Llama-3 8B 128x14336": partial(_call, 128, 14336, False)}
 
 # As many elements each, more than any L2 cache holds.
 sweep = ("columns", {n: partial(_call, (1 << 25) // n, n, False) for n in (1024, 2048, 4096, 8192, 16384, 32768)})

@@ -24,6 +24,9 @@ SHAPES = {
     "wide 4096x16384": (4096, 16384),
 }
 
+# What a CPU trains and serves with.
+CPU_SHAPES = {"GPT-2 1024x768": (1024, 768), "Llama-3 8B 256x4096": (256, 4096)}
+
 
 # As many elements each, more than any L2 cache holds.
 SWEEP = {cols: ((1 << 25) // cols, cols) for cols in (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)}
@@ -37,9 +40,11 @@ def _call(name, rows, cols, bias, residual, device, dtype) -> Sample:
     return Sample(name, (*inputs, (cols,)), parameters)
 
 
-def norm_shapes(*, bias: bool, residual: bool = False) -> dict[str, Callable[[torch.device, torch.dtype], Sample]]:
+def norm_shapes(
+    *, bias: bool, residual: bool = False, of: dict[str, tuple[int, int]] = SHAPES
+) -> dict[str, Callable[[torch.device, torch.dtype], Sample]]:
     """Name -> ``make(device, dtype)`` of the call; parameters come in the input's dtype."""
-    return {name: partial(_call, name, rows, cols, bias, residual) for name, (rows, cols) in SHAPES.items()}
+    return {name: partial(_call, name, rows, cols, bias, residual) for name, (rows, cols) in of.items()}
 
 
 def norm_sweep(*, bias: bool, residual: bool = False):

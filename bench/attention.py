@@ -9,7 +9,7 @@ from ..ops.attention import attention_reference
 from ..registry import Sample
 from ._attention_rivals import rivals
 
-__all__ = ["reference", "rivals", "shapes", "sweep"]
+__all__ = ["cpu_shapes", "reference", "rivals", "shapes", "sweep"]
 
 
 def _made(kwargs, device, dtype):
@@ -33,7 +33,7 @@ def decoding(batch: int, heads: int, heads_kv: int, length: int, dim: int, **kwa
     def make(device, dtype):
         query = torch.randn(batch, heads, 1, dim, device=device, dtype=dtype).requires_grad_()
         cache = torch.randn(2, batch, heads_kv, length, dim, device=device, dtype=dtype)
-        return Sample("", (query, *cache.unbind()), dict(causal=True, **kwargs))
+        return Sample("", (query, *cache.unbind()), dict(causal=True, **_made(kwargs, device, dtype)))
 
     return make
 
@@ -79,6 +79,12 @@ shapes = {
     "d64 decode 16x16x4096 window 1024": decoding(16, 16, 16, 4096, 64, window=(1024, 0)),
     "small d64 causal 1x12x128": dense(1, 12, 128, 64, causal=True),
     "d64 dropout": dense(4, 16, 2048, 64, causal=True, dropout_p=0.1),
+}
+cpu_shapes = {
+    "d64 causal 1x12x1024": dense(1, 12, 1024, 64, causal=True),
+    "d128 grouped window 256, sinks 1x16/4x512": dense(
+        1, 16, 512, 128, 4, causal=True, window=(256, 0), sinks=parameter(16)
+    ),
 }
 
 # 16k tokens and 2048 hidden, as in FlashAttention's own plots.

@@ -175,8 +175,8 @@ def pretend(gpu: Gpu, on_launch: Callable[[str, tuple[int, ...], Any], None]) ->
         yield
 
 
-def launches(op: Op, sample: Callable[[], Sample], gpu: Gpu) -> list[Launch]:
-    """Every launch of one forward and, where inputs require grad, one backward of ``op``.
+def launches(op: Op, sample: Callable[[], Sample], gpu: Gpu, name: str = "triton") -> list[Launch]:
+    """Every launch of one forward and, where inputs require grad, one backward of ``op`` by the backend ``name``.
 
     ``sample`` makes the call's tensors on :data:`CUDA`; it runs where that device is pretended.
     """
@@ -186,7 +186,7 @@ def launches(op: Op, sample: Callable[[], Sample], gpu: Gpu) -> list[Launch]:
     def on_launch(kernel, grid, compiled):
         found.append(Launch(direction, kernel, grid, compiled))
 
-    with pretend(gpu, on_launch), backend("triton"):
+    with pretend(gpu, on_launch), backend(name):
         call = sample()
         outputs = cases.forward(op.function, call)
         leaves = cases.differentiable(call)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -11,14 +13,26 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..registry import OPS, Op, Sample
 
 
-def shapes_of(op: str) -> dict[str, Callable[[torch.device, torch.dtype], Sample]] | None:
-    """``shapes`` of bench/<op>.py; None for an op that has no such file."""
+def shapes_of(op: str, device: str = "cuda") -> dict[str, Callable[[torch.device, torch.dtype], Sample]] | None:
+    """``shapes`` of bench/<op>.py, for a CPU its ``cpu_shapes`` before them; None for an op that has no such file."""
     try:
-        return importlib.import_module(f"{__package__}.{op}").shapes
+        module = importlib.import_module(f"{__package__}.{op}")
+        return {**(getattr(module, "cpu_shapes", {}) if device == "cpu" else {}), **module.shapes}
     except ModuleNotFoundError as error:
         if error.name != f"{__package__}.{op}":
             raise
         return None
+
+
+def code_hash(files: Iterable[Path], *more: str) -> str:
+    """16 digits that change with the files' code, comments and empty lines apart, and with ``more``."""
+    found = hashlib.sha256()
+    for file in files:
+        lines = (line.rstrip() for line in file.read_text(encoding="utf-8").splitlines())
+        found.update("\n".join(line for line in lines if line and not line.lstrip().startswith("#")).encode())
+    for text in more:
+        found.update(text.encode())
+    return found.hexdigest()[:16]
 
 
 def sweep_of(op: str) -> tuple[str, dict[int, Callable[[torch.device, torch.dtype], Sample]]]:

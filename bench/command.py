@@ -73,10 +73,10 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--rounds: expected at least 2, got {options.rounds}")
         if not options.budget > 0:
             raise ValueError(f"--budget: expected a positive number of seconds, got {options.budget:g}")
-        planned = plan(ops, options.shape, options.sweep)
+        device = _device(options.device)
+        planned = plan(ops, options.shape, options.sweep, device.type)
         if not planned:
             raise ValueError(f"--shape: no shape of these ops has {' or '.join(map(repr, options.shape))} in its name")
-        device = _device(options.device)
         if options.tune:
             from .tune import main as tune
 

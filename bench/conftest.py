@@ -24,7 +24,7 @@ def pytest_generate_tests(metafunc):
     dtype, largest = getattr(torch, options.dtype), run.LARGEST[options.device]
     chosen = []
     for op in cases.selected([]):
-        calls = run.plan([op], [""])
+        calls = run.plan([op], [""], device=options.device)
         chosen += [_smallest(calls, dtype)] if options.quick else calls
     entries = [
         pytest.param(planned, provider, direction, id=f"{planned.op.name}-{planned.name}-{provider}-{direction}")

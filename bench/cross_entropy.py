@@ -26,6 +26,7 @@ def _call(name, rows, classes, device, dtype) -> Sample:
 
 
 shapes = {name: partial(_call, name, *shape) for name, shape in SHAPES.items()}
+cpu_shapes = {"GPT-2 256x50304": partial(_call, "", 256, 50304), "Llama-3 64x128256": partial(_call, "", 64, 128256)}
 # As many logits each.
 CLASSES = (4096, 8192, 16384, 32768, 65536, 131072, 262144)
 sweep = ("classes", {n: partial(_call, "", (1 << 28) // n, n) for n in CLASSES})

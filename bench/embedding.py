@@ -30,3 +30,4 @@ def _call(name, tokens, rows, columns, device, dtype) -> Sample:
 
 
 shapes = {name: partial(_call, name, *call) for name, call in _CALLS.items()}
+cpu_shapes = {"GPT-2 4k tokens, 50304x768": partial(_call, "", 1 << 12, 50304, 768)}

@@ -26,3 +26,4 @@ def _call(name, sequences, length, tables, columns, device, dtype) -> Sample:
 
 
 shapes = {name: partial(_call, name, *call) for name, call in _CALLS.items()}
+cpu_shapes = {"GPT-2 4x1024, 50304+1024 x768": partial(_call, "", 4, 1024, (50304, 1024), 768)}

@@ -5,6 +5,7 @@ from functools import partial
 from ..registry import Sample
 from . import _gated
 
+cpu_shapes = _gated.cpu_shapes
 sweep = _gated.sweep
 
 

@@ -26,6 +26,7 @@ def _call(name, rows, hidden, classes, device, dtype) -> Sample:
 
 
 shapes = {name: partial(_call, name, *shape) for name, shape in SHAPES.items()}
+cpu_shapes = {"GPT-2 512x768x50304": partial(_call, "", 512, 768, 50304)}
 sweep = ("tokens", {n: partial(_call, "", n, 768, 50304) for n in (512, 1024, 2048, 4096, 8192, 16384, 32768)})
 
 

@@ -1,10 +1,12 @@
 """Time and memory of linear_cross_entropy on a CPU, beside PyTorch's own ways, in pairs:
 
     python -m fastllm.bench.memory [--tokens 8192] [--hidden 512] [--vocabulary 50304] [--workspace 64] [--rounds 10]
+        [--dtype float32|bfloat16] [--json FILE]
 
 Each way runs forward and backward in this process; its peak is what the process grows by, over the inputs and with the
 gradients, sampled every millisecond. PyTorch's chunks (torch >= 2.13) are given the rows that this library's plan has,
-so that both hold as many logits. Rounds alternate the two; the ratio of a round is within that round.
+so that both hold as many logits. Rounds alternate the two; the ratio of a round is within that round. Samples go to
+FILE as they come, beside those that are there of the same call, so a run may be made in pieces.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ import torch
 import torch.nn.functional as F
 
 from ..functional import linear_cross_entropy, linear_cross_entropy_plan
+from .environment import environment
+from .timing import ratios
 
 PAGE = 4096
 
@@ -63,6 +67,17 @@ def ways(x, w, y, workspace: float) -> dict[str, Callable[[], torch.Tensor]]:
     return found
 
 
+def read(path: Path | None, call: dict) -> dict:
+    """The results at ``path``, which must be of the same call; fresh ones where there are none."""
+    fresh = {"environment": environment(torch.device("cpu")), "call": call, "peak_bytes": {}, "seconds": {}}
+    if path is None or not path.exists():
+        return fresh
+    found = json.loads(path.read_text("utf-8"))
+    if found["call"] != call:
+        raise SystemExit(f"{path} has results of another call, {found['call']}; give another --json")
+    return {**found, "environment": fresh["environment"]}
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m fastllm.bench.memory", description=__doc__.partition("\n")[0])
@@ -72,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workspace", type=float, default=64.0, help="MiB")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=10, help="pairs to time; 0 for memory alone")
-    parser.add_argument("--json", metavar="FILE", help="write every sample there")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="every sample, beside those already there")
     options = parser.parse_args(argv)
     dtype = getattr(torch, options.dtype)
     torch.manual_seed(0)
@@ -80,39 +95,46 @@ def main(argv: list[str] | None = None) -> None:
     w = (torch.randn(options.vocabulary, options.hidden) / options.hidden**0.5).to(dtype).requires_grad_()
     y = torch.randint(options.vocabulary, (options.tokens,))
     plan = linear_cross_entropy_plan(x, w, max_workspace_mb=options.workspace)
-    gradients = (x.numel() + w.numel()) * dtype.itemsize
+    names = ("tokens", "hidden", "vocabulary", "workspace", "dtype")
+    found = read(options.json, {name: getattr(options, name) for name in names} | {"rows": plan.rows})
+    found["gradient_bytes"] = gradients = (x.numel() + w.numel()) * dtype.itemsize
     print(f"{plan}; gradients {gradients / 1e6:.1f} MB; {torch.get_num_threads()} threads, torch {torch.__version__}")
 
     calls = ways(x, w, y, options.workspace)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    pair = list(calls)[:2]
 
-    def run(name: str) -> None:
+    def save() -> None:
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+
+    def run(name: str) -> float:
         x.grad = w.grad = None
         start = time.perf_counter()
         calls[name]().backward()
-        seconds[name].append(time.perf_counter() - start)
+        return time.perf_counter() - start
 
     small = [t[:64].detach().requires_grad_() for t in (x, w)]
     for call in ways(*small, y[:64] % 64, options.workspace).values():
         call().backward()  # first-call allocations
-    peaks = {}
-    for name in calls:
+    for name in calls if not found["peak_bytes"] else ():
         x.grad = w.grad = None
-        peaks[name] = peak(lambda name=name: run(name))
-        print(f"{name}: peak {peaks[name] / 1e6:,.1f} MB, of which {(peaks[name] - gradients) / 1e6:,.1f} beside them")
-    pair = list(calls)[:2]
+        found["peak_bytes"][name] = peak(lambda name=name: run(name))
+    save()
+    for name, bytes_ in found["peak_bytes"].items():
+        print(f"{name}: peak {bytes_ / 1e6:,.1f} MB, of which {(bytes_ - gradients) / 1e6:,.1f} beside the gradients")
     for turn in range(options.rounds):
-        for name in pair if turn % 2 == 0 else reversed(pair):
-            run(name)
-    if options.rounds:
-        timed = {name: seconds[name][-options.rounds :] for name in pair}
-        ratios = [a / b for a, b in zip(*timed.values(), strict=True)]
-        print(f"{pair[0]} / {pair[1]}: median ratio {statistics.median(ratios):.3f} over {options.rounds} pairs")
-        print(f"ratios {', '.join(f'{r:.3f}' for r in sorted(ratios))}; median seconds "
-              f"{', '.join(f'{statistics.median(t):.2f}' for t in timed.values())}")  # fmt: skip
-    if options.json:
-        result = {"arguments": vars(options), "peak_bytes": peaks, "seconds": seconds, "torch": torch.__version__}
-        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+        round_ = {name: run(name) for name in (pair if turn % 2 == 0 else reversed(pair))}
+        for name in pair:
+            found["seconds"].setdefault(name, []).append(round_[name])
+        save()
+    if found["seconds"] and len(pair) == 2:
+        speed = ratios(found["seconds"], *pair)
+        print(
+            f"{pair[0]} / {pair[1]} in time: median {1 / speed.median:.3f}, quartiles {1 / speed.high:.3f} to "
+            f"{1 / speed.low:.3f}, over {len(found['seconds'][pair[0]])} pairs"
+        )
+        medians = ", ".join(f"{name} {statistics.median(found['seconds'][name]):.2f}" for name in pair)
+        print(f"median seconds: {medians}")
 
 
 if __name__ == "__main__":

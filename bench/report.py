@@ -58,8 +58,16 @@ def show(run: Run) -> None:
         out.print(table(run.rows, run.environment))
     for provider, problem in sorted({(row.provider, row.problem) for row in run.rows if row.missing}):
         out.print(f"{provider}: {problem}", highlight=False)
+    unbegun = [line for line in run.left_out if line.endswith("was spent")]
     for line in run.left_out:
-        out.print(f"left out: {line}", highlight=False)
+        if line not in unbegun:
+            out.print(f"left out: {line}", highlight=False)
+    if unbegun:
+        out.print(
+            f"not begun before {unbegun[0].rpartition(': ')[2]}: {len(unbegun)} calls, which the results name; "
+            "--budget, or fewer ops, reaches them",
+            highlight=False,
+        )
 
 
 def verdict(before: Quartiles, after: Quartiles) -> str:

@@ -30,6 +30,8 @@ shapes = {
     for name, shape in SHAPES.items()
 }
 
+cpu_shapes = {"Llama-3 8B 256x(32+8)x128": partial(_call, 1, 256, 32, 8, 128, 128, False)}
+
 
 def _liger():
     from liger_kernel.ops import LigerRopeFunction

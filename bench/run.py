@@ -209,7 +209,7 @@ class Planned:
     size: int | None = None
 
 
-def plan(ops: list[Op], shape: list[str], sweep: bool = False) -> list[Planned]:
+def plan(ops: list[Op], shape: list[str], sweep: bool = False, device: str = "cuda") -> list[Planned]:
     """What to run: the first shape of every op, then the second of every op, and so on; then the sweeps alike."""
 
     def columns(calls):
@@ -217,7 +217,7 @@ def plan(ops: list[Op], shape: list[str], sweep: bool = False) -> list[Planned]:
         return [planned for planned in chain.from_iterable(zip_longest(*found)) if planned is not None]
 
     def shapes(op):
-        return [Planned(op, name, make) for name, make in cases.shapes_of(op.name).items()]
+        return [Planned(op, name, make) for name, make in cases.shapes_of(op.name, device).items()]
 
     def swept(op):
         axis, calls = cases.sweep_of(op.name)

@@ -1,8 +1,8 @@
 """Shapes and rivals of swiglu."""
 
-from ._gated import halves, shapes, sweep
+from ._gated import cpu_shapes, halves, shapes, sweep
 
-__all__ = ["rivals", "shapes", "sweep"]
+__all__ = ["cpu_shapes", "rivals", "shapes", "sweep"]
 
 
 def _liger():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fastllm.bench.plots import geometric_mean, leads
 from fastllm.bench.results import COMPILED, EAGER, in_cases, read_run
+from fastllm.bench.timing import ratios
 
 from fastllm.registry import OPS
 
@@ -43,12 +44,32 @@ def embedding_backward() -> str:
     return "\n".join(lines)
 
 
+def linear_cross_entropy() -> str:
+    """bench/results/cpu/linear-cross-entropy-*.json: peaks beside the gradients, and time over PyTorch's chunks."""
+    lines = []
+    for file in sorted((RESULTS / "cpu").glob("linear-cross-entropy-*.json")):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        ours, theirs = list(found["seconds"])
+        speed = ratios(found["seconds"], ours, theirs)
+        if not lines:
+            names = list(found["peak_bytes"])
+            lines = [f"{_measured(found['environment'])}:", "", f"| | {' | '.join(names)} | time over {theirs} |"]
+            lines.append("|---|" + "---|" * (len(names) + 1))
+        peaks = [f"{(found['peak_bytes'][name] - found['gradient_bytes']) / 1e6:,.0f} MB" for name in names]
+        time = (
+            f"{1 / speed.median:.2f} ({1 / speed.high:.2f} to {1 / speed.low:.2f}), {len(found['seconds'][ours])} pairs"
+        )
+        lines.append(f"| {found['call']['dtype']} | {' | '.join(peaks)} | {time} |")
+    return "\n".join(lines)
+
+
 def bench() -> str:
-    """For each bench.json under bench/results: geometric means over the calls of each op, worst first."""
+    """Each bench.json under bench/results: geometric means over an op's calls, both directions at once, worst first."""
     parts = []
     for file in sorted(RESULTS.glob("*/bench.json")):
         run = read_run(file)
-        found = leads(in_cases(run.rows))
+        # Forward and backward together: a loss may leave its gradient behind in the forward.
+        found = leads(in_cases([row for row in run.rows if row.direction == "both"]))
         lines = [f"{_measured(run.environment)}; [every sample]({file.relative_to(README.parent)}):", ""]
         kinds = (EAGER, COMPILED, "best other")
         lines += [f"| op | calls | {' | '.join(f'over {kind}' for kind in kinds)} |", "|---|---|---|---|---|"]
@@ -64,7 +85,12 @@ def bench() -> str:
     return "\n\n".join(parts) or "No run is in bench/results yet."
 
 
-GENERATED = {"ops": ops, "bench": bench, "embedding-backward": embedding_backward}
+GENERATED = {
+    "ops": ops,
+    "bench": bench,
+    "embedding-backward": embedding_backward,
+    "linear-cross-entropy": linear_cross_entropy,
+}
 
 
 def regenerate(text: str) -> str:
