@@ -1,5 +1,5 @@
 """Write a trained model for use elsewhere: safetensors, config.json and tokenizer.json, as transformers loads them or
-as fastllm does. A checkpoint that is in parts becomes whole."""
+as fastllm does, or one GGUF file for llama.cpp. A checkpoint that is in parts becomes whole."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..config import InputError
 from ..data import Tokenizer
 from ..files import whole_folder
 from ..models import build_model, load_model
+from ..models.to_gguf import write_gguf
 from ..training.checkpoint import SHARDED, load_config, write_manifest
 from ..training.setup import model_folder
 
@@ -20,14 +21,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="RUN", help="a run's folder, one of its checkpoints, or a model's")
     parser.add_argument("out", type=Path, metavar="FOLDER", help="where to write; must not exist")
     parser.add_argument(
-        "--layout", choices=("transformers", "fastllm"), default="transformers",
-        help="whose names and configuration (default: %(default)s)",
+        "--format", choices=("safetensors", "gguf"), default="safetensors",
+        help="gguf: model.gguf, weights in fp32; for decoders of GPT-2's and Llama's shapes (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--layout", choices=("transformers", "fastllm"),
+        help="of safetensors: whose names and configuration (default: transformers)",
     )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.out.exists():
         raise InputError(f"{arguments.out}: is there already")
+    if arguments.format == "gguf" and arguments.layout:
+        raise InputError("--layout: GGUF has its own; it goes with --format safetensors only")
     folder = model_folder(arguments.model)
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     try:
@@ -38,9 +45,12 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             model = load_model(folder)
         with whole_folder(arguments.out) as out:
-            model.save_pretrained(out, layout=arguments.layout)
-            tokenizer.save_pretrained(out)
-            write_manifest(out)
+            if arguments.format == "gguf":
+                write_gguf(model, tokenizer, out, arguments.out.name)
+            else:
+                model.save_pretrained(out, layout=arguments.layout or "transformers")
+                tokenizer.save_pretrained(out)
+                write_manifest(out)
     except (ValueError, FileNotFoundError) as error:
         raise InputError(str(error)) from error
     print(f"{arguments.out}: {', '.join(sorted(path.name for path in arguments.out.iterdir()))}")

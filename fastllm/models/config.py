@@ -160,7 +160,7 @@ def _llama3(num_layers: int, num_heads: int, hidden_size: int, intermediate_size
 PRESETS = {
     "tiny": TransformerConfig(
         vocab_size=1024, context_length=256, num_layers=2, num_heads=4, hidden_size=256, positions="rotary",
-        norm="rms", embedding_norm=True, qk_norm=True, activation="relu2", bias=False, dropout=0.1, zero_init=True,
+        norm="rms", embedding_norm=True, qk_norm=True, activation="relu2", bias=False, dropout=0.2, zero_init=True,
     ),
     "small": TransformerConfig(
         vocab_size=96, context_length=256, num_layers=6, num_heads=6, hidden_size=384, activation="gelu", bias=False,

@@ -87,8 +87,7 @@ def _expect(config, architecture: str, **fields) -> None:
         allowed = expected if isinstance(expected, tuple) else (expected,)
         if got not in allowed:
             raise ValueError(
-                f"{architecture} has {name} {' or '.join(repr(a) for a in allowed)}, this model {got!r}: "
-                "transformers has no class for it"
+                f"no class fits: {architecture} has {name} {' or '.join(repr(a) for a in allowed)}, this model {got!r}"
             )
 
 

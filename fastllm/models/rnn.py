@@ -45,7 +45,30 @@ class RecurrentBlock(Residual):
         """What writes into the residual stream."""
         return [self.out, *([self.cross_attention.out] if self.cross else [])]
 
+    def _directions(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Both directions of sequences that padding follows, one after the other, each from its own beginning.
+
+        On a CPU oneDNN computes an LSTM over whole sequences; packed ones torch computes step by step.
+        """
+        place = torch.arange(x.shape[1], device=x.device)
+        # The last token first, padding where it is: its own inverse.
+        mirror = torch.where(place < lengths[:, None], lengths[:, None] - 1 - place, place)[..., None]
+        weights = self.recurrence._flat_weights
+        results = []
+        for reverse in (False, True):
+            own = weights[len(weights) // 2 :] if reverse else weights[: len(weights) // 2]
+            turned = x.gather(1, mirror.expand_as(x)) if reverse else x
+            zeros = x.new_zeros(1, len(x), self.recurrence.hidden_size)
+            if isinstance(self.recurrence, nn.LSTM):
+                out = torch.lstm(turned, (zeros, zeros), own, True, 1, 0.0, self.training, False, True)[0]
+            else:
+                out = torch.gru(turned, zeros, own, True, 1, 0.0, self.training, False, True)[0]
+            results.append(out.gather(1, mirror.expand_as(out)) if reverse else out)
+        return torch.cat(results, -1)
+
     def _recur(self, x: torch.Tensor, lengths: torch.Tensor | None, cache: RecurrentCache | None, layer: int):
+        if lengths is not None and x.device.type == "cpu":
+            return self.out(self._directions(x, lengths))
         if lengths is not None:
             packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
             out, _ = self.recurrence(packed)
@@ -84,7 +107,7 @@ class RecurrentStack(Embedded):
 
 
 class RecurrentEncoder(RecurrentStack):
-    """Reads in both directions, half of the width each. Padding is left out: torch wants its lengths on the host."""
+    """Reads in both directions, half of the width each. Padding is left out; cuDNN wants its lengths on the host."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config, config.encoder, config.encoder_layers, bidirectional=True, cross=False)
