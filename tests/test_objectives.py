@@ -1,5 +1,7 @@
 """Objectives: what is masked, paired, shifted and batched; every one on every model that serves it."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -10,11 +12,13 @@ from fastllm.config import InputError
 from fastllm.data import Corpus, Tokenizer, prepare
 from fastllm.data.batches import IGNORE
 from fastllm.data.tokenizer import SPECIAL_TOKENS
-from fastllm.models import ModelConfig
-from fastllm.training.config import build_run_config
+from fastllm.models import ModelConfig, build_model
+from fastllm.training.config import TrainingConfig, build_run_config
 from fastllm.training.objectives import MaskedLM, ObjectiveConfig, PrefixLM, fit_model, make_objective, rows_of
 from fastllm.training.objectives.examples import POOL, ExampleOrder
 from fastllm.training.objectives.masked import Pieces, Sentences, mask_tokens
+from fastllm.training.optimizer import Optimizers
+from fastllm.training.step import train_step
 
 
 @pytest.fixture(scope="session")
@@ -157,6 +161,29 @@ def test_pairs_follow_each_other_or_come_from_another_document(folder):
             labels.append(label)
     assert 0.35 < np.mean(labels) < 0.65
     assert sentences.documents == 6
+
+
+def test_next_sentences_can_be_learnt(tmp_path):
+    """Two documents of unlike words: whether A and B have the same is not to be seen in either alone."""
+    source = random.Random(0)
+
+    def text(words, count):
+        return " ".join(" ".join(source.choice(words) for _ in range(4)).capitalize() + "." for _ in range(count))
+
+    words = ["red", "blue", "green", "cat", "dog"], ["tree", "runs", "over", "under", "the"]
+    corpus = Corpus("two", [text(some, 60) for some in words], [text(some, 40) for some in words])
+    config = ObjectiveConfig("nsp")
+    data = prepare(corpus, tmp_path, vocab_size=300, special_tokens=config.special_tokens)
+    shape = ModelConfig(
+        vocab_size=data.tokenizer.vocab_size, context_length=32, num_layers=1, num_heads=2, hidden_size=32
+    )
+    torch.manual_seed(0)
+    model = build_model(fit_model(config, shape))
+    objective, optimizers = make_objective(config, data, 32, 32, 0), Optimizers(model, TrainingConfig())
+    for step in range(60):
+        train_step(objective, model, optimizers, objective.batch(step), rows=32, clip=1.0, dtype="float32")
+    scores = objective.evaluate(model, 32, "float32", 0).scores
+    assert scores["nsp_accuracy"] > 0.95, scores
 
 
 def test_masked_targets_are_where_the_positions_say(folder):

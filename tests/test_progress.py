@@ -1,6 +1,7 @@
 """What a run shows and writes down: display, metrics, sessions."""
 
 import contextlib
+import importlib.machinery
 import json
 import sys
 import types
@@ -60,6 +61,35 @@ def test_metrics_go_to_tensorboard_where_it_is_installed(config, tmp_path, monke
     assert scalars[0] == (str(tmp_path / "run" / "tensorboard"), 1)
     assert {("loss", 1), ("loss", 2), ("validation_bits_per_byte", 2)} <= set(scalars)
     assert scalars[-1] == "closed"
+
+
+def test_metrics_go_to_weights_and_biases_and_a_resumed_run_goes_on_there(config, tmp_path, monkeypatch):
+    begun = []
+
+    class Begun:
+        def __init__(self, **options):
+            self.options, self.lines, self.finished = options, [], False
+            begun.append(self)
+
+        def log(self, numbers, step):
+            self.lines.append((step, numbers))
+
+        def finish(self):
+            self.finished = True
+
+    module = types.ModuleType("wandb")
+    module.init, module.__spec__ = Begun, importlib.machinery.ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    train(config(wandb="toys"), tmp_path / "run", quiet=True)
+    resume(tmp_path / "run", {"steps": 8}, quiet=True)
+    first, second = begun
+    assert first.options["project"] == "toys"
+    assert first.options == second.options
+    assert second.finished
+    steps = [step for one in begun for step, numbers in one.lines if "lr" in numbers]
+    assert steps == list(range(1, 9))
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "lr" in line]
+    assert [n["loss"] for one in begun for _, n in one.lines if "lr" in n] == [line["loss"] for line in lines]
 
 
 def test_a_metrics_line_cut_off_by_a_crash_is_dropped(tmp_path):

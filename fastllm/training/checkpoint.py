@@ -27,6 +27,7 @@ from ..config import InputError
 from ..data import Tokenizer
 from ..files import read_json, read_tensors, whole_folder, write_text
 from ..models import Model, ModelConfig, load_model
+from .lora import ADAPTER, has_lora, merged, save_adapter
 
 OPTIMIZER, STATE, MANIFEST, LATEST, SHARDED = (
     "optimizer.safetensors", "state.json", "manifest.json", "latest", "sharded",
@@ -97,9 +98,15 @@ def read_state(path: Path) -> State:
 def save_model(folder: Path, model: Model, tokenizer: Tokenizer) -> None:
     """Weights, configuration and tokenizer into ``folder``: all that generating needs.
 
+    Adapters are merged into the weights, and written beside them.
+
     Raises:
         OSError: they cannot be written.
     """
+    if has_lora(model):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_adapter(model, folder / ADAPTER)
+        model = merged(model)
     model.save_pretrained(folder)
     tokenizer.save(folder / "tokenizer.json")
 

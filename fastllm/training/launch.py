@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..config import InputError, build
-from ..files import write_text
+from ..files import folder_to_fill, write_text
 from .checkpoint import checkpoints, find_checkpoint
 from .config import RunConfig, TrainingConfig, read_run_config
 from .loop import CONFIG, Result, Run, fixed_settings, pick_device
@@ -45,7 +43,8 @@ def train(
     pick_device(config.training.device)
     with _joined(config.training) as ranks:
         main = ranks.rank == 0
-        with _new_folder(folder) if main else contextlib.nullcontext(Path(folder)) as folder:
+        new = folder_to_fill(_next_run(), new=True) if folder is None else folder_to_fill(folder)
+        with new if main else contextlib.nullcontext(Path(folder)) as folder:
             display = Display(quiet or not main)
             with ranks.first():
                 data = folder / "data"
@@ -92,25 +91,6 @@ def _joined(training: TrainingConfig) -> contextlib.AbstractContextManager[Ranks
 def _next_run() -> Path:
     numbers = [int(path.name) for path in RUNS.glob("[0-9]*") if path.name.isdigit()]
     return RUNS / f"{max(numbers, default=0) + 1:04d}"
-
-
-@contextlib.contextmanager
-def _new_folder(name: str | Path | None) -> Iterator[Path]:
-    """Make the run's folder; if the block raises, remove what was not there before."""
-    folder = Path(name) if name is not None else _next_run()
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        try:
-            folder.mkdir(parents=True, exist_ok=name is not None)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise InputError(f"{folder}: cannot write there: {error.strerror}") from error
-        yield folder
-    except BaseException:
-        if made:
-            shutil.rmtree(made[-1], ignore_errors=True)
-        raise
 
 
 def resume(checkpoint: str | Path, changes: Mapping[str, object] | None = None, *, quiet: bool = False) -> Result:

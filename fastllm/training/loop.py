@@ -26,6 +26,7 @@ from .config import RunConfig, TrainingConfig
 from .dropout import key_dropout
 from .evaluate import Evaluation
 from .guard import Diverged, Failed, Guard
+from .lora import ADAPTER, load_adapter
 from .measure import autocast, faster_dtype, keep_random_state, matmul_flops
 from .meters import Meters, Timer
 from .objectives import Batch, make_objective, rows_of, to_device
@@ -87,6 +88,8 @@ class Run:
     ):  # fmt: skip
         self.folder, self.dataset, self.display, self.ranks = folder, dataset, display, ranks
         self.device = ranks.device(pick_device(config.training.device))
+        if config.objective.lora_rank and ranks.size > 1:
+            raise InputError(f"lora_rank: adapters are trained by one process, not by {ranks.size}")
         training = config.training.with_budget()
         self.objective = make_objective(
             config.objective, dataset, config.model.context_length, training.batch_size, training.seed
@@ -108,6 +111,10 @@ class Run:
             if saved != config.model:
                 raise InputError(f"{checkpoint}: another model than in {folder / CONFIG}")
             self.model, tensors = ranks.load(checkpoint, make, self.device, self.state.dtype)
+            if config.objective.lora_rank:  # whose weights are merged
+                with keep_random_state(self.device):
+                    self.model = new_model(config).to(self.device)
+                load_adapter(self.model, checkpoint / ADAPTER)
             self.optimizers = Optimizers(self.model, training)
             try:
                 self.optimizers.load_state_dict(tensors)

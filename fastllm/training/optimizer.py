@@ -2,49 +2,128 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
+from torch.optim.adamw import adamw
 
 from .config import TrainingConfig
 
+# Muon's quintic iteration, its number of steps, and the least norm that is divided by (Jordan et al. 2024).
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+_NEWTON_SCHULZ_STEPS = 5
+_LEAST_NORM = 1e-7
+# What is added to the root of AdamW's second moment.
+_ADAMW_EPS = 1e-8
 
-class GatheredMuon(torch.optim.Muon):
-    """torch.optim.Muon for matrices that are spread over ranks (DTensors).
 
-    The orthogonal factor of a matrix needs all of it: each update is gathered, and every rank computes the factor as a
-    single process would, then keeps its part. (On DTensors themselves torch's would add up parts of bf16 products.)
+class _Optimizer(ABC):
+    """An update rule over groups of parameters, and what it keeps of each.
+
+    Not a ``torch.optim.Optimizer``: making one imports torch._dynamo and sympy, which is a second before a first step.
+
+    Args:
+        groups: each with ``params``, ``lr`` and ``weight_decay``.
     """
 
+    # What is kept of a parameter that has been stepped.
+    quantities: frozenset[str]
+
+    def __init__(self, groups: Sequence[dict]):
+        self.groups = [{**group, "peak_lr": group["lr"]} for group in groups]
+        self.state: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
+
     @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p.grad)
-                buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
-                whole = nn.Parameter(torch.zeros(p.shape, device=update.device, dtype=update.dtype))
-                whole.grad = update.full_tensor()
-                kept = {key: group[key] for key in ("ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
-                torch.optim.Muon([whole], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False, **kept).step()
+    def step(self) -> None:
+        for group in self.groups:
+            stepped = [p for p in group["params"] if p.grad is not None]
+            for p in stepped:
+                if p not in self.state:
+                    self.state[p] = self._fresh(p)
+            if stepped:
+                self._update(group, stepped)
+
+    @abstractmethod
+    def _fresh(self, p: nn.Parameter) -> dict[str, torch.Tensor]:
+        """What is kept of ``p`` before its first step, by the names in ``quantities``."""
+
+    @abstractmethod
+    def _update(self, group: dict, parameters: list[nn.Parameter]) -> None:
+        """One step of those ``parameters`` of ``group`` that have gradients, and of what is kept of them."""
+
+
+class AdamW(_Optimizer):
+    """``torch.optim.AdamW`` with ``fused=True``, bit for bit."""
+
+    quantities = frozenset({"step", "exp_avg", "exp_avg_sq"})
+
+    def __init__(self, groups: Sequence[dict], betas: tuple[float, float]):
+        super().__init__(groups)
+        self._betas = betas
+
+    def _fresh(self, p):
+        step = torch.zeros((), dtype=torch.float32, device=p.device)
+        return {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+    def _update(self, group, parameters):
+        kept = [self.state[p] for p in parameters]
+        averages, squares, steps = ([one[key] for one in kept] for key in ("exp_avg", "exp_avg_sq", "step"))
+        adamw(
+            parameters, [p.grad for p in parameters], averages, squares, [], steps,
+            fused=True, amsgrad=False, maximize=False, eps=_ADAMW_EPS,
+            lr=group["lr"], weight_decay=group["weight_decay"], beta1=self._betas[0], beta2=self._betas[1],
+        )  # fmt: skip
+
+
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """Nearly the orthogonal factor of ``matrix`` (rows, columns): its singular values become about 1. In bf16.
+
+    Newton-Schulz iteration on the smaller side; K. Jordan et al., Muon: an optimizer for hidden layers (2024).
+    """
+    a, b, c = _NEWTON_SCHULZ
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.bfloat16()
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=_LEAST_NORM)
+    for _ in range(_NEWTON_SCHULZ_STEPS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
+class Muon(_Optimizer):
+    """``torch.optim.Muon`` with Nesterov momentum, bit for bit; matrices may be spread over ranks (DTensors).
+
+    The orthogonal factor of a matrix needs all of it: an update that is spread is gathered, and every rank computes the
+    factor as a single process would, then keeps its part. (On DTensors themselves torch's would add up parts of bf16
+    products.)
+    """
+
+    quantities = frozenset({"momentum_buffer"})
+
+    def __init__(self, groups: Sequence[dict], momentum: float):
+        super().__init__(groups)
+        self._momentum = momentum
+
+    def _fresh(self, p):
+        return {"momentum_buffer": torch.zeros_like(p.grad)}
+
+    def _update(self, group, parameters):
+        for p in parameters:
+            buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - self._momentum)
+            update = p.grad.lerp(buffer, self._momentum)
+            spread = hasattr(p, "placements")
+            update = orthogonal(update.full_tensor() if spread else update)
+            if spread:
                 # Imported where there are such tensors: torch has loaded it by then.
                 from torch.distributed.tensor import distribute_tensor
 
-                part = distribute_tensor(whole.data, p.device_mesh, p.placements, src_data_rank=None)
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(part, alpha=group["lr"])
-
-
-# What each optimiser keeps of a parameter.
-_QUANTITIES = {
-    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
-    torch.optim.Muon: {"momentum_buffer"},
-    GatheredMuon: {"momentum_buffer"},
-}
+                update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(update, alpha=-group["lr"] * math.sqrt(max(1, p.shape[0] / p.shape[1])))
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -73,31 +152,17 @@ class Optimizers:
     def __init__(self, model: nn.Module, config: TrainingConfig):
         groups = parameter_groups(model)
         decay = {"hidden": config.weight_decay, "embedding": config.embedding_weight_decay, "vector": 0.0}
-        adamw = [kind for kind in groups if groups[kind] and not (kind == "hidden" and config.optimizer == "muon")]
-        self._optimizers: list[torch.optim.Optimizer] = []
+        by_muon = ["hidden"] if config.optimizer == "muon" else []
+        by_adamw = [kind for kind in groups if kind not in by_muon]
+
+        def described(kinds: list[str], lr: float) -> list[dict]:
+            return [{"params": [p for _, p in groups[kind]], "lr": lr, "weight_decay": decay[kind]} for kind in kinds]
+
+        self._optimizers = [
+            AdamW(described(by_adamw, config.lr), (config.beta1, config.beta2)),
+            Muon(described(by_muon, config.muon_lr), config.momentum),
+        ]
         self._names = {id(p): name for group in groups.values() for name, p in group}
-        if adamw:
-            self._optimizers.append(
-                torch.optim.AdamW(
-                    [{"params": [p for _, p in groups[kind]], "weight_decay": decay[kind]} for kind in adamw],
-                    lr=config.lr,
-                    betas=(config.beta1, config.beta2),
-                    fused=True,
-                )
-            )
-        if config.optimizer == "muon" and groups["hidden"]:
-            spread = any(hasattr(p, "placements") for _, p in groups["hidden"])  # DTensors
-            self._optimizers.append(
-                (GatheredMuon if spread else torch.optim.Muon)(
-                    [p for _, p in groups["hidden"]],
-                    lr=config.muon_lr,
-                    momentum=config.momentum,
-                    weight_decay=config.weight_decay,
-                )
-            )
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                group["peak_lr"] = group["lr"]
 
     def set_scale(self, scale: float) -> None:
         """Multiply the peak learning rates with ``scale``."""
@@ -110,12 +175,13 @@ class Optimizers:
         self.zero_grad()
 
     def zero_grad(self) -> None:
-        for optimizer in self._optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        for group in self._groups():
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def _groups(self) -> Iterable[dict]:
         for optimizer in self._optimizers:
-            yield from optimizer.param_groups
+            yield from optimizer.groups
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """``<parameter>:<quantity>`` -> tensor, for every parameter that has been stepped."""
@@ -133,7 +199,7 @@ class Optimizers:
             ValueError: ``tensors`` names a parameter that these optimisers do not have, or what one of them keeps of it
                 is not all there, or not of its shape.
         """
-        by_name = {self._names[id(p)]: (o, p) for o in self._optimizers for g in o.param_groups for p in g["params"]}
+        by_name = {self._names[id(p)]: (o, p) for o in self._optimizers for g in o.groups for p in g["params"]}
         found: dict[str, set[str]] = {}
         for key, value in tensors.items():
             name, _, quantity = key.rpartition(":")
@@ -141,12 +207,12 @@ class Optimizers:
                 raise ValueError(f"optimizer state of an unknown parameter: {name}")
             optimizer, parameter = by_name[name]
             shape = () if quantity == "step" else tuple(parameter.shape)
-            if quantity not in _QUANTITIES[type(optimizer)] or tuple(value.shape) != shape or value.is_complex():
+            if quantity not in optimizer.quantities or tuple(value.shape) != shape or value.is_complex():
                 raise ValueError(f"optimizer state {key}: {tuple(value.shape)} does not fit the parameter {shape}")
             found.setdefault(name, set()).add(quantity)
             # The step count of AdamW is a scalar that lives beside the parameter.
-            optimizer.state[parameter][quantity] = value.to(parameter.device)
+            optimizer.state.setdefault(parameter, {})[quantity] = value.to(parameter.device)
         for name, quantities in found.items():
-            missing = _QUANTITIES[type(by_name[name][0])] - quantities
+            missing = by_name[name][0].quantities - quantities
             if missing:
                 raise ValueError(f"optimizer state of {name}: {min(missing)} is missing")

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import secrets
 import time
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,13 @@ def _wandb_run(folder: Path, project: str):
         raise InputError("wandb: a project was given, but W&B is not installed (pip install wandb)")
     import wandb
 
-    return wandb.init(project=project, name=folder.name, dir=str(folder), resume="allow")
+    # Of the folder's own, so that a run that goes on goes on there, too.
+    name = folder / "wandb-id"
+    if not name.exists():
+        write_text(name, secrets.token_hex(8))
+    return wandb.init(
+        project=project, name=folder.name, dir=str(folder), id=name.read_text("utf-8").strip(), resume="allow"
+    )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from ..tasks.read import read_examples
 from ..tasks.store import TaskDataset, open_examples, prepare_examples, split, texts
 from .checkpoint import MANIFEST, check, find_checkpoint, load_config
 from .config import RunConfig
+from .lora import add_lora
 from .objectives.choose import ObjectiveConfig, fit_model
 
 
@@ -136,4 +137,6 @@ def new_model(config: RunConfig) -> Model:
     lacking = [name for name in lacking if name in dict(model.named_parameters(remove_duplicate=False))]
     if lacking:
         raise InputError(f"pretrained: {path} does not fit the model: {lacking[0]} is missing or of another shape")
+    if config.objective.lora_rank:
+        add_lora(model, config.objective.lora_rank, {name for name in own if name not in taken and name not in tied})
     return model

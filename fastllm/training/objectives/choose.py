@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from ...config import InputError, option
 from ...data import Dataset
@@ -54,11 +55,19 @@ class ObjectiveConfig:
     pretrained: str | None = option(
         None, "start from this run's or model's weights, shape and tokenizer; heads that it lacks are new"
     )
+    lora_rank: int = option(
+        0, "with pretrained: train adapters of this rank (LoRA) and new heads, the rest stays as it is; 0: train all",
+        minimum=0,
+    )  # fmt: skip
     held_out: str | None = option(
         None, "tasks: a file or folder to score on; without it one example in ten of the data"
     )
 
     def __post_init__(self):
+        if self.lora_rank and self.pretrained is None:
+            raise InputError("lora_rank: adapters are added to a pretrained model; name one with pretrained")
+        if self.lora_rank and find_spec("peft") is None:
+            raise InputError("lora_rank: adapters need peft: pip install 'fastllm[lora]'")
         if self.held_out and not OBJECTIVES[self.objective].task:
             raise InputError(f"held_out: objective {self.objective} holds out documents of its data by itself")
 

@@ -161,10 +161,11 @@ class MaskedLM:
         """Two texts, A from sentence ``number`` on, and whether B is from elsewhere."""
         start, end = int(sentences.starts[number]), int(sentences.ends[number])
         half = self._room // 2
-        # A ends with a sentence, in the middle of the room or before, so that something of the document is left.
+        # A is as many whole sentences as fit into half of the room and leave something of the document: of two short
+        # texts nobody can tell whether they belong together.
         cut = sentences.starts[number + 1 :][: max(1, half)]
         cut = cut[(cut < end) & (cut <= start + half)]
-        middle = int(rng.choice(cut)) if len(cut) else min(end, start + half)
+        middle = int(cut[-1]) if len(cut) else min(end, start + half)
         elsewhere = bool(rng.random() < 0.5) or middle >= end
         if elsewhere:
             others = np.flatnonzero(sentences.document != sentences.document[number])
@@ -244,9 +245,10 @@ class MaskedLM:
         return losses
 
     def _held_out(self, rows: int, limit: int) -> Iterator[Batch]:
-        # Sentences overlap in their windows: every one of many would score the text many times over.
-        count = len(self._validation)
-        numbers = np.arange(0, count, max(1, count // (limit or 256)))
+        # Sentences overlap in their windows: every one of many would score the text many times over, so that so many
+        # are spread over it as would fill it side by side.
+        count, whole = len(self._validation), -(-len(self.dataset.validation) // self._room)
+        numbers = np.arange(0, count, max(1, count // min(limit or whole, whole)))
         for first in range(0, len(numbers), rows):
             yield self._batch(
                 self.dataset.validation, self._validation, numbers[first : first + rows], "evaluation", first
