@@ -1,12 +1,18 @@
-"""Examples for translation, question answering and classification, made from Debian's documentation packages.
+r"""Examples for translation, question answering and classification, made from Debian's documentation packages.
 
-    apt-get download debian-handbook manpages manpages-de manpages-dev python3.11-doc
+    apt-get download debian-handbook manpages manpages-dev manpages-de manpages-de-dev python3.11-doc
+    apt-get download apt at bash bsdextrautils coreutils cron diffutils dosfstools dpkg e2fsprogs fdisk findutils grep \
+        gzip hostname iptables kmod less libsane-common login man-db mount mtools nano netpbm nfs-common \
+        openssh-client openssh-server passwd procps psmisc sane-utils sed systemd tar util-linux \
+        util-linux-extra xz-utils
     for package in *.deb; do dpkg -x $package root; done        (or install them: the root is then /)
-    python docs/debian.py pairs root pairs.tsv
+    python docs/debian.py pairs root pairs.tsv                  writes pairs.held.tsv, too
     python docs/debian.py questions root questions.json
-    python docs/debian.py sections root sections.csv
+    python docs/debian.py sections root sections.csv            writes sections.held.csv, too
 
-Pairs: English and German paragraphs of the Debian handbook and of man pages that have equally many of them.
+Pairs: English and German paragraphs of the Debian handbook and of man pages that have equally many of them; the second
+line's packages have the English man pages. What teaches no translation is dropped, and counted by reason. The pairs of
+some pages are held out.
 Questions: the entries of Python's documentation and of its glossary, "What is X?" with the first sentence of the entry
 as the answer. The questions are synthetic: they test finding the right passage, not understanding.
 Sections: paragraphs of Python's documentation, labelled with the part that they are from; as many of each.
@@ -18,13 +24,21 @@ from __future__ import annotations
 import argparse
 import csv
 import gzip
+import hashlib
 import html.parser
 import json
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 BLOCKS = {"p", "h1", "h2", "h3", "h4", "h5", "h6"}
+# Of the pages with translations one in so many is held out.
+HELD_OUT = 25
+# Paragraphs with a label to learn from; the others are held out.
+LABELLED = 400
+# Words on a side of a pair, and how much longer than the other a side may be.
+SHORTEST, LONGER = 4, 2
 # Where a translated man page goes on with its translators.
 TRANSLATORS = re.compile(
     r'^\.SH "?(ÜBERSETZUNG|KOLOPHON)|^\.SH "?COLOPHON|^\.PP\nDie deutsche Übersetzung', re.MULTILINE
@@ -62,9 +76,12 @@ class Paragraphs(html.parser.HTMLParser):
             self._open[-1][1].append(data)
 
 
-def handbook(root: Path) -> list[tuple[str, str]]:
-    """Pairs of the pages whose blocks are equally many."""
-    base, pairs = root / "usr/share/doc/debian-handbook/html", []
+Pairs = list[tuple[str, str]]
+
+
+def handbook(root: Path) -> dict[str, Pairs]:
+    """Pairs of each page whose blocks are equally many."""
+    base, pages = root / "usr/share/doc/debian-handbook/html", {}
     for page in sorted((base / "en-US").glob("*.html")):
         other = base / "de-DE" / page.name
         sides = []
@@ -73,8 +90,8 @@ def handbook(root: Path) -> list[tuple[str, str]]:
             parser.feed(path.read_text("utf-8"))
             sides.append(parser.blocks)
         if len(sides) == 2 and len(sides[0]) == len(sides[1]):
-            pairs += zip(*sides, strict=True)
-    return pairs
+            pages[page.name] = list(zip(*sides, strict=True))
+    return pages
 
 
 def man_blocks(path: Path) -> list[str]:
@@ -102,6 +119,7 @@ def man_blocks(path: Path) -> list[str]:
     plain = []
     for block in blocks:
         block = re.sub(r"\\f(\[\w*\]|\(..|.)", "", block)
+        block = block.replace(r"\*(Aq", "'").replace(r"\(aq", "'").replace(r"\(bu", "*")
         block = re.sub(r"\\\((em|en)", "-", block)
         block = re.sub(r"\\\(..", "", block)
         block = re.sub(r"\\\[\w+\]", "", block)
@@ -111,28 +129,59 @@ def man_blocks(path: Path) -> list[str]:
     return plain
 
 
-def man_pages(root: Path) -> list[tuple[str, str]]:
-    """Pairs of the man pages whose paragraphs are equally many."""
-    base, pairs = root / "usr/share/man", []
+def man_pages(root: Path) -> dict[str, Pairs]:
+    """Pairs of each man page whose paragraphs are equally many."""
+    base, pages = root / "usr/share/man", {}
     for path in sorted(base.glob("de/man*/*.gz")):
         english = base / path.parent.name / path.name
         if english.exists():
             sides = [man_blocks(english), man_blocks(path)]
             if len(sides[0]) == len(sides[1]):
-                pairs += zip(*sides, strict=True)
-    return pairs
+                pages[path.name] = list(zip(*sides, strict=True))
+    return pages
 
 
-def pairs(root: Path, words: int) -> list[tuple[str, str]]:
-    """Translated pairs of at most so many ``words``, each once, in an order that mixes their sources."""
-    both = dict.fromkeys(
-        (a, b)
-        for a, b in [*handbook(root), *man_pages(root)]
-        if a != b and re.search(r"[^\W\d_]{2}", a) and max(len(a.split()), len(b.split())) <= words
-    )
-    result = list(both)
-    random.Random(0).shuffle(result)
-    return result
+def fault(source: str, target: str, words: int) -> str | None:
+    """Why a pair teaches no translation, or None."""
+    a, b = source.split(), target.split()
+    if max(len(a), len(b)) > words:
+        return f"longer than {words} words"
+    if min(len(a), len(b)) < SHORTEST:
+        return f"shorter than {SHORTEST} words"
+    if 2 * sum((Counter(a) & Counter(b)).values()) >= min(len(a), len(b)):
+        return "half of the words the same on both sides"
+    if max(len(a), len(b)) > LONGER * min(len(a), len(b)):
+        return f"one side {LONGER} times as long as the other"
+    letters = min(sum(c.isalpha() or c == " " for c in side) / len(side) for side in (source, target))
+    return "less than three quarters letters" if letters < 0.75 else None
+
+
+def pairs(root: Path, words: int) -> tuple[Pairs, Pairs, Counter]:
+    """Translated pairs to train on, pairs of pages held out, and how many were dropped for what reason.
+
+    No text occurs twice on either side, and so none that is held out in training.
+    """
+    pages = {**handbook(root), **man_pages(root)}
+    names = sorted(pages)
+    # By a hash: neighbours in the alphabet are often about the same.
+    names.sort(key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    dropped, seen = Counter(), (set(), set())
+    parts: list[Pairs] = [[], []]
+    count = max(1, len(names) // HELD_OUT)
+    for held, some in ((0, names[count:]), (1, names[:count])):
+        for name in some:
+            for pair in pages[name]:
+                reason = fault(*pair, words)
+                if reason is None and any(side in known for side, known in zip(pair, seen, strict=True)):
+                    reason = "a side that occurred before"
+                if reason is not None:
+                    dropped[reason] += 1
+                    continue
+                for side, known in zip(pair, seen, strict=True):
+                    known.add(side)
+                parts[held].append(pair)
+        random.Random(0).shuffle(parts[held])
+    return *parts, dropped
 
 
 class Entries(html.parser.HTMLParser):
@@ -244,14 +293,18 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=1000, help="leave out pairs with a longer side")
     arguments = parser.parse_args()
     if arguments.what == "pairs":
-        made = pairs(arguments.root, arguments.words)
-        arguments.out.write_text("".join(f"{a}\t{b}\n" for a, b in made), "utf-8")
-        print(f"{len(made):,} pairs, {sum(len(a.split()) for a, _ in made):,} English words")
+        train, held, dropped = pairs(arguments.root, arguments.words)
+        for path, part in ((arguments.out, train), (arguments.out.with_suffix(".held.tsv"), held)):
+            path.write_text("".join(f"{a}\t{b}\n" for a, b in part), "utf-8")
+            print(f"{path}: {len(part):,} pairs, {sum(len(a.split()) for a, _ in part):,} English words")
+        for reason, count in dropped.most_common():
+            print(f"dropped: {count:,} {reason}")
     elif arguments.what == "sections":
         made = sections(arguments.root)
-        with open(arguments.out, "w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([("text", "label"), *made])
-        print(f"{len(made):,} paragraphs")
+        for path, part in ((arguments.out, made[:LABELLED]), (arguments.out.with_suffix(".held.csv"), made[LABELLED:])):
+            with open(path, "w", encoding="utf-8", newline="") as file:
+                csv.writer(file).writerows([("text", "label"), *part])
+            print(f"{path}: {len(part):,} paragraphs")
     else:
         made = questions(arguments.root)
         arguments.out.write_text(json.dumps(made), "utf-8")

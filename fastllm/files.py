@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -65,10 +66,39 @@ def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.filename == str(temporary):
+                raise OSError(error.errno, error.strerror, str(path)) from error
             raise
         sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def folder_to_fill(path: str | os.PathLike, new: bool = False) -> Iterator[Path]:
+    """``path``, made with the folders above it and tried; if the block raises, what was not there before goes again.
+
+    Args:
+        new: it must not be there yet.
+
+    Raises:
+        InputError: it cannot be written there.
+    """
+    folder = Path(path)
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=not new)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise InputError(f"{folder}: cannot write there: {error.strerror}") from error
+        yield folder
+    except BaseException:
+        if made:
+            shutil.rmtree(made[-1], ignore_errors=True)
+        raise
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:

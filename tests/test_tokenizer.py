@@ -164,7 +164,7 @@ def test_what_cannot_be_trained_is_refused(arguments, message):
 
 
 def test_a_tokenizer_of_other_makers_takes_its_own_separator(tmp_path, trained):
-    definition = json.loads(trained["wordpiece"]._definition)
+    definition = json.loads(trained["wordpiece"].definition)
     definition["added_tokens"] = [t for t in definition["added_tokens"] if t["content"] != END_OF_TEXT]
     del definition["model"]["vocab"][END_OF_TEXT]
     (tmp_path / "tokenizer.json").write_text(json.dumps(definition))

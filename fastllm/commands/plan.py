@@ -15,8 +15,8 @@ _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 def _number(text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbt]?)", text.lower())
-    if not match:
-        raise argparse.ArgumentTypeError(f"expected a number such as 70b or 4m, got {text!r}")
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"expected a number above 0 such as 70b or 4m, got {text!r}")
     return float(match[1]) * _UNITS[match[2]]
 
 

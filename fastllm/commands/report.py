@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..config import InputError
+from ..files import folder_to_fill
 from ..training.page import make_page
 
 
@@ -15,6 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    make_page(arguments.runs, arguments.out)
+    if arguments.out.is_dir():
+        raise InputError(f"{arguments.out}: a folder; --out names the page")
+    with folder_to_fill(arguments.out.parent):
+        make_page(arguments.runs, arguments.out)
     print(f"{arguments.out}: {arguments.out.stat().st_size:,} bytes")
     return 0

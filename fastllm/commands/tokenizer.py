@@ -13,6 +13,7 @@ from ..config import InputError
 from ..data import DataConfig, Tokenizer, load_corpus, prepare
 from ..data.tokenizer import KINDS, SPECIAL_TOKENS
 from ..data.tokenizer_show import Pieces, Sample
+from ..files import folder_to_fill
 from ..training.progress import Display, printable
 
 _SHADES = ("on #1f3a5f", "on #5f1f3a", "on #1f5f3a", "on #5f4a1f")
@@ -75,12 +76,13 @@ def _train(arguments: argparse.Namespace) -> int:
     display = Display(arguments.quiet)
     corpus = load_corpus(DataConfig(data=tuple(arguments.source), deduplicate=False))
     documents = Sample(corpus, arguments.sample_mb << 20)
-    display.say(documents.note)
-    tokenizer = Tokenizer.train(
-        documents, arguments.vocab_size, arguments.kind,
-        special_tokens=SPECIAL_TOKENS[arguments.objective], lowercase=arguments.lowercase,
-    )  # fmt: skip
-    tokenizer.save_pretrained(arguments.out)
+    with folder_to_fill(arguments.out) as out:
+        display.say(documents.note)
+        tokenizer = Tokenizer.train(
+            documents, arguments.vocab_size, arguments.kind,
+            special_tokens=SPECIAL_TOKENS[arguments.objective], lowercase=arguments.lowercase,
+        )  # fmt: skip
+        tokenizer.save_pretrained(out)
     display.say(f"{tokenizer.vocab_size:,} tokens in {Path(arguments.out) / 'tokenizer.json'}")
     return 0
 
@@ -117,6 +119,8 @@ def _encode(arguments: argparse.Namespace) -> int:
         raise InputError(f"--shard-tokens: expected at least 1, got {arguments.shard_tokens}")
     display = Display(arguments.quiet)
     corpus = load_corpus(DataConfig(data=tuple(arguments.source)))
-    dataset = prepare(corpus, arguments.out, tokenizer=_load(arguments.tokenizer), shard_tokens=arguments.shard_tokens)
+    tokenizer = _load(arguments.tokenizer)
+    with folder_to_fill(arguments.out) as out:
+        dataset = prepare(corpus, out, tokenizer=tokenizer, shard_tokens=arguments.shard_tokens)
     display.say(dataset.describe())
     return 0

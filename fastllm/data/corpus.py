@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import lzma
 import re
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,6 +146,10 @@ def _corpus(name: str, documents: list[str], remove_repeated: bool, notes: list[
 
 def _read_text(path: Path) -> str:
     try:
+        # A pipe, as <(command) gives, is read to its end; a device may have none.
+        kind = path.stat().st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISFIFO(kind)):
+            raise InputError(f"{path}: neither a file nor a folder")
         content = path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file or folder") from None

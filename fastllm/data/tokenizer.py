@@ -67,7 +67,7 @@ class Tokenizer:
         self._inner.encode_special_tokens = True
         self._inner.no_truncation()
         self._inner.no_padding()
-        self._definition = definition
+        self.definition = definition
         parts = json.loads(definition)
         splitter = (parts.get("pre_tokenizer") or {}).get("type")
         self._byte_level = splitter == "ByteLevel"
@@ -117,7 +117,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write ``tokenizer.json``, whole or not at all."""
-        write_text(path, self._definition)
+        write_text(path, self.definition)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``tokenizer.json`` and the ``tokenizer_config.json`` that names the special tokens to transformers."""
@@ -179,7 +179,7 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the definition, white space and key order apart, in hexadecimal."""
-        canonical = json.dumps(json.loads(self._definition), sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(json.loads(self.definition), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -228,7 +228,7 @@ class Tokenizer:
         ]
         if not missing:
             return self
-        inner = tokenizers.Tokenizer.from_str(self._definition)
+        inner = tokenizers.Tokenizer.from_str(self.definition)
         inner.add_special_tokens(missing)
         return Tokenizer(inner.to_str())
 

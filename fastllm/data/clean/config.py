@@ -36,6 +36,8 @@ class CleanConfig:
         for rule in self.rules:
             if rule not in (*RULES, "none") or (rule == "none" and len(self.rules) > 1):
                 raise ValueError(f"rules: expected some of {', '.join(RULES)}, or none alone; got {rule!r}")
+        if self.language:
+            language.check(self.language)
 
 
 def clean(document: Document, config: CleanConfig) -> tuple[Document | Rejection, Counter[str]]:

@@ -17,6 +17,18 @@ def _identifier():
     return module.LanguageIdentifier.from_model_file(module.MODEL_FILE, norm_probs=True)
 
 
+def check(languages: tuple[str, ...]) -> None:
+    """Refuse what is no language that can be told.
+
+    Raises:
+        ValueError: names those that can.
+    """
+    known = sorted(set(map(str, _identifier().nb_classes)))
+    for name in languages:
+        if name not in known:
+            raise ValueError(f"language: expected some of {' '.join(known)}; got {name!r}")
+
+
 def only(document: Document, languages: tuple[str, ...], least: float) -> Document | Rejection:
     """``document`` if it is in one of ``languages`` (ISO 639-1) with a probability of ``least``; notes which."""
     language, probability = _identifier().classify(document.text[:_SAMPLE])

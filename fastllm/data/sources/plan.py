@@ -82,7 +82,7 @@ def plan(sources: Sequence[str], given: str | None = None) -> tuple[list[Entry],
         given: the format of every file, whatever its name says.
 
     Raises:
-        InputError: a source does not exist, or is a file of no known format.
+        InputError: a source does not exist or is a file of no known format, or there is no file to read.
     """
     entries: list[Entry] = []
     failures: list[Failure] = []
@@ -103,6 +103,8 @@ def plan(sources: Sequence[str], given: str | None = None) -> tuple[list[Entry],
                 raise InputError(f"{source}: unknown format; say --format {'|'.join(NAMES)}")
             entries.append(Entry(str(root.absolute()), name, kind, root.stat().st_size))
             continue
+        if not root.is_dir():
+            raise InputError(f"{source}: neither a file nor a folder")
         inside = root.resolve()
         for item in _walk(str(root.absolute())):
             if isinstance(item, OSError):
@@ -111,4 +113,7 @@ def plan(sources: Sequence[str], given: str | None = None) -> tuple[list[Entry],
             relative = os.path.relpath(item.path, root.absolute()).encode("utf-8", "replace").decode()
             found = _entry(item, f"{name}/{relative}", inside, given)
             (entries if isinstance(found, Entry) else failures).append(found)
+    if not entries:
+        first = f" ({failures[0].id}: {failures[0].reason})" if failures else ""
+        raise InputError(f"no file to read in {', '.join(sources)}{first}")
     return entries, failures
