@@ -2,8 +2,7 @@
 
 python docs/tour.py table                 the table of objectives and models, from tiny runs: rewrites docs/tour.md
 python docs/tour.py curves RUNS           the pictures, from the runs that RUNS holds
-python docs/tour.py baseline PAIRS HELD   word by word: BLEU and chrF on the pairs that a run on PAIRS holds out,
-                                          which are written to HELD for fastllm eval
+python docs/tour.py baseline PAIRS HELD   word by word, with a dictionary from PAIRS: BLEU and chrF on HELD
 """
 
 from __future__ import annotations
@@ -11,17 +10,17 @@ from __future__ import annotations
 import re
 import sys
 import tempfile
-from collections import defaultdict
 from pathlib import Path
 
 HERE = Path(__file__).parent
 TOUR = HERE / "tour.md"
-# Picture -> what it shows of which runs: (run, label), and the scores of their metrics.jsonl.
+# Picture -> what it shows of which runs: (run, label), and the scores of their metrics.jsonl. Runs whose names go on
+# with -0, -1 and so forth differ in their seed.
 CURVES = {
-    "pretraining": ([("pretrain", "masked words + next sentence")], ["mlm_loss", "nsp_loss", "nsp_accuracy"]),
+    "pretraining": ([("pretrain", "held out")], ["mlm_loss", "nsp_loss", "nsp_accuracy"]),
     "sections": ([("sections-pretrained", "pretrained"), ("sections-fresh", "fresh")], ["loss", "accuracy"]),
     "questions": ([("questions-pretrained", "pretrained"), ("questions-fresh", "fresh")], ["exact_match", "f1"]),
-    "translation": ([("translate-transformer", "Transformer"), ("translate-rnn", "GRU")], ["loss", "perplexity"]),
+    "translation": ([("translate-transformer", "Transformer"), ("translate-rnn", "LSTM")], ["loss", "perplexity"]),
     "language-models": (
         [("lm-transformer", "Transformer"), ("lm-lstm", "LSTM"), ("lm-gru", "GRU")], ["bits_per_byte", "perplexity"],
     ),
@@ -58,51 +57,69 @@ def curves(runs: Path) -> list[Path]:
 
     made = []
     for name, (shown, scores) in CURVES.items():
-        if not all((runs / run / "metrics.jsonl").exists() for run, _ in shown):
+        seeds = {run: sorted(runs.glob(f"{run}-[0-9]")) or [runs / run] for run, _ in shown}
+        if not all((folder / "metrics.jsonl").exists() for folders in seeds.values() for folder in folders):
             continue
         figure, axes = new_figure(len(scores))
         clock = name == "language-models"
         for (run, label), colour in zip(shown, COLOURS, strict=False):
-            lines = [line for line in read_metrics(runs / run / "metrics.jsonl") if "validation_loss" in line]
-            for one, score in zip(axes, scores, strict=True):
-                key = f"validation_{score}"
-                x = [line["seconds" if clock else "step"] for line in lines]
-                y = [line.get(key, math.exp(line["validation_loss"])) for line in lines]
-                one.plot(x, y, color=colour, marker="o", markersize=3, label=label)
-                one.set_xlabel("seconds" if clock else "step")
-                one.set_ylabel(f"held-out {score.replace('_', ' ')}")
-        axes[-1].legend(frameon=False)
+            for number, folder in enumerate(seeds[run]):
+                lines = [line for line in read_metrics(folder / "metrics.jsonl") if "validation_loss" in line]
+                for one, score in zip(axes, scores, strict=True):
+                    x = [line["seconds" if clock else "step"] for line in lines]
+                    y = [line.get(f"validation_{score}", math.exp(line["validation_loss"])) for line in lines]
+                    # During a run a part of what is held out is scored, at the end all of it.
+                    part = len(lines) - (lines[-1]["validation_tokens"] > lines[0]["validation_tokens"])
+                    one.plot(
+                        x[:part], y[:part], color=colour, marker="o", markersize=3, label=None if number else label
+                    )
+                    one.plot(x[part:], y[part:], "o", color=colour, markersize=7, markerfacecolor="none")
+                    one.set_xlabel("seconds" if clock else "step")
+                    one.set_ylabel(f"held-out {score.replace('_', ' ')}")
+                    if score == "nsp_accuracy":
+                        one.axhline(0.5, color="#666666", linestyle="--", linewidth=0.8)
+        axes[-1].legend(frameon=False, title="ring: on all held out")
         made.append(save_figure(figure, HERE / f"{name}.png"))
     return made
 
 
-def dictionary(pairs: list[dict], rounds: int = 4) -> dict[str, str]:
+def dictionary(pairs: list[dict], rounds: int = 5) -> dict[str, str]:
     """For each source word its likeliest translation, by IBM's first model (Brown et al. 1993)."""
-    words = [(pair["source"].split(), pair["target"].split()) for pair in pairs]
-    table: dict[str, dict[str, float]] = {}
-    for number in range(rounds):
-        counts: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-        for source, target in words:
-            for word in target:
-                shares = [table[s].get(word, 0.0) if number else 1.0 for s in source]
-                total = sum(shares)
-                for s, share in zip(source, shares, strict=True):
-                    counts[s][word] += share / total
-        table = {s: {w: c / sum(row.values()) for w, c in row.items()} for s, row in counts.items()}
-    return {s: max(row, key=row.get) for s, row in table.items()}
+    import numpy as np
+
+    ids: tuple[dict[str, int], dict[str, int]] = ({}, {})
+    links, firsts = [], 0
+    for pair in pairs:
+        source, target = (
+            np.array([known.setdefault(word, len(known)) for word in pair[side].split()], np.int64)
+            for side, known in zip(("source", "target"), ids, strict=True)
+        )
+        # Each word of the target with each of the source; the last column tells one word of the target from the next.
+        links.append(np.stack((np.tile(source, len(target)), np.repeat(target, len(source)),
+                               firsts + np.repeat(np.arange(len(target)), len(source)))))  # fmt: skip
+        firsts += len(target)
+    source, target, word = np.concatenate(links, 1)
+    cells, cell = np.unique(source * len(ids[1]) + target, return_inverse=True)
+    row = cells // len(ids[1])
+    probability = np.ones(len(cells))
+    for _ in range(rounds):
+        share = probability[cell]
+        counts = np.bincount(cell, share / np.bincount(word, share)[word])
+        probability = counts / np.bincount(row, counts)[row]
+    names = [list(known) for known in ids]
+    best = np.lexsort((-probability, row))
+    best = best[np.r_[True, row[best][1:] != row[best][:-1]]]
+    return {names[0][row[i]]: names[1][cells[i] % len(ids[1])] for i in best}
 
 
 def baseline(pairs: Path, held: Path) -> dict[str, float]:
     """Scores of translating word by word; words that are not known stay as they are."""
     from fastllm.tasks.metrics import translation_scores
     from fastllm.tasks.read import read_pairs
-    from fastllm.tasks.store import split
 
-    train, validation = split(read_pairs([pairs]))
-    held.write_text("".join(f"{pair['source']}\t{pair['target']}\n" for pair in validation), "utf-8")
-    known = dictionary(train)
-    translations = [" ".join(known.get(w, w) for w in pair["source"].split()) for pair in validation]
-    return translation_scores([pair["target"] for pair in validation], translations)
+    known, held_out = dictionary(read_pairs([pairs])), read_pairs([held])
+    translations = [" ".join(known.get(w, w) for w in pair["source"].split()) for pair in held_out]
+    return translation_scores([pair["target"] for pair in held_out], translations)
 
 
 def main() -> None:

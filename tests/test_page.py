@@ -34,3 +34,8 @@ def test_what_is_no_run_is_refused(config, tmp_path, capsys):
     (tmp_path / "run" / "metrics.jsonl").write_text('{"st')
     assert main(["report", str(tmp_path / "run")]) == 2
     assert "has nothing to show yet" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path)]) == 2
+    assert "a folder; --out names the page" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "file" / "page.html")]) == 2
+    assert f"{tmp_path / 'file'}: cannot write there: File exists" in capsys.readouterr().err

@@ -24,3 +24,16 @@ def test_python_blocks_run():
     for block in blocks:
         result = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0, f"{block}\n{result.stderr}"
+
+
+def test_every_fault_in_the_table_has_its_test():
+    faults = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").split("## Faults")[1].split("\n## ")[0]
+    rows = [line for line in faults.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 10
+    for before, row in zip([rows[0], *rows], rows, strict=False):
+        cell = row.rstrip(" |").rsplit("|", 1)[1]
+        named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+?)_?\.\.\.)?`", before if "the same test" in cell else cell)
+        assert named, row
+        for file, start in named:
+            source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+            assert re.search(rf"^def {start}", source, re.MULTILINE), f"{file}::{start}"

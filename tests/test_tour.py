@@ -81,11 +81,11 @@ def test_debians_pages_become_examples(kind, tmp_path, monkeypatch):
     from fastllm.tasks.read import read_labelled, read_pairs, read_questions
 
     handbook = tmp_path / "usr/share/doc/debian-handbook/html"
-    for language, text in (("en-US", "A <em>package</em> here"), ("de-DE", "Ein <em>Paket</em> hier")):
+    for language, text in (("en-US", "A <em>package</em> lies here."), ("de-DE", "Hier liegt ein <em>Paket</em>.")):
         (handbook / language).mkdir(parents=True)
         page = f"<html><div class='menu'>x<h1>Title {language}</h1></div><div class='para'>{text}</div></html>"
         (handbook / language / "a.html").write_text(page)
-    for folder, text in (("man", "Files are \\fIread\\fP\nhere."), ("man/de", "Dateien werden \\fIgelesen\\fP.")):
+    for folder, text in (("man", "Files are \\fIread\\fP\nhere."), ("man/de", "Hier werden Dateien \\fIgelesen\\fP.")):
         path = tmp_path / "usr/share" / folder / "man1"
         path.mkdir(parents=True)
         source = f'.TH X 1\n.SH NAME\nls \\- list\n.PP\n{text}\n.SH "\u00dcBERSETZUNG"\nJemand\n'
@@ -106,10 +106,15 @@ def test_debians_pages_become_examples(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["debian.py", kind, str(tmp_path), str(out)])
     runpy.run_path(str(DOCS / "debian.py"), run_name="__main__")
     if kind == "pairs":
-        found = {(e["source"], e["target"]) for e in read_pairs([out])}
-        assert ("A package here", "Ein Paket hier") in found
-        assert ("Files are read here.", "Dateien werden gelesen.") in found
-        assert not any("Jemand" in target for _, target in found)
+        found = [
+            {(e["source"], e["target"]) for e in read_pairs([path])} for path in (out, out.with_suffix(".held.tsv"))
+        ]
+        expected = {
+            ("A package lies here.", "Hier liegt ein Paket."),
+            ("Files are read here.", "Hier werden Dateien gelesen."),
+        }
+        assert found[0] | found[1] == expected
+        assert len(found[0]) == len(found[1]) == 1
     elif kind == "questions":
         found = read_questions([out])
         assert {e["question"] for e in found} == {f"What is term{i}?" for i in range(6)}
@@ -125,3 +130,15 @@ def test_the_dictionary_finds_what_goes_with_what():
     pairs = [("red cat", "rote katze"), ("red dog", "rote hund"), ("cat", "katze"), ("big dog", "grosse hund")]
     known = dictionary([{"source": a, "target": b} for a, b in pairs])
     assert known == {"red": "rote", "cat": "katze", "dog": "hund", "big": "grosse"}
+
+
+def test_pairs_that_teach_no_translation_are_dropped():
+    import runpy
+
+    fault = runpy.run_path(str(DOCS / "debian.py"))["fault"]
+    assert fault("The file is read here.", "Hier wird die Datei gelesen.", 10) is None
+    assert "same on both sides" in fault("set the option foo bar", "setzt Option foo bar", 10)
+    assert "longer than 4" in fault("a b c d e", "f g h i", 4)
+    assert "shorter than" in fault("one two three", "eins zwei drei", 10)
+    assert "times as long" in fault("a man is here", "dort steht ein sehr alter und kluger guter Mann", 10)
+    assert "letters" in fault("-x 1 2 3 /a=b", "+y 4 5 6 (c,d)", 10)
