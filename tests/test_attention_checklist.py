@@ -37,6 +37,7 @@ fake kernels, exact strides           test_opcheck
 compiled whole, any length            test_compiles_whole_with_dynamic_shapes, test_one_graph_for_all_lengths
 autocast                              test_autocast_runs_in_its_dtype
 activation checkpointing              test_activation_checkpointing_replays_dropout
+torch's CausalBias, compiled or not   test_torchs_causal_biases_are_masks
 vmap                                  test_vmap_says_that_it_is_not_supported
 functorch's grad                      test_functorch_grad_equals_autograd
 backward on another thread            test_backward_on_another_thread
@@ -54,12 +55,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.nn.functional as F
 from conftest import DEVICE
 from fastllm.kernels import _attention as kernels
 from test_attention import BACKENDS, agree, qkv
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import fastllm
-from fastllm.functional import attention
+from fastllm.functional import attention, scaled_dot_product_attention
 from fastllm.ops._attention_reference import draw_seed, dropout_kept
 from fastllm.ops.attention import attention_reference
 from fastllm.registry import pick
@@ -268,3 +271,16 @@ def test_memory_is_linear_in_the_length():
     # The inputs were there before; three gradients and the output are the least.
     assert peak > held
     assert 3 * q.numel() * q.element_size() + peak < 3 * held, (peak, held)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("make", [causal_lower_right, causal_upper_left])
+def test_torchs_causal_biases_are_masks(make, compiled):
+    torch._dynamo.reset()
+    function = scaled_dot_product_attention
+    if compiled:
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    q, k, v = (torch.randn(1, 2, n, 8, device=DEVICE) for n in (5, 9, 9))
+    mask = torch.ones(5, 9, dtype=torch.bool, device=DEVICE).tril(4 if make is causal_lower_right else 0)
+    expected = F.scaled_dot_product_attention(q, k, v, mask)
+    torch.testing.assert_close(function(q, k, v, make(5, 9)), expected)

@@ -193,6 +193,18 @@ def test_compiles_whole_with_dynamic_shapes(op, backend):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize(("op", "backend"), CASES, ids=case_id)
+def test_compiles_whole_where_nothing_is_differentiated(op, backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(op.function, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for sample in few(op, count=2):
+            expected, _ = run(op.function, copy(sample), backend, grads=False)
+            got, _ = run(compiled, copy(sample), backend, grads=False)
+            for a, b in zip(got, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
 @pytest.mark.parametrize(("op", "backend"), KERNELS, ids=case_id)
 def test_repeats_bit_for_bit(op, backend):
     for sample in few(op):

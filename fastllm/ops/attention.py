@@ -107,8 +107,14 @@ def _attention_bwd(dout, dlse, out, stats, needs, q, k, v, bias, sinks, slopes, 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, *spec):
-        return _attention_fwd(q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, *spec)
+    def forward(
+        q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, scale, softcap, left, right, bottom_right, dropout_p, backend
+    ):  # fmt: skip
+        # Each by name: where nothing requires a gradient torch.compile would take the first of *args for a ctx.
+        return _attention_fwd(
+            q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, scale, softcap, left, right, bottom_right, dropout_p,
+            backend,
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):

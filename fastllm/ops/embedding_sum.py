@@ -240,7 +240,13 @@ def embedding_sum(indices, weights, *, padding_idx=None, scale=1.0, dropout_p=0.
     call = _Sum(native, shape, _scales(scale, tables), padding, float(dropout_p), positions)
     seed = new_seed(weights[0].device) if dropout_p > 0.0 else None
     ids = [_laid_out(i, shape) for i in indices]
-    return _EmbeddingSum.apply(call, seed, *ids, *weights).view(*shape, weights[0].shape[1])
+    needs = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+    if torch.compiler.is_compiling() and not needs:
+        # torch.compile would call forward with a ctx, since its arguments are not each named.
+        rows = call.forward(ids, weights, seed)
+    else:
+        rows = _EmbeddingSum.apply(call, seed, *ids, *weights)
+    return rows.view(*shape, weights[0].shape[1])
 
 
 class EmbeddingSum(torch.nn.Module):
