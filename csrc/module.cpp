@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/attention.h"
+#include "cpu/product.h"
 #include "cpu/rows.h"
 #include "fastllm_build.h"  // written by fastllm/compiler.py
 
@@ -32,6 +33,7 @@ py::dict build_info() {
   info["torch_target"] = std::string("2.10");
   info["cpu_capability"] = std::string(fastllm::row_kernels().name);
   info["matrix_units"] = fastllm::attention_usable();
+  info["bf16_products"] = std::string(fastllm::bf16_products());
   const std::string cuda = FASTLLM_BUILD_CUDA;
   info["cuda"] = cuda.empty() ? py::object(py::none()) : py::object(py::str(cuda));
   info["cuda_architectures"] = std::vector<std::string>(FASTLLM_BUILD_ARCHITECTURES);
@@ -46,6 +48,7 @@ PYBIND11_MODULE(_C, m) {
 
 Returns a dict: ``compiler``, ``flags``, ``sources`` (a fingerprint of the code), ``torch_headers`` (the version whose
 headers were used), ``torch_target`` (the oldest torch that it loads on), ``cpu_capability`` (the vector instructions
-chosen for this machine: default, avx2 or avx512), ``matrix_units`` (whether AMX serves attention here), ``cuda`` (nvcc's version, None without CUDA code) and
-``cuda_architectures``.)");
+chosen for this machine: default, avx2 or avx512), ``matrix_units`` (whether AMX serves attention here),
+``bf16_products`` (what sums a layer's bfloat16 gradient: amx, avx512_bf16, or none), ``cuda`` (nvcc's version, None
+without CUDA code) and ``cuda_architectures``.)");
 }

@@ -41,6 +41,7 @@ _module: ModuleType | None = None
 _missing: str | None = None
 _may_build = False
 _matrix_units = False
+_bf16_products = "none"
 _fakes: dict[str, Callable] = {}
 _operators: dict[str, Callable] = {}
 
@@ -63,6 +64,11 @@ def has_cuda() -> bool:
 def has_matrix_units() -> bool:
     """Whether it was built with attention on AMX and this machine has it."""
     return _matrix_units
+
+
+def bf16_products() -> str:
+    """What sums products of bfloat16 in fp32 here, for ``add_product_``: "amx", "avx512_bf16" or "none"."""
+    return _bf16_products
 
 
 def operator(name: str, fake: Callable) -> Callable:
@@ -147,7 +153,7 @@ def _bind(name: str) -> None:
 
 def _load(path: Path | None = None) -> None:
     """Import the extension, from ``path`` or as installed; sets what the functions above tell."""
-    global _module, _missing, _matrix_units
+    global _module, _missing, _matrix_units, _bf16_products
     rebuild = "python -m fastllm.build rebuilds it"
     try:
         if path is None:
@@ -165,7 +171,8 @@ def _load(path: Path | None = None) -> None:
         if _is_stale(found):
             _missing = f"the extension {NAME} was built from other sources than those here ({rebuild})"
             return
-        _module, _missing, _matrix_units = found, None, found.build_info()["matrix_units"]
+        _module, _missing = found, None
+        _matrix_units, _bf16_products = (found.build_info()[key] for key in ("matrix_units", "bf16_products"))
         for name in _fakes:
             _bind(name)
 

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from contract import assert_as_true
 from torch.profiler import ProfilerActivity, profile
 
 import fastllm
-from fastllm import registry
+from fastllm import extension, registry
 from fastllm.functional import attention, scaled_dot_product_attention
 from fastllm.ops import _attention_torch as module
 from fastllm.ops.attention import attention_reference
+from fastllm.ops.scaled_dot_product_attention import OP
 
 DTYPE = torch.bfloat16
 
@@ -125,3 +127,21 @@ def test_info_says_which(planted, monkeypatch):
     assert fastllm.OPS["attention"].exception("cuda").endswith("faster in torch's fused attention on sm_90")
     with fastllm.backend("triton"):
         assert fastllm.OPS["attention"].exception("cuda") is None
+
+
+def test_without_matrix_units_bf16_on_a_cpu_is_torchs_and_info_says_nothing_of_them(monkeypatch):
+    monkeypatch.setattr(extension, "_matrix_units", False)
+    q, k, v = qkv()
+    padding = (torch.arange(24) < torch.tensor([24, 9])[:, None])[:, None, None, :]
+    for function, ours, torchs in (
+        (scaled_dot_product_attention, {"is_causal": True}, {"is_causal": True}),
+        (attention, {"causal": True}, {"is_causal": True}),
+        (scaled_dot_product_attention, {"attn_mask": padding}, {"attn_mask": padding}),
+    ):
+        got, expected = function(q, k, v, **ours), F.scaled_dot_product_attention(q, k, v, **torchs)
+        grads = [torch.autograd.grad(out.float().square().sum(), (q, k, v)) for out in (got, expected)]
+        assert torch.equal(got, expected)
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    lines = [line for line in fastllm.info().splitlines() if line.split()[:1] in (["attention"], [OP])]
+    assert len(lines) == 2
+    assert not any("AMX" in line for line in lines)

@@ -15,9 +15,12 @@ from contract import assert_as_true, run
 import fastllm
 from fastllm import extension
 from fastllm.functional import add_layer_norm, cross_entropy, linear_cross_entropy, rms_norm
+from fastllm.ops import _linear_cross_entropy_chunks
 from fastllm.registry import OPS, Sample
 
-NEEDS_AMX = pytest.mark.skipif(not extension.has_matrix_units(), reason="this CPU has no matrix units (AMX)")
+NEEDS_PRODUCTS = pytest.mark.skipif(
+    extension.bf16_products() == "none", reason="this CPU has no products of bf16 (AMX or AVX-512 BF16)"
+)
 pytestmark = pytest.mark.skipif(extension.missing() is not None, reason="no extension here: no C++ compiler")
 
 
@@ -130,11 +133,12 @@ def test_same_bits_for_any_number_of_threads_and_any_instruction_set():
     assert len(set(runs.values())) == 1, runs
 
 
-@NEEDS_AMX
+@NEEDS_PRODUCTS
 @pytest.mark.parametrize(
-    ("rows", "m", "n"), [(1, 1, 1), (31, 33, 17), (64, 128, 32), (1025, 129, 65), (2, 300, 1), (0, 5, 5)]
+    ("rows", "m", "n"),
+    [(1, 1, 1), (31, 33, 17), (64, 128, 32), (1025, 129, 65), (2, 300, 1), (0, 5, 5), (70, 96, 96), (33, 109, 47)],
 )
-def test_products_on_matrix_units(rows, m, n):
+def test_products_of_bf16(rows, m, n):
     wide = torch.randn(rows, m + 7).bfloat16()
     a, b, total = wide[:, 3 : 3 + m], torch.randn(rows, n).bfloat16(), torch.randn(m, n)
     expected = total.double() + a.double().t() @ b.double()
@@ -143,7 +147,7 @@ def test_products_on_matrix_units(rows, m, n):
     torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-5 * max(rows, 1) ** 0.5)
 
 
-@NEEDS_AMX
+@NEEDS_PRODUCTS
 def test_products_refuse_what_does_not_fit():
     a, b = torch.randn(4, 3).bfloat16(), torch.randn(4, 2).bfloat16()
     for total, x, y in ((torch.zeros(2, 3), a, b), (torch.zeros(3, 2), a.float(), b), (torch.zeros(3, 2), a[:3], b)):
@@ -169,3 +173,54 @@ def test_gradients_of_a_bf16_layer_are_summed_in_fp32():
         grads(torch.bfloat16, linear_cross_entropy, "eager"), strict=True,
     ):  # fmt: skip
         assert_as_true(a, b, c, torch.bfloat16, "linear_cross_entropy")
+
+
+def _layer_gradients(dtype, backend):
+    """Of (200, 24) rows in chunks, by ``backend``, or by the definition where there is none."""
+    torch.manual_seed(3)
+    x, w, y = torch.randn(200, 24).bfloat16(), (torch.randn(70, 24) * 0.3).bfloat16(), torch.randint(70, (200,))
+    op = OPS["linear_cross_entropy"]
+    leaves = [t.to(dtype).requires_grad_() for t in (x, w)]
+    function = op.function if backend else op.reference
+    return run(function, Sample("", (*leaves, y), {"max_workspace_mb": 0.01}), backend)[1]
+
+
+def test_without_products_of_bf16_the_gradient_is_summed_in_fp32_by_torch_and_info_says_so(monkeypatch):
+    monkeypatch.setattr(extension, "_bf16_products", "none")
+    monkeypatch.setattr(_linear_cross_entropy_chunks, "WIDENED", 32)  # whole and broken pieces of the 70 columns
+    monkeypatch.setattr(
+        _linear_cross_entropy_chunks, "_add_bf16_product", lambda *args: pytest.fail("no such product here")
+    )
+    truth, eager = _layer_gradients(torch.float64, None), _layer_gradients(torch.bfloat16, "eager")
+    for a, b, c in zip(_layer_gradients(torch.bfloat16, "native"), truth, eager, strict=True):
+        assert_as_true(a, b, c, torch.bfloat16, "linear_cross_entropy")
+    (line,) = (line for line in fastllm.info().splitlines() if line.split()[:1] == ["linear_cross_entropy"])
+    assert "PyTorch's products in fp32, for this CPU has none of bfloat16" in line
+
+
+@NEEDS_PRODUCTS
+def test_info_names_the_products_of_bf16():
+    assert extension.bf16_products() in ("amx", "avx512_bf16")
+    (line,) = (line for line in fastllm.info().splitlines() if line.split()[:1] == ["linear_cross_entropy"])
+    assert line.endswith(f"by the extension's products, on {extension.bf16_products()}")
+    with fastllm.backend("eager"):
+        assert "products" not in fastllm.info().split("linear_cross_entropy")[1].splitlines()[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_an_add_and_torchs_layer_norm_where_they_are_faster(dtype):
+    """Bit for bit PyTorch's own where it serves; with dropout, 16-bit rows are the extension's."""
+    x, h = (torch.randn(5, 40).to(dtype).requires_grad_() for _ in range(2))
+    w, b = (torch.randn(40).to(dtype).requires_grad_() for _ in range(2))
+    got = add_layer_norm(x, h, (40,), w, b)
+    total = x + h
+    expected = (F.layer_norm(total, (40,), w, b), total)
+    served = [type(out.grad_fn).__name__ for out in got]
+    if dtype != torch.float16:
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        assert "AddBackward0" in served
+    else:
+        assert not any("AddBackward0" in name for name in served)
+    dropped = add_layer_norm(x, h, (40,), w, b, dropout_p=0.5)
+    names = {type(out.grad_fn).__name__ for out in dropped}
+    assert ("ViewBackward0" in names) == (dtype.itemsize == 2), names

@@ -6,7 +6,10 @@ namespace fastllm {
 // Whether this machine and its kernel let a process use them; asks for the permission.
 bool amx_usable();
 
-// Around a thread's work on them.
+// Whether this machine has products of pairs of bfloat16 (AVX-512 BF16), beside the AVX-512 that rows.h asks for.
+bool bf16_pairs_usable();
+
+// Around a thread's work on matrix units.
 void amx_begin();
 void amx_end();
 

@@ -1,6 +1,24 @@
-// add_product_ on CPUs with matrix units: what sums a layer's gradient over chunks of rows.
+// add_product_ on CPUs that multiply bfloat16: what sums a layer's gradient over chunks of rows.
+#include "product.h"
+
+#include <cstring>
+#include <string>
+
 #include "product_amx.h"
+#include "rows.h"
 #include "strided.h"
+
+namespace fastllm {
+
+const char* bf16_products() {
+#if defined(FASTLLM_AMX)
+  if (amx_usable()) return "amx";
+  if (std::strcmp(row_kernels().name, "avx512") == 0 && bf16_pairs_usable()) return "avx512_bf16";
+#endif
+  return "none";
+}
+
+}  // namespace fastllm
 
 #if defined(FASTLLM_AMX)
 namespace fastllm {
@@ -15,7 +33,9 @@ Matrix matrix(const char* op, const Tensor& x) {
 // total (M, N) float32 += a^T b for a (rows, M) and b (rows, N) in bfloat16.
 void add_product_(Tensor total, const Tensor& a_, const Tensor& b_) {
   const char* op = "add_product_";
-  if (!amx_usable()) refuse(op, ": this machine has no matrix units");
+  static const std::string units = bf16_products();
+  if (units == "none") refuse(op, ": this machine has no products of bfloat16");
+  const bool tiles = units == "amx";
   const Matrix a = matrix(op, a_), b = matrix(op, b_);
   if (a.rows != b.rows || total.dim() != 2 || total.size(0) != a.columns || total.size(1) != b.columns ||
       total.scalar_type() != ScalarType::Float || !total.is_contiguous())
@@ -30,13 +50,14 @@ void add_product_(Tensor total, const Tensor& a_, const Tensor& b_) {
     torch::stable::parallel_for(0, (b.columns + 31) / 32, 1, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) amx_pack(right, panel, packed.get());
     });
-    const int64_t groups = (a.columns + kProductColumns - 1) / kProductColumns;
-    torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-      const Scratch scratch(amx_product_scratch(rows));
-      amx_begin();
+    const int64_t taken = tiles ? kProductColumns : kPairsColumns;
+    torch::stable::parallel_for(0, (a.columns + taken - 1) / taken, 1, [&](int64_t begin, int64_t end) {
+      const Scratch scratch(tiles ? amx_product_scratch(rows) : pairs_product_scratch(rows));
+      if (tiles) amx_begin();
       for (int64_t group = begin; group < end; ++group)
-        amx_add_product(sums, b.columns, left, group * kProductColumns, right, packed.get(), scratch.get());
-      amx_end();
+        (tiles ? amx_add_product : pairs_add_product)(sums, b.columns, left, group * taken, right, packed.get(),
+                                                      scratch.get());
+      if (tiles) amx_end();
     });
   }
 }

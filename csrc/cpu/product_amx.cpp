@@ -1,4 +1,4 @@
-// Compiled for AMX and AVX-512 whatever the rest is compiled for; see amx_tiles.h.
+// Compiled for AMX and AVX-512 BF16 whatever the rest is compiled for; see amx_tiles.h.
 #include "product_amx.h"
 
 #if defined(FASTLLM_AMX)
@@ -17,6 +17,35 @@ inline __m512i pairs_at(const Matrix& m, int64_t row, int64_t column) {
   return paired(a, b);
 }
 
+// Columns of a in one block of sums: 12 rows of 32 floats take 24 of the 32 registers.
+constexpr int64_t kRows = 12;
+static_assert(kPairsColumns % kRows == 0 && kPairsColumns % 16 == 0);
+
+// The first `rows` of 12 rows of total, `to` apart, += a (pairs x 12, `across` apart) times b (pairs x 32).
+inline void add_block(float* total, int64_t to, int64_t rows, int64_t columns, const Pair* a, int64_t across,
+                      const Pair* b, int64_t pairs) {
+  __m512 sums[kRows][2];
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < pairs; ++k) {
+    const __m512bh low = reinterpret_cast<__m512bh>(_mm512_load_si512(b + k * kBlock));
+    const __m512bh high = reinterpret_cast<__m512bh>(_mm512_load_si512(b + k * kBlock + 16));
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+      const __m512bh one = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a[k * across + r])));
+      sums[r][0] = _mm512_dpbf16_ps(sums[r][0], one, low);
+      sums[r][1] = _mm512_dpbf16_ps(sums[r][1], one, high);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r)
+    for (int half = 0; half < 2; ++half) {
+      const __mmask16 mask = r < rows ? first(columns - 16 * half) : 0;
+      float* at = total + r * to + 16 * half;
+      _mm512_mask_storeu_ps(at, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, at), sums[r][half]));
+    }
+}
+
 }  // namespace
 
 int64_t amx_packed_bytes(int64_t rows, int64_t columns) { return padded(rows) * padded(columns) * 2; }
@@ -24,6 +53,8 @@ int64_t amx_packed_bytes(int64_t rows, int64_t columns) { return padded(rows) * 
 int64_t amx_product_scratch(int64_t rows) {
   return kProductColumns * padded(rows) * 2 + kBlock * kBlock * static_cast<int64_t>(sizeof(float));
 }
+
+int64_t pairs_product_scratch(int64_t rows) { return kPairsColumns * padded(rows) * 2; }
 
 void amx_pack(const Matrix& b, int64_t panel, void* packed) {
   Pair* to = static_cast<Pair*>(packed) + panel * padded(b.rows) / 2 * kBlock;
@@ -59,6 +90,20 @@ void amx_add_product(float* total, int64_t stride, const Matrix& a, int64_t firs
         }
     }
   }
+}
+
+void pairs_add_product(float* total, int64_t stride, const Matrix& a, int64_t first_column, const Matrix& b,
+                       const void* packed, void* scratch) {
+  const int64_t pairs = padded(a.rows) / 2, left = a.columns - first_column;
+  const int64_t columns = left < kPairsColumns ? left : kPairsColumns;
+  Pair* rows = static_cast<Pair*>(scratch);  // pairs x kPairsColumns
+  for (int64_t p = 0; p < pairs; ++p)
+    for (int64_t c = 0; c < kPairsColumns; c += 16)
+      _mm512_store_si512(rows + p * kPairsColumns + c, pairs_at(a, 2 * p, first_column + c));
+  for (int64_t panel = 0; panel * kBlock < b.columns; ++panel)
+    for (int64_t c = 0; c < columns; c += kRows)
+      add_block(total + (first_column + c) * stride + panel * kBlock, stride, columns - c, b.columns - panel * kBlock,
+                rows + c, kPairsColumns, static_cast<const Pair*>(packed) + panel * pairs * kBlock, pairs);
 }
 
 }  // namespace fastllm

@@ -31,6 +31,14 @@ bool amx_usable() {
   return tiles && wide && bf16 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
+bool bf16_pairs_usable() {
+  unsigned a, b, c, d;
+  __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
+  if (a < 1) return false;  // no second page of features
+  __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(1));
+  return a >> 5 & 1;
+}
+
 void amx_begin() {
   TileConfig config;
   for (int tile = 0; tile < 8; ++tile) {

@@ -15,7 +15,7 @@ import torch
 from .. import extension
 from ..registry import chosen_backend
 from ._attention_reference import reference
-from ._autograd import gradients
+from ._autograd import apply, gradients
 
 LONGEST = 2048
 WIDEST = 256
@@ -99,10 +99,10 @@ def amx_attention(q, k, v, mask, scale: float, causal: bool):
     """
     scale = float(scale)
     if mask is None:
-        return _Attention.apply(q, k, v, scale, causal)
+        return apply(_Attention, q, k, v, scale, causal)
     hidden = k.new_zeros(()).where(mask, math.copysign(HIDDEN, -scale)).transpose(2, 3)
     hidden = hidden.expand(*k.shape[:3], 1)
     q, v = torch.cat((q, q.new_ones(*q.shape[:3], 1)), -1), torch.cat((v, hidden.new_zeros(()).expand_as(hidden)), -1)
-    out = _Attention.apply(q, torch.cat((k, hidden), -1), v, scale, causal)[..., :-1]
+    out = apply(_Attention, q, torch.cat((k, hidden), -1), v, scale, causal)[..., :-1]
     # Where no key is left, none is higher than another.
     return out.masked_fill(~mask.any(-1, keepdim=True), 0.0)

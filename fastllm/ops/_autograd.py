@@ -5,8 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch._functorch.utils import unwrap_dead_wrappers
 
 Tensors = Sequence[torch.Tensor | None]
+
+
+def apply(function: type[torch.autograd.Function], *args):
+    """``function.apply(*args)``, all arguments given in order.
+
+    torch's own binds them to the signature of ``forward`` at every call, for defaults that are not needed here: on one
+    core of an AMD EPYC 60 of the 106 us that rms_norm of 8 x 64 took.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    # The next class after torch.autograd.Function; tensors that outlived a transform are unwrapped as there.
+    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
 
 
 class _Gradients(torch.autograd.Function):
@@ -75,7 +88,7 @@ def gradients(
     """
     needs = tuple(needs)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        grads = iter(_Gradients.apply(launch, formula, needs, len(outputs_grad), *inputs, *outputs_grad, *extras))
+        grads = iter(apply(_Gradients, launch, formula, needs, len(outputs_grad), *inputs, *outputs_grad, *extras))
         return tuple(next(grads) if need else None for need in needs)
     grads = launch(inputs, outputs_grad, extras, needs)
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))

@@ -44,6 +44,10 @@ def out_of_range(
     target: torch.Tensor, ignore_index: int, n_classes: int, op: str = "cross_entropy"
 ) -> IndexError | None:
     """An error that names the first target that is no class, or None."""
+    if target.numel() > 0:
+        least, most = target.aminmax()  # one pass, and enough where nothing is ignored
+        if least >= 0 and most < n_classes:
+            return None
     bad = (target != ignore_index) & ((target < 0) | (target >= n_classes))
     if not bad.any():
         return None

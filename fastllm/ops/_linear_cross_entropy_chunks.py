@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from .. import extension
+from ..registry import chosen_backend
 from ._cross_entropy_native import rows as cross_entropy_rows
 from ._linear_cross_entropy import keeps_wide
 
@@ -211,18 +212,33 @@ def _product_fake(total, a, b):
     return None
 
 
-_add_product_on_matrix_units = extension.operator("add_product_", _product_fake)
+_add_bf16_product = extension.operator("add_product_", _product_fake)
+# Columns of ``a`` that are widened at once where products of 16-bit operands are taken in fp32.
+WIDENED = 2048
 
 
 def _add_product(total, a, b, backend: str, first: bool) -> None:
     """``total += a.T @ b``, summed in total's dtype."""
     narrow = a.dtype == b.dtype != total.dtype
-    if backend == "native" and narrow and a.dtype == torch.bfloat16 and extension.has_matrix_units():
+    if backend == "native" and narrow and a.dtype == torch.bfloat16 and extension.bf16_products() != "none":
         if first:
             total.zero_()
-        _add_product_on_matrix_units(total, a, b if b.stride(1) == 1 else b.contiguous())
+        _add_bf16_product(total, a, b if b.stride(1) == 1 else b.contiguous())
     elif narrow and a.is_cuda:
         torch.addmm(total, a.t(), b, out_dtype=total.dtype, beta=0 if first else 1, out=total)
     else:
         # PyTorch's CPU matmuls sum 16-bit operands into 16 bits, which would cost dW its precision over many chunks.
-        torch.addmm(total, a.t().to(total.dtype), b.to(total.dtype), beta=0 if first else 1, out=total)
+        b = b.to(total.dtype)
+        step = max(1, a.shape[1] if a.dtype == total.dtype else WIDENED)
+        for part, columns in zip(total.split(step), a.split(step, 1), strict=True):
+            torch.addmm(part, columns.to(total.dtype).t(), b, beta=0 if first else 1, out=part)
+
+
+def products_exception(device_type: str) -> str | None:
+    """What ``info`` says of the products that sum the layer's gradient."""
+    if device_type != "cpu" or chosen_backend() == "eager" or extension.missing() is not None:
+        return None
+    units = extension.bf16_products()
+    if units == "none":
+        return "bfloat16: the layer's gradient by PyTorch's products in fp32, for this CPU has none of bfloat16"
+    return f"bfloat16: the layer's gradient by the extension's products, on {units}"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..registry import Cost, Sample, chosen_backend, define, pick
-from ._autograd import gradients
+from ._autograd import apply, gradients
 from ._philox import dropout_mask, rows_kept
 
 
@@ -54,15 +54,25 @@ def check_scalars(op: str, weight_offset: float, dropout_p: float = 0.0) -> None
         raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
 
 
-def torch_is_faster(input: torch.Tensor) -> bool:
-    """Whether an add and PyTorch's own layer norm beat the extension on a CPU: in fp32 they take half its time."""
-    return input.device.type == "cpu" and input.dtype.itemsize > 2
+def torch_is_faster(input: torch.Tensor, residual: torch.Tensor, weight, bias, offset: float, dropout_p: float) -> bool:
+    """Whether an add and PyTorch's own layer norm beat the extension on a CPU.
+
+    In fp32 they take half its time. In bf16, forward and backward on one core of an AMD EPYC, 0.75 of it at 512 x 4096
+    and 0.8 at 1024 x 768, where each is one call: one dtype, no dropout.
+    """
+    if input.device.type != "cpu" or input.dtype == torch.float16:
+        return False
+    if input.dtype.itemsize > 2:
+        return True
+    dtypes = {t.dtype for t in (weight, bias) if t is not None}
+    plain = not dtypes - {input.dtype} or dtypes == {torch.float32}
+    return input.dtype == residual.dtype and plain and offset == 0.0 and dropout_p == 0.0
 
 
 def pick_norm(op: str, shape: tuple[int, ...], *tensors: torch.Tensor | None) -> str:
     """The backend that serves this call."""
     empty = 0 in shape
-    if chosen_backend() == "auto" and (empty or (op == "add_layer_norm" and torch_is_faster(tensors[0]))):
+    if chosen_backend() == "auto" and empty:
         return "eager"
     refuses = f"normalized_shape {list(shape)} has no elements" if empty else None
     return pick(op, *tensors, refused={"triton": refuses, "native": refuses})
@@ -195,8 +205,8 @@ def fused_norm(input, shape, weight, bias, eps, offset, center: bool, backend: s
 
     # The seed is a tensor drawn on the device: no synchronisation, and a captured graph draws anew at each replay.
     seed = torch.randint(0, 2**62, (1,), device=input.device) if p > 0.0 else None
-    y, h, _, _ = _Norm.apply(
-        rows(input), rows(residual), flat(weight), flat(bias), seed, float(eps), float(offset), float(p), center,
+    y, h, _, _ = apply(
+        _Norm, rows(input), rows(residual), flat(weight), flat(bias), seed, float(eps), float(offset), float(p), center,
         backend,
     )  # fmt: skip
     return y.view(input.shape), None if residual is None else h.view(input.shape)
@@ -219,6 +229,8 @@ def norm_reference(input, normalized_shape, weight, bias, eps, offset, center: b
 
 def added(input, residual, dropout_p: float):
     """residual + dropout(input), in at least fp32, rounded once to the residual's dtype."""
+    if dropout_p == 0.0 and input.dtype == residual.dtype:
+        return residual + input  # PyTorch's own add of 16-bit numbers is in fp32, rounded once
     wide = torch.promote_types(torch.promote_types(input.dtype, residual.dtype), torch.float32)
     branch = input.to(wide) if dropout_p == 0.0 else F.dropout(input.to(wide), dropout_p)
     return (residual.to(wide) + branch).to(residual.dtype)

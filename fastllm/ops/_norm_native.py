@@ -41,7 +41,10 @@ _grad_rows = extension.operator("norm_grad_rows", _grad_fake)
 
 
 def _weight(weight, offset: float, wide):
-    return None if weight is None else (weight.to(wide) + offset).contiguous()
+    if weight is None:
+        return None
+    weight = weight.to(wide)
+    return (weight if offset == 0.0 else weight + offset).contiguous()
 
 
 def norm_fwd(x, residual, weight, bias, seed, eps: float, offset: float, p: float, center: bool):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..registry import Op, register
+from ..registry import Op, chosen_backend, register
 from ._add_norm import DropsBranch
 from ._norm import (
     add_norm_cost,
@@ -15,6 +15,7 @@ from ._norm import (
     norm_reference,
     norm_samples,
     pick_norm,
+    torch_is_faster,
 )
 from .layer_norm import eager_layer_norm
 
@@ -52,7 +53,8 @@ def add_layer_norm(
     shape = check_norm("add_layer_norm", input, normalized_shape, residual, weight=weight, bias=bias)
     check_scalars("add_layer_norm", weight_offset, dropout_p)
     backend = pick_norm("add_layer_norm", shape, input, residual, weight, bias)
-    if backend == "eager":
+    torchs = chosen_backend() == "auto" and torch_is_faster(input, residual, weight, bias, weight_offset, dropout_p)
+    if torchs or backend == "eager":
         h = added(input, residual, dropout_p)
         return eager_layer_norm(h, shape, weight, bias, eps, weight_offset).to(input.dtype), h
     return fused_norm(input, shape, weight, bias, eps, weight_offset, True, backend, residual, dropout_p)
@@ -80,6 +82,8 @@ register(
         cost=add_norm_cost,
         backends=("eager", "triton", "native"),
         module=AddLayerNorm,
-        exception=lambda device: "float32 and float64: eager, which is faster" if device == "cpu" else None,
+        exception=lambda device: (
+            "but for fp16 and dropout in bf16: eager, which is faster" if device == "cpu" else None
+        ),
     )
 )

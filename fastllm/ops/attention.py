@@ -19,7 +19,7 @@ from ._attention_check import check_attention, check_dropout, check_scale, check
 from ._attention_reference import draw_seed, reference
 from ._attention_samples import attention_cost, attention_samples
 from ._attention_torch import faster_in_torch, torch_attention, torch_exception
-from ._autograd import gradients
+from ._autograd import apply, gradients
 
 MAX_HEAD_DIM = 256
 
@@ -155,7 +155,7 @@ class _Attention(torch.autograd.Function):
 
 def apply_attention(q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, *spec):
     """``(out, lse)`` of a call in normal form, differentiable; the last of ``spec`` is the backend."""
-    out, lse, _ = _Attention.apply(q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, *spec)
+    out, lse, _ = apply(_Attention, q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, *spec)
     return out, lse
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..registry import Cost, Op, chosen_backend, define, pick, register
-from ._autograd import gradients
+from ._autograd import apply, gradients
 from ._cross_entropy import (
     check_cross_entropy,
     class_dim,
@@ -310,8 +310,8 @@ def cross_entropy(
     # A scalar's upstream gradient is mostly 1, and then the forward's gradient needs no second pass. Not so for rows.
     # fp16 would lose the gradient of a mean to underflow before a loss scale reaches it.
     in_forward = needs and not inplace and not probabilities and reduction != "none" and x.dtype != torch.float16
-    loss, lse, *_ = _CrossEntropy.apply(
-        x, q, None if weight is None else weight.contiguous(), loss_dtype(input, target),
+    loss, lse, *_ = apply(
+        _CrossEntropy, x, q, None if weight is None else weight.contiguous(), loss_dtype(input, target),
         int(ignore_index), float(label_smoothing), None if softcap is None else float(softcap), float(logit_scale),
         float(z_loss), reduction, in_forward and input.dim() == 2 and input.stride(1) == 1, inplace,
         chosen,

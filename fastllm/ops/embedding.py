@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from ..extension import operator
 from ..registry import Op, pick, register
+from ._autograd import apply
 from ._embedding import (
     check_indices,
     check_table,
@@ -279,7 +280,7 @@ def embedding(
         with torch.no_grad():
             _torchs_own(input, weight, None, max_norm, norm_type, False, False)
     first = None if vocab_range is None else start
-    return _Embedding.apply(weight, input, native, padding_idx, scale_grad_by_freq, first, main_grad)
+    return apply(_Embedding, weight, input, native, padding_idx, scale_grad_by_freq, first, main_grad)
 
 
 class Embedding(torch.nn.Embedding):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from ..extension import operator
 from ..registry import Cost, Op, Sample, pick, register
+from ._autograd import apply
 from ._embedding import check_indices, check_table, distinct, gather_eager, make_table, normalised_padding, zipf
 from ._philox import dropout_mask, new_seed
 from .embedding import Embedding, Lookup, scatter
@@ -245,7 +246,7 @@ def embedding_sum(indices, weights, *, padding_idx=None, scale=1.0, dropout_p=0.
         # torch.compile would call forward with a ctx, since its arguments are not each named.
         rows = call.forward(ids, weights, seed)
     else:
-        rows = _EmbeddingSum.apply(call, seed, *ids, *weights)
+        rows = apply(_EmbeddingSum, call, seed, *ids, *weights)
     return rows.view(*shape, weights[0].shape[1])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..registry import Op, pick, register
+from ._autograd import apply
 from ._cross_entropy import check_options, loss_dtype
 from ._linear_cross_entropy import (
     Plan,
@@ -19,6 +20,7 @@ from ._linear_cross_entropy import (
     whole_logits,
 )
 from ._linear_cross_entropy_autograd import LinearCrossEntropy
+from ._linear_cross_entropy_chunks import products_exception
 from .cross_entropy import cross_entropy
 
 
@@ -64,9 +66,9 @@ def linear_cross_entropy(
         order lse, accuracy, entropy; each of the target's shape, in at least fp32. lse and entropy are differentiable;
         where their gradients are asked for, the logits are computed once more.
 
-    On a CPU the layer's gradient is summed over the chunks by bf16 products with fp32 sums on the matrix units (AMX)
-    where there are some and the extension was built; else by products in fp32, whatever the inputs' dtype, because
-    PyTorch's 16-bit products there are rounded to 16 bits chunk by chunk.
+    On a CPU the layer's gradient is summed over the chunks by the extension's bf16 products with fp32 sums, where the
+    CPU has matrix units (AMX) or vector products of bf16 (AVX-512 BF16); else by products in fp32, whatever the inputs'
+    dtype, because PyTorch's 16-bit products there are rounded to 16 bits chunk by chunk.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or option does not fit.
@@ -119,8 +121,8 @@ def linear_cross_entropy(
         return_entropy, "",
     ).rows  # fmt: skip
     compact = 0 if everywhere else rows if max_targets is not None else -1 if input.device.type == "cpu" else 0
-    loss, lse, accuracy, entropy, *_ = LinearCrossEntropy.apply(
-        x, linear_weight, linear_bias, y, None if weight is None else weight.contiguous(),
+    loss, lse, accuracy, entropy, *_ = apply(
+        LinearCrossEntropy, x, linear_weight, linear_bias, y, None if weight is None else weight.contiguous(),
         None if token_weight is None else token_weight.reshape(-1).to(wide),
         int(ignore_index), float(label_smoothing), None if softcap is None else float(softcap), float(logit_scale),
         float(z_loss), reduction, dtype, with_gradient, chunk, backend, compact, needs,
@@ -215,5 +217,6 @@ register(
         cost=linear_cost,
         backends=("eager", "triton", "native"),
         module=LinearCrossEntropyLoss,
+        exception=products_exception,
     )
 )

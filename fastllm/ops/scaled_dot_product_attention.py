@@ -18,22 +18,28 @@ OP = "scaled_dot_product_attention"
 SMALL = 2**16
 
 
+def _got(query, key, value) -> str:
+    return f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+
+
 def _leading(query, key, value, enable_gqa: bool):
     """The leading dimensions of query, key and value (each with its own heads under GQA), broadcast together."""
     shapes = [x.shape[:-2] for x in (query, key, value)]
-    got = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     if enable_gqa:
         if min(len(s) for s in shapes) < 1:
-            raise ValueError(f"{OP}: enable_gqa needs a dimension of heads, got {got}")
+            raise ValueError(f"{OP}: enable_gqa needs a dimension of heads, got {_got(query, key, value)}")
         heads = [s[-1] for s in shapes]
         if any(h == 0 or heads[0] % h for h in heads[1:]):
-            raise ValueError(f"{OP}: under enable_gqa query's heads must be a multiple of key's and value's, got {got}")
+            raise ValueError(
+                f"{OP}: under enable_gqa query's heads must be a multiple of key's and value's, got "
+                f"{_got(query, key, value)}"
+            )
         shapes = [s[:-1] for s in shapes]
     try:
-        common = torch.broadcast_shapes(*shapes)
+        common = shapes[0] if shapes[0] == shapes[1] == shapes[2] else torch.broadcast_shapes(*shapes)
     except RuntimeError:
         hint = "" if enable_gqa else " (enable_gqa=True repeats key's and value's heads)"
-        raise ValueError(f"{OP}: batch dimensions do not broadcast: {got}{hint}") from None
+        raise ValueError(f"{OP}: batch dimensions do not broadcast: {_got(query, key, value)}{hint}") from None
     return [(*common, h) for h in heads] if enable_gqa else [common] * 3
 
 
@@ -77,11 +83,12 @@ def _normal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gq
     """(q, k, v, mask, scale, right, bottom_right, dropout_p, leading), four-dimensional tensors, after all checks."""
     check_qkv(OP, query, key, value)
     variant = _variant(attn_mask)
-    got = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     if min(x.dim() for x in (query, key, value)) < 2:
-        raise ValueError(f"{OP}: query, key and value need at least 2 dimensions, got {got}")
+        raise ValueError(f"{OP}: query, key and value need at least 2 dimensions, got {_got(query, key, value)}")
     if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
-        raise ValueError(f"{OP}: expected query (..., L, E), key (..., S, E), value (..., S, Ev); got {got}")
+        raise ValueError(
+            f"{OP}: expected query (..., L, E), key (..., S, E), value (..., S, Ev); got {_got(query, key, value)}"
+        )
     if attn_mask is not None and is_causal:
         raise ValueError(f"{OP}: attn_mask must be None when is_causal is set")
     dropout_p = check_dropout(OP, dropout_p)
@@ -91,7 +98,7 @@ def _normal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gq
     mask = None
     if variant is not None:
         if tuple(attn_mask.shape[-2:]) != (rows, cols):
-            raise ValueError(f"{OP}: attn_mask is for lengths {list(attn_mask.shape)}, got {got}")
+            raise ValueError(f"{OP}: attn_mask is for lengths {list(attn_mask.shape)}, got {_got(query, key, value)}")
     elif attn_mask is not None:
         mask = _mask(attn_mask, query, leading, rows, cols)
     q = _four(query, leading, query.shape[-2:])

@@ -1,0 +1,9 @@
+#pragma once
+
+namespace fastllm {
+
+// What multiplies bfloat16 for add_product_ on this machine: "amx", "avx512_bf16", or "none", and then there is no
+// add_product_. ATEN_CPU_CAPABILITY below avx512 leaves AVX-512 out.
+const char* bf16_products();
+
+}  // namespace fastllm
