@@ -88,7 +88,7 @@ def test_wrong_gradients_get_no_time(small, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # Inductor's own
 def test_the_compiler_is_a_provider(small):
-    rows, _ = _run(small, shape=["first"], only=[run.COMPILED], rounds=2)
+    rows, _ = _run(small, shape=["first"], only=[run.COMPILED], rounds=2, budget=240.0)
     assert not [row.problem for row in rows if row.problem]
     assert {row.provider for row in rows} == {run.OURS, run.EAGER, run.COMPILED}
 

@@ -180,7 +180,7 @@ def test_next_sentences_can_be_learnt(tmp_path):
     torch.manual_seed(0)
     model = build_model(fit_model(config, shape))
     objective, optimizers = make_objective(config, data, 32, 32, 0), Optimizers(model, TrainingConfig())
-    for step in range(60):
+    for step in range(100):
         train_step(objective, model, optimizers, objective.batch(step), rows=32, clip=1.0, dtype="float32")
     scores = objective.evaluate(model, 32, "float32", 0).scores
     assert scores["nsp_accuracy"] > 0.95, scores

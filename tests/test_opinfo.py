@@ -47,10 +47,22 @@ def _fused_attention(query, key, value, attn_mask=None, **kwargs):
     return out.reshape(out.shape[4 - rank :])
 
 
+def _backwards(attention):
+    """The same with every sum over a head dim in the opposite order: how far rounding alone takes it is luck."""
+
+    def reordered(query, key, value, *args, **kwargs):
+        return attention(query.flip(-1), key.flip(-1), value.flip(-1), *args, **kwargs).flip(-1)
+
+    return reordered
+
+
 # Further eager computations beside torch's own; the least exact of all is the yardstick. torch's own attention below
 # four dimensions, or with a mask's gradient, computes 16-bit inputs in fp32 and keeps every score. Fused kernels round
 # the probabilities to the inputs' dtype and take sum(p * dp) from the output; they are measured by others that do.
-PLAIN = {"scaled_dot_product_attention": (_plain_attention, _fused_attention)}
+_ATTENTIONS = (_plain_attention, _fused_attention)
+PLAIN = {
+    "scaled_dot_product_attention": (*_ATTENTIONS, *map(_backwards, (F.scaled_dot_product_attention, *_ATTENTIONS)))
+}
 
 
 def _less_exact(first, second, truth):
