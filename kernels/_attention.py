@@ -15,6 +15,7 @@ sequence ceil(length / BLOCK) tiles or one more, without knowing any length on t
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._launch import next_power_of_2
 
@@ -69,6 +70,16 @@ def load_tile(ptr, rows, in_rows, stride_m, d, stride_d, dim, ALIGN: tl.constexp
     """The tile at :func:`tile_at`, 0 outside."""
     at, inside = tile_at(ptr, rows, in_rows, stride_m, d, stride_d, dim, ALIGN=ALIGN)
     return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def step_tile(desc, b, head, first, ptr, rows, n_rows, stride_m, d, stride_d, dim, ALIGN: tl.constexpr):
+    """The tile of ``rows``, from ``first`` on: a bulk copy where there is a descriptor, else :func:`load_tile`."""
+    if desc is None:
+        return load_tile(ptr, rows, rows < n_rows, stride_m, d, stride_d, dim, ALIGN=ALIGN)
+    else:
+        tile = desc.load([b.to(tl.int32), head.to(tl.int32), first, 0])
+        return tl.reshape(tile, (rows.shape[0], d.shape[0]))
 
 
 @triton.jit
@@ -212,6 +223,11 @@ def row_range(
     return begin, full_begin, full_end, end
 
 
+def bulk_copies(arch: int, dtype: torch.dtype) -> bool:
+    """Whether the kernels bring a dense tensor's tiles by bulk copies (TMA): sm_90 and sm_100, for matrix units."""
+    return 90 <= arch < 120 and dtype != torch.float32
+
+
 class Problem:
     """One attention call as the launchers see it: sizes, strides and flags derived once.
 
@@ -273,8 +289,27 @@ class Problem:
         size = 16 // self.q.element_size()
         numbers = [self.dim, self.dim_v]
         for x in (self.q, self.k, self.v, *tensors):
-            numbers += self.strides(x)[:3]
+            # Along a dimension of one there is no step, whatever its stride says.
+            numbers += [s for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
         return 1 if any(n % size for n in numbers) else size
+
+    def descriptors(self, x, y, rows: int, columns: int, columns_y: int):
+        """Descriptors of two dense tensors that a kernel walks ``rows`` at a time, or (None, None).
+
+        A bulk copy takes what lies at multiples of 16 bytes. Packed sequences are read by pointers: it would bring
+        rows of the next one too, whose NaN times a weight of 0 is NaN.
+        """
+        arch, dtype = self.arch if self.q.device.type == "cuda" else 0, self.q.dtype
+        if self.packed or not bulk_copies(arch, dtype) or self.align(x, y) == 1:
+            return None, None
+        both = []
+        for tensor, width in ((x, columns), (y, columns_y)):
+            # Any stride will do for a dimension of one; an expanded one has a stride of 0, which no copy takes.
+            strides = [s if n > 1 else width for n, s in zip(tensor.shape, tensor.stride(), strict=True)]
+            if tensor.numel() == 0 or tensor.data_ptr() % 16 or tensor.stride(3) != 1 or min(strides[:3]) <= 0:
+                return None, None
+            both.append(TensorDescriptor(tensor, list(tensor.shape), [*strides[:3], 1], [1, 1, rows, width]))
+        return both
 
     def stat_strides(self):
         """(batch, head) strides of a contiguous per-row tensor: (B, H, Sq), packed (H, total)."""

@@ -3,12 +3,12 @@
 import triton
 import triton.language as tl
 
-from ._attention import LN2, kept, load_tile, scores
+from ._attention import LN2, kept, scores, step_tile
 
 
 @triton.jit
 def forward_tiles(
-    acc, row_max, row_sum, q, k_ptr, v_ptr, begin, end, rows, n_rows, n_cols,
+    acc, row_max, row_sum, q, k_desc, v_desc, b, head_kv, k_ptr, v_ptr, begin, end, rows, n_rows, n_cols,
     stride_kn, stride_kd, stride_vn, stride_vd, d, dv, dim, dim_v,
     bias_ptr, stride_bm, stride_bn, slope, scale, softcap, unit, offset, left, right, seed, plane, threshold,
     NATURAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
@@ -17,11 +17,12 @@ def forward_tiles(
 ):  # fmt: skip
     """(acc, row_max, row_sum) after the column tiles begin .. end: the online softmax.
 
-    ``slope`` is a scalar or one per row, (rows, 1); so are ``plane`` and the bias's pointer.
+    ``k_desc`` and ``v_desc`` are descriptors of the dense tensors, whose plane is (b, head_kv), or None. ``slope`` is a
+    scalar or one per row, (rows, 1); so are ``plane`` and the bias's pointer.
     """
     for start in range(begin, end, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        k = load_tile(k_ptr, cols, cols < n_cols, stride_kn, d, stride_kd, dim, ALIGN=ALIGN)
+        k = step_tile(k_desc, b, head_kv, start, k_ptr, cols, n_cols, stride_kn, d, stride_kd, dim, ALIGN=ALIGN)
         t, _ = scores(
             tl.dot(q, tl.trans(k), input_precision=PRECISION), rows[:, None], cols[None, :], n_rows, n_cols,
             bias_ptr, stride_bm, stride_bn, slope, scale, softcap, offset, left, right,
@@ -36,7 +37,7 @@ def forward_tiles(
         row_max = new_max
         if DROPOUT:
             p = tl.where(kept(seed, plane, rows, start, threshold, BLOCK_N), p, 0.0)
-        v = load_tile(v_ptr, cols, cols < n_cols, stride_vn, dv, stride_vd, dim_v, ALIGN=ALIGN)
+        v = step_tile(v_desc, b, head_kv, start, v_ptr, cols, n_cols, stride_vn, dv, stride_vd, dim_v, ALIGN=ALIGN)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return acc, row_max, row_sum
 

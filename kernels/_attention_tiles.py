@@ -64,8 +64,7 @@ DQ = {
 }
 # A product of dbias walks the head dim: one tile serves all of them.
 DBIAS = {80: (64, 32, 8, 2), 90: (64, 64, 8, 2), 100: (64, 64, 8, 2)}
-# fp32: products of the scalar units, whose code is the same on all of them. At head dim 128 and with every
-# feature, ptxas still spills on sm_90: 16 bytes of dq, 504 bytes of the split decoding.
+# fp32: products of the scalar units, whose code is the same on all of them.
 FORWARD_32 = {
     64: ((64, 32, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1)),
     128: ((32, 32, 8, 1), (32, 16, 8, 1), (16, 32, 8, 1)),
@@ -78,8 +77,8 @@ DKDV_32 = {
 }
 DQ_32 = {
     64: ((64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
-    128: ((32, 16, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)),
-    256: ((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
+    128: ((32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
+    256: ((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 }
 DBIAS_32 = (64, 32, 8, 1)
 

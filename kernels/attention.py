@@ -20,7 +20,7 @@ from .attention_decode import attention_decode, splits
 
 @triton.jit
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, max_ptr, log2_ptr, sinks_ptr,
+    q_ptr, k_ptr, v_ptr, k_desc, v_desc, out_ptr, lse_ptr, max_ptr, log2_ptr, sinks_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_ob, stride_oh, stride_om, stride_od,
     stride_sb, stride_sh, cu_q_ptr, cu_k_ptr,
@@ -82,7 +82,7 @@ def _attention_fwd_kernel(
                 low, high = full_end, end
             if phase > 0 or LEFT:
                 acc, row_max, row_sum = forward_tiles(
-                    acc, row_max, row_sum, q, k_ptr, v_ptr, low, high, rows, n_rows, n_cols,
+                    acc, row_max, row_sum, q, k_desc, v_desc, b, head_kv, k_ptr, v_ptr, low, high, rows, n_rows, n_cols,
                     stride_kn, stride_kd, stride_vn, stride_vd, d, dv, dim, dim_v,
                     bias_ptr, stride_bm, stride_bn, slope, scale, softcap, unit, offset, left, right,
                     seed, plane, threshold,
@@ -123,8 +123,9 @@ def attention_fwd(q, k, v, bias, sinks, alibi_slopes, seed, cu_q, cu_k, scale, s
             return lse, stats
     tile = problem.fit(forward_tile(problem.widest, q.dtype, problem.arch, problem.load), "BLOCK_M", problem.rows)
     n_tiles, programs = problem.tiles(tile["BLOCK_M"], problem.rows)
+    copies = problem.descriptors(k, v, tile["BLOCK_N"], *problem.blocks.values())
     _attention_fwd_kernel[(programs * problem.heads,)](
-        q, k, v, out, lse, stats[0], stats[1], q if sinks is None else sinks,
+        q, k, v, *copies, out, lse, stats[0], stats[1], q if sinks is None else sinks,
         *(s for x in (q, k, v, out) for s in problem.strides(x)), *problem.stat_strides(), *problem.cu,
         *problem.bias_args(), *problem.slope_args(), *problem.feature_args(), problem.keep_scale,
         programs, n_tiles, problem.batch, problem.heads, problem.group, problem.rows, problem.cols,

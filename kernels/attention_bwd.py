@@ -24,6 +24,7 @@ from ._attention import (
     probabilities,
     row_range,
     scores,
+    step_tile,
     store_tile,
 )  # fmt: skip
 from ._attention_tiles import bound, dkdv_tile, dq_tile
@@ -61,8 +62,8 @@ def _delta_kernel(
 
 @triton.jit
 def _dkdv_tiles(
-    dk, dv, k, v, q_ptr, dout_ptr, max_ptr, log2_ptr, delta_ptr, begin, end, cols, first_col, n_rows, n_cols,
-    b, first_head, heads, group, start_q,
+    dk, dv, k, v, q_desc, dout_desc, q_ptr, dout_ptr, max_ptr, log2_ptr, delta_ptr,
+    begin, end, cols, first_col, n_rows, n_cols, b, first_head, heads, group, start_q,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_gb, stride_gh, stride_gm, stride_gd, stride_sb, stride_sh,
     d, e, dim, dim_v, bias_ptr, stride_bh, stride_bm, stride_bn, slopes_ptr, stride_ab, stride_ah,
     scale, softcap, unit, offset, left, right, seed, threshold, keep_scale,
@@ -77,13 +78,14 @@ def _dkdv_tiles(
     for turn in range(0, group * tiles):
         member = turn // tiles
         head = first_head + member
-        rows = begin + (turn - member * tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+        start = begin + (turn - member * tiles) * BLOCK_M
+        rows = start + tl.arange(0, BLOCK_M)
         in_rows = rows < n_rows
         slope = tl.load(slopes_ptr + b * stride_ab + head * stride_ah).to(tl.float32) if ALIBI else 0.0
         q_plane = plane_of(q_ptr, b, head, start_q, stride_qb, stride_qh, stride_qm, ALIGN=ALIGN)
         dout_plane = plane_of(dout_ptr, b, head, start_q, stride_gb, stride_gh, stride_gm, ALIGN=ALIGN)
         at_stats = b * stride_sb + head * stride_sh + start_q + rows
-        q = load_tile(q_plane, rows, in_rows, stride_qm, d, stride_qd, dim, ALIGN=ALIGN)
+        q = step_tile(q_desc, b, head, start, q_plane, rows, n_rows, stride_qm, d, stride_qd, dim, ALIGN=ALIGN)
         t, slack = scores(
             tl.dot(k, tl.trans(q), input_precision=PRECISION), rows[None, :], cols[:, None], n_rows, n_cols,
             bias_ptr + head * stride_bh, stride_bm, stride_bn, slope, scale, softcap, offset, left, right,
@@ -92,7 +94,9 @@ def _dkdv_tiles(
         row_max = tl.load(max_ptr + at_stats, mask=in_rows, other=0.0)
         row_log2 = tl.load(log2_ptr + at_stats, mask=in_rows, other=float("inf"))
         p = probabilities(t, row_max[None, :], row_log2[None, :], unit, EXACT=EXACT)
-        dout = load_tile(dout_plane, rows, in_rows, stride_gm, e, stride_gd, dim_v, ALIGN=ALIGN)
+        dout = step_tile(
+            dout_desc, b, head, start, dout_plane, rows, n_rows, stride_gm, e, stride_gd, dim_v, ALIGN=ALIGN
+        )  # fmt: skip
         if DROPOUT:
             keep = tl.trans(kept(seed, b * heads + head, rows, first_col, threshold, BLOCK_N))
         if NEED_DV:
@@ -110,7 +114,7 @@ def _dkdv_tiles(
 
 @triton.jit
 def _attention_bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, dk_ptr, dv_ptr, max_ptr, log2_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, q_desc, dout_desc, dk_ptr, dv_ptr, max_ptr, log2_ptr, delta_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_gb, stride_gh, stride_gm, stride_gd,
     stride_xb, stride_xh, stride_xn, stride_xd, stride_yb, stride_yh, stride_yn, stride_yd,
@@ -155,8 +159,8 @@ def _attention_bwd_dkdv_kernel(
             # Without a left bound the third run is empty.
             if phase < 2 or LEFT:
                 dk, dv = _dkdv_tiles(
-                    dk, dv, k, v, q_ptr, dout_ptr, max_ptr, log2_ptr, delta_ptr, low, high, cols, first, n_rows, n_cols,
-                    b, head_kv * group, heads, group, start_q,
+                    dk, dv, k, v, q_desc, dout_desc, q_ptr, dout_ptr, max_ptr, log2_ptr, delta_ptr,
+                    low, high, cols, first, n_rows, n_cols, b, head_kv * group, heads, group, start_q,
                     stride_qb, stride_qh, stride_qm, stride_qd, stride_gb, stride_gh, stride_gm, stride_gd,
                     stride_sb, stride_sh, d, e, dim, dim_v,
                     bias_ptr + b * stride_bb, stride_bh, stride_bm, stride_bn, slopes_ptr, stride_ab, stride_ah,
@@ -175,7 +179,7 @@ def _attention_bwd_dkdv_kernel(
 
 @triton.jit
 def _dq_tiles(
-    dq, q, dout, row_max, row_log2, delta, k_ptr, v_ptr, begin, end, rows, n_rows, n_cols,
+    dq, q, dout, row_max, row_log2, delta, k_desc, v_desc, b, head_kv, k_ptr, v_ptr, begin, end, rows, n_rows, n_cols,
     stride_kn, stride_kd, stride_vn, stride_vd, d, e, dim, dim_v,
     bias_ptr, stride_bm, stride_bn, slope, scale, softcap, unit, offset, left, right, seed, plane, threshold,
     keep_scale,
@@ -185,9 +189,8 @@ def _dq_tiles(
 ):  # fmt: skip
     for start in range(begin, end, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        in_cols = cols < n_cols
-        k = load_tile(k_ptr, cols, in_cols, stride_kn, d, stride_kd, dim, ALIGN=ALIGN)
-        v = load_tile(v_ptr, cols, in_cols, stride_vn, e, stride_vd, dim_v, ALIGN=ALIGN)
+        k = step_tile(k_desc, b, head_kv, start, k_ptr, cols, n_cols, stride_kn, d, stride_kd, dim, ALIGN=ALIGN)
+        v = step_tile(v_desc, b, head_kv, start, v_ptr, cols, n_cols, stride_vn, e, stride_vd, dim_v, ALIGN=ALIGN)
         t, slack = scores(
             tl.dot(q, tl.trans(k), input_precision=PRECISION), rows[:, None], cols[None, :], n_rows, n_cols,
             bias_ptr, stride_bm, stride_bn, slope, scale, softcap, offset, left, right,
@@ -204,7 +207,7 @@ def _dq_tiles(
 
 @triton.jit
 def _attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, dq_ptr, max_ptr, log2_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, k_desc, v_desc, dq_ptr, max_ptr, log2_ptr, delta_ptr,
     stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_gb, stride_gh, stride_gm, stride_gd,
     stride_xb, stride_xh, stride_xm, stride_xd,
@@ -256,7 +259,7 @@ def _attention_bwd_dq_kernel(
                 low, high = full_end, end
             if phase > 0 or LEFT:
                 dq = _dq_tiles(
-                    dq, q, dout, row_max, row_log2, delta,
+                    dq, q, dout, row_max, row_log2, delta, k_desc, v_desc, b, head_kv,
                     plane_of(k_ptr, b, head_kv, start_k, stride_kb, stride_kh, stride_kn, ALIGN=ALIGN),
                     plane_of(v_ptr, b, head_kv, start_k, stride_vb, stride_vh, stride_vn, ALIGN=ALIGN),
                     low, high, rows, n_rows, n_cols,
@@ -304,8 +307,9 @@ def attention_bwd(dout, dlse, q, k, v, out, stats, bias, sinks, alibi_slopes, se
         tile = problem.fit(dkdv_tile(problem.widest, q.dtype, problem.arch, problem.load), "BLOCK_N", problem.cols)
         n_tiles, programs = problem.tiles(tile["BLOCK_N"], problem.cols)
         dk_or_k, dv_or_v = (k if dk is None else dk), (v if dv is None else dv)
+        copies = problem.descriptors(q, dout, tile["BLOCK_M"], *problem.blocks.values())
         _attention_bwd_dkdv_kernel[(programs * problem.heads_kv,)](
-            *inputs, dk_or_k, dv_or_v, stats[0], stats[1], delta,
+            *inputs, *copies, dk_or_k, dv_or_v, stats[0], stats[1], delta,
             *(s for x in (*inputs, dk_or_k, dv_or_v) for s in problem.strides(x)), *problem.stat_strides(),
             *problem.cu, *tail, programs, n_tiles, *sizes,
             NEED_DK=dk is not None, NEED_DV=dv is not None, ALIGN=problem.align(dout, dk_or_k, dv_or_v),
@@ -314,8 +318,9 @@ def attention_bwd(dout, dlse, q, k, v, out, stats, bias, sinks, alibi_slopes, se
     if dq is not None and q.numel() > 0:
         tile = problem.fit(dq_tile(problem.widest, q.dtype, problem.arch, problem.load), "BLOCK_M", problem.rows)
         n_tiles, programs = problem.tiles(tile["BLOCK_M"], problem.rows)
+        copies = problem.descriptors(k, v, tile["BLOCK_N"], *problem.blocks.values())
         _attention_bwd_dq_kernel[(programs * problem.heads,)](
-            *inputs, dq, stats[0], stats[1], delta,
+            *inputs, *copies, dq, stats[0], stats[1], delta,
             *(s for x in (*inputs, dq) for s in problem.strides(x)), *problem.stat_strides(),
             *problem.cu, *tail, programs, n_tiles, *sizes,
             ALIGN=problem.align(dout, dq), **problem.flags, **problem.blocks, **tile, **OPTIONS,

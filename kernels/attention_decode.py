@@ -83,7 +83,7 @@ def _attention_split_kernel(
                     low, high = full_end, end
                 if phase > 0 or LEFT:
                     acc, row_max, row_sum = forward_tiles(
-                        acc, row_max, row_sum, q, k_ptr, v_ptr, low, high, rows, n_rows, n_cols,
+                        acc, row_max, row_sum, q, None, None, b, head_kv, k_ptr, v_ptr, low, high, rows, n_rows, n_cols,
                         stride_kn, stride_kd, stride_vn, stride_vd, d, dv, dim, dim_v,
                         bias_rows, stride_bm, stride_bn, slope, scale, softcap, unit, offset, left, right,
                         seed, plane, threshold,
@@ -166,8 +166,11 @@ def _attention_merge_kernel(
 
 def split_tile(dim: int, dtype: torch.dtype) -> dict:
     """Keys of a chunk, from how many keys on a sequence is split, and tiles; by the padded head dim. Not yet timed."""
-    wide = dim > 128 or dtype == torch.float32
-    return dict(CHUNK=256, SPLIT_FROM=512, BLOCK_N=32 if wide else 64, num_warps=4, num_stages=2)
+    if dtype == torch.float32:
+        width, warps, stages = (16, 8, 1) if dim > 128 else (32, 8, 2)
+    else:
+        width, warps, stages = 32 if dim > 128 else 64, 4, 2
+    return dict(CHUNK=256, SPLIT_FROM=512, BLOCK_N=width, num_warps=warps, num_stages=stages)
 
 
 def splits(problem) -> dict | None:

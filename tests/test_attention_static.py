@@ -22,6 +22,7 @@ def test_no_spills_and_warpgroup_products(tmp_path):
     products = [line for line in lines if " full " in line and " delta " not in line]
     assert len(products) == 3
     assert all(line.endswith("HGMMA") for line in products)
+    assert all(int(line.split("copies")[1].split()[0]) > 0 for line in products)
     other = tables.spot()[1][3]
     assert [line for line in lines if f" {other} " in line]
 
