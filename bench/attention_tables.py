@@ -3,13 +3,13 @@
     python -m fastllm.bench.attention_tables [--arch 80 90 100] [--dtype bfloat16 float16 float32] [--dim 64 128 256]
                                              [--feature TEXT...] [--budget SECONDS] [--results FILE] [--page FILE]
     python -m fastllm.bench.attention_tables --spot
-    python -m fastllm.bench.attention_tables --hopper [--dim 64 128] [--dtype bfloat16 float16] [--feature TEXT...]
 
-prints registers, bytes of stack (spills), shared memory and matrix instructions of every kernel, and exits with 1 where
-one spills or does not fit, or a call is left. All of it takes about half an hour of one core. ``--results`` keeps what
-was compiled, by a hash of the kernels' sources: several runs share it, and the next goes on where the last stopped.
-``--page`` writes what it holds as docs/attention-tables.md; ``--spot`` compiles two calls. ``--hopper`` compiles every
-setting of the Gluon forward for sm_90 instead, which must also have warpgroup products and bulk tensor copies.
+prints registers, bytes of stack (spills), shared memory, bulk tensor copies and matrix instructions of every kernel,
+and exits with 1 where one spills or does not fit, or a call is left; ``--feature hopper`` are the calls that the Gluon
+forward serves on sm_90, which must also have warpgroup products and bulk copies. All of it takes about half an hour of
+one core. ``--results`` keeps what was compiled, by a hash of the kernels' sources: several runs share it, and the next
+goes on where the last stopped. ``--page`` writes what it holds as docs/attention-tables.md; ``--spot`` compiles two
+calls.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ FEATURES = {
 }
 # The calls that the Hopper forward has a variant for.
 HOPPER = {
-    "dense causal": lambda dim: dense(2, 4, 512, dim, 2, causal=True),
-    "dense full": lambda dim: dense(2, 4, 512, dim),
-    "packed causal": lambda dim: packed(4, 512, 4, dim, 2, causal=True),
-    "packed full": lambda dim: packed(4, 512, 4, dim),
+    "hopper causal": lambda dim: dense(2, 4, 512, dim, 2, causal=True),
+    "hopper full": lambda dim: dense(2, 4, 512, dim),
+    "hopper packed causal": lambda dim: packed(4, 512, 4, dim, 2, causal=True),
+    "hopper packed full": lambda dim: packed(4, 512, 4, dim),
 }
 # Bytes of shared memory that a block can have. sm_86, sm_89 and sm_120 take sm_80's tiles and have less of it.
 SHARED = {**{arch: gpu.shared_per_block for arch, gpu in GPUS.items()}, 80: 99 << 10}
@@ -93,7 +93,9 @@ class Entry:
 
     @property
     def fits(self) -> bool:
-        """No spills, and a processor can hold it."""
+        """No spills, a processor can hold it, and the Hopper forward has what it is for."""
+        if self.feature in HOPPER and not (self.matrix == "HGMMA" and self.copies):
+            return False
         return self.resources.spills == 0 and self.resources.shared <= SHARED[self.arch]
 
     @property
@@ -112,9 +114,7 @@ def fingerprint() -> str:
     """Of the code of the attention kernels and of the names of the calls that are compiled here."""
     folder = Path(kernels.__path__[0])
     ours = [*folder.glob("attention*.py"), *folder.glob("_attention*.py"), folder / "_launch.py"]
-    # The Hopper kernel has a test of its own.
-    ours = [file for file in sorted(ours) if file.stem.strip("_") != "attention_hopper"]
-    return code_hash(ours, *FEATURES)
+    return code_hash(sorted(ours), *FEATURES, *HOPPER)
 
 
 Call = tuple[int, str, int, str]
@@ -126,10 +126,12 @@ def spot() -> list[Call]:
     return [(90, "bfloat16", 128, "full"), (90, "bfloat16", 64, others[int(fingerprint(), 16) % len(others)])]
 
 
-def planned(arches=tuple(GPUS), dtypes=DTYPES, dims=DIMS, features=tuple(FEATURES)) -> list[Call]:
+def planned(arches=tuple(GPUS), dtypes=DTYPES, dims=DIMS, features=(*FEATURES, *HOPPER)) -> list[Call]:
     """Every call of these."""
 
     def tells(arch, dtype, dim, feature):
+        if feature in HOPPER:
+            return arch == 90 and dtype != "float32" and dim <= 128
         # With all features at once dense tiles differ from packed ones where bulk copies bring them.
         if feature == "everything" and not bulk_copies(arch, getattr(torch, dtype)):
             return False
@@ -145,6 +147,8 @@ def compiled(call: Call) -> list[Entry]:
         RuntimeError: Triton's interpreter is on.
     """
     arch, dtype, dim, feature = call
+    if feature in HOPPER:
+        return [compiled_hopper(dtype, dim, feature)]
     found = {}
     for launch in launches(OPS["attention"], partial(FEATURES[feature](dim), CUDA, getattr(torch, dtype)), GPUS[arch]):
         kernel = launch.kernel.strip("_").removesuffix("_kernel")
@@ -175,18 +179,6 @@ def compiled_hopper(dtype: str, dim: int, feature: str) -> Entry:
     )
 
 
-def hopper(dtypes, dims, features) -> int:
-    """Prints those entries of the Hopper forward; 1 where one does not do what it is there for."""
-    bad = count = 0
-    for dtype, dim, feature in product(dtypes, dims, features):
-        entry = compiled_hopper(dtype, dim, feature)
-        good = entry.fits and entry.matrix == "HGMMA" and entry.copies > 0
-        print(f"{_line(entry)}{'' if good else ' WRONG'}", flush=True)
-        bad, count = bad + (not good), count + 1
-    print(f"{count} kernels, {bad} that spill, do not fit, or lack warpgroup products or copies")
-    return int(bad > 0)
-
-
 def read(file: Path | None) -> dict[Call, list[Entry]]:
     """The calls that the file holds of these kernels."""
     found = {}
@@ -208,7 +200,7 @@ def _keep(file: Path, call: Call, entries: list[Entry]) -> None:
 def _line(entry: Entry) -> str:
     r = entry.resources
     return (
-        f"sm_{entry.arch:<4}{entry.dtype:<9} d{entry.dim:<4}{entry.feature:<18}{entry.kernel:<20}"
+        f"sm_{entry.arch:<4}{entry.dtype:<9} d{entry.dim:<4}{entry.feature:<21}{entry.kernel:<21}"
         f"warps {r.num_warps:<3}stages {r.num_stages:<3}registers {r.registers:<4}stack {r.stack:<5}"
         f"local {r.count('LDL', 'STL'):<4}shared {r.shared:<7}copies {entry.copies:<4}{entry.matrix:<8}"
         f"{'' if entry.fits else 'DOES NOT FIT'}"
@@ -232,7 +224,7 @@ _COLUMNS = (
 
 def _place(entry: Entry) -> tuple:
     e = entry
-    return DTYPES.index(e.dtype), e.dim, list(FEATURES).index(e.feature), e.direction != "forward", e.kernel
+    return DTYPES.index(e.dtype), e.dim, [*FEATURES, *HOPPER].index(e.feature), e.direction != "forward", e.kernel
 
 
 def page(results: dict[Call, list[Entry]]) -> str:
@@ -251,7 +243,7 @@ def page(results: dict[Call, list[Entry]]) -> str:
         f"For {arches}: registers a thread, spills (loads and stores of thread-local memory), shared memory of a "
         "block. A kernel that several calls share stands under the first of them. Head dims up to 64, 128 and 256 have "
         "a tile each; packed calls have a head dim of 8 less, scalar loads 4 less. Products of float32 are the scalar "
-        "units'.\n",
+        "units'. Bulk copies are instructions that bring tiles by TMA; calls named hopper are the Gluon forward's.\n",
         f"{len(planned()) - missing.total()} of {len(planned())} calls are compiled"
         + (f"; missing: {left}." if left else "."),
     ]
@@ -294,13 +286,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", metavar="FILE", type=Path, help="take from it what it has, add what it has not")
     parser.add_argument("--page", metavar="FILE", type=Path, help="write the table of the results there")
     parser.add_argument("--spot", action="store_true", help="compile two calls for sm_90 and no others")
-    parser.add_argument("--hopper", action="store_true", help="compile the settings of the Gluon forward and no others")
     options = parser.parse_args(argv)
-    if options.hopper:
-        features = [name for name in HOPPER if any(text in name for text in options.feature)]
-        dtypes, dims = ([x for x in given if x not in ("float32", 256)] for given in (options.dtype, options.dim))
-        return hopper(dtypes, dims, features)
-    features = [name for name in FEATURES if any(text in name for text in options.feature)]
+    features = [name for name in (*FEATURES, *HOPPER) if any(text in name for text in options.feature)]
     calls = spot() if options.spot else planned(options.arch, options.dtype, options.dim, features)
     results, began = read(options.results), time.monotonic()
     done = []
