@@ -4,12 +4,12 @@
     dh = rstd * (g - mean(g) - xhat * mean(g * xhat)) + (the gradient that h itself received)
     dresidual = dh,  dinput = keep * dh / (1 - p),  dweight = sum_rows(dy * xhat),  dbias = sum_rows(dy)
 
-Up to BWD_ROW columns a persistent grid reads every row once, prefetching the next tiles, keeps its share of dweight
-and dbias in fp32 registers and leaves one partial row a program, which a second small kernel sums. Up to 8 * BWD_ROW
-the blocks of a cluster share the row (_norm_cluster.py). Wider rows, all rows past BWD_ROW where there are no clusters,
-and those with dropout do not leave room for that: 12 bytes a column of sums, x and dy against a multiprocessor's 256 KB
-of registers. For them one kernel takes the two means of each row, another walks blocks of columns with them, and x and
-dy are read twice. No atomics, so results repeat bit for bit.
+Up to BWD_ROW columns, half as many with dropout, a persistent grid reads every row once, prefetching the next tiles,
+keeps its share of dweight and dbias in fp32 registers and leaves one partial row a program, which a second small kernel
+sums. Up to 8 * BWD_ROW the blocks of a cluster share the row (_norm_cluster.py). Wider rows, all wide ones where there
+are no clusters, and those with dropout do not leave room for that: 12 bytes a column of sums, x and dy against a
+multiprocessor's 256 KB of registers. For them one kernel takes the two means of each row, another walks blocks of
+columns with them, and x and dy are read twice. No atomics, so results repeat bit for bit.
 """
 
 import torch
@@ -22,8 +22,9 @@ from ._norm import BLOCKED_COLS, row_tile, warps
 from ._norm_cluster import norm_bwd_cluster
 
 # The backward holds x, dy, weight and two fp32 sums of a row. Its tiles fill a multiprocessor's registers (16 warps x
-# 128), so one program each: the partial rows stay below 5% of the bytes of 8192 rows. Of wide rows a program takes
-# WIDE_TILE of columns. From compiled register counts (no spills on sm_80, sm_90, sm_100), not yet from timings.
+# 128), so one program each: the partial rows stay below 5% of the bytes of 8192 rows. With dropout Philox takes as many
+# again: half the tile then. Of wide rows a program takes WIDE_TILE of columns. From compiled register counts (no spills
+# on sm_80, sm_90, sm_100), not yet from timings.
 BWD_ROW = 8192
 BWD_TILE = 8192
 WIDE_TILE = (4, 1024)
@@ -176,12 +177,14 @@ def norm_bwd(
     wanted = dict(NEED_DWEIGHT=need_dweight, NEED_DBIAS=need_dbias)
     dx_wanted = dict(NEED_DINPUT=need_dinput, NEED_DRESIDUAL=need_dresidual)
     mean_g = mean_gx = None
-    whole, processors = n_cols <= BWD_ROW, processor_count(x.device)
+    processors = processor_count(x.device)
+    row, tile = (BWD_ROW, BWD_TILE) if p == 0.0 else (BWD_ROW // 2, BWD_TILE // 2)
+    whole = n_cols <= row
     # The row sums are what blocks of a cluster exchange: without dx there are none.
     shares = p == 0.0 and (need_dinput or need_dresidual)
     blocks = cluster_blocks(x.device, n_cols, BWD_ROW) if shares and not whole else 0
     if whole:
-        block_m, block_n = row_tile(n_rows, n_cols, BWD_TILE)
+        block_m, block_n = row_tile(n_rows, n_cols, tile)
         programs = min(triton.cdiv(n_rows, block_m), processors)
     elif blocks:
         programs = min(n_rows, max(1, processors // blocks))
@@ -207,10 +210,13 @@ def norm_bwd(
         args = (*inputs, mean, rstd, dinput, dresidual, *partial)
         norm_bwd_cluster(programs, blocks, args, layouts, n_rows, n_cols, offset, flags)
     else:
+        n_warps = warps(block_m * block_n)
+        # Of small blocks ptxas would hold three on a multiprocessor rather than keep dropout's words in registers.
+        bound = dict(maxnreg=255) if p > 0.0 and n_warps <= 4 else {}
         _norm_bwd_kernel[(programs, triton.cdiv(n_cols, block_n))](
             *inputs, seed, mean, rstd, mean_g, mean_gx, dinput, dresidual, *partial,
             *layouts, n_rows, n_cols, offset, p, WHOLE=whole, **flags, DROPOUT=p > 0.0,
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps(block_m * block_n), **OPTIONS,
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=n_warps, **bound, **OPTIONS,
         )  # fmt: skip
     if need_dweight or need_dbias:
         block_m, block_n = (32, 64) if whole else (8, 256)

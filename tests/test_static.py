@@ -58,10 +58,10 @@ from fastllm.bench.capture import CUDA, GPUS, launches
 from fastllm.bench.static import Row, problems, read_resources
 
 thorough, done, found = sys.argv[1] == "thorough", {}, []
-widths = [1, 63, *(2**k for k in range(7, 19)), 12288, 50304] if thorough else [262144]
+widths = [1, 63, *(2**k for k in range(7, 19)), 12288, 50304] if thorough else [1024, 262144]
 for arch in GPUS if thorough else [90]:
     for dtype in (torch.bfloat16, torch.float32) if thorough else [torch.bfloat16]:
-        for name in ("layer_norm", "add_rms_norm", "add_layer_norm") if thorough else ["layer_norm"]:
+        for name in ("layer_norm", "add_rms_norm", "add_layer_norm") if thorough else ["layer_norm", "add_layer_norm"]:
             for cols in widths:
                 for p in (0.0, 0.1) if name == "add_layer_norm" else (0.0,):
                     def call():
@@ -156,8 +156,8 @@ def test_losses_and_activations_move_128_bits_at_a_time(other_rows):
         ):
             loads, stores = row.resources.load_widths, row.resources.store_widths
             where = (row.op, row.shape, row.kernel, loads, stores)
-            # Narrower: targets and statistics, one a row.
-            assert loads.get(128, 0) * 128 > sum(bits * n for bits, n in loads.items() if bits < 128), where
+            # Narrower: targets and statistics, one a row; of 256 columns they are as many as the row's own.
+            assert loads.get(128, 0) * 128 >= sum(bits * n for bits, n in loads.items() if bits < 128), where
             assert stores.get(128, 0) * 128 > sum(bits * n for bits, n in stores.items() if bits < 128), where
 
 
