@@ -27,8 +27,9 @@ def test_no_spills_and_warpgroup_products(tmp_path):
     assert [line for line in lines if f" {other} " in line]
 
 
-def test_the_page_is_of_these_kernels_and_shows_no_spills():
+def test_the_page_has_all_calls_of_these_kernels_and_shows_no_spills():
     assert tables.stale(PAGE) is None
+    assert f"{len(tables.planned())} of {len(tables.planned())} calls are compiled." in PAGE.read_text(encoding="utf-8")
     rows = [line.split("|") for line in PAGE.read_text(encoding="utf-8").splitlines() if "float" in line[:9]]
     assert len(rows) > 50
     assert {spills.strip() for row in rows for spills in row[8].split("/")} <= {"0", ""}
