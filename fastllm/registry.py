@@ -226,8 +226,11 @@ def pick(op: str, *tensors: torch.Tensor | None, refused: Mapping[str, str | Non
     dtypes = [t.dtype for t in present]
     refused = refused or {}
 
+    dense = all(t.layout == torch.strided and not t.is_nested for t in present)
+
     def obstacle(name: str) -> str | None:
-        return why_not(name, device_type, dtypes) or refused.get(name)
+        layout = None if dense else "kernels take dense tensors, and one of these is sparse or nested"
+        return why_not(name, device_type, dtypes) or layout or refused.get(name)
 
     has = OPS[op].backends
     asked = chosen_backend()
@@ -241,7 +244,7 @@ def pick(op: str, *tensors: torch.Tensor | None, refused: Mapping[str, str | Non
                 f"call: {reason}; or choose the eager or auto backend"
             )
         return asked
-    if device_type == "cpu" and _mapping():
+    if not dense or (device_type == "cpu" and _mapping()):
         return "eager"
     for name in PREFERENCE.get(device_type, ()):
         if name in has:

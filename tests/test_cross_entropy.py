@@ -180,6 +180,8 @@ X, Y = torch.zeros(4, 5), torch.zeros(4, dtype=torch.long)
         ((X, X), {"ignore_index": 1}, ValueError, "ignore_index"),
         ((X, Y, X[0, :3]), {}, ValueError, r"weight.*\[5\].*\[3\]"),
         ((X, Y, Y[:4]), {}, TypeError, "weight"),
+        ((X, Y, [1.0] * 5), {}, TypeError, "weight.*list"),
+        ((X, Y), {"ignore_index": 1.0}, TypeError, "ignore_index.*1.0"),
         ((X, Y), {"reduction": "avg"}, ValueError, "none, mean, sum; got 'avg'"),
         ((X, Y), {"label_smoothing": 1.5}, ValueError, "label_smoothing.*1.5"),
         ((X, Y), {"softcap": 0.0}, ValueError, "softcap"),
@@ -310,3 +312,12 @@ def test_class_weights_that_need_a_gradient_are_refused_by_the_kernel():
     weight = torch.rand(5, device=DEVICE, requires_grad=True)
     with fastllm.backend("triton"), pytest.raises(fastllm.registry.BackendError, match="weight requires"):
         cross_entropy(X.to(DEVICE), Y.to(DEVICE), weight)
+
+
+@pytest.mark.parametrize("options", [{}, dict(reduction="none", z_loss=0.1, return_lse=True)])
+def test_one_class_index_in_a_vector_is_a_scalars(options, backend):
+    x = torch.randn(9, device=DEVICE)
+    one = cross_entropy(x, torch.tensor([3], device=DEVICE), **options)
+    for function in (cross_entropy, cross_entropy_reference):
+        torch.testing.assert_close(one, function(x, torch.tensor(3, device=DEVICE), **options))
+    torch.testing.assert_close(cross_entropy_reference(x, torch.tensor([3], device=DEVICE), **options), one)

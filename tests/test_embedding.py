@@ -306,6 +306,7 @@ def test_bad_arguments_are_named():
         (TypeError, "embedding: input must be int32 or int64, got float32", lambda: FF.embedding(ids.float(), weight)),
         (TypeError, "embedding: input must be a tensor, got list", lambda: FF.embedding([0], weight)),
         (ValueError, r"weight must have shape \(rows, columns\), got \[4\]", lambda: FF.embedding(ids, weight[:, 0])),
+        (TypeError, "padding_idx must be an integer, got 1.5", lambda: FF.embedding(ids, weight, 1.5)),
         (ValueError, "padding_idx must lie within a table of 4 rows, got 4", lambda: FF.embedding(ids, weight, 4)),
         (ValueError, "padding_idx must lie within a table of 4 rows, got -5", lambda: FF.embedding(ids, weight, -5)),
         (ValueError, "vocab_range", lambda: FF.embedding(ids, weight, vocab_range=(3, 6))),

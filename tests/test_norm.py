@@ -249,6 +249,25 @@ def test_heads_in_a_packed_projection_are_read_where_they_lie():
     assert Rows(torch.randn(6, 4, 2, 8).permute(1, 0, 2, 3)[:, ::2], 8).data.is_contiguous()
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("function", [layer_norm, rms_norm])
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_torchs(function, layout):
+    rows = [torch.randn(n, 8, device=DEVICE) for n in (2, 3)]
+    weights = torch.randn(1 if function is rms_norm else 2, 8, device=DEVICE)
+    if function is rms_norm and layout == torch.strided:
+        pytest.skip("torch's own has no RMS norm of these")
+    got = function(torch.nested.nested_tensor(rows, layout=layout), (8,), *weights)
+    for mine, row in zip(got.unbind(), rows, strict=True):
+        torch.testing.assert_close(mine, function(row, (8,), *weights))
+    if layout == torch.jagged:
+        y, _ = add_rms_norm(*[torch.nested.nested_tensor(rows, layout=layout)] * 2, (8,))
+        torch.testing.assert_close(y.unbind()[1], rms_norm(rows[1] * 2, (8,)))
+        refused = "sparse or nested" if DEVICE.type == "cpu" else ""
+        with fastllm.backend("triton"), pytest.raises(fastllm.BackendError, match=refused):
+            add_rms_norm(*[torch.nested.nested_tensor(rows, layout=layout)] * 2, (8,))
+
+
 X = torch.zeros(2, 8)
 
 
@@ -258,6 +277,12 @@ X = torch.zeros(2, 8)
     [
         ((X, X[:1], (8,)), {}, ValueError, r"residual.*\[2, 8\].*\[1, 8\]"),
         ((X, 3, (8,)), {}, TypeError, "residual.*int"),
+        ((X, None, (8,)), {}, TypeError, "residual.*None"),
+        ((X, X, (8,), [1.0] * 8), {}, TypeError, "weight.*list"),
+        ((X, X, (8,), X[0].long()), {}, TypeError, "weight.*int64"),
+        ((X, X, (8.0,)), {}, TypeError, r"normalized_shape.*\(8.0,\)"),
+        ((X, X, None), {}, TypeError, "normalized_shape.*None"),
+        ((X, X, (8,)), {"eps": "a"}, TypeError, "eps.*'a'"),
         ((X, X.long(), (8,)), {}, TypeError, "residual.*int64"),
         ((X.long(), X, (8,)), {}, TypeError, "input.*int64"),
         ((X, X.to("meta"), (8,)), {}, ValueError, "residual is on meta"),

@@ -217,6 +217,17 @@ def test_repeats_bit_for_bit(op, backend):
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=case_id)
+def test_meta_tensors_give_shapes(op):
+    for sample in few(op):
+        args, kwargs = contract.pytree.tree_map_only(
+            torch.Tensor, lambda x: x.detach().to("meta"), (sample.args, dict(sample.kwargs))
+        )
+        expected, _ = run(op.function, copy(sample), "eager", grads=False)
+        got = outputs(op.function(*args, **kwargs))
+        assert [(o.shape, o.dtype, o.device.type) for o in got] == [(o.shape, o.dtype, "meta") for o in expected]
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=case_id)
 def test_record_is_whole(op):
     assert op.summary
     assert op.function.__name__ == op.name

@@ -1,4 +1,4 @@
-"""Second order for kernels: a gradient's own gradient, through the op's eager formula."""
+"""Second order for kernels: a gradient's own gradient, through the op's eager formula. Autocast's state."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import torch
 from torch._functorch.utils import unwrap_dead_wrappers
 
 Tensors = Sequence[torch.Tensor | None]
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for tensors of this type of device; False for one that has none, like meta."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def apply(function: type[torch.autograd.Function], *args):

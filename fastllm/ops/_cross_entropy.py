@@ -7,6 +7,8 @@ import math
 import torch
 
 from ..registry import Sample
+from ._autograd import autocasts
+from ._check import check_floating, check_integer
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -27,7 +29,7 @@ def loss_dtype(input: torch.Tensor, target: torch.Tensor) -> torch.dtype:
     dtype = input.dtype
     if target.is_floating_point():
         dtype = torch.promote_types(dtype, target.dtype)
-    if torch.is_autocast_enabled(input.device.type):
+    if autocasts(input.device.type):
         dtype = torch.promote_types(dtype, torch.float32)
     return dtype
 
@@ -84,6 +86,7 @@ def check_cross_entropy(input, target, weight, ignore_index, reduction, label_sm
         )
     elif target.dtype not in (torch.int64, torch.uint8):
         raise TypeError(f"{op}: class indices must be int64 (or uint8), got {target.dtype}")
+    check_integer(op, "ignore_index", ignore_index)
     if target.device != input.device:
         raise ValueError(f"{op}: target is on {target.device}, input on {input.device}; they must be together")
     check_options(op, input, weight, n_classes, reduction, label_smoothing, softcap, logit_scale, z_loss)
@@ -92,8 +95,7 @@ def check_cross_entropy(input, target, weight, ignore_index, reduction, label_sm
 def check_options(op, input, weight, n_classes, reduction, label_smoothing, softcap, logit_scale, z_loss):
     """The options that every cross-entropy has."""
     if weight is not None:
-        if not weight.is_floating_point():
-            raise TypeError(f"{op}: weight must be floating point, got {weight.dtype}")
+        check_floating(op, "weight", weight)
         if tuple(weight.shape) != (n_classes,):
             raise ValueError(f"{op}: weight must have one element per class, [{n_classes}], got {list(weight.shape)}")
         if weight.device != input.device:

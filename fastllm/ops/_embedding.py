@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..registry import Cost, Sample
+from ._check import check_integer
 
 
 def check_table(op: str, name: str, weight) -> None:
@@ -32,6 +33,7 @@ def normalised_padding(op: str, padding_idx: int | None, rows: int, *, partial: 
     """``padding_idx`` as an id, negative ones counted from the end of a whole table; -1 for None."""
     if padding_idx is None:
         return -1
+    check_integer(op, "padding_idx", padding_idx)
     if partial:
         if padding_idx < 0:
             raise ValueError(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..registry import Cost, Sample
+from ._check import check_floating, check_integer
 from ._cross_entropy import loss_dtype, transformed
 from .cross_entropy import cross_entropy_reference
 
@@ -59,16 +60,20 @@ def check_whole(input, linear_weight, target, linear_bias, ignore_index, refused
             raise ValueError(f"{op}: {name} is for class indices and a linear_weight (V, D)")
 
 
-def check_linear(input, linear_weight, target, linear_bias, token_weight, shift, max_workspace_mb, max_targets):
+def check_linear(
+    input, linear_weight, target, linear_bias, token_weight, shift, max_workspace_mb, max_targets, ignore_index
+):
     op = "linear_cross_entropy"
     for name, tensor in (("input", input), ("linear_weight", linear_weight)):
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            got = str(tensor.dtype) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise TypeError(f"{op}: {name} must be a floating-point tensor, got {got}")
+        check_floating(op, name, tensor)
+    for name, tensor in (("linear_bias", linear_bias), ("token_weight", token_weight)):
+        if tensor is not None and not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    check_integer(op, "ignore_index", ignore_index)
     if not isinstance(target, torch.Tensor) or target.dtype not in (torch.int64, torch.uint8):
         got = str(target.dtype) if isinstance(target, torch.Tensor) else type(target).__name__
         raise TypeError(f"{op}: target must hold class indices, int64 or uint8, got {got}")
-    if linear_weight.dim() != 2 or 0 in linear_weight.shape:
+    if linear_weight.dim() != 2 or linear_weight.shape[0] == 0:
         raise ValueError(f"{op}: linear_weight must be (classes, features), got shape {list(linear_weight.shape)}")
     if input.dim() == 0 or input.shape[-1] != linear_weight.shape[1]:
         raise ValueError(
@@ -149,7 +154,7 @@ def linear_cross_entropy_reference(
         dtype = loss_dtype(input, target)
         return (loss[0].to(dtype), loss[1]) if return_lse else loss.to(dtype)
     wide = torch.promote_types(input.dtype, torch.float32)
-    logits = input.to(wide).reshape(-1, input.shape[-1]) @ linear_weight.to(wide).t()
+    logits = input.to(wide).reshape(target.numel(), input.shape[-1]) @ linear_weight.to(wide).t()
     if linear_bias is not None:
         logits = logits + linear_bias.to(wide)
     y = shifted(target, ignore_index, shift).reshape(-1)

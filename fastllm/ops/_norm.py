@@ -10,25 +10,35 @@ import torch.nn.functional as F
 
 from ..registry import Cost, Sample, chosen_backend, define, pick
 from ._autograd import apply, gradients
+from ._check import check_floating
 from ._philox import dropout_mask, rows_kept
 
 
-def check_norm(op: str, input, normalized_shape, residual=None, **parameters) -> tuple[int, ...]:
+def _shape(op: str, normalized_shape) -> tuple[int, ...]:
+    try:
+        shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    except TypeError:
+        shape = (None,)
+    # Not a list of what may stand there: numpy's integers and symbolic ones are no ints.
+    if isinstance(normalized_shape, str) or any(
+        isinstance(n, float | str | bool | torch.Tensor | type(None)) for n in shape
+    ):
+        raise TypeError(f"{op}: normalized_shape must be an integer or a sequence of them, got {normalized_shape!r}")
+    return shape
+
+
+def check_norm(op: str, input, normalized_shape, *residuals, **parameters) -> tuple[int, ...]:
     """``normalized_shape`` as a tuple, once ``input`` and the other tensors are found to fit it."""
-    for name, tensor in (("input", input), ("residual", residual)):
-        if name == "residual" and tensor is None:
-            continue
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            got = str(tensor.dtype) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise TypeError(f"{op}: {name} must be a floating-point tensor, got {got}")
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    for name, tensor in zip(("input", "residual"), (input, *residuals), strict=False):
+        check_floating(op, name, tensor)
+    shape = _shape(op, normalized_shape)
     if not shape:
         raise ValueError(f"{op}: normalized_shape must name at least one dimension, got ()")
     if tuple(input.shape[-len(shape) :]) != shape:
         raise ValueError(
             f"{op}: input must end in normalized_shape {list(shape)}, got input of shape {list(input.shape)}"
         )
-    if residual is not None:
+    for residual in residuals:
         if residual.shape != input.shape:
             raise ValueError(
                 f"{op}: residual must have the input's shape {list(input.shape)}, got {list(residual.shape)}"
@@ -38,6 +48,7 @@ def check_norm(op: str, input, normalized_shape, residual=None, **parameters) ->
     for name, parameter in parameters.items():
         if parameter is None:
             continue
+        check_floating(op, name, parameter)
         if tuple(parameter.shape) != shape:
             raise ValueError(
                 f"{op}: {name} must have normalized_shape {list(shape)}, got shape {list(parameter.shape)}"
@@ -47,7 +58,9 @@ def check_norm(op: str, input, normalized_shape, residual=None, **parameters) ->
     return shape
 
 
-def check_scalars(op: str, weight_offset: float, dropout_p: float = 0.0) -> None:
+def check_scalars(op: str, weight_offset: float, dropout_p: float = 0.0, eps: float | None = None) -> None:
+    if isinstance(eps, str | list | tuple):
+        raise TypeError(f"{op}: eps must be a number, got {eps!r}")
     if not -math.inf < weight_offset < math.inf:
         raise ValueError(f"{op}: weight_offset must be finite, got {weight_offset}")
     if not 0.0 <= dropout_p < 1.0:

@@ -51,7 +51,7 @@ def add_layer_norm(
         BackendError: the backend asked for cannot serve the call.
     """
     shape = check_norm("add_layer_norm", input, normalized_shape, residual, weight=weight, bias=bias)
-    check_scalars("add_layer_norm", weight_offset, dropout_p)
+    check_scalars("add_layer_norm", weight_offset, dropout_p, eps)
     backend = pick_norm("add_layer_norm", shape, input, residual, weight, bias)
     torchs = chosen_backend() == "auto" and torch_is_faster(input, residual, weight, bias, weight_offset, dropout_p)
     if torchs or backend == "eager":

@@ -49,7 +49,7 @@ def add_rms_norm(input, residual, normalized_shape, weight=None, eps=None, *, dr
         BackendError: the backend asked for cannot serve the call.
     """
     shape = check_norm("add_rms_norm", input, normalized_shape, residual, weight=weight)
-    check_scalars("add_rms_norm", weight_offset, dropout_p)
+    check_scalars("add_rms_norm", weight_offset, dropout_p, eps)
     backend = pick_norm("add_rms_norm", shape, input, residual, weight)
     if backend == "eager":
         h = added(input, residual, dropout_p)

@@ -19,7 +19,7 @@ from ._attention_check import check_attention, check_dropout, check_scale, check
 from ._attention_reference import draw_seed, reference
 from ._attention_samples import attention_cost, attention_samples
 from ._attention_torch import faster_in_torch, torch_attention, torch_exception
-from ._autograd import apply, gradients
+from ._autograd import apply, autocasts, gradients
 
 MAX_HEAD_DIM = 256
 
@@ -170,7 +170,7 @@ def kernel_refuses(query, value) -> str | None:
 def autocast(*tensors):
     """What torch's autocast does to the arguments of scaled_dot_product_attention."""
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not autocasts(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(

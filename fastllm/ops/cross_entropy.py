@@ -28,6 +28,8 @@ def cross_entropy_reference(
 ):  # fmt: skip
     """The definition, in at least fp32, rounded once to the loss's dtype."""
     reduction = legacy(size_average, reduce, reduction)
+    if input.dim() == 1 and not target.is_floating_point():
+        target = target.reshape(())
     dim = class_dim(input)
     z = transformed(input, softcap, logit_scale)
     n_classes = input.shape[dim]
@@ -316,7 +318,7 @@ def cross_entropy(
         float(z_loss), reduction, in_forward and input.dim() == 2 and input.stride(1) == 1, inplace,
         chosen,
     )  # fmt: skip
-    positions = target.shape if not probabilities else () if input.dim() == 1 else (input.shape[0], *input.shape[2:])
+    positions = () if input.dim() == 1 else (input.shape[0], *input.shape[2:])
     if reduction == "none":
         loss = loss.view(positions)
     return (loss, lse.view(positions)) if return_lse else loss

@@ -40,8 +40,10 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, wei
         ValueError: a shape, device or option does not fit.
         BackendError: the backend asked for cannot serve the call.
     """
+    if isinstance(input, torch.Tensor) and input.is_nested and weight_offset == 0.0:
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
     shape = check_norm("layer_norm", input, normalized_shape, weight=weight, bias=bias)
-    check_scalars("layer_norm", weight_offset)
+    check_scalars("layer_norm", weight_offset, eps=eps)
     backend = pick_norm("layer_norm", shape, input, weight, bias)
     if backend == "eager":
         return eager_layer_norm(input, shape, weight, bias, eps, weight_offset)

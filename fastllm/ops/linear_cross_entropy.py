@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..registry import Op, pick, register
-from ._autograd import apply
+from ._autograd import apply, autocasts
 from ._cross_entropy import check_options, loss_dtype
 from ._linear_cross_entropy import (
     Plan,
@@ -88,13 +90,15 @@ def linear_cross_entropy(
             return_lse=return_lse, inplace=True,
         )  # fmt: skip
     ignore_index = -100 if ignore_index is None else ignore_index
-    check_linear(input, linear_weight, target, linear_bias, token_weight, shift, max_workspace_mb, max_targets)
+    check_linear(
+        input, linear_weight, target, linear_bias, token_weight, shift, max_workspace_mb, max_targets, ignore_index
+    )
     check_options(
         "linear_cross_entropy", input, weight, linear_weight.shape[0], reduction, label_smoothing, softcap, logit_scale,
         z_loss,
     )  # fmt: skip
     dtype = loss_dtype(input, target)
-    if torch.is_autocast_enabled(input.device.type):
+    if autocasts(input.device.type):
         narrow = torch.get_autocast_dtype(input.device.type)
         input, linear_weight = input.to(narrow), linear_weight.to(narrow)
         linear_bias = None if linear_bias is None else linear_bias.to(narrow)
@@ -111,7 +115,7 @@ def linear_cross_entropy(
         any(needs) and reduction != "none" and not recompute and input.dtype != torch.float16
         and not torch.compiler.is_compiling()
     )  # fmt: skip
-    x = input.reshape(-1, input.shape[-1])
+    x = input.reshape(target.numel(), input.shape[-1])
     y = shifted(target.long(), ignore_index, shift).reshape(-1)
     wide = torch.promote_types(input.dtype, torch.float32)
     everywhere = return_lse or return_entropy
@@ -155,42 +159,63 @@ def linear_cross_entropy_plan(
     )  # fmt: skip
 
 
-class LinearCrossEntropyLoss(torch.nn.Module):
+# torch has the class since 2.13; before, ours stands on what torch's is made of.
+_Loss = torch.nn.modules.loss._WeightedLoss
+
+
+class LinearCrossEntropyLoss(getattr(torch.nn, "LinearCrossEntropyLoss", _Loss)):
     """The loss of a linear layer's outputs, which are never held all at once; owns the layer as ``linear``.
 
-    ``torch.nn.LinearCrossEntropyLoss``'s state_dict keys (torch >= 2.13) and its arguments up to ``label_smoothing``;
-    the others are :func:`linear_cross_entropy`'s. ``forward(input, target, token_weight=None)``.
+    ``torch.nn.LinearCrossEntropyLoss``'s state_dict keys and arguments up to ``options``, and a subclass of it where
+    torch has it (>= 2.13); the other arguments are :func:`linear_cross_entropy`'s. ``forward(input, target,
+    token_weight=None)``.
     """
 
     def __init__(
-        self, in_features, num_classes, *, bias=False, weight=None, reduction="mean", ignore_index=-100,
-        label_smoothing=0.0, softcap=None, logit_scale=1.0, z_loss=0.0, shift=0, max_workspace_mb=None,
-        max_targets=None, recompute=False, return_lse=False, return_accuracy=False, return_entropy=False,
-        device=None, dtype=None,
+        self, in_features, num_classes, *, out_features=(), bias=False, device=None, dtype=None, reduction="mean",
+        weight=None, ignore_index=None, label_smoothing=0.0, options=None, softcap=None, logit_scale=1.0, z_loss=0.0,
+        shift=0, max_workspace_mb=None, max_targets=None, recompute=False, return_lse=False, return_accuracy=False,
+        return_entropy=False,
     ):  # fmt: skip
-        super().__init__()
-        self.linear = torch.nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
-        self.register_buffer("weight", weight)
-        self.options = dict(
-            reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing, softcap=softcap,
-            logit_scale=logit_scale, z_loss=z_loss, shift=shift, max_workspace_mb=max_workspace_mb,
+        _Loss.__init__(self, weight=weight, reduction=reduction)
+        self.num_classes = num_classes
+        self.out_features = tuple(out_features)
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.options = options
+        rows = math.prod(self.out_features, start=num_classes)
+        self.linear = torch.nn.Linear(in_features, rows, bias=bias, device=device, dtype=dtype)
+        self.extras = dict(
+            softcap=softcap, logit_scale=logit_scale, z_loss=z_loss, shift=shift, max_workspace_mb=max_workspace_mb,
             max_targets=max_targets, recompute=recompute, return_lse=return_lse, return_accuracy=return_accuracy,
             return_entropy=return_entropy,
         )  # fmt: skip
 
+    def _layer(self):
+        weight, bias = self.linear.weight, self.linear.bias
+        if self.out_features:
+            weight = weight.unflatten(0, (self.num_classes, *self.out_features))
+            bias = None if bias is None else bias.unflatten(0, (self.num_classes, *self.out_features))
+        return weight, bias
+
     def forward(self, input, target, token_weight=None):
+        linear_weight, linear_bias = self._layer()
         return linear_cross_entropy(
-            input, self.linear.weight, target, linear_bias=self.linear.bias, weight=self.weight,
-            token_weight=token_weight, **self.options,
+            input, linear_weight, target, linear_bias=linear_bias, weight=self.weight, reduction=self.reduction,
+            ignore_index=self.ignore_index, label_smoothing=self.label_smoothing, options=self.options,
+            token_weight=token_weight, **self.extras,
         )  # fmt: skip
 
     def plan(self, input) -> Plan:
-        """How :meth:`forward` would run on ``input``: print it before running."""
-        names = ("reduction", "softcap", "max_workspace_mb", "max_targets", "recompute", "return_entropy")
-        return linear_cross_entropy_plan(input, self.linear.weight, **{name: self.options[name] for name in names})
+        """How :meth:`forward` would run on ``input``, with class indices: print it before running."""
+        names = ("softcap", "max_workspace_mb", "max_targets", "recompute", "return_entropy")
+        extras = {name: self.extras[name] for name in names}
+        return linear_cross_entropy_plan(input, self.linear.weight, reduction=self.reduction, **extras)
 
     def extra_repr(self):
-        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+        names = ("num_classes", "out_features", "reduction", "ignore_index", "label_smoothing", "options")
+        every = {**{name: getattr(self, name) for name in names}, **self.extras}
+        return ", ".join(f"{name}={value}" for name, value in every.items())
 
 
 class LinearCrossEntropyHead(torch.nn.Linear):

@@ -46,8 +46,10 @@ def rms_norm(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.
         ValueError: a shape, device or option does not fit.
         BackendError: the backend asked for cannot serve the call.
     """
+    if isinstance(input, torch.Tensor) and input.is_nested and weight_offset == 0.0:
+        return F.rms_norm(input, normalized_shape, weight, eps)
     shape = check_norm("rms_norm", input, normalized_shape, weight=weight)
-    check_scalars("rms_norm", weight_offset)
+    check_scalars("rms_norm", weight_offset, eps=eps)
     backend = pick_norm("rms_norm", shape, input, weight)
     if backend == "eager":
         return eager_rms_norm(input, shape, weight, eps, weight_offset)
