@@ -202,12 +202,22 @@ def why_not(name: str, device_type: str, dtypes: Iterable[torch.dtype] = ()) -> 
     return None
 
 
-def _mapping() -> bool:
-    """Whether torch.func.vmap is at work, which PyTorch's own operators know how to take and kernels do not."""
-    functorch = torch._C._functorch
-    if torch.compiler.is_compiling() or functorch.maybe_current_level() is None:
+def transformed() -> bool:
+    """Whether vmap or forward-mode differentiation is at work: PyTorch's own operators take them, kernels do not."""
+    if torch.compiler.is_compiling():
         return False
-    return any(layer.key() == functorch.TransformType.Vmap for layer in functorch.get_interpreter_stack())
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    functorch = torch._C._functorch
+    if functorch.maybe_current_level() is None:
+        return False
+    kinds = (functorch.TransformType.Vmap, functorch.TransformType.Jvp)
+    return any(layer.key() in kinds for layer in functorch.get_interpreter_stack())
+
+
+def plain_eager(backend: str) -> bool:
+    """Whether a call that eager serves must be made of PyTorch's operators alone, without a node of our own."""
+    return backend == "eager" and transformed()
 
 
 def pick(op: str, *tensors: torch.Tensor | None, refused: Mapping[str, str | None] | None = None) -> str:
@@ -226,11 +236,16 @@ def pick(op: str, *tensors: torch.Tensor | None, refused: Mapping[str, str | Non
     dtypes = [t.dtype for t in present]
     refused = refused or {}
 
+    foreign = transformed()
     dense = all(t.layout == torch.strided and not t.is_nested for t in present)
 
     def obstacle(name: str) -> str | None:
-        layout = None if dense else "kernels take dense tensors, and one of these is sparse or nested"
-        return why_not(name, device_type, dtypes) or layout or refused.get(name)
+        if name == "eager":
+            return why_not(name, device_type, dtypes) or refused.get(name)
+        unfit = None if dense else "kernels take dense tensors, and one of these is sparse or nested"
+        if foreign:
+            unfit = "kernels have no vmap and no forward-mode differentiation, one of which is at work"
+        return why_not(name, device_type, dtypes) or unfit or refused.get(name)
 
     has = OPS[op].backends
     asked = chosen_backend()
@@ -244,7 +259,7 @@ def pick(op: str, *tensors: torch.Tensor | None, refused: Mapping[str, str | Non
                 f"call: {reason}; or choose the eager or auto backend"
             )
         return asked
-    if not dense or (device_type == "cpu" and _mapping()):
+    if foreign or not dense:
         return "eager"
     for name in PREFERENCE.get(device_type, ()):
         if name in has:

@@ -38,7 +38,7 @@ compiled whole, any length            test_compiles_whole_with_dynamic_shapes, t
 autocast                              test_autocast_runs_in_its_dtype
 activation checkpointing              test_activation_checkpointing_replays_dropout
 torch's CausalBias, compiled or not   test_torchs_causal_biases_are_masks
-vmap                                  test_vmap_says_that_it_is_not_supported
+vmap                                  test_vmap_is_for_eager
 functorch's grad                      test_functorch_grad_equals_autograd
 backward on another thread            test_backward_on_another_thread
 another device than the current       test_another_device_than_the_current_one
@@ -207,10 +207,15 @@ def test_one_graph_for_all_lengths(backend):
     assert counter.frame_count == 1
 
 
-def test_vmap_says_that_it_is_not_supported(backend):
+def test_vmap_is_for_eager(backend):
     q, k, v = (torch.randn(3, 1, 2, 5, 8, device=DEVICE) for _ in range(3))
-    with pytest.raises(RuntimeError, match="vmap over _Attention"):
-        torch.func.vmap(lambda *x: attention(*x, softcap=2.0))(q, k, v)
+    batched = torch.func.vmap(lambda *x: attention(*x, softcap=2.0))
+    if backend == "eager":
+        expected = torch.stack([attention(*x, softcap=2.0) for x in zip(q, k, v, strict=True)])
+        torch.testing.assert_close(batched(q, k, v), expected)
+    else:
+        with pytest.raises(fastllm.BackendError, match="vmap"):
+            batched(q, k, v)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

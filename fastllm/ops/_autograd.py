@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch._functorch.utils import unwrap_dead_wrappers
 
+from ..registry import transformed
+
 Tensors = Sequence[torch.Tensor | None]
 
 
@@ -25,6 +27,26 @@ def apply(function: type[torch.autograd.Function], *args):
         return function.apply(*args)
     # The next class after torch.autograd.Function; tensors that outlived a transform are unwrapped as there.
     return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
+
+
+def _pulled(formula: Callable, inputs: Tensors, wanted: Sequence[int], outputs_grad: Tensors):
+    """The gradients of ``formula`` for the inputs numbered ``wanted``, by PyTorch's operators."""
+
+    def of_wanted(*values):
+        merged = list(inputs)
+        for i, value in zip(wanted, values, strict=True):
+            merged[i] = value
+        outputs = formula(*merged)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    outputs, pull = torch.func.vjp(of_wanted, *[inputs[i] for i in wanted])
+    return pull(tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, outputs_grad, strict=True)))
+
+
+def scalable(*grads: torch.Tensor | None) -> bool:
+    """Whether gradients may be multiplied in place by the upstream gradients ``grads``: not where those are batched."""
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    return not transformed() and not any(grad is not None and batched(grad) for grad in grads)
 
 
 class _Gradients(torch.autograd.Function):
@@ -54,15 +76,7 @@ class _Gradients(torch.autograd.Function):
             for i, value in zip(given, values, strict=True):
                 full[i] = value
 
-            def of_wanted(*inputs):
-                merged = full[:n]
-                for i, value in zip(wanted, inputs, strict=True):
-                    merged[i] = value
-                outputs = ctx.formula(*merged)
-                return outputs if isinstance(outputs, tuple) else (outputs,)
-
-            outputs, pull = torch.func.vjp(of_wanted, *[full[i] for i in wanted])
-            return pull(tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, full[n:], strict=True)))
+            return _pulled(ctx.formula, full[:n], wanted, full[n:])
 
         _, pull = torch.func.vjp(first_order, *[primals[i] for i in given])
         result = [None] * len(tensors)
@@ -85,13 +99,18 @@ def gradients(
         launch: ``launch(inputs, outputs_grad, extras, needs)`` -> a gradient for each input, by kernels; what it
             returns for an input that needs none is dropped.
         formula: the op in eager PyTorch, ``formula(*inputs)`` -> its differentiable outputs, one for each of
-            ``outputs_grad``. It runs only where the gradients themselves are differentiated (double backward).
+            ``outputs_grad``. It runs only where the gradients themselves are differentiated (double
+            backward), or under vmap and in forward mode.
         inputs: the op's floating-point inputs as saved; None for an absent one.
         needs: for each input, whether its gradient is wanted.
         outputs_grad: the incoming gradients; None for an output that was not used.
         extras: tensors that the forward saved for the kernel alone (mean, lse, ...).
     """
     needs = tuple(needs)
+    if transformed():
+        wanted = [i for i, need in enumerate(needs) if need]
+        grads = iter(_pulled(formula, inputs, wanted, outputs_grad))
+        return tuple(next(grads) if need else None for need in needs)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         grads = iter(apply(_Gradients, launch, formula, needs, len(outputs_grad), *inputs, *outputs_grad, *extras))
         return tuple(next(grads) if need else None for need in needs)

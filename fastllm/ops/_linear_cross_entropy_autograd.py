@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..registry import define
-from ._autograd import gradients
+from ._autograd import gradients, scalable
 from ._cross_entropy import out_of_range
 from ._linear_cross_entropy import linear_cross_entropy_reference, reduced
 from ._linear_cross_entropy_chunks import Rows, Upstream, in_chunks
@@ -164,7 +164,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             return None, None, None, *none
         x, w, bias, y, weight, token_weight, total, *ready = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        if ctx.has_gradient and dlse is None and dentropy is None and not torch.is_grad_enabled():
+        if ctx.has_gradient and dlse is dentropy is None and not torch.is_grad_enabled() and scalable(dloss):
             # Handed out once, scaled in place, as in cross_entropy; a second backward computes them again.
             ctx.has_gradient = False
             grads = [grad.data for grad in ready]

@@ -13,7 +13,7 @@ import numbers
 import torch
 import torch.nn.functional as F
 
-from ..registry import Op, define, pick, register
+from ..registry import Op, define, pick, plain_eager, register
 from ._attention_amx import amx_attention, amx_exception, amx_serves
 from ._attention_check import check_attention, check_dropout, check_scale, check_window
 from ._attention_reference import draw_seed, reference
@@ -155,6 +155,8 @@ class _Attention(torch.autograd.Function):
 
 def apply_attention(q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, *spec):
     """``(out, lse)`` of a call in normal form, differentiable; the last of ``spec`` is the backend."""
+    if plain_eager(spec[-1]):
+        return reference(q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, *spec[:-1])
     out, lse, _ = apply(_Attention, q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, *spec)
     return out, lse
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..registry import Cost, Op, chosen_backend, define, pick, register
-from ._autograd import apply, gradients
+from ._autograd import apply, gradients, scalable
 from ._cross_entropy import (
     check_cross_entropy,
     class_dim,
@@ -204,14 +204,14 @@ class _CrossEntropy(torch.autograd.Function):
         probabilities = target.is_floating_point()
         inputs = (x, target) if probabilities else (x,)
         needs = ctx.needs_input_grad[: len(inputs)]
-        if ctx.has_gradient and dlse is None and not torch.is_grad_enabled():
+        if ctx.has_gradient and dlse is None and not torch.is_grad_enabled() and scalable(dloss):
             # The forward's gradient is handed out once, scaled in place: nobody else has seen it. A second backward
             # takes the other way, to the same bits.
             ctx.has_gradient = False
             dx = dlogits.data
             _cross_entropy_scale_(dx, dloss, ctx.backend)
             return dx, None, *none
-        if ctx.inplace and needs == (True,) and not torch.is_grad_enabled():
+        if ctx.inplace and needs == (True,) and not torch.is_grad_enabled() and scalable(dloss, dlse):
             _cross_entropy_bwd_(dloss, dlse, x.detach(), target, weight, stats, total, *ctx.options, ctx.backend)
             torch.autograd.graph.increment_version(x)
             return x.detach(), None, *none

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..extension import operator
-from ..registry import Op, pick, register
+from ..registry import Op, pick, plain_eager, register, transformed
 from ._autograd import apply
 from ._embedding import (
     check_indices,
@@ -189,6 +189,8 @@ class _AdjointOfScatter(torch.autograd.Function):
 
 def scatter(grad, indices, lookup):
     """``lookup.scatter``, differentiable where a backward is itself differentiated."""
+    if transformed():
+        return lookup._replace(native=False).scatter(grad, indices)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _Scatter.apply(grad, indices, lookup)
     return lookup.scatter(grad, indices)
@@ -274,7 +276,12 @@ def embedding(
             raise ValueError("embedding: main_grad does not go with sparse")
     if sparse or not weight.is_floating_point():
         return _torchs_own(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-    native = pick("embedding", weight) == "native"
+    backend = pick("embedding", weight)
+    if plain_eager(backend) and main_grad is None:
+        return embedding_reference(
+            input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, vocab_range=vocab_range
+        )
+    native = backend == "native"
     if max_norm is not None:
         # torch's lookup checks the ids and renormalises the rows; its output is not needed.
         with torch.no_grad():

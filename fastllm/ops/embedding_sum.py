@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..extension import operator
-from ..registry import Cost, Op, Sample, pick, register
+from ..registry import Cost, Op, Sample, pick, plain_eager, register
 from ._autograd import apply
 from ._embedding import check_indices, check_table, distinct, gather_eager, make_table, normalised_padding, zipf
 from ._philox import dropout_mask, new_seed
@@ -237,7 +237,10 @@ def embedding_sum(indices, weights, *, padding_idx=None, scale=1.0, dropout_p=0.
         normalised_padding("embedding_sum", given, weight.shape[0])
     too_many = f"at most {MAX_TABLES_ON_A_GPU} tables on a GPU, got {tables}"
     refused = too_many if weights[0].is_cuda and tables > MAX_TABLES_ON_A_GPU else None
-    native = pick("embedding_sum", *weights, refused={"native": refused}) == "native"
+    backend = pick("embedding_sum", *weights, refused={"native": refused})
+    if plain_eager(backend):
+        return embedding_sum_reference(indices, weights, padding_idx=padding_idx, scale=scale, dropout_p=dropout_p)
+    native = backend == "native"
     call = _Sum(native, shape, _scales(scale, tables), padding, float(dropout_p), positions)
     seed = new_seed(weights[0].device) if dropout_p > 0.0 else None
     ids = [_laid_out(i, shape) for i in indices]

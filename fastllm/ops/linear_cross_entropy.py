@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ..registry import Op, pick, register
+from ..registry import Op, pick, plain_eager, register
 from ._autograd import apply, autocasts
 from ._cross_entropy import check_options, loss_dtype
 from ._linear_cross_entropy import (
@@ -108,6 +108,13 @@ def linear_cross_entropy(
     if weight is not None and weight.requires_grad:
         raise ValueError("linear_cross_entropy: weight requires a gradient, which class weights get nowhere")
     backend = pick("linear_cross_entropy", input, linear_weight, linear_bias, weight)
+    if plain_eager(backend):
+        return linear_cross_entropy_reference(
+            input, linear_weight, target, linear_bias=linear_bias, weight=weight, reduction=reduction,
+            ignore_index=ignore_index, label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale,
+            z_loss=z_loss, token_weight=token_weight, shift=shift, return_lse=return_lse,
+            return_accuracy=return_accuracy, return_entropy=return_entropy,
+        )  # fmt: skip
     needs = tuple(
         t is not None and t.requires_grad and torch.is_grad_enabled() for t in (input, linear_weight, linear_bias)
     )

@@ -1,0 +1,93 @@
+"""vmap, forward mode and batched gradients through every op: the definition's values, by whatever serves the call."""
+
+import contract
+import pytest
+import torch
+from conftest import DEVICE
+from contract import case_id, cases, copy, leaves, outputs, upstream
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fastllm
+from fastllm.registry import OPS
+
+# vmap says so of each of our operators that it runs once for each of its slices.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch.jit, which torch's forward mode starts
+]
+KERNELS = cases(DEVICE, kernels_only=True)
+
+
+def calls(op, count=3):
+    """(function of the sample's leaves, the same of the reference, the leaves' values)."""
+    torch.manual_seed(1)
+    every = [s for s in op.samples(DEVICE, torch.float32) if leaves(s) and all(leaf.numel() for leaf in leaves(s))]
+    # Softmax of logits in the thousands magnifies fp32's rounding beyond any tolerance worth having.
+    every = [s for s in every if s.name != "large_logits"]
+    for sample in every[:: max(1, len(every) // count)]:
+        sample = copy(sample)
+        wanted = leaves(sample)
+
+        def bind(function, sample=sample, wanted=wanted):
+            def call(*values):
+                swap = {id(old): new for old, new in zip(wanted, values, strict=True)}
+                args, kwargs = contract.pytree.tree_map(
+                    lambda x: swap.get(id(x), x), (sample.args, dict(sample.kwargs))
+                )
+                return tuple(outputs(function(*args, **kwargs)))
+
+            return call
+
+        yield sample.name, bind(op.function), bind(op.reference), [leaf.detach().contiguous() for leaf in wanted]
+
+
+def close(got, expected, name):
+    flat = (contract.pytree.tree_leaves(x) for x in (got, expected))
+    for a, b in zip(*flat, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, equal_nan=True, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=case_id)
+def test_forward_mode(op):
+    for name, mine, theirs, values in calls(op):
+        tangents = tuple(torch.randn_like(v) for v in values)
+        with sdpa_kernel(SDPBackend.MATH):  # torch's own fused attention has none
+            got = torch.func.jvp(mine, tuple(values), tangents)
+        close(got, torch.func.jvp(theirs, tuple(values), tangents), name)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=case_id)
+def test_vmap_and_its_gradients(op):
+    for name, mine, theirs, values in calls(op):
+        batched = [torch.stack([v, v * 0.5, v + 1]) for v in values]
+        expected = [theirs(*each) for each in zip(*batched, strict=True)]
+        close(torch.func.vmap(mine)(*batched), tuple(torch.stack(each) for each in zip(*expected, strict=True)), name)
+
+        def loss(function):
+            return lambda *leaves: sum(o.square().sum() for o in function(*leaves))
+
+        every = tuple(range(len(values)))
+        got = torch.func.vmap(torch.func.grad(loss(mine), every))(*batched)
+        each = [torch.func.grad(loss(theirs), every)(*one) for one in zip(*batched, strict=True)]
+        close(got, tuple(torch.stack(x) for x in zip(*each, strict=True)), name)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=case_id)
+def test_batched_gradients_of_one_forward(op):
+    for name, mine, theirs, values in calls(op):
+        given = upstream(name, list(theirs(*values)))
+        batched = tuple(torch.stack([g, g * 2]) for g in given)
+        _, pull = torch.func.vjp(mine, *values)
+        _, pull_theirs = torch.func.vjp(theirs, *values)
+        close(torch.func.vmap(pull)(batched), torch.func.vmap(pull_theirs)(batched), name)
+        mine_leaves = [v.clone().requires_grad_() for v in values]
+        outs = [(o, g) for o, g in zip(mine(*mine_leaves), batched, strict=True) if o.requires_grad]
+        got = torch.autograd.grad([o for o, _ in outs], mine_leaves, [g for _, g in outs], is_grads_batched=True)
+        close(got, torch.func.vmap(pull_theirs)(batched), name)
+
+
+@pytest.mark.parametrize(("op", "backend"), KERNELS, ids=case_id)
+def test_kernels_refuse(op, backend):
+    _, mine, _, values = next(calls(op))
+    with fastllm.backend(backend), pytest.raises(fastllm.BackendError, match="vmap"):
+        torch.func.vmap(mine)(*[v[None] for v in values])
