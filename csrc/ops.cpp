@@ -28,6 +28,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastllm, m) {
       "norm_grad_rows(Tensor dy, Tensor? dh, Tensor normed, Tensor? weight, Tensor? seed, Tensor mean, Tensor rstd, "
       "ScalarType input_dtype, float dropout_p, bool center, bool need_input, "
       "bool need_residual, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("gated_rows(Tensor gate, Tensor? up, int activation) -> Tensor");
+  m.def(
+      "gated_grad_rows(Tensor dy, Tensor gate, Tensor? up, int activation, bool need_gate, bool need_up)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "rotary_rows(Tensor query, Tensor? key, Tensor cos, Tensor sin, Tensor? position_ids, SymInt offset, "
+      "bool interleaved, bool inverse) -> (Tensor, Tensor)");
   m.def("add_product_(Tensor(a!) total, Tensor a, Tensor b) -> ()");
   m.def("embedding_sum_dropout(Tensor grad, float dropout_p, Tensor seed) -> Tensor");
 }

@@ -34,6 +34,9 @@ inline bool is_supported_float(ScalarType dtype) {
          dtype == ScalarType::Half;
 }
 
+// What fp32 computes at least as exactly.
+inline bool is_narrow_float(ScalarType dtype) { return is_supported_float(dtype) && dtype != ScalarType::Double; }
+
 inline int64_t element_size(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Double: return 8;
@@ -53,9 +56,13 @@ inline Tensor check_indices(const char* op, const Tensor& indices) {
   return indices.is_contiguous() ? indices : torch::stable::contiguous(indices);
 }
 
+inline std::vector<int64_t> shape_of(const Tensor& x) {
+  const auto sizes = x.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
 inline std::vector<int64_t> with_last(const Tensor& indices, int64_t columns) {
-  const auto sizes = indices.sizes();
-  std::vector<int64_t> shape(sizes.begin(), sizes.end());
+  std::vector<int64_t> shape = shape_of(indices);
   shape.push_back(columns);
   return shape;
 }

@@ -37,12 +37,12 @@ def serving(op: str, device_type: str) -> tuple[str, str]:
     has = registry.OPS[op].backends
     asked = registry.chosen_backend()
     if asked != "auto" and asked in has:
-        reason = registry.why_not(asked, device_type)
+        reason = registry.why_not(asked, device_type, op=registry.OPS[op])
         return (asked, "asked for") if reason is None else (f"{asked}: cannot run", reason)
     reasons = []
     for name in registry.PREFERENCE.get(device_type, ()):
         if name in has:
-            reason = registry.why_not(name, device_type)
+            reason = registry.why_not(name, device_type, op=registry.OPS[op])
             if reason is None:
                 return name, f"first choice on {device_type}"
             reasons.append(f"{name}: {reason}")

@@ -62,7 +62,7 @@ def has_cuda() -> bool:
 
 
 def has_matrix_units() -> bool:
-    """Whether it was built with attention on AMX and this machine has it."""
+    """Whether it was built with attention and products on AMX and this machine has it."""
     return _matrix_units
 
 

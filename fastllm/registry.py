@@ -68,7 +68,8 @@ class Op:
     ``torch.promote_types(dtype, torch.float32)``, so fp64 inputs make it the oracle.
     ``samples(device, dtype)`` yields :class:`Sample`; floating tensors that take part in differentiation come
     with ``requires_grad``. ``cost(*args, **kwargs)`` gives the :class:`Cost` of such a call. ``exception`` says in
-    words which calls something else than the backends serves on a type of device.
+    words which calls something else than the backends serves on a type of device. ``native_on`` names the types of
+    device that the backend ``native`` has code for.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Op:
     backends: tuple[str, ...]
     module: type | None = None
     exception: Callable[[str], str | None] = lambda device_type: None
+    native_on: tuple[str, ...] = ("cpu",)
 
 
 OPS: dict[str, Op] = {}
@@ -168,8 +170,10 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETING = interpreting()
 
 
-def why_not(name: str, device_type: str, dtypes: Iterable[torch.dtype] = ()) -> str | None:
+def why_not(name: str, device_type: str, dtypes: Iterable[torch.dtype] = (), op: Op | None = None) -> str | None:
     """Why the backend ``name`` cannot run on such tensors here, with how to mend it; None if it can."""
+    if name == "native" and op is not None and device_type not in op.native_on:
+        return f"the extension serves {op.name} on {' and '.join(op.native_on)} tensors, got {device_type}"
     if name in ("triton", "hopper"):
         if not _HAS_TRITON:
             return "Triton is not installed (pip install 'triton>=3.6', Linux only)"
@@ -245,7 +249,7 @@ def pick(op: str, *tensors: torch.Tensor | None, refused: Mapping[str, str | Non
         unfit = None if dense else "kernels take dense tensors, and one of these is sparse or nested"
         if foreign:
             unfit = "kernels have no vmap and no forward-mode differentiation, one of which is at work"
-        return why_not(name, device_type, dtypes) or unfit or refused.get(name)
+        return why_not(name, device_type, dtypes, OPS[op]) or unfit or refused.get(name)
 
     has = OPS[op].backends
     asked = chosen_backend()

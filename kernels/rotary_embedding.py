@@ -7,7 +7,6 @@ cosines and sines of some positions into registers and then the rows of one head
 so that every tensor is read or written once. The gradient is the same with the angles' sign turned.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -95,24 +94,18 @@ def _rotary_kernel(
             )  # fmt: skip
 
 
-def rotated_like(x: torch.Tensor) -> torch.Tensor:
-    """A new tensor as ``x`` (B, H, S, D) with heads or positions further out, as they are there."""
-    if x.stride(1) < x.stride(2):
-        return x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2)
-    return x.new_empty(x.shape)
-
-
-def rotary(query, key, cos, sin, position_ids, offset: int, interleaved: bool, inverse: bool):
-    """The rotated ``query`` and ``key``, new tensors; an empty one for a key that is None.
+def rotary(query, key, query_out, key_out, cos, sin, position_ids, offset: int, interleaved: bool, inverse: bool):
+    """Write the rotated ``query`` and ``key`` to ``query_out`` and ``key_out``.
 
     Args:
-        query, key: (B, H, S, D), any strides; H may differ.
+        query, key: (B, H, S, D), any strides; H may differ. key may be None.
+        query_out, key_out: of their shapes, the features side by side.
         cos, sin: (P, half) or (B, P, half), any strides.
         position_ids: (S,) or (B, S) integers, the rows of the tables; or None for ``offset`` onwards.
         inverse: turn the other way, as the gradient does.
     """
     tensors = [query] if key is None else [query, key]
-    outs = [rotated_like(t) for t in tensors]
+    outs = [query_out, key_out][: len(tensors)]
     if query.numel() + (0 if key is None else key.numel()):
         tensors = [t if t.stride(3) == 1 else t.contiguous() for t in tensors]
         batch, _, length, width = query.shape
@@ -140,4 +133,3 @@ def rotary(query, key, cos, sin, position_ids, offset: int, interleaved: bool, i
             BLOCK_M=block_m, HALF=block_half, REST=next_power_of_2(rest) if rest else 0,
             num_warps=max(1, min(8, block_m * next_power_of_2(width) // 512)), **OPTIONS, **asserts,
         )  # fmt: skip
-    return outs[0], query.new_empty(0) if key is None else outs[1]

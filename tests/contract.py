@@ -19,7 +19,7 @@ def cases(device: torch.device, *, kernels_only: bool = False) -> list[tuple[Op,
         (op, backend)
         for op in OPS.values()
         for backend in op.backends
-        if not (kernels_only and backend == "eager") and why_not(backend, device.type) is None
+        if not (kernels_only and backend == "eager") and why_not(backend, device.type, op=op) is None
     ]
 
 

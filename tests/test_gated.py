@@ -11,11 +11,14 @@ from fastllm.bench.traffic import measure
 import fastllm
 from fastllm import OPS
 from fastllm.functional import geglu, swiglu
-from fastllm.registry import Sample
+from fastllm.registry import Sample, why_not
 
 
-@pytest.fixture(params=["eager", "triton"])
+@pytest.fixture(params=["eager", "triton", "native"])
 def backend(request):
+    reason = why_not(request.param, DEVICE.type, op=OPS["swiglu"])
+    if reason is not None:
+        pytest.skip(reason)
     with fastllm.backend(request.param):
         yield request.param
 

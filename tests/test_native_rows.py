@@ -95,7 +95,7 @@ def test_vmap_takes_torchs_operators():
 
 BITS = """
 import torch, fastllm
-from fastllm.functional import add_layer_norm, cross_entropy, rms_norm
+from fastllm.functional import add_layer_norm, cross_entropy, geglu, rms_norm, rotary_embedding, swiglu
 held = fastllm.backend("native")
 held.__enter__()
 
@@ -114,6 +114,10 @@ for threads in (1, 2, 7):
         loss = cross_entropy(z * 9, torch.arange(150), **options)
         upstream = (made(150).to(dtype), made(150, 203).to(dtype))
         results.append([t.detach() for t in (y, h, z, loss, *torch.autograd.grad((loss, y), (x, w, b), upstream))])
+        gates = swiglu(x * 9, x) + geglu(x * 9, x) + geglu(x * 9, x, approximate="tanh")
+        turned, _ = rotary_embedding(x.view(3, 50, 203), None, made(50, 101), made(50, 101).flip(0))
+        upstream = (upstream[1], turned.detach())
+        results[-1] += [gates.detach(), turned.detach(), *torch.autograd.grad((gates, turned), x, upstream)]
     for mine, first in zip(results[-3:], results[:3], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine, first, strict=True)), threads
 print(fastllm._C.build_info()["cpu_capability"])

@@ -8,11 +8,14 @@ from fastllm.bench.traffic import measure
 import fastllm
 from fastllm import OPS
 from fastllm.functional import rotary_embedding
-from fastllm.registry import BackendError, Sample
+from fastllm.registry import BackendError, Sample, why_not
 
 
-@pytest.fixture(params=["eager", "triton"])
+@pytest.fixture(params=["eager", "triton", "native"])
 def backend(request):
+    reason = why_not(request.param, DEVICE.type, op=OPS["rotary_embedding"])
+    if reason is not None:
+        pytest.skip(reason)
     with fastllm.backend(request.param):
         yield request.param
 
@@ -81,15 +84,19 @@ def test_the_tables_have_gradients_in_eager_only():
     a, b = x.split(4, -1)
     torch.testing.assert_close(dcos, (a + b).sum((0, 1)))
     torch.testing.assert_close(dsin, (a - b).sum((0, 1)))
-    with fastllm.backend("triton"), pytest.raises(BackendError, match="no gradient for cos and sin"):
-        rotary_embedding(x, None, cos, sin)
+    for name in ("triton", "native"):
+        if why_not(name, DEVICE.type, op=OPS["rotary_embedding"]) is not None:
+            continue
+        with fastllm.backend(name), pytest.raises(BackendError, match="no gradient for cos and sin"):
+            rotary_embedding(x, None, cos, sin)
 
 
-def test_outputs_lie_as_their_inputs():
+def test_outputs_lie_as_their_inputs(backend):
+    if backend == "eager":
+        pytest.skip("PyTorch's operators lay them out")
     packed = torch.randn(2, 5, 6, 8, device=DEVICE)
     query, key = (t.transpose(1, 2) for t in packed.split((4, 2), 2))
-    with fastllm.backend("triton"):
-        q, k = rotary_embedding(query, key, *_tables(5, 4))
+    q, k = rotary_embedding(query, key, *_tables(5, 4))
     assert q.transpose(1, 2).is_contiguous()
     assert k.transpose(1, 2).is_contiguous()
 

@@ -1,11 +1,8 @@
 // attention_amx_fwd and attention_amx_bwd on CPUs with matrix units: plain or causal attention in bfloat16.
-#include <cstdlib>
-#include <memory>
-
-#include "../tensors.h"
 #include "attention.h"
+
 #include "attention_amx.h"
-#include "tensor.h"
+#include "strided.h"
 
 namespace fastllm {
 
@@ -55,16 +52,11 @@ PlaneOut plane_out(const Tensor& x, int64_t batch, int64_t head) {
   return {data + batch * x.stride(0) + head * x.stride(1), x.stride(2)};
 }
 
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-
 template <class Body>
 void each_plane(const Tensor& q, int64_t scratch_bytes, const Body& body) {
-  const int64_t heads = q.size(1), bytes = (scratch_bytes + 63) / 64 * 64;
+  const int64_t heads = q.size(1);
   torch::stable::parallel_for(0, q.size(0) * heads, 1, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<void, Free> scratch(std::aligned_alloc(64, static_cast<size_t>(bytes)));
-    if (scratch == nullptr) throw std::bad_alloc();
+    const Scratch scratch(scratch_bytes);
     amx_begin();
     for (int64_t i = begin; i < end; ++i) body(i / heads, i % heads, scratch.get());
     amx_end();

@@ -2,15 +2,19 @@
 #include <cstring>
 
 #include "cross_entropy.h"
+#include "gated.h"
 #include "norm.h"
+#include "rotary.h"
 #include "rows.h"
 
 namespace fastllm {
 
-#define FASTLLM_DECLARE                               \
-  extern const RowKernels kernels;                    \
+#define FASTLLM_DECLARE                                   \
+  extern const RowKernels kernels;                        \
   extern const CrossEntropyKernels cross_entropy_kernels; \
-  extern const NormKernels norm_kernels;
+  extern const GatedKernels gated_kernels;                \
+  extern const NormKernels norm_kernels;                  \
+  extern const RotaryKernels rotary_kernels;
 namespace isa_default {
 FASTLLM_DECLARE
 }
@@ -53,6 +57,8 @@ static Isa isa() {
 
 const RowKernels& row_kernels() { return FASTLLM_CHOSEN(kernels); }
 const CrossEntropyKernels& cross_entropy_kernels() { return FASTLLM_CHOSEN(cross_entropy_kernels); }
+const GatedKernels& gated_kernels() { return FASTLLM_CHOSEN(gated_kernels); }
 const NormKernels& norm_kernels() { return FASTLLM_CHOSEN(norm_kernels); }
+const RotaryKernels& rotary_kernels() { return FASTLLM_CHOSEN(rotary_kernels); }
 
 }  // namespace fastllm

@@ -54,11 +54,6 @@ Tensor embedding_fwd(const Tensor& weight, const Tensor& indices_, std::optional
   return out;
 }
 
-uint64_t read_seed(const char* op, const Tensor& seed) {
-  if (seed.numel() != 1 || seed.scalar_type() != ScalarType::Long) refuse(op, ": seed must be one int64");
-  return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
-}
-
 Tensor embedding_sum_fwd(const std::vector<Tensor>& weights_, const std::vector<Tensor>& indices_, int64_t rows,
                          const std::vector<double>& scales, double dropout_p, std::optional<Tensor> seed_) {
   const char* op = "embedding_sum_fwd";
@@ -73,8 +68,7 @@ Tensor embedding_sum_fwd(const std::vector<Tensor>& weights_, const std::vector<
   }
   const ScalarType dtype = weights[0].scalar_type();
   const int64_t columns = weights[0].size(1), element = element_size(dtype);
-  const std::optional<uint64_t> seed =
-      seed_.has_value() ? std::optional<uint64_t>(read_seed(op, *seed_)) : std::nullopt;
+  const std::optional<uint64_t> seed = read_seed(op, seed_);
   Tensor out = empty_like_device(weights[0], {rows, columns}, dtype);
   if (out.numel() == 0) return out;
   advise_huge_pages(out);
@@ -116,7 +110,7 @@ Tensor embedding_sum_fwd(const std::vector<Tensor>& weights_, const std::vector<
 Tensor embedding_sum_dropout(const Tensor& grad_, double dropout_p, const Tensor& seed_) {
   const char* op = "embedding_sum_dropout";
   const Tensor grad = check_dropped(op, grad_);
-  const uint64_t seed = read_seed(op, seed_);
+  const uint64_t seed = *read_seed(op, seed_);
   const int64_t rows = grad.size(0), columns = grad.size(1), element = element_size(grad.scalar_type());
   Tensor out = empty_like_device(grad, {rows, columns}, grad.scalar_type());
   if (out.numel() == 0) return out;

@@ -21,8 +21,25 @@ decltype(auto) visit_indices(const Tensor& indices, F&& f) {
   return f(static_cast<const int64_t*>(indices.const_data_ptr()));
 }
 
-[[noreturn]] inline void raise_outside(const std::string& name, const Tensor& indices, int64_t flat, int64_t id,
-                                       const Vocabulary& vocabulary) {
+inline int64_t id_at(const Tensor& indices, int64_t flat) {
+  return visit_indices(indices, [&](auto ids) { return static_cast<int64_t>(ids[flat]); });
+}
+
+// The first of `indices` (contiguous) that is negative, or `end` or more; -1 if none is.
+inline int64_t first_outside(const Tensor& indices, uint64_t end) {
+  const int64_t n = indices.numel();
+  return visit_indices(indices, [&](auto ids) -> int64_t {
+    const auto outside = [&](int64_t i) { return static_cast<uint64_t>(static_cast<int64_t>(ids[i])) >= end; };
+    bool any = false;
+    for (int64_t i = 0; i < n; ++i) any |= outside(i);
+    for (int64_t i = 0; any && i < n; ++i)
+      if (outside(i)) return i;
+    return -1;
+  });
+}
+
+// Element `flat` of `indices` in words: "1, 0, 5".
+inline std::string place(const Tensor& indices, int64_t flat) {
   std::string position;
   const auto sizes = indices.sizes();
   int64_t rest = flat;
@@ -30,8 +47,13 @@ decltype(auto) visit_indices(const Tensor& indices, F&& f) {
     position = std::to_string(rest % sizes[d]) + (position.empty() ? "" : ", ") + position;
     rest /= sizes[d];
   }
+  return position;
+}
+
+[[noreturn]] inline void raise_outside(const std::string& name, const Tensor& indices, int64_t flat,
+                                       const Vocabulary& vocabulary) {
   std::ostringstream text;
-  text << name << '[' << position << "] is " << id << ", ";
+  text << name << '[' << place(indices, flat) << "] is " << id_at(indices, flat) << ", ";
   if (vocabulary.partial) {
     text << "and ids are not negative (the table holds ids " << vocabulary.start << " to "
          << vocabulary.start + vocabulary.rows - 1 << ')';
@@ -43,15 +65,9 @@ decltype(auto) visit_indices(const Tensor& indices, F&& f) {
 
 // Raises IndexError in Python at the first id that is out of range.
 inline void check_ids(const std::string& name, const Tensor& indices, const Vocabulary& vocabulary) {
-  const int64_t n = indices.numel();
   const uint64_t end = vocabulary.partial ? uint64_t{1} << 63 : static_cast<uint64_t>(vocabulary.rows);
-  visit_indices(indices, [&](auto ids) {
-    bool outside = false;
-    for (int64_t i = 0; i < n; ++i) outside |= static_cast<uint64_t>(static_cast<int64_t>(ids[i])) >= end;
-    if (!outside) return;
-    for (int64_t i = 0; i < n; ++i)
-      if (static_cast<uint64_t>(static_cast<int64_t>(ids[i])) >= end) raise_outside(name, indices, i, ids[i], vocabulary);
-  });
+  const int64_t outside = first_outside(indices, end);
+  if (outside >= 0) raise_outside(name, indices, outside, vocabulary);
 }
 
 // The positions of each row's ids, in order: tokens[offsets[v]] .. tokens[offsets[v + 1] - 1]. A counting sort; the

@@ -12,23 +12,12 @@ bool is_wide(const Tensor& x, const std::optional<Tensor>& other) {
   return x.scalar_type() == ScalarType::Double || (other.has_value() && other->scalar_type() == ScalarType::Double);
 }
 
-std::vector<int64_t> shape_of(const Tensor& x) {
-  const auto sizes = x.sizes();
-  return {sizes.begin(), sizes.end()};
-}
-
 const void* parameter(const char* op, const std::optional<Tensor>& p, int64_t columns, bool wide) {
   if (!p.has_value()) return nullptr;
   if (p->numel() != columns || p->scalar_type() != (wide ? ScalarType::Double : ScalarType::Float) ||
       !p->is_contiguous())
     refuse(op, ": weight and bias must be contiguous, one a column, in the accumulator's dtype");
   return p->const_data_ptr();
-}
-
-std::optional<uint64_t> read_seed(const char* op, const std::optional<Tensor>& seed) {
-  if (!seed.has_value()) return std::nullopt;
-  if (seed->numel() != 1 || seed->scalar_type() != ScalarType::Long) refuse(op, ": seed must be one int64");
-  return static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
 }
 
 void check_rows(const char* op, const Tensor& x, const std::optional<Tensor>& other) {

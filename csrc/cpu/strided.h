@@ -15,11 +15,13 @@ class Rows {
  public:
   int64_t count = 1;
   const Dtype dtype;
+  const int64_t columns;
 
   // Copies only where the last dimension is not side by side.
   explicit Rows(const Tensor& x)
       : dtype(dtype_index(x.scalar_type())),
-        tensor_(x.size(x.dim() - 1) <= 1 || x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x)),
+        columns(x.dim() == 0 ? 1 : x.size(x.dim() - 1)),
+        tensor_(columns <= 1 || x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x)),
         bytes_(element_size(x.scalar_type())) {
     for (int64_t d = tensor_.dim() - 2; d >= 0; --d) {
       const int64_t size = tensor_.size(d), stride = tensor_.stride(d);
@@ -33,8 +35,12 @@ class Rows {
     }
   }
 
-  const void* at(int64_t row) const { return static_cast<const char*>(tensor_.const_data_ptr()) + offset(row); }
-  void* mutable_at(int64_t row) const { return static_cast<char*>(tensor_.mutable_data_ptr()) + offset(row); }
+  const void* at(int64_t row, int64_t column = 0) const {
+    return static_cast<const char*>(tensor_.const_data_ptr()) + offset(row) + column * bytes_;
+  }
+  void* mutable_at(int64_t row, int64_t column = 0) const {
+    return static_cast<char*>(tensor_.mutable_data_ptr()) + offset(row) + column * bytes_;
+  }
 
  private:
   int64_t offset(int64_t row) const {

@@ -22,6 +22,12 @@ inline Dtype dtype_index(ScalarType dtype) {
   }
 }
 
+inline std::optional<uint64_t> read_seed(const char* op, const std::optional<Tensor>& seed) {
+  if (!seed.has_value()) return std::nullopt;
+  if (seed->numel() != 1 || seed->scalar_type() != ScalarType::Long) refuse(op, ": seed must be one int64");
+  return static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+}
+
 // Ask for huge pages under a large fresh output: the page faults of its first writes cost more than the writes.
 inline void advise_huge_pages(Tensor& fresh) {
 #if defined(__linux__)

@@ -320,6 +320,7 @@ register(
         samples=embedding_samples,
         cost=embedding_cost,
         backends=("eager", "native"),
+        native_on=("cpu", "cuda"),
         module=Embedding,
     )
 )

@@ -341,6 +341,7 @@ register(
         samples=_samples,
         cost=_cost,
         backends=("eager", "native"),
+        native_on=("cpu", "cuda"),
         module=EmbeddingSum,
     )
 )

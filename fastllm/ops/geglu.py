@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from ..registry import Op, pick, register
-from ._gated import check_gated, fused_gated, gated_cost, gated_eager, gated_reference, gated_samples
+from ..registry import Op, register
+from ._gated import gated, gated_cost, gated_exception, gated_reference, gated_samples
 
 _KINDS = {"none": "gelu", "tanh": "gelu_tanh"}
 
@@ -38,11 +38,7 @@ def geglu(gate, up=None, *, approximate="none"):
         ValueError: shapes, devices or ``approximate`` do not fit.
         BackendError: the backend asked for cannot serve the call.
     """
-    kind = _kind(approximate)
-    check_gated("geglu", gate, up)
-    if pick("geglu", gate, up) == "eager":
-        return gated_eager(gate, up, kind)
-    return fused_gated(gate, up, kind)
+    return gated("geglu", gate, up, _kind(approximate))
 
 
 class GEGLU(torch.nn.Module):
@@ -74,7 +70,8 @@ register(
         reference=geglu_reference,
         samples=_samples,
         cost=gated_cost,
-        backends=("eager", "triton"),
+        backends=("eager", "triton", "native"),
         module=GEGLU,
+        exception=gated_exception("gelu", "gelu_tanh"),
     )
 )

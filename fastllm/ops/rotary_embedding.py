@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..registry import Cost, Op, Sample, define, pick, register
+from .. import extension
+from ..registry import KERNEL_DTYPES, Cost, Op, Sample, chosen_backend, define, pick, register
 
 
 def _rows(cos, sin, position_ids, offset: int, length: int):
@@ -42,10 +43,15 @@ _SCHEMA = (
 )
 
 
-def _fake(query, key, *options):
-    from ..kernels.rotary_embedding import rotated_like
+def _rotated_like(x: torch.Tensor) -> torch.Tensor:
+    """A new tensor as ``x`` (B, H, S, D) with heads or positions further out, as they are there."""
+    if x.stride(1) < x.stride(2):
+        return x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2)
+    return x.new_empty(x.shape)
 
-    return rotated_like(query), query.new_empty(0) if key is None else rotated_like(key)
+
+def _fake(query, key, *options):
+    return _rotated_like(query), query.new_empty(0) if key is None else _rotated_like(key)
 
 
 def _unknown(position_ids, rows: int) -> IndexError | None:
@@ -68,17 +74,28 @@ def _rotary(query, key, cos, sin, position_ids, *options):
         error = _unknown(position_ids, cos.shape[0])
         if error is not None:
             raise error
-    return rotary(query, key, cos, sin, position_ids, *options)
+    outs = _fake(query, key)
+    rotary(query, key, *outs, cos, sin, position_ids, *options)
+    return outs
+
+
+# On a CPU, by csrc/cpu/rotary.cpp.
+_rotary_rows = extension.operator("rotary_rows", _fake)
+
+
+def _launch(*args):
+    *args, backend = args
+    return (_rotary_rows if backend == "native" else _rotary)(*args)
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(query, key, cos, sin, position_ids, offset, interleaved, inverse):
-        return _rotary(query, key, cos, sin, position_ids, offset, interleaved, inverse)
+    def forward(query, key, cos, sin, position_ids, offset, interleaved, inverse, backend):
+        return _launch(query, key, cos, sin, position_ids, offset, interleaved, inverse, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, key, *tables, ctx.offset, ctx.interleaved, ctx.inverse = inputs
+        _, key, *tables, ctx.offset, ctx.interleaved, ctx.inverse, ctx.backend = inputs
         ctx.set_materialize_grads(False)
         if key is None:
             ctx.mark_non_differentiable(output[1])
@@ -91,11 +108,12 @@ class _Rotary(torch.autograd.Function):
         if present:
             # A rotation's gradient is a rotation, and so to any order.
             again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            one = _Rotary.apply if again else _rotary
+            one = _Rotary.apply if again else _launch
             key = present[1] if len(present) == 2 else None
-            turned = one(present[0], key, *ctx.saved_tensors, ctx.offset, ctx.interleaved, not ctx.inverse)
+            options = (ctx.offset, ctx.interleaved, not ctx.inverse, ctx.backend)
+            turned = one(present[0], key, *ctx.saved_tensors, *options)
             present = list(turned[: len(present)])
-        return *(None if g is None else present.pop(0) for g in given), None, None, None, None, None, None
+        return *(None if g is None else present.pop(0) for g in given), *(None,) * 7
 
 
 def _check(query, key, cos, sin, position_ids, offset) -> None:
@@ -149,6 +167,24 @@ def _check(query, key, cos, sin, position_ids, offset) -> None:
         raise ValueError(f"{op}: position_ids are rows of 2-D cos and sin, without an offset")
 
 
+def _pick(*tensors) -> str:
+    *_, cos, sin = tensors
+    wide = any(t is not None and t.dtype not in KERNEL_DTYPES for t in tensors)
+    refuses = "it computes in float32, for float32, float16 and bfloat16" if wide else None
+    learned = None
+    if cos.requires_grad or sin.requires_grad:
+        learned = "the kernel gives no gradient for cos and sin, and they require one"
+    if chosen_backend() == "auto" and cos.device.type == "cpu" and (wide or learned):
+        return "eager"
+    return pick("rotary_embedding", *tensors, refused={"triton": learned, "native": refuses or learned})
+
+
+def _exception(device_type: str) -> str | None:
+    if device_type != "cpu" or chosen_backend() != "auto" or extension.missing() is not None:
+        return None
+    return "float64, and tables that require gradients: eager"
+
+
 def rotary_embedding(query, key, cos, sin, *, position_ids=None, offset=0, interleaved=False):
     """Turn pairs of features of queries and keys by their positions' angles, out of place, both in one pass.
 
@@ -174,10 +210,8 @@ def rotary_embedding(query, key, cos, sin, *, position_ids=None, offset=0, inter
         BackendError: the backend asked for cannot serve the call; the kernel has no gradient for cos and sin.
     """
     _check(query, key, cos, sin, position_ids, offset)
-    refuses = None
-    if cos.requires_grad or sin.requires_grad:
-        refuses = "the kernel gives no gradient for cos and sin, and they require one"
-    if pick("rotary_embedding", query, key, cos, sin, refused={"triton": refuses}) == "eager":
+    backend = _pick(query, key, cos, sin)
+    if backend == "eager":
         if position_ids is None or torch.compiler.is_compiling():
             return rotary_embedding_reference(
                 query, key, cos, sin, position_ids=position_ids, offset=offset, interleaved=interleaved
@@ -191,7 +225,7 @@ def rotary_embedding(query, key, cos, sin, *, position_ids=None, offset=0, inter
             raise error from None
     batched = query.dim() == 4
     whole = [x if batched or x is None else x.unsqueeze(0) for x in (query, key)]
-    turned = _Rotary.apply(*whole, cos, sin, position_ids, int(offset), bool(interleaved), False)
+    turned = _Rotary.apply(*whole, cos, sin, position_ids, int(offset), bool(interleaved), False, backend)
     turned = turned if batched else [y.squeeze(0) for y in turned]
     return turned[0], None if key is None else turned[1]
 
@@ -246,6 +280,7 @@ register(
         reference=rotary_embedding_reference,
         samples=_samples,
         cost=_cost,
-        backends=("eager", "triton"),
+        backends=("eager", "triton", "native"),
+        exception=_exception,
     )
 )

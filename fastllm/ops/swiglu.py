@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..registry import Op, pick, register
-from ._gated import check_gated, fused_gated, gated_cost, gated_eager, gated_reference, gated_samples
+from ..registry import Op, register
+from ._gated import gated, gated_cost, gated_exception, gated_reference, gated_samples
 
 
 def swiglu_reference(gate, up=None):
@@ -30,10 +30,7 @@ def swiglu(gate, up=None):
         ValueError: shapes or devices do not fit.
         BackendError: the backend asked for cannot serve the call.
     """
-    check_gated("swiglu", gate, up)
-    if pick("swiglu", gate, up) == "eager":
-        return gated_eager(gate, up, "silu")
-    return fused_gated(gate, up, "silu")
+    return gated("swiglu", gate, up, "silu")
 
 
 class SwiGLU(torch.nn.Module):
@@ -51,7 +48,8 @@ register(
         reference=swiglu_reference,
         samples=gated_samples,
         cost=gated_cost,
-        backends=("eager", "triton"),
+        backends=("eager", "triton", "native"),
         module=SwiGLU,
+        exception=gated_exception("silu"),
     )
 )
