@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from .. import extension
 from ..registry import KERNEL_DTYPES, Cost, Sample, chosen_backend, define, pick
-from ._autograd import gradients
+from ._autograd import apply, gradients
+from ._check import check_floating
 
 _ACTIVATIONS = {
     "silu": F.silu,
@@ -20,11 +21,8 @@ _ACTIVATIONS = {
 
 def check_gated(op: str, gate, up) -> None:
     for name, tensor in (("gate", gate), ("up", up)):
-        if name == "up" and up is None:
-            continue
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            got = str(tensor.dtype) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise TypeError(f"{op}: {name} must be a floating-point tensor, got {got}")
+        if name == "gate" or up is not None:
+            check_floating(op, name, tensor)
     if up is None:
         if gate.dim() == 0 or gate.shape[-1] % 2:
             raise ValueError(
@@ -114,7 +112,9 @@ LEAST = {"silu": 1 << 20, "gelu": 1 << 20, "gelu_tanh": 1 << 16}
 
 
 def _torch_is_faster(gate, up, kind: str) -> bool:
-    """Whether PyTorch's own two operators beat the extension on a CPU."""
+    """Whether PyTorch's own two operators beat the extension on a CPU; compiled, they are one loop."""
+    if torch.compiler.is_compiling():
+        return True
     dtypes = {gate.dtype} if up is None else {gate.dtype, up.dtype}
     if kind != "gelu_tanh" and torch.float32 not in dtypes:
         return True
@@ -142,7 +142,7 @@ def gated(op: str, gate, up, kind: str):
     wide = any(t is not None and t.dtype not in KERNEL_DTYPES for t in (gate, up))
     refuses = "it computes in float32, for float32, float16 and bfloat16" if wide else None
     backend = pick(op, gate, up, refused={"native": refuses})
-    return gated_eager(gate, up, kind) if backend == "eager" else _Gated.apply(gate, up, kind, backend)
+    return gated_eager(gate, up, kind) if backend == "eager" else apply(_Gated, gate, up, kind, backend)
 
 
 def gated_samples(device, dtype):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from .. import extension
 from ..registry import KERNEL_DTYPES, Cost, Op, Sample, chosen_backend, define, pick, register
+from ._autograd import apply
+from ._check import check_floating
 
 
 def _rows(cos, sin, position_ids, offset: int, length: int):
@@ -108,7 +112,7 @@ class _Rotary(torch.autograd.Function):
         if present:
             # A rotation's gradient is a rotation, and so to any order.
             again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            one = _Rotary.apply if again else _launch
+            one = partial(apply, _Rotary) if again else _launch
             key = present[1] if len(present) == 2 else None
             options = (ctx.offset, ctx.interleaved, not ctx.inverse, ctx.backend)
             turned = one(present[0], key, *ctx.saved_tensors, *options)
@@ -121,9 +125,7 @@ def _check(query, key, cos, sin, position_ids, offset) -> None:
     for name, tensor in dict(query=query, key=key, cos=cos, sin=sin).items():
         if name == "key" and key is None:
             continue
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            got = str(tensor.dtype) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise TypeError(f"{op}: {name} must be a floating-point tensor, got {got}")
+        check_floating(op, name, tensor)
         if tensor.device != query.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, query on {query.device}; they must be together")
     if query.dim() not in (3, 4):
@@ -174,7 +176,7 @@ def _pick(*tensors) -> str:
     learned = None
     if cos.requires_grad or sin.requires_grad:
         learned = "the kernel gives no gradient for cos and sin, and they require one"
-    if chosen_backend() == "auto" and cos.device.type == "cpu" and (wide or learned):
+    if chosen_backend() == "auto" and cos.device.type == "cpu" and (wide or learned or torch.compiler.is_compiling()):
         return "eager"
     return pick("rotary_embedding", *tensors, refused={"triton": learned, "native": refuses or learned})
 
@@ -225,7 +227,7 @@ def rotary_embedding(query, key, cos, sin, *, position_ids=None, offset=0, inter
             raise error from None
     batched = query.dim() == 4
     whole = [x if batched or x is None else x.unsqueeze(0) for x in (query, key)]
-    turned = _Rotary.apply(*whole, cos, sin, position_ids, int(offset), bool(interleaved), False, backend)
+    turned = apply(_Rotary, *whole, cos, sin, position_ids, int(offset), bool(interleaved), False, backend)
     turned = turned if batched else [y.squeeze(0) for y in turned]
     return turned[0], None if key is None else turned[1]
 
