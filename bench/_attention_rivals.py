@@ -52,11 +52,14 @@ def _hopper():
 
     reason = why_not("hopper", "cuda" if torch.cuda.is_available() else "cpu")
     if reason is not None:
-        raise BackendError(reason)
+        raise NotImplementedError(reason)
 
     def call(*args, **kwargs):
-        with backend("hopper"):
-            return attention(*args, **kwargs)
+        try:
+            with backend("hopper"):
+                return attention(*args, **kwargs)
+        except BackendError as error:
+            raise NotImplementedError(str(error)) from None
 
     return call
 
