@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from .. import extension
-from ..registry import KERNEL_DTYPES, Cost, Op, Sample, chosen_backend, define, pick, register
+from ..registry import KERNEL_DTYPES, Cost, Op, Sample, chosen_backend, define, pick, register, transformed
 from ._autograd import apply
 from ._check import check_floating
 
@@ -92,6 +92,12 @@ def _launch(*args):
     return (_rotary_rows if backend == "native" else _rotary)(*args)
 
 
+def _by_torch(query, key, cos, sin, position_ids, offset, interleaved, inverse, backend):
+    return rotary_embedding_reference(
+        query, key, cos, -sin if inverse else sin, position_ids=position_ids, offset=offset, interleaved=interleaved
+    )
+
+
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(query, key, cos, sin, position_ids, offset, interleaved, inverse, backend):
@@ -112,7 +118,7 @@ class _Rotary(torch.autograd.Function):
         if present:
             # A rotation's gradient is a rotation, and so to any order.
             again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            one = partial(apply, _Rotary) if again else _launch
+            one = _by_torch if transformed() else partial(apply, _Rotary) if again else _launch
             key = present[1] if len(present) == 2 else None
             options = (ctx.offset, ctx.interleaved, not ctx.inverse, ctx.backend)
             turned = one(present[0], key, *ctx.saved_tensors, *options)
