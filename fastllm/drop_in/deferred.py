@@ -13,7 +13,11 @@ forward would have given, and raises; so does asking for the gradient at logits 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils import _pytree as pytree
 
 # Functions of a tensor that do not look at its values.
@@ -64,6 +68,27 @@ def value_of(tensor):
     return tensor.plan.read(tensor) if type(tensor) is Deferred else tensor
 
 
+@contextlib.contextmanager
+def as_in_the_forward(grad: bool) -> Iterator[None]:
+    """For computing values where they are read as the forward would have, ``grad``: whether autograd records it.
+
+    Outside inference mode, whose tensors have no gradient; outside vmap and grad, which the forward was no part of; and
+    without the hooks on saved tensors that are set by now: a checkpoint around the reader would count what is saved
+    here, and find less when it runs the reader again.
+    """
+    autograd = torch._C._autograd
+    hooks = []
+    with torch.inference_mode(False), temporarily_clear_interpreter_stack(), torch.set_grad_enabled(grad):
+        while (pair := autograd._top_saved_tensors_default_hooks(True)) is not None:
+            hooks.append(pair)
+            autograd._pop_saved_tensors_default_hooks()
+        try:
+            yield
+        finally:
+            for pair in reversed(hooks):
+                autograd._push_saved_tensors_default_hooks(*pair)
+
+
 class _Defer(torch.autograd.Function):
     """A :class:`Deferred` as the output of a node: ``plan`` gives its shape and dtype, and its gradient."""
 
@@ -71,9 +96,10 @@ class _Defer(torch.autograd.Function):
     def forward(ctx, plan, *inputs):
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs)
+        # What is derived from a deferred tensor finds it in its plan; hooks on saved tensors would read its values.
+        ctx.save_for_backward(*(t for t in inputs if type(t) is not Deferred))
         tensor = torch.Tensor._make_wrapper_subclass(
-            Deferred, plan.shape, dtype=plan.dtype, device=inputs[0].device, requires_grad=False
+            Deferred, plan.shape, strides=plan.strides, dtype=plan.dtype, device=inputs[0].device, requires_grad=False
         )
         tensor.plan = plan
         return tensor
@@ -81,7 +107,7 @@ class _Defer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         if grad is None:
-            return None, *[None] * len(ctx.saved_tensors)
+            return (None,) * len(ctx.needs_input_grad)
         return None, *ctx.plan.gradients(grad, ctx.saved_tensors, ctx.needs_input_grad[1:])
 
 

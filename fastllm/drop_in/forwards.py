@@ -51,8 +51,7 @@ def embedding_forward(module, original, may_defer: bool, input):
     if input.device != weight.device:
         return original(module, input)
     simple = module.max_norm is None and not module.sparse and not module.scale_grad_by_freq
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if may_defer and simple and not traced and not weight.is_inference() and not hooked(module):
+    if may_defer and simple and not torch.compiler.is_compiling() and not weight.is_inference() and not hooked(module):
         return Rows.of(input, weight, module.padding_idx)
     return embedding(
         input, weight, module.padding_idx, module.max_norm, module.norm_type, module.scale_grad_by_freq, module.sparse
@@ -62,9 +61,9 @@ def embedding_forward(module, original, may_defer: bool, input):
 @forward_of("linear_cross_entropy")
 def head_forward(module, original, options, input):
     x, weight, bias = value_of(input), module.weight, module.bias
+    wide = torch.float64 in (x.dtype, weight.dtype)  # which autocast leaves
     if (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
         or not (module.training and torch.is_grad_enabled())
         or hooked(module)
         or not plain(x, weight, bias)
@@ -73,7 +72,7 @@ def head_forward(module, original, options, input):
         or x.shape[-1] != weight.shape[1]
         or x.device != weight.device
         or not (x.requires_grad or weight.requires_grad)
-        or not (torch.is_autocast_enabled(x.device.type) or x.dtype == weight.dtype)
+        or not (x.dtype == weight.dtype or (torch.is_autocast_enabled(x.device.type) and not wide))
         or x.is_inference()
         or weight.is_inference()
         or freed_after_forward(module)

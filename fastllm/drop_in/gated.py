@@ -12,8 +12,8 @@ from torch import nn
 
 from ..functional import geglu, swiglu
 from .deferred import value_of
-from .norms import changed, settings_of
 from .plain import hooked, plain
+from .probe import Differs, changed, keeps, run, settings_of, stand_in
 from .swap import forward_of
 
 FORMULAS = {
@@ -25,15 +25,19 @@ FORMULAS = {
 
 @dataclass(frozen=True)
 class GatedMLP:
-    """Names of the parts: ``gate`` is all of a packed projection where ``up`` is None; the rest runs in order."""
+    """Names of the parts: ``gate`` is all of a packed projection where ``up`` is None.
+
+    ``others`` are the parts beside linear layers and dropouts, an activation, with the class and the attributes that
+    each had when it was measured; ``settings`` are the module's own.
+    """
 
     formula: str
     gate: str
     up: str | None
     down: str
-    dropout: str | None
-    activation: str | None  # a part that is a module, and its class
-    activation_class: type | None
+    inner: str | None  # the dropout before down
+    outer: str | None  # and after it
+    others: tuple[tuple[str, type, tuple[tuple[str, object], ...]], ...]
     argument: str
     settings: tuple[tuple[str, object], ...]
 
@@ -56,11 +60,9 @@ def gated_mlp_forward(module, original, mlp: GatedMLP, *args, **kwargs):
         return original(module, *args, **kwargs)
     x = value_of(x)
     down = getattr(module, mlp.down)
-    parts = [module._modules.get(mlp.activation), module._modules.get(mlp.dropout)]
-    if mlp.activation is not None and type(parts[0]) is not mlp.activation_class:
+    if changed(module, mlp.settings) or not all(_as_measured(module._modules.get(n), c, s) for n, c, s in mlp.others):
         return original(module, x)
-    looked_at = any(part is not None and hooked(part) for part in parts)
-    if looked_at or changed(module, mlp) or not plain(x) or not x.is_floating_point():
+    if not plain(x) or not x.is_floating_point():
         return original(module, x)
     gate = getattr(module, mlp.gate)(x)
     up = None if mlp.up is None else getattr(module, mlp.up)(x)
@@ -71,11 +73,12 @@ def gated_mlp_forward(module, original, mlp: GatedMLP, *args, **kwargs):
         y = swiglu(gate, up)
     else:
         y = geglu(gate, up, approximate="tanh" if mlp.formula == "geglu_tanh" else "none")
-    return down(y if mlp.dropout is None else getattr(module, mlp.dropout)(y))
+    y = down(y if mlp.inner is None else getattr(module, mlp.inner)(y))
+    return y if mlp.outer is None else getattr(module, mlp.outer)(y)
 
 
-def _activations(module) -> list[str]:
-    return [name for name, part in module.named_children() if not isinstance(part, nn.Linear | nn.Dropout)]
+def _as_measured(part, cls: type, settings) -> bool:
+    return type(part) is cls and not hooked(part) and not changed(part, settings)
 
 
 def looks_like_gated(module: nn.Module) -> bool:
@@ -111,45 +114,79 @@ def _roles(linears: dict[str, nn.Linear]) -> list[tuple[str, str | None, str]]:
 
 def recognise_gated(module: nn.Module) -> GatedMLP | str:
     """What gated MLP ``module``'s forward is, by outputs and gradients with small random layers in place of its own."""
-    if any(b is not None for b in module._buffers.values()):
-        return "it keeps buffers, on which its forward may depend"
+    for part in (module, *(p for p in module.children() if not isinstance(p, nn.Linear))):
+        if (why := keeps(part)) is not None:
+            return why
     arguments = list(inspect.signature(type(module).forward).parameters)
     if len(arguments) < 2:
         return "its forward takes no input"
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         try:
             return _recognise(module, arguments[1])
+        except Differs as error:
+            return str(error)
         except Exception as error:
             message = str(error).split("\n")[0][:120]
             return f"its forward does not take a lone random tensor ({type(error).__name__}: {message})"
 
 
+class _Stage(nn.Module):
+    """Stands for a dropout: no other place in the forward, and no other stage there, gives the same outputs."""
+
+    def __init__(self, frequency: float):
+        super().__init__()
+        self.frequency = frequency
+
+    def forward(self, x):
+        return x + torch.sin(self.frequency * x)
+
+
 def _recognise(module, argument: str) -> GatedMLP | str:
     linears = {name: p for name, p in module.named_children() if isinstance(p, nn.Linear)}
     dropouts = [name for name, p in module.named_children() if isinstance(p, nn.Dropout)]
-    activations = _activations(module)
-    x = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    others = {name: p for name, p in module.named_children() if name not in linears and name not in dropouts}
+    stages = {name: _Stage(1.0 + i) for i, name in enumerate(dropouts)} | {None: nn.Identity()}
     for gate, up, down in _roles(linears):
         small = _small_layers(linears, gate, up, down)
-        probe = _probe(module, small)
-        leaf = x.clone().requires_grad_()
-        y = type(module).forward(probe, leaf)
-        if not isinstance(y, torch.Tensor) or y.shape != x.shape:
-            return "its forward does not return one tensor of its input's shape"
-        (grad,) = torch.autograd.grad(y.sum(), leaf)
-        for formula, activation in FORMULAS.items():
-            other = x.clone().requires_grad_()
-            first = small[gate](other)
-            a, b = first.chunk(2, -1) if up is None else (first, small[up](other))
-            truth = small[down](activation(a) * b)
-            (want,) = torch.autograd.grad(truth.sum(), other)
-            if _close(y, truth) and _close(grad, want):
+        measured = [(x, *_outputs(module, stages, small, others, x, training)) for x, training in _inputs()]
+        for formula, inner, outer in itertools.product(FORMULAS, (None, *dropouts), (None, *dropouts)):
+
+            def truth(x, parts=small, gate=gate, up=up, down=down, act=FORMULAS[formula], inner=inner, outer=outer):
+                first = parts[gate](x)
+                a, b = first.chunk(2, -1) if up is None else (first, parts[up](x))
+                return stages[outer](parts[down](stages[inner](act(a) * b)))
+
+            if all(_same(truth, *each) for each in measured):
                 return GatedMLP(
-                    formula, gate, up, down, dropouts[0] if dropouts else None,
-                    activations[0] if activations else None,
-                    type(module._modules[activations[0]]) if activations else None, argument, settings_of(module),
+                    formula, gate, up, down, inner, outer,
+                    tuple((name, type(p), settings_of(p)) for name, p in others.items()), argument,
+                    settings_of(module),
                 )  # fmt: skip
     return "its forward is none of swiglu, geglu and geglu by tanh between its layers"
+
+
+def _inputs() -> list[tuple[torch.Tensor, bool]]:
+    """Inputs and modes: what is random in training, depends on dimensions or bounds large values is found out."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1.0, (3, 5, 6), True), (1.0, (4, 6), False), (1e5, (2, 1, 3, 6), True))
+    return [(s * torch.randn(*n, generator=generator, dtype=torch.float64), training) for s, n, training in shapes]
+
+
+def _outputs(module, stages, small, others, x, training: bool):
+    """The output of ``module``'s forward for ``x``, with ``small`` for its linear layers, and the gradient."""
+    acting = {name: stand_in(part, training) for name, part in others.items()}
+    replaced = {name: acting.get(name, small.get(name, stages.get(name))) for name in module._modules}
+    leaf = x.clone().requires_grad_()
+    y = run(stand_in(module, training, _modules=replaced), leaf)
+    if not isinstance(y, torch.Tensor) or y.shape != x.shape:
+        raise Differs("its forward does not return one tensor of its input's shape")
+    return y.detach(), torch.autograd.grad(y.sum(), leaf)[0]
+
+
+def _same(truth, x, y, grad) -> bool:
+    leaf = x.clone().requires_grad_()
+    want = truth(leaf)
+    return _close(y, want.detach()) and _close(grad, torch.autograd.grad(want.sum(), leaf)[0])
 
 
 def _close(a, b) -> bool:
@@ -167,13 +204,3 @@ def _small_layers(linears, gate: str, up: str | None, down: str) -> dict[str, nn
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
         small[name] = made
     return small
-
-
-def _probe(module, small: dict[str, nn.Linear]):
-    """``module`` with ``small`` for its linear layers and no dropout; hooks do not run, ``module`` is not touched."""
-    probe = object.__new__(type(module))
-    state = dict(vars(module))
-    parts = {n: nn.Identity() if isinstance(p, nn.Dropout) else p for n, p in module._modules.items()}
-    state["_modules"] = parts | small
-    probe.__dict__ = state
-    return probe

@@ -7,7 +7,7 @@ import math
 import torch
 
 from ..functional import linear_cross_entropy
-from .deferred import Deferred, defer
+from .deferred import Deferred, as_in_the_forward, defer
 from .plain import plain
 
 SKIP = 'fastllm.accelerate(model, skip="linear_cross_entropy") keeps logits as they were'
@@ -35,11 +35,13 @@ class Logits:
     Each step is a plan of its own, with its parent; ``rows`` are the hidden states that belong to its rows.
     """
 
-    def __init__(self, hidden, weight, bias, *, parent=None, step=None, view=False, rows=None, shape, dtype):
+    def __init__(
+        self, hidden, weight, bias, *, parent=None, step=None, view=False, rows=None, shape, dtype, strides=None
+    ):  # fmt: skip
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.parent, self.step, self.view = parent, step, view
         self.rows = hidden if rows is None else rows
-        self.shape, self.dtype = torch.Size(shape), dtype
+        self.shape, self.dtype, self.strides = torch.Size(shape), dtype, strides  # strides None: contiguous
         self.class_dim = len(shape) - 1
         # last: the last factor; pending: the soft cap that tanh has begun.
         self.scale, self.softcap, self.last, self.pending = 1.0, None, 1.0, None
@@ -57,6 +59,7 @@ class Logits:
         """Deferred ``F.linear(hidden, weight, bias)``."""
         narrow, dtype = _autocast_state(hidden.device.type)
         shape = (*hidden.shape[:-1], weight.shape[0])
+        narrow = narrow and hidden.dtype != torch.float64
         plan = Logits(hidden, weight, bias, shape=shape, dtype=dtype if narrow else hidden.dtype)
         return defer(plan, hidden, weight, *([] if bias is None else [bias]))
 
@@ -85,7 +88,7 @@ class Logits:
     def read(self, tensor: Deferred) -> torch.Tensor:
         """The values, computed once; changes in place then show in what was derived from them as views."""
         if self.value is None:
-            with torch.enable_grad():
+            with as_in_the_forward(True):
                 self.value = self._make(tensor)
             self.version = self.value._version
         return self.value if torch.is_grad_enabled() else self.value.detach()
@@ -118,16 +121,24 @@ class Logits:
             grads[2] = flat.sum(0).to(inputs[2].dtype)
         return grads
 
-    def _derive(self, tensor, step, *, view, rows=None, dtype=None, shape=None, class_dim=None, **changes) -> Deferred:
-        shape = self.shape if shape is None else shape
+    def laid_out(self) -> torch.Tensor:
+        """A tensor without values of the values' shape, strides and dtype."""
+        if self.strides is None:
+            return torch.empty(self.shape, dtype=self.dtype, device="meta")
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
+
+    def _derive(self, tensor, step, *, rows=None, result=None, class_dim=None, cast=False, **changes) -> Deferred:
+        """``step`` of these logits; ``result`` is its output laid out, found by ``step`` itself unless given."""
+        before = self.laid_out()
+        result = step(before) if result is None else result
         plan = Logits(
-            self.hidden, self.weight, self.bias, parent=self, step=step, view=view, shape=shape,
-            rows=self.rows if rows is None else rows, dtype=self.dtype if dtype is None else dtype,
+            self.hidden, self.weight, self.bias, parent=self, step=step, view=result is before or result._is_view(),
+            rows=self.rows if rows is None else rows, shape=result.shape, dtype=result.dtype, strides=result.stride(),
         )  # fmt: skip
-        plan.class_dim = (len(shape) - 1) if class_dim is None else class_dim
+        plan.class_dim = (result.dim() - 1) if class_dim is None else class_dim
         plan.parent_tensor = tensor
         plan.scale, plan.softcap, plan.pending, plan.shift = self.scale, self.softcap, self.pending, self.shift
-        plan.last = 1.0 if dtype is None else self.last
+        plan.last = self.last if cast else 1.0
         for name, value in changes.items():
             setattr(plan, name, value)
         return defer(plan, tensor)
@@ -203,7 +214,13 @@ class Logits:
 
 
 def _number(value) -> float | None:
-    return float(value) if type(value) in (int, float) and value == value and value != 0 else None
+    """``value`` as a factor that kernels take, or None."""
+    if type(value) not in (int, float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) and value != 0 else None
+    except OverflowError:
+        return None
 
 
 def _step(plan: Logits, tensor, func, args, kwargs):
@@ -211,13 +228,15 @@ def _step(plan: Logits, tensor, func, args, kwargs):
     name = getattr(func, "__name__", "")
     last = len(plan.shape) - 1
     if name == "contiguous" and not args and not kwargs:
-        return tensor
+        if plan.laid_out().is_contiguous():
+            return tensor
+        return plan._derive(tensor, lambda x: x.contiguous(), class_dim=plan.class_dim, cast=True)
     if name in ("float", "to", "double", "half", "bfloat16") and not kwargs:
         dtype = {"float": torch.float32, "double": torch.float64}.get(name) or (args[0] if len(args) == 1 else None)
         if dtype is plan.dtype or dtype == plan.rows.device:
             return tensor
         if dtype is torch.float32 and plan.dtype.itemsize < 4:
-            return plan._derive(tensor, lambda x: x.to(dtype), view=False, dtype=dtype)
+            return plan._derive(tensor, lambda x: x.to(dtype), class_dim=plan.class_dim, cast=True)
         return NotImplemented
     if name in ("mul", "div", "true_divide", "__mul__", "__rmul__", "__truediv__", "__div__") and len(args) == 1:
         number = _number(args[0])
@@ -227,36 +246,39 @@ def _step(plan: Logits, tensor, func, args, kwargs):
         if plan.pending is not None:  # a soft cap ends with the number that tanh's argument was divided by
             if not math.isclose(factor, plan.pending, rel_tol=1e-9):
                 return NotImplemented
-            return plan._derive(tensor, lambda x: func(x, args[0]), view=False, softcap=plan.pending, pending=None)
-        return plan._derive(tensor, lambda x: func(x, args[0]), view=False, scale=plan.scale * factor, last=factor)
+            changes = dict(softcap=plan.pending, pending=None)
+        elif _number(plan.scale * factor) is None:
+            return NotImplemented
+        else:
+            changes = dict(scale=plan.scale * factor, last=factor)
+        return plan._derive(tensor, lambda x: func(x, args[0]), class_dim=plan.class_dim, **changes)
     if name in ("add", "__add__", "__radd__") and len(args) == 1 and not kwargs and _is_shift(plan, args[0]):
+        result = plan.laid_out() + torch.empty_like(args[0], device="meta")
         return plan._derive(
-            tensor, lambda x: func(x, args[0]), view=False, shift=(args[0], args[0]._version), last=1.0
+            tensor, lambda x: func(x, args[0]), result=result, shift=(args[0], args[0]._version), last=1.0
         )  # fmt: skip
     if name == "tanh" and not args and not kwargs and plan.softcap is None and plan.pending is None:
         # tanh(z / cap), and cap to come: the scale before the division is the logits' own.
-        return plan._derive(tensor, func, view=False, scale=plan.scale / plan.last, pending=1.0 / plan.last)
+        return plan._derive(
+            tensor, func, class_dim=plan.class_dim, scale=plan.scale / plan.last, pending=1.0 / plan.last
+        )  # fmt: skip
     if plan.class_dim != last:
         return NotImplemented
     if name in ("view", "reshape") and not kwargs:
         sizes = args[0] if len(args) == 1 and isinstance(args[0], tuple | list | torch.Size) else args
         if all(type(s) is int for s in sizes) and sizes and sizes[-1] == plan.shape[-1]:
             rows = plan.rows.reshape(*sizes[:-1], plan.rows.shape[-1])
-            shape = (*rows.shape[:-1], plan.shape[-1])
-            return plan._derive(tensor, lambda x: func(x, *args), view=True, rows=rows, shape=shape)
+            return plan._derive(tensor, lambda x: func(x, *args), rows=rows)
     if name == "flatten" and last >= 2 and (tuple(args), dict(kwargs)) in (((0, last - 1), {}), ((0, -2), {})):
-        rows = plan.rows.flatten(0, -2)
-        return plan._derive(tensor, lambda x: func(x, *args), view=True, rows=rows, shape=(len(rows), plan.shape[-1]))
+        return plan._derive(tensor, lambda x: func(x, *args), rows=plan.rows.flatten(0, -2))
     if name == "__getitem__" and _keeps_classes(args[0], len(plan.shape)):
         rows = plan.rows[args[0]]
         if rows.dim() > 1:
-            return plan._derive(
-                tensor, lambda x: func(x, args[0]), view=_is_basic(args[0]), rows=rows,
-                shape=(*rows.shape[:-1], plan.shape[-1]),
-            )  # fmt: skip
+            shape = (*rows.shape[:-1], plan.shape[-1])
+            result = None if _is_basic(args[0]) else torch.empty(shape, dtype=plan.dtype, device="meta")
+            return plan._derive(tensor, lambda x: func(x, args[0]), rows=rows, result=result)
     if last == 2 and _swaps_the_last_two(name, args):
-        shape = (plan.shape[0], plan.shape[2], plan.shape[1])
-        return plan._derive(tensor, lambda x: func(x, *args), view=True, shape=shape, class_dim=1)
+        return plan._derive(tensor, lambda x: func(x, *args), class_dim=1)
     return NotImplemented
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..functional import layer_norm, rms_norm
 from .deferred import value_of
 from .plain import plain
+from .probe import Differs, changed, keeps, run, settings_of, stand_in
 from .swap import forward_of
 
 NARROW = (torch.bfloat16, torch.float16)
 # Of norms that keep their eps in the code; the last one is torch's default for RMSNorm in fp32.
 COMMON_EPS = (1e-6, 1e-5, 1e-8, 1e-12, torch.finfo(torch.float32).eps)
-PLAIN = (bool, int, float, str, types.FunctionType, types.BuiltinFunctionType)
 EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps", "rms_norm_eps")
 
 
@@ -27,7 +26,7 @@ class Norm:
     """A norm over the last dimension, as found: names of attributes, the formula, and which dtypes give which.
 
     ``dtypes`` holds (input, weight, output) triples that were tried; None for the weight where there is none.
-    ``settings`` are the module's other plain attributes when it was measured, on which its forward may depend.
+    ``settings`` are the module's other attributes when it was measured, on which its forward may depend.
     ``narrow_inside``: it squares or takes roots of 16-bit tensors, which autocast would widen.
     """
 
@@ -63,7 +62,12 @@ def norm_forward(module, original, norm: Norm, *args, **kwargs):
     weight = None if norm.weight is None else getattr(module, norm.weight)
     bias = None if norm.bias is None else getattr(module, norm.bias)
     out = _output_dtype(norm, x, weight) if plain(x, weight, bias) else None
-    if out is None or x.dim() < 2 or (bias is not None and bias.dtype != weight.dtype) or changed(module, norm):
+    if (
+        out is None
+        or x.dim() < 2
+        or (bias is not None and bias.dtype != weight.dtype)
+        or changed(module, norm.settings)
+    ):
         return original(module, x)
     if norm.narrow_inside and x.dtype in NARROW and torch.is_autocast_enabled(x.device.type):
         return original(module, x)
@@ -73,21 +77,6 @@ def norm_forward(module, original, norm: Norm, *args, **kwargs):
     if norm.center:
         return layer_norm(wide, shape, weight, bias, eps, weight_offset=norm.offset).to(out)
     return rms_norm(wide, shape, weight, eps, weight_offset=norm.offset).to(out)
-
-
-def settings_of(module: torch.nn.Module, but: str | float | None = None) -> tuple[tuple[str, object], ...]:
-    """The public attributes that are plain values or functions, except ``but``."""
-    return tuple(
-        (name, value)
-        for name, value in sorted(vars(module).items())
-        if not name.startswith("_") and name not in ("training", but) and type(value) in PLAIN
-    )
-
-
-def changed(module: torch.nn.Module, found) -> bool:
-    """Whether an attribute that the measurement rests on has another value now."""
-    state = vars(module)
-    return any(state.get(name) != value for name, value in found.settings)
 
 
 def _output_dtype(norm: Norm, x, weight) -> torch.dtype | None:
@@ -141,7 +130,6 @@ class _Probe:
         self.device = next(iter(devices), torch.device("cpu"))
         self.generator = torch.Generator().manual_seed(size)
         self.size = size
-        self.forward = type(module).forward
         self.names = [name for name, p in module._parameters.items() if p is not None]
 
     def normal(self, *shape) -> torch.Tensor:
@@ -151,23 +139,16 @@ class _Probe:
         return {name: 0.5 + 0.5 * self.normal(self.size) for name in self.names}
 
     def run(self, x, parameters, training: bool = False):
-        module = object.__new__(type(self.module))
-        state = dict(vars(self.module))
-        state["_parameters"] = {name: None for name in self.module._parameters} | parameters
-        state["_buffers"] = {name: None if b is None else b.clone() for name, b in self.module._buffers.items()}
-        state["training"] = training
-        module.__dict__ = state
+        module = stand_in(
+            self.module, training, _parameters={name: None for name in self.module._parameters} | parameters
+        )  # fmt: skip
         before = x.detach().clone()
-        y = self.forward(module, x)
+        y = run(module, x)
         if not isinstance(y, torch.Tensor) or y.shape != x.shape:
-            raise _Differs("its forward does not return one tensor of its input's shape")
+            raise Differs("its forward does not return one tensor of its input's shape")
         if not torch.equal(before, x.detach()):
-            raise _Differs("its forward changes its input")
+            raise Differs("its forward changes its input")
         return y
-
-
-class _Differs(Exception):
-    """A probe's finding, for the report."""
 
 
 def _error(y: torch.Tensor, truth: torch.Tensor) -> float:
@@ -199,13 +180,14 @@ def recognise(module: torch.nn.Module) -> Norm | str:
         return "its forward has no signature"
     if len(arguments) < 2:
         return "its forward takes no input"
-    if any(b is not None for b in module._buffers.values()):
-        return "it keeps buffers, on which its forward may depend"
+    why = keeps(module)
+    if why is not None:
+        return why
     devices = [device for device in {p.device for p in module.parameters()} if device.type == "cuda"]
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         try:
             return _recognise(module, arguments[1])
-        except _Differs as error:
+        except Differs as error:
             return str(error)
         except Exception as error:
             message = str(error).split("\n")[0][:120]
@@ -247,10 +229,13 @@ def _recognise(module, argument: str) -> Norm | str:
             + (f" (nearest: {'layer' if center else 'RMS'} norm, off on {where} of the largest value)")
         )
     x = probe.normal(4, size).float()
-    for training in (True, False):
+    for where, training, factor in (
+        ("in training", True, 1.0), ("in evaluation", False, 1.0), ("with large parameters", True, 1000.0)
+    ):  # fmt: skip
         _same_gradients(
-            probe, x, values, training, lambda x, p: _formula(x, p.get(weight), p.get(bias), eps, offset, center)
-        )
+            probe, x, {name: factor * value for name, value in values.items()}, training, where,
+            lambda x, p: _formula(x, p.get(weight), p.get(bias), eps, offset, center),
+        )  # fmt: skip
     dtypes = _dtype_table(
         probe, values, weight, lambda x, p: _formula(x, p.get(weight), p.get(bias), eps, offset, center)
     )
@@ -287,19 +272,19 @@ def _diagnosis(inputs, outputs, values, weight, bias, eps: float) -> str:
     return ""
 
 
-def _same_gradients(probe: _Probe, x, values, training: bool, formula) -> None:
+def _same_gradients(probe: _Probe, x, values, training: bool, where: str, formula) -> None:
     leaves = [x.clone().requires_grad_(), *(v.clone().requires_grad_() for v in values.values())]
     truths = [leaf.detach().double().requires_grad_() for leaf in leaves]
     y = probe.run(leaves[0], dict(zip(values, leaves[1:], strict=True)), training)
     truth = formula(truths[0], dict(zip(values, truths[1:], strict=True)))
     if _error(y.detach(), truth.detach()) > 2e-5:
-        raise _Differs(f"{'in training' if training else 'in evaluation'} its forward is another")
+        raise Differs(f"{where} its forward is another")
     grad = probe.normal(*x.shape)
     got = torch.autograd.grad(y, leaves, grad.float(), allow_unused=True)
     want = torch.autograd.grad(truth, truths, grad)
     for name, g, w in zip(("input", *values), got, want, strict=True):
         if g is None or _error(g, w) > 1e-4:
-            raise _Differs(f"its gradient for {name} is not that of the formula that its outputs follow")
+            raise Differs(f"its gradient for {name} is not that of the formula that its outputs follow")
 
 
 def _dtype_table(probe: _Probe, values, weight, formula) -> tuple:

@@ -10,8 +10,8 @@ DEVICES = ("cpu", "cuda")
 def plain(*tensors) -> bool:
     """Whether all are ordinary dense tensors on a CPU or GPU, outside vmap, jvp and forward-mode differentiation.
 
-    DTensors, quantised, nested and fake tensors are not: what they mean is their own class's affair. None is passed
-    over.
+    DTensors, quantised, nested and fake tensors are not: what they mean is their own class's affair. Nor is anything
+    within torch.jit.trace: a trace is saved, and loaded where there are torch's operators alone. None is passed over.
     """
     for tensor in tensors:
         if tensor is None:
@@ -22,6 +22,8 @@ def plain(*tensors) -> bool:
             return False
     if torch.compiler.is_compiling():
         return True
+    if torch.jit.is_tracing():
+        return False
     return torch._C._functorch.peek_interpreter_stack() is None and torch.autograd.forward_ad._current_level < 0
 
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 
 from ..functional import embedding, embedding_sum
-from .deferred import Deferred, defer
+from .deferred import Deferred, as_in_the_forward, defer
+
+
+def _own(ids: torch.Tensor) -> torch.Tensor:
+    """A copy of ``ids``, which their owner may change before the rows are read; expanded dimensions stay expanded."""
+    kept = ids[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in ids.stride())]
+    return kept.clone().expand(ids.shape)
 
 
 class Rows:
@@ -14,6 +20,7 @@ class Rows:
     def __init__(self, tables, shape):
         self.tables = tables  # (ids, weight, padding_idx)
         self.shape = torch.Size(shape)
+        self.strides = None  # contiguous
         self.dtype = tables[0][1].dtype
         self.value = None
         self.versions = [weight._version for _, weight, _ in tables]
@@ -21,11 +28,11 @@ class Rows:
     @staticmethod
     def of(ids, weight, padding_idx) -> Deferred:
         """Deferred ``F.embedding(ids, weight, padding_idx)``."""
-        return defer(Rows([(ids, weight, padding_idx)], (*ids.shape, weight.shape[1])), weight)
+        return defer(Rows([(_own(ids), weight, padding_idx)], (*ids.shape, weight.shape[1])), weight)
 
     def read(self, tensor: Deferred) -> torch.Tensor:
         if self.value is None:
-            with torch.set_grad_enabled(tensor.requires_grad):
+            with as_in_the_forward(tensor.requires_grad):
                 self.value = self._compute([weight for _, weight, _ in self.tables])
         return self.value if torch.is_grad_enabled() else self.value.detach()
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from .gated import GatedMLP, looks_like_gated, recognise_gated
-from .norms import PLAIN, Norm, looks_like_norm, recognise, settings_of
+from .norms import Norm, looks_like_norm, recognise
+from .probe import OWN, settings_of
 from .report import Size
 from .swap import Accelerated, Kind, original_forward
 
@@ -173,13 +174,12 @@ class Rules:
 
 def _fingerprint(module: nn.Module) -> tuple:
     """Equal for modules whose forwards do the same: class, attributes, parameters' shapes, and so on for the parts."""
-    state = vars(module)
-    others = tuple(
-        (name, id(value)) for name, value in sorted(state.items()) if name[0] != "_" and type(value) not in PLAIN
-    )
+    settings = settings_of(module)
+    known = OWN.union(name for name, _ in settings)
+    others = tuple((name, id(value)) for name, value in sorted(vars(module).items()) if name not in known)
     parameters = tuple((n, tuple(p.shape), p.dtype, str(p.device)) for n, p in module.named_parameters(recurse=False))
     parts = tuple((name, _fingerprint(part)) for name, part in module.named_children())
-    return type(module), settings_of(module), others, parameters, parts
+    return type(module), settings, others, parameters, parts
 
 
 def find_heads(model: nn.Module) -> Iterator[tuple[int, str]]:

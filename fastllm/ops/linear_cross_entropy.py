@@ -98,7 +98,7 @@ def linear_cross_entropy(
         z_loss,
     )  # fmt: skip
     dtype = loss_dtype(input, target)
-    if autocasts(input.device.type):
+    if autocasts(input.device.type) and input.dtype != torch.float64:
         narrow = torch.get_autocast_dtype(input.device.type)
         input, linear_weight = input.to(narrow), linear_weight.to(narrow)
         linear_bias = None if linear_bias is None else linear_bias.to(narrow)

@@ -1,0 +1,86 @@
+"""Foreign forwards, run on a stand-in for their module; and the attributes that such a finding rests on."""
+
+from __future__ import annotations
+
+import types
+from collections import OrderedDict, deque
+
+import torch
+
+PLAIN = (bool, int, float, str, type(None), torch.dtype, types.FunctionType, types.BuiltinFunctionType)
+CONTAINERS = (list, dict, set, OrderedDict, deque)
+# What torch.nn.Module keeps for itself, whose parts and hooks are looked at apart, and marks that others leave.
+OWN = {*vars(torch.nn.Module()), "_compiled_call_impl", "_is_hf_initialized"}
+OPAQUE = object()
+
+
+class Differs(Exception):
+    """A probe's finding, for the report."""
+
+
+def _frozen(value):
+    """``value`` for comparison where it is plain or made of plain values; else :data:`OPAQUE`."""
+    kind = type(value)
+    if kind in PLAIN:
+        return value
+    if kind in (list, tuple, torch.Size, dict, OrderedDict):
+        parts = tuple(_frozen(v) for v in (value.items() if isinstance(value, dict) else value))
+        return OPAQUE if any(part is OPAQUE for part in parts) else (kind.__name__, parts)
+    return OPAQUE
+
+
+def settings_of(module: torch.nn.Module, but: str | float | None = None) -> tuple[tuple[str, object], ...]:
+    """The attributes that are plain values, functions, or containers of such, except ``but``."""
+    found = ((n, _frozen(v)) for n, v in sorted(vars(module).items()) if n not in OWN and n != but)
+    return tuple((name, value) for name, value in found if value is not OPAQUE)
+
+
+def changed(module: torch.nn.Module, settings: tuple[tuple[str, object], ...]) -> bool:
+    """Whether one of the ``settings`` has another value now."""
+    state = vars(module)
+    return any(name not in state or _frozen(state[name]) != value for name, value in settings)
+
+
+def keeps(module: torch.nn.Module) -> str | None:
+    """Why no finding about ``module`` could last: tensors that are no parameters and change unseen; or None."""
+    if any(b is not None for b in module._buffers.values()):
+        return "it keeps buffers, on which its forward may depend"
+    if any(isinstance(value, torch.Tensor) for name, value in vars(module).items() if name not in OWN):
+        return "it keeps a tensor that is neither parameter nor buffer, on which its forward may depend"
+    return None
+
+
+def _copied(value):
+    return type(value)(value) if type(value) in CONTAINERS else value
+
+
+def _identities(state: dict) -> dict:
+    """What a forward that changes nothing leaves as it is; containers count by their elements."""
+
+    def of(value):
+        if isinstance(value, dict):
+            return [(id(key), id(element)) for key, element in value.items()]
+        return [id(element) for element in value]
+
+    return {name: of(value) if type(value) in CONTAINERS else id(value) for name, value in state.items()}
+
+
+def stand_in(module: torch.nn.Module, training: bool, **parts) -> torch.nn.Module:
+    """An object of ``module``'s class with its attributes, but for ``parts``; hooks do not run, ``module`` is safe."""
+    made = object.__new__(type(module))
+    made.__dict__ = {name: _copied(value) for name, value in vars(module).items()} | {"training": training} | parts
+    return made
+
+
+def run(module: torch.nn.Module, *args):
+    """The forward of a stand-in.
+
+    Raises:
+        Differs: it sets attributes, which nobody would do in its place.
+    """
+    before = dict(vars(module))
+    identities = _identities(before)
+    out = type(module).forward(module, *args)
+    if _identities(vars(module)) != identities:
+        raise Differs("its forward sets attributes")
+    return out
