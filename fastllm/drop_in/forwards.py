@@ -91,10 +91,13 @@ def cross_entropy_forward(module, original, options, input, target):
         or target.device != input.device
     ):
         return original(module, input, target)
-    return cross_entropy(
-        input, target, module.weight, ignore_index=module.ignore_index, reduction=module.reduction,
-        label_smoothing=module.label_smoothing,
-    )  # fmt: skip
+    try:
+        return cross_entropy(
+            input, target, module.weight, ignore_index=module.ignore_index, reduction=module.reduction,
+            label_smoothing=module.label_smoothing,
+        )  # fmt: skip
+    except (TypeError, ValueError):
+        return original(module, input, target)  # which says so in torch's own words
 
 
 def _is_linear(module) -> bool:
@@ -113,9 +116,17 @@ def multihead_attention_forward(
         key = value = query
     weights = [p for p in module.parameters() if p is not None]
     ordinary = not need_weights and plain(query, key, value, key_padding_mask, attn_mask, *weights)
-    if not ordinary or not query.is_floating_point() or not _is_linear(module.out_proj):
+    ordinary = ordinary and query.is_floating_point() and _is_linear(module.out_proj)
+
+    def before():
         return original(
             module, query, key, value, key_padding_mask=key_padding_mask, need_weights=need_weights,
             attn_mask=attn_mask, average_attn_weights=average_attn_weights, is_causal=is_causal,
         )  # fmt: skip
-    return multihead_attention(module, query, key, value, key_padding_mask, attn_mask, is_causal)
+
+    if not ordinary:
+        return before()
+    try:
+        return multihead_attention(module, query, key, value, key_padding_mask, attn_mask, is_causal)
+    except (TypeError, ValueError):
+        return before()  # which says so in torch's own words

@@ -66,7 +66,7 @@ def gated_mlp_forward(module, original, mlp: GatedMLP, *args, **kwargs):
         return original(module, x)
     gate = getattr(module, mlp.gate)(x)
     up = None if mlp.up is None else getattr(module, mlp.up)(x)
-    weight = getattr(down, "weight", None)
+    weight = next(down.parameters(), None)  # the attribute may be a parametrization, computed at each look
     if weight is not None and weight.dtype != gate.dtype and not torch.is_autocast_enabled(x.device.type):
         return original(module, x)
     if mlp.formula == "swiglu":

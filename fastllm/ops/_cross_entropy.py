@@ -24,11 +24,12 @@ def legacy(size_average, reduce, reduction: str) -> str:
     return torch.nn._reduction.legacy_get_string(size_average, reduce)
 
 
-def loss_dtype(input: torch.Tensor, target: torch.Tensor) -> torch.dtype:
-    """torch's dtype of the loss: the input's, widened by floating targets, at least fp32 under autocast."""
+def loss_dtype(input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None) -> torch.dtype:
+    """torch's dtype of the loss: the input's, widened by floating targets and their weights; under autocast fp32."""
     dtype = input.dtype
     if target.is_floating_point():
         dtype = torch.promote_types(dtype, target.dtype)
+        dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
     if autocasts(input.device.type):
         dtype = torch.promote_types(dtype, torch.float32)
     return dtype

@@ -58,13 +58,13 @@ def cross_entropy_reference(
     if kept is not None:
         rows = torch.where(kept, rows, 0.0)
     loss = rows if reduction == "none" else rows.sum() if reduction == "sum" else rows.sum() / count
-    loss = loss.to(loss_dtype(input, target))
+    loss = loss.to(loss_dtype(input, target, weight))
     return (loss, lse) if return_lse else loss
 
 
 def _eager(input, target, weight, ignore_index, reduction, label_smoothing, softcap, logit_scale, z_loss, return_lse):
     """PyTorch's own operator, on transformed logits where there is something to transform."""
-    out_dtype = loss_dtype(input, target)
+    out_dtype = loss_dtype(input, target, weight)
     plain = _is_plain(softcap, logit_scale, z_loss) and (weight is None or weight.dtype == input.dtype)
     z = input if plain else transformed(input, softcap, logit_scale)
     if weight is not None:
@@ -313,7 +313,7 @@ def cross_entropy(
     # fp16 would lose the gradient of a mean to underflow before a loss scale reaches it.
     in_forward = needs and not inplace and not probabilities and reduction != "none" and x.dtype != torch.float16
     loss, lse, *_ = apply(
-        _CrossEntropy, x, q, None if weight is None else weight.contiguous(), loss_dtype(input, target),
+        _CrossEntropy, x, q, None if weight is None else weight.contiguous(), loss_dtype(input, target, weight),
         int(ignore_index), float(label_smoothing), None if softcap is None else float(softcap), float(logit_scale),
         float(z_loss), reduction, in_forward and input.dim() == 2 and input.stride(1) == 1, inplace,
         chosen,

@@ -47,8 +47,9 @@ def multihead_attention(module, query, key, value, key_padding_mask=None, attn_m
             "attn_mask", attn_mask, [(length, size), (batch * module.num_heads, length, size)], query
         )  # fmt: skip
     extra = int(module.bias_k is not None) + int(module.add_zero_attn)
-    # The hint alone needs no mask; an added column is visible to all, which a causal edge would hide.
-    causal = is_causal and key_padding_mask is None and not extra
+    # The hint alone needs no mask. As in torch its edge is then the only one, also for keys that bias_k and
+    # add_zero_attn add, which a mask would leave visible to all.
+    causal = is_causal and key_padding_mask is None
     mask = None if causal else _merge(key_padding_mask, attn_mask, batch, q.dtype, extra)
     if module.bias_k is not None:
         k, v = (torch.cat([x, b.expand(batch, 1, -1)], 1) for x, b in ((k, module.bias_k), (v, module.bias_v)))
