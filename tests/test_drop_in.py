@@ -208,6 +208,31 @@ def test_cross_entropy_modules():
     torch.testing.assert_close(plain(logits, probabilities), want)
 
 
+def test_what_torch_refuses_it_refuses_in_its_own_words():
+    attention, loss = nn.MultiheadAttention(8, 2), nn.CrossEntropyLoss(ignore_index=1)
+    x = torch.randn(3, 2, 8)
+
+    def messages():
+        with pytest.raises(RuntimeError) as hint:
+            attention(x, x, x, need_weights=False, is_causal=True)
+        with pytest.raises(RuntimeError) as ignored:
+            loss(x[0], x[0].softmax(-1))
+        return str(hint.value), str(ignored.value)
+
+    want = messages()
+    assert len(fastllm.accelerate(nn.ModuleList([attention, loss])).swapped) == 2
+    assert messages() == want
+
+
+def test_class_weights_of_another_dtype_beside_probabilities():
+    loss = nn.CrossEntropyLoss(weight=torch.rand(9))
+    logits = torch.randn(4, 9).half()
+    want = loss(logits, logits.softmax(-1))
+    assert fastllm.accelerate(loss).swapped
+    got = loss(logits, logits.softmax(-1))
+    torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_calls_that_are_not_ours_take_the_forward_from_before():
     model = nn.Sequential(nn.LayerNorm(8), Lookalike(8))

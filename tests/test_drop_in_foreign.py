@@ -67,6 +67,36 @@ class ByDimensions(Base):
         return y if x.dim() < 4 else y * 2
 
 
+class Remembering(Base):
+    def forward(self, x):
+        self.last = x.abs().mean()
+        return super().forward(x)
+
+
+class Logging(Base):
+    def __init__(self):
+        super().__init__()
+        self.log = []
+
+    def forward(self, x):
+        self.log.append(x.shape)
+        return super().forward(x)
+
+
+class Bounded(Base):
+    def forward(self, x):
+        return super().forward(x).clamp(-8, 8)
+
+
+class KeepsATensor(Base):
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.tensor(1.0)
+
+    def forward(self, x):
+        return super().forward(x) * self.factor
+
+
 class Counting(Base):
     calls = 0
 
@@ -136,11 +166,12 @@ def test_other_arguments_take_the_forward_from_before():
         norm()
 
 
-@pytest.mark.parametrize("cls", [ByTraining, ByDimensions])
+@pytest.mark.parametrize("cls", [ByTraining, ByDimensions, Remembering, Logging, Bounded, KeepsATensor])
 def test_forwards_of_two_minds_are_left(cls):
     norm = cls()
     assert fastllm.accelerate(norm).left
     assert type(norm) is cls
+    assert not getattr(norm, "log", None)
 
 
 def test_measuring_leaves_the_module_as_it_was():
@@ -267,3 +298,85 @@ def test_modules_without_parameters_and_empty_models():
     fastllm.accelerate(norm)
     torch.testing.assert_close(norm(x), want)
     assert norm(torch.empty(0, 8)).shape == (0, 8)
+
+
+class Hidden(Base):
+    """What its forward depends on: a private attribute, one that is None at first, a value in a dictionary."""
+
+    def __init__(self, factor=1.0):
+        super().__init__()
+        self._factor, self.extra, self.options = factor, None, {"shift": 0.0}
+
+    def forward(self, x):
+        y = super().forward(x) * self._factor + self.options["shift"]
+        return y if self.extra is None else y * self.extra
+
+
+def test_attributes_of_all_kinds_tell_modules_apart_and_are_followed():
+    norms = nn.ModuleList([Hidden(), Hidden(3.0), Hidden()])
+    others = copy.deepcopy(norms)
+    assert [e.path for e in fastllm.accelerate(norms).swapped] == ["0", "2"]
+    x = torch.randn(3, 16)
+    for change in (
+        lambda n: None, lambda n: setattr(n, "_factor", 2.0), lambda n: setattr(n, "extra", 0.5),
+        lambda n: n.options.update(shift=1.0),
+    ):  # fmt: skip
+        for norm, other in zip(norms, others, strict=True):
+            change(norm)
+            change(other)
+            torch.testing.assert_close(norm(x), other(x))
+
+
+class Gated(nn.Module):
+    def __init__(self, where=()):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.first, self.second = nn.Dropout(0.5), nn.Dropout(0.25)
+        self.activation = nn.GELU()
+        self.where = where
+
+    def at(self, place, x):
+        parts = {"first": self.first, "second": self.second, "clamp": lambda x: x.clamp(-99, 99)}
+        parts["function"] = lambda x: F.dropout(x, 0.5, self.training)
+        for where, name in self.where:
+            x = parts[name](x) if where == place else x
+        return x
+
+    def forward(self, x):
+        x = self.at("input", x)
+        return self.at("outer", self.down(self.at("inner", self.activation(self.gate(x)) * self.up(x))))
+
+
+class ByRank(Gated):
+    def forward(self, x):
+        return super().forward(x) * (1 if x.dim() == 3 else 2)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("where", "served"),
+    [
+        ((), True),
+        ((("inner", "first"),), True),
+        ((("outer", "second"),), True),
+        ((("inner", "second"), ("outer", "first")), True),
+        ((("input", "first"),), False),
+        ((("inner", "first"), ("inner", "second")), False),
+        ((("inner", "function"),), False),
+        ((("inner", "clamp"),), False),
+        (None, False),
+    ],
+)
+def test_gated_mlps_with_dropouts_anywhere(where, served, training):
+    mlp = (Gated(where) if where is not None else ByRank()).train(training)
+    other = copy.deepcopy(mlp)
+    assert bool(fastllm.accelerate(mlp).swapped) is served
+    x = torch.randn(2, 8)
+    for mode in (True, False):
+        torch.manual_seed(0)
+        got = mlp.train(mode)(x)
+        torch.manual_seed(0)
+        torch.testing.assert_close(got, other.train(mode)(x))
+    for each in (mlp, other):
+        each.activation.approximate = "tanh"
+    torch.testing.assert_close(mlp(100 * x), other(100 * x), rtol=1e-6, atol=1e-6)

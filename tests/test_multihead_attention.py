@@ -92,6 +92,14 @@ def test_self_attention_causal_and_unbatched():
     same(mine, theirs, (one, one, one), key_padding_mask=hidden[2])
 
 
+@pytest.mark.parametrize("options", [dict(add_zero_attn=True), dict(add_bias_kv=True)], ids=str)
+def test_a_causal_hint_beside_added_keys_means_what_torch_means(options):
+    mine, theirs = pair(batch_first=True, **options)
+    x = torch.randn(BATCH, LENGTH, 8, device=DEVICE)
+    hidden = torch.ones(LENGTH, LENGTH, dtype=torch.bool, device=DEVICE).triu(1)
+    same(mine, theirs, (x, x, x), attn_mask=hidden, is_causal=True)
+
+
 def test_weights_are_torchs():
     mine, theirs = pair()
     tensors = cross()

@@ -82,12 +82,12 @@ def _as_measured(part, cls: type, settings) -> bool:
 
 
 def looks_like_gated(module: nn.Module) -> bool:
-    """Two or three linear layers whose shapes fit, at most one activation and one dropout, no parameters of its own."""
+    """Two or three linear layers whose shapes fit, at most three parts beside them, no parameters of its own."""
     if any(True for _ in module.parameters(recurse=False)):
         return False
     parts = list(module.children())
     linears = [p for p in parts if isinstance(p, nn.Linear)]
-    if len(linears) not in (2, 3) or len(parts) - len(linears) > 2 or isinstance(module, nn.Sequential):
+    if len(linears) not in (2, 3) or len(parts) - len(linears) > 3 or isinstance(module, nn.Sequential):
         return False
     others = [p for p in parts if not isinstance(p, nn.Linear)]
     if any(any(True for _ in p.parameters()) or any(True for _ in p.children()) for p in others):

@@ -97,10 +97,15 @@ class Logits:
         if self.parent is None:
             return _Values.apply(tensor, self)
         base = self.parent.read(self.parent_tensor)
-        if not self.view and base._version != self.parent.version:
+        if not self.view and self.parent._changed():
             # Somebody has changed the parent in place since; what was derived before did not change with it.
             base = self.parent._anew()
         return self.step(base)
+
+    def _changed(self) -> bool:
+        """Whether these values, or those that they were derived from, have been changed in place since."""
+        here = self.value is not None and self.value._version != self.version
+        return here or (self.parent is not None and self.parent._changed())
 
     def _anew(self) -> torch.Tensor:
         return self.compute() if self.parent is None else self.step(self.parent._anew())

@@ -1,0 +1,141 @@
+"""Deferred logits and rows where and as nobody expects them: odd layouts, modes, transforms, checkpoints, traces."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fastllm
+
+V = 30
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(V, 8), nn.Embedding(6, 8)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, V)
+
+    def embed(self, ids):
+        return self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
+
+    def forward(self, ids):
+        return self.head(self.norm(self.embed(ids)))
+
+
+@pytest.fixture
+def models():
+    model = Model()
+    other = copy.deepcopy(model)
+    assert len(fastllm.accelerate(model).swapped) == 4
+    return model, other
+
+
+IDS, LABELS = torch.arange(12).view(2, 6), torch.arange(12).view(2, 6) * 2
+
+
+def both(models, use):
+    """``use(model)`` of each, and the gradients that it has left, compared."""
+    found = [(use(model), [p.grad for p in model.parameters()]) for model in models]
+    torch.testing.assert_close(*found, equal_nan=True)
+
+
+def loss_of(logits):
+    return F.cross_entropy(logits.reshape(-1, V), LABELS[:, : logits.shape[1]].reshape(-1))
+
+
+LAYOUTS = {
+    "slice": lambda z: z[:, :-1],
+    "contiguous_slice": lambda z: z[:, :-1].contiguous().view(-1, V),
+    "transposed": lambda z: z.transpose(1, 2) * 2.0,
+    "contiguous_transposed": lambda z: z.transpose(1, 2).contiguous().view(2, -1),
+    "reshaped_slice": lambda z: z[:, 1:].reshape(-1, V),
+    "scaled_slice": lambda z: (z[:, 1:] * 0.5).float(),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_are_those_of_the_values(models, name):
+    got, want = (LAYOUTS[name](model(IDS)) for model in models)
+    assert (got.shape, got.stride(), got.is_contiguous()) == (want.shape, want.stride(), want.is_contiguous())
+    torch.testing.assert_close(got * 1, want)
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        models[0](IDS)[:, :-1].view(-1, V)
+
+
+def test_a_copy_does_not_follow_what_it_was_copied_from(models):
+    def use(model):
+        logits = model(IDS)
+        copied = logits[:, :-1].reshape(-1, V)
+        logits.mul_(0.0)
+        return copied.sum(1)
+
+    both(models, use)
+
+
+def test_reading_in_inference_mode_and_in_transforms(models):
+    def use(model):
+        rows, logits = model.embed(IDS), model(IDS)
+        with torch.inference_mode():
+            right = (logits.argmax(-1) == LABELS).sum() + rows.argmax()
+        weight = torch.ones(V)
+        slope = torch.func.grad(lambda w: (w * model(IDS)).sum() + (w * logits).sum())(weight)
+        (loss_of(logits) + rows.square().mean()).backward()
+        return right, slope
+
+    both(models, use)
+
+
+def test_ids_that_change_before_their_rows_are_read(models):
+    def use(model):
+        with torch.no_grad():
+            ids = IDS.clone()
+            rows, single = model.embed(ids), model.tokens(ids[:1].expand(3, -1))
+            ids.fill_(3)
+            return rows + 0, single + 0
+
+    both(models, use)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_around_what_reads_and_what_takes_the_loss(models, reentrant):
+    def use(model):
+        hidden = checkpoint(lambda h: h + model.norm(h), model.embed(IDS), use_reentrant=reentrant)
+        loss = checkpoint(lambda h: loss_of(model.head(h)), hidden, use_reentrant=reentrant)
+        logits = checkpoint(model.head, hidden, use_reentrant=reentrant)
+        (loss + loss_of(logits[:, 1:]) + logits.logsumexp(-1).sum()).backward()
+        return loss
+
+    both(models, use)
+
+
+def test_autocast_leaves_double_precision(models):
+    def use(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model.double()(IDS)
+            loss = loss_of(logits)
+        loss.backward()
+        return logits.detach(), loss
+
+    both(models, use)
+
+
+def test_scales_that_no_kernel_takes(models):
+    for scale in (float("inf"), 0, -1e-320):
+        both(models, lambda model, scale=scale: loss_of(model(IDS) * scale * scale))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_trace_is_of_torchs_operators_alone(models):
+    model, other = models
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(model.eval(), (IDS,)), file)
+    file.seek(0)
+    again = torch.jit.load(file)
+    assert "fastllm" not in str(again.inlined_graph)
+    torch.testing.assert_close(again(IDS.flip(0)), other(IDS.flip(0)))
