@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from ..cli import Parser
+from ..config import path
 from . import cases
 from .environment import environment
 from .results import Run, read_run
@@ -29,7 +31,7 @@ fastllm bench train --help            the training step
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fastllm bench",
         description="Time the ops beside eager PyTorch, torch.compile and the rivals that are installed.",
         epilog=EPILOG,
@@ -49,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         "--fresh-caches", action="store_true",
         help="nothing that Triton and Inductor have compiled before, so that the first calls compile",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the results (default: runs/bench-<time>)")
+    parser.add_argument("--out", type=path, metavar="FOLDER", help="for the results (default: runs/bench-<time>)")
     return parser
 
 

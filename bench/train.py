@@ -14,7 +14,6 @@ most during a provider's turns, on CUDA only.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib.util
 import json
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from ..cli import Parser
 from ..models import PRESETS, Transformer, TransformerConfig
 from ..training.config import TrainingConfig
 from ..training.measure import autocast
@@ -335,7 +335,7 @@ def table(rows: list[Row], title: str):
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m fastllm.bench.train", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m fastllm.bench.train", description=__doc__.partition("\n")[0])
     parser.add_argument("--preset", choices=list(PRESETS), default="small", help="the model (default: %(default)s)")
     parser.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="sequences a step (default: %(default)s)"

@@ -1,7 +1,7 @@
 """The command line: parsing, and what becomes of errors. The commands are in :mod:`fastllm.commands`.
 
-Exit codes: 0 done; 1 a run failed (disk full, loss not finite); 2 the input was refused before any work; 130 and 143
-stopped by SIGINT and SIGTERM. Errors are one line on stderr.
+Exit codes: 0 done; 1 a run failed (disk full, loss not finite); 2 the input was refused before any work; 129, 130 and
+143 stopped by SIGHUP, SIGINT and SIGTERM. Errors are one line on stderr.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import errno
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -20,8 +23,13 @@ from .commands import COMMANDS
 from .config import InputError
 from .version import __version__
 
+# Arguments that may be empty.
+TEXTS = ("prompt", "text", "texts", "question", "context")
+# Signals that end a process, but for SIGINT, of which Python makes KeyboardInterrupt.
+ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
-class _Parser(argparse.ArgumentParser):
+
+class Parser(argparse.ArgumentParser):
     """argparse's, with errors on one line, no abbreviated flags, and the nearest flag to one that does not exist."""
 
     def __init__(self, *args, **kwargs):
@@ -35,12 +43,12 @@ class _Parser(argparse.ArgumentParser):
         return namespace, extras
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:
     """The parser; of the commands only ``command`` knows its arguments, so that no other one is imported."""
-    parser = _Parser(prog="fastllm", description="Train and use a language model built on fused kernels.")
+    parser = Parser(prog="fastllm", description="Train and use a language model built on fused kernels.")
     parser.add_argument("--version", action="version", version=f"fastllm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text in COMMANDS.items():
@@ -64,43 +72,111 @@ def _one_line_warnings() -> Iterator[None]:
         warnings.formatwarning = before
 
 
+class _Ended(BaseException):
+    """SIGTERM or SIGHUP came while nothing else waits for it: what is half done is undone on the way out."""
+
+
+@contextlib.contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP raise, unless the process was told to ignore them (nohup)."""
+    before = {}
+
+    def end(number: int, frame: object) -> None:
+        raise _Ended(number)
+
+    # A process that torchrun started may be waiting for others in a call that no exception leaves.
+    if threading.current_thread() is threading.main_thread() and "RANK" not in os.environ:
+        for number in ENDING:
+            if signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_values(arguments: argparse.Namespace) -> None:
+    """No argument but a text may be empty: an unset variable of a script is no file, and not the current folder."""
+    for name, value in vars(arguments).items():
+        for one in value if isinstance(value, list) else [value]:
+            if one == "" and name not in TEXTS:
+                raise InputError(f"{name}: expected a value, got an empty one")
+            if isinstance(one, str) and re.search("[\ud800-\udfff]", one):
+                raise InputError(f"{name}: expected UTF-8, got {one!r}")
+
+
+def _without_output() -> None:
+    """Python would complain once more when it flushes at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. ``argv`` without the program's name, default sys.argv's."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal cannot show
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["bench"]:
-        from .bench.command import main as bench
-
-        return bench(argv[1:])
-    arguments = _parser(argv[0] if argv else None).parse_args(argv)
-    from .registry import BackendError, chosen_backend
-
     try:
-        with _one_line_warnings():
-            try:
-                chosen_backend()
-            except ValueError as error:
-                raise InputError(str(error)) from error
-            return arguments.execute(arguments)
-    except (InputError, BackendError) as error:
+        with _ending_in_order():
+            result = _execute(argv)
+            sys.stdout.flush()
+            return result
+    except SystemExit:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _without_output()
+        raise
+    except _Ended as ended:
+        code = 128 + ended.args[0]
+        message = signal.Signals(ended.args[0]).name
+    except InputError as error:
         code, message = 2, str(error)
     except BrokenPipeError:
-        # Whoever read the output has left; Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _without_output()  # whoever read the output has left
         return 1
     except OSError as error:
-        code, message = 1, f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        # No file has such a name: that is the user's input.
+        code = 2 if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else 1
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _without_output()
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     except (RuntimeError, MemoryError) as error:
+        from .registry import BackendError
         from .training import Failed
 
         code, message = 1, str(error)
         # torch has a class of its own for a full GPU, and only a message for full host memory.
         if isinstance(error, MemoryError) or re.search("out of memory|can't allocate|not enough memory", message):
-            message = f"out of memory; a smaller model or --micro-batch-size needs less ({message})"
+            message = f"out of memory; a smaller model or --micro-batch-size needs less ({message or 'no details'})"
+        elif isinstance(error, BackendError):
+            code = 2
         elif not isinstance(error, Failed):
             raise
-    print(f"fastllm {arguments.command}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"fastllm {argv[0]}: error: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def _execute(argv: list[str]) -> int:
+    if argv[:1] == ["bench"]:
+        from .bench.command import main as bench
+
+        return bench(argv[1:])
+    arguments = _parser(argv[0] if argv else None).parse_args(argv)
+    _check_values(arguments)
+    from .registry import chosen_backend
+
+    with _one_line_warnings():
+        try:
+            chosen_backend()
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        return arguments.execute(arguments)

@@ -9,8 +9,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import errno
 import json
-import math
+import os
+import re
+import stat
 import sys
 import types
 import typing
@@ -22,6 +25,10 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+# What a float32 tensor and a 64-bit counter hold.
+LARGEST_FLOAT, LARGEST_INT = 3.4028234663852886e38, 2**63 - 1
 
 
 class InputError(ValueError):
@@ -105,18 +112,41 @@ def flags_given(namespace: argparse.Namespace, cls: type) -> dict[str, Any]:
     return {s.name: getattr(namespace, s.name) for s in settings(cls) if hasattr(namespace, s.name)}
 
 
+def path(text: str) -> Path:
+    """An argument's type: a path that is not empty, which would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got an empty text")
+    return Path(text)
+
+
+def read_plain(path: str | Path) -> bytes:
+    """The content of a file, or of a pipe as ``<(command)`` gives one; a device may have no end and is not read.
+
+    Raises:
+        InputError: it is missing, unreadable, or neither; names it.
+    """
+    try:
+        kind = os.stat(path).st_mode
+        if stat.S_ISDIR(kind):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not (stat.S_ISREG(kind) or stat.S_ISFIFO(kind)):
+            raise InputError(f"{path}: neither a file nor a folder")
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+
+
 def read_toml(path: str | Path) -> dict[str, Any]:
     """A TOML file's content.
 
     Raises:
         InputError: it is missing, unreadable or not TOML.
     """
+    content = read_plain(path)
     try:
-        with open(path, "rb") as file:
-            return tomllib.load(file)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(content.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: not a TOML file: {' '.join(str(error).split())}") from error
 
 
@@ -135,7 +165,7 @@ def _convert(setting: Setting, value: Any, where: str) -> Any:
         return None
     # A TOML integer is a good float; a bool is an int to Python and to nobody else.
     if setting.type is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if abs(value) <= sys.float_info.max else math.inf
+        value = float(value) if abs(value) <= LARGEST_FLOAT else float("inf")
     if not isinstance(value, setting.type) or (setting.type is int and isinstance(value, bool)):
         raise InputError(f"{where}: {setting.name}: expected {setting.type.__name__}, got {value!r}")
     _check_range(setting, value, where)
@@ -149,8 +179,12 @@ def _check_range(setting: Setting, value: Any, where: str) -> None:
             f"{where}: {setting.name}: expected one of {', '.join(map(str, setting.choices))}; got {value!r}"
         )
     wanted = None
-    if isinstance(value, float) and not math.isfinite(value):
-        wanted = "a finite number"
+    if isinstance(value, str) and (not value or re.search("[\0\ud800-\udfff]", value)):
+        raise InputError(f"{where}: {setting.name}: expected UTF-8 text that is not empty, got {value!r}")
+    if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:
+        wanted = "a finite number (of float32)"
+    elif isinstance(value, int) and not -LARGEST_INT <= value <= LARGEST_INT:
+        wanted = f"at most {LARGEST_INT}"
     elif "minimum" in limits and value < limits["minimum"]:
         wanted = f"at least {limits['minimum']}"
     elif "above" in limits and value <= limits["above"]:

@@ -6,9 +6,12 @@ And readers of what others may have written: bounded in size, of one known form,
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -50,14 +53,27 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
         raise
 
 
+def check_plain(path: Path) -> None:
+    """Refuse to write to what is there but is no plain file: the superuser may even rename over /dev/null.
+
+    Raises:
+        InputError: it is a device, a pipe, a socket or a folder.
+    """
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise InputError(f"{path}: cannot write there: not a file")
+
+
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A binary file to write (and seek in) that becomes ``path`` when the block ends, and leaves no trace if it raises.
 
     Raises:
+        InputError: ``path`` is a device, a pipe or a folder, which a rename would replace or cannot.
         OSError: the disk is full, the folder is missing or read-only; names ``path``.
     """
     path = Path(path)
+    check_plain(path)
     temporary = _temporary(path)
     with naming(path):
         try:
@@ -77,28 +93,79 @@ def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def folder_to_fill(path: str | os.PathLike, new: bool = False) -> Iterator[Path]:
-    """``path``, made with the folders above it and tried; if the block raises, what was not there before goes again.
+    """``path``, made with the folders above it and tried; if the block raises, what it has made goes again.
+
+    Folders above it that other processes have put something into meanwhile stay.
 
     Args:
         new: it must not be there yet.
 
     Raises:
+        FileExistsError: it is there and must not be.
         InputError: it cannot be written there.
     """
     folder = Path(path)
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    made: list[Path] = []
     try:
         try:
-            folder.mkdir(parents=True, exist_ok=not new)
+            for each in reversed((folder, *folder.parents)):
+                # Another process may make the same folders at this moment: its own are not this one's to remove.
+                try:
+                    each.mkdir()
+                    made.append(each)
+                except FileExistsError:
+                    if each == folder and (new or not folder.is_dir()):
+                        raise
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
+            if new and isinstance(error, FileExistsError):
+                raise
             raise InputError(f"{folder}: cannot write there: {error.strerror}") from error
         yield folder
     except BaseException:
-        if made:
-            shutil.rmtree(made[-1], ignore_errors=True)
+        if folder in made:
+            shutil.rmtree(made.pop(), ignore_errors=True)
+        for each in reversed(made):
+            with contextlib.suppress(OSError):
+                each.rmdir()
         raise
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path, name: str) -> Iterator[None]:
+    """Keep other processes that ask for the same off ``folder``; what killed ones were writing there is removed.
+
+    The lock, on the file ``name``, ends with this process however that ends, and is not its children's.
+
+    Raises:
+        InputError: another process has it, or the folder cannot be written.
+    """
+    try:
+        lock = open(folder / name, "ab")  # noqa: SIM115, closed below
+    except OSError as error:
+        raise InputError(f"{folder}: cannot write there: {error.strerror}") from error
+    with lock:
+        if os.name == "posix":
+            import fcntl
+
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                # Some network file systems have no locks.
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise InputError(f"{folder}: another process is writing there") from error
+        for left in folder.glob(".*.tmp"):
+            remove(left)
+        yield
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder with all that it holds."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -157,6 +224,16 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         file.write(text.encode())
 
 
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step, so that none is missing at any moment; False where the system has no such call."""
+    try:
+        swap = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return swap(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
 @contextlib.contextmanager
 def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
     """An empty folder to fill that becomes ``path`` when the block ends, and leaves no trace if it raises.
@@ -178,15 +255,21 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
                     with open(file, "rb+") as handle:
                         os.fsync(handle.fileno())
             sync_folder(temporary)
-            if path.exists():
+            if not os.path.lexists(path):
+                os.replace(temporary, path)
+            elif _exchange(temporary, path):
+                remove(temporary)
+            else:
                 # A folder cannot be renamed onto one that has files; between the two renames only the old
                 # one under its temporary name exists, complete.
                 old = path.with_name(f".{path.name}.{os.getpid()}.old")
                 os.replace(path, old)
-                os.replace(temporary, path)
-                shutil.rmtree(old)
-            else:
-                os.replace(temporary, path)
+                try:
+                    os.replace(temporary, path)
+                except OSError:
+                    os.replace(old, path)
+                    raise
+                remove(old)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

@@ -6,6 +6,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from .config import InputError
+
+# Below it the division could overflow, and only the likeliest token is left anyway.
+COLDEST = 1e-30
+
 
 def filter_logits(
     logits: torch.Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
@@ -27,7 +32,9 @@ def filter_logits(
     return logits
 
 
-def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def check_sampling(
+    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int | None = None
+) -> None:
     """Raise ValueError for a sampling argument out of its range."""
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
@@ -37,6 +44,8 @@ def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, t
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    if seed is not None and not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be at least 0 and less than 2^64, got {seed}")
 
 
 def generate(
@@ -63,9 +72,9 @@ def generate(
     When the context is full, its newer half is read again and the older half forgotten.
 
     Raises:
-        ValueError: an argument is out of its range, or the prompt is empty.
+        ValueError: an argument is out of its range, the prompt is empty, or, in the stream, the model gives a NaN.
     """
-    check_sampling(max_new_tokens, temperature, top_k, top_p)
+    check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
     if len(tokens) == 0:
         raise ValueError("tokens must hold at least one token to continue from")
     return _stream(model, list(tokens), max_new_tokens, temperature, top_k, top_p, seed, stop_token)
@@ -90,7 +99,9 @@ def _stream(model, tokens, max_new_tokens, temperature, top_k, top_p, seed, stop
                 fresh = tokens[-max(1, context // 2) :]
             with torch.inference_mode():
                 logits = model(torch.tensor([fresh], device=device), cache)[0, -1]
-                if temperature == 0.0:
+                if not logits.max().isfinite():
+                    raise InputError("the model's scores are not finite: nothing can be drawn from them")
+                if temperature < COLDEST:
                     token = int(logits.argmax())
                 else:
                     probabilities = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p).softmax(-1)

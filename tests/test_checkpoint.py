@@ -237,7 +237,7 @@ HOSTILE = [
     ),
     ("state.json", '{"step": 1, "seconds": 0, "tokens": 0, "dtype": "exec", "data": ""}', "dtype cannot be exec"),
     ("state.json", '{"step":1,"seconds":0,"tokens":0,"dtype":"auto","data":"","x":1}', "unknown entry 'x'"),
-    ("config.json", '{"architecture": "Transformer", "num_layers": 999999999}', "another model"),
+    ("config.json", '{"architecture": "Transformer", "num_layers": 9999}', "another model"),
     ("model.safetensors", b"\xff" * 100, "model.safetensors"),
     ("optimizer.safetensors", (1 << 40).to_bytes(8, "little") + b"{}", "optimizer.safetensors: damaged"),
     ("optimizer.safetensors", b"\x80\x04\x95cos\nsystem\n", "optimizer.safetensors: damaged"),  # a pickle

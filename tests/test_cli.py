@@ -133,7 +133,8 @@ def test_train_generate_resume(capsys):
     assert "vocab_size = 300" in out
     assert read_run_config("run/config.toml").training.steps == 4
     assert sorted({*os.listdir("run")} - {"tensorboard"}) == [
-        "checkpoints", "config.toml", "data", "loss.png", "metrics.jsonl", "model", "samples.txt", "sessions.jsonl"
+        "checkpoints", "config.toml", "data", "lock", "loss.png", "metrics.jsonl", "model", "samples.txt",
+        "sessions.jsonl",
     ]  # fmt: skip
 
     def generate(*arguments):
@@ -194,7 +195,7 @@ def test_a_tokenizer_can_be_given(refused):
 @pytest.mark.parametrize(
     ("pattern", "arguments"),
     [
-        (r"none\.txt: no such file", "--data none.txt"),
+        (r"none\.txt: No such file", "--data none.txt"),
         (r"empty\.txt: an empty file", "--data empty.txt"),
         (r"binary\.txt: a binary file", "--data binary.txt"),
         (r"latin\.txt: not UTF-8", "--data latin.txt"),

@@ -109,7 +109,7 @@ def test_folders_are_read_in_order_of_their_paths_and_say_what_they_pass_over(tm
         (b" \n\n", "empty"),
         (b"text\0more", "binary file.*offset 4"),
         (b"caf\xe9 au lait", "not UTF-8.*offset 3"),
-        (None, "no such file"),
+        (None, "No such file"),
     ],
 )
 def test_a_named_file_that_is_no_text_is_refused_by_name(tmp_path, content, message):

@@ -209,7 +209,7 @@ def test_what_cannot_be_written_to_is_refused_before_any_work(sources, undisturb
         prepare_text([tmp_path / "none"], tmp_path / "out", workers=0)
     with pytest.raises(InputError, match="engine: expected local or ray"):
         prepare_text([sources], tmp_path / "out", engine="spark")
-    with pytest.raises(InputError, match="workers: expected 0 or more, got -1"):
+    with pytest.raises(InputError, match="workers: expected 0 to 1024, got -1"):
         prepare_text([sources], tmp_path / "out", workers=-1)
     assert not (tmp_path / "out").exists()
 

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from ..config import InputError
+from ..config import InputError, read_plain
 from ..data import Tokenizer
 from ..models import Model, ModelConfig, load_model
 from ..training import RUNS
@@ -86,10 +86,8 @@ def given_texts(texts: list[str], file: str | None) -> list[str]:
         raise InputError("--file: texts are given on the command line too")
     if file is not None:
         try:
-            content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+            content = sys.stdin.buffer.read() if file == "-" else read_plain(file)
             texts = [line for line in content.decode("utf-8-sig").splitlines() if line.strip()]
-        except OSError as error:
-            raise InputError(f"{file}: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise InputError(f"{file}: not UTF-8 text (offset {error.start})") from error
     if not texts or not all(text.strip() for text in texts):

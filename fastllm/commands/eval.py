@@ -4,6 +4,7 @@ answers, bits per byte of a language model."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from ..config import InputError
 from ..data import read_corpus, write_token_file
 from ..data.token_file import open_token_file
+from ..files import folder_to_fill, write_text
 from ..tasks.answer import answers
 from ..tasks.classify import classify
 from ..tasks.metrics import confusion, f1_macro, squad_scores, translation_scores
@@ -45,7 +47,6 @@ def _labels(model, tokenizer, examples, arguments) -> tuple[dict, list[dict]]:
     if arguments.out:
         from ..training.curves import plot_confusion
 
-        Path(arguments.out).mkdir(parents=True, exist_ok=True)
         plot_confusion(confusion(labels, predicted, len(names)), names, Path(arguments.out) / "confusion.png")
     right = sum(a == b for a, b in zip(labels, predicted, strict=True))
     scores = {"accuracy": right / len(labels), "f1": f1_macro(labels, predicted, len(names))}
@@ -80,6 +81,11 @@ def _language(model, tokenizer, arguments) -> dict:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.beams < 1 or arguments.limit < 0:
         raise InputError(f"beams and limit: expected at least 1 and 0, got {arguments.beams} and {arguments.limit}")
+    with folder_to_fill(arguments.out) if arguments.out else contextlib.nullcontext() as out:
+        return _run(arguments, out)
+
+
+def _run(arguments: argparse.Namespace, out: Path | None) -> int:
     folder = model_folder(arguments)
     model, tokenizer = load_for(folder, arguments.device)
     task = task_of(model.config)
@@ -103,10 +109,9 @@ def run(arguments: argparse.Namespace) -> int:
             if isinstance(value, int)
             else f"{name.replace('_', ' ')}: {value:.4f}"
         )
-    if arguments.out:
-        out = Path(arguments.out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", "utf-8")
-        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in predictions]
-        (out / "predictions.jsonl").write_text("".join(lines), "utf-8")
+    if out is not None:
+        write_text(out / "scores.json", json.dumps(scores, indent=1) + "\n")
+        write_text(
+            out / "predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions)
+        )
     return 0

@@ -4,13 +4,13 @@ as fastllm does, or one GGUF file for llama.cpp. A checkpoint that is in parts b
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import os
 
 import torch
 
-from ..config import InputError
+from ..config import InputError, path
 from ..data import Tokenizer
-from ..files import whole_folder
+from ..files import folder_to_fill, whole_folder
 from ..models import build_model, load_model
 from ..models.to_gguf import write_gguf
 from ..training.checkpoint import SHARDED, load_config, write_manifest
@@ -18,8 +18,8 @@ from ..training.setup import model_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, metavar="RUN", help="a run's folder, one of its checkpoints, or a model's")
-    parser.add_argument("out", type=Path, metavar="FOLDER", help="where to write; must not exist")
+    parser.add_argument("model", type=path, metavar="RUN", help="a run's folder, one of its checkpoints, or a model's")
+    parser.add_argument("out", type=path, metavar="FOLDER", help="where to write; must not exist")
     parser.add_argument(
         "--format", choices=("safetensors", "gguf"), default="safetensors",
         help="gguf: model.gguf, weights in fp32; for decoders of GPT-2's and Llama's shapes (default: %(default)s)",
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.out.exists():
+    if os.path.lexists(arguments.out):
         raise InputError(f"{arguments.out}: is there already")
     if arguments.format == "gguf" and arguments.layout:
         raise InputError("--layout: GGUF has its own; it goes with --format safetensors only")
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
             model, _ = load_whole(folder, lambda: build_model(load_config(folder)), torch.device("cpu"))
         else:
             model = load_model(folder)
-        with whole_folder(arguments.out) as out:
+        with folder_to_fill(arguments.out.parent), whole_folder(arguments.out) as out:
             if arguments.format == "gguf":
                 write_gguf(model, tokenizer, out, arguments.out.name)
             else:

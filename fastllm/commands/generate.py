@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    sampling = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
+    sampling = {name: getattr(arguments, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
     try:
         check_sampling(**sampling)
     except ValueError as error:
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     model, tokenizer = load_for(model_folder(arguments), arguments.device, "generate")
     tokens = generate(
         model, [tokenizer.end_of_text, *tokenizer.encode(arguments.prompt)],
-        seed=arguments.seed, stop_token=tokenizer.end_of_text, **sampling,
+        stop_token=tokenizer.end_of_text, **sampling,
     )  # fmt: skip
     sys.stdout.write(arguments.prompt)
     for text in tokenizer.stream(tokens):

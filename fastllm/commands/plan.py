@@ -8,8 +8,10 @@ from dataclasses import replace
 
 from ..config import InputError
 from ..models import PRESETS
+from ..models.config import MOST
 from ..training.planner import GIB, GPUS, TooLarge, plan, shape_of
 
+LARGEST = 1e18
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 
@@ -17,7 +19,10 @@ def _number(text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmbt]?)", text.lower())
     if not match or not float(match[1]):
         raise argparse.ArgumentTypeError(f"expected a number above 0 such as 70b or 4m, got {text!r}")
-    return float(match[1]) * _UNITS[match[2]]
+    value = float(match[1]) * _UNITS[match[2]]
+    if value > LARGEST:
+        raise argparse.ArgumentTypeError(f"expected at most {LARGEST:g}, got {text[:40]}")
+    return value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     for name in ("gpus", "gpus_per_node", "context_length", "micro_batch_size"):
         value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+        if value is not None and not 1 <= value <= MOST:
+            raise InputError(f"--{name.replace('_', '-')}: expected at least 1 and at most {MOST}, got {value}")
     if not 0 < arguments.efficiency <= 1 or not 0 <= arguments.overlap <= 1:
         raise InputError("--efficiency and --overlap: expected parts of 1")
     given = {
@@ -64,8 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
         "between": (arguments.between, 1e9),
     }  # fmt: skip
     for name, (value, _) in given.items():
-        if value is not None and not 0 < value < float("inf"):
-            raise InputError(f"--{name}: expected more than 0, got {value}")
+        if value is not None and not 0 < value <= LARGEST:
+            raise InputError(f"--{name}: expected more than 0 and at most {LARGEST:g}, got {value}")
     gpu = replace(
         GPUS[arguments.gpu], **{name: value * unit for name, (value, unit) in given.items() if value is not None}
     )

@@ -29,7 +29,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.bind((host, port))
         listener.listen(64)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, TypeError, UnicodeError) as error:
         listener.close()
         raise InputError(f"port {port} on {host}: {getattr(error, 'strerror', None) or error}") from error
     return listener

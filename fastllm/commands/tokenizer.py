@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from ..config import InputError
+from ..config import InputError, read_plain
 from ..data import DataConfig, Tokenizer, load_corpus, prepare
 from ..data.tokenizer import KINDS, SPECIAL_TOKENS
 from ..data.tokenizer_show import Pieces, Sample
@@ -93,9 +93,9 @@ def _show(arguments: argparse.Namespace) -> int:
     tokenizer = _load(arguments.tokenizer)
     if arguments.file is not None:
         try:
-            text = Path(arguments.file).read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{arguments.file}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
+            text = read_plain(arguments.file).decode()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{arguments.file}: not UTF-8 text (offset {error.start})") from error
     else:
         text = arguments.text if arguments.text is not None else sys.stdin.read()
     pieces = Pieces(tokenizer, text)

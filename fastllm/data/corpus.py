@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import lzma
 import re
-import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..config import InputError
+from ..config import InputError, read_plain
 
 # One document in ten is held out.
 HELD_OUT = 10
@@ -145,16 +144,7 @@ def _corpus(name: str, documents: list[str], remove_repeated: bool, notes: list[
 
 
 def _read_text(path: Path) -> str:
-    try:
-        # A pipe, as <(command) gives, is read to its end; a device may have none.
-        kind = path.stat().st_mode
-        if not (stat.S_ISREG(kind) or stat.S_ISFIFO(kind)):
-            raise InputError(f"{path}: neither a file nor a folder")
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file or folder") from None
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
+    content = read_plain(path)
     if b"\0" in content:
         raise InputError(f"{path}: a binary file, not text (byte 0 at offset {content.index(0)})")
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from ..config import InputError
+from ..config import InputError, read_plain
 from ..files import write_text
 from .sentences import sentence_starts
 from .tokenizer_training import END_OF_TEXT, KINDS, SPECIAL_TOKENS, train_tokenizer
@@ -103,9 +103,9 @@ class Tokenizer:
             InputError: the file is missing, is not one, or has no token that separates documents.
         """
         try:
-            tokenizer = cls(Path(path).read_text("utf-8"))
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}") from error
+            tokenizer = cls(read_plain(path).decode())
+        except InputError:
+            raise
         except BaseException as error:
             # tokenizers raises bare Exception for every malformed file; a panic in it is no Exception to Python.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":

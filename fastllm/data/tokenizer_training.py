@@ -35,6 +35,8 @@ SPECIAL_TOKENS = {
     "all": (END_OF_TEXT, "[PAD]", UNKNOWN, "[CLS]", "[SEP]", "[MASK]", "[BOS]", "[EOS]"),
 }
 BYTES = 256
+# Trainers reserve memory for as many as are asked for, and abort the process where there is none.
+MOST_TOKENS = 10_000_000
 # Characters of a text that the character tokenizer's model sees at once; it looks each run up in a cache first.
 RUN = 64
 
@@ -57,6 +59,8 @@ def train_tokenizer(
     if vocab_size < smallest:
         what = "bytes and special tokens" if smallest > BYTES else "special tokens and a word"
         raise InputError(f"vocab_size: expected at least {smallest} ({what}) for kind {kind}, got {vocab_size}")
+    if vocab_size > MOST_TOKENS:
+        raise InputError(f"vocab_size: expected at most {MOST_TOKENS}, got {vocab_size}")
     common = {"vocab_size": vocab_size, "special_tokens": special, "show_progress": False}
     if kind == "char":
         return _characters(documents, vocab_size, special)

@@ -9,6 +9,8 @@ NORMS = ("layer", "rms")
 NORM_POSITIONS = ("pre", "post")
 GATED = ("swiglu", "geglu", "geglu_tanh")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu2", *GATED)
+# Beyond these no machine of today holds the model, and only building it would fill a memory.
+MOST, MOST_LAYERS = 2**31 - 1, 10_000
 KINDS = ("transformer", "lstm", "gru")
 # What a head on an encoder gives: tokens, whether two texts follow each other, a class, an answer's ends.
 HEADS = ("mlm", "nsp", "classify", "span")
@@ -66,11 +68,14 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("heads", "labels"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("vocab_size", "context_length", "num_layers", "num_heads", "hidden_size"):
-            self._require(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "at least 1")
-        for name in ("num_kv_heads", "intermediate_size", "num_encoder_layers", "head_size"):
+        optional = ("num_kv_heads", "intermediate_size", "num_encoder_layers", "head_size")
+        for name in ("vocab_size", "context_length", "num_layers", "num_heads", "hidden_size", "segments", *optional):
             value = getattr(self, name)
-            self._require(name, value is None or (isinstance(value, int) and value >= 1), "at least 1")
+            if value is None and name in optional:
+                continue
+            least, most = int(name != "segments"), MOST_LAYERS if name.endswith("layers") else MOST
+            self._require(name, isinstance(value, int) and value >= least, f"at least {least}")
+            self._require(name, value <= most, f"at most {most}")
         for name, choices in (
             ("positions", POSITIONS), ("norm", NORMS), ("norm_position", NORM_POSITIONS), ("activation", ACTIVATIONS),
             ("encoder", ("none", *KINDS)), ("decoder", ("none", *KINDS)),
@@ -79,7 +84,6 @@ class ModelConfig:
         self._require("decoder", self.encoder != "none" or self.decoder != "none", "given where there is no encoder")
         self._require("heads", set(self.heads) <= set(HEADS), f"among {', '.join(HEADS)}")
         self._require("heads", not self.heads or self.decoder == "none", "empty for a model with a decoder")
-        self._require("segments", self.segments >= 0, "at least 0")
         self._require("dropout", 0.0 <= self.dropout < 1.0, "in [0, 1)")
         self._require("norm_eps", self.norm_eps > 0, "positive")
         self._require("rotary_base", self.rotary_base > 0, "positive")

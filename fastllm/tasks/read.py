@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..config import InputError
+from ..config import InputError, read_plain
 
 Examples = list[dict]
 # The names under which a table's columns go, in order of preference.
@@ -22,10 +22,7 @@ LABEL_COLUMNS = ("label", "sentiment", "class", "target")
 
 
 def _read(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
+    content = read_plain(path)
     try:
         text = content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:

@@ -25,7 +25,7 @@ import torch
 
 from ..config import InputError
 from ..data import Tokenizer
-from ..files import read_json, read_tensors, whole_folder, write_text
+from ..files import read_json, read_tensors, remove, whole_folder, write_text
 from ..models import Model, ModelConfig, load_model
 from .lora import ADAPTER, has_lora, merged, save_adapter
 
@@ -174,7 +174,7 @@ def _prune(folder: Path, newest: Path, keep: Keep) -> None:
     stay = {*before[-keep.newest :], *sorted(scores, key=scores.__getitem__)[: keep.best]}
     for path in every:
         if path not in stay:
-            shutil.rmtree(path)
+            remove(path)
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -32,7 +32,8 @@ class Clock:
 
 
 class StopRequest:
-    """Within the block, the first SIGINT or SIGTERM sets ``signal``; a second one acts as it always would."""
+    """Within the block, the first SIGINT, SIGTERM or SIGHUP (the terminal is gone) sets ``signal``; a second one acts
+    as it always would. A SIGHUP that the process was told to ignore, as nohup does, stays ignored."""
 
     def __init__(self):
         self.signal = 0
@@ -43,14 +44,17 @@ class StopRequest:
         self._restore()
 
     def _restore(self) -> None:
-        for number, handler in self._before.items():
+        # Taken first: a signal may come, and be noted, in the middle.
+        before, self._before = self._before, {}
+        for number, handler in before.items():
             signal.signal(number, handler)
-        self._before.clear()
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)
+                if number is not None and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -43,8 +43,8 @@ def plot_terms(run: Path, title: str) -> Path:
     from .report import smooth
 
     lines = read_metrics(run / "metrics.jsonl")
-    train = [line for line in lines if "loss" in line]
-    held = [line for line in lines if "validation_loss" in line]
+    train = [line for line in lines if line.get("loss") is not None]
+    held = [line for line in lines if line.get("validation_loss") is not None]
     scores = [name for name in (held[-1] if held else {}) if name.startswith("validation_") and name not in PLACE]
     figure, axes = new_figure(1 + len(scores))
     if train:

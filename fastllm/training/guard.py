@@ -67,13 +67,17 @@ class Guard:
         state.in_a_row += 1
         step = state.step + 1
         if self._folder is not None and state.skipped <= KEPT:
-            self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"step-{step:08d}"
-            save_tensors(batch, path.with_suffix(".safetensors"))
-            write_text(
-                path.with_suffix(".json"),
-                json.dumps({"step": step, "loss": str(loss), "grad_norm": str(norm), "reason": reason}) + "\n",
-            )
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                save_tensors(batch, path.with_suffix(".safetensors"))
+                write_text(
+                    path.with_suffix(".json"),
+                    json.dumps({"step": step, "loss": str(loss), "grad_norm": str(norm), "reason": reason}) + "\n",
+                )
+            except OSError as error:  # the disk is full: no reason to lose the run
+                path.with_suffix(".safetensors").unlink(missing_ok=True)
+                reason += f" (its batch could not be kept: {error})"
         if state.in_a_row >= self._limit:
             kept = f"; their batches are in {self._folder}" if self._folder is not None else ""
             raise Diverged(

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..config import InputError, build
-from ..files import folder_to_fill, write_text
-from .checkpoint import checkpoints, find_checkpoint
+from ..files import folder_to_fill, sole_writer, write_text
+from .checkpoint import MANIFEST, checkpoints, find_checkpoint
 from .config import RunConfig, TrainingConfig, read_run_config
-from .loop import CONFIG, Result, Run, fixed_settings, pick_device
-from .progress import Display
+from .loop import CONFIG, SESSIONS, Result, Run, fixed_settings, pick_device
+from .progress import METRICS, Display, find_wandb
 from .ranks import ALONE, Ranks, launched
 from .setup import fitted, open_data, reopen_data, with_pretrained
 
 RUNS = Path("runs")
+# The first that a run writes, and what follows.
+LOCK = "lock"
+WRITTEN = (CONFIG, "data", "checkpoints", "model", METRICS, SESSIONS, "skipped", "loss.png", "samples.txt")
 
 
 def train(
@@ -41,10 +46,10 @@ def train(
             raise InputError(f"{folder}: holds a run already; go on with --resume {folder}, or choose another --out")
         return resume(folder, _changes(config, Path(folder) / CONFIG), quiet=quiet)
     pick_device(config.training.device)
-    with _joined(config.training) as ranks:
+    find_wandb(config.training.wandb)
+    with _joined(config.training) as ranks, contextlib.ExitStack() as held:
         main = ranks.rank == 0
-        new = folder_to_fill(_next_run(), new=True) if folder is None else folder_to_fill(folder)
-        with new if main else contextlib.nullcontext(Path(folder)) as folder:
+        with _new_folder(folder, held) if main else contextlib.nullcontext(Path(folder)) as folder:
             display = Display(quiet or not main)
             with ranks.first():
                 data = folder / "data"
@@ -88,8 +93,35 @@ def _joined(training: TrainingConfig) -> contextlib.AbstractContextManager[Ranks
     return joined(training)
 
 
+@contextlib.contextmanager
+def _new_folder(folder: str | Path | None, held: contextlib.ExitStack) -> Iterator[Path]:
+    """``folder``, or the next free one in runs, made; locked until ``held`` ends. If the block raises, it goes again.
+
+    Raises:
+        InputError: it cannot be written, another process trains in it, or it holds what a new run would overwrite.
+    """
+    with contextlib.ExitStack() as stack:
+        path = None if folder is None else stack.enter_context(folder_to_fill(folder))
+        while path is None:
+            with contextlib.suppress(FileExistsError):  # another process was faster to take the number
+                path = stack.enter_context(folder_to_fill(_next_run(), new=True))
+        is_run = (path / LOCK).exists() or (path / SESSIONS).exists()
+        found = [name for name in WRITTEN if os.path.lexists(path / name)]
+        if found and not is_run:
+            raise InputError(f"{path}: holds {found[0]}, which is no run's; choose another --out")
+        held.enter_context(sole_writer(path, LOCK))
+        if checkpoints(path / "checkpoints") or (path / "model" / MANIFEST).exists():
+            raise InputError(f"{path}: holds a trained model already; choose another --out")
+        try:
+            yield path
+        except BaseException:
+            if not is_run and not any(os.path.lexists(path / name) for name in WRITTEN):
+                (path / LOCK).unlink(missing_ok=True)
+            raise
+
+
 def _next_run() -> Path:
-    numbers = [int(path.name) for path in RUNS.glob("[0-9]*") if path.name.isdigit()]
+    numbers = [int(path.name) for path in RUNS.glob("[0-9]*") if re.fullmatch("[0-9]+", path.name)]
     return RUNS / f"{max(numbers, default=0) + 1:04d}"
 
 
@@ -109,8 +141,11 @@ def resume(checkpoint: str | Path, changes: Mapping[str, object] | None = None, 
     config = read_run_config(folder / CONFIG)
     if changes:
         config = replace(config, training=build(TrainingConfig, changes, "command line", config.training))
-    with _joined(config.training) as ranks:
+    find_wandb(config.training.wandb)
+    with _joined(config.training) as ranks, contextlib.ExitStack() as held:
         main = ranks.rank == 0
+        if main:
+            held.enter_context(sole_writer(folder, LOCK))
         run = Run(config, folder, reopen_data(config, folder / "data"), Display(quiet or not main), path, ranks)
         if main:
             write_text(folder / CONFIG, run.config.to_toml())

@@ -28,7 +28,7 @@ from .evaluate import Evaluation
 from .guard import Diverged, Failed, Guard
 from .lora import ADAPTER, load_adapter
 from .measure import autocast, faster_dtype, keep_random_state, matmul_flops
-from .meters import Meters, Timer
+from .meters import Meters, Timer, finite
 from .objectives import Batch, make_objective, rows_of, to_device
 from .optimizer import Optimizers
 from .progress import Display
@@ -303,7 +303,7 @@ class Run:
         with self._clock.pause(), self.ranks.evaluating():
             result = self.objective.evaluate(self.model, training.rows, state.dtype, limit)
         self._validation, self._evaluated = result, (state.step, result.whole)
-        state.validation = result.loss
+        state.validation = finite(result.loss)
         self._meters.evaluation(result)
 
     def _save(self, final: bool = False) -> None:

@@ -19,6 +19,11 @@ FLUSH_SECONDS = 1.0
 PHASES = ("data", "forward", "backward", "update")
 
 
+def finite(value: float | None) -> float | None:
+    """``value``, or None where it is not finite: JSON has no NaN."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 class Timer:
     """Seconds of a step by :data:`PHASES`, as the host sees them.
 
@@ -77,8 +82,7 @@ class Meters:
         """
         state, training = self._state, self._training
         line = {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 4)}
-        # JSON has no NaN.
-        line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line |= {name: finite(value) for name, value in values.items()}
         line |= {"lr": scale * training.lr, "muon_lr": scale * training.muon_lr}
         line |= {f"{phase}_seconds": round(seconds, 6) for phase, seconds in timer.seconds.items()}
         if len(own) > 1:
@@ -118,8 +122,8 @@ class Meters:
         if self._metrics is not None:
             self._metrics.write(
                 [{"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 4),
-                  "validation_loss": result.loss, "validation_tokens": result.tokens,
-                  **{f"validation_{name}": score for name, score in result.scores.items()}}]
+                  "validation_loss": finite(result.loss), "validation_tokens": result.tokens,
+                  **{f"validation_{name}": finite(score) for name, score in result.scores.items()}}]
             )  # fmt: skip
 
     def show(self, force: bool = False) -> None:

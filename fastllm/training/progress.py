@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.util
 import json
 import os
 import re
 import secrets
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from ..files import naming, write_text
 
 # Seconds between plain lines where the output is not a terminal.
 LINE_INTERVAL = 5.0
+METRICS = "metrics.jsonl"
 
 
 def printable(text: str) -> str:
@@ -54,7 +58,7 @@ class Metrics:
     """
 
     def __init__(self, folder: Path, resume_step: int = 0, wandb: str | None = None):
-        self._path = folder / "metrics.jsonl"
+        self._path = folder / METRICS
         # A run that was killed may have written beyond its last checkpoint; those steps come again.
         kept = [line for line in read_metrics(self._path) if line["step"] <= resume_step]
         write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -116,9 +120,18 @@ class Metrics:
             raise self._error
 
 
-def _wandb_run(folder: Path, project: str):
-    if importlib.util.find_spec("wandb") is None:
+def find_wandb(project: str | None) -> None:
+    """Refuse ``project`` where W&B is not installed.
+
+    Raises:
+        InputError: it is not.
+    """
+    if project is not None and importlib.util.find_spec("wandb") is None:
         raise InputError("wandb: a project was given, but W&B is not installed (pip install wandb)")
+
+
+def _wandb_run(folder: Path, project: str):
+    find_wandb(project)
     import wandb
 
     # Of the folder's own, so that a run that goes on goes on there, too.
@@ -146,11 +159,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Where rich would end the process."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 class Display:
-    """Progress on the terminal: a live line there, plain lines elsewhere. ``quiet`` shows nothing."""
+    """Progress on the terminal: a live line there, plain lines elsewhere. ``quiet`` shows nothing.
+
+    Where standard output fails, whoever read it being gone or its disk full, that is told of on standard error, and
+    the work goes on unseen.
+    """
 
     def __init__(self, quiet: bool = False):
-        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self.console = _Console(quiet=quiet, highlight=False, soft_wrap=True)
         self._live: Progress | None = None
         self._task = None
         self._next_line = 0.0
@@ -165,19 +188,31 @@ class Display:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        live, self._live = self._live, None
+        if live is not None:
+            with self._lossy():
+                live.stop()
+
+    @contextlib.contextmanager
+    def _lossy(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.console.quiet = True
+            # What it has buffered would fail again, at exit at the latest.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self.warn(f"standard output: {error.strerror}; nothing more is shown")
 
     def say(self, text: str = "") -> None:
         """A line that stays."""
-        with naming("standard output"):
+        with self._lossy():
             self.console.print(printable(text), markup=False)
 
     def warn(self, text: str) -> None:
         """A line on standard error, also where nothing else is shown."""
-        with naming("standard error"):
-            Console(stderr=True, highlight=False, soft_wrap=True).print(f"fastllm: warning: {text}", markup=False)
+        with contextlib.suppress(OSError):
+            _Console(stderr=True, highlight=False, soft_wrap=True).print(f"fastllm: warning: {text}", markup=False)
 
     def update(self, done: float, text: str, force: bool = False) -> None:
         """The state of things; where there is no terminal, a line every few seconds, or at once with ``force``."""

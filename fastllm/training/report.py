@@ -6,6 +6,7 @@ import io
 import itertools
 from pathlib import Path
 
+from ..config import InputError
 from ..data import Dataset, derive_seed
 from ..files import whole_file, write_text
 from ..generate import generate
@@ -49,8 +50,9 @@ def plot_loss(run: Path, dataset: Dataset | TaskDataset, title: str) -> Path:
     from matplotlib.ticker import FuncFormatter
 
     lines = read_metrics(run / "metrics.jsonl")
-    train = [line for line in lines if "loss" in line]
-    validation = [line for line in lines if "validation_bits_per_byte" in line]
+    # A skipped step, or a score, that is not finite has null there.
+    train = [line for line in lines if line.get("loss") is not None]
+    validation = [line for line in lines if line.get("validation_bits_per_byte") is not None]
     to_bits = bits_per_byte(1.0, dataset.train)
     blue, orange, grey = "#2a78b5", "#d9662b", "#666666"
 
@@ -117,17 +119,19 @@ def write_samples(run: Path, model: Model, dataset: Dataset | TaskDataset, seed:
         prompts.append(text[:PROMPT_BYTES].rpartition(" ")[0].rstrip() or text[:PROMPT_BYTES])
     blocks = []
     for number, prompt in enumerate(prompts):
-        continuation = tokenizer.decode(
-            generate(
-                model,
-                [tokenizer.end_of_text, *tokenizer.encode(prompt)],
-                max_new_tokens=SAMPLE_TOKENS,
-                temperature=TEMPERATURE,
-                top_p=TOP_P,
-                seed=derive_seed(seed, "samples", number) % 2**31,
-                stop_token=tokenizer.end_of_text,
-            )
+        tokens = generate(
+            model,
+            [tokenizer.end_of_text, *tokenizer.encode(prompt)],
+            max_new_tokens=SAMPLE_TOKENS,
+            temperature=TEMPERATURE,
+            top_p=TOP_P,
+            seed=derive_seed(seed, "samples", number) % 2**31,
+            stop_token=tokenizer.end_of_text,
         )
+        try:
+            continuation = tokenizer.decode(tokens)
+        except InputError as error:
+            continuation = f" ({error})"
         heading = f"prompt: {prompt!r}" if prompt else "no prompt"
         blocks.append(f"--- {heading}\n{prompt}{continuation}\n")
     text = f"temperature {TEMPERATURE}, top-p {TOP_P}, {SAMPLE_TOKENS} tokens at most\n\n" + "\n".join(blocks)

@@ -82,6 +82,7 @@ class Saver:
         self._live = model
         self._snapshot: Snapshot | None = None
         self._thread: threading.Thread | None = None
+        self._written = threading.Event()
         self._error: BaseException | None = None
         self._failures = 0
         # The step of the newest checkpoint that is whole.
@@ -100,7 +101,19 @@ class Saver:
         self._snapshot.take(tensors)
         state = replace(state, losses=state.losses and [*state.losses], norms=state.norms and [*state.norms])
         self.saving = state.step
-        self._thread = threading.Thread(target=self._write, args=(state,), name="checkpoint")
+        self._start(self._write, state)
+
+    def _start(self, write: Callable[..., None], *arguments: object) -> None:
+        """Call ``write`` in a thread."""
+
+        def run() -> None:
+            try:
+                write(*arguments)
+            finally:
+                self._written.set()
+
+        self._written.clear()
+        self._thread = threading.Thread(target=run, name="checkpoint")
         self._thread.start()
 
     def _write(self, state: State) -> None:
@@ -129,6 +142,9 @@ class Saver:
             NotFinite: its weights are not finite.
         """
         if self._thread is not None:
+            # A signal that comes during Thread.join makes Python 3.11 take the thread for ended, and not wait for it at
+            # exit: it would be killed while it writes.
+            self._written.wait()
             self._thread.join()
             self._thread = self.saving = None
             self._failures = self._failures + 1 if self._error is not None else 0

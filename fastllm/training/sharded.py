@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -51,8 +50,7 @@ class ShardedSaver(Saver):
         parts = {name: self._host(tensor) for name, tensor in (*self._live.named_parameters(), *tensors.items())}
         self.saving = state.step
         state = replace(state, losses=state.losses and [*state.losses], norms=state.norms and [*state.norms])
-        self._thread = threading.Thread(target=self._write_parts, args=(state, parts), name="checkpoint")
-        self._thread.start()
+        self._start(self._write_parts, state, parts)
 
     def _host(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy in host memory; of a part, one that still says where it belongs."""

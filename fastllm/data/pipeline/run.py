@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from ...config import InputError
-from ...files import whole_file, write_text
+from ...files import read_json, whole_file, write_text
 from ..clean import CleanConfig, Rejection
 from ..clean.document import EXCERPT
 from ..prepared import PREPARED
@@ -39,6 +39,8 @@ from .report import write_report
 from .shards import Shards, compress, rejection_line
 from .work import Batch, Result, batches, run_batch
 
+# More processes than this no machine has cores for.
+MOST_WORKERS = 1024
 Tell = Callable[[float, str], None]
 
 
@@ -65,16 +67,16 @@ def prepare_text(
     cleaning, config = cleaning or CleanConfig(), config or PipelineConfig()
     if engine not in ("local", "ray"):
         raise InputError(f"engine: expected local or ray, got {engine!r}")
-    if workers is not None and workers < 0:
-        raise InputError(f"workers: expected 0 or more, got {workers}")
+    if workers is not None and not 0 <= workers <= MOST_WORKERS:
+        raise InputError(f"workers: expected 0 to {MOST_WORKERS}, got {workers}")
     settings = {"sources": [str(source) for source in sources], **asdict(cleaning), **asdict(config)}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     if (out / PREPARED).exists():
-        if json.loads((out / PREPARED).read_text("utf-8")).get("key") != key:
+        if read_json(out / PREPARED, 1 << 30).get("key") != key:
             raise InputError(f"{out}: holds text that was prepared with other settings; choose another --out")
         # A run that was killed at its very end.
         shutil.rmtree(out / "work", ignore_errors=True)
-        return json.loads((out / "report.json").read_text("utf-8"))
+        return read_json(out / "report.json", 1 << 30)
     with _locked(out):
         work = _plan(sources, out, config, key)
         shards = Shards(out, config.near_duplicates)
