@@ -193,6 +193,19 @@ def test_activation_checkpointing():
     same_gradients(model, other)
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_activation_checkpointing_under_autocast(name):
+    """The first layer's attention then gets queries in fp32 and values in 16 bits."""
+    model, _, inputs = pair(name)
+    again = copy.deepcopy(model)
+    again.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for each in (model, again):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = each(**inputs, use_cache=False).loss
+        loss.backward()
+    same_gradients(again, model)
+
+
 def test_models_within_models_have_their_own_attention():
     model, _, inputs = pair("clip")
     for part in (model, model.text_model, model.vision_model):

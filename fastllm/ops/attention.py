@@ -185,6 +185,8 @@ def _normal(
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
 ):  # fmt: skip
     """The arguments of :func:`apply_attention` but for the last, after all checks."""
+    if all(isinstance(x, torch.Tensor) for x in (query, key, value)):
+        query, key, value = autocast(query, key, value)
     sinks, alibi_slopes, bias, cu_q, cu_k = check_attention(
         op, query, key, value, sinks, alibi_slopes, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     )
@@ -193,7 +195,6 @@ def _normal(
     scale = check_scale(op, scale, query.shape[-1])
     if softcap is not None and (not isinstance(softcap, numbers.Real) or not softcap >= 0):
         raise ValueError(f"{op}: softcap must be a number >= 0 (None or 0: none), got {softcap!r}")
-    query, key, value = autocast(query, key, value)
     seed = draw_seed(query.device) if dropout_p > 0 else None
     spec = (scale, float(softcap or 0.0), left, right, True, dropout_p)
     return query, key, value, bias, sinks, alibi_slopes, seed, cu_q, cu_k, *spec
