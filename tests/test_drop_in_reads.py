@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastllm
 
@@ -139,3 +141,13 @@ def test_a_trace_is_of_torchs_operators_alone(models):
     again = torch.jit.load(file)
     assert "fastllm" not in str(again.inlined_graph)
     torch.testing.assert_close(again(IDS.flip(0)), other(IDS.flip(0)))
+
+
+def test_operators_that_are_recorded_do_not_wait(models):
+    def use(model):
+        graph = make_fx(lambda ids: loss_of(model(ids)))(IDS)
+        with FlopCounterMode(display=False) as counter:
+            loss_of(model(IDS))
+        return graph(IDS.flip(0)), counter.get_total_flops()
+
+    both(models, use)

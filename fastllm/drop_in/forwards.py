@@ -8,7 +8,7 @@ from ..functional import cross_entropy, embedding, layer_norm, rms_norm
 from ..ops.multihead_attention import multihead_attention
 from .deferred import Deferred, value_of
 from .logits import Logits
-from .plain import freed_after_forward, hooked, plain
+from .plain import freed_after_forward, hooked, plain, recorded
 from .rows import Rows
 from .swap import forward_of
 
@@ -51,7 +51,7 @@ def embedding_forward(module, original, may_defer: bool, input):
     if input.device != weight.device:
         return original(module, input)
     simple = module.max_norm is None and not module.sparse and not module.scale_grad_by_freq
-    if may_defer and simple and not torch.compiler.is_compiling() and not weight.is_inference() and not hooked(module):
+    if may_defer and simple and not recorded() and not weight.is_inference() and not hooked(module):
         return Rows.of(input, weight, module.padding_idx)
     return embedding(
         input, weight, module.padding_idx, module.max_norm, module.norm_type, module.scale_grad_by_freq, module.sparse
@@ -63,7 +63,7 @@ def head_forward(module, original, options, input):
     x, weight, bias = value_of(input), module.weight, module.bias
     wide = torch.float64 in (x.dtype, weight.dtype)  # which autocast leaves
     if (
-        torch.compiler.is_compiling()
+        recorded()
         or not (module.training and torch.is_grad_enabled())
         or hooked(module)
         or not plain(x, weight, bias)

@@ -34,6 +34,11 @@ def hooked(module: torch.nn.Module) -> bool:
     )
 
 
+def recorded() -> bool:
+    """Whether operators are traced or counted as they run (compilers, make_fx, FlopCounterMode): then none may wait."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def freed_after_forward(module: torch.nn.Module) -> bool:
     """Whether FSDP frees ``module``'s parameters at the end of the forward of the module that they are sharded with.
 
