@@ -63,6 +63,7 @@ def code(*arguments):
         (["export", "", "x"], "expected a path, got an empty text"),
         (["generate", "--seed", "-1"], "seed must be at least 0"),
         (["generate", "--run", "x" * 300], "File name too long"),
+        (["prepare", "x" * 300, "--out", "x", "--workers", "0"], "File name too long"),
         (["prepare", "a.txt", "--out", "x", "--workers", "99999"], "workers: expected 0 to 1024"),
         (
             ["tokenizer", "train", "a.txt", "--out", "x", "--quiet", "--vocab-size", "9" * 20],

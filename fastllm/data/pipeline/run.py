@@ -109,7 +109,7 @@ def _locked(out: Path) -> Iterator[None]:
             path.unlink()
         try:
             yield
-        except InputError:
+        except BaseException:
             if new and not (out / "work" / "plan.jsonl").exists():
                 shutil.rmtree(out)
             raise
