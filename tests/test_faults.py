@@ -14,6 +14,8 @@ from toy import THOROUGH, TOY
 from fastllm import files
 from fastllm.cli import main
 from fastllm.config import InputError, build, read_plain
+from fastllm.data import Tokenizer
+from fastllm.data.token_file import TokenWriter
 from fastllm.files import folder_to_fill, whole_file, whole_folder
 from fastllm.generate import generate
 from fastllm.models import Transformer
@@ -240,6 +242,20 @@ def test_a_skipped_batch_that_cannot_be_kept_is_no_end(config, tmp_path, monkeyp
     reason = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["skipped_because"]
     assert "could not be kept" in reason
     assert "No space left" in reason
+
+
+def test_a_token_file_that_does_not_fit_is_named_and_gone(tmp_path, monkeypatch):
+    tokenizer = Tokenizer.train([prose(30)], 300)
+    writer = TokenWriter(tmp_path / "train.bin", tokenizer)
+
+    def write():
+        with writer:
+            monkeypatch.setattr(writer, "_file", open("/dev/full", "wb", buffering=0))  # noqa: SIM115
+
+    with pytest.raises(OSError, match=r"No space left on device: .*train\.bin"):
+        write()
+    writer._file.close()
+    assert os.listdir(tmp_path) == []
 
 
 # Outputs that fail

@@ -139,20 +139,28 @@ class TokenWriter:
 
     def __exit__(self, *exc) -> bool | None:
         if exc[0] is None:
-            header, digest = self._header, hashlib.sha256()
-            # Starts are aligned, so that they can be mapped too.
-            self._file.write(bytes(-self._file.tell() % 8))
-            for name, starts in self._starts.items():
-                header[f"{name}_offset"] = self._file.tell()
-                stored = np.asarray(starts, "<u8").tobytes()
-                digest.update(stored)
-                self._file.write(stored)
-            header["sentences"] = len(self._starts["sentence"])
-            header["sha256"] = np.void(self._digest.digest())
-            header["starts_sha256"] = np.void(digest.digest())
-            self._file.seek(0)
-            self._file.write(header.tobytes())
+            try:
+                self._finish()
+            except BaseException as error:  # the disk is full: what was written goes, and the error names the file
+                self._stack.__exit__(type(error), error, error.__traceback__)
+                raise
         return self._stack.__exit__(*exc)
+
+    def _finish(self) -> None:
+        """Write the starts, and the header that makes the file one."""
+        header, digest = self._header, hashlib.sha256()
+        # Starts are aligned, so that they can be mapped too.
+        self._file.write(bytes(-self._file.tell() % 8))
+        for name, starts in self._starts.items():
+            header[f"{name}_offset"] = self._file.tell()
+            stored = np.asarray(starts, "<u8").tobytes()
+            digest.update(stored)
+            self._file.write(stored)
+        header["sentences"] = len(self._starts["sentence"])
+        header["sha256"] = np.void(self._digest.digest())
+        header["starts_sha256"] = np.void(digest.digest())
+        self._file.seek(0)
+        self._file.write(header.tobytes())
 
 
 def encoded(documents: Iterable[str], tokenizer: Tokenizer) -> Iterable[tuple[np.ndarray, np.ndarray, int]]:
