@@ -43,17 +43,23 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Toys only lose by a second thread, and much where other processes run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def whole_run():
     """With ``short_runs``: asks for a run with everything that it does at its start and end."""
 
 
 @pytest.fixture
-def short_runs(request, monkeypatch):
-    """Runs without picture, samples and meter, which take longer than a toy's training, and on one thread.
-
-    Toys this small only lose by a second thread, and much where other processes run.
-    """
+def short_runs(request, monkeypatch, one_thread):
+    """Runs without picture, samples and meter, which take longer than a toy's training, and on one thread."""
     from fastllm.training import loop, report
 
     monkeypatch.setattr(report, "SAMPLE_TOKENS", 20)
@@ -61,10 +67,6 @@ def short_runs(request, monkeypatch):
         monkeypatch.setattr(loop, "plot_loss", lambda *args: None)
         monkeypatch.setattr(loop, "write_samples", lambda *args: "")
         monkeypatch.setattr(loop, "matmul_flops", lambda *args: 1e11)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

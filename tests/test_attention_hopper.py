@@ -19,17 +19,9 @@ from fastllm.ops._attention_reference import reference
 from fastllm.registry import BackendError, why_not
 
 SM_90 = why_not("hopper", DEVICE.type) is None
+pytestmark = pytest.mark.usefixtures("one_thread")
 KERNEL = kernels._attention_hopper_fwd_kernel
 emulated = pytest.mark.skipif(HAS_GPU, reason="the emulator runs on CPU tensors")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiles are too small for more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def starts(*lengths):

@@ -12,7 +12,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
 from prose import prose
 
 from fastllm import __version__
@@ -22,18 +21,11 @@ from fastllm.data import DataConfig, Tokenizer
 from fastllm.models import PRESETS, TransformerConfig
 from fastllm.training import TrainingConfig, build_run_config, read_run_config, report
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOY = [
     "--num-layers", "1", "--num-heads", "2", "--hidden-size", "32", "--context-length", "32",
     "--vocab-size", "300", "--batch-size", "4", "--device", "cpu", "--dtype", "float32", "--steps", "4",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

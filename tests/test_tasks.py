@@ -1,6 +1,7 @@
 """Readers of examples, features, scores, predictions."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -95,11 +96,19 @@ def test_malformed_files_are_refused_by_name_and_line(tmp_path, read, content, m
     with pytest.raises(InputError, match=message) as caught:
         read([path])
     assert "file.x" in str(caught.value)
-    path.write_bytes(b"\xff\xfe\x00x")
-    with pytest.raises(InputError, match="not UTF-8 text"):
-        read([path])
+    for damage, message in (
+        (b"\xff\xfex", "not UTF-8 text"),
+        (b"a\x00x", "a binary file"),
+        (b" \n", "an empty file"),
+    ):
+        path.write_bytes(damage)
+        with pytest.raises(InputError, match=f"^{re.escape(str(path))}: {message}"):
+            read([path])
     with pytest.raises(InputError, match="No such file"):
         read([tmp_path / "absent"])
+    if read is not read_labelled:  # which takes folders of labelled texts
+        with pytest.raises(InputError, match="Is a directory"):
+            read([tmp_path])
 
 
 def test_files_that_do_not_go_together_are_refused(tmp_path):

@@ -14,19 +14,12 @@ from fastllm.data.tokenizer import Tokenizer
 from fastllm.models import Encoder, EncoderDecoder, load_model
 from fastllm.training.progress import read_metrics
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = [
     "--steps", "3", "--context-length", "32", "--num-layers", "1", "--hidden-size", "16", "--num-heads", "2",
     "--vocab-size", "300", "--batch-size", "4", "--dtype", "float32", "--device", "cpu", "--quiet",
     "--eval-interval", "0",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(*arguments):

@@ -121,11 +121,11 @@ def read_corpus(paths: Sequence[str | Path], remove_repeated: bool = True) -> Co
                 if not file.is_file() or any(part.startswith(".") for part in file.relative_to(path).parts):
                     continue
                 try:
-                    documents.append(_read_text(file))
+                    documents.append(read_text(file))
                 except InputError as error:
                     skipped.append(str(error))
         else:
-            documents.append(_read_text(path))
+            documents.append(read_text(path))
     if not documents:
         raise InputError(f"no text file in {', '.join(map(str, paths))}" + (f" ({skipped[0]})" if skipped else ""))
     notes = [f"{len(skipped)} files passed over, the first: {skipped[0]}"] if skipped else []
@@ -143,7 +143,12 @@ def _corpus(name: str, documents: list[str], remove_repeated: bool, notes: list[
     return Corpus(name, train, validation, [*notes, rule])
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A text file's content, UTF-8 with or without a mark, its lines ended by a newline alone.
+
+    Raises:
+        InputError: no such file, a folder or device, unreadable, binary, not UTF-8, or empty.
+    """
     content = read_plain(path)
     if b"\0" in content:
         raise InputError(f"{path}: a binary file, not text (byte 0 at offset {content.index(0)})")

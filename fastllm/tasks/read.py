@@ -13,23 +13,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..config import InputError, read_plain
+from ..config import InputError
+from ..data.corpus import read_text
 
 Examples = list[dict]
 # The names under which a table's columns go, in order of preference.
 TEXT_COLUMNS = ("text", "sentence", "review", "content")
 LABEL_COLUMNS = ("label", "sentiment", "class", "target")
-
-
-def _read(path: Path) -> str:
-    content = read_plain(path)
-    try:
-        text = content.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (offset {error.start})") from error
-    if not text.strip():
-        raise InputError(f"{path}: an empty file")
-    return text
 
 
 def read_pairs(paths: Sequence[str | Path]) -> Examples:
@@ -42,7 +32,7 @@ def read_pairs(paths: Sequence[str | Path]) -> Examples:
     """
     paths = [Path(path) for path in paths]
     if len(paths) == 2:
-        sides = [_read(path).removesuffix("\n").split("\n") for path in paths]
+        sides = [read_text(path).removesuffix("\n").split("\n") for path in paths]
         if len(sides[0]) != len(sides[1]):
             raise InputError(
                 f"{paths[1]}: {len(sides[1]):,} lines do not match the {len(sides[0]):,} lines of {paths[0]}"
@@ -50,7 +40,7 @@ def read_pairs(paths: Sequence[str | Path]) -> Examples:
         pairs = list(zip(*sides, strict=True))
     elif len(paths) == 1:
         pairs = []
-        for number, line in enumerate(_read(paths[0]).removesuffix("\n").split("\n"), 1):
+        for number, line in enumerate(read_text(paths[0]).removesuffix("\n").split("\n"), 1):
             fields = line.split("\t")
             if len(fields) < 2:
                 raise InputError(f"{paths[0]}: line {number}: expected source, tab and target, got no tab")
@@ -109,7 +99,7 @@ def _folder(path: Path) -> Examples:
         if folder.name == "unsup":  # IMDB's texts without a label
             continue
         for file in sorted(folder.glob("*.txt")):
-            examples.append({"text": _read(file).strip().replace("<br />", "\n"), "label": folder.name})
+            examples.append({"text": read_text(file).strip().replace("<br />", "\n"), "label": folder.name})
     if not examples:
         raise InputError(f"{path}: expected a folder for each label with .txt files in it, as IMDB's train/pos")
     return examples
@@ -126,7 +116,7 @@ def read_labelled(paths: Sequence[str | Path]) -> Examples:
         if path.is_dir():
             examples += _folder(path)
             continue
-        text = _read(path)
+        text = read_text(path)
         if re.match(r"\(\d+ \(", text):
             lines = text.removesuffix("\n").split("\n")
             here = [_tree(line, f"{path}: line {i}") for i, line in enumerate(lines, 1) if line.strip()]
@@ -152,8 +142,9 @@ def read_questions(paths: Sequence[str | Path]) -> Examples:
     """
     examples: Examples = []
     for path in map(Path, paths):
+        text = read_text(path)
         try:
-            content = json.loads(_read(path))
+            content = json.loads(text)
         except ValueError as error:
             raise InputError(f"{path}: not JSON: {error}") from error
         try:
