@@ -58,6 +58,7 @@ _LENGTHS = dict(max_seqlen_q=512, max_seqlen_k=512)
 FEATURES = {
     "full": lambda dim: dense(2, 4, 512, dim),
     "everything": lambda dim: dense(2, 4, 512, dim, **_everything(512, 512, 4)),
+    "window soft cap": lambda dim: dense(2, 4, 512, dim, causal=True, window=(100, 0), softcap=50.0),
     "packed grouped": lambda dim: packed(4, 512, 4, dim - 8, 2, causal=True),
     "packed window": lambda dim: packed(4, 512, 4, dim - 8, 2, window=(100, 64)),
     "soft cap": lambda dim: packed(4, 512, 4, dim - 8, 2, causal=True, softcap=50.0),

@@ -87,21 +87,23 @@ def _named(tile) -> dict:
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile, strict=True))
 
 
-def bound(dtype: torch.dtype) -> dict:
-    """A launch's bound on registers: in fp32 the hardware's own, else ptxas spills to reach 128 and a second block."""
-    return dict(maxnreg=255) if dtype == torch.float32 else {}
+def bound(dtype: torch.dtype, load: int = 0) -> dict:
+    """A launch's bound on registers: the hardware's own where ptxas may else spill to reach 128 and a second block.
+
+    So it does in fp32, and under features of which no table holds every combination.
+    """
+    return dict(maxnreg=255) if dtype == torch.float32 or load >= 2 else {}
 
 
-def _of(table, table_32, dtype: torch.dtype, arch: int, choose) -> dict:
-    if dtype == torch.float32:
-        return {**_named(choose(table_32)), **bound(dtype)}
+def _of(table, table_32, dtype: torch.dtype, arch: int, load: int, choose) -> dict:
     # sm_120 has the shared memory and the matrix instructions of sm_80's kind.
-    return _named(choose(table[80 if arch < 90 or arch >= 120 else 90 if arch < 100 else 100]))
+    kind = 80 if arch < 90 or arch >= 120 else 90 if arch < 100 else 100
+    return {**_named(choose(table_32 if dtype == torch.float32 else table[kind])), **bound(dtype, load)}
 
 
 def _tile(table, table_32, dim: int, dtype: torch.dtype, arch: int, load: int) -> dict:
     bucket = 64 if dim <= 64 else 128 if dim <= 128 else 256
-    return _of(table, table_32, dtype, arch, lambda tiles: tiles[bucket][min(load, len(tiles[bucket]) - 1)])
+    return _of(table, table_32, dtype, arch, load, lambda tiles: tiles[bucket][min(load, len(tiles[bucket]) - 1)])
 
 
 def forward_tile(dim: int, dtype: torch.dtype, arch: int, load: int) -> dict:
@@ -121,4 +123,4 @@ def dq_tile(dim: int, dtype: torch.dtype, arch: int, load: int) -> dict:
 
 def dbias_tile(dtype: torch.dtype, arch: int) -> dict:
     """Tile for dbias: of the bias."""
-    return _of(DBIAS, DBIAS_32, dtype, arch, lambda tile: tile)
+    return _of(DBIAS, DBIAS_32, dtype, arch, 2, lambda tile: tile)
