@@ -123,4 +123,4 @@ def dq_tile(dim: int, dtype: torch.dtype, arch: int, load: int) -> dict:
 
 def dbias_tile(dtype: torch.dtype, arch: int) -> dict:
     """Tile for dbias: of the bias."""
-    return _of(DBIAS, DBIAS_32, dtype, arch, 2, lambda tile: tile)
+    return _of(DBIAS, DBIAS_32, dtype, arch, 0, lambda tile: tile)

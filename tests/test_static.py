@@ -147,7 +147,9 @@ def test_offsets_of_more_than_2_31_elements_are_computed_in_64_bits(norm_rows, o
 
 def test_losses_and_activations_move_128_bits_at_a_time(other_rows):
     for row in other_rows:
-        if row.kernel in (
+        # One position's 64 pairs are two a thread, and a launch takes longer than they do.
+        few = row.kernel == "_rotary_kernel" and row.shape.startswith("one token")
+        if not few and row.kernel in (
             "_forward_kernel",
             "_scale_kernel",
             "_gated_fwd_kernel",
