@@ -13,6 +13,7 @@ from pathlib import Path
 
 import triton
 from fastllm.bench import cases, model, static
+from fastllm.bench.capture import GPUS
 
 ROOT = Path(__file__).parent.parent
 PAGE = Path(__file__).parent / "static.md"
@@ -36,7 +37,8 @@ COMPILED = """
 
 Registers, spills (loads and stores of thread-local memory), shared memory, and the share of a multiprocessor's warps
 that can be resident, for sm_80 / sm_90 / sm_100. Loads and stores of global memory are instructions x bits a thread,
-tensor core and MUFU are instruction counts, all of sm_90. `python -m fastllm.bench.static` prints every architecture.
+tensor core and MUFU are instruction counts, all of sm_90, or of the one that has the kernel.
+`python -m fastllm.bench.static` prints every architecture.
 
 """
 
@@ -64,7 +66,8 @@ def stale() -> str | None:
 
 
 def _per_arch(rows, value) -> str:
-    return " / ".join(str(value(row)) for row in rows)
+    """One value for each architecture; none for one that has no such kernel."""
+    return " / ".join(next((str(value(row)) for row in rows if row.arch == arch), "-") for arch in GPUS)
 
 
 def _compiled(rows: list[static.Row]) -> str:
@@ -76,7 +79,7 @@ def _compiled(rows: list[static.Row]) -> str:
     ordered = sorted(enumerate(rows), key=lambda item: (item[1].op, item[1].shape, item[1].direction, item[1].kernel))
     for _, group in groupby(ordered, key=lambda item: (item[1].op, item[1].shape, item[1].direction, item[1].kernel)):
         same = [row for _, row in group]
-        hopper = static.cells(next(row for row in same if row.arch == 90))
+        hopper = static.cells(next((row for row in same if row.arch == 90), same[0]))
         found = dict(zip((*static.COLUMNS, *static.MIX), hopper, strict=True))
         lines.append(
             [

@@ -30,6 +30,22 @@ BWD_TILE = 8192
 WIDE_TILE = (4, 1024)
 
 
+# Bytes of shared memory that a program needs besides the tiles that it prefetches: 8,448 at most, of 32 rows at a time.
+REDUCTIONS = 16 << 10
+
+
+def stages(device: torch.device, tile_bytes: int) -> int:
+    """Pipeline stages: with n of them n - 1 tiles of all that a step loads lie in shared memory, 3 at most.
+
+    3 on sm_90 for whatever is loaded; sm_80 and sm_86 have less of it (163 and 99 KB a block), where tiles of fp32 and
+    of a residual's gradient would not fit.
+    """
+    if device.type != "cuda":
+        return 3
+    free = torch.cuda.get_device_properties(device).shared_memory_per_block_optin - REDUCTIONS
+    return max(1, min(3, 1 + free // tile_bytes))
+
+
 @triton.jit
 def _row_means_kernel(
     dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, mean_g_ptr, mean_gx_ptr,
@@ -65,7 +81,7 @@ def _norm_bwd_kernel(
     n_rows, n_cols, offset, p,
     WHOLE: tl.constexpr, CENTER: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DH: tl.constexpr, DROPOUT: tl.constexpr,
     NEED_DINPUT: tl.constexpr, NEED_DRESIDUAL: tl.constexpr, NEED_DWEIGHT: tl.constexpr, NEED_DBIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -76,7 +92,7 @@ def _norm_bwd_kernel(
         seed = tl.load(seed_ptr)
     dweight = tl.zeros((BLOCK_N,), tl.float32)
     dbias = tl.zeros((BLOCK_N,), tl.float32)
-    for tile in tl.range(program, tl.cdiv(n_rows, BLOCK_M), programs, num_stages=3):
+    for tile in tl.range(program, tl.cdiv(n_rows, BLOCK_M), programs, num_stages=STAGES):
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
         in_rows = rows < n_rows
         mask = in_rows[:, None] & in_cols[None, :]
@@ -213,10 +229,12 @@ def norm_bwd(
         n_warps = warps(block_m * block_n)
         # Of small blocks ptxas would hold three on a multiprocessor rather than keep dropout's words in registers.
         bound = dict(maxnreg=255) if p > 0.0 and n_warps <= 4 else {}
+        loaded = sum(t.element_size() for t in (dy, dh, x) if t is not None)
         _norm_bwd_kernel[(programs, triton.cdiv(n_cols, block_n))](
             *inputs, seed, mean, rstd, mean_g, mean_gx, dinput, dresidual, *partial,
             *layouts, n_rows, n_cols, offset, p, WHOLE=whole, **flags, DROPOUT=p > 0.0,
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=n_warps, **bound, **OPTIONS,
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=n_warps,
+            STAGES=stages(x.device, block_m * block_n * loaded), **bound, **OPTIONS,
         )  # fmt: skip
     if need_dweight or need_dbias:
         block_m, block_n = (32, 64) if whole else (8, 256)

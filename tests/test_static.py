@@ -50,7 +50,8 @@ def norm_rows(compiler, tmp_path_factory):
 # Every width at which the norms' launchers decide anew, and those between that fill a tile worst.
 TABLE = """
 import sys
-from functools import partial
+from dataclasses import replace
+from itertools import product
 import torch
 from fastllm import OPS
 from fastllm.bench._norm import _call
@@ -59,21 +60,28 @@ from fastllm.bench.static import Row, problems, read_resources
 
 thorough, done, found = sys.argv[1] == "thorough", {}, []
 widths = [1, 63, *(2**k for k in range(7, 19)), 12288, 50304] if thorough else [1024, 262144]
-for arch in GPUS if thorough else [90]:
-    for dtype in (torch.bfloat16, torch.float32) if thorough else [torch.bfloat16]:
-        for name in ("layer_norm", "add_rms_norm", "add_layer_norm") if thorough else ["layer_norm", "add_layer_norm"]:
-            for cols in widths:
-                for p in (0.0, 0.1) if name == "add_layer_norm" else (0.0,):
-                    def call():
-                        made = _call("", 4096, cols, name.endswith("layer_norm"), name.startswith("add"), CUDA, dtype)
-                        return type(made)("", made.args, made.kwargs | ({"dropout_p": p} if p else {}))
-                    for launch in launches(OPS[name], call, GPUS[arch]):
-                        if launch.compiled.hash not in done:
-                            done[launch.compiled.hash] = resources = read_resources(launch.compiled)
-                            row = Row(name, f"{cols} p={p}", str(dtype), arch, "", launch.kernel, [], resources)
-                            found += [(row.op, row.shape, row.dtype, arch, row.kernel, x) for x in problems(row)]
-                            if resources.narrow_products and not p:  # Philox multiplies in 32 bits
-                                found.append((row, "32-bit products"))
+names = ("layer_norm", "add_rms_norm", "add_layer_norm") if thorough else ("layer_norm", "add_layer_norm")
+small = replace(GPUS[80], shared_per_block=99 << 10)  # sm_86, sm_89
+both = (torch.bfloat16, torch.float32)
+planned = [(gpu, dtype, names, widths) for gpu in GPUS.values() for dtype in both]
+if not thorough:
+    planned = [(GPUS[90], torch.bfloat16, names, widths)]
+planned += [(small, dtype, ("add_layer_norm",), [256, 8192] if thorough else [256]) for dtype in both]
+for gpu, dtype, names, widths in planned:
+    for name, cols in product(names, widths):
+        for p in (0.0, 0.1) if name == "add_layer_norm" and gpu is not small else (0.0,):
+            def call():
+                made = _call("", 4096, cols, name.endswith("layer_norm"), name.startswith("add"), CUDA, dtype)
+                return type(made)("", made.args, made.kwargs | ({"dropout_p": p} if p else {}))
+            for launch in launches(OPS[name], call, gpu):
+                if launch.compiled.hash not in done:
+                    done[launch.compiled.hash] = resources = read_resources(launch.compiled)
+                    row = Row(name, f"{cols} p={p}", str(dtype), gpu.arch, "", launch.kernel, [], resources)
+                    found += [(row.op, row.shape, row.dtype, gpu.arch, row.kernel, x) for x in problems(row)]
+                    if resources.shared > gpu.shared_per_block:
+                        found.append((row.op, row.shape, row.dtype, gpu, row.kernel, resources.shared))
+                    if resources.narrow_products and not p:  # Philox multiplies in 32 bits
+                        found.append((row, "32-bit products"))
 print(f"{len(done)} kernels", *found, sep="\\n")
 """
 
