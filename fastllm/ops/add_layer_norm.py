@@ -83,7 +83,9 @@ register(
         backends=("eager", "triton", "native"),
         module=AddLayerNorm,
         exception=lambda device: (
-            "but for fp16 and dropout in bf16: eager, which is faster" if device == "cpu" else None
+            "wider than 16 bits, and bfloat16 alone, without dropout: eager, which is faster"
+            if device == "cpu"
+            else None
         ),
     )
 )
