@@ -4,9 +4,9 @@
     xhat = (h - mean) * rstd,  rstd = 1 / sqrt(mean((h - mean)^2) + eps),  y = xhat * (weight + offset) + bias
 
 RMS norm is mean = 0 throughout. Rows of up to FWD_ROW columns stay in registers, so that every tensor is read or
-written once; 16-bit ones stay there as 16 bits up to twice that (_norm_packed.py). Wider ones, up to 8 * FWD_ROW, are
-shared by the blocks of a cluster (_norm_cluster.py). Where there are no clusters, and with dropout past FWD_ROW / 2,
-they are walked in blocks, twice; the second walk finds in the cache what the first has left there.
+written once, short ones as a tile of several, long ones part by part (_norm_row.py); 16-bit ones stay there as 16 bits
+up to twice that (_norm_packed.py). Wider ones, up to 8 * FWD_ROW, are shared by the blocks of a cluster. Where there
+are no clusters they are walked in blocks, twice; the second walk finds in the cache what the first has left there.
 """
 
 import torch
@@ -15,12 +15,11 @@ import triton.language as tl
 
 from ._launch import OPTIONS, Rows, cluster_blocks, next_power_of_2, tuned
 from ._math import is_kept, starts
-from ._norm_cluster import norm_fwd_cluster
 from ._norm_packed import norm_fwd_packed, packable
+from ._norm_row import is_long, norm_fwd_row
 
 # Widest row that no program spills on sm_80, sm_90 and sm_100, and tiles that keep 8 warps busy with 16 elements a
-# thread, 32 for wider rows: from compiled register counts, not yet from timings.
-# Of all calls one spills, 49 instructions: fp32 with a residual past 16384 columns on sm_90.
+# thread: from compiled register counts, not yet from timings.
 FWD_ROW = 32768
 FWD_TILE = 4096
 BLOCKED_COLS = 4096
@@ -166,22 +165,30 @@ def norm_fwd(x, residual, weight, bias, seed, eps: float, offset: float, p: floa
     flags = dict(
         CENTER=center, HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None
     )
-    # The random numbers take registers too: at FWD_ROW columns they would spill.
-    if n_cols <= (FWD_ROW if p == 0.0 else FWD_ROW // 2):
-        block_m, block_n = row_tile(rows.count, n_cols, FWD_TILE)
-        settings = dict(BLOCK_M=block_m, num_warps=max(warps(block_m * block_n, 8), block_n // 1024))
+    # Where rows begin at odd places, random numbers of more columns would take half a minute to compile.
+    slow = p > 0.0 and n_cols % 16 != 0 and n_cols > FWD_ROW // 2
+    held = n_cols <= FWD_ROW and not slow
+    if held and is_long(n_cols):
+        norm_fwd_row(rows.count, 1, args, layouts, n_cols, eps, offset, p, flags)
+    elif held:
+        # Rows that begin at odd places have an address a column: half the tile, for ptxas would rather spill them than
+        # lose occupancy.
+        odd = n_cols % 16 != 0
+        bound = dict(maxnreg=128) if odd else {}
+        block_m, block_n = row_tile(rows.count, n_cols, FWD_TILE >> odd)
+        settings = dict(BLOCK_M=block_m, num_warps=warps(block_m * block_n << odd, 8))
         settings = tuned("norm_fwd", x.device, (block_m, block_n, x.element_size(), residual is not None), settings)
         _norm_fwd_kernel[(triton.cdiv(rows.count, settings["BLOCK_M"]),)](
             *args, *layouts, rows.count, n_cols, eps, offset, p, **flags, DROPOUT=p > 0.0,
-            BLOCK_N=block_n, **settings, **OPTIONS,
+            BLOCK_N=block_n, **settings, **bound, **OPTIONS,
         )  # fmt: skip
     elif n_cols <= 2 * FWD_ROW and p == 0.0 and packable(inputs, layouts, n_cols):
         norm_fwd_packed(rows.count, (*inputs, *outputs), layouts, n_cols, eps, offset, flags)
-    elif p == 0.0 and (blocks := cluster_blocks(x.device, n_cols, FWD_ROW)):
-        norm_fwd_cluster(rows.count, blocks, (*inputs, *outputs), layouts, n_cols, eps, offset, flags)
+    elif not slow and (blocks := cluster_blocks(x.device, n_cols, FWD_ROW)):
+        norm_fwd_row(rows.count, blocks, args, layouts, n_cols, eps, offset, p, flags)
     else:
         _norm_fwd_blocked_kernel[(rows.count,)](
             *args, *layouts, n_cols, eps, offset, p, **flags, DROPOUT=p > 0.0,
-            BLOCK_N=BLOCKED_COLS, num_warps=warps(BLOCKED_COLS), **OPTIONS,
+            BLOCK_N=BLOCKED_COLS, num_warps=warps(BLOCKED_COLS), maxnreg=128, **OPTIONS,
         )  # fmt: skip
     return y, h, mean, rstd

@@ -6,25 +6,26 @@
 
 Up to BWD_ROW columns, half as many with dropout, a persistent grid reads every row once, prefetching the next tiles,
 keeps its share of dweight and dbias in fp32 registers and leaves one partial row a program, which a second small kernel
-sums. Up to 8 * BWD_ROW the blocks of a cluster share the row (_norm_cluster.py). Wider rows, all wide ones where there
-are no clusters, and those with dropout do not leave room for that: 12 bytes a column of sums, x and dy against a
-multiprocessor's 256 KB of registers. For them one kernel takes the two means of each row, another walks blocks of
-columns with them, and x and dy are read twice. No atomics, so results repeat bit for bit.
+sums; long rows go through it part by part (_norm_row.py), up to eight times as long ones shared by the blocks of a
+cluster. Wider rows, and all wide ones where there are no clusters, do not leave room for that: 12 bytes a column of
+sums, x and dy against a multiprocessor's 256 KB of registers. For them one kernel takes the two means of each row,
+another walks blocks of columns with them, and x and dy are read twice. No atomics, so results repeat bit for bit.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import OPTIONS, Rows, cluster_blocks, processor_count
+from ._launch import OPTIONS, Rows, cluster_blocks, next_power_of_2, processor_count
 from ._math import is_kept, starts
 from ._norm import BLOCKED_COLS, row_tile, warps
-from ._norm_cluster import norm_bwd_cluster
+from ._norm_row import is_long, norm_bwd_row
 
 # The backward holds x, dy, weight and two fp32 sums of a row. Its tiles fill a multiprocessor's registers (16 warps x
-# 128), so one program each: the partial rows stay below 5% of the bytes of 8192 rows. With dropout Philox takes as many
-# again: half the tile then. Of wide rows a program takes WIDE_TILE of columns. From compiled register counts (no spills
-# on sm_80, sm_90, sm_100, but 22 instructions of fp32 rows of 63 on sm_100), not yet from timings.
+# 128), so one program each: the partial rows stay below 5% of the bytes of 8192 rows. Philox takes as many again with
+# dropout, a second gradient of another dtype some, and the addresses of rows that begin at odd places: half the tile
+# for either, a quarter for both. Of wide rows a program takes WIDE_TILE of columns. From compiled register counts (no
+# spills on sm_80, sm_90, sm_100), not yet from timings.
 BWD_ROW = 8192
 BWD_TILE = 8192
 WIDE_TILE = (4, 1024)
@@ -194,15 +195,20 @@ def norm_bwd(
     dx_wanted = dict(NEED_DINPUT=need_dinput, NEED_DRESIDUAL=need_dresidual)
     mean_g = mean_gx = None
     processors = processor_count(x.device)
-    row, tile = (BWD_ROW, BWD_TILE) if p == 0.0 else (BWD_ROW // 2, BWD_TILE // 2)
+    heavy, odd = p > 0.0 or (need_dinput and need_dresidual), n_cols % 16 != 0
+    tile = BWD_TILE >> (heavy + odd)
+    # A row too long for its half would be read twice where no cluster shares it, which costs more than a few spills.
+    row = BWD_ROW // 2 if p > 0.0 or (heavy and cluster_blocks(x.device, n_cols, BWD_ROW // 2)) else BWD_ROW
     whole = n_cols <= row
+    long = whole and is_long(n_cols)
     # The row sums are what blocks of a cluster exchange: without dx there are none.
-    shares = p == 0.0 and (need_dinput or need_dresidual)
-    blocks = cluster_blocks(x.device, n_cols, BWD_ROW) if shares and not whole else 0
+    shares = need_dinput or need_dresidual
+    blocks = cluster_blocks(x.device, n_cols, row) if shares and not whole else 0
     if whole:
-        block_m, block_n = row_tile(n_rows, n_cols, tile)
+        block_m, block_n = (1, next_power_of_2(n_cols)) if long else row_tile(n_rows, n_cols, tile)
         programs = min(triton.cdiv(n_rows, block_m), processors)
     elif blocks:
+        block_m, block_n = 1, next_power_of_2(n_cols)
         programs = min(n_rows, max(1, processors // blocks))
     else:
         block_m, block_n = WIDE_TILE
@@ -215,26 +221,26 @@ def norm_bwd(
             _row_means_kernel[(n_rows,)](
                 dy_rows.data, x_rows.data, weight, mean, rstd, mean_g, mean_gx,
                 *dy_rows.layout, *x_rows.layout, n_cols, offset,
-                **flags, BLOCK_N=BLOCKED_COLS, num_warps=warps(BLOCKED_COLS), **OPTIONS,
+                **flags, BLOCK_N=BLOCKED_COLS, num_warps=warps(BLOCKED_COLS), maxnreg=128, **OPTIONS,
             )  # fmt: skip
     parts = x.new_empty(need_dweight + need_dbias, programs, n_cols, dtype=torch.float32)
     partial = (parts[0], parts[-1]) if len(parts) else (None, None)
     inputs = (dy_rows.data, None if dh is None else dh_rows.data, x_rows.data, weight)
     layouts = (*dy_rows.layout, *dh_rows.layout, *x_rows.layout)
     flags |= dict(HAS_DH=dh is not None, **dx_wanted, **wanted)
-    if blocks:
-        args = (*inputs, mean, rstd, dinput, dresidual, *partial)
-        norm_bwd_cluster(programs, blocks, args, layouts, n_rows, n_cols, offset, flags)
+    loaded = sum(t.element_size() for t in (dy, dh, x) if t is not None)
+    n_stages = stages(x.device, block_m * block_n * loaded // (blocks or 1))
+    if blocks or long:
+        args = (*inputs, seed, mean, rstd, dinput, dresidual, *partial)
+        norm_bwd_row(programs, blocks or 1, n_stages, args, layouts, n_rows, n_cols, offset, p, flags)
     else:
-        n_warps = warps(block_m * block_n)
-        # Of small blocks ptxas would hold three on a multiprocessor rather than keep dropout's words in registers.
-        bound = dict(maxnreg=255) if p > 0.0 and n_warps <= 4 else {}
-        loaded = sum(t.element_size() for t in (dy, dh, x) if t is not None)
+        n_warps = warps(block_m * block_n << odd, 8) if whole and odd else warps(block_m * block_n)
+        # For more occupancy than one program a multiprocessor, two of wide rows, ptxas would spill: more there are not.
+        registers = min(255, 2048 // n_warps) if whole or p > 0.0 else 128
         _norm_bwd_kernel[(programs, triton.cdiv(n_cols, block_n))](
             *inputs, seed, mean, rstd, mean_g, mean_gx, dinput, dresidual, *partial,
             *layouts, n_rows, n_cols, offset, p, WHOLE=whole, **flags, DROPOUT=p > 0.0,
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=n_warps,
-            STAGES=stages(x.device, block_m * block_n * loaded), **bound, **OPTIONS,
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=n_warps, STAGES=n_stages, maxnreg=registers, **OPTIONS,
         )  # fmt: skip
     if need_dweight or need_dbias:
         block_m, block_n = (32, 64) if whole else (8, 256)

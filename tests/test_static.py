@@ -62,21 +62,27 @@ thorough, done, found = sys.argv[1] == "thorough", {}, []
 widths = [1, 63, *(2**k for k in range(7, 19)), 12288, 50304] if thorough else [1024, 262144]
 names = ("layer_norm", "add_rms_norm", "add_layer_norm") if thorough else ("layer_norm", "add_layer_norm")
 small = replace(GPUS[80], shared_per_block=99 << 10)  # sm_86, sm_89
-both = (torch.bfloat16, torch.float32)
-planned = [(gpu, dtype, names, widths) for gpu in GPUS.values() for dtype in both]
+# The input's dtype, and that of the residual and the parameters.
+alike = [(torch.bfloat16,) * 2, (torch.float32,) * 2]
+mixed = [*alike, (torch.bfloat16, torch.float32)]
+planned = [(gpu, dtypes, names, widths) for gpu in GPUS.values() for dtypes in mixed]
 if not thorough:
-    planned = [(GPUS[90], torch.bfloat16, names, widths)]
-planned += [(small, dtype, ("add_layer_norm",), [256, 8192] if thorough else [256]) for dtype in both]
-for gpu, dtype, names, widths in planned:
+    planned = [(GPUS[90], alike[0], names, widths), (GPUS[100], mixed[2], ("add_layer_norm",), [8192])]
+planned += [(small, dtypes, ("add_layer_norm",), [256, 8192] if thorough else [256]) for dtypes in alike]
+for gpu, (dtype, wide), names, widths in planned:
     for name, cols in product(names, widths):
         for p in (0.0, 0.1) if name == "add_layer_norm" and gpu is not small else (0.0,):
             def call():
                 made = _call("", 4096, cols, name.endswith("layer_norm"), name.startswith("add"), CUDA, dtype)
-                return type(made)("", made.args, made.kwargs | ({"dropout_p": p} if p else {}))
+                def widened(t):
+                    return t.detach().to(wide).requires_grad_()
+                args = (made.args[0], *map(widened, made.args[1:-1]), made.args[-1])
+                kwargs = {name: widened(t) for name, t in made.kwargs.items()}
+                return type(made)("", args, kwargs | ({"dropout_p": p} if p else {}))
             for launch in launches(OPS[name], call, gpu):
                 if launch.compiled.hash not in done:
                     done[launch.compiled.hash] = resources = read_resources(launch.compiled)
-                    row = Row(name, f"{cols} p={p}", str(dtype), gpu.arch, "", launch.kernel, [], resources)
+                    row = Row(name, f"{cols} p={p}", f"{dtype} {wide}", gpu.arch, "", launch.kernel, [], resources)
                     found += [(row.op, row.shape, row.dtype, gpu.arch, row.kernel, x) for x in problems(row)]
                     if resources.shared > gpu.shared_per_block:
                         found.append((row.op, row.shape, row.dtype, gpu, row.kernel, resources.shared))

@@ -207,8 +207,8 @@ def test_rows_shared_by_a_cluster_are_read_once(op, monkeypatch):
     monkeypatch.setattr(_norm, "FWD_ROW", 64)
     monkeypatch.setattr(_norm_backward, "BWD_ROW", 64)
     measured = measure(OPS[op], _norm_call(op, 96, 512, torch.float32))
-    assert {a.kernel for a in measured.forward.accesses} == {"_norm_fwd_cluster_kernel"}
-    assert "_norm_bwd_cluster_kernel" in {a.kernel for a in measured.backward.accesses}
+    assert {a.kernel for a in measured.forward.accesses} == {"_norm_fwd_row_kernel"}
+    assert "_norm_bwd_row_kernel" in {a.kernel for a in measured.backward.accesses}
     assert 1.0 <= measured.forward_ratio <= 1.02, measured.forward.table()
     assert 1.0 <= measured.backward_ratio <= 1.05, measured.backward.table()
 
