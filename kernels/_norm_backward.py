@@ -197,10 +197,9 @@ def norm_bwd(
     processors = processor_count(x.device)
     heavy, odd = p > 0.0 or (need_dinput and need_dresidual), n_cols % 16 != 0
     tile = BWD_TILE >> (heavy + odd)
-    # A row too long for its half would be read twice where no cluster shares it, which costs more than a few spills.
-    row = BWD_ROW // 2 if p > 0.0 or (heavy and cluster_blocks(x.device, n_cols, BWD_ROW // 2)) else BWD_ROW
+    row = BWD_ROW if p == 0.0 else BWD_ROW // 2
     whole = n_cols <= row
-    long = whole and is_long(n_cols)
+    long = whole and (is_long(n_cols) or n_cols > tile // 2)
     # The row sums are what blocks of a cluster exchange: without dx there are none.
     shares = need_dinput or need_dresidual
     blocks = cluster_blocks(x.device, n_cols, row) if shares and not whole else 0

@@ -186,6 +186,9 @@ def norm_bwd_row(
     """As the launches in :func:`._norm_backward.norm_bwd`: ``programs``, each of which takes row after row."""
     n_warps = max(8, next_power_of_2(n_cols) // (512 * blocks))
     part = part_of(n_cols, n_warps) * blocks
+    dinput, dresidual = args[7:9]
+    if dinput.dtype != dresidual.dtype and n_cols % 16 == 0:
+        part //= 2  # 128 bits a thread of the wider: the same columns of both
     _norm_bwd_row_kernel[(programs,)](
         *args, *layouts, n_rows, n_cols, offset, p, **flags, DROPOUT=p > 0.0,
         PARTS=triton.cdiv(n_cols, part), PART=part, STAGES=n_stages, num_warps=n_warps, num_ctas=blocks,
