@@ -168,7 +168,10 @@ def _norm_bwd_row_kernel(
 def norm_fwd_row(n_rows: int, blocks: int, args, layouts, n_cols: int, eps: float, offset: float, p: float, flags):
     """As the launches in :func:`._norm.norm_fwd`: a row to a program of ``blocks``, which is a cluster's if not 1."""
     x, residual = args[:2]
-    n_warps = max(8, next_power_of_2(n_cols) // (1024 * blocks))
+    # Of 16 warps PART columns are 128 bits a thread in 16 bits too. At odd places a thread takes one at a time, and
+    # Philox would spill.
+    most = 32 if p > 0.0 or n_cols % 16 else 16
+    n_warps = max(8, min(most, next_power_of_2(n_cols) // (1024 * blocks)))
     settings = dict(PART=part_of(n_cols, n_warps) * blocks, num_warps=n_warps)
     key = (blocks, next_power_of_2(n_cols), n_cols % 16 == 0, x.element_size(), residual is not None)
     settings = tuned("norm_fwd_row", x.device, key, settings)
