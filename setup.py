@@ -1,6 +1,6 @@
 """Maps kernels/, bench/ and csrc/ into the package fastllm, and builds the extension where that can be done.
 
-The metadata is in pyproject.toml, the build itself in fastllm/compiler.py.
+The metadata is in pyproject.toml, the build itself in fastllm/extension/compile.py.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent
 
 def _load_build():
     # By path: importing fastllm would import torch, which an isolated build cannot see.
-    spec = importlib.util.spec_from_file_location("fastllm_build", ROOT / "fastllm" / "compiler.py")
+    spec = importlib.util.spec_from_file_location("fastllm_build", ROOT / "fastllm" / "extension" / "compile.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -23,7 +23,7 @@ def _load_build():
 
 
 class BuildExtension(build_ext):
-    """Hands over to fastllm/compiler.py. Without a compiler or torch it says so and the installation goes on."""
+    """Hands over to extension/compile.py. Without a compiler or torch it says so and the installation goes on."""
 
     def build_extension(self, ext):
         build = _load_build()
@@ -37,7 +37,11 @@ class BuildExtension(build_ext):
 
 
 setup(
-    packages=[*find_packages(include=["fastllm", "fastllm.*"]), "fastllm.kernels", "fastllm.bench", "fastllm.csrc"],
+    packages=[
+        *find_packages(include=["fastllm", "fastllm.*"]),
+        *(f"fastllm.{name}" for name in find_packages(include=["kernels", "kernels.*", "bench"])),
+        "fastllm.csrc",
+    ],
     package_dir={"fastllm": "fastllm", "fastllm.kernels": "kernels", "fastllm.bench": "bench", "fastllm.csrc": "csrc"},
     package_data={
         "fastllm.serving": ["page.html"],

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ..ops.attention import attention_reference
+from ..ops.attention.attention import attention_reference
 from ..registry import Sample
-from ._attention_rivals import rivals
+from .attention_rivals import rivals
 
 __all__ = ["cpu_shapes", "reference", "rivals", "shapes", "sweep"]
 

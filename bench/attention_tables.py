@@ -30,7 +30,7 @@ import torch
 import triton
 
 from .. import kernels
-from ..kernels._attention import bulk_copies
+from ..kernels.attention.problem import bulk_copies
 from ..registry import OPS
 from .attention import decoding, dense, packed, parameter, slopes
 from .capture import CUDA, GPUS, launches

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fastllm.bench import cases, run
 
 

@@ -3,7 +3,7 @@
 from functools import partial
 
 from ..registry import Sample
-from . import _gated
+from . import gated as _gated
 
 cpu_shapes = _gated.cpu_shapes
 sweep = _gated.sweep

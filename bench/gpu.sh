@@ -43,7 +43,7 @@ else
   device=cpu wish=0 # every path of this script, on a machine without a GPU
 fi
 
-step build 120 env FASTLLM_CUDA=$wish "$python" fastllm/compiler.py
+step build 120 env FASTLLM_CUDA=$wish "$python" fastllm/extension/compile.py
 
 # The source tree as the package that setup.py would install: kernels/, bench/ and csrc/ inside fastllm/.
 tree=$PWD/build/gpu
@@ -80,7 +80,7 @@ def lacking(file):
 
 if importlib.util.find_spec("xdist"):
     print("-n 6")
-for file in sorted(pathlib.Path("tests").glob("test_*.py")):
+for file in sorted(pathlib.Path("tests").rglob("test_*.py")):
     packages = lacking(file)
     if packages:
         print(file, ",".join(sorted(packages)))

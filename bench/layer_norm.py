@@ -1,6 +1,6 @@
 """Shapes and rivals of layer_norm."""
 
-from ._norm import CPU_SHAPES, norm_shapes, norm_sweep
+from .norms import CPU_SHAPES, norm_shapes, norm_sweep
 
 shapes = norm_shapes(bias=True)
 cpu_shapes = norm_shapes(bias=True, of=CPU_SHAPES)

@@ -1,6 +1,6 @@
 """Shapes and rivals of rms_norm."""
 
-from ._norm import CPU_SHAPES, default_eps, norm_shapes, norm_sweep
+from .norms import CPU_SHAPES, default_eps, norm_shapes, norm_sweep
 
 shapes = norm_shapes(bias=False)
 cpu_shapes = norm_shapes(bias=False, of=CPU_SHAPES)

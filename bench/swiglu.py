@@ -1,6 +1,6 @@
 """Shapes and rivals of swiglu."""
 
-from ._gated import cpu_shapes, halves, shapes, sweep
+from .gated import cpu_shapes, halves, shapes, sweep
 
 __all__ = ["cpu_shapes", "rivals", "shapes", "sweep"]
 

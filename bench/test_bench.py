@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from fastllm.bench import run
 from fastllm.bench.results import NOT_INSTALLED, OURS
 from fastllm.bench.timing import synchronize

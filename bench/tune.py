@@ -1,6 +1,6 @@
-"""``fastllm bench --tune OP``: searches launch settings on a GPU and rewrites kernels/_tuned.py.
+"""``fastllm bench --tune OP``: searches launch settings on a GPU and rewrites kernels/tuned.py.
 
-Settings are those that a launcher passes through :func:`fastllm.kernels._launch.tuned`. From the launcher's own, each
+Settings are those that a launcher passes through :func:`fastllm.kernels.launch.tuned`. From the launcher's own, each
 is halved and doubled in turn for as long as the call gets faster outside the noise. What fails, or is not as close to
 the truth as the op has to be, is passed over.
 """
@@ -16,7 +16,8 @@ from unittest import mock
 
 import torch
 
-from ..kernels import _launch, _tuned
+from ..kernels import launch as _launch
+from ..kernels import tuned as _tuned
 from ..registry import Op, backend
 from . import cases
 from .parity import Judge
@@ -75,7 +76,7 @@ def rewrite(text: str, found: dict[tuple, Settings], where: str, on: date) -> st
     """
     head, assignment, literal = text.partition(ASSIGNMENT)
     if not assignment:
-        raise ValueError("kernels/_tuned.py has no table TUNED to rewrite")
+        raise ValueError("kernels/tuned.py has no table TUNED to rewrite")
     end = ast.parse(assignment + literal).body[0].end_lineno
     rest = literal.splitlines(keepends=True)[end:]
     entries = ast.literal_eval("".join(literal.splitlines(keepends=True)[:end]).strip()) | found

@@ -8,7 +8,7 @@
 #include "cpu/attention.h"
 #include "cpu/product.h"
 #include "cpu/rows.h"
-#include "fastllm_build.h"  // written by fastllm/compiler.py
+#include "fastllm_build.h"  // written by fastllm/extension/compile.py
 
 namespace py = pybind11;
 

@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 
 import triton
+
 from fastllm.bench import cases, model, static
 from fastllm.bench.capture import GPUS
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from fastllm.bench.plots import geometric_mean, leads
 from fastllm.bench.results import COMPILED, EAGER, in_cases, read_run
 from fastllm.bench.timing import ratios
-
 from fastllm.registry import OPS
 
 README = Path(__file__).parent.parent / "README.md"

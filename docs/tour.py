@@ -52,8 +52,8 @@ def curves(runs: Path) -> list[Path]:
     """Draw every picture whose runs are all there."""
     import math
 
-    from fastllm.training.curves import new_figure, save_figure
-    from fastllm.training.progress import read_metrics
+    from fastllm.training.reports.curves import new_figure, save_figure
+    from fastllm.training.reports.progress import read_metrics
 
     made = []
     for name, (shown, scores) in CURVES.items():

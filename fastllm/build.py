@@ -1,8 +1,8 @@
-"""``python -m fastllm.build`` compiles the extension in place; all of it is in :mod:`fastllm.compiler`."""
+"""``python -m fastllm.build`` compiles the extension in place; all of it is in :mod:`fastllm.extension.compile`."""
 
 import sys
 
-from .compiler import main
+from .extension.compile import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,7 +10,7 @@ so that every tensor is read or written once. The gradient is the same with the 
 import triton
 import triton.language as tl
 
-from ._launch import OPTIONS, next_power_of_2
+from .launch import OPTIONS, next_power_of_2
 
 # Features to a program: 16 to a thread of 4 warps, as two times 16 bytes. From compiled register counts, not timings.
 TILE = 2048

@@ -60,7 +60,8 @@ def whole_run():
 @pytest.fixture
 def short_runs(request, monkeypatch, one_thread):
     """Runs without picture, samples and meter, which take longer than a toy's training, and on one thread."""
-    from fastllm.training import loop, report
+    from fastllm.training import loop
+    from fastllm.training.reports import report
 
     monkeypatch.setattr(report, "SAMPLE_TOKENS", 20)
     if "whole_run" not in request.fixturenames:

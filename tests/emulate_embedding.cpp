@@ -1,6 +1,6 @@
 // Runs the GPU kernels of csrc/cuda, those very functions, thread by thread on a CPU, and compares with sums in double
 // and, bit for bit, with sums in the order that csrc/order.h lays down. Built with AddressSanitizer and UBSan, so that
-// an index out of bounds or a misaligned vector ends the run. tests/test_embedding_native.py builds and runs it.
+// an index out of bounds or a misaligned vector ends the run. tests/ops/test_embedding_native.py builds and runs it.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

@@ -40,5 +40,5 @@ def processes() -> multiprocessing.context.BaseContext:
     """Starts processes that have imported everything already, forked from one that has used nothing of it yet."""
     context = multiprocessing.get_context("forkserver")
     # Not this module: Python 3.11's forkserver does not look where sys.path says.
-    context.set_forkserver_preload(["fastllm.training", "fastllm.training.saving", "safetensors.torch"])
+    context.set_forkserver_preload(["fastllm.training", "fastllm.training.checkpoints.saving", "safetensors.torch"])
     return context

@@ -11,7 +11,7 @@ from ..config import InputError, read_plain
 from ..data import Tokenizer
 from ..models import Model, ModelConfig, load_model
 from ..training import RUNS
-from ..training.checkpoint import MANIFEST, check, find_checkpoint, load_config
+from ..training.checkpoints.checkpoint import MANIFEST, check, find_checkpoint, load_config
 from ..training.loop import pick_device
 
 

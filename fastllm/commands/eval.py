@@ -45,7 +45,7 @@ def _labels(model, tokenizer, examples, arguments) -> tuple[dict, list[dict]]:
     labels = [names.index(e["label"]) for e in examples]
     predicted = classify(model, tokenizer, [e["text"] for e in examples]).argmax(-1).tolist()
     if arguments.out:
-        from ..training.curves import plot_confusion
+        from ..training.reports.curves import plot_confusion
 
         plot_confusion(confusion(labels, predicted, len(names)), names, Path(arguments.out) / "confusion.png")
     right = sum(a == b for a, b in zip(labels, predicted, strict=True))

@@ -13,7 +13,7 @@ from ..data import Tokenizer
 from ..files import folder_to_fill, whole_folder
 from ..models import build_model, load_model
 from ..models.to_gguf import write_gguf
-from ..training.checkpoint import SHARDED, load_config, write_manifest
+from ..training.checkpoints.checkpoint import SHARDED, load_config, write_manifest
 from ..training.setup import model_folder
 
 
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     try:
         if (folder / SHARDED).exists():
-            from ..training.sharded import load_whole
+            from ..training.checkpoints.sharded import load_whole
 
             model, _ = load_whole(folder, lambda: build_model(load_config(folder)), torch.device("cpu"))
         else:

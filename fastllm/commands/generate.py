@@ -6,8 +6,8 @@ import argparse
 import sys
 
 from ..config import InputError
-from ..generate import check_sampling, generate
-from ..training.progress import printable
+from ..generate.sampling import check_sampling, generate
+from ..training.reports.progress import printable
 from ._model import add_model_arguments, load_for, model_folder
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from ..config import InputError
 from ..models import PRESETS
 from ..models.config import MOST
-from ..training.planner import GIB, GPUS, TooLarge, plan, shape_of
+from ..training.parallel.planner import GIB, GPUS, TooLarge, plan, shape_of
 
 LARGEST = 1e18
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}

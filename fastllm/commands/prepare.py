@@ -8,7 +8,7 @@ import argparse
 from ..config import add_flags, build, flags_given
 from ..data.clean import CleanConfig
 from ..data.pipeline import PipelineConfig, prepare_text
-from ..training.progress import Display
+from ..training.reports.progress import Display
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

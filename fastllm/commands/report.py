@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..config import InputError, path
 from ..files import check_plain, folder_to_fill
-from ..training.page import make_page
+from ..training.reports.page import make_page
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from ..data import DataConfig, Tokenizer, load_corpus, prepare
 from ..data.tokenizer import KINDS, SPECIAL_TOKENS
 from ..data.tokenizer_show import Pieces, Sample
 from ..files import folder_to_fill
-from ..training.progress import Display, printable
+from ..training.reports.progress import Display, printable
 
 _SHADES = ("on #1f3a5f", "on #5f1f3a", "on #1f5f3a", "on #5f4a1f")
 

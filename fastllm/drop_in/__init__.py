@@ -7,12 +7,14 @@ from collections.abc import Iterable
 
 import torch
 
-from . import forwards  # noqa: F401  (registers the forwards)
+from . import forwards, torch_switch  # noqa: F401  (forwards registers itself)
 from .attention import INTERFACE, attention_decisions, give_back, take_over
 from .mode import accelerated
 from .report import Entry, Estimate, Report
 from .rules import OPS_SERVED, Decision, Rules
 from .swap import restore_forward, swap_forward
+
+torch_switch.register()
 
 __all__ = ["Entry", "Estimate", "Report", "accelerate", "accelerated", "revert"]
 

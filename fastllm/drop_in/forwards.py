@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..functional import cross_entropy, embedding, layer_norm, rms_norm
-from ..ops.multihead_attention import multihead_attention
+from ..ops.attention.multihead import multihead_attention
 from .deferred import Deferred, value_of
 from .logits import Logits
 from .plain import freed_after_forward, hooked, plain, recorded

@@ -1,18 +1,7 @@
-"""One module per op: reference, registration, gradient, function, Module, record. Importing them fills the registry."""
+"""A folder per family of ops. Importing their modules fills the registry."""
 
-from . import (  # noqa: F401
-    add_layer_norm,
-    add_rms_norm,
-    attention,
-    cross_entropy,
-    embedding,
-    embedding_sum,
-    geglu,
-    layer_norm,
-    linear_cross_entropy,
-    multihead_attention,
-    rms_norm,
-    rotary_embedding,
-    scaled_dot_product_attention,
-    swiglu,
-)
+from . import geglu, rotary_embedding, swiglu  # noqa: F401
+from .attention import attention, multihead, sdpa  # noqa: F401
+from .cross_entropy import cross_entropy, linear  # noqa: F401
+from .embedding import embedding, embedding_sum  # noqa: F401
+from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm  # noqa: F401

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from ..registry import Op, register
-from ._gated import gated, gated_cost, gated_exception, gated_reference, gated_samples
+from .gated import gated, gated_cost, gated_exception, gated_reference, gated_samples
 
 _KINDS = {"none": "gelu", "tanh": "gelu_tanh"}
 

@@ -8,8 +8,8 @@ import torch
 
 from .. import extension
 from ..registry import KERNEL_DTYPES, Cost, Op, Sample, chosen_backend, define, pick, register, transformed
-from ._autograd import apply
-from ._check import check_floating
+from .shared.autograd import apply
+from .shared.check import check_floating
 
 
 def _rows(cos, sin, position_ids, offset: int, length: int):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..registry import Op, register
-from ._gated import gated, gated_cost, gated_exception, gated_reference, gated_samples
+from .gated import gated, gated_cost, gated_exception, gated_reference, gated_samples
 
 
 def swiglu_reference(gate, up=None):

@@ -17,7 +17,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from ..data import Tokenizer
-from ..generate import check_sampling, generate
+from ..generate.sampling import check_sampling, generate
 from ..models import Model
 from ..tasks.answer import answers
 from ..tasks.classify import classify

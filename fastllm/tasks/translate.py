@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..data import Tokenizer
-from ..search import beam_search, greedy
+from ..generate.search import beam_search, greedy
 from .features import source_ids
 
 # A translation has at most so many times the source's tokens, these rounded up to a multiple of BUCKET.

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..files import save_tensors, write_text
-from .checkpoint import State
+from .checkpoints.checkpoint import State
 
 # Accepted steps by which an outlier is judged; fewer than a quarter of them judge nothing.
 HISTORY = 128
@@ -38,7 +38,7 @@ def deviation(value: float, history: list[float]) -> float:
 class Guard:
     """Decides before each update whether it is made, and keeps the batches of those that were not.
 
-    Its memory is the run's :class:`~fastllm.training.checkpoint.State`, so a resumed run decides alike.
+    Its memory is the run's :class:`~fastllm.training.checkpoints.checkpoint.State`, so a resumed run decides alike.
 
     Args:
         folder: where to put ``step-<step>.safetensors`` (the batch) and ``.json`` (why); None: nowhere.

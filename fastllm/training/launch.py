@@ -11,11 +11,11 @@ from pathlib import Path
 
 from ..config import InputError, build
 from ..files import folder_to_fill, sole_writer, write_text
-from .checkpoint import MANIFEST, checkpoints, find_checkpoint
+from .checkpoints.checkpoint import MANIFEST, checkpoints, find_checkpoint
 from .config import RunConfig, TrainingConfig, read_run_config
 from .loop import CONFIG, SESSIONS, Result, Run, fixed_settings, pick_device
-from .progress import METRICS, Display, find_wandb
-from .ranks import ALONE, Ranks, launched
+from .parallel.ranks import ALONE, Ranks, launched
+from .reports.progress import METRICS, Display, find_wandb
 from .setup import fitted, open_data, reopen_data, with_pretrained
 
 RUNS = Path("runs")
@@ -88,7 +88,7 @@ def _joined(training: TrainingConfig) -> contextlib.AbstractContextManager[Ranks
     if not launched() and training.parallel == "ddp" and training.tensor_parallel == 1:
         return contextlib.nullcontext(ALONE)
     # Imported here: torch's distributed packages take a second that a single process need not wait for.
-    from .distributed import joined
+    from .parallel.distributed import joined
 
     return joined(training)
 

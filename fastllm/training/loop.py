@@ -20,7 +20,8 @@ from ..data import Dataset, derive_seed
 from ..files import whole_folder
 from ..models import build_model
 from ..version import __version__
-from .checkpoint import Keep, State, check_settings, load_config, read_state, save_model, write_manifest
+from .checkpoints.checkpoint import Keep, State, check_settings, load_config, read_state, save_model, write_manifest
+from .checkpoints.saving import NotFinite
 from .clock import Clock, StopRequest
 from .config import RunConfig, TrainingConfig
 from .dropout import key_dropout
@@ -28,13 +29,12 @@ from .evaluate import Evaluation
 from .guard import Diverged, Failed, Guard
 from .lora import ADAPTER, load_adapter
 from .measure import autocast, faster_dtype, keep_random_state, matmul_flops
-from .meters import Meters, Timer, finite
 from .objectives import Batch, make_objective, rows_of, to_device
 from .optimizer import Optimizers
-from .progress import Display
-from .ranks import ALONE, Ranks
-from .report import plot_loss, write_samples
-from .saving import NotFinite
+from .parallel.ranks import ALONE, Ranks
+from .reports.meters import Meters, Timer, finite
+from .reports.progress import Display
+from .reports.report import plot_loss, write_samples
 from .schedule import lr_scale, progress
 from .setup import new_model
 from .step import train_step

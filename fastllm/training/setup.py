@@ -13,7 +13,7 @@ from ..data import Dataset, Tokenizer, load_dataset, open_dataset
 from ..models import Model, build_model
 from ..tasks.read import read_examples
 from ..tasks.store import TaskDataset, open_examples, prepare_examples, split, texts
-from .checkpoint import MANIFEST, check, find_checkpoint, load_config
+from .checkpoints.checkpoint import MANIFEST, check, find_checkpoint, load_config
 from .config import RunConfig
 from .lora import add_lora
 from .objectives.choose import ObjectiveConfig, fit_model

@@ -12,7 +12,7 @@ from .dropout import set_first_row
 from .measure import autocast
 from .objectives.base import Batch, Objective, rows_of, to_device
 from .optimizer import Optimizers
-from .ranks import ALONE, Losses, Ranks
+from .parallel.ranks import ALONE, Losses, Ranks
 
 
 def train_step(

@@ -1,0 +1,201 @@
+"""Other attentions under the op's own signature; what one of them lacks, it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+FEATURES = ("window", "softcap", "alibi_slopes", "sinks", "bias", "dropout_p", "cu_seqlens_q", "cu_seqlens_k")
+
+
+def _refuse(options: dict, *has: str) -> None:
+    """Raises NotImplementedError for an option that is set and not in ``has``."""
+    lacking = [name for name in FEATURES if name not in has and (options.get(name) not in (None, 0.0))]
+    if lacking:
+        raise NotImplementedError(f"does not take {', '.join(lacking)}")
+
+
+def _top_left(causal: bool, query, key) -> bool:
+    """``causal``, which counts from the last row, for one who counts from the first."""
+    if causal and query.shape[-2] not in (1, key.shape[-2]):
+        raise NotImplementedError("does not take causal with queries fewer than keys")
+    return causal and query.shape[-2] != 1
+
+
+def _sdpa(name: str) -> Callable[[], Callable]:
+    """torch's scaled_dot_product_attention, pinned to one of its backends."""
+
+    def setup():
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        backend = getattr(SDPBackend, name)
+
+        def attention(query, key, value, *, causal=False, **options):
+            _refuse(options, "bias", "dropout_p")
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(
+                    query, key, value, options.get("bias"), options.get("dropout_p", 0.0),
+                    _top_left(causal, query, key), enable_gqa=query.shape[1] != key.shape[1],
+                )  # fmt: skip
+
+        return attention
+
+    return setup
+
+
+def _hopper():
+    """Our own attention by the backend ``hopper``, which only serves those who ask for it."""
+    from ..ops.attention.attention import attention
+    from ..registry import BackendError, backend, why_not
+
+    reason = why_not("hopper", "cuda" if torch.cuda.is_available() else "cpu")
+    if reason is not None:
+        raise NotImplementedError(reason)
+
+    def call(*args, **kwargs):
+        try:
+            with backend("hopper"):
+                return attention(*args, **kwargs)
+        except BackendError as error:
+            raise NotImplementedError(str(error)) from None
+
+    return call
+
+
+def _longest(known: dict[int, int], starts: torch.Tensor) -> int:
+    """The longest sequence, read back from the device once for each ``cu_seqlens``."""
+    if id(starts) not in known:
+        known[id(starts)] = int(starts.diff().max())
+    return known[id(starts)]
+
+
+def _varlen():
+    from torch.nn.attention.varlen import varlen_attn
+
+    known: dict[int, int] = {}
+
+    def attention(query, key, value, *, causal=False, cu_seqlens_q=None, cu_seqlens_k=None, window=None, **options):
+        _refuse(options)
+        if cu_seqlens_q is None:
+            raise NotImplementedError("takes packed sequences only")
+        left, right = window or (-1, -1)
+        return varlen_attn(
+            query, key, value, cu_seqlens_q, cu_seqlens_k, _longest(known, cu_seqlens_q),
+            _longest(known, cu_seqlens_k), window_size=(left, 0 if causal else right),
+        )  # fmt: skip
+
+    return attention
+
+
+def _flex():
+    """FlexAttention, compiled; its score and mask functions and the block mask are made at the first call."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    made: dict[tuple, tuple] = {}
+
+    def prepare(query, key, causal, window, softcap, alibi_slopes, bias, starts):
+        rows, cols = query.shape[-2], key.shape[-2]
+        offset = cols - rows
+        left, right = window or (-1, -1)
+        right = 0 if causal else right
+        document = None
+        if starts is not None:
+            document = torch.bucketize(torch.arange(rows, device=query.device), starts[1:-1], right=True)
+
+        def mask(b, h, i, j):
+            seen = i >= 0
+            if right >= 0:
+                seen = seen & (j <= i + offset + right)
+            if left >= 0:
+                seen = seen & (j >= i + offset - left)
+            return seen if document is None else seen & (document[i] == document[j])
+
+        def score(s, b, h, i, j):
+            if softcap:
+                s = softcap * torch.tanh(s / softcap)
+            if alibi_slopes is not None:
+                s = s - alibi_slopes[h] * (i + offset - j).abs()
+            return s if bias is None else s + bias[0, h, i, j]
+
+        plain = softcap is None and alibi_slopes is None and bias is None
+        whole = left < 0 and right < 0 and document is None
+        blocks = None if whole else create_block_mask(mask, None, None, rows, cols, device=query.device, _compile=True)
+        return None if plain else score, blocks
+
+    def attention(
+        query, key, value, *, causal=False, window=None, softcap=None, alibi_slopes=None, bias=None, sinks=None,
+        cu_seqlens_q=None, cu_seqlens_k=None, **options,
+    ):  # fmt: skip
+        _refuse(options)
+        if cu_seqlens_q is not None:
+            query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
+        at = (tuple(query.shape), tuple(key.shape), causal, window, softcap, id(alibi_slopes), id(bias))
+        if at not in made:
+            made[at] = prepare(query, key, causal, window, softcap, alibi_slopes, bias, cu_seqlens_q)
+        score, blocks = made[at]
+        settings = dict(score_mod=score, block_mask=blocks, enable_gqa=query.shape[1] != key.shape[1])
+        if sinks is None:
+            out = compiled(query, key, value, **settings)
+        else:  # exp(sink) in the softmax's denominator
+            out, lse = compiled(query, key, value, return_lse=True, **settings)
+            out = out * torch.sigmoid(lse - sinks[:, None]).unsqueeze(-1).to(out.dtype)
+        return out if cu_seqlens_q is None else out[0].transpose(0, 1)
+
+    return attention
+
+
+def _flash(package: str) -> Callable[[], Callable]:
+    """FlashAttention 2 (``flash_attn``) or 3 (``flash_attn_interface``)."""
+
+    def setup():
+        module = __import__(package)
+        has = ("window", "softcap", *(("alibi_slopes", "dropout_p") if package == "flash_attn" else ()))
+        known: dict[int, int] = {}
+
+        def attention(query, key, value, *, causal=False, window=None, cu_seqlens_q=None, cu_seqlens_k=None, **options):
+            _refuse(options, *has)
+            settings = dict(causal=causal, window_size=window or (-1, -1))
+            settings |= {name: options[name] for name in has if options.get(name) is not None}
+            if cu_seqlens_q is not None:
+                longest = _longest(known, cu_seqlens_q), _longest(known, cu_seqlens_k)
+                out = module.flash_attn_varlen_func(
+                    query, key, value, cu_seqlens_q.int(), cu_seqlens_k.int(), *longest, **settings
+                )
+                return out[0] if isinstance(out, tuple) else out
+            out = module.flash_attn_func(*(t.transpose(1, 2) for t in (query, key, value)), **settings)
+            return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+        return attention
+
+    return setup
+
+
+def _xformers():
+    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+
+    def attention(query, key, value, *, causal=False, **options):
+        _refuse(options, "dropout_p")
+        if query.shape[1] != key.shape[1]:
+            raise NotImplementedError("does not take grouped heads")
+        mask = LowerTriangularMask() if _top_left(causal, query, key) else None
+        layout = (t.transpose(1, 2) for t in (query, key, value))
+        return memory_efficient_attention(*layout, mask, options.get("dropout_p", 0.0)).transpose(1, 2)
+
+    return attention
+
+
+rivals = {
+    "fastllm hopper": _hopper,
+    "SDPA flash": _sdpa("FLASH_ATTENTION"),
+    "SDPA cuDNN": _sdpa("CUDNN_ATTENTION"),
+    "SDPA efficient": _sdpa("EFFICIENT_ATTENTION"),
+    "SDPA math": _sdpa("MATH"),
+    "varlen_attn": _varlen,
+    "FlexAttention": _flex,
+    "flash-attn 2": _flash("flash_attn"),
+    "flash-attn 3": _flash("flash_attn_interface"),
+    "xformers": _xformers,
+}

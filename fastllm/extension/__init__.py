@@ -1,0 +1,23 @@
+"""The compiled extension ``fastllm._C``: compiling it (:mod:`.compile`) and loading it (:mod:`.load`)."""
+
+from .load import (
+    bf16_products,
+    build_at_first_use,
+    cache_folder,
+    has_cuda,
+    has_matrix_units,
+    missing,
+    module,
+    operator,
+)
+
+__all__ = [
+    "bf16_products",
+    "build_at_first_use",
+    "cache_folder",
+    "has_cuda",
+    "has_matrix_units",
+    "missing",
+    "module",
+    "operator",
+]

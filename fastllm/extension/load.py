@@ -1,0 +1,200 @@
+"""The compiled extension ``fastllm._C``: loading it, building it at its first use, and its operators.
+
+Installing compiles it wherever torch and a compiler are there already. Where torch came later, the first call that the
+extension would serve compiles it, once, into a cache (``FASTLLM_CACHE``, else ``$XDG_CACHE_HOME/fastllm``, else
+``~/.cache/fastllm``); ``FASTLLM_BUILD=0`` leaves that out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from . import compile as compiler
+
+NAME = "fastllm._C"
+# What decides how it is compiled, beside the sources, torch and Python.
+_ENVIRONMENT = (
+    "FASTLLM_CUDA",
+    "FORCE_CUDA",
+    "TORCH_CUDA_ARCH_LIST",
+    "CUDA_HOME",
+    "DEBUG",
+    "CXX",
+    "CXXFLAGS",
+    "LDFLAGS",
+)
+_FAILED = "failed"
+
+_module: ModuleType | None = None
+# Why there is no extension; None: there is one.
+_missing: str | None = None
+_may_build = False
+_matrix_units = False
+_bf16_products = "none"
+_fakes: dict[str, Callable] = {}
+_operators: dict[str, Callable] = {}
+
+
+def module() -> ModuleType | None:
+    """``fastllm._C``, or None where it is not there."""
+    return _module
+
+
+def missing() -> str | None:
+    """Why the extension is not there, with how to mend it; None if it is."""
+    return _missing
+
+
+def has_cuda() -> bool:
+    """Whether it was built with CUDA code."""
+    return _module is not None and _module.build_info()["cuda"] is not None
+
+
+def has_matrix_units() -> bool:
+    """Whether it was built with attention and products on AMX and this machine has it."""
+    return _matrix_units
+
+
+def bf16_products() -> str:
+    """What sums products of bfloat16 in fp32 here, for ``add_product_``: "amx", "avx512_bf16" or "none"."""
+    return _bf16_products
+
+
+def operator(name: str, fake: Callable) -> Callable:
+    """The extension's operator ``fastllm::<name>``, to call where there is one; ``fake`` allocates its outputs."""
+    _fakes[name] = fake
+    if _module is not None:
+        _bind(name)
+
+    def call(*args):
+        return _operators[name](*args)
+
+    return call
+
+
+def build_at_first_use() -> None:
+    """Compile the extension into the cache if it was never built, and load it; says so on stderr.
+
+    Does nothing where there is one, where building was tried before with the same sources, torch and settings and
+    failed, or where FASTLLM_BUILD=0. Afterwards :func:`missing` has the outcome.
+    """
+    global _may_build, _missing
+    if not _may_build:
+        return
+    _may_build = False
+    if os.environ.get("FASTLLM_BUILD", "1") == "0":
+        return
+    folder = cache_folder()
+    target = folder / compiler.extension_name()
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with _locked(folder / "lock"):
+            if not target.exists():  # else another process built it meanwhile
+                if (folder / _FAILED).exists():
+                    raise compiler.CannotBuild((folder / _FAILED).read_text("utf-8"))
+                print("fastllm: compiling the extension, this once (a minute or two) ...", file=sys.stderr, flush=True)
+                _build_into(folder, target)
+    except (OSError, ValueError, compiler.CannotBuild) as error:
+        _missing = f"the extension {NAME} was not built: {error} (python -m fastllm.build tries again)"
+    else:
+        _load(target)
+
+
+def _build_into(folder: Path, target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        fresh = Path(work, target.name)
+        try:
+            line = compiler.build(fresh, Path(work))
+        except compiler.CannotBuild as error:
+            (folder / _FAILED).write_text(str(error), "utf-8")
+            raise
+        os.replace(fresh, target)
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time: those of a distributed run all come here at once."""
+    import fcntl  # not on Windows, where nothing is built
+
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def cache_folder() -> Path:
+    """Where an extension from these sources, for this torch, Python and environment, belongs."""
+    home = os.environ.get("FASTLLM_CACHE")
+    root = Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fastllm")
+    parts = [
+        compiler.fingerprint(),
+        torch.__version__,
+        sys.version,
+        *(os.environ.get(name, "") for name in _ENVIRONMENT),
+    ]
+    return root / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _bind(name: str) -> None:
+    torch.library.register_fake(f"fastllm::{name}", _fakes[name])
+    _operators[name] = getattr(torch.ops.fastllm, name).default
+
+
+def _load(path: Path | None = None) -> None:
+    """Import the extension, from ``path`` or as installed; sets what the functions above tell."""
+    global _module, _missing, _matrix_units, _bf16_products
+    rebuild = "python -m fastllm.build rebuilds it"
+    try:
+        if path is None:
+            found = importlib.import_module(NAME)
+        else:
+            spec = importlib.util.spec_from_file_location(NAME, path)
+            found = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(found)
+            sys.modules[NAME] = sys.modules["fastllm"]._C = found
+    except ModuleNotFoundError:
+        _missing = f"the extension {NAME} was not built (python -m fastllm.build builds it, or says why it cannot)"
+    except (ImportError, RuntimeError) as error:
+        _missing = f"the extension {NAME} does not load ({rebuild}): {error}"
+    else:
+        if _is_stale(found):
+            _missing = f"the extension {NAME} was built from other sources than those here ({rebuild})"
+            return
+        _module, _missing = found, None
+        _matrix_units, _bf16_products = (found.build_info()[key] for key in ("matrix_units", "bf16_products"))
+        for name in _fakes:
+            _bind(name)
+
+
+def _is_stale(found: ModuleType) -> bool:
+    """Whether a checkout's C++ and CUDA code has changed since: its operators may have other arguments."""
+    try:
+        return found.build_info().get("sources") != compiler.fingerprint()
+    except compiler.CannotBuild:
+        return False  # no sources to compare with
+
+
+def _find() -> None:
+    global _may_build
+    _load()
+    if _module is None and NAME not in sys.modules and importlib.util.find_spec(NAME) is None:
+        with contextlib.suppress(compiler.CannotBuild, RuntimeError):  # no sources; no home directory
+            target = cache_folder() / compiler.extension_name()
+            _may_build = True
+            if target.exists():
+                _load(target)
+    _may_build = _may_build and _module is None
+
+
+_find()

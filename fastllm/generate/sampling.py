@@ -1,0 +1,115 @@
+"""Sampling from a decoder, one token at a time, on its key/value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ..config import InputError
+
+# Below it the division could overflow, and only the likeliest token is left anyway.
+COLDEST = 1e-30
+
+
+def filter_logits(
+    logits: torch.Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> torch.Tensor:
+    """``logits`` (..., V) in fp32, divided by ``temperature``, -inf outside the ``top_k`` largest and the nucleus.
+
+    The nucleus is the smallest set of most likely tokens whose probabilities reach ``top_p`` (Holtzman et al. 2020);
+    it always holds the most likely one.
+    """
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if top_p is not None and top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(-1)
+        beyond = probabilities.cumsum(-1) - probabilities >= top_p
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
+    return logits
+
+
+def check_sampling(
+    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int | None = None
+) -> None:
+    """Raise ValueError for a sampling argument out of its range."""
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+    if not 0.0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be at least 0 (0 takes the likeliest token), got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    if seed is not None and not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be at least 0 and less than 2^64, got {seed}")
+
+
+def generate(
+    model,
+    tokens: Sequence[int],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop_token: int | None = None,
+) -> Iterator[int]:
+    """Yield up to ``max_new_tokens`` tokens that continue ``tokens``, as they are drawn.
+
+    Args:
+        model: a :class:`fastllm.models.Transformer`; it is run in evaluation mode and left as it was.
+        tokens: the prompt's token ids, at least one. Beyond the model's context only its end is seen.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k, top_p: sample only from the k likeliest tokens, and from the nucleus of probability p.
+        seed: makes the draw repeatable, without touching torch's global generators.
+        stop_token: ends the stream; it is not yielded.
+
+    When the context is full, its newer half is read again and the older half forgotten.
+
+    Raises:
+        ValueError: an argument is out of its range, the prompt is empty, or, in the stream, the model gives a NaN.
+    """
+    check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    if len(tokens) == 0:
+        raise ValueError("tokens must hold at least one token to continue from")
+    return _stream(model, list(tokens), max_new_tokens, temperature, top_k, top_p, seed, stop_token)
+
+
+def _stream(model, tokens, max_new_tokens, temperature, top_k, top_p, seed, stop_token):
+    context = model.config.context_length
+    device = model.head.weight.device
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    training = model.training
+    model.eval()
+    try:
+        cache = model.new_cache()
+        fresh = tokens[-context:]
+        for _ in range(max_new_tokens):
+            if cache.length + len(fresh) > context:
+                cache.length = 0
+                fresh = tokens[-max(1, context // 2) :]
+            with torch.inference_mode():
+                logits = model(torch.tensor([fresh], device=device), cache)[0, -1]
+                if not logits.max().isfinite():
+                    raise InputError("the model's scores are not finite: nothing can be drawn from them")
+                if temperature < COLDEST:
+                    token = int(logits.argmax())
+                else:
+                    probabilities = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p).softmax(-1)
+                    token = int(torch.multinomial(probabilities, 1, generator=generator))
+            if token == stop_token:
+                return
+            tokens.append(token)
+            fresh = [token]
+            yield token
+    finally:
+        model.train(training)

@@ -1,0 +1,143 @@
+"""The likeliest continuations: greedy and beam search, for decoders and for encoder-decoders, on their caches."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from ..models import DecoderCache, Encoded, EncoderDecoder
+
+
+class Hypothesis(NamedTuple):
+    """A continuation without its stop token, and its log-probability / length^length_penalty, stop token counted."""
+
+    tokens: list[int]
+    score: float
+
+
+@contextlib.contextmanager
+def _deciding(model) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
+
+
+def _logits(model, tokens: torch.Tensor, memory: Encoded | None, cache: DecoderCache) -> torch.Tensor:
+    """fp32 logits (B, V) of the token after the last of ``tokens`` (B, T)."""
+    arguments = (tokens, memory, cache) if isinstance(model, EncoderDecoder) else (tokens, cache)
+    return model(*arguments)[:, -1].float()
+
+
+def _check(model, start: torch.Tensor, max_new_tokens: int) -> int:
+    if start.dim() != 2 or not start.numel():
+        raise ValueError(f"start must be (batch, length) with at least one token each, got {list(start.shape)}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    room = model.config.context_length - start.shape[1] + 1
+    if room < 1:
+        raise ValueError(f"start reaches past context_length {model.config.context_length}")
+    return min(max_new_tokens, room)
+
+
+def greedy(
+    model, start: torch.Tensor, *, memory: Encoded | None = None, max_new_tokens: int, stop_token: int
+) -> list[list[int]]:
+    """For each row of ``start`` (B, T) the likeliest token again and again, up to ``stop_token``, which is left out.
+
+    Args:
+        memory: the encoder's states, for an encoder-decoder.
+        max_new_tokens: no more than this, nor than the model's context holds.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    steps = _check(model, start, max_new_tokens)
+    with _deciding(model):
+        cache = model.new_cache(len(start))
+        tokens, result = start, []
+        ended = torch.zeros(len(start), dtype=torch.bool, device=start.device)
+        for _ in range(steps):
+            token = _logits(model, tokens, memory, cache).argmax(-1)
+            memory = None
+            ended |= token == stop_token
+            result.append(torch.where(ended, stop_token, token))
+            tokens = token[:, None]
+            if ended.all():
+                break
+    rows = torch.stack(result, 1).tolist()
+    return [row[: row.index(stop_token)] if stop_token in row else row for row in rows]
+
+
+def beam_search(
+    model, start: torch.Tensor, *, memory: Encoded | None = None, beams: int = 5, max_new_tokens: int, stop_token: int,
+    length_penalty: float = 1.0,
+) -> list[list[Hypothesis]]:  # fmt: skip
+    """For each row of ``start`` (B, T) the best continuations found, best first, at most ``beams``.
+
+    A continuation ends with ``stop_token`` or at ``max_new_tokens``. In every step the ``beams`` likeliest unfinished
+    ones go on; a row is done when none of them can come to beat what is finished. With as many beams as there are
+    continuations the search is exhaustive. Rows do not depend on the batch.
+
+    Args:
+        memory: the encoder's states, for an encoder-decoder.
+        length_penalty: what the length is raised to before it divides the log-probability (Wu et al. 2016, in the
+            simple form); 0 favours short ones.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    steps = _check(model, start, max_new_tokens)
+    if beams < 1:
+        raise ValueError(f"beams must be at least 1, got {beams}")
+    if not 0.0 <= length_penalty < float("inf"):
+        raise ValueError(f"length_penalty must be at least 0, got {length_penalty}")
+    batch, device = len(start), start.device
+    with _deciding(model):
+        cache = model.new_cache(batch)
+        logits = _logits(model, start, memory, cache)
+        first = torch.arange(batch, device=device)
+        cache.select(first.repeat_interleave(beams))
+        logits = logits.repeat_interleave(beams, 0)
+        # Of the equal copies only one may go on.
+        live = torch.full((batch, beams), -torch.inf, device=device)
+        live[:, 0] = 0.0
+        paths = torch.full((batch, beams, steps), stop_token, device=device)
+        done_scores = torch.full((batch, beams), -torch.inf, device=device)
+        done_paths = paths.clone()
+        done_lengths = torch.zeros(batch, beams, dtype=torch.long, device=device)
+
+        def keep(scores, candidates, length):
+            nonlocal done_scores, done_paths, done_lengths
+            lengths = torch.full_like(done_lengths, length)
+            done_scores, order = torch.cat((done_scores, scores), 1).topk(beams, 1)
+            done_paths = torch.cat((done_paths, candidates), 1).gather(1, order[..., None].expand(-1, -1, steps))
+            done_lengths = torch.cat((done_lengths, lengths), 1).gather(1, order)
+
+        for step in range(steps):
+            total = live[..., None] + logits.log_softmax(-1).view(batch, beams, -1)
+            keep(total[..., stop_token] / (step + 1) ** length_penalty, paths, step)
+            total[..., stop_token] = -torch.inf
+            live, place = total.flatten(1).topk(min(beams, total[0].numel()), 1)
+            if live.shape[1] < beams:
+                live = torch.nn.functional.pad(live, (0, beams - live.shape[1]), value=-torch.inf)
+                place = torch.nn.functional.pad(place, (0, beams - place.shape[1]))
+            parent, token = place // total.shape[-1], place % total.shape[-1]
+            paths = paths.gather(1, parent[..., None].expand(-1, -1, steps)).clone()
+            paths[..., step] = token
+            if step + 1 == steps:
+                keep(live / steps**length_penalty, paths, steps)
+                break
+            # A log-probability only falls; divided by the greatest length it is the most that a beam can reach.
+            if (live.max(1).values / steps**length_penalty <= done_scores.min(1).values).all():
+                break
+            cache.select((first[:, None] * beams + parent).flatten())
+            logits = _logits(model, token.view(-1, 1), None, cache)
+    rows = zip(done_paths.tolist(), done_lengths.tolist(), done_scores.tolist(), strict=True)
+    return [[Hypothesis(p[:n], s) for p, n, s in zip(*row, strict=True) if s > -float("inf")] for row in rows]

@@ -1,0 +1,231 @@
+"""torch.nn.functional.scaled_dot_product_attention on the kernels of :mod:`fastllm.ops.attention`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ...registry import Op, Sample, pick, register
+from .amx import amx_attention, amx_exception, amx_serves
+from .attention import apply_attention, autocast, kernel_refuses, sdpa_serves
+from .call import check_dropout, check_qkv, check_scale
+from .reference import draw_seed, reference
+from .samples import attention_cost
+from .torch_fused import faster_in_torch, torch_attention, torch_exception
+
+OP = "scaled_dot_product_attention"
+SMALL = 2**16
+
+
+def _got(query, key, value) -> str:
+    return f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+
+
+def _leading(query, key, value, enable_gqa: bool):
+    """The leading dimensions of query, key and value (each with its own heads under GQA), broadcast together."""
+    shapes = [x.shape[:-2] for x in (query, key, value)]
+    if enable_gqa:
+        if min(len(s) for s in shapes) < 1:
+            raise ValueError(f"{OP}: enable_gqa needs a dimension of heads, got {_got(query, key, value)}")
+        heads = [s[-1] for s in shapes]
+        if any(h == 0 or heads[0] % h for h in heads[1:]):
+            raise ValueError(
+                f"{OP}: under enable_gqa query's heads must be a multiple of key's and value's, got "
+                f"{_got(query, key, value)}"
+            )
+        shapes = [s[:-1] for s in shapes]
+    try:
+        common = shapes[0] if shapes[0] == shapes[1] == shapes[2] else torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        hint = "" if enable_gqa else " (enable_gqa=True repeats key's and value's heads)"
+        raise ValueError(f"{OP}: batch dimensions do not broadcast: {_got(query, key, value)}{hint}") from None
+    return [(*common, h) for h in heads] if enable_gqa else [common] * 3
+
+
+def _four(x, leading, last):
+    """``x`` broadcast to (*leading, *last) as (B, H, *last), where leading has any length."""
+    x = x.expand(*leading, *last)
+    if len(leading) > 2:
+        return x.reshape(-1, leading[-1], *last)
+    return x[(None,) * (2 - len(leading))]
+
+
+def _mask(attn_mask, query, leading, rows: int, cols: int):
+    if attn_mask.dim() < 2:
+        raise ValueError(f"{OP}: attn_mask must have at least 2 dimensions, got shape {list(attn_mask.shape)}")
+    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise TypeError(f"{OP}: attn_mask must be bool, float32 or query's {query.dtype}, got {attn_mask.dtype}")
+    if attn_mask.device != query.device:
+        raise ValueError(f"{OP}: attn_mask is on {attn_mask.device}, query on {query.device}; they must be together")
+    full = (*leading, rows, cols)
+    fits = attn_mask.dim() <= len(full) and all(
+        size in (1, want) for size, want in zip(reversed(attn_mask.shape), reversed(full), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{OP}: attn_mask must broadcast to {list(full)}, got shape {list(attn_mask.shape)}")
+    if len(leading) > 2:
+        return _four(attn_mask, leading, attn_mask.shape[-2:])
+    return attn_mask[(None,) * (4 - attn_mask.dim())]
+
+
+def _variant(mask) -> str | None:
+    """``UPPER_LEFT`` or ``LOWER_RIGHT`` for a CausalBias, None for any other mask."""
+    if mask is None or type(mask) in (torch.Tensor, torch.nn.Parameter):
+        return None
+    # Not at the top: that module takes a second to import, for torch._dynamo and sympy.
+    from torch.nn.attention.bias import CausalBias
+
+    return mask.variant.name if isinstance(mask, CausalBias) else None
+
+
+def _normal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+    """(q, k, v, mask, scale, right, bottom_right, dropout_p, leading), four-dimensional tensors, after all checks."""
+    check_qkv(OP, query, key, value)
+    variant = _variant(attn_mask)
+    if min(x.dim() for x in (query, key, value)) < 2:
+        raise ValueError(f"{OP}: query, key and value need at least 2 dimensions, got {_got(query, key, value)}")
+    if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
+        raise ValueError(
+            f"{OP}: expected query (..., L, E), key (..., S, E), value (..., S, Ev); got {_got(query, key, value)}"
+        )
+    if attn_mask is not None and is_causal:
+        raise ValueError(f"{OP}: attn_mask must be None when is_causal is set")
+    dropout_p = check_dropout(OP, dropout_p)
+    scale = check_scale(OP, scale, query.shape[-1])
+    rows, cols = query.shape[-2], key.shape[-2]
+    leading, of_key, of_value = _leading(query, key, value, enable_gqa)
+    mask = None
+    if variant is not None:
+        if tuple(attn_mask.shape[-2:]) != (rows, cols):
+            raise ValueError(f"{OP}: attn_mask is for lengths {list(attn_mask.shape)}, got {_got(query, key, value)}")
+    elif attn_mask is not None:
+        mask = _mask(attn_mask, query, leading, rows, cols)
+    q = _four(query, leading, query.shape[-2:])
+    k = _four(key, of_key, key.shape[-2:])
+    v = _four(value, of_value, value.shape[-2:])
+    right = 0 if is_causal or variant is not None else -1
+    return q, k, v, mask, scale, right, variant == "LOWER_RIGHT", dropout_p, leading
+
+
+def _cast(query, key, value, attn_mask):
+    if not all(isinstance(x, torch.Tensor) for x in (query, key, value)):
+        return query, key, value, attn_mask
+    if attn_mask is None or _variant(attn_mask) is not None:
+        return *autocast(query, key, value), attn_mask
+    return autocast(query, key, value, attn_mask)
+
+
+def scaled_dot_product_attention_reference(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):  # fmt: skip
+    """The definition: all scores at once, in at least fp32."""
+    q, k, v, mask, scale, right, bottom_right, p, leading = _normal(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+    )
+    seed = draw_seed(q.device) if p > 0 else None
+    v = v.repeat_interleave(k.shape[1] // v.shape[1], 1) if v.shape[1] < k.shape[1] else v
+    k = k.repeat_interleave(v.shape[1] // k.shape[1], 1) if k.shape[1] < v.shape[1] else k
+    out, _ = reference(q, k, v, mask, None, None, seed, None, None, scale, 0.0, -1, right, bottom_right, p)
+    return out.reshape(*leading, *out.shape[-2:])
+
+
+def scaled_dot_product_attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):  # fmt: skip
+    """``torch.nn.functional.scaled_dot_product_attention``, fused.
+
+    Args:
+        query: (..., L, E), floating point, any strides; any number of leading dimensions, the last of them heads.
+        key, value: (..., S, E) and (..., S, Ev); leading dimensions broadcast with query's.
+        attn_mask: broadcasts to (..., L, S): boolean, True for what takes part, or added to the logits, with its
+            gradient; or a ``torch.nn.attention.bias.CausalBias``.
+        dropout_p: probability of dropping a softmax weight, always applied.
+        is_causal: hide column j > row i (top-left, as torch; :func:`fastllm.functional.attention` is bottom-right).
+        scale: by default 1 / sqrt(E).
+        enable_gqa: key and value may have fewer heads, each read by a run of query heads.
+
+    Returns:
+        (..., L, Ev) in query's dtype. Rows that see nothing give 0 and no gradient.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says which.
+        BackendError: the backend asked for cannot serve the call.
+    """
+    if isinstance(query, torch.Tensor) and query.is_nested:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    query, key, value, attn_mask = _cast(query, key, value, attn_mask)
+    q, k, v, mask, scale, right, bottom_right, p, leading = _normal(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+    )
+    heads = None if k.shape[1] == v.shape[1] else f"key has {k.shape[1]} heads and value {v.shape[1]}"
+    backend = pick(OP, q, k, v, refused=dict.fromkeys(("triton", "hopper"), kernel_refuses(q, v) or heads))
+    kernels = backend != "eager"
+    square = q.shape[-2] == k.shape[-2]
+    # torch's dropout draws from torch's own stream: an eager call keeps it. Few scores keep torch's own choice, too:
+    # below four dimensions and for a mask's gradient it multiplies 16-bit inputs in fp32, and keeps all scores.
+    few = q.shape[-2] * k.shape[-2] <= SMALL and (query.dim() < 4 or mask is not None)
+    plain = mask is None and p == 0 and (square or not bottom_right)
+    faster = faster_in_torch(q, k, v, right == 0) if kernels and plain else None
+    if faster is not None:
+        return torch_attention(faster, q, k, v, right == 0, scale).reshape(*leading, q.shape[-2], v.shape[-1])
+    if not kernels and not bottom_right and few:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if not kernels and (p > 0 or heads or (sdpa_serves(q, k, v, mask) and (right < 0 or square or not bottom_right))):
+        if bottom_right and not square:
+            mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(
+                k.shape[-2] - q.shape[-2]
+            )
+        causal = right == 0 and mask is None
+        if p == 0 and amx_serves(q, k, v, mask, causal):
+            out = amx_attention(q, k, v, mask, scale, causal)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, mask, p, causal, scale=scale, enable_gqa=enable_gqa)
+    else:
+        seed = draw_seed(q.device) if p > 0 else None
+        out, _ = apply_attention(
+            q, k, v, mask, None, None, seed, None, None, scale, 0.0, -1, right, bottom_right, p, backend
+        )
+    return out.reshape(*leading, *out.shape[-2:])
+
+
+def _samples(device, dtype):
+    def make(*shape):
+        return torch.randn(shape, device=device).to(dtype).requires_grad_()
+
+    yield Sample("causal_wide", (make(2, 3, 17, 8), make(2, 3, 25, 8), make(2, 3, 25, 8)), dict(is_causal=True))
+    yield Sample("causal_tall", (make(3, 21, 8), make(3, 9, 8), make(3, 9, 5)), dict(is_causal=True))
+    yield Sample("two_dims", (make(13, 8), make(7, 8), make(7, 8)), dict(scale=0.3))
+    yield Sample("five_dims", (make(2, 1, 2, 6, 8), make(1, 3, 2, 9, 8), make(2, 3, 1, 9, 4)), {})
+    yield Sample("broadcast", (make(2, 6, 8), make(3, 2, 9, 8), make(3, 2, 9, 8)), dict(attn_mask=make(2, 1, 9)))
+    yield Sample("grouped", (make(1, 6, 11, 8), make(1, 2, 11, 8), make(1, 2, 11, 8)), dict(enable_gqa=True))
+    yield Sample("one_key", (make(1, 2, 5, 8), make(1, 2, 1, 8), make(1, 2, 1, 8)), {})
+    rows = torch.rand(2, 1, 10, 12, device=device) < 0.4
+    rows[:, :, 3] = False
+    yield Sample("empty_row", (make(2, 2, 10, 8), make(2, 2, 12, 8), make(2, 2, 12, 8)), dict(attn_mask=rows))
+
+
+def _cost(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    q, k, v, mask, *_ = _normal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    # A top-left diagonal leaves as many pairs as a band from the bottom right that starts Sk - Sq earlier.
+    window = (None, q.shape[-2] - k.shape[-2]) if is_causal and q.shape[-2] >= k.shape[-2] else None
+    if is_causal and window is None:
+        k, v = k[:, :, : q.shape[-2]], v[:, :, : q.shape[-2]]
+    return attention_cost(q, k, v, causal=is_causal and window is None, window=window, bias=mask)
+
+
+register(
+    Op(
+        name=OP,
+        summary="torch's scaled_dot_product_attention: masks, causal, grouped heads, dropout",
+        function=scaled_dot_product_attention,
+        reference=scaled_dot_product_attention_reference,
+        samples=_samples,
+        cost=_cost,
+        backends=("eager", "triton", "hopper"),
+        exception=lambda device_type: amx_exception(device_type) or torch_exception(device_type),
+    )
+)

@@ -1,0 +1,254 @@
+"""A linear layer and the cross-entropy of its outputs, without ever holding all the logits."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ...registry import Op, pick, plain_eager, register
+from ..shared.autograd import apply, autocasts
+from .chunks import products_exception
+from .cross_entropy import cross_entropy
+from .linear_operator import LinearCrossEntropy
+from .linear_reference import (
+    Plan,
+    check_linear,
+    check_whole,
+    is_whole,
+    linear_cost,
+    linear_cross_entropy_reference,
+    linear_samples,
+    plan,
+    shifted,
+    whole_logits,
+)
+from .loss import check_options, loss_dtype
+
+
+def linear_cross_entropy(
+    input, linear_weight, target, *, linear_bias=None, weight=None, reduction="mean", ignore_index=None,
+    label_smoothing=0.0, options=None, softcap=None, logit_scale=1.0, z_loss=0.0, token_weight=None, shift=0,
+    max_workspace_mb=None, max_targets=None, recompute=False, return_lse=False, return_accuracy=False,
+    return_entropy=False,
+):  # fmt: skip
+    """``cross_entropy(linear(input, linear_weight, linear_bias), target)`` without ever holding all the logits.
+
+    Rows of logits are computed a chunk at a time, turned into their gradient where they stand, and multiplied into the
+    gradients of the input and the layer: three matrix multiplications in all, and a workspace of one chunk.
+
+    Args:
+        input: (..., D), floating point. linear_weight: (V, D), in the same dtype. linear_bias: (V,) or None.
+        target: class indices of the input's leading shape, int64 or uint8. Also torch's other forms: class
+            probabilities (N, V), or a linear_weight (V, d1, ..., D) with bias (V, d1, ...); for these all the logits
+            are held, and token_weight, shift, max_targets, return_accuracy and return_entropy are refused.
+        options: torch's chunking options; accepted and without effect, ``max_workspace_mb`` decides here.
+        weight, ignore_index (None: -100), label_smoothing, softcap, logit_scale, z_loss: as in
+            :func:`fastllm.functional.cross_entropy`. On CPU ignored rows are left out before anything is computed.
+        max_targets: no more targets than this count, the others are ignored: a masked-LM head knows it. With it CUDA
+            too computes no more rows; without, how many there are is known on the device alone, and the host will not
+            wait for it. If more count: ValueError on CPU, a device-side assert on CUDA.
+        reduction: "mean" (over class weight times token weight of the targets that count), "sum" or "none".
+        token_weight: factors on the losses, of the target's shape, or None. No gradient of its own.
+        shift: each input is held against the target ``shift`` positions further on along the last dimension; 1 for
+            next-token prediction from unshifted tokens. The last ``shift`` positions count as ignored.
+        max_workspace_mb: MiB of workspace that decide the chunk; None for 1200 on CUDA, 64 elsewhere. One row at the
+            least. See :func:`linear_cross_entropy_plan`.
+        recompute: keep no gradients between forward and backward; the logits are computed again there, a fourth
+            matrix multiplication. So it is anyway for "none", in fp16 (whose gradients of a mean would underflow before
+            a loss scale reaches them), in compiled code and in a second backward.
+        return_lse: also return logsumexp of every position's logits, those of ignored targets too.
+        return_accuracy: also return 1 for each target that no other class has a larger logit than, else 0; 0 for
+            ignored ones. Not differentiable.
+        return_entropy: also return the entropy of every position's softmax, in nats, those of ignored targets too.
+
+    Returns:
+        The loss in the input's dtype (fp32 under autocast), a scalar or of the target's shape. Row losses and the
+        layer's gradients are summed in fp32. With any ``return_...`` a tuple of the loss and what they name, in the
+        order lse, accuracy, entropy; each of the target's shape, in at least fp32. lse and entropy are differentiable;
+        where their gradients are asked for, the logits are computed once more.
+
+    On a CPU the layer's gradient is summed over the chunks by the extension's bf16 products with fp32 sums, where the
+    CPU has matrix units (AMX) or vector products of bf16 (AVX-512 BF16); else by products in fp32, whatever the inputs'
+    dtype, because PyTorch's 16-bit products there are rounded to 16 bits chunk by chunk.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or option does not fit.
+        IndexError: on CPU, a class index is neither in [0, V) nor ignore_index.
+        BackendError: the backend asked for cannot serve the call.
+    """
+    if is_whole(linear_weight, target):
+        refused = dict(
+            token_weight=token_weight is not None, shift=shift, max_targets=max_targets is not None,
+            return_accuracy=return_accuracy, return_entropy=return_entropy,
+        )  # fmt: skip
+        check_whole(input, linear_weight, target, linear_bias, ignore_index, refused)
+        return cross_entropy(
+            whole_logits(input, linear_weight, linear_bias, input.dtype), target, weight,
+            ignore_index=-100 if ignore_index is None else ignore_index, reduction=reduction,
+            label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale, z_loss=z_loss,
+            return_lse=return_lse, inplace=True,
+        )  # fmt: skip
+    ignore_index = -100 if ignore_index is None else ignore_index
+    check_linear(
+        input, linear_weight, target, linear_bias, token_weight, shift, max_workspace_mb, max_targets, ignore_index
+    )
+    check_options(
+        "linear_cross_entropy", input, weight, linear_weight.shape[0], reduction, label_smoothing, softcap, logit_scale,
+        z_loss,
+    )  # fmt: skip
+    dtype = loss_dtype(input, target)
+    if autocasts(input.device.type) and input.dtype != torch.float64:
+        narrow = torch.get_autocast_dtype(input.device.type)
+        input, linear_weight = input.to(narrow), linear_weight.to(narrow)
+        linear_bias = None if linear_bias is None else linear_bias.to(narrow)
+    for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if tensor is not None and tensor.dtype != input.dtype:
+            raise TypeError(f"linear_cross_entropy: {name} is {tensor.dtype}, input {input.dtype}; they must agree")
+    if weight is not None and weight.requires_grad:
+        raise ValueError("linear_cross_entropy: weight requires a gradient, which class weights get nowhere")
+    backend = pick("linear_cross_entropy", input, linear_weight, linear_bias, weight)
+    if plain_eager(backend):
+        return linear_cross_entropy_reference(
+            input, linear_weight, target, linear_bias=linear_bias, weight=weight, reduction=reduction,
+            ignore_index=ignore_index, label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale,
+            z_loss=z_loss, token_weight=token_weight, shift=shift, return_lse=return_lse,
+            return_accuracy=return_accuracy, return_entropy=return_entropy,
+        )  # fmt: skip
+    needs = tuple(
+        t is not None and t.requires_grad and torch.is_grad_enabled() for t in (input, linear_weight, linear_bias)
+    )
+    with_gradient = (
+        any(needs) and reduction != "none" and not recompute and input.dtype != torch.float16
+        and not torch.compiler.is_compiling()
+    )  # fmt: skip
+    x = input.reshape(target.numel(), input.shape[-1])
+    y = shifted(target.long(), ignore_index, shift).reshape(-1)
+    wide = torch.promote_types(input.dtype, torch.float32)
+    everywhere = return_lse or return_entropy
+    rows = x.shape[0] if max_targets is None or everywhere else min(x.shape[0], max_targets)
+    chunk = plan(
+        rows, linear_weight.shape[0], input.dtype, input.device.type, backend, max_workspace_mb, softcap,
+        return_entropy, "",
+    ).rows  # fmt: skip
+    compact = 0 if everywhere else rows if max_targets is not None else -1 if input.device.type == "cpu" else 0
+    loss, lse, accuracy, entropy, *_ = apply(
+        LinearCrossEntropy, x, linear_weight, linear_bias, y, None if weight is None else weight.contiguous(),
+        None if token_weight is None else token_weight.reshape(-1).to(wide),
+        int(ignore_index), float(label_smoothing), None if softcap is None else float(softcap), float(logit_scale),
+        float(z_loss), reduction, dtype, with_gradient, chunk, backend, compact, needs,
+        (return_accuracy, return_entropy),
+    )  # fmt: skip
+    loss = loss.view(target.shape) if reduction == "none" else loss
+    asked = ((return_lse, lse), (return_accuracy, accuracy), (return_entropy, entropy))
+    others = [values.view(target.shape) for want, values in asked if want]
+    return (loss, *others) if others else loss
+
+
+def linear_cross_entropy_plan(
+    input, linear_weight, *, reduction="mean", softcap=None, max_workspace_mb=None, max_targets=None, recompute=False,
+    return_entropy=False,
+) -> Plan:  # fmt: skip
+    """How :func:`linear_cross_entropy` would run such a call: print it before running."""
+    backend = pick("linear_cross_entropy", input, linear_weight)
+    if not torch.is_grad_enabled() or not (input.requires_grad or linear_weight.requires_grad):
+        lane = "1 matmul, loss only"
+    elif reduction == "none" or recompute or input.dtype == torch.float16:
+        lane = "4 matmuls, recompute"
+    else:
+        lane = "3 matmuls, no recompute"
+    tokens = input.numel() // input.shape[-1]
+    if max_targets is not None and not return_entropy:
+        tokens = min(tokens, max_targets)
+    return plan(
+        tokens, len(linear_weight), input.dtype, input.device.type, backend, max_workspace_mb, softcap, return_entropy,
+        lane,
+    )  # fmt: skip
+
+
+# torch has the class since 2.13; before, ours stands on what torch's is made of.
+_Loss = torch.nn.modules.loss._WeightedLoss
+
+
+class LinearCrossEntropyLoss(getattr(torch.nn, "LinearCrossEntropyLoss", _Loss)):
+    """The loss of a linear layer's outputs, which are never held all at once; owns the layer as ``linear``.
+
+    ``torch.nn.LinearCrossEntropyLoss``'s state_dict keys and arguments up to ``options``, and a subclass of it where
+    torch has it (>= 2.13); the other arguments are :func:`linear_cross_entropy`'s. ``forward(input, target,
+    token_weight=None)``.
+    """
+
+    def __init__(
+        self, in_features, num_classes, *, out_features=(), bias=False, device=None, dtype=None, reduction="mean",
+        weight=None, ignore_index=None, label_smoothing=0.0, options=None, softcap=None, logit_scale=1.0, z_loss=0.0,
+        shift=0, max_workspace_mb=None, max_targets=None, recompute=False, return_lse=False, return_accuracy=False,
+        return_entropy=False,
+    ):  # fmt: skip
+        _Loss.__init__(self, weight=weight, reduction=reduction)
+        self.num_classes = num_classes
+        self.out_features = tuple(out_features)
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.options = options
+        rows = math.prod(self.out_features, start=num_classes)
+        self.linear = torch.nn.Linear(in_features, rows, bias=bias, device=device, dtype=dtype)
+        self.extras = dict(
+            softcap=softcap, logit_scale=logit_scale, z_loss=z_loss, shift=shift, max_workspace_mb=max_workspace_mb,
+            max_targets=max_targets, recompute=recompute, return_lse=return_lse, return_accuracy=return_accuracy,
+            return_entropy=return_entropy,
+        )  # fmt: skip
+
+    def _layer(self):
+        weight, bias = self.linear.weight, self.linear.bias
+        if self.out_features:
+            weight = weight.unflatten(0, (self.num_classes, *self.out_features))
+            bias = None if bias is None else bias.unflatten(0, (self.num_classes, *self.out_features))
+        return weight, bias
+
+    def forward(self, input, target, token_weight=None):
+        linear_weight, linear_bias = self._layer()
+        return linear_cross_entropy(
+            input, linear_weight, target, linear_bias=linear_bias, weight=self.weight, reduction=self.reduction,
+            ignore_index=self.ignore_index, label_smoothing=self.label_smoothing, options=self.options,
+            token_weight=token_weight, **self.extras,
+        )  # fmt: skip
+
+    def plan(self, input) -> Plan:
+        """How :meth:`forward` would run on ``input``, with class indices: print it before running."""
+        names = ("softcap", "max_workspace_mb", "max_targets", "recompute", "return_entropy")
+        extras = {name: self.extras[name] for name in names}
+        return linear_cross_entropy_plan(input, self.linear.weight, reduction=self.reduction, **extras)
+
+    def extra_repr(self):
+        names = ("num_classes", "out_features", "reduction", "ignore_index", "label_smoothing", "options")
+        every = {**{name: getattr(self, name) for name in names}, **self.extras}
+        return ", ".join(f"{name}={value}" for name, value in every.items())
+
+
+class LinearCrossEntropyHead(torch.nn.Linear):
+    """A model's output layer that gives the loss instead of the logits where it is given the targets.
+
+    In place of a ``torch.nn.Linear``: same arguments, same state_dict keys, and always called through ``forward``, so
+    that DDP, FSDP, tied weights and hooks see it. ``forward(input)`` gives logits and
+    ``forward(input, target, **options)`` :func:`linear_cross_entropy` of them.
+    """
+
+    def forward(self, input, target=None, **options):
+        if target is None:
+            return super().forward(input)
+        return linear_cross_entropy(input, self.weight, target, linear_bias=self.bias, **options)
+
+
+register(
+    Op(
+        name="linear_cross_entropy",
+        summary="linear layer and cross-entropy in chunks, never all the logits; token weights, shift, z-loss",
+        function=linear_cross_entropy,
+        reference=linear_cross_entropy_reference,
+        samples=linear_samples,
+        cost=linear_cost,
+        backends=("eager", "triton", "native"),
+        module=LinearCrossEntropyLoss,
+        exception=products_exception,
+    )
+)

@@ -1,0 +1,1 @@
+"""Layer norm and RMS norm, alone and after a residual add."""

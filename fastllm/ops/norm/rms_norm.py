@@ -1,0 +1,77 @@
+"""RMS norm: y = x / sqrt(mean(x^2) + eps) * weight over the last dimensions (Zhang and Sennrich 2019)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ...registry import Op, register
+from .operator import check_norm, check_scalars, fused_norm, norm_cost, norm_reference, norm_samples, pick_norm
+
+
+def default_eps(eps: float | None, dtype: torch.dtype) -> float:
+    """``eps``, or torch's default: the epsilon of the dtype that the mean is taken in."""
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).eps if eps is None else eps
+
+
+def rms_norm_reference(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0):
+    """The definition, in at least fp32, rounded once to the input's dtype."""
+    eps = default_eps(eps, input.dtype)
+    return norm_reference(input, normalized_shape, weight, None, eps, weight_offset, center=False)
+
+
+def eager_rms_norm(input, shape, weight, eps, offset):
+    """PyTorch's own operator; the definition where that would warn of mixed dtypes on every call."""
+    if offset != 0.0 or (weight is not None and weight.dtype != input.dtype):
+        return rms_norm_reference(input, shape, weight, eps, weight_offset=offset)
+    return F.rms_norm(input, shape, weight, eps)
+
+
+def rms_norm(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0):
+    """``torch.nn.functional.rms_norm``, fused.
+
+    Args:
+        input: (..., *normalized_shape), floating point, any strides.
+        normalized_shape: the last dimensions of ``input``, over which the mean square is taken.
+        weight: normalized_shape, or None. May be fp32 beside a 16-bit input.
+        eps: added to the mean square; None means torch's default, the epsilon of the dtype that the mean is taken
+            in (fp32's for 16-bit inputs).
+        weight_offset: added to the weight in fp32; 1.0 for models that store weight - 1 (Gemma, arXiv:2403.08295).
+
+    Returns:
+        A tensor as ``input``, in its dtype. The mean square is taken in fp32 whatever the dtype.
+
+    Raises:
+        TypeError: ``input`` is not a floating-point tensor.
+        ValueError: a shape, device or option does not fit.
+        BackendError: the backend asked for cannot serve the call.
+    """
+    if isinstance(input, torch.Tensor) and input.is_nested and weight_offset == 0.0:
+        return F.rms_norm(input, normalized_shape, weight, eps)
+    shape = check_norm("rms_norm", input, normalized_shape, weight=weight)
+    check_scalars("rms_norm", weight_offset, eps=eps)
+    backend = pick_norm("rms_norm", shape, input, weight)
+    if backend == "eager":
+        return eager_rms_norm(input, shape, weight, eps, weight_offset)
+    return fused_norm(input, shape, weight, None, default_eps(eps, input.dtype), weight_offset, False, backend)[0]
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """``torch.nn.RMSNorm``, with the same arguments and state_dict keys, on :func:`rms_norm`."""
+
+    def forward(self, x):
+        return rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+register(
+    Op(
+        name="rms_norm",
+        summary="root mean square over the last dimensions, then weight",
+        function=rms_norm,
+        reference=rms_norm_reference,
+        samples=lambda device, dtype: norm_samples(device, dtype, bias=False),
+        cost=norm_cost,
+        backends=("eager", "triton", "native"),
+        module=RMSNorm,
+    )
+)

@@ -1,0 +1,1 @@
+"""Checkpoints, whole or in shards, and saving while training goes on."""

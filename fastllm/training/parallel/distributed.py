@@ -1,0 +1,346 @@
+"""Several processes that train one model, on torch's own engine: DDP, FSDP2, and a vocabulary split over processes.
+
+``torchrun --nproc-per-node N -m fastllm train --out runs/x`` starts them. Every rank knows the whole batch, which is a
+function of (data, seed, step), and computes its own rows: the batch of a step is the same at any number of ranks, and
+so are loss and gradient, but for the order in which floating-point numbers are added.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ...config import InputError
+from ...data import Tokenizer
+from ..checkpoints.checkpoint import Keep
+from ..checkpoints.saving import Saver
+from ..checkpoints.sharded import ShardedSaver, read_sharded, whole_model
+from ..config import TrainingConfig
+from ..guard import Failed
+from ..objectives import Batch, CausalLM, Objective
+from .meta import on_meta
+from .ranks import ALONE, Losses, Ranks, launched, shares
+from .vocab_parallel import split_vocabulary
+from .watch import Watch
+
+_lives = itertools.count()
+
+
+@contextlib.contextmanager
+def joined(training: TrainingConfig) -> Iterator[Ranks]:
+    """This process's place among those that torchrun started; on its own if there is one only.
+
+    Raises:
+        InputError: the settings do not fit the number of processes.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1")) if launched() else 1
+    if training.parallel == "fsdp" and not launched():
+        raise InputError("parallel: fsdp needs torchrun (torchrun --nproc-per-node N -m fastllm train ...)")
+    groups = size // training.tensor_parallel
+    if size % training.tensor_parallel:
+        raise InputError(f"tensor_parallel: {training.tensor_parallel} does not divide the {size} processes")
+    if training.tensor_parallel > 1 and training.parallel == "fsdp":
+        raise InputError("tensor_parallel: goes with parallel ddp only; FSDP shards embedding and head itself")
+    if training.batch_size % groups or (training.batch_size // groups) % (training.micro_batch_size or 1):
+        raise InputError(
+            f"batch_size: {training.batch_size} is not a multiple of {groups} processes x micro_batch_size "
+            f"{training.micro_batch_size or 1}"
+        )
+    if size == 1 and training.parallel != "fsdp":
+        yield ALONE
+        return
+    cuda = training.device != "cpu" and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    begun = not dist.is_initialized()  # a caller's own group serves as well, and stays
+    if begun:
+        timeout = timedelta(seconds=2 * training.hang_timeout + 60)
+        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun's store outlives a restart: without a name of its own, a life would read the addresses of the last.
+        life = f"fastllm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_lives)}"
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore(life, store), rank=rank, world_size=size,
+            timeout=timeout,
+        )  # fmt: skip
+    try:
+        kind = {"ddp": DataParallel, "fsdp": FullySharded}[training.parallel]
+        if training.tensor_parallel > 1:
+            kind = VocabParallel
+        ranks = kind(training, "cuda" if cuda else "cpu")
+        try:
+            yield ranks
+        except RuntimeError as error:
+            # Neither gloo nor NCCL has a class for it that both torch 2.11 and 2.13 raise.
+            if isinstance(error, Failed) or not re.search("gloo|nccl|peer|Connection", str(error), re.IGNORECASE):
+                raise
+            text = " ".join(str(error).split())
+            raise RankLost(
+                f"rank {ranks.rank}: another process has died or cannot be reached ({text[:200]})"
+            ) from error
+        ranks.close()
+    finally:
+        if begun:
+            dist.destroy_process_group()
+
+
+class RankLost(Failed):
+    """Another rank does not answer any more."""
+
+
+class WeightedLoss(nn.Module):
+    """A model whose forward is the objective's weighted terms: what DDP and FSDP2 put their hooks on."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, losses: Losses, batch: Batch, weights: Mapping[str, float], lacking: Batch | None):
+        return shares(losses, self.model, batch, weights, lacking)
+
+
+class Group(Ranks):
+    """What all ways of training together share."""
+
+    def __init__(self, training: TrainingConfig, device_type: str):
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._training, self._device_type = training, device_type
+        # Ranks that see different rows, and this one's place among them.
+        self.parts, self.part = self.size, self.rank
+        # The saving thread has a group of its own: its messages cannot meet the step's.
+        self.quiet = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+        self._watch = Watch(self.rank, self.size, training.hang_timeout)
+
+    def device(self, device: torch.device) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
+
+    def dtype(self, dtype: str) -> str:
+        # A trial needs the whole model; all ranks have to choose alike.
+        return {"cuda": "bfloat16", "cpu": "float32"}[self._device_type] if dtype == "auto" else dtype
+
+    def mine(self, batch: Batch) -> tuple[Batch, int]:
+        rows = len(next(iter(batch.values()))) // self.parts
+        first = self.part * rows
+        return {name: tensor[first : first + rows] for name, tensor in batch.items()}, first
+
+    def upstream(self, loss: torch.Tensor) -> torch.Tensor:
+        # Both engines give the mean of the ranks' gradients; the sum is wanted.
+        return torch.full_like(loss, self.parts)
+
+    def sum_(self, values: Sequence[torch.Tensor]) -> None:
+        packed = torch.stack([value.float() for value in values])
+        dist.all_reduce(packed, group=self._data_group)
+        for value, total in zip(values, packed.unbind(), strict=True):
+            value.copy_(total)
+
+    _data_group: dist.ProcessGroup | None = None
+
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        mine = torch.tensor(values, dtype=torch.float64)
+        every = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(every, mine)
+        return [one.tolist() for one in every]
+
+    def first(self) -> AbstractContextManager:
+        return _first(self.rank)
+
+    def beat(self, step: int, phase: str) -> None:
+        self._watch.beat(step, phase)
+
+    def close(self) -> None:
+        """Wait for every rank's end."""
+        self._watch.close()
+        dist.barrier(group=self.quiet)
+
+
+_calls = itertools.count()
+
+
+@contextlib.contextmanager
+def _first(rank: int) -> Iterator[None]:
+    """Rank 0 runs the block before the others do; if it fails, they fail as well."""
+    store = dist.distributed_c10d._get_default_store()
+    key = f"fastllm/first/{next(_calls)}"
+    if rank == 0:
+        try:
+            yield
+        except BaseException:
+            store.set(key, "failed")
+            raise
+        store.set(key, "done")
+        return
+    store.wait([key], timedelta(days=1))
+    if store.get(key) != b"done":
+        raise InputError("rank 0 could not prepare the run; its message says why")
+    yield
+
+
+class DataParallel(Group):
+    """DDP: the whole model on every rank. Checkpoints are those of a single process; the first rank writes them."""
+
+    def describe(self) -> str:
+        return f", {self.size} ranks (DDP)"
+
+    def attach(self, model: nn.Module, objective: Objective) -> None:
+        cuda = self._device_type == "cuda"
+        with warnings.catch_warnings():
+            # torch 2.13 renames broadcast_buffers; 2.11 knows no other name.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+            self._module = DistributedDataParallel(
+                WeightedLoss(model),
+                device_ids=[torch.cuda.current_device()] if cuda else None,
+                broadcast_buffers=False,
+                # A head that the objective has no use for, or a term without targets, gives parameters no gradient.
+                find_unused_parameters=not isinstance(objective, CausalLM),
+            )
+
+    def shares(self, losses, model, batch, weights, lacking):
+        return self._module(losses, batch, weights, lacking)
+
+    def exchange(self, last: bool) -> AbstractContextManager:
+        return contextlib.nullcontext() if last else self._module.no_sync()
+
+    def saver(self, folder, model, tokenizer, keep, tell):
+        return Saver(folder, model, tokenizer, keep, tell) if self.rank == 0 else Spectator()
+
+
+class Spectator(Saver):
+    """The saver of a rank that writes nothing."""
+
+    def __init__(self):
+        self.saved = self.saving = None
+
+    def save(self, state, tensors) -> None:
+        self.saved = state.step
+
+    def poll(self) -> None:
+        pass
+
+    def wait(self, final: bool = True) -> None:
+        pass
+
+
+class FullySharded(Group):
+    """FSDP2: parameters, gradients and optimiser state in equal parts; a block's weights are gathered as it runs."""
+
+    def __init__(self, training: TrainingConfig, device_type: str):
+        super().__init__(training, device_type)
+        self._mesh = init_device_mesh(device_type, (self.size,))
+
+    def describe(self) -> str:
+        return f", {self.size} ranks (FSDP2)"
+
+    def _shard(self, model: nn.Module, dtype: str) -> None:
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        if dtype == "bfloat16":
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        for module in model.modules():
+            if isinstance(module, nn.ModuleList):
+                for block in module:
+                    fully_shard(block, mesh=self._mesh, mp_policy=policy)
+        self._module = fully_shard(WeightedLoss(model), mesh=self._mesh, mp_policy=policy)
+
+    def build(self, make: Callable[[], nn.Module], device: torch.device, dtype: str) -> nn.Module:
+        model, draw = on_meta(make)
+        self._shard(model, dtype)
+        draw(device)
+        return model
+
+    def load(self, checkpoint: Path, make: Callable[[], nn.Module], device: torch.device, dtype: str):
+        model, draw = on_meta(make)
+        self._shard(model, dtype)
+        draw(device, random=False)
+        return model, read_sharded(checkpoint, model, self.quiet)
+
+    def shares(self, losses, model, batch, weights, lacking):
+        return self._module(losses, batch, weights, lacking)
+
+    @contextlib.contextmanager
+    def exchange(self, last: bool) -> Iterator[None]:
+        self._module.set_requires_gradient_sync(last)
+        self._module.set_is_last_backward(last)
+        yield
+
+    def clip(self, model: nn.Module, largest: float) -> torch.Tensor:
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        # An evaluation calls the model's own methods, so the root's hooks do not run.
+        self._module.unshard()
+        yield
+        self._module.reshard()
+
+    def whole(self, model: nn.Module, make: Callable[[], nn.Module]) -> nn.Module | None:
+        return whole_model(model, make, self.rank == 0)
+
+    def saver(self, folder: Path, model: nn.Module, tokenizer: Tokenizer, keep: Keep, tell: Callable[[str], None]):
+        return ShardedSaver(folder, model, tokenizer, keep, tell, self.quiet)
+
+
+class VocabParallel(Group):
+    """Embedding and head split by vocabulary over ``tensor_parallel`` ranks; groups of them see different rows.
+
+    The other parameters are whole on every rank; gradients are added up over the groups when the last part is done.
+    """
+
+    def __init__(self, training: TrainingConfig, device_type: str):
+        super().__init__(training, device_type)
+        within = training.tensor_parallel
+        mesh: DeviceMesh = init_device_mesh(
+            device_type, (self.size // within, within), mesh_dim_names=("data", "vocabulary")
+        )
+        self._vocabulary = mesh["vocabulary"]
+        self._data_group = mesh["data"].get_group()
+        self.parts, self.part = mesh["data"].size(), mesh["data"].get_local_rank()
+
+    def describe(self) -> str:
+        return f", {self.size} ranks (vocabulary over {self._vocabulary.size()})"
+
+    def build(self, make: Callable[[], nn.Module], device: torch.device, dtype: str) -> nn.Module:
+        return split_vocabulary(make().to(device), self._vocabulary)
+
+    def load(self, checkpoint: Path, make: Callable[[], nn.Module], device: torch.device, dtype: str):
+        model = self.build(make, device, dtype)
+        return model, read_sharded(checkpoint, model, self.quiet)
+
+    def upstream(self, loss: torch.Tensor) -> None:
+        return None
+
+    def clip(self, model: nn.Module, largest: float) -> torch.Tensor:
+        whole = [p.grad for p in model.parameters() if p.grad is not None and not isinstance(p.grad, DTensor)]
+        split = [p.grad.to_local() for p in model.parameters() if isinstance(p.grad, DTensor)]
+        if self.parts > 1:
+            for grads in (whole, split):
+                flat = torch.cat([grad.flatten() for grad in grads])
+                dist.all_reduce(flat, group=self._data_group)
+                for grad, total in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+                    grad.copy_(total.view_as(grad))
+        squares = torch.stack([grad.float().square().sum() for grad in split]).sum()
+        dist.all_reduce(squares, group=self._vocabulary.get_group())
+        norm = (squares + torch.stack([grad.float().square().sum() for grad in whole]).sum()).sqrt()
+        factor = (largest / (norm + 1e-6)).clamp(max=1.0)
+        for grad in (*whole, *split):
+            grad.mul_(factor.to(grad.dtype))
+        return norm
+
+    def whole(self, model: nn.Module, make: Callable[[], nn.Module]) -> nn.Module | None:
+        return whole_model(model, make, self.rank == 0)
+
+    def saver(self, folder: Path, model: nn.Module, tokenizer: Tokenizer, keep: Keep, tell: Callable[[str], None]):
+        return ShardedSaver(folder, model, tokenizer, keep, tell, self.quiet)

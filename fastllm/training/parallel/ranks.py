@@ -1,0 +1,141 @@
+"""The processes that train one model together, as a step sees them; here the one process that trains alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ...data import Tokenizer
+from ..checkpoints.checkpoint import SHARDED, Keep, load_checkpoint
+from ..checkpoints.saving import Saver
+from ..objectives import Batch, Objective, rows_of
+
+Losses = Callable[[nn.Module, Batch], dict[str, torch.Tensor]]
+
+
+def launched() -> bool:
+    """Whether torchrun, or what sets the same variables, has started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def shares(
+    losses: Losses, model: nn.Module, batch: Batch, weights: Mapping[str, float], lacking: Batch | None
+) -> dict[str, torch.Tensor]:
+    """The terms that have a weight, times it; with ``lacking``, a zero that depends on every term too."""
+    result = {}
+    if weights:
+        means = losses(model, batch)
+        result = {name: means[name] * weight for name, weight in weights.items()}
+    if lacking is not None:
+        result["lacking"] = 0.0 * sum(losses(model, lacking).values())
+    return result
+
+
+class Ranks:
+    """What a step needs of the other processes. This class: there are none."""
+
+    rank, size = 0, 1
+
+    def device(self, device: torch.device) -> torch.device:
+        """This rank's own one of the devices of that kind."""
+        return device
+
+    def describe(self) -> str:
+        """What follows the model's description, for people."""
+        return ""
+
+    def dtype(self, dtype: str) -> str:
+        """What "auto" comes to where it is not measured."""
+        return dtype
+
+    def first(self) -> AbstractContextManager:
+        """Around what the first rank does before the others."""
+        return contextlib.nullcontext()
+
+    def build(self, make: Callable[[], nn.Module], device: torch.device, dtype: str) -> nn.Module:
+        """The new model on ``device``, to be trained in ``dtype``; torch's generator is seeded."""
+        return make().to(device)
+
+    def load(
+        self, checkpoint: Path, make: Callable[[], nn.Module], device: torch.device, dtype: str
+    ) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+        """The model and the optimisers' tensors of a checkpoint.
+
+        Args:
+            make: gives a new model of the checkpoint's kind.
+
+        Raises:
+            InputError: a file is not what it should be, although its hash is.
+        """
+        if (checkpoint / SHARDED).exists():
+            from ..checkpoints.sharded import load_whole
+
+            return load_whole(checkpoint, make, device)
+        model, tensors, _ = load_checkpoint(checkpoint, device)
+        return model, tensors
+
+    def attach(self, model: nn.Module, objective: Objective) -> None:
+        """Make ready to train ``model``."""
+
+    def evaluating(self) -> AbstractContextManager:
+        """Around an evaluation."""
+        return contextlib.nullcontext()
+
+    def whole(self, model: nn.Module, make: Callable[[], nn.Module]) -> nn.Module | None:
+        """The model with all of its weights, on the first rank; called by every rank."""
+        return model if self.rank == 0 else None
+
+    def saver(
+        self, folder: Path, model: nn.Module, tokenizer: Tokenizer, keep: Keep, tell: Callable[[str], None]
+    ) -> Saver:
+        """What writes the run's checkpoints."""
+        return Saver(folder, model, tokenizer, keep, tell)
+
+    def beat(self, step: int, phase: str) -> None:
+        """Say where this rank is, for the others to know if it should hang."""
+
+    def mine(self, batch: Batch) -> tuple[Batch, int]:
+        """This rank's rows of ``batch``, and the number of its first row."""
+        if self.size == 1:
+            return batch, 0
+        rows = len(next(iter(batch.values()))) // self.size
+        first = self.rank * rows
+        return {name: tensor[first : first + rows] for name, tensor in batch.items()}, first
+
+    def spare(self, objective: Objective, batch: Batch, rows: int) -> Batch:
+        """The part of the whole batch that has targets for the most terms."""
+        return max(rows_of(batch, rows), key=lambda part: sum(map(bool, objective.counts(part).values())))
+
+    def shares(
+        self, losses: Losses, model: nn.Module, batch: Batch, weights: Mapping[str, float], lacking: Batch | None
+    ) -> dict[str, torch.Tensor]:
+        """As the function of this name."""
+        return shares(losses, model, batch, weights, lacking)
+
+    def exchange(self, last: bool) -> AbstractContextManager:
+        """Around forward and backward of a part: gradients are exchanged within the ``last`` one of a step only."""
+        return contextlib.nullcontext()
+
+    def upstream(self, loss: torch.Tensor) -> torch.Tensor | None:
+        """The gradient that the backward of ``loss`` starts with; None: one."""
+        return None
+
+    def sum_(self, values: Sequence[torch.Tensor]) -> None:
+        """Add up each of the scalars over the ranks, in place."""
+
+    def clip(self, model: nn.Module, largest: float) -> torch.Tensor:
+        """Scale the gradient to a global norm of at most ``largest``; returns the norm before."""
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
+
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        """Every rank's ``values``, by rank."""
+        return [list(values)]
+
+
+ALONE = Ranks()

@@ -1,0 +1,1 @@
+"""What a run tells of itself: the display, metrics, pictures and pages."""

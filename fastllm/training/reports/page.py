@@ -1,0 +1,173 @@
+"""One HTML page about one or several runs: curves side by side, meters, samples, and what differs in their settings.
+
+The page is one file: pictures are inline SVG, there is no script and nothing is loaded from elsewhere.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ...config import InputError
+from ...files import write_text
+from ..config import read_run_config
+from .progress import read_metrics
+from .report import smooth
+
+COLOURS = ("#2a78b5", "#d9662b", "#3a9d5d", "#8a5fb0", "#b5862a", "#c2487a", "#4d4d4d", "#2aa5a5")
+# Quantities that have a picture where a run has them: key, title, whether the axis is logarithmic.
+CURVES = (
+    ("loss", "training loss (nats per token, smoothed)", False),
+    ("validation_loss", "validation loss (nats per token)", False),
+    ("validation_bits_per_byte", "validation (bits per byte)", False),
+    ("grad_norm", "gradient norm before clipping", True),
+    ("lr", "learning rate of AdamW", False),
+    ("tokens_per_second", "tokens per second", False),
+    ("mfu", "model FLOPs utilisation", False),
+    ("skipped", "skipped steps so far", False),
+    ("rank_skew_seconds", "slowest rank minus fastest, seconds", False),
+)
+PHASES = ("data_seconds", "forward_seconds", "backward_seconds", "update_seconds")
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #eee }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 1rem }
+.curves svg { width: 100%; height: auto } .runs { display: flex; gap: 1.5rem; flex-wrap: wrap }
+.samples { flex: 1 1 400px; min-width: 0 } pre { white-space: pre-wrap; background: #f6f6f6; padding: .8rem;
+max-height: 24rem; overflow: auto; overflow-wrap: anywhere } .key { display: inline-block; width: 1.6em; height: .25em;
+vertical-align: middle; margin-right: .4em } tr.differs td { background: #fff6e5 }
+"""
+
+
+def _curve(lines: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    points = [
+        (line["step"], line[key])
+        for line in lines
+        if isinstance(line.get(key), int | float) and math.isfinite(line[key]) and isinstance(line.get("step"), int)
+    ]
+    steps, values = [step for step, _ in points], [float(value) for _, value in points]
+    return steps, smooth(values, len(values) // 50) if key == "loss" else values
+
+
+def _picture(title: str, curves: list[tuple[str, list[float], list[float]]], logarithmic: bool) -> str:
+    """An SVG of one quantity over the steps, a line for each run."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.subplots()
+    for colour, steps, values in curves:
+        axes.plot(steps, values, color=colour, linewidth=1.4, marker="o" if len(steps) < 30 else None, markersize=3)
+    if logarithmic and all(value > 0 for _, _, values in curves for value in values):
+        axes.set_yscale("log")
+    shown = sorted(value for _, _, values in curves for value in values[len(values) // 50 :])
+    if not logarithmic and len(shown) > 20 and shown[-1] > shown[0]:
+        # A few outliers must not flatten the rest.
+        high = shown[int(0.995 * (len(shown) - 1))]
+        axes.set_ylim(top=min(shown[-1], high + 0.3 * (high - shown[0])) + 0.03 * (high - shown[0]) + 1e-12)
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xlabel("step", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return re.sub(r"^.*?(?=<svg)", "", out.getvalue(), flags=re.DOTALL)
+
+
+def _table(header: list[str], rows: list[list[str]], marked: set[int] = frozenset()) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join(
+        f'<tr class="{"differs" if number in marked else "same"}">'
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+        + "</tr>"
+        for number, row in enumerate(rows)
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _result(lines: list[dict[str, Any]]) -> list[str]:
+    steps = [line for line in lines if "lr" in line]
+    scores = [line for line in lines if "validation_loss" in line]
+    last = steps[-1] if steps else {}
+    spent = [sum(line.get(phase) or 0.0 for line in steps) for phase in PHASES]
+    total = sum(spent)
+
+    def shown(value: object, form: str) -> str:
+        return format(value, form) if isinstance(value, int | float) else "-"
+
+    return [
+        shown(last.get("step"), ","), shown(last.get("tokens"), ","), shown(last.get("seconds"), ",.1f"),
+        shown(last.get("loss"), ".4f"), shown(scores[-1]["validation_loss"] if scores else None, ".4f"),
+        shown(scores[-1].get("validation_bits_per_byte") if scores else None, ".4f"),
+        shown(last.get("tokens_per_second"), ",.0f"), shown(last.get("mfu"), ".1%"), shown(last.get("skipped"), ","),
+        " / ".join(f"{part / total:.0%}" for part in spent) if total else "-",
+    ]  # fmt: skip
+
+
+def make_page(runs: list[Path], out: Path) -> None:
+    """Write the page about ``runs`` (folders) to ``out``.
+
+    Raises:
+        InputError: one is no run, or has no metrics yet; names it.
+        OSError: ``out`` cannot be written.
+    """
+    metrics, configs = [], []
+    for run in runs:
+        if not (run / "config.toml").is_file():
+            raise InputError(f"{run}: no run: config.toml is missing")
+        lines = [line for line in read_metrics(run / "metrics.jsonl") if isinstance(line, dict)]
+        if not lines:
+            raise InputError(f"{run}: metrics.jsonl has nothing to show yet")
+        metrics.append(lines)
+        tables = asdict(read_run_config(run / "config.toml"))
+        configs.append({f"{table}.{key}": value for table, part in tables.items() for key, value in part.items()})
+    names = [str(run) for run in runs]
+    colours = [COLOURS[number % len(COLOURS)] for number in range(len(runs))]
+    legend = "".join(
+        f'<div><span class="key" style="background:{colour}"></span>{html.escape(name)}</div>'
+        for name, colour in zip(names, colours, strict=True)
+    )
+    pictures = []
+    for key, title, logarithmic in CURVES:
+        curves = [(colour, *_curve(lines, key)) for colour, lines in zip(colours, metrics, strict=True)]
+        curves = [curve for curve in curves if curve[1]]
+        if curves and not (key == "skipped" and not any(max(values) for _, _, values in curves)):
+            pictures.append(_picture(title, curves, logarithmic))
+    header = [
+        "run", "steps", "tokens", "seconds", "loss", "validation loss", "bits per byte", "tokens/s", "MFU", "skipped",
+        "data / forward / backward / update",
+    ]  # fmt: skip
+    results = _table(header, [[name, *_result(lines)] for name, lines in zip(names, metrics, strict=True)])
+    keys = list(dict.fromkeys(key for config in configs for key in config))
+    rows = [[key, *(str(config.get(key, "-")) for config in configs)] for key in keys]
+    differs = {number for number, row in enumerate(rows) if len(set(row[1:])) > 1}
+    rows = [rows[i] for i in sorted(differs)] + [row for i, row in enumerate(rows) if i not in differs]
+    samples = "".join(
+        f'<div class="samples"><h3>{html.escape(name)}</h3><pre>{html.escape(_samples(run))}</pre></div>'
+        for name, run in zip(names, runs, strict=True)
+    )
+    settings = _table(["setting", *names], rows, set(range(len(differs))))
+    write_text(
+        out,
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(", ".join(names))}</title>'
+        f'<style>{_STYLE}</style><h1>Training runs</h1><div class="runs">{legend}</div><h2>Results</h2>{results}'
+        f'<h2>Curves</h2><div class="curves">{"".join(pictures)}</div>'
+        f'<h2>Samples</h2><div class="runs">{samples}</div>'
+        f"<h2>Settings{'; those that differ come first' if differs else ''}</h2>{settings}</html>\n",
+    )
+
+
+def _samples(run: Path) -> str:
+    try:
+        return (run / "samples.txt").read_text("utf-8", errors="replace")
+    except OSError:
+        return "none yet: a run writes them at its end"

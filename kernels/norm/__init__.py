@@ -1,0 +1,1 @@
+"""Triton kernels of layer norm and RMS norm."""

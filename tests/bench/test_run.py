@@ -1,0 +1,378 @@
+"""``fastllm bench``: parity before times, one failure stops nothing, the budget holds, runs compare."""
+
+import json
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastllm import OPS
+from fastllm.bench import cases, command, parity, report, run
+from fastllm.bench.norms import _call
+from fastllm.bench.results import Case, Row, Run, in_cases, read_run
+from fastllm.bench.timing import Call, OutOfTime, Quartiles, Timer, host_seconds, time_limit
+from fastllm.cli import main
+
+CPU = torch.device("cpu")
+
+
+def _wrong():
+    return lambda x, shape, weight, bias: F.layer_norm(x, shape, weight * 1.1, bias)
+
+
+def _failing():
+    def layer_norm(*args, **kwargs):
+        raise RuntimeError("no kernel image\nis available")
+
+    return layer_norm
+
+
+def _missing():
+    import a_package_that_nobody_has  # noqa: F401
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """layer_norm with two small shapes and three bad rivals."""
+    shapes = {
+        name: lambda device, dtype, name=name, rows=rows: _call(name, rows, 24, True, False, device, dtype)
+        for name, rows in (("first", 3), ("second", 5))
+    }
+    module = cases.importlib.import_module("fastllm.bench.layer_norm")
+    monkeypatch.setattr(module, "shapes", shapes)
+    monkeypatch.setattr(module, "rivals", {"wrong": _wrong, "failing": _failing, "missing": _missing})
+    return OPS["layer_norm"]
+
+
+def _run(op, **options):
+    settings = dict(dtypes=["bfloat16"], rounds=3, budget=60.0, only=["wrong", "failing", "missing"])
+    planned = run.plan([op], options.pop("shape", [""]))
+    found = run.run(planned, CPU, tell=lambda line: None, **(settings | options))
+    return found.rows, found.left_out
+
+
+def test_only_what_is_right_gets_a_time(small):
+    rows, left_out = _run(small, shape=["first"])
+    assert not left_out
+    assert {row.direction for row in rows} == set(run.DIRECTIONS)
+    for row in rows:
+        if row.provider in (run.OURS, run.EAGER):
+            assert len(row.samples) == 3
+            assert row.problem is None
+            assert 0 < row.seconds.low <= row.seconds.median <= row.seconds.high
+        else:
+            assert not row.samples
+    problems = {row.provider: row.problem for row in rows if row.problem}
+    assert "error" in problems["wrong"]
+    assert problems["failing"] == "RuntimeError: no kernel image"
+    assert problems["missing"] == "not installed (a_package_that_nobody_has)"
+
+
+def test_wrong_gradients_get_no_time(small, monkeypatch):
+    class Halved(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dx):
+            return dx / 2
+
+    rival = {"wrong": lambda: lambda x, *rest, **more: F.layer_norm(Halved.apply(x), *rest, **more)}
+    monkeypatch.setattr(cases.importlib.import_module("fastllm.bench.layer_norm"), "rivals", rival)
+    rows, _ = _run(small, shape=["first"])
+    assert all(not row.samples for row in rows if row.provider == "wrong")
+    assert any(row.samples for row in rows)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # Inductor's own
+def test_the_compiler_is_a_provider(small):
+    rows, _ = _run(small, shape=["first"], only=[run.COMPILED], rounds=2, budget=240.0)
+    assert not [row.problem for row in rows if row.problem]
+    assert {row.provider for row in rows} == {run.OURS, run.EAGER, run.COMPILED}
+
+
+def test_where_eager_fails_the_rest_is_still_timed(small, monkeypatch):
+    real = run.providers
+
+    def without_eager(op):
+        return real(op) | {run.EAGER: _failing}
+
+    monkeypatch.setattr(run, "providers", without_eager)
+    rows, _ = _run(small, shape=["first"])
+    assert {row.provider for row in rows if row.samples} == {run.OURS}
+    assert {row.problem for row in rows if row.provider == run.EAGER} == {"RuntimeError: no kernel image"}
+
+
+def test_a_case_that_fails_stops_nothing_and_results_are_kept_as_they_come(small, monkeypatch):
+    real, kept = run.measure, []
+
+    def measure(op, sample, *rest, **sweep):
+        if sample.name == "first":
+            raise RuntimeError("device lost")
+        return real(op, sample, *rest, **sweep)
+
+    monkeypatch.setattr(run, "measure", measure)
+    rows, left_out = _run(small, keep=lambda found: kept.append((len(found.rows), len(found.left_out))))
+    assert {row.shape for row in rows} == {"second"}
+    assert left_out == ["layer_norm, first, bfloat16: RuntimeError: device lost"]
+    assert kept == [(0, 1), (len(rows), 1)]
+
+
+def test_a_spent_budget_leaves_out_and_says_so(small):
+    rows, left_out = _run(small, budget=1e-9)
+    assert not rows
+    assert left_out == [
+        f"layer_norm, {name}, bfloat16: the budget of 1e-09 s was spent" for name in ("first", "second")
+    ]
+
+
+def test_what_is_too_large_is_left_out(small, monkeypatch):
+    monkeypatch.setitem(run.LARGEST, "cpu", (3 + 1 + 1) * 24 * 2)
+    rows, left_out = _run(small)
+    assert {row.shape for row in rows} == {"first"}
+    assert left_out == ["layer_norm, second, bfloat16: too large for this device"]
+
+
+def test_first_shapes_of_all_ops_come_first():
+    order = run.plan([OPS["layer_norm"], OPS["rms_norm"]], [""])
+    assert [case.op.name for case in order[:4]] == ["layer_norm", "rms_norm"] * 2
+    assert order[0].name == order[1].name
+    swept = run.plan([OPS["layer_norm"], OPS["embedding"]], [""], sweep=True)
+    sizes = [case.size for case in swept if case.size]
+    assert sizes == sorted(sizes) == [case.size for case in swept[-len(sizes) :]]
+    assert {(case.op.name, case.axis) for case in swept if case.size} == {("layer_norm", "columns")}
+    assert [case.name for case in run.plan([OPS["layer_norm"]], ["columns 1024"], sweep=True)] == ["columns 1024"]
+
+
+def test_the_command_writes_shows_and_compares(small, tmp_path, capsys):
+    arguments = ["layer_norm", "--provider", "wrong", "missing", "--rounds", "2", "--shape", "first"]
+    assert command.main([*arguments, "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "no time" in shown
+    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.html", "roofline.png", "speedup.png"}
+    assert "missing: not installed" in shown
+    file = tmp_path / "bench.json"
+    found = json.loads(file.read_text())
+    assert found["environment"]["rates"]["copy"] > 0
+    rows = read_run(file).rows
+    assert all(len(row.samples) == 2 for row in rows if row.problem is None)
+    assert command.main(["compare", str(file), str(file)]) == 0
+    assert "within the noise" in capsys.readouterr().out
+
+
+def test_a_call_that_the_budget_has_no_room_for_is_left_out(small, monkeypatch):
+    rates = {"copy": 1e9, "matrix": 1e9}
+    _, left_out = _run(small, budget=1e-2, environment={"rates": {"copy": 1.0, "matrix": 1.0}})
+    assert len(left_out) == 2
+    assert "longer than the 0 s that are left" in left_out[0]
+    monkeypatch.setattr(run, "_first_calls", lambda *args: {"forward": 5.0})
+    rows, left_out = _run(small, shape=["first"], environment={"rates": rates})
+    assert not rows
+    assert left_out == ["layer_norm, first, bfloat16: a call takes 5.0 s, 40 s are left"]
+
+
+def test_a_case_that_takes_too_long_is_stopped_and_the_next_goes_on(small, monkeypatch):
+    real = run.measure
+
+    def measure(op, sample, *rest, **more):
+        rows = real(op, sample, *rest, **more)
+        yield next(rows)
+        while sample.name == "first":
+            time.sleep(0.01)
+        yield from rows
+
+    monkeypatch.setattr(run, "measure", measure)
+    monkeypatch.setattr(run, "CASE", 1.5)
+    monkeypatch.setattr(run, "CASE_SHARE", 0.0)
+    monkeypatch.setattr(run, "PASSES", 0)
+    rows, left_out = _run(small, only=["none"])
+    assert left_out == ["layer_norm, first, bfloat16: stopped after 2 s"]
+    assert len([row for row in rows if row.shape == "first"]) == 1
+    assert {row.direction for row in rows if row.shape == "second"} == set(run.DIRECTIONS)
+
+
+def test_a_rival_that_hangs_is_stopped_and_the_others_are_timed(small, monkeypatch):
+    def hangs():
+        while True:
+            time.sleep(0.01)
+
+    rivals = {"hangs": hangs, "right": lambda: F.layer_norm}
+    monkeypatch.setattr(cases.importlib.import_module("fastllm.bench.layer_norm"), "rivals", rivals)
+    monkeypatch.setattr(run, "RIVAL_SHARE", 0.02)
+    rows, left_out = _run(small, shape=["first"], only=list(rivals))
+    assert not left_out
+    assert {row.problem for row in rows if row.provider == "hangs"} == {"stopped after 1 s"}
+    assert {row.provider for row in rows if row.samples} == {run.OURS, run.EAGER, "right"}
+
+
+def test_time_limits_nest():
+    def both():
+        with time_limit(0.3):
+            with pytest.raises(OutOfTime), time_limit(0.01):
+                time.sleep(5)
+            reached.append("inner")
+            with time_limit(60):
+                pass
+            time.sleep(5)
+
+    reached = []
+    with pytest.raises(OutOfTime, match="after 0 s"):
+        both()
+    assert reached == ["inner"]
+    with time_limit(0.01):
+        pass
+    time.sleep(0.05)
+
+
+def test_the_budget_covers_the_whole_command(small, tmp_path, monkeypatch):
+    budgets = []
+    monkeypatch.setattr(command, "copy_bandwidth", lambda device: time.sleep(1.5) or 1e9)
+    monkeypatch.setattr(command, "run", lambda planned, device, budget, **more: budgets.append(budget) or Run({}))
+    monkeypatch.setattr(command, "_shown", lambda found, folder: [])
+    assert command.main(["layer_norm", "--budget", "40", "--out", str(tmp_path)]) == 1
+    assert 20 < budgets[0] < 40 - 10 - 1.5
+
+
+def test_ops_whose_cost_depends_on_values_are_timed():
+    found = run.run(
+        run.plan([OPS["embedding"]], ["one token"]), CPU, dtypes=["bfloat16"], rounds=2, budget=60.0, only=["none"],
+        environment={"rates": {"copy": 1e10, "matrix": 1e11}}, tell=lambda line: None,
+    )  # fmt: skip
+    assert not found.left_out
+    assert {row.provider for row in found.rows if row.samples} == {run.OURS, run.EAGER}
+
+
+def test_first_calls_are_timed_each_way(small):
+    rows, _ = _run(small, shape=["first"], only=["none"])
+    first = {row.direction: row.first_call for row in rows if row.provider == run.OURS}
+    assert first["both"] == first["forward"] + first["backward"]
+    assert min(first.values()) > 0
+
+
+def test_one_that_overwrites_its_arguments_spoils_nothing(small, monkeypatch):
+    @cases.overwrites
+    def scribbles(x, shape, weight, bias):
+        y = F.layer_norm(x * 1, shape, weight, bias)
+        x.data.zero_()
+        return y
+
+    monkeypatch.setattr(cases.importlib.import_module("fastllm.bench.layer_norm"), "rivals", {"it": lambda: scribbles})
+    rows, _ = _run(small, shape=["first"], only=["it"])
+    assert not [row.problem for row in rows if row.problem]
+    sample = cases.shapes_of("layer_norm")["first"](CPU, torch.float32)
+    before = sample.args[0].detach().clone()
+    assert parity.Judge(small, small.reference, sample, torch.float32).problem(scribbles) is None
+    assert torch.equal(sample.args[0], before)
+
+
+def test_the_host_is_timed_without_the_wait(monkeypatch):
+    waits = []
+    monkeypatch.setattr("fastllm.bench.timing.synchronize", waits.append)
+    calls = []
+    found = host_seconds(Call("it", lambda: len(calls), calls.append), CPU, samples=4)
+    assert len(found) == 4
+    assert all(seconds > 0 for seconds in found)
+    assert len(calls) == 4 * 20
+    assert len(waits) == 2 * 4  # around each sample, none within
+
+
+def test_a_sample_on_a_cpu_repeats_what_is_short():
+    calls = []
+    call = Call("it", lambda: None, calls.append)
+    timer = Timer(CPU, cold=False)
+    timer.calibrate(call, CPU)
+    assert timer.repeats > 10
+    calls.clear()
+    assert timer(call, CPU) > 0
+    assert len(calls) == timer.repeats
+
+
+def test_attention_is_judged_by_one_head_at_a_time():
+    op = OPS["attention"]
+    calls = [s for s in op.samples(CPU, torch.float64) if not s.kwargs.get("return_lse")]
+    assert len(calls) > 3
+    for sample in calls:
+        wide = parity.widened(sample, torch.float64)
+        whole, parts = (parity.results(f, wide) for f in (op.reference, cases.reference_of(op)))
+        for a, b in zip(whole, parts, strict=True):
+            if a is None or b is None:
+                assert a is b is None
+            else:
+                torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def _row(provider, *samples, direction="forward"):
+    return Row("op", "shape", "bfloat16", direction, provider, None, list(samples), first_call=0.0)
+
+
+def test_losses_are_seen_first():
+    rows = [
+        _row(run.OURS, 1.0, 1.0), _row(run.EAGER, 3.0, 3.0),
+        _row(run.OURS, 2.0, 2.0, direction="backward"), _row(run.EAGER, 1.0, 1.0, direction="backward"),
+    ]  # fmt: skip
+    found = in_cases(rows)
+    assert [(case.rows[0].direction, case.lead) for case in found] == [("backward", 0.5), ("forward", 3.0)]
+
+
+def test_a_case_names_the_best_other():
+    case = Case([_row(run.OURS, 2.0), _row(run.EAGER, 3.0), _row("rival", 1.0), _row("none")])
+    assert case.best_rival.provider == "rival"
+    assert case.lead == 0.5
+    assert case.lead_over(case.of(run.EAGER)) == 1.5
+    assert case.lead_over(case.of("none")) is None
+
+
+def test_verdicts_need_quartiles_that_do_not_meet():
+    assert report.verdict(Quartiles(2, 3, 4), Quartiles(0.5, 1, 1.9)) == "faster"
+    assert report.verdict(Quartiles(2, 3, 4), Quartiles(4.1, 5, 6)) == "slower"
+    assert report.verdict(Quartiles(2, 3, 4), Quartiles(1, 2, 2.5)) == "within the noise"
+    before = [_row("a", 1.0, 1.0), _row("b", 2.0, 2.0), _row("gone", 1.0)]
+    after = [_row("a", 3.0, 3.0), _row("b", 1.0, 1.0), _row("new", 1.0)]
+    found = [((a or b).provider, words) for a, b, words in report.comparison(before, after)]
+    assert found[:2] == [("a", "slower"), ("b", "faster")]
+    assert sorted(found[2:]) == [("gone", "only in one"), ("new", "only in one")]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["no_such_op"], "no op 'no_such_op'"),
+        (["--rounds", "1"], "--rounds: expected at least 2"),
+        (["--budget", "0"], "--budget: expected a positive"),
+        (["compare", "one.json"], "expected two files"),
+        (["compare", "/nowhere/a.json", "/nowhere/b.json"], "/nowhere/a.json"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--budget", "nan"], "--budget: expected a positive"),
+        (["--shape", "no such"], "no shape of these ops has 'no such' in its name"),
+        (["--device", "meta"], "--device: expected cpu or cuda, got 'meta'"),
+        (["--device", "nothing"], "--device: "),
+        (["report"], "expected one file"),
+        (["report", "/nowhere/a.json"], "/nowhere/a.json"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(argv)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_run_is_named(tmp_path, capsys):
+    file = tmp_path / "other.json"
+    file.write_text('{"environment": {"device": "x", "rates": {"copy": 1, "matrix": 1}}, "rows": [{"a": 1}]}')
+    with pytest.raises(SystemExit):
+        command.main(["compare", str(file), str(file)])
+    assert "other.json: not a bench.json" in capsys.readouterr().err
+
+
+def test_the_command_line_hands_over(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "no_such_op"])
+    assert stop.value.code == 2
+    assert "no op 'no_such_op'; the ops are" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "train", "--rounds", "0"])
+    assert stop.value.code == 2
+    assert "--rounds: expected at least 1" in capsys.readouterr().err

@@ -1,0 +1,70 @@
+"""Tuning without a GPU: the walk, the table that launchers ask, its rewriting on a copy, the refusal."""
+
+from datetime import date
+from unittest import mock
+
+import pytest
+import torch
+
+import fastllm
+from fastllm.bench import command, tune
+from fastllm.kernels import launch as _launch
+
+
+def test_the_walk_ends_where_no_neighbour_is_faster():
+    def cost(settings):
+        return abs(settings["BLOCK"] - 256) + 10 * abs(settings["num_warps"] - 8)
+
+    tried = []
+
+    def faster(new, old):
+        tried.append(new)
+        return cost(new) < cost(old)
+
+    assert tune.search({"BLOCK": 1024, "num_warps": 1}, faster) == {"BLOCK": 256, "num_warps": 8}
+    assert len(tried) == len({tuple(t.items()) for t in tried})
+    assert tune.search({"BLOCK": 1}, lambda new, old: False) == {"BLOCK": 1}
+    assert list(tune.neighbours({"a": 1, "b": 4})) == [{"a": 2, "b": 4}, {"a": 1, "b": 2}, {"a": 1, "b": 8}]
+
+
+def test_the_table_is_rewritten_with_where_and_when():
+    text = tune.TABLE.read_text(encoding="utf-8")
+    first = {("gated_fwd", 90, 1, 2048, 2): {"BLOCK_M": 1, "BLOCK_N": 4096, "num_warps": 8}}
+    once = tune.rewrite(text, first, "NVIDIA H200", date(2026, 11, 20))
+    assert "# NVIDIA H200, 2026-11-20" in once
+    more = {("norm_fwd", 90, 1, 4096, 2, False): {"BLOCK_M": 1, "num_warps": 16}}
+    twice = tune.rewrite(once, more, "NVIDIA H200", date(2026, 11, 20))
+    assert twice.count("# NVIDIA H200") == 1
+    names = {}
+    exec(twice, names)
+    assert names["TUNED"] == first | more
+    assert all(len(line) <= 120 for line in twice.splitlines())
+    assert tune.rewrite(twice, more, "NVIDIA H200", date(2026, 11, 20)) == twice
+    with pytest.raises(ValueError, match="no table TUNED"):
+        tune.rewrite("x = 1", first, "NVIDIA H200", date(2026, 11, 20))
+
+
+def test_launchers_take_what_the_table_says(device):
+    table = tune.Table()
+    gate, up, x = (torch.randn(8, 64, device=device) for _ in range(3))
+    with mock.patch.object(_launch, "TUNED", table), fastllm.backend("triton"):
+        expected = fastllm.functional.swiglu(gate, up), fastllm.functional.layer_norm(x, (64,))
+        asked = dict(table.asked)
+        assert {key[0] for key in asked} == {"gated_fwd", "norm_fwd"}
+        for key, settings in asked.items():
+            for trial in tune.neighbours(settings):
+                table.trial = {key: trial}
+                found = fastllm.functional.swiglu(gate, up), fastllm.functional.layer_norm(x, (64,))
+                torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU here: there is nothing to refuse")
+def test_without_a_gpu_it_says_so(capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(["swiglu", "--tune"])
+    assert stop.value.code == 2
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith("--tune: there is no GPU here, and settings are only worth what was measured")
+    )

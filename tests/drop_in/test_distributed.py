@@ -1,0 +1,51 @@
+"""An accelerated model in two gloo processes: gradients as those of one process on the whole batch."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from drop_in_worker import MODES, build, loss_of
+
+WORKER = Path(__file__).parents[1] / "drop_in_worker.py"
+
+
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory):
+    """Of two processes, for each mode."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    out = tmp_path_factory.mktemp("distributed") / "grads.pt"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(rank), port, str(out)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = []
+    try:
+        for worker in workers:
+            said.append(worker.communicate(timeout=240)[0])
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [w.returncode for w in workers] == [0, 0], "\n".join(said)
+    return torch.load(out)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_two_processes_are_those_of_one(mode, gradients):
+    model, ids, labels = build()
+    loss_of(model, ids, labels).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(gradients[mode][name], p.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_tensor_parallel_modules_take_the_forward_from_before(gradients):
+    assert gradients["dtensor"]

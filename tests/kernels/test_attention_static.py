@@ -1,0 +1,51 @@
+"""What ptxas makes of the attention kernels: two calls compiled here, and when the page of all of them is stale."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from fastllm.bench import attention_tables as tables
+
+PAGE = Path(__file__).parents[2] / "docs" / "attention-tables.md"
+
+
+def test_no_spills_and_warpgroup_products(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTLLM_BACKEND")}
+    # 3.9 warns while it is unset; 1 is what it and older versions do by default.
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "TRITON_DEFAULT_FP_FUSION": "1"}
+    command = [sys.executable, "-m", "fastllm.bench.attention_tables", "--spot"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    *lines, total = run.stdout.splitlines()
+    assert total.endswith(" kernels, 0 that spill or do not fit")
+    products = [line for line in lines if " full " in line and " delta " not in line]
+    assert len(products) == 3
+    assert all(line.endswith("HGMMA") for line in products)
+    assert all(int(line.split("copies")[1].split()[0]) > 0 for line in products)
+    other = tables.spot()[1][3]
+    assert [line for line in lines if f" {other} " in line]
+
+
+def test_the_page_has_all_calls_of_these_kernels_and_shows_no_spills():
+    assert tables.stale(PAGE) is None
+    assert f"{len(tables.planned())} of {len(tables.planned())} calls are compiled." in PAGE.read_text(encoding="utf-8")
+    rows = [line.split("|") for line in PAGE.read_text(encoding="utf-8").splitlines() if "float" in line[:9]]
+    assert len(rows) > 50
+    assert {spills.strip() for row in rows for spills in row[8].split("/")} <= {"0", ""}
+
+
+def test_a_changed_kernel_makes_the_page_stale(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text(f"Sources: {tables.fingerprint()}.")
+    assert tables.stale(page) is None
+    kernel = tmp_path / "attention.py"
+    kernel.write_text("x = 1\n")
+    monkeypatch.setattr(tables.kernels, "__path__", [str(tmp_path)])
+    (tmp_path / "_launch.py").write_text("")
+    assert "is stale" in tables.stale(page)
+    page.write_text(f"Sources: {tables.fingerprint()}.")
+    kernel.write_text("# A comment.\n\nx = 1\n")
+    assert tables.stale(page) is None
+    kernel.write_text("x = 2\n")
+    assert "is stale" in tables.stale(page)

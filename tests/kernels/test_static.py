@@ -1,0 +1,316 @@
+"""What ptxas makes of the kernels that the ops launch: no spills, wide loads and stores, no fp64.
+
+A sample of the shapes. FASTLLM_STATIC=thorough pytest -n 0 tests/kernels/test_static.py compiles every shape of the
+losses and activations and the norms' whole launch table for each architecture, which is about an hour on one core.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fastllm.bench.capture import GPUS
+from fastllm.bench.static import Resources, Row, problems, read_rows
+
+
+@pytest.fixture(scope="session")
+def compiler(tmp_path_factory):
+    """``start(*argv)``: Python where kernels compile (the interpreter off), with an empty Triton cache."""
+    cache = str(tmp_path_factory.mktemp("triton"))
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTLLM_BACKEND")}
+    # 3.9 warns while it is unset; 1 is what it and older versions do by default.
+    environment |= {"TRITON_CACHE_DIR": cache, "TRITON_DEFAULT_FP_FUSION": "1"}
+
+    def start(*argv):
+        return subprocess.Popen(
+            [sys.executable, *argv], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    return start
+
+
+def _finish(process):
+    out, err = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, err.decode()
+    return out.decode()
+
+
+THOROUGH = os.environ.get("FASTLLM_STATIC") == "thorough"
+LIMIT = 7200 if THOROUGH else 300
+SHAPES = ("8192x768", "8192x4096", "4096x16384", "32768x65536")
+
+
+@pytest.fixture(scope="session")
+def norm_rows(compiler, tmp_path_factory):
+    file = tmp_path_factory.mktemp("static") / "rows.json"
+    _finish(compiler("-m", "fastllm.bench.static", "layer_norm", "--shape", *SHAPES, "--json", str(file)))
+    return read_rows(file)
+
+
+# Every width at which the norms' launchers decide anew, and those between that fill a tile worst.
+TABLE = """
+import sys
+from dataclasses import replace
+from itertools import product
+import torch
+from fastllm import OPS
+from fastllm.bench.norms import _call
+from fastllm.bench.capture import CUDA, GPUS, launches
+from fastllm.bench.static import Row, problems, read_resources
+
+thorough, done, found = sys.argv[1] == "thorough", {}, []
+widths = [1, 63, *(2**k for k in range(7, 19)), 12288, 50304] if thorough else [1024, 262144]
+names = ("layer_norm", "add_rms_norm", "add_layer_norm") if thorough else ("layer_norm", "add_layer_norm")
+small = replace(GPUS[80], shared_per_block=99 << 10)  # sm_86, sm_89
+# The input's dtype, and that of the residual and the parameters.
+alike = [(torch.bfloat16,) * 2, (torch.float32,) * 2]
+mixed = [*alike, (torch.bfloat16, torch.float32)]
+planned = [(gpu, dtypes, names, widths) for gpu in GPUS.values() for dtypes in mixed]
+if not thorough:
+    planned = [(GPUS[90], alike[0], names, widths), (GPUS[100], mixed[2], ("add_layer_norm",), [8192])]
+planned += [(small, dtypes, ("add_layer_norm",), [256, 8192] if thorough else [256]) for dtypes in alike]
+for gpu, (dtype, wide), names, widths in planned:
+    for name, cols in product(names, widths):
+        for p in (0.0, 0.1) if name == "add_layer_norm" and gpu is not small else (0.0,):
+            def call():
+                made = _call("", 4096, cols, name.endswith("layer_norm"), name.startswith("add"), CUDA, dtype)
+                def widened(t):
+                    return t.detach().to(wide).requires_grad_()
+                args = (made.args[0], *map(widened, made.args[1:-1]), made.args[-1])
+                kwargs = {name: widened(t) for name, t in made.kwargs.items()}
+                return type(made)("", args, kwargs | ({"dropout_p": p} if p else {}))
+            for launch in launches(OPS[name], call, gpu):
+                if launch.compiled.hash not in done:
+                    done[launch.compiled.hash] = resources = read_resources(launch.compiled)
+                    row = Row(name, f"{cols} p={p}", f"{dtype} {wide}", gpu.arch, "", launch.kernel, [], resources)
+                    found += [(row.op, row.shape, row.dtype, gpu.arch, row.kernel, x) for x in problems(row)]
+                    if resources.shared > gpu.shared_per_block:
+                        found.append((row.op, row.shape, row.dtype, gpu, row.kernel, resources.shared))
+                    if resources.narrow_products and not p:  # Philox multiplies in 32 bits
+                        found.append((row, "32-bit products"))
+print(f"{len(done)} kernels", *found, sep="\\n")
+"""
+
+
+def test_the_norms_launch_table(compiler):
+    count, *found = _finish(compiler("-c", TABLE, "thorough" if THOROUGH else "sample")).splitlines()
+    assert int(count.split()[0]) >= (300 if THOROUGH else 4)
+    assert not found
+
+
+def test_every_call_and_architecture_was_compiled(norm_rows):
+    calls = {(row.shape.split()[-1], row.arch, row.direction) for row in norm_rows}
+    assert calls == {(shape, arch, way) for shape in SHAPES for arch in GPUS for way in ("forward", "backward")}
+
+
+def test_norms_do_not_spill(norm_rows):
+    spilling = [(r.op, r.shape, r.arch, r.kernel) for r in norm_rows if r.resources.spills]
+    assert not spilling
+
+
+def test_norms_fit_on_a_processor(norm_rows):
+    assert all(r.resources.occupancy(r.arch) > 0 for r in norm_rows)
+
+
+def test_norms_use_no_fp64(norm_rows):
+    assert not [r for r in norm_rows if r.resources.doubles]
+
+
+def test_norms_move_128_bits_at_a_time(norm_rows):
+    for row in norm_rows:
+        loads, stores = row.resources.load_widths, row.resources.store_widths
+        where = (row.shape, row.arch, row.kernel, loads, stores)
+        # Narrower: statistics, an fp32 each a row (mean, rstd; past the widest whole row two means of the backward too,
+        # each prefetched thrice), and at 768 columns the parameters, 4 elements a thread.
+        assert loads[128] * 128 > 2 * sum(bits * n for bits, n in loads.items() if bits < 128) / 3, where
+        if row.shape != "GPT-2 8192x768":
+            assert sum(n for bits, n in loads.items() if bits < 64) <= 16, where
+        # The column sums store one element a column at the end, and nothing else.
+        if row.kernel not in ("_column_sum_kernel",):
+            assert set(stores) <= {128, 64, 32}, where
+            assert sum(n for bits, n in stores.items() if bits < 128) <= 2, where
+
+
+@pytest.fixture(scope="session")
+def other_rows(compiler, tmp_path_factory):
+    file = tmp_path_factory.mktemp("static") / "others.json"
+    shapes = ("Llama-2 8192x32000", "Llama-3 8192x128256", "8192x14336 packed", "NeoX")
+    names = ("cross_entropy", "geglu", "rotary_embedding")
+    if not THOROUGH:
+        _finish(compiler("-m", "fastllm.bench.static", *names, "--arch", "90", "--shape", *shapes, "--json", str(file)))
+        return read_rows(file)
+    found = []
+    for dtype in ("bfloat16", "float32"):
+        names = ("cross_entropy", "linear_cross_entropy", "geglu", "swiglu", "rotary_embedding")
+        _finish(compiler("-m", "fastllm.bench.static", *names, "--dtype", dtype, "--json", str(file)))
+        found += read_rows(file)
+    return found
+
+
+def test_losses_and_activations_do_not_spill_and_use_no_fp64(other_rows):
+    assert {row.op for row in other_rows} >= {"cross_entropy", "geglu", "rotary_embedding"}
+    assert not [(r.op, r.shape, r.kernel) for r in other_rows if r.resources.spills or r.resources.doubles]
+
+
+def test_offsets_of_more_than_2_31_elements_are_computed_in_64_bits(norm_rows, other_rows):
+    """A kernel's rows times its columns, strides too: no 32-bit product of two numbers that the launch brings."""
+    allowed = {"_rotary_kernel": 1}  # a program's first head
+    for row in (*norm_rows, *other_rows):
+        assert row.resources.narrow_products <= allowed.get(row.kernel, 0), (row.op, row.shape, row.kernel)
+
+
+def test_losses_and_activations_move_128_bits_at_a_time(other_rows):
+    for row in other_rows:
+        # One position's 64 pairs are two a thread, and a launch takes longer than they do.
+        few = row.kernel == "_rotary_kernel" and row.shape.startswith("one token")
+        if not few and row.kernel in (
+            "_forward_kernel",
+            "_scale_kernel",
+            "_gated_fwd_kernel",
+            "_gated_bwd_kernel",
+            "_rotary_kernel",
+        ):
+            loads, stores = row.resources.load_widths, row.resources.store_widths
+            where = (row.op, row.shape, row.kernel, loads, stores)
+            # Narrower: targets and statistics, one a row; of 256 columns they are as many as the row's own.
+            assert loads.get(128, 0) * 128 >= sum(bits * n for bits, n in loads.items() if bits < 128), where
+            assert stores.get(128, 0) * 128 > sum(bits * n for bits, n in stores.items() if bits < 128), where
+
+
+SPILLING = """
+from fastllm import OPS
+from fastllm.bench import static
+from fastllm.kernels.norm import forward as _norm
+_norm.FWD_ROW = 65536
+rows = list(static.rows([OPS["layer_norm"]], [90], shapes=["32768x65536"]))
+assert any("thread-local memory" in problem for row in rows for problem in static.problems(row))
+left_out = []
+assert not list(static.rows([OPS["layer_norm"]], [90], shapes=["one token"], budget=0.0, left_out=left_out))
+assert left_out == ["layer_norm, one token 1x4096: the budget of 0 s was spent"]
+print(max(row.resources.spills for row in rows))
+"""
+
+DOUBLE = """
+import torch, triton, triton.language as tl
+from fastllm.bench.capture import GPUS, pretend
+from fastllm.bench.static import read_resources
+
+@triton.jit
+def scale(x_ptr, y_ptr, factor, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(y_ptr + at, tl.load(x_ptr + at) * factor)
+
+@triton.jit
+def scale_rows(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * BLOCK
+    at = row * n + tl.arange(0, BLOCK)
+    tl.store(y_ptr + at, tl.load(x_ptr + row.to(tl.int64) * n + tl.arange(0, BLOCK)))
+
+@triton.jit
+def scale_in_double(x_ptr, y_ptr, factor: tl.float64, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(y_ptr + at, tl.load(x_ptr + at) * factor)
+
+found = {}
+with pretend(GPUS[90], lambda name, grid, compiled: found.update({name: read_resources(compiled)})):
+    x = torch.empty(1024, device="cuda")
+    scale[(1,)](x, x, 0.5, BLOCK=1024)
+    scale_in_double[(1,)](x, x, 0.5, BLOCK=1024)
+    scale_rows[(1,)](x, x, 77, BLOCK=1024)
+assert found["scale"].doubles == 0 < found["scale_in_double"].doubles, found
+assert found["scale"].narrow_products == 0 and found["scale_rows"].narrow_products == 1, found
+"""
+
+# Under torch.compile a Python float can reach a kernel as fp64; in a kernel of this library it must show.
+FLOAT = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from fastllm.bench.capture import GPUS, pretend
+from fastllm.bench.static import read_resources
+from fastllm.kernels.norm.forward import _norm_fwd_kernel as kernel
+
+constants = dict(
+    residual_ptr=None, bias_ptr=None, seed_ptr=None, CENTER=True, HAS_RESIDUAL=False, DROPOUT=False, HAS_WEIGHT=True,
+    HAS_BIAS=False, BLOCK_M=1, BLOCK_N=1024,
+)
+def doubles(eps):
+    types = {"eps": eps, "offset": "fp32", "p": "fp32", "mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
+    types |= {name: "*bf16" for name in ("x_ptr", "weight_ptr", "y_ptr", "h_ptr")}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    return read_resources(compile(ASTSource(kernel, signature, constants), GPUTarget("cuda", 90, 32))).doubles
+
+assert doubles("fp32") == 0 < doubles("fp64"), (doubles("fp32"), doubles("fp64"))
+"""
+
+SYNC = """
+import torch
+from fastllm.bench.capture import GPUS, pretend
+with pretend(GPUS[90], print):
+    x = torch.ones(4, device="cuda")
+    assert x.device.type == "cuda" and x[1:].data_ptr() % 16 == 4
+    try:
+        x.sum().item()
+    except (RuntimeError, NotImplementedError):
+        pass
+    else:
+        raise SystemExit("a value was read back from a device that is not there")
+"""
+
+
+def test_too_large_a_block_shows_as_spills(compiler):
+    assert int(_finish(compiler("-c", SPILLING))) > 0
+
+
+def test_fp64_and_narrow_offsets_creeping_in_show(compiler, tmp_path):
+    script = tmp_path / "double.py"  # a kernel's source must lie in a file
+    script.write_text(DOUBLE)
+    _finish(compiler(str(script)))
+
+
+def test_a_python_float_that_comes_as_fp64_shows(compiler):
+    _finish(compiler("-c", FLOAT))
+
+
+def test_a_host_sync_fails(compiler):
+    _finish(compiler("-c", SYNC))
+
+
+def test_compiling_under_the_interpreter_says_why_not(compiler):
+    code = (
+        "import os; os.environ['TRITON_INTERPRET'] = '1'\nfrom fastllm.bench import static\nstatic.main(['rms_norm'])"
+    )
+    process = compiler("-c", code)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "TRITON_INTERPRET" in err.decode()
+
+
+def test_resources_count_by_family():
+    resources = Resources(
+        registers=40,
+        stack=0,
+        shared=1024,
+        num_warps=8,
+        num_stages=3,
+        opcodes={"LDG.E.128": 6, "LDG.E": 2, "STG.E.U16": 2, "HGMMA.64x128x16.F32.BF16": 4, "MUFU.EX2": 3},
+    )
+    assert resources.load_widths == {128: 6, 32: 2}
+    assert resources.store_widths == {16: 2}
+    assert (resources.spills, resources.tensor_core, resources.doubles, resources.count("MUFU")) == (0, 4, 0, 3)
+    # 40 registers x 32 lanes = 1280 a warp: 51 warps fit, so 6 blocks of 8 of the 64.
+    assert resources.occupancy(90) == 48 / 64
+
+
+def test_what_no_kernel_may_have_is_a_problem():
+    def found(arch=90, **resources):
+        common = dict(registers=32, stack=0, shared=0, num_warps=4, num_stages=1, opcodes={"LDG.E.128": 1})
+        return problems(Row("op", "shape", "bfloat16", arch, "forward", "k", [(1,)], Resources(**(common | resources))))
+
+    assert found() == []
+    assert found(opcodes={"STL.128": 3, "LDL.128": 2}) == ["5 loads and stores of thread-local memory"]
+    assert found(stack=16) == ["1 loads and stores of thread-local memory"]
+    assert found(opcodes={"DFMA": 1, "F2F.F64.F32": 1}) == ["2 fp64 instructions"]
+    assert found(80, shared=170 << 10) == found(90, shared=228 << 10) == ["does not fit on a multiprocessor"]
+    assert found(90, shared=170 << 10) == []

@@ -1,0 +1,323 @@
+"""What is peculiar to cross-entropy: torch's own samples, its errors, its odd corners."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEVICE
+from contract import assert_as_true
+
+import fastllm
+from fastllm.bench.traffic import count_traffic
+from fastllm.functional import cross_entropy
+from fastllm.kernels.cross_entropy import forward as kernel
+from fastllm.ops.cross_entropy.cross_entropy import cross_entropy_reference
+
+BACKENDS = ("eager", "triton")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with fastllm.backend(request.param):
+        yield request.param
+
+
+def _gradient(function, x, *args, **kwargs):
+    x = x.detach().clone().requires_grad_()
+    loss = function(x, *args, **kwargs)
+    loss.sum().backward()
+    return loss.detach(), x.grad
+
+
+def test_one_hot_probabilities_equal_indices(backend):
+    x, y, w = torch.randn(6, 9, device=DEVICE), torch.randint(0, 9, (6,), device=DEVICE), torch.rand(9, device=DEVICE)
+    options = dict(weight=w, label_smoothing=0.2, z_loss=0.1, reduction="sum")
+    by_index, by_index_grad = _gradient(cross_entropy, x, y, **options)
+    by_q, by_q_grad = _gradient(cross_entropy, x, F.one_hot(y, 9).float(), **options)
+    torch.testing.assert_close(by_index, by_q)
+    torch.testing.assert_close(by_index_grad, by_q_grad)
+
+
+def test_all_ignored_is_nan_with_zero_gradients(backend):
+    for smoothing, z in ((0.0, 0.0), (0.1, 0.1)):
+        target = torch.full((5,), -100, device=DEVICE)
+        loss, grad = _gradient(
+            cross_entropy, torch.randn(5, 7, device=DEVICE), target, label_smoothing=smoothing, z_loss=z
+        )
+        assert loss.isnan()
+        assert (grad == 0).all()
+
+
+def test_ignored_rows_have_exactly_zero_loss_and_gradient(backend):
+    x, y = torch.randn(6, 40, device=DEVICE), torch.tensor([3, -100, 2, -100, 0, 39], device=DEVICE)
+    loss, grad = _gradient(cross_entropy, x, y, reduction="none", label_smoothing=0.1, z_loss=0.1)
+    assert (loss[y == -100] == 0).all()
+    assert (grad[y == -100] == 0).all()
+    assert (grad[y != -100] != 0).any(1).all()
+
+
+@pytest.mark.parametrize("masked", [1, 4096, 8191, 32768])
+def test_leading_minus_infinities(backend, masked):
+    classes = max(8192, masked) + 5
+    x = torch.randn(2, classes, device=DEVICE)
+    x[:, :masked] = -math.inf
+    y = torch.tensor([classes - 5, classes - 2], device=DEVICE)
+    loss, grad = _gradient(cross_entropy, x, y)
+    expected, expected_grad = _gradient(F.cross_entropy, x, y)
+    assert loss.isfinite()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(grad, expected_grad)
+
+
+def test_infinite_loss_and_nan_where_torch_has_them(backend):
+    rows = torch.tensor(
+        [[0.0, -math.inf, 1.0], [-math.inf] * 3, [0.0, math.inf, 1.0], [0.0, math.nan, 1.0]], device=DEVICE
+    )
+    y = torch.tensor([1, 0, 0, 2], device=DEVICE)
+    loss, grad = _gradient(cross_entropy, rows, y, reduction="none")
+    expected, expected_grad = _gradient(F.cross_entropy, rows, y, reduction="none")
+    torch.testing.assert_close(loss, expected, equal_nan=True)
+    torch.testing.assert_close(grad, expected_grad, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_far_shifted_logits_keep_their_precision(backend, dtype):
+    x = (torch.randn(4, 300, device=DEVICE, dtype=torch.float64) + 1000).to(dtype)
+    y = torch.randint(0, 300, (4,), device=DEVICE)
+    truth, truth_grad = _gradient(cross_entropy_reference, x.double(), y, label_smoothing=0.1)
+    theirs, theirs_grad = _gradient(F.cross_entropy, x, y, label_smoothing=0.1)
+    loss, grad = _gradient(cross_entropy, x, y, label_smoothing=0.1)
+    assert_as_true(loss, truth, theirs, dtype, "loss")
+    assert_as_true(grad, truth_grad, theirs_grad, dtype, "gradient")
+
+
+def test_the_targets_own_gradient_keeps_its_precision_in_bf16():
+    # p is 1 - 1e-4 here: p - 1 after rounding p to bf16 would be 0.
+    x = torch.zeros(1, 64, device=DEVICE)
+    x[0, 5] = math.log(63 * 1e4)
+    with fastllm.backend("triton"):
+        _, grad = _gradient(cross_entropy, x.bfloat16(), torch.tensor([5], device=DEVICE))
+    _, truth = _gradient(cross_entropy_reference, x.bfloat16().double(), torch.tensor([5], device=DEVICE))
+    torch.testing.assert_close(grad[0, 5].double(), truth[0, 5], rtol=4e-3, atol=0)
+
+
+def test_mean_in_bf16_is_summed_in_fp32():
+    x, y = torch.randn(4097, 3, device=DEVICE).bfloat16(), torch.randint(0, 3, (4097,), device=DEVICE)
+    with fastllm.backend("triton"):
+        loss = cross_entropy(x, y)
+    truth = cross_entropy_reference(x.double(), y)
+    torch.testing.assert_close(loss.double(), truth, rtol=4e-3, atol=0)
+
+
+def test_under_autocast_the_loss_is_fp32(backend):
+    x, y = torch.randn(3, 8, device=DEVICE).bfloat16(), torch.tensor([1, 2, 3], device=DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        mine, theirs = cross_entropy(x, y), F.cross_entropy(x, y)
+    assert mine.dtype == theirs.dtype == torch.float32
+    torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a device-side assert ends the process's use of the GPU")
+@pytest.mark.parametrize("bad", [-1, 7, 2**40])
+def test_out_of_range_target(backend, bad):
+    target = torch.tensor([[1, 2], [bad, 3]], device=DEVICE)
+    with pytest.raises(IndexError, match=rf"target {bad} at position \[.*\].*\[0, 7\)"):
+        cross_entropy(torch.randn(2, 7, 2, device=DEVICE), target)
+    with pytest.raises(IndexError, match="out of range"):
+        cross_entropy(torch.randn(2, 7, 2, device=DEVICE), target, reduction="sum", z_loss=0.1, label_smoothing=0.1)
+
+
+def test_ignore_index_may_be_out_of_range_or_a_class(backend):
+    x, y = torch.randn(4, 5, device=DEVICE), torch.tensor([0, 255, 2, 3], device=DEVICE)
+    for ignore_index in (255, -7):
+        target = torch.where(y == 255, ignore_index, y)
+        torch.testing.assert_close(
+            cross_entropy(x, target, ignore_index=ignore_index), F.cross_entropy(x, target, ignore_index=ignore_index)
+        )
+
+
+def test_byte_targets_and_mixed_dtypes(backend):
+    x = torch.randn(4, 5, device=DEVICE).bfloat16()
+    y = torch.tensor([0, 4, 2, 3], device=DEVICE)
+    assert cross_entropy(x, y.to(torch.uint8)) == cross_entropy(x, y)
+    weight = torch.rand(5, device=DEVICE)
+    loss = cross_entropy(x, y, weight)
+    assert loss.dtype == torch.bfloat16
+    torch.testing.assert_close(loss, cross_entropy_reference(x, y, weight))
+    q = torch.softmax(torch.randn(4, 5, device=DEVICE), 1)
+    assert cross_entropy(x, q).dtype == F.cross_entropy(x, q).dtype == torch.float32
+
+
+def test_compiles_whole_where_nothing_needs_a_gradient(backend):
+    torch._dynamo.reset()
+    x, y = torch.randn(4, 5, device=DEVICE), torch.tensor([0, 4, -100, 3], device=DEVICE)
+    compiled = torch.compile(cross_entropy, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, y), F.cross_entropy(x, y))
+
+
+def test_deprecated_flags(backend):
+    x, y = torch.randn(4, 5, device=DEVICE), torch.tensor([0, 4, 2, 3], device=DEVICE)
+    for flags, reduction in (({"size_average": False}, "sum"), ({"reduce": False}, "none"), ({"reduce": True}, "mean")):
+        with pytest.warns(UserWarning, match="size_average and reduce"):
+            loss = cross_entropy(x, y, **flags)
+        torch.testing.assert_close(loss, F.cross_entropy(x, y, reduction=reduction))
+
+
+X, Y = torch.zeros(4, 5), torch.zeros(4, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "error", "words"),
+    [
+        ((X.long(), Y), {}, TypeError, "floating-point.*int64"),
+        ((torch.zeros(()), Y), {}, ValueError, "scalar"),
+        ((X, 3), {}, TypeError, "target must be a tensor"),
+        ((X, Y.int()), {}, TypeError, "int64.*int32"),
+        ((X, Y.float()), {}, TypeError, "int64.*float32"),
+        ((X, Y[:3]), {}, ValueError, r"\[4\].*\[3\]"),
+        ((X, X.long()), {}, TypeError, "class probabilities"),
+        ((X, X), {"ignore_index": 1}, ValueError, "ignore_index"),
+        ((X, Y, X[0, :3]), {}, ValueError, r"weight.*\[5\].*\[3\]"),
+        ((X, Y, Y[:4]), {}, TypeError, "weight"),
+        ((X, Y, [1.0] * 5), {}, TypeError, "weight.*list"),
+        ((X, Y), {"ignore_index": 1.0}, TypeError, "ignore_index.*1.0"),
+        ((X, Y), {"reduction": "avg"}, ValueError, "none, mean, sum; got 'avg'"),
+        ((X, Y), {"label_smoothing": 1.5}, ValueError, "label_smoothing.*1.5"),
+        ((X, Y), {"softcap": 0.0}, ValueError, "softcap"),
+        ((X, Y), {"logit_scale": math.nan}, ValueError, "logit_scale"),
+        ((X, Y), {"z_loss": -1.0}, ValueError, "z_loss"),
+        ((X, Y.to("meta")), {}, ValueError, "meta.*cpu"),
+    ],
+)
+def test_errors_name_what_is_wrong(args, options, error, words):
+    with pytest.raises(error, match="cross_entropy: .*" + words):
+        cross_entropy(*args, **options)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="bytes are counted in the interpreter")
+@pytest.mark.parametrize(("row", "most"), [(kernel.ROW, 1.05), (0, 1.55)])
+def test_forward_and_gradient_move_little_more_than_the_least_bytes(row, most, monkeypatch):
+    monkeypatch.setattr(kernel, "ROW", row)
+    x = torch.randn(16, 8200).bfloat16().requires_grad_()
+    with fastllm.backend("triton"), count_traffic() as traffic:
+        cross_entropy(x, torch.randint(0, 8200, (16,))).backward()
+    assert 1.0 <= traffic.total / (2 * x.numel() * x.element_size()) <= most, traffic.table()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_rows_past_what_registers_hold(dtype, reduction, monkeypatch, poisoned_memory):
+    x = (torch.randn(5, 5000, device=DEVICE) * 3).to(dtype)
+    y = torch.tensor([0, 4999, -100, 4096, 7], device=DEVICE)
+    options = dict(
+        weight=torch.rand(5000, device=DEVICE), label_smoothing=0.1, softcap=4.0, logit_scale=0.5, z_loss=0.1,
+        reduction=reduction,
+    )  # fmt: skip
+    truth, truth_grad = _gradient(cross_entropy_reference, x.double(), y, **options)
+    with fastllm.backend("eager"):
+        theirs, theirs_grad = _gradient(cross_entropy, x, y, **options)
+    monkeypatch.setattr(kernel, "ROW", 0)
+    with fastllm.backend("triton"):
+        loss, grad = _gradient(cross_entropy, x, y, **options)
+    assert_as_true(loss, truth, theirs, dtype, "loss")
+    assert_as_true(grad, truth_grad, theirs_grad, dtype, "gradient")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_the_gradient_handed_out_is_the_callers_own(dtype, reduction):
+    """The first backward gives away the forward's gradient; whatever becomes of it, the second is the same."""
+    x = torch.randn(6, 40, device=DEVICE).to(dtype).requires_grad_()
+    y = torch.tensor([1, -100, 3, 39, 0, 7], device=DEVICE)
+    with fastllm.backend("triton"):
+        loss = cross_entropy(x, y, reduction=reduction, label_smoothing=0.1)
+        upstream = torch.rand(loss.shape, device=DEVICE).to(dtype)
+        (first,) = torch.autograd.grad(loss, x, upstream, retain_graph=True)
+        kept = first.clone()
+        first.zero_()
+        (second,) = torch.autograd.grad(loss, x, upstream, retain_graph=True)
+        assert torch.equal(second, kept)
+        (doubled,) = torch.autograd.grad(loss, x, 2 * upstream)
+        torch.testing.assert_close(doubled, 2 * kept)
+
+
+def test_auxiliary_loss_on_the_same_logits(backend):
+    hidden, w = torch.randn(6, 8, device=DEVICE, requires_grad=True), torch.randn(40, 8, device=DEVICE)
+    y = torch.tensor([1, -100, 3, 39, 0, 7], device=DEVICE)
+
+    def gradient(function):
+        logits = hidden @ w.t()
+        return torch.autograd.grad(function(logits, y) + logits.square().mean(), hidden)[0]
+
+    torch.testing.assert_close(gradient(cross_entropy), gradient(F.cross_entropy))
+
+
+def test_no_grad_leaves_the_logits_alone(backend):
+    x, y = torch.randn(6, 40, device=DEVICE), torch.full((6,), -100, device=DEVICE)
+    before = x.clone()
+    with torch.no_grad():
+        cross_entropy(x, y)
+        cross_entropy(x, y, inplace=True)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inplace_puts_the_gradient_where_the_logits_were(dtype):
+    hidden = torch.randn(6, 8, device=DEVICE, dtype=dtype, requires_grad=True)
+    w = torch.randn(40, 8, device=DEVICE, dtype=dtype)
+    y = torch.tensor([1, -100, 3, 39, 0, 7], device=DEVICE)
+    with fastllm.backend("triton"):
+        grads = []
+        for inplace in (False, True):
+            logits = hidden @ w.t()
+            where = []
+            logits.register_hook(lambda grad, where=where: where.append(grad.data_ptr()))
+            loss = cross_entropy(logits, y, z_loss=0.1, inplace=inplace)
+            grads.append(torch.autograd.grad(loss, hidden, retain_graph=True)[0])
+            assert (where == [logits.data_ptr()]) is inplace
+        torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(loss, hidden)
+
+
+def test_a_second_use_of_overwritten_logits_raises():
+    hidden = torch.randn(6, 8, device=DEVICE, requires_grad=True)
+    y = torch.zeros(6, dtype=torch.long, device=DEVICE)
+    with fastllm.backend("triton"):
+        logits = hidden * 2
+        other = logits.square().mean()
+        cross_entropy(logits, y, inplace=True).backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            other.backward()
+        with pytest.raises(ValueError, match=r"inplace.*leaf"):
+            cross_entropy(torch.randn(6, 8, device=DEVICE, requires_grad=True), y, inplace=True)
+
+
+def test_module_is_torchs_with_more():
+    module = fastllm.nn.CrossEntropyLoss(
+        torch.rand(5), ignore_index=2, label_smoothing=0.1, z_loss=0.1, return_lse=True
+    )
+    assert isinstance(module, torch.nn.CrossEntropyLoss)
+    assert list(module.state_dict()) == ["weight"]
+    x, y = torch.randn(4, 5), torch.tensor([0, 2, 1, 4])
+    loss, lse = module(x, y)
+    torch.testing.assert_close(lse, torch.logsumexp(x, 1))
+    torch.testing.assert_close(
+        loss, cross_entropy_reference(x, y, module.weight, ignore_index=2, label_smoothing=0.1, z_loss=0.1)
+    )
+
+
+def test_class_weights_that_need_a_gradient_are_refused_by_the_kernel():
+    weight = torch.rand(5, device=DEVICE, requires_grad=True)
+    with fastllm.backend("triton"), pytest.raises(fastllm.registry.BackendError, match="weight requires"):
+        cross_entropy(X.to(DEVICE), Y.to(DEVICE), weight)
+
+
+@pytest.mark.parametrize("options", [{}, dict(reduction="none", z_loss=0.1, return_lse=True)])
+def test_one_class_index_in_a_vector_is_a_scalars(options, backend):
+    x = torch.randn(9, device=DEVICE)
+    one = cross_entropy(x, torch.tensor([3], device=DEVICE), **options)
+    for function in (cross_entropy, cross_entropy_reference):
+        torch.testing.assert_close(one, function(x, torch.tensor(3, device=DEVICE), **options))
+    torch.testing.assert_close(cross_entropy_reference(x, torch.tensor([3], device=DEVICE), **options), one)

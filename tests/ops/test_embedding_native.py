@@ -1,0 +1,204 @@
+"""The extension itself: how it is built, what it needs of torch, and its GPU kernels run on a CPU."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastllm
+from fastllm.extension import compile as build
+from fastllm.extension import load as extension
+
+ROOT = Path(__file__).parents[2]
+BUILT = importlib.util.find_spec("fastllm._C")
+
+pytestmark = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "c++")) is None, reason="there is no C++ compiler here"
+)
+
+
+def test_gpu_kernels_on_a_cpu(tmp_path):
+    """Every GPU kernel but the sort, thread by thread, under AddressSanitizer and UBSan: bits and bounds."""
+    program = tmp_path / "emulate"
+    flags = ["-std=c++17", "-O0", "-ffp-contract=off", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    source = ROOT / "tests" / "emulate_embedding.cpp"
+    subprocess.run([*build.find_compiler(), *flags, str(source), "-o", str(program)], check=True)
+    # LD_PRELOAD of another library would come before the sanitizer's own.
+    env = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    result = subprocess.run([str(program), "60"], env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout == "60 cases agree\n"
+
+
+def test_the_extension_needs_only_the_stable_interface():
+    """What it takes from outside: torch's C shim, Python's C API, libc, libstdc++. Nothing of c10:: or at::."""
+    if BUILT is None or shutil.which("nm") is None:
+        pytest.skip("no extension or no nm here")
+    result = subprocess.run(["nm", "-D", "--undefined-only", BUILT.origin], capture_output=True, text=True, check=True)
+    names = [line.split()[-1] for line in result.stdout.splitlines() if line.strip()]
+    allowed = ("aoti_torch_", "torch_", "Py", "_Py", "_ITM_", "__gmon_start__", "_ZNSt15__exception_ptr", "_Unwind_")
+    foreign = [n for n in names if not n.startswith(allowed) and not any(v in n for v in ("@GLIBC", "@CXXABI", "@GCC"))]
+    assert foreign == []
+    assert any(n.startswith("aoti_torch_") for n in names)
+
+
+def test_build_info_tells_how_it_was_built():
+    if BUILT is None:
+        pytest.skip("no extension here")
+    info = fastllm._C.build_info()
+    assert info["torch_target"] == "2.10"
+    assert info["cpu_capability"] in ("default", "avx2", "avx512")
+    assert (info["cuda"] is None) == (info["cuda_architectures"] == [])
+    assert "-ffp-contract=off" in info["flags"]
+    assert extension.module() is fastllm._C
+    assert info["sources"] == build.fingerprint()
+
+
+def _build(tmp_path, env):
+    """compiler.py alone, away from the package, as setup.py runs it; ``main`` would write into the source tree."""
+    run = (
+        "import importlib.util, sys; from pathlib import Path;"
+        f"spec = importlib.util.spec_from_file_location('build', {str(ROOT / 'fastllm' / 'compiler.py')!r});"
+        "build = importlib.util.module_from_spec(spec); sys.modules['build'] = build; spec.loader.exec_module(build);"
+        f"build.HERE = Path({str(tmp_path)!r}); build.sources = lambda: Path({str(ROOT / 'csrc')!r});"
+        "sys.exit(build.main())"
+    )
+    full = {k: v for k, v in os.environ.items() if k not in ("FASTLLM_CUDA", "FORCE_CUDA", "CXX", "CUDA_HOME")}
+    return subprocess.run([sys.executable, "-c", run], env={**full, **env}, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({"CXX": "/nonexistent/c++"}, "the extension was not built: there is no C++ compiler (/nonexistent/c++)"),
+        ({"FASTLLM_CUDA": "1", "CUDA_HOME": "/nonexistent"}, "FASTLLM_CUDA=1, but there is no nvcc in /nonexistent"),
+        ({"FORCE_CUDA": "1", "CUDA_HOME": "/nonexistent"}, "FASTLLM_CUDA=1, but there is no nvcc in /nonexistent"),
+        ({"FASTLLM_CUDA": "yes"}, "FASTLLM_CUDA: expected auto, 0 or 1, got 'yes'"),
+        ({"FASTLLM_CUDA": "0", "MAX_JOBS": "many"}, "MAX_JOBS: expected a positive number, got 'many'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_built_is_one_clear_line(tmp_path, env, expected):
+    result = _build(tmp_path, env)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+    assert expected in result.stderr
+
+
+def test_architectures_are_read_as_pytorch_reads_them(monkeypatch):
+    for text, expected in (
+        ("", ("9.0+PTX",)),
+        ("8.0;9.0+PTX", ("8.0", "9.0+PTX")),
+        ("8.0 9.0a, 10.0", ("8.0", "9.0a", "10.0")),
+        ("Ampere;Hopper", ("8.0", "8.6+PTX", "9.0+PTX")),
+    ):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", text)
+        assert build.architectures() == expected
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "hoppy")
+    with pytest.raises(ValueError, match="expected entries such as"):
+        build.architectures()
+
+
+def test_headers_are_found_without_importing_torch():
+    found = build.find_torch()
+    assert found.version == torch.__version__
+    assert (found.lib / "libtorch_cpu.so").exists() or sys.platform != "linux"
+
+
+def test_without_the_extension_the_op_runs_eagerly_and_says_so_once():
+    code = """
+import sys, warnings
+sys.modules["fastllm._C"] = None
+import torch, fastllm
+weight = torch.randn(5, 3, requires_grad=True)
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        fastllm.functional.embedding(torch.tensor([1, 4, 1]), weight).sum().backward()
+assert weight.grad[1].tolist() == [6.0, 6.0, 6.0]
+messages = [str(w.message) for w in told]
+assert len(messages) == 1, messages
+assert messages[0].startswith("embedding: eager instead of native: the extension fastllm._C was not built"), messages
+try:
+    with fastllm.backend("native"):
+        fastllm.functional.embedding(torch.tensor([1]), weight)
+except fastllm.BackendError as error:
+    assert "python -m fastllm.build" in str(error)
+else:
+    raise AssertionError("a backend that is not there was served")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def _python_without_extension(code, tmp_path, **env):
+    """``code`` in a Python that has the package but no extension in it, and an empty cache."""
+    start = """
+import importlib.machinery, sys
+class Hide(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name == "fastllm._C": raise ModuleNotFoundError(name)
+        return None
+sys.meta_path.insert(0, Hide)
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "fastllm._C" else find(name, package)
+import torch, fastllm
+def look():
+    return fastllm.functional.embedding(torch.tensor([1, 2]), torch.arange(6.0).view(3, 2)).tolist()
+"""
+    env = {**os.environ, "FASTLLM_CACHE": str(tmp_path / "cache"), **env}
+    return subprocess.run([sys.executable, "-c", start + code], env=env, capture_output=True, text=True, check=False)
+
+
+# Stands in for the compiler, which takes half a minute: the installed extension, copied.
+COPY = f"""
+import shutil
+import fastllm.extension.compile as compiler
+compiler.build = lambda target, work: (shutil.copy({BUILT.origin if BUILT else ""!r}, target), "built")[1]
+"""
+
+
+def test_the_first_use_builds_what_installing_could_not(tmp_path):
+    if BUILT is None:
+        pytest.skip("no extension here")
+    use = "assert look() == [[2, 3], [4, 5]]\n"
+    use += "assert fastllm.extension.missing() is None, fastllm.extension.missing()\n"
+    use += "assert fastllm._C.build_info() and 'native' in str(fastllm.info())"
+    first = _python_without_extension(COPY + use, tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert first.stderr == "fastllm: compiling the extension, this once (a minute or two) ...\nbuilt\n"
+    again = _python_without_extension(use, tmp_path)
+    assert (again.returncode, again.stderr) == (0, "")
+
+
+def test_a_first_use_that_cannot_build_says_why_and_does_not_try_again(tmp_path):
+    use = "assert look() == [[2, 3], [4, 5]]; print(fastllm.extension.missing())"
+    for shown in ("compiling the extension", "eager instead of native"):
+        result = _python_without_extension(use, tmp_path, CXX="/nonexistent/c++", FASTLLM_CUDA="0")
+        assert result.returncode == 0, result.stderr
+        assert "was not built: there is no C++ compiler (/nonexistent/c++)" in result.stdout
+        assert shown in result.stderr
+    assert "compiling" not in result.stderr
+    result = _python_without_extension(use, tmp_path / "other", FASTLLM_BUILD="0")
+    assert "was not built (python -m fastllm.build" in result.stdout
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_extension_from_other_sources_is_not_used(monkeypatch):
+    if BUILT is None:
+        pytest.skip("no extension here")
+    monkeypatch.setattr(extension, "_module", None)
+    monkeypatch.setattr(extension, "_missing", None)
+    monkeypatch.setattr(build, "fingerprint", lambda: "0123456789abcdef")
+    extension._load()
+    assert extension.module() is None
+    assert "built from other sources than those here (python -m fastllm.build rebuilds it)" in extension.missing()
+    with fastllm.backend("native"), pytest.raises(fastllm.BackendError, match="other sources"):
+        fastllm.functional.embedding(torch.tensor([0]), torch.zeros(1, 1))

@@ -1,0 +1,230 @@
+"""What is peculiar to the CPU code of norms and cross-entropies (csrc/cpu): widths, extremes, threads, vector units.
+
+That it is right with every option: tests/test_ops.py and tests/ops/test_losses_and_norms_random.py, backend ``native``.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from contract import assert_as_true, run
+
+import fastllm
+from fastllm.extension import load as extension
+from fastllm.functional import add_layer_norm, cross_entropy, linear_cross_entropy, rms_norm
+from fastllm.ops.cross_entropy import chunks as _linear_cross_entropy_chunks
+from fastllm.registry import OPS, Sample
+
+NEEDS_PRODUCTS = pytest.mark.skipif(
+    extension.bf16_products() == "none", reason="this CPU has no products of bf16 (AMX or AVX-512 BF16)"
+)
+pytestmark = pytest.mark.skipif(extension.missing() is not None, reason="no extension here: no C++ compiler")
+
+
+def _agree(got, truth, yardstick, dtype, what: str) -> None:
+    for kind in range(2):  # outputs, gradients
+        for a, b, c in zip(got[kind], truth[kind], yardstick[kind], strict=True):
+            assert_as_true(a, b, c, dtype, what)
+
+
+def _widened(values) -> tuple:
+    return tuple(v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in values)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 63, 64, 65, 127, 129, 4097, 65537])
+def test_rows_of_any_width(columns):
+    """Whole and broken runs of the 64 partial sums."""
+    torch.manual_seed(columns)
+    for name, options in (("add_layer_norm", {"eps": 1e-2}), ("rms_norm", {"eps": 1e-2}), ("cross_entropy", {})):
+        op = OPS[name]
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(3, columns).to(dtype).requires_grad_()
+            others = (torch.randint(columns, (3,)),) if name == "cross_entropy" else ((columns,),)
+            if name == "add_layer_norm":
+                others = (torch.zeros(3, columns).to(dtype), *others)
+            sample = Sample("", (x, *others), options)
+            wide = Sample("", (x.detach().double().requires_grad_(), *_widened(others)), options)
+            truth, yardstick = run(op.reference, wide), run(op.function, sample, "eager")
+            _agree(run(op.function, sample, "native"), truth, yardstick, dtype, f"{name} {columns}")
+
+
+def test_logits_of_any_size():
+    """exp and tanh where they saturate, and where 1 - 2 / (e^2x + 1) would cancel."""
+    spread = torch.cat([torch.linspace(-s, s, 97) for s in (1e-4, 0.1, 0.7, 2, 20, 88, 200, 1e4, 1e30)])
+    x = torch.stack([spread, spread.flip(0), spread * 0.01, torch.full_like(spread, -300.0)])
+    y = torch.tensor([5, 400, 600, 0])
+    for options in ({}, {"softcap": 30.0}, {"softcap": 0.5, "logit_scale": 1e-3}, {"logit_scale": -2.0}):
+        op = OPS["cross_entropy"]
+        options = options | {"reduction": "none", "return_lse": True}
+        truth = run(op.reference, Sample("", (x.double().requires_grad_(), y), options))
+        sample = Sample("", (x.clone().requires_grad_(), y), options)
+        yardstick, got = run(op.function, sample, "eager"), run(op.function, sample, "native")
+        _agree(got, truth, yardstick, torch.float32, str(options))
+
+
+def test_fp64_is_computed_in_fp64():
+    x = torch.randn(3, 130, dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([0, 129, 5])
+    with fastllm.backend("native"):
+        assert torch.autograd.gradcheck(lambda x: rms_norm(x, (130,)), x)
+        assert torch.autograd.gradcheck(lambda x: cross_entropy(x, y, softcap=2.0, label_smoothing=0.1, z_loss=0.1), x)
+        assert torch.autograd.gradcheck(lambda x: add_layer_norm(x, x.flip(0), (130,))[0], x)
+
+
+def test_dropout_keeps_its_share_and_its_gradient_has_the_same_mask():
+    x = torch.ones(64, 500, requires_grad=True)
+    with fastllm.backend("native"):
+        _, h = add_layer_norm(x, torch.zeros(64, 500), (500,), dropout_p=0.25)
+    assert set(h.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert abs((h == 0).float().mean() - 0.25) < 0.02
+    (dx,) = torch.autograd.grad(h.sum(), x)
+    assert torch.equal(dx, h)
+
+
+def test_vmap_takes_torchs_operators():
+    x, w = torch.randn(4, 3, 8), torch.randn(8)
+    torch.testing.assert_close(torch.func.vmap(lambda x: rms_norm(x, (8,), w))(x), F.rms_norm(x, (8,), w))
+    y = torch.randint(8, (4, 3))
+    per_sample = torch.func.vmap(torch.func.grad(lambda x, y: cross_entropy(x, y)))(x, y)
+    expected = torch.stack([torch.func.grad(F.cross_entropy)(a, b) for a, b in zip(x, y, strict=True)])
+    torch.testing.assert_close(per_sample, expected)
+
+
+BITS = """
+import torch, fastllm
+from fastllm.functional import add_layer_norm, cross_entropy, geglu, rms_norm, rotary_embedding, swiglu
+held = fastllm.backend("native")
+held.__enter__()
+
+def made(*shape):  # torch's own random numbers and sums depend on the instruction set
+    return ((torch.arange(torch.Size(shape).numel()) * 7919 % 1009).view(shape) - 504) / 256
+
+results = []
+for threads in (1, 2, 7):
+    torch.set_num_threads(threads)
+    torch.manual_seed(1)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x, w, b = (made(*shape).to(dtype).requires_grad_() for shape in ((150, 203), (203,), (203,)))
+        y, h = add_layer_norm(x, x.flip(0), (203,), w, b, dropout_p=0.1)
+        z = rms_norm(h, (203,), w)
+        options = dict(label_smoothing=0.1, softcap=9.0, z_loss=0.01, reduction="none")
+        loss = cross_entropy(z * 9, torch.arange(150), **options)
+        upstream = (made(150).to(dtype), made(150, 203).to(dtype))
+        results.append([t.detach() for t in (y, h, z, loss, *torch.autograd.grad((loss, y), (x, w, b), upstream))])
+        gates = swiglu(x * 9, x) + geglu(x * 9, x) + geglu(x * 9, x, approximate="tanh")
+        turned, _ = rotary_embedding(x.view(3, 50, 203), None, made(50, 101), made(50, 101).flip(0))
+        upstream = (upstream[1], turned.detach())
+        results[-1] += [gates.detach(), turned.detach(), *torch.autograd.grad((gates, turned), x, upstream)]
+    for mine, first in zip(results[-3:], results[:3], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, first, strict=True)), threads
+print(fastllm._C.build_info()["cpu_capability"])
+print(hash(tuple(bytes(t.contiguous().view(-1).view(torch.uint8).numpy()) for r in results for t in r)))
+"""
+
+
+def test_same_bits_for_any_number_of_threads_and_any_instruction_set():
+    runs = {}
+    for wish in ("default", "avx512"):
+        env = {**os.environ, "ATEN_CPU_CAPABILITY": wish, "PYTHONHASHSEED": "0"}
+        result = subprocess.run([sys.executable, "-c", BITS], env=env, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        name, digest = result.stdout.split()
+        runs[name] = digest
+    assert "default" in runs
+    assert len(set(runs.values())) == 1, runs
+
+
+@NEEDS_PRODUCTS
+@pytest.mark.parametrize(
+    ("rows", "m", "n"),
+    [(1, 1, 1), (31, 33, 17), (64, 128, 32), (1025, 129, 65), (2, 300, 1), (0, 5, 5), (70, 96, 96), (33, 109, 47)],
+)
+def test_products_of_bf16(rows, m, n):
+    wide = torch.randn(rows, m + 7).bfloat16()
+    a, b, total = wide[:, 3 : 3 + m], torch.randn(rows, n).bfloat16(), torch.randn(m, n)
+    expected = total.double() + a.double().t() @ b.double()
+    torch.ops.fastllm.add_product_(total, a, b)
+    # Summed in fp32, whatever the order.
+    torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-5 * max(rows, 1) ** 0.5)
+
+
+@NEEDS_PRODUCTS
+def test_products_refuse_what_does_not_fit():
+    a, b = torch.randn(4, 3).bfloat16(), torch.randn(4, 2).bfloat16()
+    for total, x, y in ((torch.zeros(2, 3), a, b), (torch.zeros(3, 2), a.float(), b), (torch.zeros(3, 2), a[:3], b)):
+        with pytest.raises((RuntimeError, ValueError), match="add_product_"):
+            torch.ops.fastllm.add_product_(total, x, y)
+
+
+def test_gradients_of_a_bf16_layer_are_summed_in_fp32():
+    """Against the eager form's products in fp32: as close to the truth."""
+    torch.manual_seed(0)
+    op = OPS["linear_cross_entropy"]
+    x, w = torch.randn(300, 40).bfloat16(), (torch.randn(130, 40) * 0.3).bfloat16()
+    y = torch.randint(130, (300,))
+    options = {"max_workspace_mb": 0.01}
+
+    def grads(dtype, function, backend):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, w)]
+        return run(function, Sample("", (*leaves, y), options), backend)[1]
+
+    truth = grads(torch.float64, op.reference, None)
+    for a, b, c in zip(
+        grads(torch.bfloat16, linear_cross_entropy, "native"), truth,
+        grads(torch.bfloat16, linear_cross_entropy, "eager"), strict=True,
+    ):  # fmt: skip
+        assert_as_true(a, b, c, torch.bfloat16, "linear_cross_entropy")
+
+
+def _layer_gradients(dtype, backend):
+    """Of (200, 24) rows in chunks, by ``backend``, or by the definition where there is none."""
+    torch.manual_seed(3)
+    x, w, y = torch.randn(200, 24).bfloat16(), (torch.randn(70, 24) * 0.3).bfloat16(), torch.randint(70, (200,))
+    op = OPS["linear_cross_entropy"]
+    leaves = [t.to(dtype).requires_grad_() for t in (x, w)]
+    function = op.function if backend else op.reference
+    return run(function, Sample("", (*leaves, y), {"max_workspace_mb": 0.01}), backend)[1]
+
+
+def test_without_products_of_bf16_the_gradient_is_summed_in_fp32_by_torch_and_info_says_so(monkeypatch):
+    monkeypatch.setattr(extension, "_bf16_products", "none")
+    monkeypatch.setattr(_linear_cross_entropy_chunks, "WIDENED", 32)  # whole and broken pieces of the 70 columns
+    monkeypatch.setattr(
+        _linear_cross_entropy_chunks, "_add_bf16_product", lambda *args: pytest.fail("no such product here")
+    )
+    truth, eager = _layer_gradients(torch.float64, None), _layer_gradients(torch.bfloat16, "eager")
+    for a, b, c in zip(_layer_gradients(torch.bfloat16, "native"), truth, eager, strict=True):
+        assert_as_true(a, b, c, torch.bfloat16, "linear_cross_entropy")
+    (line,) = (line for line in fastllm.info().splitlines() if line.split()[:1] == ["linear_cross_entropy"])
+    assert "PyTorch's products in fp32, for this CPU has none of bfloat16" in line
+
+
+@NEEDS_PRODUCTS
+def test_info_names_the_products_of_bf16():
+    assert extension.bf16_products() in ("amx", "avx512_bf16")
+    (line,) = (line for line in fastllm.info().splitlines() if line.split()[:1] == ["linear_cross_entropy"])
+    assert line.endswith(f"by the extension's products, on {extension.bf16_products()}")
+    with fastllm.backend("eager"):
+        assert "products" not in fastllm.info().split("linear_cross_entropy")[1].splitlines()[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_an_add_and_torchs_layer_norm_where_they_are_faster(dtype):
+    """Bit for bit PyTorch's own where it serves; with dropout, 16-bit rows are the extension's."""
+    x, h = (torch.randn(5, 40).to(dtype).requires_grad_() for _ in range(2))
+    w, b = (torch.randn(40).to(dtype).requires_grad_() for _ in range(2))
+    got = add_layer_norm(x, h, (40,), w, b)
+    total = x + h
+    expected = (F.layer_norm(total, (40,), w, b), total)
+    served = [type(out.grad_fn).__name__ for out in got]
+    if dtype != torch.float16:
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        assert "AddBackward0" in served
+    else:
+        assert not any("AddBackward0" in name for name in served)
+    dropped = add_layer_norm(x, h, (40,), w, b, dropout_p=0.5)
+    names = {type(out.grad_fn).__name__ for out in dropped}
+    assert ("ViewBackward0" in names) == (dtype.itemsize == 2), names

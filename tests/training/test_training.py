@@ -1,0 +1,341 @@
+"""Schedule, optimisers, steps, evaluation, runs."""
+
+import functools
+import math
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from prose import prose
+from safetensors.torch import load_file
+from toy import TOY, weights
+
+from fastllm.data import Corpus, open_dataset, prepare
+from fastllm.models import Transformer
+from fastllm.training import TrainingConfig, evaluate, loop, train
+from fastllm.training.checkpoints import saving
+from fastllm.training.clock import Clock
+from fastllm.training.measure import faster_dtype, matmul_flops
+from fastllm.training.objectives import CausalLM
+from fastllm.training.optimizer import Optimizers, parameter_groups
+from fastllm.training.reports import meters
+from fastllm.training.reports.progress import read_metrics
+from fastllm.training.schedule import lr_scale, progress
+from fastllm.training.step import train_step
+
+pytestmark = pytest.mark.usefixtures("short_runs")
+GPT = replace(TOY, positions="learned", norm="layer", activation="gelu", bias=True, tie_embeddings=False)
+
+
+# Schedule
+
+
+def test_linear_schedule_rises_over_the_warm_up_and_falls_to_the_floor():
+    config = TrainingConfig(warmup=0.1, min_lr=0.2)
+    assert lr_scale(config, 0.05) == pytest.approx(0.5)
+    assert lr_scale(config, 0.1) == pytest.approx(1.0)
+    assert lr_scale(config, 0.55) == pytest.approx(0.6)
+    assert lr_scale(config, 1.0) == lr_scale(config, 1.5) == pytest.approx(0.2)
+    assert 0 < lr_scale(config, 0.0) < 0.1
+
+
+def test_cosine_and_wsd_have_their_shapes():
+    cosine = TrainingConfig(schedule="cosine", warmup=0.0)
+    assert [lr_scale(cosine, x) for x in (0, 0.25, 0.5, 1)] == pytest.approx([1, 0.5 + math.sqrt(0.125), 0.5, 0])
+    wsd = TrainingConfig(schedule="wsd", warmup=0.1, decay=0.4)
+    assert [lr_scale(wsd, x) for x in (0.1, 0.6, 0.8, 1)] == pytest.approx([1, 1, 0.5, 0])
+
+
+def test_progress_follows_the_nearer_budget():
+    assert progress(TrainingConfig(steps=10), 5, 1e9) == 0.5
+    assert progress(TrainingConfig(max_seconds=10), 10**9, 5.0) == 0.5
+    assert progress(TrainingConfig(steps=10, max_seconds=10), 2, 5.0) == 0.5
+    assert progress(TrainingConfig(steps=10, max_seconds=10), 7, 5.0) == 0.7
+    assert TrainingConfig().with_budget().max_seconds == 105
+    assert TrainingConfig(steps=3).with_budget().max_seconds is None
+
+
+# Optimisers
+
+
+@pytest.mark.parametrize("shape", [TOY, GPT])
+def test_every_parameter_has_one_group_and_tables_and_vectors_none_of_muon(shape):
+    model = Transformer(shape)
+    groups = parameter_groups(model)
+    assert sorted(name for group in groups.values() for name, _ in group) == sorted(
+        name for name, _ in model.named_parameters()
+    )
+    assert {name.split(".")[0] for name, _ in groups["hidden"]} == {"blocks"}
+    assert all(p.ndim == 2 for _, p in groups["hidden"])
+    assert all(p.ndim == 1 for _, p in groups["vector"])
+    assert len(groups["embedding"]) == (1 if shape is TOY else 3)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_optimizers_match_torchs_own_with_decay_on_matrices_only(optimizer):
+    config = TrainingConfig(optimizer=optimizer, embedding_weight_decay=0.3)
+    model, twin = Transformer(GPT), Transformer(GPT)
+    twin.load_state_dict(model.state_dict())
+    ours = Optimizers(model, config)
+    groups = parameter_groups(twin)
+    hidden = [p for _, p in groups["hidden"]]
+    theirs = [
+        torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1, momentum=0.95)
+        if optimizer == "muon"
+        else torch.optim.AdamW(hidden, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True),
+        torch.optim.AdamW(
+            [p for _, p in groups["embedding"]], lr=3e-3, betas=(0.9, 0.95), weight_decay=0.3, fused=True
+        ),
+        torch.optim.AdamW([p for _, p in groups["vector"]], lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+    for scale in (1.0, 0.5):
+        ours.set_scale(scale)
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        ours.step()
+        for one in theirs:
+            for group in one.param_groups:
+                group["lr"] = scale * (0.02 if isinstance(one, torch.optim.Muon) else 3e-3)
+            one.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_optimizer_state_survives_a_round_trip_and_a_stranger_is_refused():
+    model = Transformer(TOY)
+    optimizers = Optimizers(model, TrainingConfig())
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizers.step()
+    state = optimizers.state_dict()
+    assert set(state) == {f"{n}:momentum_buffer" for n, _ in parameter_groups(model)["hidden"]} | {
+        f"{n}:{key}"
+        for kind in ("embedding", "vector")
+        for n, _ in parameter_groups(model)[kind]
+        for key in ("step", "exp_avg", "exp_avg_sq")
+    }
+    fresh = Optimizers(model, TrainingConfig())
+    fresh.load_state_dict(state)
+    assert all(torch.equal(value, state[key]) for key, value in fresh.state_dict().items())
+    with pytest.raises(ValueError, match="unknown parameter: head"):
+        fresh.load_state_dict({"head:step": torch.zeros(())})
+
+
+# Steps
+
+
+def as_batch(tokens, targets):
+    return {"tokens": tokens, "targets": targets}
+
+
+def whole_batch_gradient(model, tokens, targets):
+    model.zero_grad()
+    loss = F.cross_entropy(model(tokens).flatten(0, 1).double(), targets.flatten())
+    loss.backward()
+    return loss.detach(), [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_accumulated_loss_and_gradient_are_those_of_the_whole_batch(rows):
+    model = Transformer(replace(TOY, dropout=0.0))
+    tokens, targets = torch.randint(300, (4, 32)), torch.randint(300, (4, 32))
+    targets[0, 3:] = -100  # rows of very different weight
+    targets[2] = -100
+    loss, gradients = whole_batch_gradient(model, tokens, targets)
+    norm = torch.stack([g.norm() for g in gradients]).norm()
+    model.zero_grad()
+    seen = {}
+
+    class Record:
+        def step(self):
+            seen["gradients"] = [p.grad.clone() for p in model.parameters()]
+
+    ours, our_norm, terms = train_step(
+        CausalLM, model, Record(), as_batch(tokens, targets), rows=rows, clip=0.0, dtype="float32"
+    )
+    assert terms["loss"] == ours
+    torch.testing.assert_close(ours.double(), loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(our_norm, norm, rtol=1e-5, atol=0)
+    for a, b in zip(seen["gradients"], gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_clipping_scales_the_gradient_and_reports_its_norm_before():
+    model = Transformer(replace(TOY, dropout=0.0))
+    batch = as_batch(torch.randint(300, (2, 32)), torch.randint(300, (2, 32)))
+    norms = []
+
+    class Record:
+        def step(self):
+            norms.append(torch.stack([p.grad.norm() for p in model.parameters()]).norm())
+            model.zero_grad()
+
+    _, free, _ = train_step(CausalLM, model, Record(), batch, rows=2, clip=0.0, dtype="float32")
+    _, clipped, _ = train_step(CausalLM, model, Record(), batch, rows=2, clip=0.01, dtype="float32")
+    assert norms[0] == pytest.approx(free)
+    assert clipped == pytest.approx(free)
+    assert norms[1] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_measuring_leaves_model_and_random_state_alone():
+    model = Transformer(TOY)
+    before = [p.clone() for p in model.parameters()]
+    batch = as_batch(torch.randint(300, (2, 32)), torch.randint(300, (2, 32)))
+    state = torch.get_rng_state()
+    dtype, times = faster_dtype(CausalLM, model, batch)
+    assert torch.equal(state, torch.get_rng_state())
+    assert times[dtype] == min(times.values())
+    assert set(times) == {"float32", "bfloat16"}
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, model.parameters(), strict=True))
+    assert matmul_flops(torch.device("cpu"), "float32") > 1e8
+
+
+# Evaluation
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    corpus = Corpus("toy", [prose(60)], [prose(5, 1), prose(4, 2)])
+    return prepare(corpus, tmp_path_factory.mktemp("data"), vocab_size=300)
+
+
+def test_bits_per_byte_is_the_sum_over_all_tokens_in_their_windows(dataset):
+    model = Transformer(TOY).train()
+    ids = torch.from_numpy(dataset.validation.tokens.astype("int64"))
+    nats, context = 0.0, TOY.context_length
+    model.eval()
+    with torch.no_grad():
+        for position in range(1, len(ids)):
+            # Window k ends at 32 + 16 k, the last one at the end.
+            end = context if position <= context else context + -(-(position - context) // 16) * 16
+            start = min(end, len(ids) - 1) - context
+            logits = model(ids[None, start : start + context])[0, position - start - 1]
+            nats += F.cross_entropy(logits.double(), ids[position]).item()
+    model.train()
+    for batch_size in (1, 5):
+        result = evaluate(model, dataset.validation, context, batch_size)
+        assert result.tokens == len(ids) - 1
+        assert result.loss == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
+        assert result.bits_per_byte == pytest.approx(
+            nats / math.log(2) / (len(prose(5, 1)) + len(prose(4, 2))), rel=1e-5
+        )
+    assert model.training
+
+
+def test_a_long_split_is_sampled_during_a_run_and_scored_whole_at_its_end(config, tmp_path):
+    train(config(eval_interval=3, eval_windows=2), tmp_path / "run", quiet=True)
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "validation_loss" in line]
+    whole = open_dataset(tmp_path / "run" / "data").validation
+    assert [(line["step"], line["validation_tokens"]) for line in lines] == [(3, 48), (6, 48), (6, len(whole) - 1)]
+
+
+def test_evaluation_draws_no_random_numbers(dataset):
+    model = Transformer(TOY)
+    state = torch.get_rng_state()
+    evaluate(model, dataset.validation, 32, 4)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# Runs
+
+
+def test_a_run_learns_and_leaves_all_it_promises(whole_run, config, tmp_path, capsys):
+    result = train(config(steps=40, eval_interval=20), tmp_path / "run")
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "validation_loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 41))
+    assert [line["tokens"] for line in steps] == [4 * 32 * n for n in range(1, 41)]
+    assert set(steps[0]) == {
+        "step", "tokens", "seconds", "loss", "lr", "muon_lr", "grad_norm", "tokens_per_second", "mfu", "skipped",
+        "data_seconds", "forward_seconds", "backward_seconds", "update_seconds",
+    }  # fmt: skip
+    assert [line["step"] for line in evaluations] == [20, 40]
+    assert result.validation_bits_per_byte == evaluations[-1]["validation_bits_per_byte"]
+    assert steps[0]["loss"] == pytest.approx(math.log(300), abs=0.5)
+    assert evaluations[1]["validation_bits_per_byte"] < evaluations[0]["validation_bits_per_byte"]
+    assert steps[-1]["loss"] < steps[0]["loss"] - 1
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "no prompt" in (tmp_path / "run" / "samples.txt").read_text()
+    model = Transformer.from_pretrained(tmp_path / "run" / "model")
+    assert model.config == replace(TOY, vocab_size=model.config.vocab_size)
+    out = capsys.readouterr().out
+    for expected in ("[training]", "MFU = ", "bits per byte", "xz -9", "tok/s", "ETA", "100%"):
+        assert expected in out
+    assert f"{result.xz_bits_per_byte:.4f}" in out
+
+
+def test_same_settings_same_weights_and_another_seed_others(config, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(config(seed=seed), tmp_path / name, quiet=True)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
+
+
+def test_how_often_one_looks_changes_nothing(config, tmp_path, monkeypatch):
+    train(config(eval_interval=0), tmp_path / "a", quiet=True)
+    torch.manual_seed(99)
+    monkeypatch.setattr(meters, "FLUSH_SECONDS", 0.0)
+    train(config(eval_interval=1, checkpoint_interval=2), tmp_path / "b", quiet=True)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    losses = [[x["loss"] for x in read_metrics(tmp_path / n / "metrics.jsonl") if "loss" in x] for n in "ab"]
+    assert losses[0] == losses[1]
+
+
+def test_recomputing_activations_and_compiling_change_nothing(config, tmp_path, monkeypatch):
+    train(config(), tmp_path / "a", quiet=True)
+    train(config(checkpoint_activations=True), tmp_path / "b", quiet=True)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    # Inductor takes half a minute; what is ours is that the compiled function is the one that trains.
+    calls = []
+
+    def compile_(function):
+        compiled = functools.partial(torch._dynamo.optimize("eager"), function)()
+        return lambda *batch: (calls.append(1), compiled(*batch))[1]
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    train(config(compile=True), tmp_path / "c", quiet=True)
+    assert len(calls) == 7  # one to compile, before the clock starts
+    for name, value in load_file(tmp_path / "c" / "model" / "model.safetensors").items():
+        torch.testing.assert_close(
+            value, load_file(tmp_path / "a" / "model" / "model.safetensors")[name], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_a_time_budget_ends_the_run_with_evaluation_off_the_clock(config, tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("fastllm.training.clock.time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def timed(seconds, function):
+        def run(*args, **kwargs):
+            now[0] += seconds
+            return function(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(loop, "train_step", timed(1.0, train_step))
+    monkeypatch.setattr(CausalLM, "evaluate", timed(100.0, CausalLM.evaluate))
+    monkeypatch.setattr(saving, "save_checkpoint", timed(100.0, saving.save_checkpoint))
+    result = train(
+        config(
+            steps=None, max_seconds=8, warmup=0.25, eval_interval=3, checkpoint_interval=3, background_saving=False
+        ),
+        tmp_path / "run", quiet=True,
+    )  # fmt: skip
+    assert result.steps == 8
+    assert result.seconds == pytest.approx(8)
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    assert [line["lr"] / 3e-3 for line in lines] == pytest.approx([0.01, 0.5, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+
+
+def test_the_clock_stands_still_in_pauses(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("fastllm.training.clock.time.perf_counter", lambda: now[0])
+    clock = Clock(torch.device("cpu"), 7.0)
+    now[0] += 2
+    with clock.pause():
+        now[0] += 50
+    now[0] += 1
+    assert clock.seconds == pytest.approx(10)
