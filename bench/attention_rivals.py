@@ -47,8 +47,8 @@ def _sdpa(name: str) -> Callable[[], Callable]:
 
 def _hopper():
     """Our own attention by the backend ``hopper``, which only serves those who ask for it."""
+    from ..backends import BackendError, backend, why_not
     from ..ops.attention.attention import attention
-    from ..registry import BackendError, backend, why_not
 
     reason = why_not("hopper", "cuda" if torch.cuda.is_available() else "cpu")
     if reason is not None:

@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_map_only
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from ..registry import LAUNCHERS, Op, Sample, backend
+from ..backends import backend
+from ..registry import LAUNCHERS, Op, Sample
 from . import cases
 
 CUDA = torch.device("cuda", 0)

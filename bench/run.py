@@ -17,7 +17,8 @@ from itertools import chain, zip_longest
 
 import torch
 
-from ..registry import Cost, Op, Sample, backend, pick
+from ..backends import backend, pick_by_tensors
+from ..registry import Cost, Op, Sample
 from . import cases
 from .parity import Judge
 from .results import COMPILED, EAGER, NOT_INSTALLED, OURS, Row, Run
@@ -288,4 +289,4 @@ def _first_line(error: Exception) -> str:
 
 def _serving(op: Op, call: Sample) -> str:
     tensors = cases.tensors_of(call)
-    return pick(op.name, *(t for t in tensors if t.is_floating_point()))
+    return pick_by_tensors(op.name, *(t for t in tensors if t.is_floating_point()))

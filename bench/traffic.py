@@ -29,7 +29,8 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..registry import LAUNCHERS, Cost, Op, Sample, backend, interpreting
+from ..backends import backend, interpreting
+from ..registry import LAUNCHERS, Cost, Op, Sample
 from . import cases
 
 CACHED = 1 << 20

@@ -16,9 +16,10 @@ from unittest import mock
 
 import torch
 
+from ..backends import backend
 from ..kernels import launch as _launch
 from ..kernels import tuned as _tuned
-from ..registry import Op, backend
+from ..registry import Op
 from . import cases
 from .parity import Judge
 from .report import verdict

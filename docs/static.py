@@ -53,7 +53,7 @@ def _markdown(columns, rows) -> str:
 def fingerprint() -> str:
     """Of the kernels' code, without comments and empty lines, and of the names of the shapes that they are run on."""
     shapes = ("\n".join([op.name, *cases.shapes_of(op.name)]) for op in cases.selected([]))
-    return cases.code_hash(sorted((ROOT / "kernels").glob("*.py")), *shapes)
+    return cases.code_hash(sorted((ROOT / "kernels").rglob("*.py")), *shapes)
 
 
 def stale() -> str | None:

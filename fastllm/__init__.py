@@ -1,8 +1,9 @@
 """Fused kernels for PyTorch models, and a language model from scratch on top of them."""
 
 from . import functional, nn
+from .backends import BackendError, backend
 from .drop_in import Report, accelerate, accelerated, revert
-from .registry import OPS, BackendError, backend
+from .registry import OPS
 from .version import __version__
 
 __all__ = [

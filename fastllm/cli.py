@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     except (RuntimeError, MemoryError) as error:
-        from .registry import BackendError
+        from .backends import BackendError
         from .training import Failed
 
         code, message = 1, str(error)
@@ -172,7 +172,7 @@ def _execute(argv: list[str]) -> int:
         return bench(argv[1:])
     arguments = _parser(argv[0] if argv else None).parse_args(argv)
     _check_values(arguments)
-    from .registry import chosen_backend
+    from .backends import chosen_backend
 
     with _one_line_warnings():
         try:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
-from . import extension, registry
+from . import backends, extension, registry
 from .version import __version__
 
 
@@ -32,21 +34,44 @@ def _gpu() -> str:
     return ", ".join(f"{p.name} (sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB)" for p in properties)
 
 
-def serving(op: str, device_type: str) -> tuple[str, str]:
+def _by_tensors(op: str, device_type: str) -> tuple[str, str]:
     """``(backend, why)`` for ``op`` on plain float32 tensors of ``device_type``."""
     has = registry.OPS[op].backends
-    asked = registry.chosen_backend()
+    asked = backends.chosen_backend()
     if asked != "auto" and asked in has:
-        reason = registry.why_not(asked, device_type, op=registry.OPS[op])
+        reason = backends.why_not(asked, device_type, op=registry.OPS[op])
         return (asked, "asked for") if reason is None else (f"{asked}: cannot run", reason)
     reasons = []
-    for name in registry.PREFERENCE.get(device_type, ()):
+    for name in backends.PREFERENCE.get(device_type, ()):
         if name in has:
-            reason = registry.why_not(name, device_type, op=registry.OPS[op])
+            reason = backends.why_not(name, device_type, op=registry.OPS[op])
             if reason is None:
                 return name, f"first choice on {device_type}"
             reasons.append(f"{name}: {reason}")
     return "eager", "; ".join(reasons) or f"PyTorch's own operators are the choice on {device_type}"
+
+
+def _examples(op: registry.Op, device: torch.device) -> Iterable[registry.Sample]:
+    """The op's examples; without any, its first sample in each dtype."""
+    if op.examples is not None:
+        yield from op.examples(device)
+        return
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        yield replace(next(iter(op.samples(device, dtype))), name=str(dtype).removeprefix("torch."))
+
+
+def serving(op: registry.Op, device: torch.device) -> dict[tuple[str, str], list[str]]:
+    """``(backend, why)`` -> the names of the op's examples that it serves on ``device``, as :func:`pick` decides."""
+    if op.call is None:
+        return {_by_tensors(op.name, device.type): []}
+    found: dict[tuple[str, str], list[str]] = {}
+    for sample in _examples(op, device):
+        try:
+            backend, why, _ = backends.pick(op.name, op.call(*sample.args, **sample.kwargs))
+        except backends.BackendError as error:
+            backend, why = "none", str(error)
+        found.setdefault((backend, why), []).append(sample.name)
+    return found
 
 
 def describe() -> str:
@@ -55,18 +80,18 @@ def describe() -> str:
         f"fastllm    {__version__}",
         f"python     {platform.python_version()} on {platform.system()} {platform.machine()}",
         f"torch      {torch.__version__}",
-        f"triton     {_installed('triton')}" + (" (interpreter on)" if registry.interpreting() else ""),
+        f"triton     {_installed('triton')}" + (" (interpreter on)" if backends.interpreting() else ""),
         f"extension  {_extension()}",
         f"GPU        {_gpu()}",
         f"CPU        {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         + torch.backends.cpu.get_cpu_capability(),
-        f"backend    {registry.chosen_backend()} (FASTLLM_BACKEND or fastllm.backend)",
+        f"backend    {backends.chosen_backend()} (FASTLLM_BACKEND or fastllm.backend)",
     ]
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for device_type in devices:
-        lines += ["", f"on {device_type} tensors"]
-        for op in registry.OPS:
-            name, why = serving(op, device_type)
-            exception = registry.OPS[op].exception(device_type)
-            lines.append(f"  {op:<28} {name:<8} {why}" + (f"; {exception}" if exception else ""))
+    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+    for device in devices:
+        lines += ["", f"on {device.type} tensors"]
+        for name, op in registry.OPS.items():
+            for (backend, why), names in serving(op, device).items():
+                lines.append(f"  {name:<28} {backend:<8} " + (f"{', '.join(names)}: " if names else "") + why)
+                name = ""
     return "\n".join(lines)

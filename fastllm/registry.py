@@ -1,44 +1,19 @@
-"""One record per op, the one place that picks a backend, and the helper that registers an operator.
-
-A backend is how an op is computed:
-
-=========  =====================================================================================
-``eager``  PyTorch's own operators. Runs everywhere and is differentiable to any order.
-``triton`` Our Triton kernels: CUDA tensors, or CPU tensors in Triton's interpreter (for tests).
-``native`` The compiled C++/CUDA extension, for the ops that have such a kernel.
-``hopper`` As ``triton``, with attention's forward in Gluon for GPUs of sm_90 (H100, H200) in the calls that it
-           takes: fp16 or bf16, head dim 64 or 128, nothing but causal, tensors at multiples of 16 bytes. Never
-           chosen but on request: it has not been run on a GPU yet.
-=========  =====================================================================================
-
-The choice is made once per call, in the op's public function, so the backward always runs on the
-backend that served the forward. It is process-wide, like ``torch.backends``: activation
-checkpointing recomputes a forward on autograd's own threads, which a thread-local choice would miss.
-"""
+"""One record per op, and the helper that registers an operator. What picks a backend is in :mod:`.backends`."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from . import extension
 
-BACKENDS = ("eager", "triton", "native", "hopper")
-# In order of preference; `eager` is always possible. CPU has no `triton`: the interpreter is for tests only.
-PREFERENCE = {"cuda": ("triton", "native"), "cpu": ("native",)}
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-NATIVE_DTYPES = (*KERNEL_DTYPES, torch.float64)
+class Call(Protocol):
+    """A call of an op as one value: a NamedTuple of the family, with the tensors and the options, checked."""
 
-
-class BackendError(RuntimeError):
-    """The backend that was asked for cannot serve this call."""
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """The floating-point tensors, an absent one as None. The first one's device is the call's."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +42,14 @@ class Op:
     ``function`` and ``reference`` take the same arguments. The reference is eager PyTorch that upcasts with
     ``torch.promote_types(dtype, torch.float32)``, so fp64 inputs make it the oracle.
     ``samples(device, dtype)`` yields :class:`Sample`; floating tensors that take part in differentiation come
-    with ``requires_grad``. ``cost(*args, **kwargs)`` gives the :class:`Cost` of such a call. ``exception`` says in
-    words which calls something else than the backends serves on a type of device. ``native_on`` names the types of
-    device that the backend ``native`` has code for.
+    with ``requires_grad``. ``cost(*args, **kwargs)`` gives the :class:`Cost` of such a call. ``native_on`` names the
+    types of device that the backend ``native`` has code for.
+
+    What serves a call is decided by :func:`fastllm.backends.pick`, which asks the op three things. ``call`` takes the
+    function's arguments, checks them and returns them as one :class:`Call`. ``refuses(backend, call)`` is why that
+    backend cannot take it, beyond devices and dtypes, or None. ``prefers_torch(call)`` is why PyTorch's own operators
+    serve it where nobody asked for a backend, or None. ``examples(device)`` yields the samples that ``fastllm info``
+    asks about; without it these are the first sample in each dtype.
     """
 
     name: str
@@ -80,8 +60,12 @@ class Op:
     cost: Callable[..., Cost]
     backends: tuple[str, ...]
     module: type | None = None
-    exception: Callable[[str], str | None] = lambda device_type: None
     native_on: tuple[str, ...] = ("cpu",)
+    call: Callable[..., Call] | None = None
+    refuses: Callable[[str, Call], str | None] = lambda backend, call: None
+    prefers_torch: Callable[[Call], str | None] = lambda call: None
+    examples: Callable[[torch.device], Iterable[Sample]] | None = None
+    exception: Callable[[str], str | None] = lambda device_type: None
 
 
 OPS: dict[str, Op] = {}
@@ -122,160 +106,3 @@ def define(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
         return getattr(torch.ops.fastllm, name).default
 
     return decorate
-
-
-_choice = os.environ.get("FASTLLM_BACKEND", "auto").strip().lower() or "auto"
-_told: set[str] = set()
-
-
-def _check_choice(name: str, source: str) -> str:
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"{source}: expected auto, {', '.join(BACKENDS)}; got {name!r}")
-    return name
-
-
-@contextlib.contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Within the block, every op that has the backend ``name`` uses it; ops that lack it keep their default.
-
-    Args:
-        name: ``"eager"``, ``"triton"``, ``"native"``, ``"hopper"``, or ``"auto"`` for the default by device. The
-            environment variable FASTLLM_BACKEND sets the same for a whole process.
-
-    The choice is process-wide (see the module's docstring), not per thread. A call that the chosen backend cannot
-    serve raises :class:`BackendError` and says how to mend it.
-
-    Raises:
-        ValueError: ``name`` is none of these.
-    """
-    global _choice
-    before, _choice = _choice, _check_choice(name, "fastllm.backend(name)")
-    try:
-        yield
-    finally:
-        _choice = before
-
-
-def chosen_backend() -> str:
-    """What FASTLLM_BACKEND or :func:`backend` asks for now; ``"auto"`` if neither does."""
-    return _check_choice(_choice, "FASTLLM_BACKEND")
-
-
-def interpreting() -> bool:
-    """Whether Triton kernels run in Triton's interpreter (TRITON_INTERPRET, read before the first import)."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
-
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_INTERPRETING = interpreting()
-
-
-def why_not(name: str, device_type: str, dtypes: Iterable[torch.dtype] = (), op: Op | None = None) -> str | None:
-    """Why the backend ``name`` cannot run on such tensors here, with how to mend it; None if it can."""
-    if name == "native" and op is not None and device_type not in op.native_on:
-        return f"the extension serves {op.name} on {' and '.join(op.native_on)} tensors, got {device_type}"
-    if name in ("triton", "hopper"):
-        if not _HAS_TRITON:
-            return "Triton is not installed (pip install 'triton>=3.6', Linux only)"
-        if device_type != "cuda" and not (device_type == "cpu" and _INTERPRETING):
-            return (
-                f"Triton kernels need CUDA tensors, got {device_type}; to run them on CPU tensors in Triton's "
-                "interpreter, set TRITON_INTERPRET=1 before Python starts"
-            )
-        for dtype in dtypes:
-            if dtype not in KERNEL_DTYPES:
-                return f"the kernels take float32, float16 and bfloat16, got {str(dtype).removeprefix('torch.')}"
-    if name == "hopper":
-        capability = torch.cuda.get_device_capability() if device_type == "cuda" else None
-        if capability != (9, 0):
-            found = "the interpreter" if capability is None else "sm_{}{}".format(*capability)
-            return f"it is for GPUs of sm_90 (H100, H200), this is {found}"
-    if name == "native":
-        if extension.missing() is not None:
-            return extension.missing()
-        if device_type not in ("cpu", "cuda"):
-            return f"the extension serves CPU and CUDA tensors, got {device_type}"
-        if device_type == "cuda" and not extension.has_cuda():
-            return "the extension was built without CUDA code (FASTLLM_CUDA=1 python -m fastllm.build says why)"
-        for dtype in dtypes:
-            if dtype not in NATIVE_DTYPES:
-                return (
-                    "the extension takes float64, float32, float16 and bfloat16, "
-                    f"got {str(dtype).removeprefix('torch.')}"
-                )
-    return None
-
-
-def transformed() -> bool:
-    """Whether vmap or forward-mode differentiation is at work: PyTorch's own operators take them, kernels do not."""
-    if torch.compiler.is_compiling():
-        return False
-    if torch.autograd.forward_ad._current_level >= 0:
-        return True
-    functorch = torch._C._functorch
-    if functorch.maybe_current_level() is None:
-        return False
-    kinds = (functorch.TransformType.Vmap, functorch.TransformType.Jvp)
-    return any(layer.key() in kinds for layer in functorch.get_interpreter_stack())
-
-
-def plain_eager(backend: str) -> bool:
-    """Whether a call that eager serves must be made of PyTorch's operators alone, without a node of our own."""
-    return backend == "eager" and transformed()
-
-
-def pick(op: str, *tensors: torch.Tensor | None, refused: Mapping[str, str | None] | None = None) -> str:
-    """The backend that serves this call of ``op``.
-
-    Args:
-        op: a name in :data:`OPS`.
-        tensors: the call's floating-point tensors; Nones are passed over, the first one's device decides.
-        refused: backend -> why it cannot take these arguments (None: it can), beyond device and dtype.
-
-    Raises:
-        BackendError: the backend asked for cannot serve the call.
-    """
-    present = [t for t in tensors if t is not None]
-    device_type = present[0].device.type
-    dtypes = [t.dtype for t in present]
-    refused = refused or {}
-
-    foreign = transformed()
-    dense = all(t.layout == torch.strided and not t.is_nested for t in present)
-
-    def obstacle(name: str) -> str | None:
-        if name == "eager":
-            return why_not(name, device_type, dtypes) or refused.get(name)
-        unfit = None if dense else "kernels take dense tensors, and one of these is sparse or nested"
-        if foreign:
-            unfit = "kernels have no vmap and no forward-mode differentiation, one of which is at work"
-        return why_not(name, device_type, dtypes, OPS[op]) or unfit or refused.get(name)
-
-    has = OPS[op].backends
-    asked = chosen_backend()
-    if "native" in has and asked in ("auto", "native") and not torch.compiler.is_compiling():
-        extension.build_at_first_use()
-    if asked != "auto" and asked in has:
-        reason = obstacle(asked)
-        if reason is not None:
-            raise BackendError(
-                f"{op}: the {asked} backend was asked for (FASTLLM_BACKEND or fastllm.backend) and cannot serve this "
-                f"call: {reason}; or choose the eager or auto backend"
-            )
-        return asked
-    if foreign or not dense:
-        return "eager"
-    for name in PREFERENCE.get(device_type, ()):
-        if name in has:
-            reason = obstacle(name)
-            if reason is None:
-                return name
-            _tell_once(f"{op}: eager instead of {name}: {reason}")
-    return "eager"
-
-
-def _tell_once(message: str) -> None:
-    if torch.compiler.is_compiling() or message in _told:
-        return
-    _told.add(message)
-    warnings.warn(message, RuntimeWarning, stacklevel=4)

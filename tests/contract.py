@@ -8,7 +8,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 import fastllm
-from fastllm.registry import OPS, Op, Sample, why_not
+from fastllm.backends import why_not
+from fastllm.registry import OPS, Op, Sample
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -11,7 +11,7 @@ import torch
 from conftest import DEVICE, HAS_GPU
 
 import fastllm
-from fastllm import registry
+from fastllm import backends, registry
 from fastllm.functional import layer_norm
 
 
@@ -23,17 +23,17 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_cpu_never_defaults_to_the_interpreter():
-    assert registry.pick("layer_norm", torch.ones(2, 3)) == "eager"
-    assert registry.pick("swiglu", torch.ones(2, 3)) != "triton"
+    assert backends.pick_by_tensors("layer_norm", torch.ones(2, 3)) == "eager"
+    assert backends.pick_by_tensors("swiglu", torch.ones(2, 3)) != "triton"
 
 
 def test_the_choice_nests_and_is_undone_by_an_exception():
     with fastllm.backend("eager"):
         with contextlib.suppress(KeyError), fastllm.backend("triton"):
-            assert registry.chosen_backend() == "triton"
+            assert backends.chosen_backend() == "triton"
             raise KeyError
-        assert registry.chosen_backend() == "eager"
-    assert registry.chosen_backend() == "auto"
+        assert backends.chosen_backend() == "eager"
+    assert backends.chosen_backend() == "auto"
 
 
 def test_unknown_backends_are_refused():
@@ -65,19 +65,19 @@ def test_kernels_refuse_other_dtypes_by_name():
 
 def test_an_op_without_the_chosen_backend_keeps_its_default():
     with fastllm.backend("native"):
-        assert registry.pick("layer_norm", torch.ones(2, 3)) == "eager"
+        assert backends.pick_by_tensors("layer_norm", torch.ones(2, 3)) == "eager"
 
 
 def test_an_implicit_fallback_is_said_once(monkeypatch):
-    monkeypatch.setattr(registry, "PREFERENCE", {"cpu": ("triton",), "cuda": ("triton",)})
-    monkeypatch.setattr(registry, "_told", set())
+    monkeypatch.setattr(backends, "PREFERENCE", {"cpu": ("triton",), "cuda": ("triton",)})
+    monkeypatch.setattr(backends, "_told", set())
     x = torch.ones(2, 3, device=DEVICE)
     with pytest.warns(RuntimeWarning, match="layer_norm: eager instead of triton: too odd"):
-        assert registry.pick("layer_norm", x, refused={"triton": "too odd"}) == "eager"
+        assert backends.pick_by_tensors("layer_norm", x, refused={"triton": "too odd"}) == "eager"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert registry.pick("layer_norm", x, refused={"triton": "too odd"}) == "eager"
-    assert registry.pick("layer_norm", x) == "triton"
+        assert backends.pick_by_tensors("layer_norm", x, refused={"triton": "too odd"}) == "eager"
+    assert backends.pick_by_tensors("layer_norm", x) == "triton"
 
 
 def test_the_package_works_without_triton():

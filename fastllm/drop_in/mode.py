@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .. import functional
-from ..registry import BackendError
+from ..backends import BackendError
 from .deferred import Deferred
 from .plain import plain
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from .. import extension
-from ..registry import KERNEL_DTYPES, Cost, Sample, chosen_backend, define, pick
+from ..backends import KERNEL_DTYPES, chosen_backend, pick_by_tensors
+from ..registry import Cost, Sample, define
 from .shared.autograd import apply, gradients
 from .shared.check import check_floating
 
@@ -141,7 +142,7 @@ def gated(op: str, gate, up, kind: str):
         return gated_eager(gate, up, kind)
     wide = any(t is not None and t.dtype not in KERNEL_DTYPES for t in (gate, up))
     refuses = "it computes in float32, for float32, float16 and bfloat16" if wide else None
-    backend = pick(op, gate, up, refused={"native": refuses})
+    backend = pick_by_tensors(op, gate, up, refused={"native": refuses})
     return gated_eager(gate, up, kind) if backend == "eager" else apply(_Gated, gate, up, kind, backend)
 
 

@@ -7,7 +7,8 @@ from functools import partial
 import torch
 
 from .. import extension
-from ..registry import KERNEL_DTYPES, Cost, Op, Sample, chosen_backend, define, pick, register, transformed
+from ..backends import KERNEL_DTYPES, chosen_backend, pick_by_tensors, under_transform
+from ..registry import Cost, Op, Sample, define, register
 from .shared.autograd import apply
 from .shared.check import check_floating
 
@@ -118,7 +119,7 @@ class _Rotary(torch.autograd.Function):
         if present:
             # A rotation's gradient is a rotation, and so to any order.
             again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            one = _by_torch if transformed() else partial(apply, _Rotary) if again else _launch
+            one = _by_torch if under_transform() else partial(apply, _Rotary) if again else _launch
             key = present[1] if len(present) == 2 else None
             options = (ctx.offset, ctx.interleaved, not ctx.inverse, ctx.backend)
             turned = one(present[0], key, *ctx.saved_tensors, *options)
@@ -184,7 +185,7 @@ def _pick(*tensors) -> str:
         learned = "the kernel gives no gradient for cos and sin, and they require one"
     if chosen_backend() == "auto" and cos.device.type == "cpu" and (wide or learned or torch.compiler.is_compiling()):
         return "eager"
-    return pick("rotary_embedding", *tensors, refused={"triton": learned, "native": refuses or learned})
+    return pick_by_tensors("rotary_embedding", *tensors, refused={"triton": learned, "native": refuses or learned})
 
 
 def _exception(device_type: str) -> str | None:

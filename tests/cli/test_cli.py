@@ -98,13 +98,13 @@ def test_python_m_fastllm_is_the_same_command():
 
 
 def test_a_backend_that_cannot_serve_is_refused(capsys, monkeypatch):
-    monkeypatch.setattr("fastllm.registry._choice", "cuda")
+    monkeypatch.setattr("fastllm.backends._choice", "cuda")
     assert run("info") == 2
     assert capsys.readouterr().err == (
         "fastllm info: error: FASTLLM_BACKEND: expected auto, eager, triton, native, hopper; got 'cuda'\n"
     )
-    monkeypatch.setattr("fastllm.registry._choice", "triton")
-    monkeypatch.setattr("fastllm.registry._INTERPRETING", False)
+    monkeypatch.setattr("fastllm.backends._choice", "triton")
+    monkeypatch.setattr("fastllm.backends._INTERPRETING", False)
     assert train("--out", "run", "--quiet", "--dtype", "auto") == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1

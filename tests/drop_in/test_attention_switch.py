@@ -12,8 +12,8 @@ from torch.nn.attention import (
 )
 
 import fastllm
+from fastllm.drop_in import torch_switch as module
 from fastllm.drop_in.torch_switch import KEYS
-from fastllm.ops.attention import sdpa as module
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def split_calls(monkeypatch):
     """How many calls were split."""
     calls = []
     launch = decode.attention_decode
-    monkeypatch.setattr("fastllm.kernels.attention.attention_decode", lambda *a: calls.append(a) or launch(*a))
+    monkeypatch.setattr("fastllm.kernels.attention.forward.attention_decode", lambda *a: calls.append(a) or launch(*a))
     return calls
 
 

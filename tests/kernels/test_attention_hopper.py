@@ -12,11 +12,11 @@ from gluon_emulator import Emulated
 from gluon_machine import EmulationError
 
 import fastllm
+from fastllm.backends import BackendError, why_not
 from fastllm.functional import attention, scaled_dot_product_attention
 from fastllm.kernels.attention import hopper as kernels
 from fastllm.kernels.attention import hopper_warps as parts
 from fastllm.ops.attention.reference import reference
-from fastllm.registry import BackendError, why_not
 
 SM_90 = why_not("hopper", DEVICE.type) is None
 pytestmark = pytest.mark.usefixtures("one_thread")

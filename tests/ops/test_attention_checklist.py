@@ -61,11 +61,11 @@ from conftest import DEVICE
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import fastllm
+from fastllm.backends import pick_by_tensors
 from fastllm.functional import attention, scaled_dot_product_attention
 from fastllm.kernels.attention import problem as kernels
 from fastllm.ops.attention.attention import attention_reference
 from fastllm.ops.attention.reference import draw_seed, dropout_kept
-from fastllm.registry import pick
 
 
 @pytest.fixture(params=BACKENDS)
@@ -235,7 +235,7 @@ def test_another_device_than_the_current_one():
 
 def test_cpu_tensors_run_eager_unless_asked():
     x = torch.randn(1, 2, 4, 8)
-    assert pick("attention", x, x, x) == "eager"
+    assert pick_by_tensors("attention", x, x, x) == "eager"
 
 
 def test_fp32_products_follow_torchs_setting():

@@ -7,7 +7,7 @@ from contract import assert_as_true
 from torch.profiler import ProfilerActivity, profile
 
 import fastllm
-from fastllm import registry
+from fastllm import backends
 from fastllm.extension import load as extension
 from fastllm.functional import attention, scaled_dot_product_attention
 from fastllm.ops.attention import torch_fused as module
@@ -21,7 +21,7 @@ DTYPE = torch.bfloat16
 def planted(monkeypatch):
     """CPU tensors count as an sm_90's, and there torch's flash attention was measured faster at head dim 16."""
     monkeypatch.setattr(module, "architecture", lambda device_type: 90)
-    monkeypatch.setitem(registry.PREFERENCE, "cpu", ("triton",))
+    monkeypatch.setitem(backends.PREFERENCE, "cpu", ("triton",))
     for causal in (False, True):
         for direction in ("forward", "training"):
             monkeypatch.setitem(module.FASTER, (90, 16, causal, DTYPE, direction), "FLASH_ATTENTION")

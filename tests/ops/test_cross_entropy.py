@@ -310,7 +310,7 @@ def test_module_is_torchs_with_more():
 
 def test_class_weights_that_need_a_gradient_are_refused_by_the_kernel():
     weight = torch.rand(5, device=DEVICE, requires_grad=True)
-    with fastllm.backend("triton"), pytest.raises(fastllm.registry.BackendError, match="weight requires"):
+    with fastllm.backend("triton"), pytest.raises(fastllm.backends.BackendError, match="weight requires"):
         cross_entropy(X.to(DEVICE), Y.to(DEVICE), weight)
 
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 import fastllm
 import fastllm.functional as FF
+from fastllm.backends import why_not
 from fastllm.ops.embedding.embedding import embedding_reference
 from fastllm.ops.embedding.embedding_sum import embedding_sum_reference
 from fastllm.ops.shared.philox import dropout_mask
-from fastllm.registry import why_not
 
 NATIVE = why_not("native", DEVICE.type) is None
 BACKENDS = ["eager", *(["native"] if NATIVE else [])]

@@ -60,10 +60,11 @@ def test_build_info_tells_how_it_was_built():
 
 
 def _build(tmp_path, env):
-    """compiler.py alone, away from the package, as setup.py runs it; ``main`` would write into the source tree."""
+    """compile.py alone, away from the package, as setup.py runs it; ``main`` would write into the source tree."""
+    file = ROOT / "fastllm" / "extension" / "compile.py"
     run = (
         "import importlib.util, sys; from pathlib import Path;"
-        f"spec = importlib.util.spec_from_file_location('build', {str(ROOT / 'fastllm' / 'compiler.py')!r});"
+        f"spec = importlib.util.spec_from_file_location('build', {str(file)!r});"
         "build = importlib.util.module_from_spec(spec); sys.modules['build'] = build; spec.loader.exec_module(build);"
         f"build.HERE = Path({str(tmp_path)!r}); build.sources = lambda: Path({str(ROOT / 'csrc')!r});"
         "sys.exit(build.main())"

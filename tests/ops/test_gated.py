@@ -9,9 +9,10 @@ from conftest import DEVICE
 
 import fastllm
 from fastllm import OPS
+from fastllm.backends import why_not
 from fastllm.bench.traffic import measure
 from fastllm.functional import geglu, swiglu
-from fastllm.registry import Sample, why_not
+from fastllm.registry import Sample
 
 
 @pytest.fixture(params=["eager", "triton", "native"])

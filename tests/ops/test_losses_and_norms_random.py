@@ -49,9 +49,10 @@ from hypothesis import strategies as st
 
 import fastllm
 from fastllm import OPS
+from fastllm.backends import why_not
 from fastllm.functional import cross_entropy, layer_norm, linear_cross_entropy, rms_norm, swiglu
 from fastllm.kernels.norm.forward import norm_fwd
-from fastllm.registry import Sample, why_not
+from fastllm.registry import Sample
 
 DRAWS = int(os.environ.get("FASTLLM_LOSS_DRAWS", "25"))
 RANDOM = settings(

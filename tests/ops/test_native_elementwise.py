@@ -11,10 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastllm
 from fastllm import OPS
+from fastllm.backends import BackendError
 from fastllm.extension import load as extension
 from fastllm.functional import geglu, rotary_embedding, swiglu
 from fastllm.ops.gated import LEAST
-from fastllm.registry import BackendError, Sample
+from fastllm.registry import Sample
 
 pytestmark = pytest.mark.skipif(extension.missing() is not None, reason="no extension here: no C++ compiler")
 

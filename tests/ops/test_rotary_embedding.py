@@ -6,9 +6,10 @@ from conftest import DEVICE
 
 import fastllm
 from fastllm import OPS
+from fastllm.backends import BackendError, why_not
 from fastllm.bench.traffic import measure
 from fastllm.functional import rotary_embedding
-from fastllm.registry import BackendError, Sample, why_not
+from fastllm.registry import Sample
 
 
 @pytest.fixture(params=["eager", "triton", "native"])

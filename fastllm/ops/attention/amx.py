@@ -13,7 +13,7 @@ import math
 import torch
 
 from ... import extension
-from ...registry import chosen_backend
+from ...backends import chosen_backend
 from ..shared.autograd import apply, gradients
 from .reference import reference
 

@@ -13,7 +13,8 @@ import numbers
 import torch
 import torch.nn.functional as F
 
-from ...registry import Op, define, pick, plain_eager, register
+from ...backends import pick_by_tensors, plain_eager
+from ...registry import Op, define, register
 from ..shared.autograd import apply, autocasts, gradients
 from .amx import amx_attention, amx_exception, amx_serves
 from .call import check_attention, check_dropout, check_scale, check_window
@@ -261,7 +262,9 @@ def attention(
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
     )  # fmt: skip
     q, k, v, mask = args[:4]
-    backend = pick("attention", q, k, v, sinks, refused=dict.fromkeys(("triton", "hopper"), kernel_refuses(q, v)))
+    backend = pick_by_tensors(
+        "attention", q, k, v, sinks, refused=dict.fromkeys(("triton", "hopper"), kernel_refuses(q, v))
+    )
     kernels = backend != "eager"
     left, right = args[-4:-2]
     plain = all(x is None for x in (*args[4:9], softcap or None)) and left < 0 and not return_lse

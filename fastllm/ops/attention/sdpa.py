@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ...registry import Op, Sample, pick, register
+from ...backends import pick_by_tensors
+from ...registry import Op, Sample, register
 from .amx import amx_attention, amx_exception, amx_serves
 from .attention import apply_attention, autocast, kernel_refuses, sdpa_serves
 from .call import check_dropout, check_qkv, check_scale
@@ -160,7 +161,7 @@ def scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
     )
     heads = None if k.shape[1] == v.shape[1] else f"key has {k.shape[1]} heads and value {v.shape[1]}"
-    backend = pick(OP, q, k, v, refused=dict.fromkeys(("triton", "hopper"), kernel_refuses(q, v) or heads))
+    backend = pick_by_tensors(OP, q, k, v, refused=dict.fromkeys(("triton", "hopper"), kernel_refuses(q, v) or heads))
     kernels = backend != "eager"
     square = q.shape[-2] == k.shape[-2]
     # torch's dropout draws from torch's own stream: an eager call keeps it. Few scores keep torch's own choice, too:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ...registry import chosen_backend
+from ...backends import chosen_backend
 
 # (architecture, head dim, causal, dtype, "forward" or "training") -> the name of the faster SDPBackend. "training" is
 # forward and backward together, since one library must do both. An entry says on which GPU it was measured, when, and

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ... import extension
-from ...registry import chosen_backend
+from ...backends import chosen_backend
 from .linear_reference import keeps_wide
 from .native import rows as cross_entropy_rows
 

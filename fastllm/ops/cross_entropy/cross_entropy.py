@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ...registry import Cost, Op, chosen_backend, define, pick, register
+from ...backends import chosen_backend, pick_by_tensors
+from ...registry import Cost, Op, define, register
 from ..shared.autograd import apply, gradients, scalable
 from .loss import check_cross_entropy, class_dim, cross_entropy_samples, legacy, loss_dtype, out_of_range, transformed
 
@@ -282,7 +283,7 @@ def cross_entropy(
     if input.shape[class_dim(input)] == 0 and chosen_backend() == "auto":
         chosen = "eager"
     else:
-        chosen = pick(
+        chosen = pick_by_tensors(
             "cross_entropy", input, target if probabilities else None, weight,
             refused={"triton": refuses, "native": refuses},
         )  # fmt: skip

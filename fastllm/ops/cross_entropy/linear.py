@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from ...registry import Op, pick, plain_eager, register
+from ...backends import pick_by_tensors, plain_eager
+from ...registry import Op, register
 from ..shared.autograd import apply, autocasts
 from .chunks import products_exception
 from .cross_entropy import cross_entropy
@@ -107,7 +108,7 @@ def linear_cross_entropy(
             raise TypeError(f"linear_cross_entropy: {name} is {tensor.dtype}, input {input.dtype}; they must agree")
     if weight is not None and weight.requires_grad:
         raise ValueError("linear_cross_entropy: weight requires a gradient, which class weights get nowhere")
-    backend = pick("linear_cross_entropy", input, linear_weight, linear_bias, weight)
+    backend = pick_by_tensors("linear_cross_entropy", input, linear_weight, linear_bias, weight)
     if plain_eager(backend):
         return linear_cross_entropy_reference(
             input, linear_weight, target, linear_bias=linear_bias, weight=weight, reduction=reduction,
@@ -150,7 +151,7 @@ def linear_cross_entropy_plan(
     return_entropy=False,
 ) -> Plan:  # fmt: skip
     """How :func:`linear_cross_entropy` would run such a call: print it before running."""
-    backend = pick("linear_cross_entropy", input, linear_weight)
+    backend = pick_by_tensors("linear_cross_entropy", input, linear_weight)
     if not torch.is_grad_enabled() or not (input.requires_grad or linear_weight.requires_grad):
         lane = "1 matmul, loss only"
     elif reduction == "none" or recompute or input.dtype == torch.float16:

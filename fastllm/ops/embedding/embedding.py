@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ...backends import pick_by_tensors, plain_eager, under_transform
 from ...extension import operator
-from ...registry import Op, pick, plain_eager, register, transformed
+from ...registry import Op, register
 from ..shared.autograd import apply
 from .table import (
     check_indices,
@@ -189,7 +190,7 @@ class _AdjointOfScatter(torch.autograd.Function):
 
 def scatter(grad, indices, lookup):
     """``lookup.scatter``, differentiable where a backward is itself differentiated."""
-    if transformed():
+    if under_transform():
         return lookup._replace(native=False).scatter(grad, indices)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _Scatter.apply(grad, indices, lookup)
@@ -276,7 +277,7 @@ def embedding(
             raise ValueError("embedding: main_grad does not go with sparse")
     if sparse or not weight.is_floating_point():
         return _torchs_own(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-    backend = pick("embedding", weight)
+    backend = pick_by_tensors("embedding", weight)
     if plain_eager(backend) and main_grad is None:
         return embedding_reference(
             input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, vocab_range=vocab_range

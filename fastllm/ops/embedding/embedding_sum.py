@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ...backends import pick_by_tensors, plain_eager
 from ...extension import operator
-from ...registry import Cost, Op, Sample, pick, plain_eager, register
+from ...registry import Cost, Op, Sample, register
 from ..shared.autograd import apply
 from ..shared.philox import dropout_mask, new_seed
 from .embedding import Embedding, Lookup, scatter
@@ -237,7 +238,7 @@ def embedding_sum(indices, weights, *, padding_idx=None, scale=1.0, dropout_p=0.
         normalised_padding("embedding_sum", given, weight.shape[0])
     too_many = f"at most {MAX_TABLES_ON_A_GPU} tables on a GPU, got {tables}"
     refused = too_many if weights[0].is_cuda and tables > MAX_TABLES_ON_A_GPU else None
-    backend = pick("embedding_sum", *weights, refused={"native": refused})
+    backend = pick_by_tensors("embedding_sum", *weights, refused={"native": refused})
     if plain_eager(backend):
         return embedding_sum_reference(indices, weights, padding_idx=padding_idx, scale=scale, dropout_p=dropout_p)
     native = backend == "native"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ...registry import Op, chosen_backend, register
+from ...backends import chosen_backend
+from ...registry import Op, register
 from .add_norm import DropsBranch
 from .layer_norm import eager_layer_norm
 from .operator import (

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from ...registry import Cost, Sample, chosen_backend, define, pick
+from ...backends import chosen_backend, pick_by_tensors
+from ...registry import Cost, Sample, define
 from ..shared.autograd import apply, gradients
 from ..shared.check import check_floating
 from ..shared.philox import dropout_mask, rows_kept
@@ -88,7 +89,7 @@ def pick_norm(op: str, shape: tuple[int, ...], *tensors: torch.Tensor | None) ->
     if chosen_backend() == "auto" and empty:
         return "eager"
     refuses = f"normalized_shape {list(shape)} has no elements" if empty else None
-    return pick(op, *tensors, refused={"triton": refuses, "native": refuses})
+    return pick_by_tensors(op, *tensors, refused={"triton": refuses, "native": refuses})
 
 
 def _fwd_fake(x, residual, weight, bias, seed, eps, offset, p, center, backend):

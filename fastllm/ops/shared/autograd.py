@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch._functorch.utils import unwrap_dead_wrappers
 
-from ...registry import transformed
+from ...backends import under_transform
 
 Tensors = Sequence[torch.Tensor | None]
 
@@ -46,7 +46,7 @@ def _pulled(formula: Callable, inputs: Tensors, wanted: Sequence[int], outputs_g
 def scalable(*grads: torch.Tensor | None) -> bool:
     """Whether gradients may be multiplied in place by the upstream gradients ``grads``: not where those are batched."""
     batched = torch._C._functorch.is_legacy_batchedtensor
-    return not transformed() and not any(grad is not None and batched(grad) for grad in grads)
+    return not under_transform() and not any(grad is not None and batched(grad) for grad in grads)
 
 
 class _Gradients(torch.autograd.Function):
@@ -107,7 +107,7 @@ def gradients(
         extras: tensors that the forward saved for the kernel alone (mean, lse, ...).
     """
     needs = tuple(needs)
-    if transformed():
+    if under_transform():
         wanted = [i for i, need in enumerate(needs) if need]
         grads = iter(_pulled(formula, inputs, wanted, outputs_grad))
         return tuple(next(grads) if need else None for need in needs)
