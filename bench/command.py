@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..cli import Parser
+from ..commands.parser import Parser
 from ..config import path
 from . import cases
 from .environment import environment

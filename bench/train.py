@@ -24,13 +24,13 @@ from pathlib import Path
 
 import torch
 
-from ..cli import Parser
+from ..commands.parser import Parser
 from ..models import PRESETS, Transformer, TransformerConfig
 from ..training.config import TrainingConfig
 from ..training.measure import autocast
 from ..training.objectives import CausalLM
 from ..training.optimizer import Optimizers
-from ..training.step import train_step
+from ..training.step import StepSettings, train_step
 from .environment import environment
 from .plain import PlainTransformer
 from .timing import Quartiles, interleaved, matrix_rate, ratios, seconds, synchronize
@@ -62,12 +62,12 @@ def ours(setting: Setting) -> Step:
     model = Transformer(setting.model.config).to(setting.device)
     model.load_state_dict(setting.model.state_dict())
     optimizers = Optimizers(model, setting.training)
+    settings = StepSettings(setting.training.rows, CLIP, setting.dtype)
 
     def step(batch):
         return train_step(
-            CausalLM, model, optimizers, dict(zip(("tokens", "targets"), batch, strict=True)),
-            rows=setting.training.rows, clip=CLIP, dtype=setting.dtype,
-        )[0]  # fmt: skip
+            CausalLM, model, optimizers, dict(zip(("tokens", "targets"), batch, strict=True)), settings
+        ).loss
 
     return step
 

@@ -16,6 +16,7 @@ from .config import RunConfig, TrainingConfig, read_run_config
 from .loop import CONFIG, SESSIONS, Result, Run, fixed_settings, pick_device
 from .parallel.ranks import ALONE, Ranks, launched
 from .reports.progress import METRICS, Display, find_wandb
+from .session import train_run
 from .setup import fitted, open_data, reopen_data, with_pretrained
 
 RUNS = Path("runs")
@@ -57,8 +58,8 @@ def train(
             run = Run(fitted(config, dataset), folder, dataset, display, None, ranks)
             if main:
                 write_text(folder / CONFIG, run.config.to_toml())
-            run.measure()
-        return run.train()
+            measured = run.measure()
+        return train_run(run, measured)
 
 
 def _changes(config: RunConfig, path: Path) -> dict[str, object]:
@@ -149,5 +150,4 @@ def resume(checkpoint: str | Path, changes: Mapping[str, object] | None = None, 
         run = Run(config, folder, reopen_data(config, folder / "data"), Display(quiet or not main), path, ranks)
         if main:
             write_text(folder / CONFIG, run.config.to_toml())
-        run.measure()
-        return run.train()
+        return train_run(run, run.measure())

@@ -21,7 +21,7 @@ from fastllm.training.checkpoints.checkpoint import Keep, State, checkpoints
 from fastllm.training.checkpoints.saving import Saver
 from fastllm.training.objectives import CausalLM
 from fastllm.training.optimizer import Optimizers
-from fastllm.training.step import train_step
+from fastllm.training.step import StepSettings, train_step
 
 # A run that stops where its first step would be computed, and says how it came there.
 FIRST_STEP = """
@@ -33,7 +33,7 @@ start = time.monotonic() - age
 import torch
 imported = time.monotonic() - start
 from fastllm.cli import main
-from fastllm.training import launch, loop; from fastllm.training.parallel import ranks
+from fastllm.training import launch, session; from fastllm.training.parallel import ranks
 
 reading = 0.0
 
@@ -58,7 +58,7 @@ def first(*arguments, **options):
     sys.stdout.flush()
     os._exit(0)
 
-loop.train_step = first
+session.gradients = first
 main(["train", "--resume", "run", "--steps", "3", "--quiet"])
 """
 
@@ -115,7 +115,7 @@ def test_saving_costs_less_than_two_percent(tmp_path):
             saver.save(State(saves, 0.0, 0, "bfloat16", ""), optimizers.state_dict())
             stalls.append(time.process_time() - begin)
         for _ in range(2):
-            train_step(CausalLM, model, optimizers, batch, rows=len(batch["tokens"]), clip=1.0, dtype="bfloat16")
+            train_step(CausalLM, model, optimizers, batch, StepSettings(len(batch["tokens"]), 1.0, "bfloat16"))
         saver.wait()
         return time.process_time() - begin
 

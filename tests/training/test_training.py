@@ -14,7 +14,7 @@ from toy import TOY, weights
 
 from fastllm.data import Corpus, open_dataset, prepare
 from fastllm.models import Transformer
-from fastllm.training import TrainingConfig, evaluate, loop, train
+from fastllm.training import TrainingConfig, evaluate, session, train
 from fastllm.training.checkpoints import saving
 from fastllm.training.clock import Clock
 from fastllm.training.measure import faster_dtype, matmul_flops
@@ -23,7 +23,7 @@ from fastllm.training.optimizer import Optimizers, parameter_groups
 from fastllm.training.reports import meters
 from fastllm.training.reports.progress import read_metrics
 from fastllm.training.schedule import lr_scale, progress
-from fastllm.training.step import train_step
+from fastllm.training.step import StepSettings, gradients, train_step
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 GPT = replace(TOY, positions="learned", norm="layer", activation="gelu", bias=True, tie_embeddings=False)
@@ -154,7 +154,7 @@ def test_accumulated_loss_and_gradient_are_those_of_the_whole_batch(rows):
             seen["gradients"] = [p.grad.clone() for p in model.parameters()]
 
     ours, our_norm, terms = train_step(
-        CausalLM, model, Record(), as_batch(tokens, targets), rows=rows, clip=0.0, dtype="float32"
+        CausalLM, model, Record(), as_batch(tokens, targets), StepSettings(rows, 0.0, "float32")
     )
     assert terms["loss"] == ours
     torch.testing.assert_close(ours.double(), loss, rtol=1e-6, atol=0)
@@ -173,8 +173,8 @@ def test_clipping_scales_the_gradient_and_reports_its_norm_before():
             norms.append(torch.stack([p.grad.norm() for p in model.parameters()]).norm())
             model.zero_grad()
 
-    _, free, _ = train_step(CausalLM, model, Record(), batch, rows=2, clip=0.0, dtype="float32")
-    _, clipped, _ = train_step(CausalLM, model, Record(), batch, rows=2, clip=0.01, dtype="float32")
+    _, free, _ = train_step(CausalLM, model, Record(), batch, StepSettings(2, 0.0, "float32"))
+    _, clipped, _ = train_step(CausalLM, model, Record(), batch, StepSettings(2, 0.01, "float32"))
     assert norms[0] == pytest.approx(free)
     assert clipped == pytest.approx(free)
     assert norms[1] == pytest.approx(0.01, rel=1e-3)
@@ -315,7 +315,7 @@ def test_a_time_budget_ends_the_run_with_evaluation_off_the_clock(config, tmp_pa
 
         return run
 
-    monkeypatch.setattr(loop, "train_step", timed(1.0, train_step))
+    monkeypatch.setattr(session, "gradients", timed(1.0, gradients))
     monkeypatch.setattr(CausalLM, "evaluate", timed(100.0, CausalLM.evaluate))
     monkeypatch.setattr(saving, "save_checkpoint", timed(100.0, saving.save_checkpoint))
     result = train(

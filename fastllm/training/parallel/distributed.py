@@ -109,8 +109,8 @@ class WeightedLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, losses: Losses, batch: Batch, weights: Mapping[str, float], lacking: Batch | None):
-        return shares(losses, self.model, batch, weights, lacking)
+    def forward(self, losses: Losses, batch: Batch, weights: Mapping[str, float], elsewhere: Batch | None):
+        return shares(losses, self.model, batch, weights, elsewhere)
 
 
 class Group(Ranks):
@@ -208,8 +208,8 @@ class DataParallel(Group):
                 find_unused_parameters=not isinstance(objective, CausalLM),
             )
 
-    def shares(self, losses, model, batch, weights, lacking):
-        return self._module(losses, batch, weights, lacking)
+    def shares(self, losses, model, batch, weights, elsewhere):
+        return self._module(losses, batch, weights, elsewhere)
 
     def exchange(self, last: bool) -> AbstractContextManager:
         return contextlib.nullcontext() if last else self._module.no_sync()
@@ -266,8 +266,8 @@ class FullySharded(Group):
         draw(device, random=False)
         return model, read_sharded(checkpoint, model, self.quiet)
 
-    def shares(self, losses, model, batch, weights, lacking):
-        return self._module(losses, batch, weights, lacking)
+    def shares(self, losses, model, batch, weights, elsewhere):
+        return self._module(losses, batch, weights, elsewhere)
 
     @contextlib.contextmanager
     def exchange(self, last: bool) -> Iterator[None]:
