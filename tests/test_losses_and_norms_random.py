@@ -43,7 +43,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE
-from contract import assert_as_true, copy, run
+from contract import assert_all_as_true, copy, run, truth_of
 from fastllm.kernels._norm import norm_fwd
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -62,13 +62,11 @@ DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 
 def _agrees(op, sample: Sample, dtype: torch.dtype, floor: float = 4.0) -> None:
     """Kernels and eager against the definition in fp64, outputs and gradients."""
-    truth = run(op.reference, copy(sample, torch.float64))
     yardstick = run(op.function, copy(sample), "eager")
     for backend in (name for name in op.backends if name != "eager" and why_not(name, DEVICE.type, op=op) is None):
         got = run(op.function, copy(sample), backend)
-        for mine, true, stick in zip(got, truth, yardstick, strict=True):
-            for i, (a, b, c) in enumerate(zip(mine, true, stick, strict=True)):
-                assert_as_true(a, b, c, dtype, f"{op.name}/{backend} {sample.kwargs}: {i}", floor=floor)
+        what = f"{op.name}/{backend} {sample.kwargs}"
+        assert_all_as_true(got, truth_of(op, sample), yardstick, dtype, what, floor=floor)
 
 
 def _laid_out(values: torch.Tensor, layout: str) -> torch.Tensor:

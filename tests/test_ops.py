@@ -4,7 +4,7 @@ import contract
 import pytest
 import torch
 from conftest import DEVICE
-from contract import DTYPES, assert_as_true, case_id, cases, copy, leaves, outputs, run, upstream
+from contract import DTYPES, assert_all_as_true, case_id, cases, copy, leaves, outputs, run, truth_of, upstream
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastllm
@@ -29,16 +29,13 @@ def few(op, dtype=torch.float32, count=4):
 @pytest.mark.parametrize(("op", "backend"), CASES, ids=case_id)
 def test_parity(op, backend, dtype, poisoned_memory):
     for sample in samples(op, dtype):
-        truth = run(op.reference, copy(sample, torch.float64))
         # A kernel is measured against eager PyTorch. Eager PyTorch is measured against the definition at the same
         # dtype, with room for its own choices: its layer norm folds mean * rstd into one constant, which cancels.
         eager = backend == "eager"
         yardstick = run(op.reference, copy(sample)) if eager else run(op.function, copy(sample), "eager")
         got = run(op.function, copy(sample), backend)
-        floor = 32 if eager else 4
-        for kind, mine, true, stick in zip(("output", "gradient"), got, truth, yardstick, strict=True):
-            for i, (a, b, c) in enumerate(zip(mine, true, stick, strict=True)):
-                assert_as_true(a, b, c, dtype, f"{op.name}/{backend}/{sample.name}: {kind} {i}", floor=floor)
+        what = f"{op.name}/{backend}/{sample.name}"
+        assert_all_as_true(got, truth_of(op, sample), yardstick, dtype, what, floor=32 if eager else 4)
 
 
 @pytest.mark.parametrize(("op", "backend"), CASES, ids=case_id)
@@ -123,12 +120,15 @@ def _second_order(function, sample, backend=None):
 @pytest.mark.parametrize(("op", "backend"), KERNELS, ids=case_id)
 def test_double_backward_is_right(op, backend):
     for sample in few(op):
-        truth = _second_order(op.reference, copy(sample, torch.float64))
+
+        def truth(sample=sample):
+            return [], _second_order(op.reference, copy(sample, torch.float64))
+
         yardstick = _second_order(op.reference, copy(sample))
         mine = _second_order(op.function, copy(sample), backend)
-        for i, (a, b, c) in enumerate(zip(mine, truth, yardstick, strict=True)):
-            # The kernel's first-order gradient enters squared: its allowed error counts once more.
-            assert_as_true(a, b, c, torch.float32, f"{op.name}/{sample.name}: second order {i}", slack=4, floor=64)
+        # The kernel's first-order gradient enters squared: its allowed error counts once more.
+        what = f"{op.name}/{sample.name}: second order"
+        assert_all_as_true(([], mine), truth, ([], yardstick), torch.float32, what, slack=4, floor=64)
 
 
 @pytest.mark.parametrize(("op", "backend"), KERNELS, ids=case_id)
