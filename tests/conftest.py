@@ -9,8 +9,8 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.pop("FASTLLM_BACKEND", None)
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Workers share the cores, and so do the processes that they start: two workers of two threads each on two cores wait for
-# one another at every product, which took 1.6 times as long as one thread each.
+# Workers share the cores, and so do the processes that they start. Two workers of two threads each on two busy cores
+# took 1.6 times as long as of one thread each.
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if workers > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
