@@ -1,10 +1,8 @@
 """Attention with random combinations of features and shapes against the fp64 definition.
 
-40 draws; FASTLLM_ATTENTION_DRAWS=500 pytest tests/test_attention_random.py is the thorough run. The definition replays
+40 draws; FASTLLM_TESTS=thorough draws 500. The definition replays
 the dropout mask on the host, from the same seed.
 """
-
-import os
 
 import pytest
 import torch
@@ -16,12 +14,13 @@ from fastllm.kernels import attention_dbias as dbias
 from fastllm.kernels import attention_decode as decode
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from thorough import IS_THOROUGH
 
 import fastllm
 from fastllm.functional import attention
 from fastllm.ops.attention import attention_reference
 
-DRAWS = int(os.environ.get("FASTLLM_ATTENTION_DRAWS", "40"))
+DRAWS = 500 if IS_THOROUGH else 40
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -13,6 +13,8 @@ from fastllm.ops import _attention_torch as module
 from fastllm.ops.attention import attention_reference
 from fastllm.ops.scaled_dot_product_attention import OP
 
+pytestmark = pytest.mark.cpu_level
+
 DTYPE = torch.bfloat16
 
 

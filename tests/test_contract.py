@@ -6,6 +6,8 @@ from contract import assert_all_as_true, copy, run, truth_of
 
 from fastllm.registry import OPS
 
+pytestmark = pytest.mark.cpu_level
+
 
 def reduced(t: torch.Tensor, bits: int) -> torch.Tensor:
     """fp32 with ``bits`` of its 23 bits of mantissa: 10 are TF32's and fp16's, 15 those of two bf16 parts."""

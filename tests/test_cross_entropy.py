@@ -14,6 +14,8 @@ import fastllm
 from fastllm.functional import cross_entropy
 from fastllm.ops.cross_entropy import cross_entropy_reference
 
+pytestmark = pytest.mark.cpu_level
+
 BACKENDS = ("eager", "triton")
 
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from prose import prose
 from safetensors.torch import load_file
 from several import MODEL
-from toy import THOROUGH, TOY, weights
+from thorough import THOROUGH
+from toy import TOY, weights
 
 from fastllm.cli import main
 from fastllm.models import Transformer

@@ -1,13 +1,13 @@
 """accelerate() on tiny models of many transformers architectures: what they compute and how they train stays."""
 
 import copy
-import os
 import warnings
 
 import pytest
 import torch
 from architectures import ARCHITECTURES, build
 from contract import assert_as_true
+from thorough import IS_THOROUGH
 
 import fastllm
 
@@ -39,9 +39,9 @@ def curve(model, inputs):
     return torch.tensor(losses)
 
 
-# Close relatives of others in the list, and each takes seconds: FASTLLM_THOROUGH=1 runs them, too.
+# Close relatives of others in the list, and each takes seconds: FASTLLM_TESTS=thorough runs them, too.
 RELATIVES = ("bart", "clip", "t5_gated", "electra", "roberta", "albert", "dinov2", "opt", "qwen2_moe")
-NAMES = [name for name in ARCHITECTURES if os.environ.get("FASTLLM_THOROUGH") or name not in RELATIVES]
+NAMES = [name for name in ARCHITECTURES if IS_THOROUGH or name not in RELATIVES]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,7 +1,7 @@
 """Norms and cross-entropies with random options together, against the fp64 definition; and where each known failure of
 such libraries is tested.
 
-25 draws an op; FASTLLM_LOSS_DRAWS=1000 pytest tests/test_losses_and_norms_random.py is the thorough run.
+25 draws an op; FASTLLM_TESTS=thorough draws 1000.
 
 Silent wrong results and failures seen in other libraries (a name alone is a test of this file):
 
@@ -37,8 +37,6 @@ and what goes wrong inside such kernels:
     Python floats as fp64 in a kernel            test_static: test_norms_use_no_fp64, test_losses_and_...
 """
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,13 +45,16 @@ from contract import assert_all_as_true, copy, run, truth_of
 from fastllm.kernels._norm import norm_fwd
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from thorough import IS_THOROUGH
 
 import fastllm
 from fastllm import OPS
 from fastllm.functional import cross_entropy, layer_norm, linear_cross_entropy, rms_norm, swiglu
 from fastllm.registry import Sample, why_not
 
-DRAWS = int(os.environ.get("FASTLLM_LOSS_DRAWS", "25"))
+pytestmark = pytest.mark.cpu_level
+
+DRAWS = 1000 if IS_THOROUGH else 25
 RANDOM = settings(
     max_examples=DRAWS, deadline=None, derandomize=DRAWS <= 25, suppress_health_check=list(HealthCheck), database=None
 )

@@ -15,7 +15,10 @@ from fastllm.functional import geglu, rotary_embedding, swiglu
 from fastllm.ops._gated import LEAST
 from fastllm.registry import BackendError, Sample
 
-pytestmark = pytest.mark.skipif(extension.missing() is not None, reason="no extension here: no C++ compiler")
+pytestmark = [
+    pytest.mark.cpu_level,
+    pytest.mark.skipif(extension.missing() is not None, reason="no extension here: no C++ compiler"),
+]
 
 KINDS = [("swiglu", {}), ("geglu", {}), ("geglu", {"approximate": "tanh"})]
 

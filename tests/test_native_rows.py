@@ -21,7 +21,10 @@ from fastllm.registry import OPS, Sample
 NEEDS_PRODUCTS = pytest.mark.skipif(
     extension.bf16_products() == "none", reason="this CPU has no products of bf16 (AMX or AVX-512 BF16)"
 )
-pytestmark = pytest.mark.skipif(extension.missing() is not None, reason="no extension here: no C++ compiler")
+pytestmark = [
+    pytest.mark.cpu_level,
+    pytest.mark.skipif(extension.missing() is not None, reason="no extension here: no C++ compiler"),
+]
 
 
 def _agree(got, truth, yardstick, dtype, what: str) -> None:

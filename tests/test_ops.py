@@ -25,6 +25,7 @@ def few(op, dtype=torch.float32, count=4):
     return [every[i * len(every) // count] for i in range(min(count, len(every)))]
 
 
+@pytest.mark.cpu_level
 @pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
 @pytest.mark.parametrize(("op", "backend"), CASES, ids=case_id)
 def test_parity(op, backend, dtype, poisoned_memory):
@@ -111,6 +112,7 @@ def _second_order(function, sample, backend=None):
         return torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)
 
 
+@pytest.mark.cpu_level
 @pytest.mark.parametrize(("op", "backend"), KERNELS, ids=case_id)
 def test_double_backward_is_right(op, backend):
     for sample in few(op):

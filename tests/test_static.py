@@ -1,6 +1,6 @@
 """What ptxas makes of the kernels that the ops launch: no spills, wide loads and stores, no fp64.
 
-A sample of the shapes. FASTLLM_STATIC=thorough pytest -n 0 tests/test_static.py compiles every shape of the losses and
+A sample of the shapes. FASTLLM_TESTS=thorough pytest -n 0 tests/test_static.py compiles every shape of the losses and
 activations and the norms' whole launch table for each architecture, which is about an hour on one core.
 """
 
@@ -11,6 +11,7 @@ import sys
 import pytest
 from fastllm.bench.capture import GPUS
 from fastllm.bench.static import Resources, Row, problems, read_rows
+from thorough import IS_THOROUGH
 
 
 @pytest.fixture(scope="session")
@@ -35,8 +36,7 @@ def _finish(process):
     return out.decode()
 
 
-THOROUGH = os.environ.get("FASTLLM_STATIC") == "thorough"
-LIMIT = 7200 if THOROUGH else 300
+LIMIT = 7200 if IS_THOROUGH else 300
 SHAPES = ("8192x768", "8192x4096", "4096x16384", "32768x65536")
 
 
@@ -93,8 +93,8 @@ print(f"{len(done)} kernels", *found, sep="\\n")
 
 
 def test_the_norms_launch_table(compiler):
-    count, *found = _finish(compiler("-c", TABLE, "thorough" if THOROUGH else "sample")).splitlines()
-    assert int(count.split()[0]) >= (300 if THOROUGH else 4)
+    count, *found = _finish(compiler("-c", TABLE, "thorough" if IS_THOROUGH else "sample")).splitlines()
+    assert int(count.split()[0]) >= (300 if IS_THOROUGH else 4)
     assert not found
 
 
@@ -136,7 +136,7 @@ def other_rows(compiler, tmp_path_factory):
     file = tmp_path_factory.mktemp("static") / "others.json"
     shapes = ("Llama-2 8192x32000", "Llama-3 8192x128256", "8192x14336 packed", "NeoX")
     names = ("cross_entropy", "geglu", "rotary_embedding")
-    if not THOROUGH:
+    if not IS_THOROUGH:
         _finish(compiler("-m", "fastllm.bench.static", *names, "--arch", "90", "--shape", *shapes, "--json", str(file)))
         return read_rows(file)
     found = []
