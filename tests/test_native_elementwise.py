@@ -4,9 +4,11 @@ That it is right with every option: tests/test_ops.py, backend ``native``; that 
 units: tests/test_native_rows.py.
 """
 
+import functools
+
 import pytest
 import torch
-from contract import assert_as_true, run
+from contract import assert_all_as_true, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastllm
@@ -28,12 +30,10 @@ def _leaf(x):
 
 
 def _agree(op, args, options, dtype, what):
-    truth = run(op.reference, Sample("", tuple(_leaf(a.double()) for a in args), options))
+    wide = Sample("", tuple(_leaf(a.double()) for a in args), options)
     yardstick = run(op.function, Sample("", tuple(_leaf(a) for a in args), options), "eager")
     got = run(op.function, Sample("", tuple(_leaf(a) for a in args), options), "native")
-    for mine, true, stick in zip(got, truth, yardstick, strict=True):
-        for i, (a, b, c) in enumerate(zip(mine, true, stick, strict=True)):
-            assert_as_true(a, b, c, dtype, f"{what}: {i}")
+    assert_all_as_true(got, functools.partial(run, op.reference, wide), yardstick, dtype, what)
 
 
 @pytest.mark.parametrize(("name", "options"), KINDS)
