@@ -14,6 +14,8 @@ from fastllm.ops.attention import torch_fused as module
 from fastllm.ops.attention.attention import attention_reference
 from fastllm.ops.attention.sdpa import OP
 
+pytestmark = pytest.mark.cpu_level
+
 DTYPE = torch.bfloat16
 
 

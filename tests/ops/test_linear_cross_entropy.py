@@ -14,6 +14,8 @@ from fastllm.functional import cross_entropy, linear_cross_entropy, linear_cross
 from fastllm.ops.cross_entropy import chunks
 from fastllm.ops.cross_entropy.linear import linear_cross_entropy_reference
 
+pytestmark = pytest.mark.cpu_level
+
 
 @pytest.fixture(params=["eager", "triton"])
 def backend(request):

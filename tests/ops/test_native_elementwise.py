@@ -4,9 +4,11 @@ That it is right with every option: tests/test_ops.py, backend ``native``; that 
 units: tests/ops/test_native_rows.py.
 """
 
+import functools
+
 import pytest
 import torch
-from contract import assert_as_true, run
+from contract import assert_all_as_true, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastllm
@@ -17,7 +19,10 @@ from fastllm.functional import geglu, rotary_embedding, swiglu
 from fastllm.ops.gated import LEAST
 from fastllm.registry import Sample
 
-pytestmark = pytest.mark.skipif(extension.missing() is not None, reason="no extension here: no C++ compiler")
+pytestmark = [
+    pytest.mark.cpu_level,
+    pytest.mark.skipif(extension.missing() is not None, reason="no extension here: no C++ compiler"),
+]
 
 KINDS = [("swiglu", {}), ("geglu", {}), ("geglu", {"approximate": "tanh"})]
 
@@ -27,12 +32,10 @@ def _leaf(x):
 
 
 def _agree(op, args, options, dtype, what):
-    truth = run(op.reference, Sample("", tuple(_leaf(a.double()) for a in args), options))
+    wide = Sample("", tuple(_leaf(a.double()) for a in args), options)
     yardstick = run(op.function, Sample("", tuple(_leaf(a) for a in args), options), "eager")
     got = run(op.function, Sample("", tuple(_leaf(a) for a in args), options), "native")
-    for mine, true, stick in zip(got, truth, yardstick, strict=True):
-        for i, (a, b, c) in enumerate(zip(mine, true, stick, strict=True)):
-            assert_as_true(a, b, c, dtype, f"{what}: {i}")
+    assert_all_as_true(got, functools.partial(run, op.reference, wide), yardstick, dtype, what)
 
 
 @pytest.mark.parametrize(("name", "options"), KINDS)

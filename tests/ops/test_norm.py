@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE
-from contract import assert_as_true, copy, leaves, outputs, run
+from contract import assert_all_as_true, assert_as_true, copy, leaves, outputs, run, truth_of
 
 import fastllm
 from fastllm import OPS
@@ -37,12 +37,9 @@ def test_rows_past_what_registers_hold(name, dtype, monkeypatch, poisoned_memory
     monkeypatch.setattr(_norm_backward, "BLOCKED_COLS", 32)
     monkeypatch.setattr(_norm_backward, "WIDE_TILE", (2, 32))
     for sample in samples:
-        truth = run(op.reference, copy(sample, torch.float64))
         yardstick = run(op.function, copy(sample), "eager")
         got = run(op.function, copy(sample), "triton")
-        for mine, true, stick in zip(got, truth, yardstick, strict=True):
-            for i, (a, b, c) in enumerate(zip(mine, true, stick, strict=True)):
-                assert_as_true(a, b, c, dtype, f"{name}/{sample.name} {i}")
+        assert_all_as_true(got, truth_of(op, sample), yardstick, dtype, f"{name}/{sample.name}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -86,11 +83,9 @@ def test_rows_shared_by_a_cluster(name, dtype, monkeypatch, poisoned_memory):
         )
     chosen = ("5x63", "no_parameters", "packed_heads", "weight_offset", "bias_only", "wide_residual")
     for sample in (copy(s) for s in op.samples(DEVICE, dtype) if s.name in chosen):
-        truth = run(op.reference, copy(sample, torch.float64))
         yardstick = run(op.function, copy(sample), "eager")
-        for mine, true, stick in zip(run(op.function, copy(sample), "triton"), truth, yardstick, strict=True):
-            for i, (a, b, c) in enumerate(zip(mine, true, stick, strict=True)):
-                assert_as_true(a, b, c, dtype, f"{name}/{sample.name} {i}")
+        got = run(op.function, copy(sample), "triton")
+        assert_all_as_true(got, truth_of(op, sample), yardstick, dtype, f"{name}/{sample.name}")
     assert {("norm_fwd_row", 8), ("norm_bwd_row", 8), ("norm_bwd_row", 2)} <= set(seen)
 
 
@@ -118,11 +113,9 @@ def test_long_rows_part_by_part(name, dtype, monkeypatch, poisoned_memory):
         if name.endswith("layer_norm"):
             options["bias"] = made(cols)
         sample = Sample("", (*inputs, (cols,)), options)
-        truth = run(op.reference, copy(sample, torch.float64))
         yardstick = run(op.function, copy(sample), "eager")
-        for mine, true, stick in zip(run(op.function, copy(sample), "triton"), truth, yardstick, strict=True):
-            for i, (a, b, c) in enumerate(zip(mine, true, stick, strict=True)):
-                assert_as_true(a, b, c, dtype, f"{name}/{cols} {i}")
+        got = run(op.function, copy(sample), "triton")
+        assert_all_as_true(got, truth_of(op, sample), yardstick, dtype, f"{name}/{cols}")
     assert seen == ["norm_fwd_row", "norm_bwd_row"] * 4
 
 

@@ -1,7 +1,7 @@
 """What saving adds to training, and how long a resumed run takes to its first step.
 
-``FASTLLM_THOROUGH=1 pytest -n 0 -s tests/training/test_run_costs.py`` measures both and prints them, in a minute on a
-machine with nothing else to do.
+``FASTLLM_TESTS=thorough pytest -n 0 -s tests/training/test_run_costs.py`` measures both and prints them, in a minute on an
+idle machine.
 """
 
 import statistics
@@ -11,7 +11,7 @@ import time
 
 import torch
 from prose import prose
-from toy import THOROUGH
+from thorough import THOROUGH
 
 from fastllm.cli import main
 from fastllm.data import Tokenizer

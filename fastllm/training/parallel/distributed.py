@@ -88,10 +88,9 @@ def joined(training: TrainingConfig) -> Iterator[Ranks]:
             # Neither gloo nor NCCL has a class for it that both torch 2.11 and 2.13 raise.
             if isinstance(error, Failed) or not re.search("gloo|nccl|peer|Connection", str(error), re.IGNORECASE):
                 raise
-            text = " ".join(str(error).split())
-            raise RankLost(
-                f"rank {ranks.rank}: another process has died or cannot be reached ({text[:200]})"
-            ) from error
+            # A rank that ended for a standstill closes its connections: the cause is what it has said.
+            text = ranks.standstill() or " ".join(str(error).split())[:200]
+            raise RankLost(f"rank {ranks.rank}: another process has died or cannot be reached ({text})") from error
         ranks.close()
     finally:
         if begun:
@@ -160,6 +159,10 @@ class Group(Ranks):
 
     def beat(self, step: int, phase: str) -> None:
         self._watch.beat(step, phase)
+
+    def standstill(self) -> str | None:
+        """Why a rank ended that waited too long, if one has."""
+        return self._watch.verdict()
 
     def close(self) -> None:
         """Wait for every rank's end."""
