@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-from . import extension, registry
+from . import cpu, extension, registry
 from .version import __version__
 
 
@@ -58,8 +58,7 @@ def describe() -> str:
         f"triton     {_installed('triton')}" + (" (interpreter on)" if registry.interpreting() else ""),
         f"extension  {_extension()}",
         f"GPU        {_gpu()}",
-        f"CPU        {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-        + torch.backends.cpu.get_cpu_capability(),
+        f"CPU        {os.cpu_count()} cores, {torch.get_num_threads()} threads, {cpu.describe()}",
         f"backend    {registry.chosen_backend()} (FASTLLM_BACKEND or fastllm.backend)",
     ]
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
