@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -63,6 +63,11 @@ class Run:
 
     def write(self, file: Path) -> None:
         file.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def matrix_rate(rates: Mapping[str, float], dtype: str) -> float:
+    """FLOP/s of matrix products in ``dtype``; where only one rate was measured, that one."""
+    return rates.get(f"matrix {dtype}", rates["matrix"])
 
 
 def read_run(file: Path) -> Run:

@@ -20,7 +20,7 @@ import torch
 from ..registry import Cost, Op, Sample, backend, pick
 from . import cases
 from .parity import Judge
-from .results import COMPILED, EAGER, NOT_INSTALLED, OURS, Row, Run
+from .results import COMPILED, EAGER, NOT_INSTALLED, OURS, Row, Run, matrix_rate
 from .timing import Call, OutOfTime, Quartiles, Timer, host_seconds, interleaved, synchronize, time_limit
 
 DIRECTIONS = ("forward", "backward", "both")
@@ -146,10 +146,10 @@ def _least(cost: Cost, direction: str) -> tuple[int, int]:
     return sum(getattr(cost, f"{way}_bytes") for way in ways), sum(getattr(cost, f"{way}_flops") for way in ways)
 
 
-def _floor(cost: Cost, rates: dict[str, float]) -> float:
+def _floor(cost: Cost, rates: dict[str, float], dtype: str) -> float:
     """Seconds that a forward and a backward take at least."""
     least, flops = _least(cost, "both")
-    return max(least / rates["copy"], flops / rates["matrix"])
+    return max(least / rates["copy"], flops / matrix_rate(rates, dtype))
 
 
 def measure(
@@ -246,7 +246,6 @@ def run(
     """
     found = Run(environment or {})
     rates = found.environment.get("rates")
-    balance = rates["matrix"] / rates["copy"] if rates else math.inf
     end = time.monotonic() + budget
     todo = [(case, dtype) for case in planned for dtype in dtypes]
     for i, (case, dtype) in enumerate(todo):
@@ -263,10 +262,11 @@ def run(
         try:
             call = replace(case.make(device, getattr(torch, dtype)), name=case.name)
             # An op's cost may depend on values, which meta tensors do not have.
-            if rates and PASSES * _floor(case.op.cost(*call.args, **call.kwargs), rates) > left:
+            if rates and PASSES * _floor(case.op.cost(*call.args, **call.kwargs), rates, dtype) > left:
                 raise OutOfTime(f"takes longer than the {left:.0f} s that are left of the budget")
             tell(f"{what} (fastllm serves it by {_serving(case.op, call)})")
             limit = min(left, max(CASE, CASE_SHARE * left))
+            balance = matrix_rate(rates, dtype) / rates["copy"] if rates else math.inf
             settings = dict(within=left / (len(todo) - i), left=limit, balance=balance)
             with time_limit(limit):
                 for row in measure(

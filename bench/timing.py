@@ -58,13 +58,6 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.numel() * 4 / min(seconds(lambda: target.copy_(source), device) for _ in range(6))
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs a second of the best of a few square products of random matrices."""
-    n = 8192 if device.type == "cuda" else 2048 if dtype == torch.bfloat16 else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
-    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(6))
-
-
 def interleaved(
     runs: Mapping[str, Any],
     rounds: int,

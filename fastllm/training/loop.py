@@ -15,9 +15,11 @@ from pathlib import Path
 
 import torch
 
+from .. import cpu
 from ..config import InputError, settings
 from ..data import Dataset, derive_seed
 from ..files import whole_folder
+from ..matmul import matmul_flops
 from ..models import build_model
 from ..version import __version__
 from .checkpoint import Keep, State, check_settings, load_config, read_state, save_model, write_manifest
@@ -27,7 +29,7 @@ from .dropout import key_dropout
 from .evaluate import Evaluation
 from .guard import Diverged, Failed, Guard
 from .lora import ADAPTER, load_adapter
-from .measure import autocast, faster_dtype, keep_random_state, matmul_flops
+from .measure import autocast, faster_dtype, keep_random_state
 from .meters import Meters, Timer, finite
 from .objectives import Batch, make_objective, rows_of, to_device
 from .optimizer import Optimizers
@@ -132,9 +134,11 @@ class Run:
     def measure(self) -> None:
         """Measure the device; say and record what will be trained, where and how."""
         measured = {}
-        if self.state.dtype == "auto":
+        auto = self.state.dtype == "auto"
+        if auto:
             self.state.dtype, measured = faster_dtype(self.objective, self.model, self._sample())
-        self.peak = matmul_flops(self.device, self.state.dtype)
+        before, self.state.cpu = self.state.cpu, cpu.kind() if self.device.type == "cpu" else None
+        self.peak = matmul_flops(self.device, getattr(torch, self.state.dtype))
         self.flops_per_token = self.model.flops_per_token(self.config.model.context_length)
         environment = {
             "step": self.state.step,
@@ -142,6 +146,7 @@ class Run:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
+            "cpu": self.state.cpu,
             "threads": torch.get_num_threads(),
             "ranks": self.ranks.size,
             "dtype": self.state.dtype,
@@ -157,11 +162,18 @@ class Run:
         say(self.config.to_toml())
         if self.state.step:
             say(f"resuming after step {self.state.step}")
+            if before and self.state.cpu and before != self.state.cpu:
+                say(
+                    f"another CPU than before ({before}): {self.state.cpu}; the run keeps {self.state.dtype}, Muon "
+                    f"multiplies in {str(cpu.matmul_dtype(self.device)).removeprefix('torch.')}"
+                )
         say(self.dataset.describe())
         say(f"model: {self.model.num_parameters():,} parameters on {self.device}{self.ranks.describe()}")
         if measured:
             times = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in measured.items())
             say(f"precision: {self.state.dtype}, forward and backward measured: {times}")
+        elif auto:
+            say(f"precision: {self.state.dtype}, for this CPU ({cpu.level()}) has no products of bfloat16")
         say(
             f"MFU = {self.flops_per_token / 1e6:.1f} MFLOP/token (6 N + attention) x tokens/s / "
             f"{self.peak / 1e9:,.0f} GFLOP/s (matrix product measured here, {self.state.dtype})"

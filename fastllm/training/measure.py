@@ -1,4 +1,4 @@
-"""What this device can do, measured when a run starts: matrix rate and the faster precision."""
+"""Which precision is the faster one on this device, measured when a run starts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from ..cpu import matmul_dtype
 from .objectives.base import Batch, Objective, to_device
 
 
@@ -36,12 +37,11 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def matmul_flops(device: torch.device, dtype: str) -> float:
-    """FLOP/s of the best of a few square products in ``dtype``: what MFU is measured against."""
-    n = 8192 if device.type == "cuda" else 2048 if dtype == "bfloat16" else 1024
-    generator = torch.Generator(device).manual_seed(0)
-    a, b = (torch.randn(n, n, generator=generator, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    return 2 * n**3 / min(_seconds(lambda: a @ b, device) for _ in range(6))
+# A precision whose best time is so many times the other's is not tried further (a guess: times in turns on a machine
+# with other work spread by less).
+CLEARLY = 1.5
+# Rounds, of which the first sets things up and does not count where there are others.
+FEWEST, MOST = 2, 21
 
 
 def faster_dtype(
@@ -49,12 +49,15 @@ def faster_dtype(
 ) -> tuple[str, dict[str, float]]:
     """The precision in which a forward and a backward pass on ``batch`` take less time, and the seconds of each.
 
-    On a copy of ``model``, for about so many ``seconds``, but at least 3 and at most 20 rounds. The two take turns and
-    the shortest time counts, so that other work on the machine disturbs the choice as little as possible. ``model``
-    and torch's random state stay as they are.
+    A CPU without products of bfloat16 takes float32, and nothing is timed. Elsewhere the two are timed in turns on a
+    copy of ``model``, for about so many ``seconds`` and at most 20 rounds, until one is clearly behind; the shortest
+    time counts, so that other work on the machine disturbs the choice as little as possible. ``model`` and torch's
+    random state stay as they are.
     """
+    device = next(model.parameters()).device
+    if matmul_dtype(device) == torch.float32:
+        return "float32", {}
     trial = copy.deepcopy(model).train()
-    device = next(trial.parameters()).device
     batch = to_device(batch, device)
     times: dict[str, list[float]] = {"float32": [], "bfloat16": []}
 
@@ -64,9 +67,12 @@ def faster_dtype(
         loss.backward()
 
     with keep_random_state(device):
-        # The first round sets things up and does not count.
-        while len(times["bfloat16"]) < 4 or (len(times["bfloat16"]) < 21 and sum(map(sum, times.values())) < seconds):
+        for done in range(1, MOST + 1):
             for dtype, taken in times.items():
                 taken.append(_seconds(lambda dtype=dtype: run(dtype), device))
-    best = {dtype: min(taken[1:]) for dtype, taken in times.items()}
+            best = {dtype: min(taken[1:] or taken) for dtype, taken in times.items()}
+            behind = max(best.values()) > CLEARLY * min(best.values())
+            spent = sum(map(sum, times.values()))
+            if (done >= FEWEST and (behind or spent > seconds)) or (behind and spent > seconds):
+                break
     return min(best, key=best.__getitem__), best
