@@ -13,6 +13,7 @@ from fastllm.bench.timing import Call, OutOfTime, Quartiles, Timer, host_seconds
 
 from fastllm import OPS
 from fastllm.cli import main
+from fastllm.registry import Cost
 
 CPU = torch.device("cpu")
 
@@ -233,6 +234,42 @@ def test_the_budget_covers_the_whole_command(small, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "_shown", lambda found, folder: [])
     assert command.main(["layer_norm", "--budget", "40", "--out", str(tmp_path)]) == 1
     assert 20 < budgets[0] < 40 - 10 - 1.5
+
+
+def test_a_budget_that_measuring_has_spent_is_no_negative_one(small, tmp_path, monkeypatch):
+    budgets = []
+    monkeypatch.setattr(command, "copy_bandwidth", lambda device: time.sleep(0.5) or 1e9)
+    monkeypatch.setattr(command, "run", lambda planned, device, budget, **more: budgets.append(budget) or Run({}))
+    monkeypatch.setattr(command, "_shown", lambda found, folder: [])
+    assert command.main(["layer_norm", "--budget", "0.1", "--out", str(tmp_path)]) == 1
+    assert budgets == [0.0]
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
+def test_the_default_precision_is_one_that_the_device_multiplies(small, tmp_path, monkeypatch, default):
+    asked = []
+    monkeypatch.setattr(command.cpu, "matmul_dtype", lambda device: default)
+    monkeypatch.setattr(command, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(command, "matmul_flops", lambda device, dtype: {torch.float32: 1e9}.get(dtype, 2e9))
+    monkeypatch.setattr(command, "_shown", lambda found, folder: [])
+
+    def no_run(planned, device, dtypes, environment, **more):
+        asked.append((dtypes, environment["rates"]["matrix"]))
+        assert environment["cpu"]
+        return Run(environment)
+
+    monkeypatch.setattr(command, "run", no_run)
+    command.main(["layer_norm", "--out", str(tmp_path)])
+    command.main(["layer_norm", "--dtype", "float16", "float32", "--out", str(tmp_path)])
+    name = str(default).removeprefix("torch.")
+    assert asked == [([name], 1e9 if default == torch.float32 else 2e9), (["float16", "float32"], 2e9)]
+
+
+def test_a_calls_floor_takes_the_matrix_rate_of_its_precision():
+    rates = {"copy": 1.0, "matrix": 8.0, "matrix float32": 8.0, "matrix bfloat16": 2.0}
+    cost = Cost(1, 1, 16, 16)
+    found = {dtype: run._floor(cost, rates, dtype) for dtype in ("float32", "bfloat16", "float16")}
+    assert found == {"float32": 4.0, "bfloat16": 16.0, "float16": 4.0}
 
 
 def test_ops_whose_cost_depends_on_values_are_timed():

@@ -43,6 +43,22 @@ def test_a_resumed_run_ends_bitwise_like_an_undisturbed_one(config, tmp_path, se
         assert [line.get(key) for line in whole] == [line.get(key) for line in resumed]
 
 
+def test_on_another_cpu_a_resumed_run_keeps_its_precision_and_says_so(config, tmp_path, monkeypatch, capsys):
+    kinds = ["amx, 16-bit products in hardware: bfloat16", "avx2, 16-bit products in hardware: none"]
+    monkeypatch.setattr(loop.cpu, "kind", lambda: kinds[0])
+    train(config(dtype="bfloat16", steps=2), tmp_path / "run", quiet=True)
+    assert read_state(find_checkpoint(tmp_path / "run")).cpu == kinds[0]
+    assert resume(tmp_path / "run", {"steps": 3}).steps == 3
+    assert "another CPU" not in capsys.readouterr().out
+    monkeypatch.setattr(loop.cpu, "kind", lambda: kinds[1])
+    monkeypatch.setattr(loop.cpu, "matmul_dtype", lambda device: torch.float32)
+    assert resume(tmp_path / "run", {"steps": 4}).steps == 4
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"another CPU than before ({kinds[0]}): {kinds[1]}; the run keeps bfloat16" in said
+    state = read_state(find_checkpoint(tmp_path / "run"))
+    assert (state.dtype, state.cpu) == ("bfloat16", kinds[1])
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_at_the_steps_end_and_the_run_goes_on_exactly(config, tmp_path, monkeypatch, capsys, number):
     before = signal.getsignal(number)
