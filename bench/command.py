@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         if not options.budget > 0:
             raise ValueError(f"--budget: expected a positive number of seconds, got {options.budget:g}")
         device = _device(options.device)
-        options.dtype = options.dtype or [str(cpu.matmul_dtype(device)).removeprefix("torch.")]
+        options.dtype = options.dtype or [cpu.precision(device)]
         planned = plan(ops, options.shape, options.sweep, device.type)
         if not planned:
             raise ValueError(f"--shape: no shape of these ops has {' or '.join(map(repr, options.shape))} in its name")

@@ -16,7 +16,7 @@ def pytest_addoption(parser):
 
 def _dtype(options) -> str:
     """--dtype; by default bfloat16, or float32 on a CPU that has no products of bfloat16."""
-    return options.dtype or str(cpu.matmul_dtype(torch.device(options.device))).removeprefix("torch.")
+    return options.dtype or cpu.precision(torch.device(options.device))
 
 
 def _smallest(calls, dtype):

@@ -366,7 +366,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.context_length:
         config = config.replace(context_length=options.context_length)
     device = torch.device(options.device)
-    options.dtype = options.dtype or str(cpu.matmul_dtype(device)).removeprefix("torch.")
+    options.dtype = options.dtype or cpu.precision(device)
     torch.manual_seed(0)
     setting = Setting(
         model=Transformer(config).to(device),

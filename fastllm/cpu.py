@@ -163,6 +163,11 @@ def matmul_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type != "cpu" or multiplies(torch.bfloat16) else torch.float32
 
 
+def precision(device: torch.device) -> str:
+    """:func:`matmul_dtype` by name: "bfloat16" or "float32"."""
+    return str(matmul_dtype(device)).removeprefix("torch.")
+
+
 def level() -> str:
     """The highest of :data:`LEVELS` that this process may use here."""
     return here().level

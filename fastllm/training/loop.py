@@ -165,7 +165,7 @@ class Run:
             if before and self.state.cpu and before != self.state.cpu:
                 say(
                     f"another CPU than before ({before}): {self.state.cpu}; the run keeps {self.state.dtype}, Muon "
-                    f"multiplies in {str(cpu.matmul_dtype(self.device)).removeprefix('torch.')}"
+                    f"multiplies in {cpu.precision(self.device)}"
                 )
         say(self.dataset.describe())
         say(f"model: {self.model.num_parameters():,} parameters on {self.device}{self.ranks.describe()}")
