@@ -12,6 +12,7 @@ from .timing import Quartiles
 
 OURS, EAGER, COMPILED = "fastllm", "eager", "torch.compile"
 NOT_INSTALLED = "not installed"
+NOT_COMPILED = "not compiled: the share of the budget for compiling was spent"
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Row:
 
     @property
     def missing(self) -> bool:
-        """Whether the provider is not installed."""
-        return (self.problem or "").startswith(NOT_INSTALLED)
+        """Whether the provider is not installed, or was not compiled for want of time: nothing that it did."""
+        return (self.problem or "").startswith((NOT_INSTALLED, NOT_COMPILED))
 
 
 @dataclass

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from fastllm.bench import cases, command, parity, report, run
 from fastllm.bench._norm import _call
-from fastllm.bench.results import Case, Row, Run, in_cases, read_run
+from fastllm.bench.results import NOT_COMPILED, Case, Row, Run, in_cases, read_run
 from fastllm.bench.timing import Call, OutOfTime, Quartiles, Timer, host_seconds, time_limit
 
 from fastllm import OPS
@@ -172,6 +172,39 @@ def test_a_call_that_the_budget_has_no_room_for_is_left_out(small, monkeypatch):
     rows, left_out = _run(small, shape=["first"], environment={"rates": rates})
     assert not rows
     assert left_out == ["layer_norm, first, bfloat16: a call takes 5.0 s, 40 s are left"]
+
+
+def test_compiling_has_its_share_of_the_budget_and_the_calls_go_on_without(small, monkeypatch):
+    compiled = []
+
+    def providers(op):
+        def slow():
+            compiled.append(1)
+            time.sleep(0.3)
+            return F.layer_norm
+
+        return {run.OURS: lambda: op.function, run.EAGER: lambda: F.layer_norm, run.COMPILED: slow}
+
+    monkeypatch.setattr(run, "providers", providers)
+    monkeypatch.setitem(run.COMPILING, "cpu", 0.2 / 60)
+    rows, left_out = _run(small, only=[run.COMPILED])
+    assert not left_out
+    assert len(compiled) == 1
+    found = {(row.shape, row.provider): row for row in rows if row.direction == "both"}
+    assert found["first", run.COMPILED].samples
+    late = found["second", run.COMPILED]
+    assert (late.samples, late.problem, late.missing) == ([], NOT_COMPILED, True)
+    assert found["second", run.OURS].samples
+
+
+def test_on_a_cpu_calls_go_from_small_to_large_after_those_for_cpus():
+    for name in OPS:
+        calls = run.plan([OPS[name]], [""], device="cpu") if cases.shapes_of(name) else []
+        first = list(cases.cpu_shapes_of(name)) if calls else []
+        assert [planned.name for planned in calls[: len(first)]] == first
+        sizes = [planned.held_bytes for planned in calls[len(first) :]]
+        assert sizes == sorted(sizes)
+        assert len(calls) == len(cases.shapes_of(name, "cpu") or {})
 
 
 def test_a_case_that_takes_too_long_is_stopped_and_the_next_goes_on(small, monkeypatch):
