@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from . import backends, extension, registry
+from . import backends, cpu, extension, registry
 from .version import __version__
 
 
@@ -83,8 +83,7 @@ def describe() -> str:
         f"triton     {_installed('triton')}" + (" (interpreter on)" if backends.interpreting() else ""),
         f"extension  {_extension()}",
         f"GPU        {_gpu()}",
-        f"CPU        {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-        + torch.backends.cpu.get_cpu_capability(),
+        f"CPU        {os.cpu_count()} cores, {torch.get_num_threads()} threads, {cpu.describe()}",
         f"backend    {backends.chosen_backend()} (FASTLLM_BACKEND or fastllm.backend)",
     ]
     devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..data import TokenFile, evaluation_batches
 from ..data.batches import IGNORE
-from .measure import autocast
+from .device import autocast
 from .objectives.base import Batch, Evaluation, Objective, to_device
 
 

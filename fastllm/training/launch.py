@@ -13,7 +13,8 @@ from ..config import InputError, build
 from ..files import folder_to_fill, sole_writer, write_text
 from .checkpoints.checkpoint import MANIFEST, checkpoints, find_checkpoint
 from .config import RunConfig, TrainingConfig, read_run_config
-from .loop import CONFIG, SESSIONS, Result, Run, fixed_settings, pick_device
+from .device import pick_device
+from .loop import CONFIG, SESSIONS, Result, Run, fixed_settings
 from .parallel.ranks import ALONE, Ranks, launched
 from .reports.progress import METRICS, Display, find_wandb
 from .session import train_run

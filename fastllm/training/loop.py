@@ -10,17 +10,20 @@ from typing import NamedTuple
 
 import torch
 
+from .. import cpu
 from ..config import InputError, settings
 from ..data import Dataset, derive_seed
 from ..files import whole_folder
+from ..matmul import matmul_flops
 from ..models import build_model
 from ..version import __version__
 from .checkpoints.checkpoint import State, check_settings, load_config, read_state, save_model, write_manifest
 from .config import RunConfig, TrainingConfig
+from .device import keep_random_state, pick_device
 from .dropout import key_dropout
 from .evaluate import Evaluation
 from .lora import ADAPTER, load_adapter
-from .measure import faster_dtype, keep_random_state, matmul_flops
+from .measure import faster_dtype
 from .objectives import Batch, make_objective, rows_of, to_device
 from .optimizer import Optimizers
 from .parallel.ranks import ALONE, Ranks
@@ -43,19 +46,6 @@ class Result:
     validation_bits_per_byte: float | None
     xz_bits_per_byte: float | None
     signal: int = 0
-
-
-def pick_device(name: str) -> torch.device:
-    """``auto``: CUDA where it is available.
-
-    Raises:
-        InputError: CUDA was asked for and is not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("device: cuda was asked for, but torch.cuda.is_available() is False")
-    return torch.device(name)
 
 
 class Measured(NamedTuple):
@@ -121,9 +111,11 @@ class Run:
     def measure(self) -> Measured:
         """Measure the device; say and record what will be trained, where and how."""
         measured = {}
-        if self.state.dtype == "auto":
+        auto = self.state.dtype == "auto"
+        if auto:
             self.state.dtype, measured = faster_dtype(self.objective, self.model, self.sample())
-        peak = matmul_flops(self.device, self.state.dtype)
+        before, self.state.cpu = self.state.cpu, cpu.kind() if self.device.type == "cpu" else None
+        peak = matmul_flops(self.device, getattr(torch, self.state.dtype))
         flops_per_token = self.model.flops_per_token(self.config.model.context_length)
         environment = {
             "step": self.state.step,
@@ -131,6 +123,7 @@ class Run:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
+            "cpu": self.state.cpu,
             "threads": torch.get_num_threads(),
             "ranks": self.ranks.size,
             "dtype": self.state.dtype,
@@ -146,11 +139,18 @@ class Run:
         say(self.config.to_toml())
         if self.state.step:
             say(f"resuming after step {self.state.step}")
+            if before and self.state.cpu and before != self.state.cpu:
+                say(
+                    f"another CPU than before ({before}): {self.state.cpu}; the run keeps {self.state.dtype}, Muon "
+                    f"multiplies in {cpu.precision(self.device)}"
+                )
         say(self.dataset.describe())
         say(f"model: {self.model.num_parameters():,} parameters on {self.device}{self.ranks.describe()}")
         if measured:
             times = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in measured.items())
             say(f"precision: {self.state.dtype}, forward and backward measured: {times}")
+        elif auto:
+            say(f"precision: {self.state.dtype}, for this CPU ({cpu.level()}) has no products of bfloat16")
         say(
             f"MFU = {flops_per_token / 1e6:.1f} MFLOP/token (6 N + attention) x tokens/s / "
             f"{peak / 1e9:,.0f} GFLOP/s (matrix product measured here, {self.state.dtype})"

@@ -16,10 +16,10 @@ from ..data import derive_seed
 from .checkpoints.checkpoint import Keep
 from .checkpoints.saving import NotFinite
 from .clock import Clock, StopRequest
+from .device import autocast, keep_random_state
 from .evaluate import Evaluation
 from .guard import Diverged, Failed, Guard
 from .loop import Measured, Result, Run
-from .measure import autocast, keep_random_state
 from .reports.meters import Meters, Timer, finite
 from .schedule import lr_scale, progress
 from .step import Step, StepSettings, gradients

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .device import autocast
 from .dropout import set_first_row
-from .measure import autocast
 from .objectives.base import Batch, Objective, rows_of, to_device
 from .optimizer import Optimizers
 from .parallel.ranks import ALONE, Losses, Ranks

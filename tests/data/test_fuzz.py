@@ -1,6 +1,7 @@
 """Readers of what others may have written: any bytes at all give the library's own error or a result, never a crash.
 
-``FASTLLM_TESTS=thorough pytest -n 0 tests/data/test_fuzz.py`` gives each 13,000 inputs, 104,000 in all, not 60 (minutes).
+``FASTLLM_TESTS=thorough pytest -n 0 tests/data/test_fuzz.py`` gives each 13,000 inputs, not 60, 104,000 in
+all (minutes).
 """
 
 import json

@@ -1,7 +1,7 @@
 """What ptxas makes of the kernels that the ops launch: no spills, wide loads and stores, no fp64.
 
-A sample of the shapes. FASTLLM_TESTS=thorough pytest -n 0 tests/kernels/test_static.py compiles every shape of the losses and
-activations and the norms' whole launch table for each architecture, which is about an hour on one core.
+A sample of the shapes. FASTLLM_TESTS=thorough pytest -n 0 tests/kernels/test_static.py compiles every shape
+of the losses and activations and the norms' whole launch table for each architecture, about an hour on one core.
 """
 
 import os

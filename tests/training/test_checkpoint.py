@@ -17,7 +17,7 @@ from toy import weights
 from fastllm.config import InputError
 from fastllm.data import Corpus, prepare
 from fastllm.files import save_tensors
-from fastllm.training import resume, session, train
+from fastllm.training import loop, resume, session, train
 from fastllm.training.checkpoints import saving
 from fastllm.training.checkpoints.checkpoint import check, checkpoints, find_checkpoint, read_state, write_manifest
 from fastllm.training.clock import StopRequest
@@ -42,6 +42,22 @@ def test_a_resumed_run_ends_bitwise_like_an_undisturbed_one(config, tmp_path, se
     whole, resumed = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "resumed"))
     for key in ("step", "loss", "grad_norm", "lr", "validation_bits_per_byte"):
         assert [line.get(key) for line in whole] == [line.get(key) for line in resumed]
+
+
+def test_on_another_cpu_a_resumed_run_keeps_its_precision_and_says_so(config, tmp_path, monkeypatch, capsys):
+    kinds = ["amx, 16-bit products in hardware: bfloat16", "avx2, 16-bit products in hardware: none"]
+    monkeypatch.setattr(loop.cpu, "kind", lambda: kinds[0])
+    train(config(dtype="bfloat16", steps=2), tmp_path / "run", quiet=True)
+    assert read_state(find_checkpoint(tmp_path / "run")).cpu == kinds[0]
+    assert resume(tmp_path / "run", {"steps": 3}).steps == 3
+    assert "another CPU" not in capsys.readouterr().out
+    monkeypatch.setattr(loop.cpu, "kind", lambda: kinds[1])
+    monkeypatch.setattr(loop.cpu, "matmul_dtype", lambda device: torch.float32)
+    assert resume(tmp_path / "run", {"steps": 4}).steps == 4
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"another CPU than before ({kinds[0]}): {kinds[1]}; the run keeps bfloat16" in said
+    state = read_state(find_checkpoint(tmp_path / "run"))
+    assert (state.dtype, state.cpu) == ("bfloat16", kinds[1])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,7 +1,7 @@
 """What saving adds to training, and how long a resumed run takes to its first step.
 
-``FASTLLM_TESTS=thorough pytest -n 0 -s tests/training/test_run_costs.py`` measures both and prints them, in a minute on an
-idle machine.
+``FASTLLM_TESTS=thorough pytest -n 0 -s tests/training/test_run_costs.py`` measures both and prints them, in a
+minute on an idle machine.
 """
 
 import statistics
@@ -14,6 +14,7 @@ from prose import prose
 from thorough import THOROUGH
 
 from fastllm.cli import main
+from fastllm.cpu import precision
 from fastllm.data import Tokenizer
 from fastllm.models import PRESETS, Transformer
 from fastllm.training import TrainingConfig
@@ -101,6 +102,7 @@ def test_saving_costs_less_than_two_percent(tmp_path):
     # a save does.
     torch.set_num_threads(1)
     model = Transformer(PRESETS["small"])
+    dtype = precision(torch.device("cpu"))
     optimizers = Optimizers(model, TrainingConfig())
     batch = {name: torch.randint(96, (TrainingConfig().batch_size, 256)) for name in ("tokens", "targets")}
     saver = Saver(tmp_path, model, Tokenizer.train([prose(60)], 300), Keep(2), print)
@@ -112,10 +114,10 @@ def test_saving_costs_less_than_two_percent(tmp_path):
         begin = time.process_time()
         if save:
             saves += 1
-            saver.save(State(saves, 0.0, 0, "bfloat16", ""), optimizers.state_dict())
+            saver.save(State(saves, 0.0, 0, dtype, ""), optimizers.state_dict())
             stalls.append(time.process_time() - begin)
         for _ in range(2):
-            train_step(CausalLM, model, optimizers, batch, StepSettings(len(batch["tokens"]), 1.0, "bfloat16"))
+            train_step(CausalLM, model, optimizers, batch, StepSettings(len(batch["tokens"]), 1.0, dtype))
         saver.wait()
         return time.process_time() - begin
 

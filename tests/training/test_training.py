@@ -14,12 +14,13 @@ from toy import TOY, weights
 
 from fastllm.data import Corpus, open_dataset, prepare
 from fastllm.models import Transformer
-from fastllm.training import TrainingConfig, evaluate, session, train
+from fastllm.training import TrainingConfig, evaluate, measure, session, train
+from fastllm.training import optimizer as optimizer_module
 from fastllm.training.checkpoints import saving
 from fastllm.training.clock import Clock
-from fastllm.training.measure import faster_dtype, matmul_flops
+from fastllm.training.measure import faster_dtype
 from fastllm.training.objectives import CausalLM
-from fastllm.training.optimizer import Optimizers, parameter_groups
+from fastllm.training.optimizer import Optimizers, orthogonal, parameter_groups
 from fastllm.training.reports import meters
 from fastllm.training.reports.progress import read_metrics
 from fastllm.training.schedule import lr_scale, progress
@@ -74,7 +75,8 @@ def test_every_parameter_has_one_group_and_tables_and_vectors_none_of_muon(shape
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_optimizers_match_torchs_own_with_decay_on_matrices_only(optimizer):
+def test_optimizers_match_torchs_own_with_decay_on_matrices_only(optimizer, monkeypatch):
+    monkeypatch.setattr(optimizer_module, "matmul_dtype", lambda device: torch.bfloat16)  # as torch's, on any CPU
     config = TrainingConfig(optimizer=optimizer, embedding_weight_decay=0.3)
     model, twin = Transformer(GPT), Transformer(GPT)
     twin.load_state_dict(model.state_dict())
@@ -180,7 +182,47 @@ def test_clipping_scales_the_gradient_and_reports_its_norm_before():
     assert norms[1] == pytest.approx(0.01, rel=1e-3)
 
 
-def test_measuring_leaves_model_and_random_state_alone():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_orthogonal_factor_is_computed_in_what_the_device_multiplies(dtype, monkeypatch):
+    monkeypatch.setattr(optimizer_module, "matmul_dtype", lambda device: dtype)
+    for matrix in (torch.randn(40, 24), torch.randn(24, 40)):
+        factor = orthogonal(matrix)
+        assert (factor.dtype, factor.shape) == (dtype, matrix.shape)
+        values = torch.linalg.svdvals(factor.float())
+        assert 0.3 < values.min() <= values.max() < 1.3
+
+
+def test_without_products_of_bfloat16_nothing_is_timed(monkeypatch):
+    monkeypatch.setattr(measure, "matmul_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(measure, "_seconds", lambda run, device: pytest.fail("nothing is to be timed"))
+    assert faster_dtype(CausalLM, Transformer(TOY), {}) == ("float32", {})
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rounds", "chosen"),
+    [
+        ({"float32": 0.1, "bfloat16": 0.2}, 2, "float32"),  # clearly behind
+        ({"float32": 0.2, "bfloat16": 0.1}, 2, "bfloat16"),
+        ({"float32": 0.1, "bfloat16": 30.0}, 1, "float32"),  # the first round has said enough, and cost enough
+        ({"float32": 0.01, "bfloat16": 0.011}, 21, "float32"),
+        ({"float32": 2.0, "bfloat16": 1.9}, 2, "bfloat16"),  # no time for more
+    ],
+)
+def test_measuring_stops_when_one_precision_is_clearly_behind(seconds, rounds, chosen, monkeypatch):
+    turns = []
+
+    def fake(run, device):
+        turns.append(("float32", "bfloat16")[len(turns) % 2])
+        return seconds[turns[-1]]
+
+    monkeypatch.setattr(measure, "matmul_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(measure, "_seconds", fake)
+    assert faster_dtype(CausalLM, Transformer(TOY), {}) == (chosen, seconds)
+    assert len(turns) == 2 * rounds
+
+
+def test_measuring_leaves_model_and_random_state_alone(monkeypatch):
+    monkeypatch.setattr(measure, "matmul_dtype", lambda device: torch.bfloat16)
     model = Transformer(TOY)
     before = [p.clone() for p in model.parameters()]
     batch = as_batch(torch.randint(300, (2, 32)), torch.randint(300, (2, 32)))
@@ -190,7 +232,6 @@ def test_measuring_leaves_model_and_random_state_alone():
     assert times[dtype] == min(times.values())
     assert set(times) == {"float32", "bfloat16"}
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, model.parameters(), strict=True))
-    assert matmul_flops(torch.device("cpu"), "float32") > 1e8
 
 
 # Evaluation

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from ...cpu import multiplies
 from .reference import dropout_kept, sequence_bias, sequence_slopes, visible
 
 # Scores held at once. 2^19 in fp32 are 2 MB, a core's L2 on server CPUs; GPUs want larger launches.
@@ -47,8 +48,9 @@ class _Dense:
         self.diagonal = self.cols - self.rows
         self.offset = self.diagonal if bottom_right else 0
         self.wide = torch.promote_types(q.dtype, torch.float32)
-        # fp16 products on CPUs are slower than fp32 and round their sums; bf16 ones run on matrix units.
-        self.narrow = self.wide if q.dtype == torch.float16 and q.device.type == "cpu" else q.dtype
+        # fp16 products on CPUs are slower than fp32 and round their sums; bf16 ones too, but where the CPU has them.
+        keeps = q.device.type != "cpu" or (q.dtype != torch.float16 and multiplies(q.dtype))
+        self.narrow = q.dtype if keeps else self.wide
 
     def chunks(self):
         return _chunks(self.q.device, self.batch, self.heads_kv, self.group, self.rows, self.cols)
