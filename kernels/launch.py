@@ -50,7 +50,7 @@ def next_power_of_2(n: int) -> int:
     return triton.next_power_of_2(max(int(n), 1))
 
 
-class Rows:
+class RowView:
     """``x`` as rows of ``n_cols`` adjacent elements at up to two strides; copied only where no such view exists.
 
     Row i starts at ``(i // inner) * strides[0] + (i % inner) * strides[1]``: the heads of a packed query-key-value

@@ -281,13 +281,13 @@ def test_a_row_does_not_depend_on_its_batch():
 
 
 def test_heads_in_a_packed_projection_are_read_where_they_lie():
-    from fastllm.kernels.launch import Rows
+    from fastllm.kernels.launch import RowView
 
     packed = torch.randn(5, 3, 4, 16)
-    rows = Rows(packed[:, 1], 16)
+    rows = RowView(packed[:, 1], 16)
     assert rows.data.data_ptr() == packed[:, 1].data_ptr()
     assert rows.layout == (4, 192, 16)
-    assert Rows(torch.randn(6, 4, 2, 8).permute(1, 0, 2, 3)[:, ::2], 8).data.is_contiguous()
+    assert RowView(torch.randn(6, 4, 2, 8).permute(1, 0, 2, 3)[:, ::2], 8).data.is_contiguous()
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
