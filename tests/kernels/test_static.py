@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from fastllm.bench.capture import GPUS
 from fastllm.bench.static import Resources, Row, problems, read_rows
+from fastllm.kernels.device import GPUS
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +56,8 @@ from itertools import product
 import torch
 from fastllm import OPS
 from fastllm.bench.norms import _call
-from fastllm.bench.capture import CUDA, GPUS, launches
+from fastllm.bench.capture import CUDA, launches
+from fastllm.kernels.device import GPUS
 from fastllm.bench.static import Row, problems, read_resources
 
 thorough, done, found = sys.argv[1] == "thorough", {}, []
@@ -193,7 +194,8 @@ print(max(row.resources.spills for row in rows))
 
 DOUBLE = """
 import torch, triton, triton.language as tl
-from fastllm.bench.capture import GPUS, pretend
+from fastllm.bench.capture import pretend
+from fastllm.kernels.device import GPUS
 from fastllm.bench.static import read_resources
 
 @triton.jit
@@ -227,7 +229,8 @@ FLOAT = """
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from fastllm.bench.capture import GPUS, pretend
+from fastllm.bench.capture import pretend
+from fastllm.kernels.device import GPUS
 from fastllm.bench.static import read_resources
 from fastllm.kernels.norm.forward import _norm_fwd_kernel as kernel
 
@@ -246,7 +249,8 @@ assert doubles("fp32") == 0 < doubles("fp64"), (doubles("fp32"), doubles("fp64")
 
 SYNC = """
 import torch
-from fastllm.bench.capture import GPUS, pretend
+from fastllm.bench.capture import pretend
+from fastllm.kernels.device import GPUS
 with pretend(GPUS[90], print):
     x = torch.ones(4, device="cuda")
     assert x.device.type == "cuda" and x[1:].data_ptr() % 16 == 4
