@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..ops.shared.philox import draw_seed
+
 # Rows of the whole batch that come before those that are being computed; process-wide, as autograd's threads recompute.
 _before = torch.zeros((), dtype=torch.int64)
 
@@ -45,7 +47,7 @@ class Dropout(nn.Dropout):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0.0:
             return input
-        seed = torch.randint(2**62, (), device=input.device, dtype=torch.int64)
+        seed = draw_seed(input.device)
         rows = torch.arange(input.shape[0], device=input.device) + _before.to(input.device)
         keep = keep_mask(seed, rows, input[0].numel(), self.p).view(input.shape)
         dropped = round(self.p * 2**16) / 2**16

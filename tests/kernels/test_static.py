@@ -51,7 +51,6 @@ def norm_rows(compiler, tmp_path_factory):
 # Every width at which the norms' launchers decide anew, and those between that fill a tile worst.
 TABLE = """
 import sys
-from dataclasses import replace
 from itertools import product
 import torch
 from fastllm import OPS
@@ -63,7 +62,7 @@ from fastllm.bench.static import Row, problems, read_resources
 thorough, done, found = sys.argv[1] == "thorough", {}, []
 widths = [1, 63, *(2**k for k in range(7, 19)), 12288, 50304] if thorough else [1024, 262144]
 names = ("layer_norm", "add_rms_norm", "add_layer_norm") if thorough else ("layer_norm", "add_layer_norm")
-small = replace(GPUS[80], shared_per_block=99 << 10)  # sm_86, sm_89
+small = GPUS[80]._replace(shared_per_block=99 << 10)  # sm_86, sm_89
 # The input's dtype, and that of the residual and the parameters.
 alike = [(torch.bfloat16,) * 2, (torch.float32,) * 2]
 mixed = [*alike, (torch.bfloat16, torch.float32)]
