@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 
 from . import extension
+from .kernels.device import device_info
 from .registry import OPS, Call, Op
 
 BACKENDS = ("eager", "triton", "native", "hopper")
@@ -111,9 +112,9 @@ def why_not(name: str, device_type: str, dtypes: Iterable[torch.dtype] = (), op:
             if dtype not in KERNEL_DTYPES:
                 return f"the kernels take float32, float16 and bfloat16, got {str(dtype).removeprefix('torch.')}"
     if name == "hopper":
-        capability = torch.cuda.get_device_capability() if device_type == "cuda" else None
-        if capability != (9, 0):
-            found = "the interpreter" if capability is None else "sm_{}{}".format(*capability)
+        info = device_info(torch.device(device_type))
+        if info.vendor != "nvidia" or info.arch != 90:
+            found = "the interpreter" if info.vendor == "interpreter" else info.architecture
             return f"it is for GPUs of sm_90 (H100, H200), this is {found}"
     if name == "native":
         if extension.missing() is not None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from . import backends, cpu, extension, registry
+from .kernels.device import from_properties
 from .version import __version__
 
 
@@ -31,7 +32,8 @@ def _gpu() -> str:
     if not torch.cuda.is_available():
         return "none (torch.cuda.is_available() is False)"
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return ", ".join(f"{p.name} (sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB)" for p in properties)
+    found = [(from_properties(p).architecture, p) for p in properties]
+    return ", ".join(f"{p.name} ({arch}, {p.total_memory / 2**30:.0f} GiB)" for arch, p in found)
 
 
 def _by_tensors(op: str, device_type: str) -> tuple[str, str]:

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import OPTIONS, Rows, next_power_of_2, tuned
+from .launch import OPTIONS, RowView, next_power_of_2, tuned
 from .math import starts
 
 # 16 elements of each tensor to a thread of 4 warps: from compiled register counts, not yet from timings.
@@ -87,7 +87,7 @@ def _gated_bwd_kernel(
 
 
 def _plan(tensors, packed: bool):
-    """The tensors as :class:`Rows`, rows and columns of the launch, its grid and settings."""
+    """The tensors as :class:`RowView`, rows and columns of the launch, its grid and settings."""
     tensors = [t if t.dim() else t.unsqueeze(0) for t in tensors]
     n_cols = tensors[0].shape[-1]
     n_rows = tensors[0].numel() // n_cols
@@ -101,7 +101,7 @@ def _plan(tensors, packed: bool):
     settings = tuned(kernel, first.device, (block_m, block_n, first.element_size()), settings)
     block_m, block_n = settings["BLOCK_M"], settings["BLOCK_N"]
     grid = (triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, block_n),)
-    return [Rows(t, n_cols) for t in tensors], n_rows, n_cols, grid, settings | OPTIONS
+    return [RowView(t, n_cols) for t in tensors], n_rows, n_cols, grid, settings | OPTIONS
 
 
 def _halves(gate, up):

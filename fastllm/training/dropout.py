@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..ops.shared.philox import draw_seed
+
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
     """SplitMix64's finaliser (Steele et al. 2014), in place; int64 products wrap and shifts are made logical."""
@@ -44,7 +46,7 @@ class RowDropout(nn.Dropout):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0.0:
             return input
-        seed = torch.randint(2**62, (), device=input.device, dtype=torch.int64)
+        seed = draw_seed(input.device)
         rows = torch.arange(input.shape[0], device=input.device) + self.first_row.to(input.device)
         keep = keep_mask(seed, rows, input[0].numel(), self.p).view(input.shape)
         dropped = round(self.p * 2**16) / 2**16

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import OPTIONS, Rows, cluster_blocks, next_power_of_2, processor_count
+from ..launch import OPTIONS, RowView, cluster_blocks, next_power_of_2, processor_count
 from ..math import is_kept, starts
 from .forward import BLOCKED_COLS, row_tile, warps
 from .long_row import is_long, norm_bwd_row
@@ -185,8 +185,8 @@ def norm_bwd(
     dresidual = x.new_empty(x.shape if need_dresidual else 0)
     dweight = x.new_empty(n_cols if need_dweight else 0, dtype=weight.dtype if need_dweight else x.dtype)
     dbias = x.new_empty(n_cols if need_dbias else 0, dtype=bias_dtype)
-    x_rows, dy_rows = Rows(x, n_cols), Rows(dy, n_cols)
-    dh_rows = dy_rows if dh is None else Rows(dh, n_cols)
+    x_rows, dy_rows = RowView(x, n_cols), RowView(dy, n_cols)
+    dh_rows = dy_rows if dh is None else RowView(dh, n_cols)
     n_rows = x_rows.count
     if n_rows == 0:
         return dinput, dresidual, dweight.zero_(), dbias.zero_()

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import OPTIONS, Rows, cluster_blocks, next_power_of_2, tuned
+from ..launch import OPTIONS, RowView, cluster_blocks, next_power_of_2, tuned
 from ..math import is_kept, starts
 from .long_row import is_long, norm_fwd_row
 from .packed import norm_fwd_packed, packable
@@ -151,14 +151,14 @@ def norm_fwd(x, residual, weight, bias, seed, eps: float, offset: float, p: floa
         y as ``x``; h as ``residual`` (empty without one); mean and rstd (rows,) fp32, mean empty unless ``center``.
     """
     n_cols = x.shape[-1]
-    rows = Rows(x, n_cols)
+    rows = RowView(x, n_cols)
     y = x.new_empty(x.shape)
     h = x.new_empty(0) if residual is None else residual.new_empty(x.shape)
     mean = x.new_empty(rows.count if center else 0, dtype=torch.float32)
     rstd = x.new_empty(rows.count, dtype=torch.float32)
     if rows.count == 0:
         return y, h, mean, rstd
-    more = rows if residual is None else Rows(residual, n_cols)
+    more = rows if residual is None else RowView(residual, n_cols)
     inputs, outputs = (rows.data, None if residual is None else more.data, weight, bias), (y, h, mean, rstd)
     args = (*inputs, seed, *outputs)
     layouts = (*rows.layout, *more.layout)

@@ -11,8 +11,8 @@ import sys
 import pytest
 from thorough import IS_THOROUGH
 
-from fastllm.bench.capture import GPUS
 from fastllm.bench.static import Resources, Row, problems, read_rows
+from fastllm.kernels.device import GPUS
 
 
 @pytest.fixture(scope="session")
@@ -68,18 +68,18 @@ def norm_rows(compiler, tmp_path_factory):
 # Every width at which the norms' launchers decide anew, and those between that fill a tile worst.
 TABLE = """
 import sys
-from dataclasses import replace
 from itertools import product
 import torch
 from fastllm import OPS
 from fastllm.bench.norms import _call
-from fastllm.bench.capture import CUDA, GPUS, launches
+from fastllm.bench.capture import CUDA, launches
+from fastllm.kernels.device import GPUS
 from fastllm.bench.static import Row, problems, read_resources
 
 thorough, done, found = sys.argv[1] == "thorough", {}, []
 widths = [1, 63, *(2**k for k in range(7, 19)), 12288, 50304] if thorough else [1024, 262144]
 names = ("layer_norm", "add_rms_norm", "add_layer_norm") if thorough else ("layer_norm", "add_layer_norm")
-small = replace(GPUS[80], shared_per_block=99 << 10)  # sm_86, sm_89
+small = GPUS[80]._replace(shared_per_block=99 << 10)  # sm_86, sm_89
 # The input's dtype, and that of the residual and the parameters.
 alike = [(torch.bfloat16,) * 2, (torch.float32,) * 2]
 mixed = [*alike, (torch.bfloat16, torch.float32)]
@@ -211,7 +211,8 @@ print(max(row.resources.spills for row in rows))
 
 DOUBLE = """
 import torch, triton, triton.language as tl
-from fastllm.bench.capture import GPUS, pretend
+from fastllm.bench.capture import pretend
+from fastllm.kernels.device import GPUS
 from fastllm.bench.static import read_resources
 
 @triton.jit
@@ -245,7 +246,8 @@ FLOAT = """
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from fastllm.bench.capture import GPUS, pretend
+from fastllm.bench.capture import pretend
+from fastllm.kernels.device import GPUS
 from fastllm.bench.static import read_resources
 from fastllm.kernels.norm.forward import _norm_fwd_kernel as kernel
 
@@ -264,7 +266,8 @@ assert doubles("fp32") == 0 < doubles("fp64"), (doubles("fp32"), doubles("fp64")
 
 SYNC = """
 import torch
-from fastllm.bench.capture import GPUS, pretend
+from fastllm.bench.capture import pretend
+from fastllm.kernels.device import GPUS
 with pretend(GPUS[90], print):
     x = torch.ones(4, device="cuda")
     assert x.device.type == "cuda" and x[1:].data_ptr() % 16 == 4

@@ -65,7 +65,8 @@ from fastllm.backends import pick_by_tensors
 from fastllm.functional import attention, scaled_dot_product_attention
 from fastllm.kernels.attention import problem as kernels
 from fastllm.ops.attention.attention import attention_reference
-from fastllm.ops.attention.reference import draw_seed, dropout_kept
+from fastllm.ops.attention.reference import dropout_kept
+from fastllm.ops.shared.philox import draw_seed
 
 
 @pytest.fixture(params=BACKENDS)

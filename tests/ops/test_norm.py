@@ -9,6 +9,7 @@ from contract import assert_all_as_true, assert_as_true, copy, leaves, outputs, 
 import fastllm
 from fastllm import OPS
 from fastllm.functional import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from fastllm.kernels import device as kernels_device
 from fastllm.kernels import launch as _launch
 from fastllm.kernels.norm import backward as _norm_backward
 from fastllm.kernels.norm import forward as _norm
@@ -120,10 +121,10 @@ def test_long_rows_part_by_part(name, dtype, monkeypatch, poisoned_memory):
 
 
 def test_clusters_are_for_gpus_that_have_them(monkeypatch):
-    cuda = torch.device("cuda")
+    cuda = torch.device("cuda", 0)
     monkeypatch.setattr(_launch, "_REDUCES_ACROSS_CLUSTERS", True)
-    for major, blocks in ((8, 0), (9, 2), (10, 2)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=major: (major, 0))
+    for arch, blocks in ((80, 0), (90, 2), (100, 2)):
+        monkeypatch.setattr(kernels_device, "_gpu", lambda index, arch=arch: kernels_device.GPUS[arch])
         assert _launch.cluster_blocks(cuda, 12288, 8192) == blocks
     assert [_launch.cluster_blocks(cuda, n, 8192) for n in (8193, 32768, 65536, 65537)] == [2, 4, 8, 0]
     monkeypatch.setattr(_launch, "_REDUCES_ACROSS_CLUSTERS", False)
@@ -274,13 +275,13 @@ def test_a_row_does_not_depend_on_its_batch():
 
 
 def test_heads_in_a_packed_projection_are_read_where_they_lie():
-    from fastllm.kernels.launch import Rows
+    from fastllm.kernels.launch import RowView
 
     packed = torch.randn(5, 3, 4, 16)
-    rows = Rows(packed[:, 1], 16)
+    rows = RowView(packed[:, 1], 16)
     assert rows.data.data_ptr() == packed[:, 1].data_ptr()
     assert rows.layout == (4, 192, 16)
-    assert Rows(torch.randn(6, 4, 2, 8).permute(1, 0, 2, 3)[:, ::2], 8).data.is_contiguous()
+    assert RowView(torch.randn(6, 4, 2, 8).permute(1, 0, 2, 3)[:, ::2], 8).data.is_contiguous()
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from ...backends import pick_by_tensors, plain_eager
 from ...registry import Op, define, register
 from ..shared.autograd import apply, autocasts, gradients
+from ..shared.philox import draw_seed
 from .amx import amx_attention, amx_exception, amx_serves
 from .call import check_attention, check_dropout, check_scale, check_window
-from .reference import draw_seed, reference
+from .reference import reference
 from .samples import attention_cost, attention_samples
 from .torch_fused import faster_in_torch, torch_attention, torch_exception
 

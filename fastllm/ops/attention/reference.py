@@ -4,33 +4,14 @@ from __future__ import annotations
 
 import torch
 
-
-def draw_seed(device: torch.device) -> torch.Tensor:
-    """One 64-bit Philox key from the device's default generator: no host sync, replayable, safe in CUDA graphs."""
-    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
-
-
-_WORD = 0xFFFFFFFF
-
-
-def _philox_4x32_10(seed: torch.Tensor, c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor):
-    """Philox-4x32-10 (Salmon et al. 2011) on int64 tensors that hold 32-bit words; the fourth counter word is 0."""
-    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
-    c3 = torch.zeros_like(c0)
-    for _ in range(10):
-        # The product wraps in 64 signed bits; its halves are right once masked.
-        low_0, low_2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c2 = ((low_2 >> 32) & _WORD) ^ c1 ^ k0, ((low_0 >> 32) & _WORD) ^ c3 ^ k1
-        c1, c3 = low_2 & _WORD, low_0 & _WORD
-        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
-    return c0, c1, c2, c3
+from ..shared.philox import philox
 
 
 def dropout_kept(seed: torch.Tensor, planes: torch.Tensor, rows: torch.Tensor, cols: int, p: float) -> torch.Tensor:
     """Which probabilities dropout keeps: bool (*planes.shape, len(rows), cols).
 
     Args:
-        seed: (1,) int64, the Philox key (:func:`draw_seed`).
+        seed: (1,) int64, the Philox key (:func:`..shared.philox.draw_seed`).
         planes: int64, batch * heads + head of each plane of scores.
         rows: (r,) int64, query positions within their sequence.
         cols: how many key positions, from 0.
@@ -40,9 +21,7 @@ def dropout_kept(seed: torch.Tensor, planes: torch.Tensor, rows: torch.Tensor, c
     """
     groups = torch.arange((cols + 3) // 4, device=rows.device)
     shape = (*planes.shape, rows.numel(), groups.numel())
-    words = _philox_4x32_10(
-        seed, groups.expand(shape), rows.view(-1, 1).expand(shape), planes[..., None, None].expand(shape)
-    )
+    words = philox(seed, groups.expand(shape), rows.view(-1, 1).expand(shape), planes[..., None, None].expand(shape))
     limit = min(int(p * 2**32), 2**32 - 1)
     return torch.stack([w >= limit for w in words], -1).flatten(-2)[..., :cols]
 

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 
 from ...backends import pick_by_tensors
 from ...registry import Op, Sample, register
+from ..shared.philox import draw_seed
 from .amx import amx_attention, amx_exception, amx_serves
 from .attention import apply_attention, autocast, kernel_refuses, sdpa_serves
 from .call import check_dropout, check_qkv, check_scale
-from .reference import draw_seed, reference
+from .reference import reference
 from .samples import attention_cost
 from .torch_fused import faster_in_torch, torch_attention, torch_exception
 

@@ -12,7 +12,7 @@ from ...backends import chosen_backend, pick_by_tensors
 from ...registry import Cost, Sample, define
 from ..shared.autograd import apply, gradients
 from ..shared.check import check_floating
-from ..shared.philox import dropout_mask, rows_kept
+from ..shared.philox import draw_seed, dropout_mask, rows_kept
 
 
 def _shape(op: str, normalized_shape) -> tuple[int, ...]:
@@ -217,8 +217,7 @@ def fused_norm(input, shape, weight, bias, eps, offset, center: bool, backend: s
     def rows(tensor):
         return None if tensor is None else tensor.flatten(-len(shape))
 
-    # The seed is a tensor drawn on the device: no synchronisation, and a captured graph draws anew at each replay.
-    seed = torch.randint(0, 2**62, (1,), device=input.device) if p > 0.0 else None
+    seed = draw_seed(input.device) if p > 0.0 else None
     y, h, _, _ = apply(
         _Norm, rows(input), rows(residual), flat(weight), flat(bias), seed, float(eps), float(offset), float(p), center,
         backend,
