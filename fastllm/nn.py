@@ -6,8 +6,7 @@ from .ops.cross_entropy.linear import LinearCrossEntropyHead, LinearCrossEntropy
 from .ops.embedding.embedding import Embedding
 from .ops.embedding.embedding_sum import EmbeddingSum
 from .ops.geglu import GEGLU
-from .ops.norm.add_layer_norm import AddLayerNorm
-from .ops.norm.add_rms_norm import AddRMSNorm
+from .ops.norm.add_norm import AddLayerNorm, AddRMSNorm
 from .ops.norm.layer_norm import LayerNorm
 from .ops.norm.rms_norm import RMSNorm
 from .ops.swiglu import SwiGLU

@@ -92,9 +92,9 @@ def test_rows_shared_by_a_cluster(name, dtype, monkeypatch, poisoned_memory):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", NORMS)
-def test_long_rows_part_by_part(name, dtype, monkeypatch, poisoned_memory):
+def test_long_rows_segment_by_segment(name, dtype, monkeypatch, poisoned_memory):
     op, add, seen = OPS[name], name.startswith("add"), []
-    for constant, value in dict(LONG=64, ODD_LONG=64, PART=64, AHEAD=128).items():
+    for constant, value in dict(LONG=64, UNALIGNED_LONG=64, SEGMENT=64, LOADED_FIRST=128).items():
         monkeypatch.setattr(_norm_row, constant, value)
     for module, launcher in ((_norm, "norm_fwd_row"), (_norm_backward, "norm_bwd_row")):
         real = getattr(module, launcher)
@@ -103,7 +103,7 @@ def test_long_rows_part_by_part(name, dtype, monkeypatch, poisoned_memory):
     def made(*shape, dtype=dtype):
         return torch.randn(shape, device=DEVICE).to(dtype).requires_grad_()
 
-    # Of 64 columns 2 and 5 parts, the last full; 4, the last one short; at odd places 2 of 256.
+    # 2 and 5 segments of 64 columns, the last one full; 4, the last one short; 2 of 256 where rows are not aligned.
     for cols, wide in ((128, False), (320, True), (208, False), (500, True)):
         inputs = [made(70, cols + 3)[:, 1 : 1 + cols] for _ in range(1 + add)]
         if add and wide:
@@ -132,7 +132,7 @@ def test_clusters_are_for_gpus_that_have_them(monkeypatch):
 
 
 def test_a_row_at_the_edge_of_each_kernel():
-    edges = (_norm_row.ODD_LONG + 1, _norm_row.LONG, _norm_row.LONG + 16, _norm_backward.BWD_ROW)
+    edges = (_norm_row.UNALIGNED_LONG + 1, _norm_row.LONG, _norm_row.LONG + 16, _norm_backward.BWD_ROW)
     for cols in (*edges, _norm.FWD_ROW, _norm.FWD_ROW + 1):
         x = torch.randn(2, cols, device=DEVICE, requires_grad=True)
         dy = torch.randn(2, cols, device=DEVICE)
@@ -151,7 +151,7 @@ def test_dropout_is_the_same_in_both_directions(function, fwd, bwd, monkeypatch)
     monkeypatch.setattr(_norm_backward, "BWD_ROW", row[bwd])
     monkeypatch.setattr(_norm, "is_long", lambda _: fwd == "long")
     monkeypatch.setattr(_norm_backward, "is_long", lambda _: bwd == "long")
-    monkeypatch.setattr(_norm_row, "PART", 32)
+    monkeypatch.setattr(_norm_row, "SEGMENT", 32)
     x = torch.rand(64, cols, device=DEVICE).add_(1).requires_grad_()
     residual = torch.randn(64, cols, device=DEVICE, requires_grad=True)
     weight = torch.rand(cols, device=DEVICE, requires_grad=True)
