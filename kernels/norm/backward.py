@@ -4,7 +4,7 @@
     dh = rstd * (g - mean(g) - xhat * mean(g * xhat)) + (the gradient that h itself received)
     dresidual = dh,  dinput = keep * dh / (1 - p),  dweight = sum_rows(dy * xhat),  dbias = sum_rows(dy)
 
-RowView of up to BWD_ROW columns, half as many with dropout, are read once by a persistent grid that prefetches the next
+Rows of up to BWD_ROW columns, half as many with dropout, are read once by a persistent grid that prefetches the next
 tiles. A program keeps its share of dweight and dbias in fp32 registers and leaves one row of partial sums, and a small
 second kernel sums those rows. Long rows go through registers segment by segment (long_row.py). The blocks of a cluster
 share rows of up to eight times the width. A wider row, and every one past BWD_ROW where there are no clusters, does not
