@@ -16,6 +16,7 @@ from fastllm.backends import BackendError, why_not
 from fastllm.functional import attention, scaled_dot_product_attention
 from fastllm.kernels.attention import hopper as kernels
 from fastllm.kernels.attention import hopper_warps as parts
+from fastllm.ops.attention.call import Call
 from fastllm.ops.attention.reference import reference
 
 SM_90 = why_not("hopper", DEVICE.type) is None
@@ -35,21 +36,29 @@ def tensors(rows, cols, heads, heads_kv, dim, dtype=torch.bfloat16, batch=None):
     return [torch.randn(batch, n, h, dim).transpose(1, 2).to(dtype) for h, n in shapes]
 
 
+def call_of(q, k, v, cu_q=None, cu_k=None, *, causal=False, bottom_right=True):
+    none = dict.fromkeys(("bias", "sinks", "slopes", "seed"))
+    return Call(
+        q, k, v, **none, cu_q=cu_q, cu_k=cu_k, scale=q.shape[-1] ** -0.5, softcap=0.0, left=-1,
+        right=0 if causal else -1, bottom_right=bottom_right, dropout_p=0.0,
+    )  # fmt: skip
+
+
 def check(monkeypatch, q, k, v, cu_q=None, cu_k=None, *, causal=False, bottom_right=True, seed=0):
     """The kernel's outputs and statistics against the definition in fp64."""
     kernel = Emulated(KERNEL, seed)
     monkeypatch.setattr(kernels, "_attention_hopper_fwd_kernel", kernel)
-    spec = (q.shape[-1] ** -0.5, 0.0, -1, 0 if causal else -1, bottom_right, 0.0)
+    call = call_of(q, k, v, cu_q, cu_k, causal=causal, bottom_right=bottom_right)
     out = torch.full_like(q, math.nan) if cu_q is None else torch.zeros(q.shape, dtype=q.dtype)
-    lse, stats = kernels.attention_fwd(q, k, v, None, None, None, None, cu_q, cu_k, *spec, out)
+    lse, stats = kernels.attention_hopper_fwd(call, out)
     assert kernel.launches
-    truth, true_lse = reference(*(x.double() for x in (q, k, v)), None, None, None, None, cu_q, cu_k, *spec)
-    eager, _ = reference(q, k, v, None, None, None, None, cu_q, cu_k, *spec)
+    truth, true_lse = reference(*(x.double() for x in (q, k, v)), *call[3:])
+    eager, _ = reference(*call)
     floor = 4 * torch.finfo(q.dtype).eps
     assert (out - truth).abs().max() <= 2 * (eager - truth).abs().max() + floor
     torch.testing.assert_close(lse.double(), true_lse, rtol=1e-5, atol=1e-5)
     # What the backward takes: exp2((q k - maximum) * unit - log2 of the sum) is the softmax.
-    unit = spec[0] * math.log2(math.e)
+    unit = call.scale * math.log2(math.e)
     mine = (stats[0] * unit + stats[1]) * math.log(2)
     seen = lse > -math.inf
     torch.testing.assert_close(mine[seen].double(), true_lse[seen], rtol=1e-5, atol=1e-5)
@@ -93,9 +102,8 @@ def test_a_packed_sequence_keeps_its_neighbours_out(monkeypatch, causal):
     clean = [torch.cat([x[:70], x[220:]]) for x in (q, k, v)]
     kernel = Emulated(KERNEL)
     monkeypatch.setattr(kernels, "_attention_hopper_fwd_kernel", kernel)
-    spec = (0.125, 0.0, -1, 0 if causal else -1, True, 0.0)
     out = torch.zeros_like(q)
-    kernels.attention_fwd(q, k, v, None, None, None, None, cu, cu, *spec, out)
+    kernels.attention_hopper_fwd(call_of(q, k, v, cu, cu, causal=causal), out)
     alone = check(monkeypatch, *clean, starts(70, 90), starts(70, 90), causal=causal)
     assert torch.equal(torch.cat([out[:70], out[220:]]), alone)
 
@@ -109,16 +117,16 @@ def test_schedules_do_not_matter(monkeypatch):
 
 FAULTS = {
     "keys are given back before the scores are there": (
-        "    s = warpgroup_mma_wait(1, deps=[s])\n    mbarrier.arrive(k_empty.index(slot), count=1)\n",
-        "    mbarrier.arrive(k_empty.index(slot), count=1)\n    s = warpgroup_mma_wait(1, deps=[s])\n",
+        "    s = warpgroup_mma_wait(1, deps=[s])\n    mbarrier.arrive(k.empty.index(slot), count=1)\n",
+        "    mbarrier.arrive(k.empty.index(slot), count=1)\n    s = warpgroup_mma_wait(1, deps=[s])\n",
     ),
-    "values are not waited for": ("    mbarrier.wait(v_full.index(before), (use - 1) // STAGES & 1)\n", ""),
+    "values are not waited for": ("    mbarrier.wait(v.full.index(before), (use - 1) // STAGES & 1)\n", ""),
     "a phase is wrong": (
-        "mbarrier.wait(k_full.index(slot), use // STAGES & 1)",
-        "mbarrier.wait(k_full.index(slot), 1)",
+        "mbarrier.wait(k.full.index(slot), use // STAGES & 1)",
+        "mbarrier.wait(k.full.index(slot), 1)",
     ),
     "a turn is not given on": ("        mbarrier.arrive(turns.index(1 - HALF), count=1)\n", "        pass\n"),
-    "the last buffer is kept": ("    mbarrier.arrive(v_empty.index(before), count=1)\n", ""),
+    "the last buffer is kept": ("    mbarrier.arrive(v.empty.index(before), count=1)\n", ""),
     "scores are used before they are there": ("warpgroup_mma_wait(1, deps=[s])", "warpgroup_mma_wait(2, deps=[s])"),
     "nothing separates a store from a product": ("    fence_async_shared()\n", ""),
 }
@@ -143,11 +151,11 @@ def test_the_emulator_sees_faults(monkeypatch, fault):
     monkeypatch.setattr(kernels, "_attention_hopper_fwd_kernel", kernel)
     cu = starts(900, 60)
     q, k, v = tensors(960, 960, 2, 1, 64)
-    spec = (0.125, 0.0, -1, 0, True, 0.0)
+    call = call_of(q, k, v, cu, cu, causal=True)
 
     def some_schedules():
         for _ in range(12):
-            kernels.attention_fwd(q, k, v, None, None, None, None, cu, cu, *spec, torch.zeros_like(q))
+            kernels.attention_hopper_fwd(call, torch.zeros_like(q))
 
     with pytest.raises(EmulationError):
         some_schedules()
@@ -155,16 +163,14 @@ def test_the_emulator_sees_faults(monkeypatch, fault):
 
 @emulated
 def test_other_calls_are_the_portable_kernels(monkeypatch):
-    def run(q, k, v, *features, left=-1, right=-1):
-        spec = (0.1, 0.0, left, right, True, 0.0)
+    def run(q, k, v, **features):
         out = torch.empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1], dtype=q.dtype).transpose(1, 2)
-        problem = kernels.Problem(q, k, v, *features, *[None] * (6 - len(features)), *spec)
-        return kernels.refuses(problem, out)
+        return kernels.hopper_refuses(kernels.Problem(call_of(q, k, v)._replace(**features)), out)
 
     q, k, v = tensors(200, 200, 2, 2, 64, batch=1)
     assert run(q, k, v) is None
     assert "feature" in run(q, k, v, left=5)
-    assert "feature" in run(q, k, v, torch.zeros(1, 1, 200, 200))
+    assert "feature" in run(q, k, v, bias=torch.zeros(1, 1, 200, 200))
     assert "head dims" in run(q[..., :32], k[..., :32], v)
     assert "fp16" in run(q.float(), k.float(), v.float())
     assert "few queries" in run(q[:, :, :1], *(torch.zeros(1, 2, 8192, 64, dtype=q.dtype) for _ in range(2)))

@@ -65,8 +65,8 @@ from fastllm.backends import pick_by_tensors
 from fastllm.functional import attention, scaled_dot_product_attention
 from fastllm.kernels.attention import problem as kernels
 from fastllm.ops.attention.attention import attention_reference
-from fastllm.ops.attention.reference import dropout_kept
-from fastllm.ops.shared.philox import draw_seed
+from fastllm.ops.attention.call import Call
+from fastllm.ops.attention.reference import draw_seed, dropout_kept
 
 
 @pytest.fixture(params=BACKENDS)
@@ -244,8 +244,8 @@ def test_fp32_products_follow_torchs_setting():
 
     def precision(dtype):
         tensors = [t.to(dtype) for t in (q, k, v)]
-        problem = kernels.Problem(*tensors, *(None,) * 6, 1.0, 0.0, -1, -1, True, 0.0)
-        return problem.flags["PRECISION"]
+        call = Call(*tensors, *(None,) * 6, 1.0, 0.0, -1, -1, True, 0.0)
+        return kernels.Problem(call).flags().precision
 
     before = torch.get_float32_matmul_precision()
     try:

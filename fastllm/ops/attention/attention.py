@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from ...backends import pick_by_tensors, plain_eager
 from ...registry import Op, define, register
 from ..shared.autograd import apply, autocasts, gradients
-from ..shared.philox import draw_seed
 from .amx import amx_attention, amx_exception, amx_serves
-from .call import check_attention, check_dropout, check_scale, check_window
-from .reference import reference
+from .call import Call, Forward, Upstream, Wanted, check_attention, check_dropout, check_scale, check_window
+from .reference import draw_seed, reference
 from .samples import attention_cost, attention_samples
 from .torch_fused import faster_in_torch, torch_attention, torch_exception
 
@@ -60,16 +59,21 @@ def _fwd_fake(q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, scale, softcap, le
 )
 def _attention_fwd(q, k, v, *rest):
     *rest, backend = rest
-    if backend == "hopper":
-        from ...kernels.attention.hopper import attention_fwd
-    elif backend == "triton":
-        from ...kernels.attention.forward import attention_fwd
-    else:
-        from .eager import attention_fwd
-    packed = rest[4] is not None
+    call = Call(q, k, v, *rest)
+    packed = call.cu_q is not None
     heads, _, rows, _ = _sizes(q, k, packed)
     out = like_query(q, heads, rows, v.shape[-1], packed)
-    return out, *attention_fwd(q, k, v, *rest, out)
+    if backend == "hopper":
+        from ...kernels.attention.hopper import attention_hopper_fwd
+
+        return out, *attention_hopper_fwd(call, out)
+    if backend == "triton":
+        from ...kernels.attention.forward import attention_fwd
+
+        return out, *attention_fwd(call, out)
+    from .eager import attention_fwd
+
+    return out, *attention_fwd(*call, out)
 
 
 def _gradient_buffers(q, k, v, bias, sinks, cu_q, needs):
@@ -96,14 +100,19 @@ def _bwd_fake(dout, dlse, out, stats, needs, q, k, v, bias, sinks, slopes, seed,
 )
 def _attention_bwd(dout, dlse, out, stats, needs, q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, *spec):
     *spec, backend = spec
+    grads = _gradient_buffers(q, k, v, bias, sinks, cu_q, needs)
+    wanted = Wanted(*grads, needs[3], needs[4])
     if backend != "eager":
         from ...kernels.attention.backward import attention_bwd
+
+        call = Call(q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, *spec)
+        dbias, dsinks = attention_bwd(call, Forward(out, stats), Upstream(dout, dlse), wanted)
     else:
         from .eager import attention_bwd
-    grads = _gradient_buffers(q, k, v, bias, sinks, cu_q, needs)
-    dbias, dsinks = attention_bwd(
-        dout, dlse, q, k, v, out, stats, bias, sinks, slopes, seed, cu_q, cu_k, *spec, (*grads, needs[3], needs[4])
-    )
+
+        dbias, dsinks = attention_bwd(
+            dout, dlse, q, k, v, out, stats, bias, sinks, slopes, seed, cu_q, cu_k, *spec, tuple(wanted)
+        )
     return tuple(q.new_empty(0) if g is None else g for g in (*grads, dbias, dsinks))
 
 

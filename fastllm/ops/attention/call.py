@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import numbers
+from typing import NamedTuple
 
 import torch
 
@@ -148,3 +149,47 @@ def _check_bias(op: str, bias, full, query, packed: bool) -> torch.Tensor:
     ):
         raise ValueError(f"{op}: bias must broadcast to {list(full)}, got shape {list(bias.shape)}")
     return bias[(None,) * (4 - bias.dim())]
+
+
+class Call(NamedTuple):
+    """A checked call in normal form; see :mod:`.attention`."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    bias: torch.Tensor | None
+    sinks: torch.Tensor | None
+    slopes: torch.Tensor | None
+    seed: torch.Tensor | None
+    cu_q: torch.Tensor | None
+    cu_k: torch.Tensor | None
+    scale: float
+    softcap: float
+    left: int
+    right: int
+    bottom_right: bool
+    dropout_p: float
+
+
+class Forward(NamedTuple):
+    """What the backward takes from the forward: the output, and (2, *lse.shape) row maxima and logs of row sums."""
+
+    out: torch.Tensor
+    stats: torch.Tensor
+
+
+class Upstream(NamedTuple):
+    """The gradients that come in."""
+
+    dout: torch.Tensor
+    dlse: torch.Tensor | None
+
+
+class Wanted(NamedTuple):
+    """What a backward is to give: buffers to fill or None, and whether the gradients of bias and sinks are wanted."""
+
+    dq: torch.Tensor | None
+    dk: torch.Tensor | None
+    dv: torch.Tensor | None
+    bias: bool
+    sinks: bool

@@ -1,0 +1,120 @@
+"""What the attention kernels take: values that a launcher makes once for a call, and values made in a kernel.
+
+What a call does not have is None in them, and its code is not compiled. Triton 3.6 sets three limits. It turns the
+constants that a device function returns into tensors, so no device function returns None. It cannot compare a value
+with None that has a None inside. It passes no string to a device function: that takes the constant value around it.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+
+
+class Plane(NamedTuple):
+    """A tensor of planes (batch, head) of rows: its pointer, and its strides in elements, 0 where it does not vary."""
+
+    ptr: torch.Tensor
+    batch: int
+    head: int
+    row: int = 0
+    col: int = 0
+
+
+class RowStatistics(NamedTuple):
+    """One fp32 number a query row: tensors (B, H, Sq), packed (H, total), contiguous, of these two strides."""
+
+    row_max: torch.Tensor
+    row_log2: torch.Tensor
+    batch: int
+    head: int
+    lse: torch.Tensor | None = None
+    delta: torch.Tensor | None = None
+
+
+class Score(NamedTuple):
+    """How a score comes from a dot product."""
+
+    scale: float
+    unit: float
+    softcap: float | None
+    left: int | None
+    right: int | None
+    slopes: Plane | None
+    bias: Plane | None
+    mask: Plane | None
+
+
+class WeightDropout(NamedTuple):
+    """A weight is kept where its 32 random bits are at least ``threshold``; the kept ones are scaled."""
+
+    seed: torch.Tensor
+    threshold: int
+    keep_scale: float
+
+
+class CallSizes(NamedTuple):
+    """The numbers of a call. ``rows`` and ``cols`` are the totals of packed sequences, which have cu_q and cu_k."""
+
+    sequences: int
+    heads: int
+    group: int
+    rows: int
+    cols: int
+    dim: int
+    dim_v: int
+    cu_q: torch.Tensor | None
+    cu_k: torch.Tensor | None
+
+
+class Programs(NamedTuple):
+    """How a grid is split: tiles of one sequence, and programs of one head over all sequences."""
+
+    tiles: int
+    per_head: int
+
+
+class KernelFlags(NamedTuple):
+    """Constants of a kernel. ``align`` elements divide every stride and head dim; 1 where that is not known."""
+
+    natural: bool
+    bottom_right: bool
+    exact: bool
+    precision: str
+    align: int
+
+
+class TileShape(NamedTuple):
+    """Constants of a kernel: query rows, keys, and the padded head dims of q and k, and of v."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    block_dv: int
+
+
+class Matrix(NamedTuple):
+    """In a kernel: the rows of one plane from a sequence's start on, and the indices of their ``dim`` columns."""
+
+    ptr: tl.tensor
+    row: tl.tensor
+    col: tl.tensor
+    columns: tl.tensor
+    dim: tl.tensor
+    batch: tl.tensor
+    head: tl.tensor
+
+
+class Sheet(NamedTuple):
+    """In a kernel: the scores (n_rows, n_cols) of one head of one sequence, the ``number``-th of all.
+
+    ``slope``, ``bias``, which points at that of the score (0, 0), and dropout's ``seed`` are 0 where the call has none.
+    """
+
+    n_rows: tl.tensor
+    n_cols: tl.tensor
+    offset: tl.tensor
+    number: tl.tensor
+    slope: tl.tensor
+    bias: tl.tensor
+    seed: tl.tensor
