@@ -16,6 +16,7 @@ from fastllm.backends import BackendError, why_not
 from fastllm.functional import attention, scaled_dot_product_attention
 from fastllm.kernels.attention import hopper as kernels
 from fastllm.kernels.attention import hopper_warps as parts
+from fastllm.ops.attention.call import AttentionCall
 from fastllm.ops.attention.reference import reference
 
 SM_90 = why_not("hopper", DEVICE.type) is None
@@ -41,10 +42,11 @@ def check(monkeypatch, q, k, v, cu_q=None, cu_k=None, *, causal=False, bottom_ri
     monkeypatch.setattr(kernels, "_attention_hopper_fwd_kernel", kernel)
     spec = (q.shape[-1] ** -0.5, 0.0, -1, 0 if causal else -1, bottom_right, 0.0)
     out = torch.full_like(q, math.nan) if cu_q is None else torch.zeros(q.shape, dtype=q.dtype)
-    lse, stats = kernels.attention_fwd(q, k, v, None, None, None, None, cu_q, cu_k, *spec, out)
+    call = AttentionCall(q, k, v, None, None, None, None, cu_q, cu_k, *spec)
+    lse, stats = kernels.attention_fwd(*call, out)
     assert kernel.launches
-    truth, true_lse = reference(*(x.double() for x in (q, k, v)), None, None, None, None, cu_q, cu_k, *spec)
-    eager, _ = reference(q, k, v, None, None, None, None, cu_q, cu_k, *spec)
+    truth, true_lse = reference(call._replace(q=q.double(), k=k.double(), v=v.double()))
+    eager, _ = reference(call)
     floor = 4 * torch.finfo(q.dtype).eps
     assert (out - truth).abs().max() <= 2 * (eager - truth).abs().max() + floor
     torch.testing.assert_close(lse.double(), true_lse, rtol=1e-5, atol=1e-5)

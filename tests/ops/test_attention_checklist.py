@@ -77,7 +77,7 @@ def backend(request):
 
 def test_every_test_of_the_list_exists():
     named = set(re.findall(r"test_\w+", __doc__))
-    files = Path(__file__).parents[1].glob("*/test_*.py")
+    files = Path(__file__).parents[1].rglob("test_*.py")
     defined = {name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)}
     assert len(named) > 40
     assert named <= defined, named - defined
