@@ -11,7 +11,6 @@ from dataclasses import replace
 import torch
 
 from . import backends, cpu, extension, registry
-from .kernels.device import from_properties
 from .version import __version__
 
 
@@ -31,6 +30,8 @@ def _extension() -> str:
 def _gpu() -> str:
     if not torch.cuda.is_available():
         return "none (torch.cuda.is_available() is False)"
+    from .kernels.device import from_properties
+
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     found = [(from_properties(p).architecture, p) for p in properties]
     return ", ".join(f"{p.name} ({arch}, {p.total_memory / 2**30:.0f} GiB)" for arch, p in found)

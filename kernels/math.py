@@ -34,5 +34,5 @@ def is_kept(seed, rows, cols, p):
 
 @triton.jit
 def starts(rows, inner, stride_outer, stride_inner):
-    """Where rows begin; see :class:`.launch.RowView`."""
+    """Where rows begin; see :class:`.launch.RowLayout`."""
     return (rows // inner) * stride_outer + (rows % inner) * stride_inner

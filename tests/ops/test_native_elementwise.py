@@ -16,7 +16,7 @@ from fastllm import OPS
 from fastllm.backends import BackendError
 from fastllm.extension import load as extension
 from fastllm.functional import geglu, rotary_embedding, swiglu
-from fastllm.ops.gated import LEAST
+from fastllm.ops.gated import NATIVE_FROM
 from fastllm.registry import Sample
 
 pytestmark = [
@@ -153,7 +153,7 @@ def _operators(call) -> set:
 
 
 def test_calls_that_torch_serves_faster_stay_there():
-    large = torch.zeros(LEAST["gelu"])
+    large = torch.zeros(NATIVE_FROM["gelu"])
     tables = torch.ones(2, 3, 4).unbind()
     assert _operators(lambda: swiglu(large, large)) == {"gated_rows"}
     assert _operators(lambda: geglu(large, large)) == {"gated_rows"}
@@ -177,7 +177,7 @@ def test_what_it_does_not_take_is_refused_by_name():
 
 
 def test_vmap_takes_torchs_operators():
-    gate, up = torch.randn(2, 4, LEAST["gelu_tanh"]).unbind()
+    gate, up = torch.randn(2, 4, NATIVE_FROM["gelu_tanh"]).unbind()
     options = {"approximate": "tanh"}
     torch.testing.assert_close(
         torch.func.vmap(lambda g, u: geglu(g, u, **options))(gate, up), geglu(gate, up, **options)
