@@ -3,7 +3,11 @@
     h = residual + keep * input / (1 - p), rounded to the residual's dtype;   h = input where there is no residual
     xhat = (h - mean) * rstd,  rstd = 1 / sqrt(mean((h - mean)^2) + eps),  y = xhat * (weight + offset) + bias
 
-RMS norm has mean = 0 throughout. A row of up to FWD_ROW columns stays in registers, so every tensor is read or written
+RMS norm has mean = 0 throughout. A sum's rounding errors grow with the mean, and beside a small spread they would be
+all of h - mean; so the mean is taken twice, mean += mean(h - mean), where h - mean is exact or nearly so. The mean of
+equal numbers is that number then, and their xhat is 0. It costs a pass over registers and none over memory.
+
+A row of up to FWD_ROW columns stays in registers, so every tensor is read or written
 once. Short rows share a tile; a long one goes through registers segment by segment (long_row.py). A row of 16-bit
 numbers stays there in 16 bits up to twice that width (packed.py). The blocks of a cluster share a wider row, up to
 8 * FWD_ROW. Where there are no clusters a wider row is walked twice in blocks; the second walk finds in the cache what
@@ -61,6 +65,7 @@ def _norm_fwd_kernel(
     x = _with_residual(x, inputs, outputs, residual_at, y_at, rows, cols, mask, numbers.dropout_p)
     if CENTER:
         mean = tl.sum(x, axis=1) / n_cols
+        mean += tl.sum(tl.where(mask, x - mean[:, None], 0.0), axis=1) / n_cols
         tl.store(outputs.mean + rows, mean, mask=in_rows)
         # The lanes past the row hold 0, not the mean: without the mask each would add mean^2 to the variance.
         x = tl.where(mask, x - mean[:, None], 0.0)
@@ -84,8 +89,11 @@ def _norm_fwd_blocked_kernel(
     x_ptr = inputs.x + row_starts(row, places.x)
     y_ptr = outputs.y + row * n_cols
     residual_start = row_starts(row, places.residual)
+    # Over the columns seen so far, merged block by block (Chan et al. 1983, eq. 2.1): the mean, what its rounding has
+    # lost, and the sum of (x - mean)^2.
     mean = 0.0
-    square = 0.0  # sum of (x - mean)^2 over the columns seen so far, merged block by block (Chan et al. 1983, eq. 2.1)
+    lost = 0.0
+    square = 0.0
     for start in range(0, n_cols, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         mask = (cols < n_cols)[None, :]
@@ -97,15 +105,19 @@ def _norm_fwd_blocked_kernel(
         if CENTER:
             count = tl.minimum(n_cols - start, BLOCK_N)
             block_mean = tl.sum(x) / count
+            block_mean += tl.sum(tl.where(mask, x - block_mean, 0.0)) / count
             x = tl.where(mask, x - block_mean, 0.0)
-            delta = block_mean - mean
-            seen = start + count
-            square += tl.sum(x * x) + delta * delta * (start * (count / seen))
-            mean += delta * (count / seen)
+            delta = block_mean - mean - lost
+            share = count / (start + count)
+            square += tl.sum(x * x) + delta * (delta * (start * share))
+            before = mean
+            mean += delta * share
+            lost += delta * share - (mean - before)
         else:
             square += tl.sum(x * x)
     rstd = 1.0 / tl.sqrt(square / n_cols + numbers.eps)
     if CENTER:
+        mean += lost
         tl.store(outputs.mean + row, mean)
     tl.store(outputs.rstd + row, rstd)
     if inputs.residual is not None:

@@ -68,6 +68,11 @@ def _norm_fwd_row_kernel(
     mean = 0.0
     if CENTER:
         mean = tl.sum(total, axis=1) / n_cols
+        total = tl.zeros((1, SEGMENT), tl.float32)
+        for segment in tl.static_range(SEGMENTS):
+            x = xs[segment] - mean
+            total += tl.where(rest, x, 0.0) if segment == SEGMENTS - 1 else x
+        mean += tl.sum(total, axis=1) / n_cols
         tl.store(outputs.mean + row + tl.arange(0, 1), mean)
     square = tl.zeros((1, SEGMENT), tl.float32)
     for segment in tl.static_range(SEGMENTS):

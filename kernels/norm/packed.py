@@ -1,7 +1,7 @@
 """The norms' forward for 16-bit rows that fill a multiprocessor's registers only if they stay in 16 bits.
 
 65536 columns take 128 KB of its 256 KB of registers, and in fp32 all of them. So a row is held as pairs of columns in
-32-bit words, and each of the three passes over it widens them anew: mean, variance, result. The formulas are those in
+32-bit words, and each pass over it widens them anew: mean, its correction, variance, result. The formulas are those in
 forward.py.
 """
 
@@ -74,6 +74,13 @@ def _norm_fwd_packed_kernel(
         for segment in tl.static_range(SEGMENTS):
             total += _low_half(held[segment], T) + _high_half(held[segment], T)
         mean = tl.sum(total, axis=0) / n_cols
+        again = zero & mean.to(tl.int32, bitcast=True)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for segment in tl.static_range(SEGMENTS):
+            word = held[segment] ^ again
+            off = (_low_half(word, T) - mean) + (_high_half(word, T) - mean)
+            total += tl.where(segment * BLOCK + pairs < n_pairs, off, 0.0)
+        mean += tl.sum(total, axis=0) / n_cols
         tl.store(outputs.mean + row, mean)
         again = zero & mean.to(tl.int32, bitcast=True)
     square = tl.zeros((BLOCK,), tl.float32)

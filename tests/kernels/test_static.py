@@ -249,16 +249,20 @@ from triton.compiler import ASTSource, compile
 from fastllm.bench.capture import pretend
 from fastllm.kernels.device import GPUS
 from fastllm.bench.static import read_resources
+from fastllm.kernels.norm.arguments import NormInputs, NormNumbers, NormOutputs, NormPlaces
 from fastllm.kernels.norm.forward import _norm_fwd_kernel as kernel
 
-constants = dict(
-    residual_ptr=None, bias_ptr=None, seed_ptr=None, CENTER=True, HAS_RESIDUAL=False, DROPOUT=False, HAS_WEIGHT=True,
-    HAS_BIAS=False, BLOCK_M=1, BLOCK_N=1024,
-)
 def doubles(eps):
-    types = {"eps": eps, "offset": "fp32", "p": "fp32", "mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
-    types |= {name: "*bf16" for name in ("x_ptr", "weight_ptr", "y_ptr", "h_ptr")}
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    absent = "constexpr"
+    arguments = {
+        "inputs": NormInputs("*bf16", absent, "*bf16", absent, absent),
+        "outputs": NormOutputs("*bf16", "*bf16", "*fp32", "*fp32"),
+        "places": NormPlaces(("i32",) * 3, ("i32",) * 3),
+        "n_rows": "i32", "n_cols": "i32",
+        "numbers": NormNumbers(eps, "fp32", "fp32"),
+    }
+    signature = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}
+    constants = {(0, 1): None, (0, 3): None, (0, 4): None, "CENTER": True, "BLOCK_M": 1, "BLOCK_N": 1024}
     return read_resources(compile(ASTSource(kernel, signature, constants), GPUTarget("cuda", 90, 32))).doubles
 
 assert doubles("fp32") == 0 < doubles("fp64"), (doubles("fp32"), doubles("fp64"))

@@ -14,7 +14,9 @@ def norm_reference(call: NormCall) -> torch.Tensor:
     dims = tuple(range(-len(call.shape), 0))
     x = call.input.to(wide)
     if call.center:
-        x = x - x.mean(dims, keepdim=True)
+        # Twice, so that the mean of equal numbers is that number: the first one's rounding error grows with the mean.
+        mean = x.mean(dims, keepdim=True)
+        x = x - (mean + (x - mean).mean(dims, keepdim=True))
     y = x * torch.rsqrt(x.square().mean(dims, keepdim=True) + call.eps)
     if call.weight is not None:
         y = y * (call.weight.to(wide) + call.weight_offset)
