@@ -87,7 +87,7 @@ def _dkdv_tiles(
     flags: tl.constexpr, tile: tl.constexpr, MASKED: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
 ):  # fmt: skip
     # Everything is transposed, (keys, queries): both products then take their left operand from registers.
-    # The group's heads are part of one loop: nested in another, the sums would take more registers.
+    # One loop runs over the heads of the group and their rows: in two nested loops the sums would take more registers.
     begin, end = run
     q_plane, dout_plane = planes
     q_desc, dout_desc = descs

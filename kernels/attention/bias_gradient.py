@@ -1,8 +1,9 @@
 """The gradient of attention's additive bias: ds summed over the dimensions along which the bias is broadcast.
 
 A program owns one tile of the bias and walks, in a fixed order, every batch, head, row and column that shares it; so
-nothing of the size S x S exists but the gradient itself, and no atomics are needed. A bias of few tiles, as one of
-(1, 1, 1, Sk), gives its walk to several programs: batches, heads or rows in pieces, whose sums are added afterwards.
+nothing of the size S x S exists but the gradient itself, and no atomics are needed. A bias of few tiles, such as
+(1, 1, 1, Sk), gives its walk to several programs, each with a piece of the batches, heads or rows. The pieces' sums
+are added afterwards.
 """
 
 from typing import NamedTuple
@@ -17,7 +18,10 @@ from .values import Matrix
 
 
 class BiasGrid(NamedTuple):
-    """The bias (planes / heads, heads, rows, cols), in tiles; a piece of a walk takes so many of each dimension."""
+    """The bias is (planes / heads, heads, rows, cols), in tiles; a walk over what shares a tile is cut into pieces.
+
+    A piece takes ``batch_step`` batches, ``head_step`` heads and ``row_step`` rows of the dimensions it walks.
+    """
 
     planes: int
     heads: int
@@ -138,9 +142,9 @@ def _attention_dbias_kernel(
         )  # fmt: skip
 
 
-# Programs to have at least, where the bias has fewer tiles: some turns of the largest GPU.
+# A bias of fewer tiles gives its walks to about this many programs: several turns of the largest GPU. A guess.
 PROGRAMS = 512
-# Of a row that a step of the product over the head dim takes.
+# Bytes of a row that one step of the product over the head dim takes.
 STEP_BYTES = 128
 
 

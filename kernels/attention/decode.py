@@ -17,22 +17,25 @@ from .online_softmax import forward_tiles, row_results
 from .scores import column_range, load_tile, locate, matrix_of, sheet_of, span_of, store_tile
 from .values import Matrix, TileShape
 
-# Rows of a tile: queries times heads of a group (as a power of 2).
+# Most rows of a tile: queries times heads of a group, as a power of 2. A guess.
 MOST_ROWS = 64
 
 
 class KeySplit(NamedTuple):
-    """Constants: sequences of at most ``rows`` queries and at least ``least_cols`` keys are split in chunks of keys."""
+    """Constants. Sequences of at most ``rows`` queries and at least ``least_cols`` keys are split.
+
+    ``chunk`` is the number of keys of a program.
+    """
 
     rows: int
     least_cols: int
     chunk: int
 
 
-class Partial(NamedTuple):
-    """What the programs of chunks leave, fp32: unnormalised outputs, and the maximum and sum of each of their rows.
+class ChunkResults(NamedTuple):
+    """What the programs of all chunks leave, in fp32: unnormalised outputs, and each row's maximum and sum.
 
-    A place, which is a chunk of a sequence, has ``rows`` rows for each key head: ``group`` for each query.
+    Each chunk of each sequence has a tile of rows for every key head.
     """
 
     out: torch.Tensor
@@ -46,6 +49,7 @@ def _attention_split_kernel(
     flags: tl.constexpr, tile: tl.constexpr, split: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     BLOCK_M: tl.constexpr = tile.block_m
+    BLOCK_DV: tl.constexpr = tile.block_dv
     CHUNK: tl.constexpr = split.chunk
     program = tl.program_id(0)
     head_kv = (program // programs.per_head).to(tl.int64)
@@ -58,7 +62,7 @@ def _attention_split_kernel(
         member = tl.arange(0, BLOCK_M) % GROUP
         row = tl.arange(0, BLOCK_M) // GROUP
         in_rows = (member < sizes.group) & (row < n_rows)
-        # What is no row of the group lies past the last one.
+        # A row of the tile that is no query's gets the index n_rows, which every mask hides.
         rows = tl.where(in_rows, row, n_rows)
         head = (head_kv * sizes.group + tl.where(in_rows, member, 0).to(tl.int64))[:, None]
         at = (place.to(tl.int64) * (sizes.heads // sizes.group) + head_kv) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -77,9 +81,8 @@ def _attention_split_kernel(
             full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
             queries = matrix_of(q, b, head, start_q, sizes.dim, BLOCK=tile.block_d, ALIGN=flags.align)
             keys = matrix_of(k, b, head_kv, start_k, sizes.dim, BLOCK=tile.block_d, ALIGN=flags.align)
-            values = matrix_of(v, b, head_kv, start_k, sizes.dim_v, BLOCK=tile.block_dv, ALIGN=flags.align)
+            values = matrix_of(v, b, head_kv, start_k, sizes.dim_v, BLOCK=BLOCK_DV, ALIGN=flags.align)
             q_tile = load_tile(queries, row, in_rows)
-            BLOCK_DV: tl.constexpr = tile.block_dv
             acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
             for phase in tl.static_range(3):
                 if phase == 0:
@@ -124,7 +127,7 @@ def _attention_merge_kernel(
         place = start_k // split.chunk + b
     if (row < n_rows) & (n_cols >= split.least_cols) & (n_rows <= split.rows):
         chunks = tl.cdiv(n_cols, split.chunk)
-        # Between a row's places in neighbouring chunks.
+        # From a row's results in one chunk to those in the next.
         step = sizes.heads // sizes.group * BLOCK_M
         first = place * step + head // sizes.group * BLOCK_M + row * GROUP + head % sizes.group
         s = tl.arange(0, BLOCK_S)
@@ -196,7 +199,7 @@ def attention_decode(problem, split: KeySplit, out, statistics):
     programs = problem.programs(split.chunk, problem.cols)
     places = programs.per_head * problem.heads_kv * shape.block_m
     outputs = problem.q.new_empty(places * problem.dim_v, dtype=torch.float32)
-    partial = Partial(outputs, *problem.q.new_empty((2, places), dtype=torch.float32))
+    partial = ChunkResults(outputs, *problem.q.new_empty((2, places), dtype=torch.float32))
     _attention_split_kernel[(programs.per_head * problem.heads_kv,)](
         *map(problem.plane, (problem.q, problem.k, problem.v)), partial, problem.score, problem.dropout, problem.sizes,
         programs, flags=problem.flags(), tile=shape, split=split, GROUP=group,

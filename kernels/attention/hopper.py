@@ -28,7 +28,7 @@ SETTINGS = {
     64: dict(BLOCK_N=128, STAGES=2, PING_PONG=True),
     128: dict(BLOCK_N=64, STAGES=4, PING_PONG=True),
 }
-# Bytes of keys and values that programs side by side may hold in the L2 cache (50 MB on an H100 or H200).
+# Bytes of keys and values that programs side by side may hold in the L2 cache (50 MB on an H100 or H200). A guess.
 L2 = 32 << 20
 
 
@@ -87,7 +87,7 @@ def hopper_refuses(problem: Problem, out: torch.Tensor) -> str | None:
         return "it is empty"
     if not problem.packed and splits(problem) is not None:
         return "it has few queries for many keys"
-    # A batch of packed sequences counts once: its rows are those of one tensor.
+    # The rows of all packed sequences are those of one tensor.
     batch = 1 if problem.packed else problem.batch
     if max(batch * problem.rows, batch * problem.cols, batch * problem.heads * -(-problem.rows // 128)) >= 2**31 - 128:
         return "it has too many rows for the copy engine's coordinates"

@@ -30,10 +30,10 @@ ROWS = gl.constexpr(64)
 
 
 class HopperWork(NamedTuple):
-    """The items of all programs, each a row tile of a plane; ``rounds`` is how many a program takes at most.
+    """The items, each a row tile of a plane, of which a program takes at most ``rounds``.
 
-    The planes, sequence * heads + head or the heads of packed sequences, come in sections of 2^bits, whose keys and
-    values fit in the L2 cache together. ``tiles`` is a plane's number of row tiles, packed: an upper bound.
+    A plane is sequence * heads + head; of packed sequences it is the head. Planes come in sections of 2^bits, whose
+    keys and values fit in the L2 cache together. A plane has ``tiles`` row tiles; packed: an upper bound.
     """
 
     rounds: int
@@ -84,7 +84,7 @@ def turn_of(round, program, n_programs):
 
 
 @gluon.jit
-def row_tile(item, work, sizes, mode: gl.constexpr):
+def work_item(item, work, sizes, mode: gl.constexpr):
     """Tile number ``item``: (serves, plane, b, head, first row, n_rows, n_cols, offset, start_q, start_k, steps, full).
 
     ``steps`` column tiles are visible, the first ``full`` of them to every row. Within a section of planes the tiles
@@ -141,7 +141,7 @@ def produce(descs, q, k, v, work, sizes, mode: gl.constexpr):
     for round in range(work.rounds):
         item = turn_of(round, gl.program_id(0), gl.num_programs(0))
         if item < work.items:
-            serves, _, b, head, first, _, _, _, start_q, start_k, steps, _ = row_tile(item, work, sizes, mode)
+            serves, _, b, head, first, _, _, _, start_q, start_k, steps, _ = work_item(item, work, sizes, mode)
             if serves & (steps > 0):
                 for half in gl.static_range(2):
                     mbarrier.wait(q.empty.index(half), (served & 1) ^ 1)
@@ -240,7 +240,7 @@ def consume(q, k, v, turns, work, sizes, results, unit, HALF: gl.constexpr, mode
     for round in range(work.rounds):
         item = turn_of(round, gl.program_id(0), gl.num_programs(0))
         if item < work.items:
-            serves, plane, b, head, first, n_rows, n_cols, offset, start_q, _, steps, full = row_tile(
+            serves, plane, b, head, first, n_rows, n_cols, offset, start_q, _, steps, full = work_item(
                 item, work, sizes, mode
             )
             if serves:
@@ -298,7 +298,7 @@ def consume(q, k, v, turns, work, sizes, results, unit, HALF: gl.constexpr, mode
                 at = plane.to(gl.int64) * sizes.rows + start_q + rows
                 gl.store(results.lse + at, lse, mask=rows < n_rows)
                 gl.store(results.stats + at, row_max, mask=rows < n_rows)
-                at_log2 = work.planes.to(gl.int64) * sizes.rows + at
+                at_log2 = (plane.to(gl.int64) + work.planes) * sizes.rows + start_q + rows
                 gl.store(results.stats + at_log2, row_log2, mask=rows < n_rows)
                 acc = acc / gl.convert_layout(row_sum, gl.SliceLayout(1, output))[:, None]
                 result = gl.convert_layout(acc.to(results.out.dtype.element_ty), memory)

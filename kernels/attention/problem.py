@@ -134,7 +134,7 @@ class Problem:
         return both
 
     def programs(self, block: int, length: int) -> Programs:
-        """Of tiles of ``block``; packed: an upper bound of the programs, see :func:`locate`."""
+        """How ``length`` is split in tiles of ``block``; packed: an upper bound, see :func:`.scores.locate`."""
         tiles = triton.cdiv(length, block)
         return Programs(tiles, length // block + self.batch if self.packed else tiles * self.batch)
 
@@ -157,7 +157,10 @@ class Problem:
         return (self.heads, self.rows) if self.packed else (self.batch, self.heads, self.rows)
 
     def new_statistics(self):
-        """Uninitialised (lse, stats); where packed, as of rows that see nothing: no program has rows past the last."""
+        """(lse, stats), uninitialised; of packed sequences they are those of rows that see nothing.
+
+        No program writes the rows past the last sequence.
+        """
         lse = self.q.new_empty(self.stats_shape(), dtype=torch.float32)
         stats = self.q.new_empty((2, *self.stats_shape()), dtype=torch.float32)
         if self.packed:

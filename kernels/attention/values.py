@@ -22,7 +22,7 @@ class Plane(NamedTuple):
 
 
 class RowStatistics(NamedTuple):
-    """One fp32 number a query row: tensors (B, H, Sq), packed (H, total), contiguous, of these two strides."""
+    """fp32 tensors of one number for each query row, (B, H, Sq) or packed (H, total), all of these two strides."""
 
     row_max: torch.Tensor
     row_log2: torch.Tensor
@@ -68,7 +68,7 @@ class CallSizes(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """How a grid is split: tiles of one sequence, and programs of one head over all sequences."""
+    """How a grid is split: the tiles of one sequence, and the programs of one head over all sequences."""
 
     tiles: int
     per_head: int
@@ -106,9 +106,9 @@ class Matrix(NamedTuple):
 
 
 class Sheet(NamedTuple):
-    """In a kernel: the scores (n_rows, n_cols) of one head of one sequence, the ``number``-th of all.
+    """In a kernel: the scores (n_rows, n_cols) of one head of one sequence; ``number`` is batch * heads + head.
 
-    ``slope``, ``bias``, which points at that of the score (0, 0), and dropout's ``seed`` are 0 where the call has none.
+    ``bias`` points at the bias of the score (0, 0). It, ``slope`` and dropout's ``seed`` are 0 where the call has none.
     """
 
     n_rows: tl.tensor
