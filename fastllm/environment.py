@@ -70,7 +70,8 @@ def serving(op: registry.Op, device: torch.device) -> dict[tuple[str, str], list
     found: dict[tuple[str, str], list[str]] = {}
     for sample in _examples(op, device):
         try:
-            backend, why, _ = backends.pick(op.name, op.call(*sample.args, **sample.kwargs))
+            with backends.untold():
+                backend, why, _ = backends.pick(op.name, op.call(*sample.args, **sample.kwargs))
         except backends.BackendError as error:
             backend, why = "none", str(error)
         found.setdefault((backend, why), []).append(sample.name)

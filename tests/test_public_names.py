@@ -14,7 +14,7 @@ MODULES = ("", ".functional", ".nn", ".models", ".training", ".data", ".generate
 
 
 def signature(value) -> str:
-    """Parameters and defaults, without annotations, whose text depends on Python's version. What is torch's is "..."."""
+    """Parameters and defaults. Annotations are left out, as their text varies with Python; "..." is torch's own."""
     if inspect.isclass(value):
         maker = next(cls for cls in value.__mro__ if {"__init__", "__new__"} & set(vars(cls)))
         if not maker.__module__.startswith("fastllm"):
