@@ -262,6 +262,18 @@ def pick_by_tensors(op: str, *tensors: torch.Tensor | None, refused: Mapping[str
     return "eager"
 
 
+@contextlib.contextmanager
+def untold() -> Iterator[None]:
+    """Within the block :func:`pick` gives no warning, and remembers none as given."""
+    before = set(_told)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        _told.intersection_update(before)
+
+
 def _tell_once(message: str) -> None:
     if torch.compiler.is_compiling() or message in _told:
         return

@@ -70,9 +70,10 @@ def serving(op: registry.Op, device: torch.device) -> dict[tuple[str, str], list
     found: dict[tuple[str, str], list[str]] = {}
     for sample in _examples(op, device):
         try:
-            call = op.call(*sample.args, **sample.kwargs)
-            choice = backends.pick(op.name, call)
-            form = op.form(call, choice)
+            with backends.untold():
+                call = op.call(*sample.args, **sample.kwargs)
+                choice = backends.pick(op.name, call)
+                form = op.form(call, choice)
             backend, why = choice.backend, choice.why if form is None else f"{form.name}, since {form.why}"
         except backends.BackendError as error:
             backend, why = "none", str(error)

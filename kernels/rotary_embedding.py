@@ -52,9 +52,9 @@ def _turn(
 
 @triton.jit
 def _turn_heads(x, y, heads, batch, s, in_rows, cos, sin, half: tl.constexpr, rest: tl.constexpr, tile: tl.constexpr):
-    """The heads from heads[0] until heads[1] of ``x`` to ``y``, both a :class:`HeadPlanes`."""
+    """The heads from heads[0] until heads[1], or heads[2] if less, of ``x`` to ``y``, both a :class:`HeadPlanes`."""
     x_at, y_at = batch * x.batch + s * x.row, batch * y.batch + s * y.row
-    for head in range(heads[0], heads[1]):
+    for head in range(heads[0], tl.minimum(heads[1], heads[2])):
         h = tl.cast(head, tl.int64)
         _turn(
             x.ptr, y.ptr, x_at + h * x.head, y_at + h * y.head, in_rows, cos, sin, half, rest,
@@ -89,10 +89,10 @@ def _rotary_kernel(
         sin = -sin
     first = tl.program_id(1) * sizes.heads_each
     last = first + sizes.heads_each
-    heads = (first, tl.minimum(last, sizes.heads_q))
+    heads = (first, last, sizes.heads_q)
     _turn_heads(query, query_out, heads, batch, s, in_rows, cos, sin, half, rest, tile)
     if key is not None:
-        heads = (tl.maximum(first - sizes.heads_q, 0), tl.minimum(last - sizes.heads_q, sizes.heads_k))
+        heads = (tl.maximum(first - sizes.heads_q, 0), last - sizes.heads_q, sizes.heads_k)
         _turn_heads(key, key_out, heads, batch, s, in_rows, cos, sin, half, rest, tile)
 
 

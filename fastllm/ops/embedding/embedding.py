@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ...backends import pick_by_tensors, plain_eager, under_transform
+from ...backends import pick, plain_eager, under_transform
 from ...extension import operator
-from ...registry import Op, register
+from ...registry import Op, Sample, register
 from ..shared.autograd import apply
 from .table import (
     check_indices,
@@ -56,11 +56,11 @@ def _fwd_fake(weight, indices, vocab_start):
     return weight.new_empty((*indices.shape, weight.shape[1]))
 
 
-def _bwd_fake(grad, indices, num_rows, padding_idx, scale_grad_by_freq, vocab_start, scale, positions):
+def _bwd_fake(grad, indices, num_rows, *options):
     return grad.new_empty((num_rows, grad.shape[-1]))
 
 
-def _bwd_into_fake(out, grad, indices, padding_idx, scale_grad_by_freq, vocab_start, scale, accumulate):
+def _bwd_into_fake(*args):
     return None
 
 
@@ -69,8 +69,30 @@ _embedding_bwd = operator("embedding_bwd", _bwd_fake)
 _embedding_bwd_into = operator("embedding_bwd_", _bwd_into_fake)
 
 
+class EmbeddingCall(NamedTuple):
+    """A call of the op."""
+
+    input: torch.Tensor
+    weight: torch.Tensor
+    padding_idx: int | None
+    max_norm: float | None
+    norm_type: float
+    by_freq: bool
+    sparse: bool
+    main_grad: torch.Tensor | None
+    vocab_range: tuple[int, int] | None
+
+    def tensors(self):
+        return (self.weight,)
+
+    def lookup(self, native: bool) -> Lookup:
+        rows, start = self.weight.shape[0], None if self.vocab_range is None else self.vocab_range[0]
+        padding = normalised_padding("embedding", self.padding_idx, rows, partial=start is not None)
+        return Lookup(native, rows, padding, self.by_freq, start, scale=1.0, repeats=1, positions=False)
+
+
 class Lookup(NamedTuple):
-    """One lookup's options, and its two linear maps: gather (table -> rows) and scatter (rows -> table).
+    """A lookup's options, and its two linear maps: gather (table -> rows) and scatter (rows -> table).
 
     Each is the other's gradient, so both can be differentiated to any order.
     """
@@ -79,9 +101,9 @@ class Lookup(NamedTuple):
     num_rows: int
     padding: int  # -1: none
     by_freq: bool
-    start: int | None  # the first id of a part of a vocabulary; None: the table holds it all
+    start: int | None  # the table's first id, where it holds a range of a larger vocabulary; None: it holds all ids
     scale: float  # of the gradient
-    repeats: int  # the ids belong to this many blocks of rows, one after the other
+    repeats: int  # the gradient has so many blocks of rows, one after the other, and each has these ids
     positions: bool  # the ids are 0, 1, 2, ...: nothing to sort
 
     def gather(self, weight, indices):
@@ -123,16 +145,13 @@ class Lookup(NamedTuple):
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(weight, indices, native, padding_idx, by_freq, start, main_grad):
-        return Lookup(native, weight.shape[0], -1, by_freq, start, 1.0, 1, False).gather(weight, indices)
+    def forward(weight, indices, lookup, main_grad):
+        return lookup.gather(weight, indices)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         # main_grad is not saved: the calls of other micro-batches change it in between, as they should.
-        weight, indices, native, padding_idx, by_freq, start, ctx.main_grad = inputs
-        rows = weight.shape[0]
-        padding = normalised_padding("embedding", padding_idx, rows, partial=start is not None)
-        ctx.lookup = Lookup(native, rows, padding, by_freq, start, 1.0, 1, False)
+        _, indices, ctx.lookup, ctx.main_grad = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(indices)
 
@@ -146,7 +165,7 @@ class _Embedding(torch.autograd.Function):
                     ctx.lookup.scatter_into(ctx.main_grad, grad, indices)
             else:
                 table = scatter(grad, indices, ctx.lookup)
-        return table, None, None, None, None, None, None
+        return table, None, None, None
 
 
 class _Scatter(torch.autograd.Function):
@@ -220,6 +239,45 @@ def _torchs_own(input, weight, *options):
         return F.embedding(input, weight, *options)
 
 
+def _call(
+    input,
+    weight,
+    padding_idx=None,
+    max_norm=None,
+    norm_type=2.0,
+    scale_grad_by_freq=False,
+    sparse=False,
+    *,
+    main_grad=None,
+    vocab_range=None,
+) -> EmbeddingCall:
+    check_table("embedding", "weight", weight)
+    check_indices("embedding", "input", input, weight)
+    num_rows = weight.shape[0]
+    normalised_padding("embedding", padding_idx, num_rows, partial=vocab_range is not None)
+    if vocab_range is not None:
+        start, end = vocab_range
+        if start < 0 or end - start != num_rows:
+            raise ValueError(f"embedding: vocab_range {(start, end)} does not fit a table of {num_rows} rows")
+        if max_norm is not None or sparse:
+            raise ValueError("embedding: vocab_range goes with neither max_norm nor sparse")
+    if main_grad is not None:
+        _check_main_grad(main_grad, weight)
+        if sparse:
+            raise ValueError("embedding: main_grad does not go with sparse")
+    return EmbeddingCall(
+        input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, main_grad, vocab_range
+    )
+
+
+def _prefers_torch(call: EmbeddingCall) -> str | None:
+    if call.sparse:
+        return "PyTorch alone makes sparse gradients"
+    if not call.weight.is_floating_point():
+        return "an integer table has no gradient, so PyTorch's lookup is all there is to do"
+    return None
+
+
 def embedding(
     input,
     weight,
@@ -261,34 +319,22 @@ def embedding(
             device-side assertion, as in torch.
         BackendError: the backend asked for cannot serve the call.
     """
-    check_table("embedding", "weight", weight)
-    check_indices("embedding", "input", input, weight)
-    num_rows = weight.shape[0]
-    start, end = (0, num_rows) if vocab_range is None else vocab_range
-    normalised_padding("embedding", padding_idx, num_rows, partial=vocab_range is not None)
-    if vocab_range is not None:
-        if start < 0 or end - start != num_rows:
-            raise ValueError(f"embedding: vocab_range {(start, end)} does not fit a table of {num_rows} rows")
-        if max_norm is not None or sparse:
-            raise ValueError("embedding: vocab_range goes with neither max_norm nor sparse")
-    if main_grad is not None:
-        _check_main_grad(main_grad, weight)
-        if sparse:
-            raise ValueError("embedding: main_grad does not go with sparse")
-    if sparse or not weight.is_floating_point():
+    call = _call(
+        input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse,
+        main_grad=main_grad, vocab_range=vocab_range,
+    )  # fmt: skip
+    if _prefers_torch(call) is not None:  # whatever backend was asked for
         return _torchs_own(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-    backend = pick_by_tensors("embedding", weight)
+    backend = pick("embedding", call).backend
     if plain_eager(backend) and main_grad is None:
         return embedding_reference(
             input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, vocab_range=vocab_range
         )
-    native = backend == "native"
     if max_norm is not None:
         # torch's lookup checks the ids and renormalises the rows; its output is not needed.
         with torch.no_grad():
             _torchs_own(input, weight, None, max_norm, norm_type, False, False)
-    first = None if vocab_range is None else start
-    return apply(_Embedding, weight, input, native, padding_idx, scale_grad_by_freq, first, main_grad)
+    return apply(_Embedding, weight, input, call.lookup(backend == "native"), main_grad)
 
 
 class Embedding(torch.nn.Embedding):
@@ -312,6 +358,14 @@ class Embedding(torch.nn.Embedding):
         )  # fmt: skip
 
 
+def _examples(device):
+    ids = torch.empty(4, device=device, dtype=torch.int64)
+    tables = {dtype: torch.empty(2, 8, device=device, dtype=dtype) for dtype in (torch.float32, torch.int64)}
+    yield Sample("a dense gradient", (ids, tables[torch.float32]))
+    yield Sample("a sparse gradient", (ids, tables[torch.float32]), {"sparse": True})
+    yield Sample("an integer table", (ids, tables[torch.int64]))
+
+
 register(
     Op(
         name="embedding",
@@ -323,5 +377,8 @@ register(
         backends=("eager", "native"),
         native_on=("cpu", "cuda"),
         module=Embedding,
+        call=_call,
+        prefers_torch=_prefers_torch,
+        examples=_examples,
     )
 )

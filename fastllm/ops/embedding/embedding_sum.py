@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ...backends import pick_by_tensors, plain_eager
+from ...backends import pick, plain_eager
 from ...extension import operator
 from ...registry import Cost, Op, Sample, register
 from ..shared.autograd import apply
@@ -16,7 +16,8 @@ from ..shared.philox import draw_seed, dropout_mask
 from .embedding import Embedding, Lookup, scatter
 from .table import check_indices, check_table, distinct, gather_eager, make_table, normalised_padding, zipf
 
-MAX_TABLES_ON_A_GPU = 8  # they are arguments of one kernel: kMaxTables in csrc/cuda/forward_kernels.cuh
+# The tables are arguments of one kernel: kMaxTables in csrc/cuda/forward_kernels.cuh.
+MAX_TABLES_ON_A_GPU = 8
 
 
 def _per_table(op_argument: str, value, default, tables: int) -> tuple:
@@ -59,7 +60,7 @@ def embedding_sum_reference(indices, weights, *, padding_idx=None, scale=1.0, dr
     return total.to(dtype)
 
 
-def _sum_fake(weights, indices, rows, scales, dropout_p, seed):
+def _sum_fake(weights, indices, rows, *options):
     return weights[0].new_empty((rows, weights[0].shape[1]))
 
 
@@ -71,15 +72,35 @@ _embedding_sum_fwd = operator("embedding_sum_fwd", _sum_fake)
 _embedding_sum_dropout = operator("embedding_sum_dropout", _dropout_fake)
 
 
-class _Sum(NamedTuple):
-    """One call's options."""
+class EmbeddingSumCall(NamedTuple):
+    """A call of the op."""
 
-    native: bool
+    indices: Sequence[torch.Tensor]
+    weights: Sequence[torch.Tensor]
     shape: tuple[int, ...]  # of the ids, broadcast together
     scales: tuple[float, ...]
     padding: tuple[int | None, ...]
     dropout_p: float
-    positions: tuple[bool, ...]  # the ids are 0, 1, 2, ...
+    positions: tuple[bool, ...]  # of each table: the ids are 0, 1, 2, ...
+
+    def tensors(self):
+        return tuple(self.weights)
+
+    def by_torch(self):
+        return embedding_sum_reference(
+            self.indices, self.weights, padding_idx=self.padding, scale=self.scales, dropout_p=self.dropout_p
+        )
+
+
+class _Sum(NamedTuple):
+    """What a call does with ids, tables and a seed, and its linear maps."""
+
+    native: bool
+    shape: tuple[int, ...]
+    scales: tuple[float, ...]
+    padding: tuple[int | None, ...]
+    dropout_p: float
+    positions: tuple[bool, ...]
 
     def forward(self, indices, weights, seed):
         rows = 1
@@ -195,6 +216,32 @@ def _laid_out(ids: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return ids.contiguous()
 
 
+def _call(indices, weights, *, padding_idx=None, scale=1.0, dropout_p=0.0) -> EmbeddingSumCall:
+    _check(indices, weights, dropout_p)
+    tables = len(weights)
+    positions = tuple(i is None for i in indices)
+    if any(positions):
+        indices = _filled(indices, weights[0].device)
+    for t in range(tables):
+        check_indices("embedding_sum", f"indices[{t}]", indices[t], weights[t])
+    try:
+        shape = tuple(torch.broadcast_shapes(*[i.shape for i in indices]))
+    except RuntimeError:
+        shapes = [list(i.shape) for i in indices]
+        raise ValueError(f"embedding_sum: the shapes of indices do not broadcast together: {shapes}") from None
+    padding = _per_table("padding_idx", padding_idx, None, tables)
+    for given, weight in zip(padding, weights, strict=True):
+        normalised_padding("embedding_sum", given, weight.shape[0])
+    return EmbeddingSumCall(indices, weights, shape, _scales(scale, tables), padding, float(dropout_p), positions)
+
+
+def _refuses(backend: str, call: EmbeddingSumCall) -> str | None:
+    tables = len(call.weights)
+    if backend == "native" and call.weights[0].is_cuda and tables > MAX_TABLES_ON_A_GPU:
+        return f"at most {MAX_TABLES_ON_A_GPU} tables on a GPU, got {tables}"
+    return None
+
+
 def embedding_sum(indices, weights, *, padding_idx=None, scale=1.0, dropout_p=0.0):
     """``dropout(sum of scale * weights[t][indices[t]])``: token, position and segment embeddings in one pass.
 
@@ -221,36 +268,20 @@ def embedding_sum(indices, weights, *, padding_idx=None, scale=1.0, dropout_p=0.
             assertion, as in torch.
         BackendError: the backend asked for cannot serve the call.
     """
-    _check(indices, weights, dropout_p)
-    tables = len(weights)
-    positions = tuple(i is None for i in indices)
-    if any(positions):
-        indices = _filled(indices, weights[0].device)
-    for t in range(tables):
-        check_indices("embedding_sum", f"indices[{t}]", indices[t], weights[t])
-    try:
-        shape = tuple(torch.broadcast_shapes(*[i.shape for i in indices]))
-    except RuntimeError:
-        shapes = [list(i.shape) for i in indices]
-        raise ValueError(f"embedding_sum: the shapes of indices do not broadcast together: {shapes}") from None
-    padding = _per_table("padding_idx", padding_idx, None, tables)
-    for given, weight in zip(padding, weights, strict=True):
-        normalised_padding("embedding_sum", given, weight.shape[0])
-    too_many = f"at most {MAX_TABLES_ON_A_GPU} tables on a GPU, got {tables}"
-    refused = too_many if weights[0].is_cuda and tables > MAX_TABLES_ON_A_GPU else None
-    backend = pick_by_tensors("embedding_sum", *weights, refused={"native": refused})
+    call = _call(indices, weights, padding_idx=padding_idx, scale=scale, dropout_p=dropout_p)
+    backend = pick("embedding_sum", call).backend
     if plain_eager(backend):
-        return embedding_sum_reference(indices, weights, padding_idx=padding_idx, scale=scale, dropout_p=dropout_p)
-    native = backend == "native"
-    call = _Sum(native, shape, _scales(scale, tables), padding, float(dropout_p), positions)
+        return call.by_torch()
+    indices, weights, shape, *options = call
+    total = _Sum(backend == "native", shape, *options)
     seed = draw_seed(weights[0].device) if dropout_p > 0.0 else None
     ids = [_laid_out(i, shape) for i in indices]
     needs = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
     if torch.compiler.is_compiling() and not needs:
         # torch.compile would call forward with a ctx, since its arguments are not each named.
-        rows = call.forward(ids, weights, seed)
+        rows = total.forward(ids, weights, seed)
     else:
-        rows = apply(_EmbeddingSum, call, seed, *ids, *weights)
+        rows = apply(_EmbeddingSum, total, seed, *ids, *weights)
     return rows.view(*shape, weights[0].shape[1])
 
 
@@ -345,5 +376,7 @@ register(
         backends=("eager", "native"),
         native_on=("cpu", "cuda"),
         module=EmbeddingSum,
+        call=_call,
+        refuses=_refuses,
     )
 )
