@@ -67,13 +67,19 @@ def _norm_fwd_row_kernel(
                 tl.store(h_ptr + at, xs[done].to(outputs.h.dtype.element_ty), mask=mask)
     mean = 0.0
     if CENTER:
-        mean = tl.sum(total, axis=1) / n_cols
+        first = tl.sum(total, axis=1) / n_cols
+        offs = ()
         total = tl.zeros((1, SEGMENT), tl.float32)
         for segment in tl.static_range(SEGMENTS):
-            x = xs[segment] - mean
-            total += tl.where(rest, x, 0.0) if segment == SEGMENTS - 1 else x
-        mean += tl.sum(total, axis=1) / n_cols
+            x = xs[segment] - first
+            x = tl.where(rest, x, 0.0) if segment == SEGMENTS - 1 else x
+            offs = offs + (x,)  # noqa: RUF005
+            total += x
+        xs = offs
+        mean = first + tl.sum(total, axis=1) / n_cols
         tl.store(outputs.mean + row + tl.arange(0, 1), mean)
+        # xs are x - first from here on.
+        mean -= first
     square = tl.zeros((1, SEGMENT), tl.float32)
     for segment in tl.static_range(SEGMENTS):
         x = xs[segment] - mean
