@@ -26,7 +26,7 @@ class CrossEntropyCall(NamedTuple):
 
     @property
     def n_classes(self) -> int:
-        return self.input.shape[class_dim(self.input)]
+        return self.input.size(class_dim(self.input))
 
 
 def _reduction(size_average, reduce, reduction: str) -> str:

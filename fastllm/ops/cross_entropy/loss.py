@@ -39,6 +39,8 @@ class Loss(NamedTuple):
             raise ValueError(f"{op}: logit_scale must be finite, got {self.logit_scale}")
         if not 0.0 <= self.z_loss < math.inf:
             raise ValueError(f"{op}: z_loss must be finite and not negative, got {self.z_loss}")
+        if type(self.ignore_index) is int and all(type(x) in (float, type(None)) for x in self[1:-1]):
+            return self
         return self._replace(
             ignore_index=int(self.ignore_index), label_smoothing=float(self.label_smoothing),
             softcap=None if self.softcap is None else float(self.softcap), logit_scale=float(self.logit_scale),

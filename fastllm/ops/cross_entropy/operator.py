@@ -131,8 +131,8 @@ class CrossEntropy(torch.autograd.Function):
         _, _, stats, total, dlogits = output
         ctx.mark_non_differentiable(stats, total, dlogits)
         ctx.set_materialize_grads(False)
-        ctx.has_gradient = node.with_gradient
-        ctx.node = node._replace(weight=None)
+        ctx.has_gradient, ctx.inplace = node.with_gradient, node.inplace
+        ctx.loss, ctx.dtype, ctx.backend = node.loss, node.dtype, node.backend
         ctx.save_for_backward(x, target, node.weight, stats, total, dlogits)
 
     @staticmethod
@@ -140,7 +140,7 @@ class CrossEntropy(torch.autograd.Function):
         if dloss is None and dlse is None:
             return None, None, None
         x, target, weight, stats, total, dlogits = ctx.saved_tensors
-        loss, backend = ctx.node.loss, ctx.node.backend
+        loss, backend = ctx.loss, ctx.backend
         probabilities = target.is_floating_point()
         inputs = (x, target) if probabilities else (x,)
         needs = ctx.needs_input_grad[: len(inputs)]
@@ -151,7 +151,7 @@ class CrossEntropy(torch.autograd.Function):
             dx = dlogits.data
             _cross_entropy_scale_(dx, dloss, backend)
             return dx, None, None
-        if ctx.node.inplace and needs == (True,) and not torch.is_grad_enabled() and scalable(dloss, dlse):
+        if ctx.inplace and needs == (True,) and not torch.is_grad_enabled() and scalable(dloss, dlse):
             _cross_entropy_bwd_(dloss, dlse, stats, total, x.detach(), target, weight, *loss, backend)
             torch.autograd.graph.increment_version(x)
             return x.detach(), None, None
@@ -163,7 +163,7 @@ class CrossEntropy(torch.autograd.Function):
 
         def formula(x, q=None):
             value, lse = loss_and_lse(Labelled(x, q if probabilities else target, weight, loss))
-            value = value.to(ctx.node.dtype)
+            value = value.to(ctx.dtype)
             return value.reshape(-1) if loss.reduction == "none" else value, lse.reshape(-1)
 
         grads = gradients(launch, formula, inputs, needs, (dloss, dlse), (stats, total))
