@@ -31,9 +31,10 @@ import triton
 
 from .. import kernels
 from ..kernels.attention.problem import bulk_copies
+from ..kernels.device import GPUS
 from ..registry import OPS
 from .attention import decoding, dense, packed, parameter, slopes
-from .capture import CUDA, GPUS, launches
+from .capture import CUDA, launches
 from .cases import code_hash
 from .static import Resources, read_resources
 

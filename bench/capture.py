@@ -23,6 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from ..backends import backend
+from ..kernels import device as kernels_device
+from ..kernels.device import DeviceInfo
 from ..registry import LAUNCHERS, Op, Sample
 from . import cases
 
@@ -30,31 +32,6 @@ CUDA = torch.device("cuda", 0)
 _META = torch.device("meta")
 # Any address that is a multiple of what CUDA's allocator aligns to (512 bytes).
 _BASE = 1 << 30
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What the launchers ask of a device, and what bounds its occupancy. Memory in bytes."""
-
-    name: str
-    arch: int
-    processors: int
-    shared_per_processor: int
-    shared_per_block: int
-    l2: int
-    warps: int = 64
-    blocks: int = 32
-    registers: int = 65536
-
-
-GPUS = {
-    gpu.arch: gpu
-    for gpu in (
-        Gpu("A100", 80, 108, 164 << 10, 163 << 10, 40 << 20),
-        Gpu("H100/H200", 90, 132, 228 << 10, 227 << 10, 50 << 20),
-        Gpu("B200", 100, 148, 228 << 10, 227 << 10, 126 << 20),
-    )
-}
 
 
 class _PretendedTensor(torch.Tensor):
@@ -104,7 +81,7 @@ class _PretendedDevice(TorchDispatchMode):
 class _Driver:
     """What ``JITFunction.run`` asks of the active driver before it loads a kernel."""
 
-    def __init__(self, gpu: Gpu):
+    def __init__(self, gpu: DeviceInfo):
         self.target = GPUTarget("cuda", gpu.arch, 32)
 
     def get_current_target(self):
@@ -134,7 +111,7 @@ def check_compiles() -> None:
 
 
 @contextlib.contextmanager
-def pretend(gpu: Gpu, on_launch: Callable[[str, tuple[int, ...], Any], None]) -> Iterator[None]:
+def pretend(gpu: DeviceInfo, on_launch: Callable[[str, tuple[int, ...], Any], None]) -> Iterator[None]:
     """Within the block, ``device="cuda"`` is a pretended ``gpu``; a launch calls ``on_launch(name, grid, compiled)``.
 
     Raises:
@@ -155,11 +132,7 @@ def pretend(gpu: Gpu, on_launch: Callable[[str, tuple[int, ...], Any], None]) ->
         major=gpu.arch // 10,
         minor=gpu.arch % 10,
         multi_processor_count=gpu.processors,
-        shared_memory_per_multiprocessor=gpu.shared_per_processor,
         shared_memory_per_block_optin=gpu.shared_per_block,
-        regs_per_multiprocessor=gpu.registers,
-        L2_cache_size=gpu.l2,
-        warp_size=32,
     )
     active = triton.runtime.driver._active
     with contextlib.ExitStack() as stack:
@@ -167,7 +140,9 @@ def pretend(gpu: Gpu, on_launch: Callable[[str, tuple[int, ...], Any], None]) ->
         triton.runtime.driver.set_active(_Driver(gpu))
         for target, name, value in (
             (JITFunction, "run", run),
+            (kernels_device, "_gpu", lambda index: gpu),
             (torch.cuda, "_lazy_init", lambda: None),
+            (torch.cuda, "current_device", lambda: 0),
             (torch.cuda, "get_device_properties", lambda device=None: properties),
             (torch.cuda, "get_device_capability", lambda device=None: (properties.major, properties.minor)),
         ):
@@ -176,7 +151,7 @@ def pretend(gpu: Gpu, on_launch: Callable[[str, tuple[int, ...], Any], None]) ->
         yield
 
 
-def launches(op: Op, sample: Callable[[], Sample], gpu: Gpu, name: str = "triton") -> list[Launch]:
+def launches(op: Op, sample: Callable[[], Sample], gpu: DeviceInfo, name: str = "triton") -> list[Launch]:
     """Every launch of one forward and, where inputs require grad, one backward of ``op`` by the backend ``name``.
 
     ``sample`` makes the call's tensors on :data:`CUDA`; it runs where that device is pretended.

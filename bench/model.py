@@ -11,11 +11,8 @@ perfect schedule of these accesses would take; what the kernels lose beyond it s
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib
 import json
 import math
-import pkgutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,10 +21,9 @@ from unittest import mock
 
 import torch
 
-from .. import kernels
+from ..kernels import device
 from ..registry import Op
 from . import cases
-from .capture import GPUS, Gpu
 from .run import plan
 from .traffic import measure
 
@@ -76,17 +72,6 @@ class Row:
         return max(self.least_bytes / rates.copy, self.flops / rates.matrix) + LAUNCH
 
 
-@contextlib.contextmanager
-def _processors(gpu: Gpu) -> Iterator[None]:
-    """The launchers see ``gpu``'s number of processors in place of the interpreter's."""
-    with contextlib.ExitStack() as stack:
-        for found in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
-            module = importlib.import_module(found.name)
-            if hasattr(module, "processor_count"):
-                stack.enter_context(mock.patch.object(module, "processor_count", return_value=gpu.processors))
-        yield
-
-
 def rows(
     ops: Iterable[Op], arch: int = 90, dtype: torch.dtype = torch.bfloat16, shapes: Iterable[str] = ("",),
     budget: float = math.inf, left_out: list[str] | None = None,
@@ -108,7 +93,9 @@ def rows(
                 left_out.append(f"{op.name}, {name}: the budget of {budget:g} s was spent")
             continue
         call = case.make(torch.device("cpu"), dtype)
-        with _processors(GPUS[arch]):
+        # The launchers see the GPU's number of processors in place of the interpreter's.
+        seen = device.INTERPRETER._replace(processors=device.GPUS[arch].processors)
+        with mock.patch.object(device, "INTERPRETER", seen):
             measured = measure(op, call, programs=PROGRAMS)
         common = dict(op=op.name, shape=name, dtype=str(dtype).removeprefix("torch."), arch=arch)
         for direction, traffic in (("forward", measured.forward), ("backward", measured.backward)):
@@ -164,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*COLUMNS, title=f"{GPUS[options.arch].name}, {options.dtype}")
+    table = Table(*COLUMNS, title=f"{device.GPUS[options.arch].name}, {options.dtype}")
     for row in found:
         table.add_row(*cells(row))
     Console(width=None if Console().is_terminal else 200).print(table)

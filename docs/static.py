@@ -14,7 +14,7 @@ from pathlib import Path
 import triton
 
 from fastllm.bench import cases, model, static
-from fastllm.bench.capture import GPUS
+from fastllm.kernels.device import GPUS
 
 ROOT = Path(__file__).parent.parent
 PAGE = Path(__file__).parent / "static.md"

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from . import backends, extension, registry
+from . import backends, cpu, extension, registry
 from .version import __version__
 
 
@@ -30,8 +30,11 @@ def _extension() -> str:
 def _gpu() -> str:
     if not torch.cuda.is_available():
         return "none (torch.cuda.is_available() is False)"
+    from .kernels.device import from_properties
+
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return ", ".join(f"{p.name} (sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB)" for p in properties)
+    found = [(from_properties(p).architecture, p) for p in properties]
+    return ", ".join(f"{p.name} ({arch}, {p.total_memory / 2**30:.0f} GiB)" for arch, p in found)
 
 
 def _by_tensors(op: str, device_type: str) -> tuple[str, str]:
@@ -67,7 +70,10 @@ def serving(op: registry.Op, device: torch.device) -> dict[tuple[str, str], list
     found: dict[tuple[str, str], list[str]] = {}
     for sample in _examples(op, device):
         try:
-            backend, why, _ = backends.pick(op.name, op.call(*sample.args, **sample.kwargs))
+            call = op.call(*sample.args, **sample.kwargs)
+            choice = backends.pick(op.name, call)
+            form = op.form(call, choice)
+            backend, why = choice.backend, choice.why if form is None else f"{form.name}, since {form.why}"
         except backends.BackendError as error:
             backend, why = "none", str(error)
         found.setdefault((backend, why), []).append(sample.name)
@@ -83,8 +89,7 @@ def describe() -> str:
         f"triton     {_installed('triton')}" + (" (interpreter on)" if backends.interpreting() else ""),
         f"extension  {_extension()}",
         f"GPU        {_gpu()}",
-        f"CPU        {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-        + torch.backends.cpu.get_cpu_capability(),
+        f"CPU        {os.cpu_count()} cores, {torch.get_num_threads()} threads, {cpu.describe()}",
         f"backend    {backends.chosen_backend()} (FASTLLM_BACKEND or fastllm.backend)",
     ]
     devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]

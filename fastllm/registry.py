@@ -16,6 +16,13 @@ class Call(Protocol):
         """The floating-point tensors, an absent one as None. The first one's device is the call's."""
 
 
+class Form(Protocol):
+    """How a backend serves a call, where it has several ways: the way's name, and why it is taken."""
+
+    name: str
+    why: str
+
+
 @dataclass(frozen=True)
 class Sample:
     """One call of an op: what the generic tests and the bench run. ``name`` says what is special about it."""
@@ -48,8 +55,9 @@ class Op:
     What serves a call is decided by :func:`fastllm.backends.pick`, which asks the op three things. ``call`` takes the
     function's arguments, checks them and returns them as one :class:`Call`. ``refuses(backend, call)`` is why that
     backend cannot take it, beyond devices and dtypes, or None. ``prefers_torch(call)`` is why PyTorch's own operators
-    serve it where nobody asked for a backend, or None. ``examples(device)`` yields the samples that ``fastllm info``
-    asks about; without it these are the first sample in each dtype.
+    serve it where nobody asked for a backend, or None. Where a backend has several ways, ``form(call, choice)`` is the
+    :class:`Form` that serves a call which got that :class:`fastllm.backends.Choice`, or None. ``examples(device)``
+    yields the samples that ``fastllm info`` asks about; without it these are the first sample in each dtype.
     """
 
     name: str
@@ -64,6 +72,7 @@ class Op:
     call: Callable[..., Call] | None = None
     refuses: Callable[[str, Call], str | None] = lambda backend, call: None
     prefers_torch: Callable[[Call], str | None] = lambda call: None
+    form: Callable[[Call, Any], Form | None] = lambda call, choice: None
     examples: Callable[[torch.device], Iterable[Sample]] | None = None
     exception: Callable[[str], str | None] = lambda device_type: None
 

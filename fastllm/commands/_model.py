@@ -11,8 +11,9 @@ from ..config import InputError, read_plain
 from ..data import Tokenizer
 from ..models import Model, ModelConfig, load_model
 from ..training import RUNS
-from ..training.checkpoints.checkpoint import MANIFEST, check, find_checkpoint, load_config
-from ..training.loop import pick_device
+from ..training.checkpoints.checkpoint import load_config
+from ..training.device import pick_device
+from ..training.setup import model_folder
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,26 +24,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
 
 
-def model_folder(arguments: argparse.Namespace) -> Path:
-    """The folder with weights and tokenizer; checked against its manifest, where it has one."""
-    if arguments.model is not None:
-        folder = Path(arguments.model)
-        if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder")
-        if (folder / MANIFEST).exists():
-            check(folder)
-        return folder
-    if arguments.run is not None:
-        run = Path(arguments.run)
-    else:
+def chosen_folder(arguments: argparse.Namespace) -> Path:
+    """The folder with weights and tokenizer that ``--model`` or ``--run`` names, else the newest run's; checked."""
+    named = arguments.run if arguments.model is None else arguments.model
+    if named is None:
         runs = sorted((path for path in RUNS.glob("*") if (path / "config.toml").exists()), key=os.path.getmtime)
         if not runs:
             raise InputError("no run in runs; train one with fastllm train, or name a --run or --model")
-        run = runs[-1]
-    if (run / "model").is_dir():
-        check(run / "model")
-        return run / "model"
-    return find_checkpoint(run)
+        named = runs[-1]
+    if arguments.model is None and not Path(named).is_dir():
+        raise InputError(f"{named}: no such run")
+    return model_folder(named)
 
 
 def task_of(config: ModelConfig) -> str:

@@ -8,7 +8,7 @@ import sys
 from ..config import InputError
 from ..tasks.answer import answers
 from ..tasks.show import marked
-from ._model import add_model_arguments, given_texts, load_for, model_folder
+from ._model import add_model_arguments, chosen_folder, given_texts, load_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
     context = "\n".join(given_texts([arguments.context] if arguments.context else [], arguments.file))
     if not all(question.strip() for question in arguments.question):
         raise InputError("question: expected a question, got an empty text")
-    model, tokenizer = load_for(model_folder(arguments), arguments.device, "answer")
+    model, tokenizer = load_for(chosen_folder(arguments), arguments.device, "answer")
     asked = [(question, context) for question in arguments.question]
     for question, span in zip(
         arguments.question, answers(model, tokenizer, asked, allow_none=arguments.allow_none), strict=True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..tasks.classify import classify
-from ._model import add_model_arguments, given_texts, load_for, model_folder
+from ._model import add_model_arguments, chosen_folder, given_texts, load_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     texts = given_texts(arguments.texts, arguments.file)
-    model, tokenizer = load_for(model_folder(arguments), arguments.device, "classify")
+    model, tokenizer = load_for(chosen_folder(arguments), arguments.device, "classify")
     for text, row in zip(texts, classify(model, tokenizer, texts), strict=True):
         best = int(row.argmax())
         print(f"{model.config.labels[best]}\t{row[best]:.3f}\t{text}")

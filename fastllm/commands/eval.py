@@ -20,7 +20,7 @@ from ..tasks.metrics import confusion, f1_macro, squad_scores, translation_score
 from ..tasks.read import read_labelled, read_pairs, read_questions
 from ..tasks.translate import translate
 from ..training.evaluate import evaluate
-from ._model import add_model_arguments, load_for, model_folder, task_of
+from ._model import add_model_arguments, chosen_folder, load_for, task_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace, out: Path | None) -> int:
-    folder = model_folder(arguments)
+    folder = chosen_folder(arguments)
     model, tokenizer = load_for(folder, arguments.device)
     task = task_of(model.config)
     predictions = []

@@ -8,7 +8,7 @@ import sys
 from ..config import InputError
 from ..generate.sampling import check_sampling, generate
 from ..training.reports.progress import printable
-from ._model import add_model_arguments, load_for, model_folder
+from ._model import add_model_arguments, chosen_folder, load_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_sampling(**sampling)
     except ValueError as error:
         raise InputError(str(error)) from error
-    model, tokenizer = load_for(model_folder(arguments), arguments.device, "generate")
+    model, tokenizer = load_for(chosen_folder(arguments), arguments.device, "generate")
     tokens = generate(
         model, [tokenizer.end_of_text, *tokenizer.encode(arguments.prompt)],
         stop_token=tokenizer.end_of_text, **sampling,

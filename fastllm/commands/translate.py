@@ -6,7 +6,7 @@ import argparse
 
 from ..config import InputError
 from ..tasks.translate import translate
-from ._model import add_model_arguments, given_texts, load_for, model_folder
+from ._model import add_model_arguments, chosen_folder, given_texts, load_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not 0 <= arguments.length_penalty < float("inf"):
         raise InputError(f"length_penalty: expected at least 0, got {arguments.length_penalty}")
     texts = given_texts(arguments.texts, arguments.file)
-    model, tokenizer = load_for(model_folder(arguments), arguments.device, "translate")
+    model, tokenizer = load_for(chosen_folder(arguments), arguments.device, "translate")
     options = dict(beams=arguments.beams, length_penalty=arguments.length_penalty)
     for text in translate(model, tokenizer, texts, **options):
         print(" ".join(text.split()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..functional import cross_entropy, embedding, layer_norm, rms_norm
-from ..ops.attention.multihead import multihead_attention
+from ..ops.attention.multihead import AttentionMasks, multihead_attention
 from .deferred import Deferred, value_of
 from .logits import Logits
 from .plain import freed_after_forward, hooked, plain, recorded
@@ -127,6 +127,6 @@ def multihead_attention_forward(
     if not ordinary:
         return before()
     try:
-        return multihead_attention(module, query, key, value, key_padding_mask, attn_mask, is_causal)
+        return multihead_attention(module, query, key, value, AttentionMasks(key_padding_mask, attn_mask, is_causal))
     except (TypeError, ValueError):
         return before()  # which says so in torch's own words

@@ -22,6 +22,8 @@ from .objectives.choose import ObjectiveConfig, fit_model
 def model_folder(path: str | Path) -> Path:
     """The folder with weights and tokenizer that ``path`` names: a run's, a checkpoint, or one that holds just these.
 
+    A folder that is none of these is given back as it is: what reads it names the file that is missing.
+
     Raises:
         InputError: there is none, or its manifest does not fit it.
     """
@@ -30,7 +32,7 @@ def model_folder(path: str | Path) -> Path:
         raise InputError(f"{folder}: no such folder")
     if (folder / "model").is_dir():
         folder = folder / "model"
-    elif not (folder / "config.json").exists():
+    elif (folder / "checkpoints").is_dir() or (folder / "config.toml").exists():
         return find_checkpoint(folder)
     if (folder / MANIFEST).exists():
         check(folder)

@@ -16,7 +16,7 @@ from fastllm.backends import BackendError, why_not
 from fastllm.functional import attention, scaled_dot_product_attention
 from fastllm.kernels.attention import hopper as kernels
 from fastllm.kernels.attention import hopper_warps as parts
-from fastllm.ops.attention.call import Call
+from fastllm.ops.attention.call import AttentionCall
 from fastllm.ops.attention.reference import reference
 
 SM_90 = why_not("hopper", DEVICE.type) is None
@@ -38,7 +38,7 @@ def tensors(rows, cols, heads, heads_kv, dim, dtype=torch.bfloat16, batch=None):
 
 def call_of(q, k, v, cu_q=None, cu_k=None, *, causal=False, bottom_right=True):
     none = dict.fromkeys(("bias", "sinks", "slopes", "seed"))
-    return Call(
+    return AttentionCall(
         q, k, v, **none, cu_q=cu_q, cu_k=cu_k, scale=q.shape[-1] ** -0.5, softcap=0.0, left=-1,
         right=0 if causal else -1, bottom_right=bottom_right, dropout_p=0.0,
     )  # fmt: skip
@@ -52,8 +52,8 @@ def check(monkeypatch, q, k, v, cu_q=None, cu_k=None, *, causal=False, bottom_ri
     out = torch.full_like(q, math.nan) if cu_q is None else torch.zeros(q.shape, dtype=q.dtype)
     lse, stats = kernels.attention_hopper_fwd(call, out)
     assert kernel.launches
-    truth, true_lse = reference(*(x.double() for x in (q, k, v)), *call[3:])
-    eager, _ = reference(*call)
+    truth, true_lse = reference(call._replace(q=q.double(), k=k.double(), v=v.double()))
+    eager, _ = reference(call)
     floor = 4 * torch.finfo(q.dtype).eps
     assert (out - truth).abs().max() <= 2 * (eager - truth).abs().max() + floor
     torch.testing.assert_close(lse.double(), true_lse, rtol=1e-5, atol=1e-5)

@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 
 import fastllm
+from fastllm.backends import Choice
 from fastllm.extension import load as extension
 from fastllm.functional import attention, scaled_dot_product_attention
-from fastllm.ops.attention.amx import LONGEST, amx_serves
+from fastllm.ops.attention.amx import LONGEST
+from fastllm.ops.attention.call import AttentionCall, AttentionRequest
+from fastllm.ops.attention.forms import AMX, form_of
 
 pytestmark = pytest.mark.skipif(
     not extension.has_matrix_units(), reason="this CPU has no matrix units (AMX), or the extension was not built"
@@ -31,6 +34,11 @@ def planes(batch, heads, rows, columns, layout="heads"):
     else:
         x = torch.randn(1, heads, 1, columns).expand(batch, heads, rows, columns)
     return x.bfloat16()
+
+
+def amx_serves(q, k, v, mask, causal, asked=False, scale=1.0):
+    call = AttentionCall(q, k, v, mask, right=0 if causal else -1, bottom_right=False, scale=scale)
+    return form_of(AttentionRequest(call), Choice("eager", "", asked)).name == AMX
 
 
 def run(function, q, k, v, dout, **options):
@@ -159,8 +167,7 @@ def test_under_compile_checks_and_functional_gradients():
 def test_what_it_leaves_to_torch():
     q = planes(1, 2, 8, 16)
     assert amx_serves(q, q, q, None, False)
-    with fastllm.backend("eager"):
-        assert not amx_serves(q, q, q, None, False)
+    assert not amx_serves(q, q, q, None, False, asked=True)
     assert not amx_serves(q.float(), q.float(), q.float(), None, False)
     assert not amx_serves(q, q[:, :1], q[:, :1], None, False)
     assert not amx_serves(q, q[:, :, :4], q[:, :, :4], None, True)
@@ -169,6 +176,9 @@ def test_what_it_leaves_to_torch():
     padding = torch.ones(1, 1, 1, 8, dtype=torch.bool)
     assert amx_serves(q, q, q, padding, False)
     assert not amx_serves(q, q, q, padding, True)
+    # A key is hidden by a number times the scale.
+    assert not any(amx_serves(q, q, q, padding, False, scale=scale) for scale in (0.0, -1e-30, 1e30))
+    assert amx_serves(q, q, q, None, True, scale=0.0)
     assert not amx_serves(q, q, q, padding.expand(1, 2, 8, 8), False)
     long = q.new_empty(1, 1, LONGEST + 1, 16)
     assert not amx_serves(long, long, long, None, False)

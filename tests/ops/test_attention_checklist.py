@@ -61,12 +61,13 @@ from conftest import DEVICE
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import fastllm
-from fastllm.backends import pick_by_tensors
+from fastllm.backends import pick
 from fastllm.functional import attention, scaled_dot_product_attention
 from fastllm.kernels.attention import problem as kernels
 from fastllm.ops.attention.attention import attention_reference
-from fastllm.ops.attention.call import Call
-from fastllm.ops.attention.reference import draw_seed, dropout_kept
+from fastllm.ops.attention.call import AttentionCall, AttentionRequest
+from fastllm.ops.attention.reference import dropout_kept
+from fastllm.ops.shared.philox import draw_seed
 
 
 @pytest.fixture(params=BACKENDS)
@@ -77,7 +78,7 @@ def backend(request):
 
 def test_every_test_of_the_list_exists():
     named = set(re.findall(r"test_\w+", __doc__))
-    files = Path(__file__).parents[1].glob("*/test_*.py")
+    files = Path(__file__).parents[1].rglob("test_*.py")
     defined = {name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)}
     assert len(named) > 40
     assert named <= defined, named - defined
@@ -236,7 +237,7 @@ def test_another_device_than_the_current_one():
 
 def test_cpu_tensors_run_eager_unless_asked():
     x = torch.randn(1, 2, 4, 8)
-    assert pick_by_tensors("attention", x, x, x) == "eager"
+    assert pick("attention", AttentionRequest(AttentionCall(x, x, x))).backend == "eager"
 
 
 def test_fp32_products_follow_torchs_setting():
@@ -244,7 +245,7 @@ def test_fp32_products_follow_torchs_setting():
 
     def precision(dtype):
         tensors = [t.to(dtype) for t in (q, k, v)]
-        call = Call(*tensors, *(None,) * 6, 1.0, 0.0, -1, -1, True, 0.0)
+        call = AttentionCall(*tensors, *(None,) * 6, 1.0, 0.0, -1, -1, True, 0.0)
         return kernels.Problem(call).flags().precision
 
     before = torch.get_float32_matmul_precision()

@@ -1,181 +1,35 @@
-"""Attention: softmax(query key^T * scale + ...) value, with every feature in one call.
-
-Normal form, which the operators and backends take: query (B, H, Sq, D), key (B, Hkv, Sk, D), value (B, Hkv, Sk, Dv), or
-packed (total, H, D) with both cu_seqlens; bias bool or floating of four dimensions, each full or 1; the window as
-left and right distances from the diagonal, -1 where unbounded; ``bottom_right``: the diagonal ends in the last row and
-column, otherwise it starts in the first.
-"""
+"""Attention: softmax(query key^T * scale + ...) value, with every feature in one call."""
 
 from __future__ import annotations
 
-import numbers
-
 import torch
-import torch.nn.functional as F
 
-from ...backends import pick_by_tensors, plain_eager
-from ...registry import Op, define, register
-from ..shared.autograd import apply, autocasts, gradients
-from .amx import amx_attention, amx_exception, amx_serves
-from .call import Call, Forward, Upstream, Wanted, check_attention, check_dropout, check_scale, check_window
-from .reference import draw_seed, reference
-from .samples import attention_cost, attention_samples
-from .torch_fused import faster_in_torch, torch_attention, torch_exception
+from ...backends import pick
+from ...registry import Op, register
+from ..shared.autograd import autocasts
+from ..shared.philox import draw_seed
+from .call import (
+    AttentionCall,
+    AttentionRequest,
+    check_attention,
+    check_dropout,
+    check_scale,
+    check_softcap,
+    check_window,
+)
+from .forms import CHUNKS, attention_by_form, form_of
+from .operator import apply_attention
+from .reference import reference
+from .samples import attention_cost, attention_examples, attention_samples
 
 MAX_HEAD_DIM = 256
 
 
-def like_query(x, heads: int, length: int, dim: int, packed: bool):
-    """Uninitialised (B, heads, length, dim), laid out (B, length, heads, dim); packed (length, heads, dim), zeros."""
-    if packed:
-        # Rows past the last sequence are written by nobody.
-        return x.new_zeros(length, heads, dim)
-    return x.new_empty(x.shape[0], length, heads, dim).transpose(1, 2)
-
-
-def _sizes(q, k, packed):
-    return (q.shape[1], k.shape[1], q.shape[0], k.shape[0]) if packed else (q.shape[1], k.shape[1], *_lengths(q, k))
-
-
-def _lengths(q, k):
-    return q.shape[2], k.shape[2]
-
-
-_SPEC = "float scale, float softcap, int left, int right, bool bottom_right, float dropout_p, str backend"
-
-
-def _fwd_fake(q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, scale, softcap, left, right, bottom_right, p, backend):
-    heads, _, rows, _ = _sizes(q, k, cu_q is not None)
-    shape = (heads, rows) if cu_q is not None else (q.shape[0], heads, rows)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    out = like_query(q, heads, rows, v.shape[-1], cu_q is not None)
-    return out, q.new_empty(shape, dtype=wide), q.new_empty((2, *shape), dtype=wide)
-
-
-@define(
-    "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sinks, Tensor? alibi_slopes, Tensor? seed, "
-    f"Tensor? cu_q, Tensor? cu_k, {_SPEC}) -> (Tensor, Tensor, Tensor)",
-    _fwd_fake,
-)
-def _attention_fwd(q, k, v, *rest):
-    *rest, backend = rest
-    call = Call(q, k, v, *rest)
-    packed = call.cu_q is not None
-    heads, _, rows, _ = _sizes(q, k, packed)
-    out = like_query(q, heads, rows, v.shape[-1], packed)
-    if backend == "hopper":
-        from ...kernels.attention.hopper import attention_hopper_fwd
-
-        return out, *attention_hopper_fwd(call, out)
-    if backend == "triton":
-        from ...kernels.attention.forward import attention_fwd
-
-        return out, *attention_fwd(call, out)
-    from .eager import attention_fwd
-
-    return out, *attention_fwd(*call, out)
-
-
-def _gradient_buffers(q, k, v, bias, sinks, cu_q, needs):
-    packed = cu_q is not None
-    heads, heads_kv, rows, cols = _sizes(q, k, packed)
-    return [
-        like_query(x, h, s, x.shape[-1], packed) if need else None
-        for x, h, s, need in zip((q, k, v), (heads, heads_kv, heads_kv), (rows, cols, cols), needs, strict=False)
-    ]
-
-
-def _bwd_fake(dout, dlse, out, stats, needs, q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, *spec):
-    grads = _gradient_buffers(q, k, v, bias, sinks, cu_q, needs)
-    for x, need in ((bias, needs[3]), (sinks, needs[4])):
-        grads.append(x.new_empty(x.shape) if need else None)
-    return tuple(q.new_empty(0) if g is None else g for g in grads)
-
-
-@define(
-    "attention_bwd(Tensor dout, Tensor? dlse, Tensor out, Tensor stats, bool[5] needs, Tensor q, Tensor k, Tensor v, "
-    "Tensor? bias, Tensor? sinks, Tensor? alibi_slopes, Tensor? seed, Tensor? cu_q, Tensor? cu_k, "
-    f"{_SPEC}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _bwd_fake,
-)
-def _attention_bwd(dout, dlse, out, stats, needs, q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, *spec):
-    *spec, backend = spec
-    grads = _gradient_buffers(q, k, v, bias, sinks, cu_q, needs)
-    wanted = Wanted(*grads, needs[3], needs[4])
-    if backend != "eager":
-        from ...kernels.attention.backward import attention_bwd
-
-        call = Call(q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, *spec)
-        dbias, dsinks = attention_bwd(call, Forward(out, stats), Upstream(dout, dlse), wanted)
-    else:
-        from .eager import attention_bwd
-
-        dbias, dsinks = attention_bwd(
-            dout, dlse, q, k, v, out, stats, bias, sinks, slopes, seed, cu_q, cu_k, *spec, tuple(wanted)
-        )
-    return tuple(q.new_empty(0) if g is None else g for g in (*grads, dbias, dsinks))
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, scale, softcap, left, right, bottom_right, dropout_p, backend
-    ):  # fmt: skip
-        # Each by name: where nothing requires a gradient torch.compile would take the first of *args for a ctx.
-        return _attention_fwd(
-            q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, scale, softcap, left, right, bottom_right, dropout_p,
-            backend,
-        )  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.spec = inputs[9:]
-        out, _, stats = output
-        ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:9], out, stats)
-
-    @staticmethod
-    def backward(ctx, dout, dlse, _dstats):
-        nothing = (None,) * (6 + len(ctx.spec))
-        if dout is None and dlse is None:
-            return *(None,) * 3, *nothing
-        q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, out, stats = ctx.saved_tensors
-        # A boolean mask has no derivative and must stay out of the differentiable inputs.
-        mask = bias if bias is not None and bias.dtype == torch.bool else None
-        spec = ctx.spec
-
-        def launch(inputs, outputs_grad, extras, needs):
-            q, k, v, bias, sinks = inputs
-            mask, slopes, seed, cu_q, cu_k, out, stats = extras
-            dout, dlse = outputs_grad
-            dout = torch.zeros_like(out) if dout is None else dout
-            bias = mask if bias is None else bias
-            return _attention_bwd(
-                dout, dlse, out, stats, needs, q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, *spec
-            )  # fmt: skip
-
-        def formula(q, k, v, bias, sinks):
-            return reference(q, k, v, mask if bias is None else bias, sinks, slopes, seed, cu_q, cu_k, *spec[:-1])
-
-        inputs = (q, k, v, None if mask is not None else bias, sinks)
-        extras = (mask, slopes, seed, cu_q, cu_k, out, stats)
-        grads = gradients(launch, formula, inputs, ctx.needs_input_grad[:5], (dout, dlse), extras)
-        return *grads, *nothing[2:]
-
-
-def apply_attention(q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, *spec):
-    """``(out, lse)`` of a call in normal form, differentiable; the last of ``spec`` is the backend."""
-    if plain_eager(spec[-1]):
-        return reference(q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, *spec[:-1])
-    out, lse, _ = apply(_Attention, q, k, v, bias, sinks, slopes, seed, cu_q, cu_k, *spec)
-    return out, lse
-
-
-def kernel_refuses(query, value) -> str | None:
-    """Why the attention kernels cannot take these tensors, or None."""
-    widest = max(query.shape[-1], value.shape[-1])
-    if widest > MAX_HEAD_DIM:
+def kernels_refuse(backend: str, request: AttentionRequest) -> str | None:
+    """Why the attention kernels cannot take a call, or None."""
+    call = request.call
+    widest = max(call.q.shape[-1], call.v.shape[-1])
+    if backend != "eager" and widest > MAX_HEAD_DIM:
         return f"the kernels take head dims up to {MAX_HEAD_DIM}, got {widest}"
     return None
 
@@ -191,38 +45,34 @@ def autocast(*tensors):
     )
 
 
-def _normal(
-    op, query, key, value, causal, window, scale, softcap, alibi_slopes, sinks, bias, dropout_p,
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-):  # fmt: skip
-    """The arguments of :func:`apply_attention` but for the last, after all checks."""
-    if all(isinstance(x, torch.Tensor) for x in (query, key, value)):
-        query, key, value = autocast(query, key, value)
-    sinks, alibi_slopes, bias, cu_q, cu_k = check_attention(
-        op, query, key, value, sinks, alibi_slopes, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    )
-    dropout_p = check_dropout(op, dropout_p)
-    left, right = check_window(op, window, causal)
-    scale = check_scale(op, scale, query.shape[-1])
-    if softcap is not None and (not isinstance(softcap, numbers.Real) or not softcap >= 0):
-        raise ValueError(f"{op}: softcap must be a number >= 0 (None or 0: none), got {softcap!r}")
-    seed = draw_seed(query.device) if dropout_p > 0 else None
-    spec = (scale, float(softcap or 0.0), left, right, True, dropout_p)
-    return query, key, value, bias, sinks, alibi_slopes, seed, cu_q, cu_k, *spec
-
-
-def attention_reference(
+def _request(
     query, key, value, *, causal=False, window=None, scale=None, softcap=None, alibi_slopes=None, sinks=None,
     bias=None, dropout_p=0.0, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
     return_lse=False,
 ):  # fmt: skip
+    """The arguments of :func:`attention` as one value, after all checks."""
+    if all(isinstance(x, torch.Tensor) for x in (query, key, value)):
+        query, key, value = autocast(query, key, value)
+    call = AttentionCall(query, key, value, bias, sinks, alibi_slopes, None, cu_seqlens_q, cu_seqlens_k)
+    call = check_attention("attention", call, (max_seqlen_q, max_seqlen_k))
+    dropout_p = check_dropout("attention", dropout_p)
+    left, right = check_window("attention", window, causal)
+    call = call._replace(
+        scale=check_scale("attention", scale, query.shape[-1]),
+        softcap=check_softcap("attention", softcap),
+        left=left,
+        right=right,
+        dropout_p=dropout_p,
+        seed=draw_seed(query.device) if dropout_p > 0 else None,
+    )
+    return AttentionRequest(call, bool(return_lse))
+
+
+def attention_reference(query, key, value, **options):
     """The definition: all scores at once, in at least fp32; the same dropout mask for the same generator state."""
-    args = _normal(
-        "attention", query, key, value, causal, window, scale, softcap, alibi_slopes, sinks, bias, dropout_p,
-        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-    )  # fmt: skip
-    out, lse = reference(*args)
-    return (out, lse) if return_lse else out
+    request = _request(query, key, value, **options)
+    out, lse = reference(request.call)
+    return (out, lse) if request.return_lse else out
 
 
 def attention(
@@ -267,36 +117,17 @@ def attention(
         TypeError, ValueError: an argument does not fit; the message says which.
         BackendError: the backend asked for cannot serve the call (head dims above 256 need ``eager``).
     """
-    args = _normal(
-        "attention", query, key, value, causal, window, scale, softcap, alibi_slopes, sinks, bias, dropout_p,
-        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+    request = _request(
+        query, key, value, causal=causal, window=window, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes,
+        sinks=sinks, bias=bias, dropout_p=dropout_p, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, return_lse=return_lse,
     )  # fmt: skip
-    q, k, v, mask = args[:4]
-    backend = pick_by_tensors(
-        "attention", q, k, v, sinks, refused=dict.fromkeys(("triton", "hopper"), kernel_refuses(q, v))
-    )
-    kernels = backend != "eager"
-    left, right = args[-4:-2]
-    plain = all(x is None for x in (*args[4:9], softcap or None)) and left < 0 and not return_lse
-    square = q.shape[-2] == k.shape[-2]
-    faster = faster_in_torch(q, k, v, right == 0) if kernels and plain and mask is None and right <= 0 else None
-    if faster is not None:
-        return torch_attention(faster, q, k, v, right == 0, args[9])
-    if not kernels and plain and sdpa_serves(q, k, v, mask) and (right < 0 or (right == 0 and square and mask is None)):
-        if amx_serves(q, k, v, mask, right == 0):
-            return amx_attention(q, k, v, mask, args[9], right == 0)
-        # A plain bool even where the shapes are symbolic.
-        gqa = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=right == 0, scale=args[9], enable_gqa=gqa)
-    out, lse = apply_attention(*args, backend)
+    choice = pick("attention", request)
+    form = form_of(request, choice)
+    if form is not None and form.name != CHUNKS:
+        return attention_by_form(request, form)
+    out, lse = apply_attention(request.call, choice.backend)
     return (out, lse) if return_lse else out
-
-
-def sdpa_serves(q, k, v, mask) -> bool:
-    """Whether torch's fused attention serves such a call without the memory of all scores."""
-    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
-        return False
-    return q.shape[-1] == v.shape[-1] and q.numel() > 0 and k.numel() > 0
 
 
 register(
@@ -308,6 +139,9 @@ register(
         samples=attention_samples,
         cost=attention_cost,
         backends=("eager", "triton", "hopper"),
-        exception=lambda device_type: amx_exception(device_type) or torch_exception(device_type),
+        call=_request,
+        refuses=kernels_refuse,
+        form=form_of,
+        examples=attention_examples,
     )
 )

@@ -1,4 +1,10 @@
-"""Argument checks of attention, and its normal form."""
+"""A call of attention as one value, its parts, and the checks of what the public functions are given.
+
+The normal form, which the operators and backends take, has query (B, H, Sq, D), key (B, Hkv, Sk, D) and value
+(B, Hkv, Sk, Dv), or packed (total, H, D) with both cu_seqlens. The bias is bool or floating, of four dimensions, each
+full or 1. The window is given as its left and right distance from the diagonal, -1 where it is unbounded. With
+``bottom_right`` the diagonal ends in the last row and column; otherwise it starts in the first.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +14,118 @@ import numbers
 from typing import NamedTuple
 
 import torch
+
+
+class AttentionCall(NamedTuple):
+    """One call in normal form. The field ``seed`` is None where nothing is dropped, or where PyTorch draws the mask."""
+
+    q: torch.Tensor | None
+    k: torch.Tensor | None
+    v: torch.Tensor | None
+    bias: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+    slopes: torch.Tensor | None = None
+    seed: torch.Tensor | None = None
+    cu_q: torch.Tensor | None = None
+    cu_k: torch.Tensor | None = None
+    scale: float = 1.0
+    softcap: float = 0.0
+    left: int = -1
+    right: int = -1
+    bottom_right: bool = True
+    dropout_p: float = 0.0
+
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """Those whose device and dtypes decide which backend serves."""
+        return self.q, self.k, self.v, self.sinks
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_q is not None
+
+    @property
+    def square(self) -> bool:
+        """Whether there are as many rows as columns, so that both diagonals are one."""
+        return self.q.shape[-2] == self.k.shape[-2]
+
+    def sizes(self) -> tuple[int, int, int, int]:
+        """(heads of the query, heads of the key, rows, columns); packed: rows and columns of all sequences."""
+        if self.packed:
+            return self.q.shape[1], self.k.shape[1], self.q.shape[0], self.k.shape[0]
+        return self.q.shape[1], self.k.shape[1], self.q.shape[2], self.k.shape[2]
+
+
+class TorchArguments(NamedTuple):
+    """The arguments of torch.nn.functional.scaled_dot_product_attention, in its order, as they were given."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    attn_mask: torch.Tensor | None
+    dropout_p: float
+    is_causal: bool
+    scale: float | None
+    enable_gqa: bool
+
+
+class AttentionRequest(NamedTuple):
+    """What picks a backend looks at: the call, and what the public function that took it adds.
+
+    ``given``: scaled_dot_product_attention's own arguments, which PyTorch's operator may take as they are; None for
+    ``attention``.
+    """
+
+    call: AttentionCall
+    return_lse: bool = False
+    given: TorchArguments | None = None
+
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return self.call.tensors()
+
+
+class ForwardResult(NamedTuple):
+    """What the backward takes from the forward: the output and the statistics of its rows."""
+
+    out: torch.Tensor
+    stats: torch.Tensor
+
+
+class OutputGradients(NamedTuple):
+    """The incoming gradients of the output and of lse; None where lse was not used."""
+
+    dout: torch.Tensor
+    dlse: torch.Tensor | None
+
+
+class Wanted(NamedTuple):
+    """The gradients that a backward shall give: buffers to fill or None; whether bias and sinks have one."""
+
+    dq: torch.Tensor | None
+    dk: torch.Tensor | None
+    dv: torch.Tensor | None
+    bias: bool
+    sinks: bool
+
+
+def sequence_call(call: AttentionCall, index: int, at_q: slice, at_k: slice) -> AttentionCall:
+    """The sequence ``index`` of a packed call, which holds the rows ``at_q`` and ``at_k``, as a dense call."""
+    rows, cols = at_q.stop - at_q.start, at_k.stop - at_k.start
+    slopes = call.slopes
+    return call._replace(
+        q=call.q[at_q].transpose(0, 1).unsqueeze(0),
+        k=call.k[at_k].transpose(0, 1).unsqueeze(0),
+        v=call.v[at_k].transpose(0, 1).unsqueeze(0),
+        bias=None if call.bias is None else sequence_bias(call.bias, index, rows, cols),
+        slopes=slopes[index : index + 1] if slopes is not None and slopes.dim() == 2 else slopes,
+        cu_q=None,
+        cu_k=None,
+    )
+
+
+def sequence_bias(bias: torch.Tensor, index: int, rows: int, cols: int) -> torch.Tensor:
+    """The slice of a packed call's bias that belongs to the sequence ``index``."""
+    bias = bias if bias.shape[0] == 1 else bias[index : index + 1]
+    return bias[:, :, : rows if bias.shape[2] > 1 else 1, : cols if bias.shape[3] > 1 else 1]
 
 
 def check_qkv(op: str, query, key, value) -> None:
@@ -41,6 +159,12 @@ def check_scale(op: str, scale, dim: int) -> float:
     return float(scale)
 
 
+def check_softcap(op: str, softcap) -> float:
+    if softcap is not None and (not isinstance(softcap, numbers.Real) or not softcap >= 0):
+        raise ValueError(f"{op}: softcap must be a number >= 0 (None or 0: none), got {softcap!r}")
+    return float(softcap or 0.0)
+
+
 def check_window(op: str, window, causal: bool) -> tuple[int, int]:
     """(left, right), -1 where unbounded; causal bounds the right at 0."""
     left = right = -1
@@ -69,7 +193,7 @@ def _check_cu(op: str, name: str, cu, total: int, query) -> torch.Tensor:
     if cu.dim() != 1 or cu.numel() < 1:
         raise ValueError(f"{op}: {name} must have shape (sequences + 1,), got {list(cu.shape)}")
     _same_device(op, name, cu, query)
-    # Values on a GPU are not looked at: that would wait for it.
+    # The values on a GPU are not read: reading them would wait for it.
     if cu.device.type == "cpu" and not torch.compiler.is_compiling() and type(cu) is torch.Tensor:
         bounds = cu.tolist()
         if bounds[0] != 0 or bounds[-1] > total or any(a > b for a, b in itertools.pairwise(bounds)):
@@ -79,12 +203,14 @@ def _check_cu(op: str, name: str, cu, total: int, query) -> torch.Tensor:
     return cu.contiguous()
 
 
-def check_attention(
-    op: str, query, key, value, sinks, alibi_slopes, bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-):  # fmt: skip
-    """(sinks, alibi_slopes, bias, cu_seqlens_q, cu_seqlens_k) in normal form, or an error that names what is wrong."""
+def check_attention(op: str, call: AttentionCall, longest: tuple[int | None, int | None]) -> AttentionCall:
+    """``call`` with its tensors in normal form, or an error that names what is wrong.
+
+    ``longest``: the arguments max_seqlen_q and max_seqlen_k.
+    """
+    query, key, value, bias, sinks, slopes, _, cu_q, cu_k = call[:9]
     check_qkv(op, query, key, value)
-    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    packed = cu_q is not None or cu_k is not None
     shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     dims, layout = (3, "(total, heads, dim) with cu_seqlens") if packed else (4, "(batch, heads, length, dim)")
     if not query.dim() == key.dim() == value.dim() == dims:
@@ -97,41 +223,45 @@ def check_attention(
     if (heads_kv == 0 and heads > 0) or (heads_kv > 0 and heads % heads_kv):
         raise ValueError(f"{op}: query's heads must be a multiple of key's, got {heads} and {heads_kv}")
     if packed:
-        if cu_seqlens_q is None or cu_seqlens_k is None:
-            raise ValueError(f"{op}: cu_seqlens_q and cu_seqlens_k must be given together")
-        cu_seqlens_q = _check_cu(op, "cu_seqlens_q", cu_seqlens_q, query.shape[0], query)
-        cu_seqlens_k = _check_cu(op, "cu_seqlens_k", cu_seqlens_k, key.shape[0], query)
-        if cu_seqlens_q.shape != cu_seqlens_k.shape:
-            raise ValueError(
-                f"{op}: cu_seqlens_q and cu_seqlens_k must name as many sequences, got "
-                f"{cu_seqlens_q.numel() - 1} and {cu_seqlens_k.numel() - 1}"
-            )
-        batch, rows, cols = cu_seqlens_q.numel() - 1, max_seqlen_q, max_seqlen_k
-        if cu_seqlens_q.dtype != cu_seqlens_k.dtype:
-            cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.long(), cu_seqlens_k.long()
+        cu_q, cu_k = _check_packing(op, call)
+        batch, (rows, cols) = cu_q.numel() - 1, longest
     else:
         batch, rows, cols = query.shape[0], query.shape[2], key.shape[2]
-        if max_seqlen_q is not None or max_seqlen_k is not None:
+        if longest != (None, None):
             raise ValueError(f"{op}: max_seqlen_q and max_seqlen_k belong to packed calls, with cu_seqlens")
     if sinks is not None:
         if not isinstance(sinks, torch.Tensor) or tuple(sinks.shape) != (heads,) or not sinks.is_floating_point():
             raise ValueError(f"{op}: sinks must be floating, of shape (heads,) = ({heads},), got {_say(sinks)}")
         _same_device(op, "sinks", sinks, query)
         sinks = sinks.contiguous()
-    if alibi_slopes is not None:
-        good = isinstance(alibi_slopes, torch.Tensor) and alibi_slopes.is_floating_point()
-        if not good or tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
+    if slopes is not None:
+        good = isinstance(slopes, torch.Tensor) and slopes.is_floating_point()
+        if not good or tuple(slopes.shape) not in ((heads,), (batch, heads)):
             raise ValueError(
-                f"{op}: alibi_slopes must be floating, of shape ({heads},) or ({batch}, {heads}), "
-                f"got {_say(alibi_slopes)}"
+                f"{op}: alibi_slopes must be floating, of shape ({heads},) or ({batch}, {heads}), got {_say(slopes)}"
             )
-        if alibi_slopes.requires_grad and torch.is_grad_enabled():
+        if slopes.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{op}: alibi_slopes are constants and have no gradient; pass alibi_slopes.detach()")
-        _same_device(op, "alibi_slopes", alibi_slopes, query)
-        alibi_slopes = alibi_slopes.to(torch.promote_types(query.dtype, torch.float32))
+        _same_device(op, "alibi_slopes", slopes, query)
+        slopes = slopes.to(torch.promote_types(query.dtype, torch.float32))
     if bias is not None:
         bias = _check_bias(op, bias, (batch, heads, rows, cols), query, packed)
-    return sinks, alibi_slopes, bias, cu_seqlens_q, cu_seqlens_k
+    return call._replace(bias=bias, sinks=sinks, slopes=slopes, cu_q=cu_q, cu_k=cu_k)
+
+
+def _check_packing(op: str, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both cu_seqlens, of one dtype."""
+    cu_q, cu_k = call.cu_q, call.cu_k
+    if cu_q is None or cu_k is None:
+        raise ValueError(f"{op}: cu_seqlens_q and cu_seqlens_k must be given together")
+    cu_q = _check_cu(op, "cu_seqlens_q", cu_q, call.q.shape[0], call.q)
+    cu_k = _check_cu(op, "cu_seqlens_k", cu_k, call.k.shape[0], call.q)
+    if cu_q.shape != cu_k.shape:
+        raise ValueError(
+            f"{op}: cu_seqlens_q and cu_seqlens_k must name as many sequences, got "
+            f"{cu_q.numel() - 1} and {cu_k.numel() - 1}"
+        )
+    return (cu_q, cu_k) if cu_q.dtype == cu_k.dtype else (cu_q.long(), cu_k.long())
 
 
 def _say(x) -> str:
@@ -149,47 +279,3 @@ def _check_bias(op: str, bias, full, query, packed: bool) -> torch.Tensor:
     ):
         raise ValueError(f"{op}: bias must broadcast to {list(full)}, got shape {list(bias.shape)}")
     return bias[(None,) * (4 - bias.dim())]
-
-
-class Call(NamedTuple):
-    """A checked call in normal form; see :mod:`.attention`."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    bias: torch.Tensor | None
-    sinks: torch.Tensor | None
-    slopes: torch.Tensor | None
-    seed: torch.Tensor | None
-    cu_q: torch.Tensor | None
-    cu_k: torch.Tensor | None
-    scale: float
-    softcap: float
-    left: int
-    right: int
-    bottom_right: bool
-    dropout_p: float
-
-
-class Forward(NamedTuple):
-    """What the backward takes from the forward: the output, and (2, *lse.shape) row maxima and logs of row sums."""
-
-    out: torch.Tensor
-    stats: torch.Tensor
-
-
-class Upstream(NamedTuple):
-    """The gradients that come in."""
-
-    dout: torch.Tensor
-    dlse: torch.Tensor | None
-
-
-class Wanted(NamedTuple):
-    """What a backward is to give: buffers to fill or None, and whether the gradients of bias and sinks are wanted."""
-
-    dq: torch.Tensor | None
-    dk: torch.Tensor | None
-    dv: torch.Tensor | None
-    bias: bool
-    sinks: bool

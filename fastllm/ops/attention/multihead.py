@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -20,8 +22,17 @@ def _check_mask(name: str, mask, shapes, query) -> None:
         raise ValueError(f"MultiheadAttention: {name} is on {mask.device}, query on {query.device}")
 
 
-def multihead_attention(module, query, key, value, key_padding_mask=None, attn_mask=None, is_causal=False):
+class AttentionMasks(NamedTuple):
+    """The masks of ``torch.nn.MultiheadAttention.forward``, by their names there."""
+
+    key_padding_mask: torch.Tensor | None = None
+    attn_mask: torch.Tensor | None = None
+    is_causal: bool = False
+
+
+def multihead_attention(module, query, key, value, masks: AttentionMasks):
     """``(output, None)`` of a ``torch.nn.MultiheadAttention``, without the weights; arguments as its forward's."""
+    key_padding_mask, attn_mask, is_causal = masks
     if is_causal and attn_mask is None:
         raise ValueError("MultiheadAttention: is_causal is a hint on attn_mask, which must be given with it")
     shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
@@ -127,4 +138,4 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
-        return multihead_attention(self, query, key, value, key_padding_mask, attn_mask, is_causal)
+        return multihead_attention(self, query, key, value, AttentionMasks(key_padding_mask, attn_mask, is_causal))

@@ -59,6 +59,19 @@ def attention_samples(device, dtype):
     yield Sample("negative_scale", qkv(1, 1, 10, 11, 8), dict(scale=-0.5))
 
 
+def attention_examples(device):
+    """The samples that ``fastllm info`` asks about: the backend and the form differ between them."""
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        query, key, value = torch.zeros(3, 1, 2, 512, 64, dtype=dtype, device=device)
+        padding = torch.ones(1, 1, 1, 512, dtype=torch.bool, device=device)
+        yield Sample(f"{name} causal", (query, key, value), dict(causal=True))
+        yield Sample(f"{name} padded", (query, key, value), dict(bias=padding))
+        yield Sample(f"{name} windowed", (query, key, value), dict(causal=True, window=(64, 0)))
+    query, key, value = torch.zeros(3, 1, 2, 512, 64, device=device)
+    yield Sample("float32 with a negative scale", (query, key, value), dict(causal=True, scale=-1.0))
+
+
 def attention_cost(query, key, value, *, causal=False, window=None, bias=None, cu_seqlens_q=None, **_) -> Cost:
     """Every input and output once; 2 products of 2 flops for each visible pair and dim, 2.5 times that backward.
 

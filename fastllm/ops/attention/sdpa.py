@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ...backends import pick_by_tensors
+from ...backends import pick
 from ...registry import Op, Sample, register
-from .amx import amx_attention, amx_exception, amx_serves
-from .attention import apply_attention, autocast, kernel_refuses, sdpa_serves
-from .call import check_dropout, check_qkv, check_scale
-from .reference import draw_seed, reference
-from .samples import attention_cost
-from .torch_fused import faster_in_torch, torch_attention, torch_exception
+from ..shared.philox import draw_seed
+from .attention import autocast, kernels_refuse
+from .call import AttentionCall, AttentionRequest, TorchArguments, check_dropout, check_qkv, check_scale
+from .forms import CHUNKS, attention_by_form, form_of
+from .operator import apply_attention
+from .reference import reference
+from .samples import attention_cost, attention_examples
 
 OP = "scaled_dot_product_attention"
-SMALL = 2**16
 
 
 def _got(query, key, value) -> str:
@@ -79,8 +79,12 @@ def _variant(mask) -> str | None:
     return mask.variant.name if isinstance(mask, CausalBias) else None
 
 
-def _normal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
-    """(q, k, v, mask, scale, right, bottom_right, dropout_p, leading), four-dimensional tensors, after all checks."""
+def _request(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):  # fmt: skip
+    """The arguments of :func:`scaled_dot_product_attention` as one value, after all checks."""
+    query, key, value, attn_mask = _cast(query, key, value, attn_mask)
+    given = TorchArguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     check_qkv(OP, query, key, value)
     variant = _variant(attn_mask)
     if min(x.dim() for x in (query, key, value)) < 2:
@@ -101,11 +105,13 @@ def _normal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gq
             raise ValueError(f"{OP}: attn_mask is for lengths {list(attn_mask.shape)}, got {_got(query, key, value)}")
     elif attn_mask is not None:
         mask = _mask(attn_mask, query, leading, rows, cols)
-    q = _four(query, leading, query.shape[-2:])
-    k = _four(key, of_key, key.shape[-2:])
-    v = _four(value, of_value, value.shape[-2:])
-    right = 0 if is_causal or variant is not None else -1
-    return q, k, v, mask, scale, right, variant == "LOWER_RIGHT", dropout_p, leading
+    call = AttentionCall(
+        _four(query, leading, query.shape[-2:]), _four(key, of_key, key.shape[-2:]),
+        _four(value, of_value, value.shape[-2:]), mask, scale=scale,
+        right=0 if is_causal or variant is not None else -1, bottom_right=variant == "LOWER_RIGHT",
+        dropout_p=dropout_p,
+    )  # fmt: skip
+    return AttentionRequest(call, given=given)
 
 
 def _cast(query, key, value, attn_mask):
@@ -116,18 +122,35 @@ def _cast(query, key, value, attn_mask):
     return autocast(query, key, value, attn_mask)
 
 
+def _shaped(out: torch.Tensor, given: TorchArguments) -> torch.Tensor:
+    """(B, H, L, Ev) as (..., L, Ev), with the leading dimensions of the arguments."""
+    leading = _leading(given.query, given.key, given.value, given.enable_gqa)[0]
+    return out.reshape(*leading, *out.shape[-2:])
+
+
+def _seeded(call: AttentionCall) -> AttentionCall:
+    """``call`` with the seed of its dropout mask. PyTorch's own operator takes no seed, and none is drawn for it."""
+    return call._replace(seed=draw_seed(call.q.device)) if call.dropout_p > 0 else call
+
+
+def _refuses(backend: str, request: AttentionRequest) -> str | None:
+    """Why the attention kernels cannot take a call, or None."""
+    k, v = request.call.k, request.call.v
+    if backend != "eager" and k.shape[1] != v.shape[1]:
+        return f"the kernels take as many heads of the value as of the key, got {v.shape[1]} and {k.shape[1]}"
+    return kernels_refuse(backend, request)
+
+
 def scaled_dot_product_attention_reference(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):  # fmt: skip
     """The definition: all scores at once, in at least fp32."""
-    q, k, v, mask, scale, right, bottom_right, p, leading = _normal(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-    )
-    seed = draw_seed(q.device) if p > 0 else None
+    call, _, given = _request(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    k, v = call.k, call.v
     v = v.repeat_interleave(k.shape[1] // v.shape[1], 1) if v.shape[1] < k.shape[1] else v
     k = k.repeat_interleave(v.shape[1] // k.shape[1], 1) if k.shape[1] < v.shape[1] else k
-    out, _ = reference(q, k, v, mask, None, None, seed, None, None, scale, 0.0, -1, right, bottom_right, p)
-    return out.reshape(*leading, *out.shape[-2:])
+    out, _ = reference(_seeded(call._replace(k=k, v=v)))
+    return _shaped(out, given)
 
 
 def scaled_dot_product_attention(
@@ -156,41 +179,14 @@ def scaled_dot_product_attention(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    query, key, value, attn_mask = _cast(query, key, value, attn_mask)
-    q, k, v, mask, scale, right, bottom_right, p, leading = _normal(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-    )
-    heads = None if k.shape[1] == v.shape[1] else f"key has {k.shape[1]} heads and value {v.shape[1]}"
-    backend = pick_by_tensors(OP, q, k, v, refused=dict.fromkeys(("triton", "hopper"), kernel_refuses(q, v) or heads))
-    kernels = backend != "eager"
-    square = q.shape[-2] == k.shape[-2]
-    # torch's dropout draws from torch's own stream: an eager call keeps it. Few scores keep torch's own choice, too:
-    # below four dimensions and for a mask's gradient it multiplies 16-bit inputs in fp32, and keeps all scores.
-    few = q.shape[-2] * k.shape[-2] <= SMALL and (query.dim() < 4 or mask is not None)
-    plain = mask is None and p == 0 and (square or not bottom_right)
-    faster = faster_in_torch(q, k, v, right == 0) if kernels and plain else None
-    if faster is not None:
-        return torch_attention(faster, q, k, v, right == 0, scale).reshape(*leading, q.shape[-2], v.shape[-1])
-    if not kernels and not bottom_right and few:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    if not kernels and (p > 0 or heads or (sdpa_serves(q, k, v, mask) and (right < 0 or square or not bottom_right))):
-        if bottom_right and not square:
-            mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(
-                k.shape[-2] - q.shape[-2]
-            )
-        causal = right == 0 and mask is None
-        if p == 0 and amx_serves(q, k, v, mask, causal):
-            out = amx_attention(q, k, v, mask, scale, causal)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, mask, p, causal, scale=scale, enable_gqa=enable_gqa)
+    request = _request(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    choice = pick(OP, request)
+    form = form_of(request, choice)
+    if form is None or form.name == CHUNKS:
+        out, _ = apply_attention(_seeded(request.call), choice.backend)
     else:
-        seed = draw_seed(q.device) if p > 0 else None
-        out, _ = apply_attention(
-            q, k, v, mask, None, None, seed, None, None, scale, 0.0, -1, right, bottom_right, p, backend
-        )
-    return out.reshape(*leading, *out.shape[-2:])
+        out = attention_by_form(request, form)
+    return out if form is not None and form.as_given else _shaped(out, request.given)
 
 
 def _samples(device, dtype):
@@ -209,8 +205,20 @@ def _samples(device, dtype):
     yield Sample("empty_row", (make(2, 2, 10, 8), make(2, 2, 12, 8), make(2, 2, 12, 8)), dict(attn_mask=rows))
 
 
+def _examples(device):
+    """The samples that ``fastllm info`` asks about."""
+    for sample in attention_examples(device):
+        options = dict(sample.kwargs)
+        if "causal" in options:
+            options["is_causal"] = options.pop("causal")
+        if "bias" in options:
+            options["attn_mask"] = options.pop("bias")
+        if "window" not in options:
+            yield Sample(sample.name, sample.args, options)
+
+
 def _cost(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    q, k, v, mask, *_ = _normal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    q, k, v, mask = _request(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa).call[:4]
     # A top-left diagonal leaves as many pairs as a band from the bottom right that starts Sk - Sq earlier.
     window = (None, q.shape[-2] - k.shape[-2]) if is_causal and q.shape[-2] >= k.shape[-2] else None
     if is_causal and window is None:
@@ -227,6 +235,9 @@ register(
         samples=_samples,
         cost=_cost,
         backends=("eager", "triton", "hopper"),
-        exception=lambda device_type: amx_exception(device_type) or torch_exception(device_type),
+        call=_request,
+        refuses=_refuses,
+        form=form_of,
+        examples=_examples,
     )
 )

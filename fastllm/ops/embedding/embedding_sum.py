@@ -12,7 +12,7 @@ from ...backends import pick_by_tensors, plain_eager
 from ...extension import operator
 from ...registry import Cost, Op, Sample, register
 from ..shared.autograd import apply
-from ..shared.philox import dropout_mask, new_seed
+from ..shared.philox import draw_seed, dropout_mask
 from .embedding import Embedding, Lookup, scatter
 from .table import check_indices, check_table, distinct, gather_eager, make_table, normalised_padding, zipf
 
@@ -54,7 +54,7 @@ def embedding_sum_reference(indices, weights, *, padding_idx=None, scale=1.0, dr
     parts = [s * F.embedding(i, w.to(wide), p) for i, w, p, s in zip(indices, weights, padding, scales, strict=True)]
     total = sum(parts[1:], parts[0])
     if dropout_p > 0.0:
-        kept = dropout_mask(new_seed(total.device), total.shape, dropout_p)
+        kept = dropout_mask(draw_seed(total.device), total.shape, dropout_p)
         total = torch.where(kept, total * (1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0), 0.0)
     return total.to(dtype)
 
@@ -243,7 +243,7 @@ def embedding_sum(indices, weights, *, padding_idx=None, scale=1.0, dropout_p=0.
         return embedding_sum_reference(indices, weights, padding_idx=padding_idx, scale=scale, dropout_p=dropout_p)
     native = backend == "native"
     call = _Sum(native, shape, _scales(scale, tables), padding, float(dropout_p), positions)
-    seed = new_seed(weights[0].device) if dropout_p > 0.0 else None
+    seed = draw_seed(weights[0].device) if dropout_p > 0.0 else None
     ids = [_laid_out(i, shape) for i in indices]
     needs = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
     if torch.compiler.is_compiling() and not needs:
@@ -315,6 +315,7 @@ def _samples(device, dtype):
         "scale_padding", ([ids(30, rows=4), ids(30, rows=3)], tables(20, 4, 3)), {"scale": 0.5, "padding_idx": 2}
     )
     yield Sample("padding_each", ([ids(30, rows=4), ids(30, rows=3)], tables(9, 4, 3)), {"padding_idx": (-1, 0)})
+    yield Sample("alike", ([ids(4, 7, rows=5), ids(4, 7, rows=5)], tables(9, 5, 5)))
     yield Sample("column_ids", ([ids(5, 1, rows=8), ids(6, rows=7).int()], tables(12, 8, 7)))
     yield Sample("no_ids", ([ids(0, 6, rows=8), None], tables(12, 8, 7)))
     yield Sample("wide", ([ids(2, 3, rows=8), None], tables(1000, 8, 7)))

@@ -1,7 +1,7 @@
-"""The counter-based random words of the compiled code (csrc/order.h) and the kernels, in PyTorch's own operators.
+"""The random words of the compiled code (csrc/order.h) and of the kernels, in PyTorch's own operators; and their seeds.
 
-Philox 4x32-10 of J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011): a pure function of seed and
-position, so that a mask is not stored but computed again.
+Philox 4x32-10 of J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011) is a function of a seed and of
+a counter alone. So a mask is not stored: backward computes it again.
 """
 
 from __future__ import annotations
@@ -11,15 +11,30 @@ import torch
 _LOW = 0xFFFFFFFF
 
 
+def draw_seed(device: torch.device) -> torch.Tensor:
+    """A seed, (1,) int64, from PyTorch's generator of ``device``.
+
+    It follows manual_seed and activation checkpointing. It stays on the device: nothing waits for the host, and each
+    replay of a CUDA graph draws anew.
+    """
+    return torch.randint(2**62, (1,), device=device, dtype=torch.int64)
+
+
 def _high(product: torch.Tensor) -> torch.Tensor:
     # An int64 product of two 32-bit words wraps, which leaves all 64 bits in place; the shift is arithmetic.
     return (product >> 32) & _LOW
 
 
-def philox(seed: torch.Tensor, c0: torch.Tensor, c1: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The four 32-bit words, as int64, at counters (c0, c1, 0, 0), which are 32-bit words too."""
+def philox(
+    seed: torch.Tensor, c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
+    """The four 32-bit words, as int64, at the counter (c0, c1, c2 or 0, 0), which are 32-bit words too.
+
+    The tensors are int64 and broadcast together. ``seed`` is one int64: the key.
+    """
     k0, k1 = seed & _LOW, _high(seed)
-    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+    c3 = torch.zeros_like(c0)
+    c2 = c3 if c2 is None else c2
     for _ in range(10):
         p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
         c0, c1, c2, c3 = _high(p1) ^ c1 ^ k0, p1 & _LOW, _high(p0) ^ c3 ^ k1, p0 & _LOW
@@ -53,8 +68,3 @@ def dropout_mask(seed: torch.Tensor, shape, p: float) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.bool, device=seed.device)
     words = _words(seed, torch.arange((n + 3) // 4, device=seed.device))
     return (words.flatten()[:n] >= min(int(p * 2**32), 2**32 - 1)).view(shape)
-
-
-def new_seed(device) -> torch.Tensor:
-    """One int64 from PyTorch's generator of ``device``: follows manual_seed, checkpointing and CUDA-graph replays."""
-    return torch.randint(2**62, (), device=device, dtype=torch.int64)

@@ -1,0 +1,128 @@
+"""Which form serves a call whose backend is eager: AMX, PyTorch's operator, or our own chunks of scores."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ...backends import Choice
+from .amx import amx_attention, amx_refuses
+from .call import AttentionCall, AttentionRequest
+
+AMX, TORCH, CHUNKS = "AMX", "PyTorch's operator", "chunks of scores"
+# So few scores go to PyTorch's operator with scaled_dot_product_attention's arguments as they were given, where that
+# keeps all scores: below four dimensions, where it multiplies 16-bit inputs in fp32, and for a mask's gradient.
+FEW_SCORES = 2**16
+
+
+class AttentionForm(NamedTuple):
+    """``name``: AMX, TORCH or CHUNKS. ``as_given``: PyTorch's operator takes the arguments as they were given."""
+
+    name: str
+    why: str
+    as_given: bool = False
+
+
+def form_of(request: AttentionRequest, choice: Choice) -> AttentionForm | None:
+    """The form that serves a call which ``choice`` leaves to eager, and why; None where another backend serves."""
+    if choice.backend != "eager":
+        return None
+    call = request.call
+    if request.given is not None:
+        if _few(request):
+            return AttentionForm(TORCH, f"it has at most {FEW_SCORES} scores", as_given=True)
+        if call.dropout_p > 0:
+            return AttentionForm(TORCH, "PyTorch's generator draws the dropout mask, as without fastllm")
+        if call.k.shape[1] != call.v.shape[1]:
+            return AttentionForm(TORCH, "key and value have different numbers of heads")
+    reason = _only_chunks(request)
+    if reason is None:
+        if not choice.asked and amx_refuses(call) is None:
+            return AttentionForm(AMX, "the extension multiplies bfloat16 on this CPU's matrix units")
+        reason = torch_fault(call)
+    if reason is not None:
+        return AttentionForm(CHUNKS, reason)
+    return AttentionForm(TORCH, "its fused kernel holds no more than a block of scores")
+
+
+def _few(request: AttentionRequest) -> bool:
+    call, given = request.call, request.given
+    if call.bottom_right or call.q.shape[-2] * call.k.shape[-2] > FEW_SCORES:
+        return False
+    if given.query.dim() < 4:
+        return True
+    # In four dimensions PyTorch's fused kernel takes a mask, unless the mask has a gradient or scores are dropped.
+    fused = call.dropout_p == 0 and not _has_gradient(call.bias)
+    return call.bias is not None and not (fused and torch_fault(call) is not None)
+
+
+def _has_gradient(x: torch.Tensor | None) -> bool:
+    return x is not None and x.requires_grad and torch.is_grad_enabled()
+
+
+def _only_chunks(request: AttentionRequest) -> str | None:
+    """What only our chunks can do, of the things that the call asks for; or None."""
+    call = request.call
+    absent = (
+        ("packed sequences", call.packed),
+        ("a soft cap", call.softcap > 0),
+        ("ALiBi slopes", call.slopes is not None),
+        ("sinks", call.sinks is not None),
+        ("a window", call.left >= 0 or call.right > 0),
+        ("a dropout mask that every backend agrees on", call.seed is not None),
+        ("the log-sum-exp as an output", request.return_lse),
+        ("a causal edge beside a mask", call.right == 0 and call.bias is not None),
+        (
+            "a bottom-right causal edge",
+            call.right == 0 and call.bottom_right and not call.square,
+        ),
+        ("a value of another head dim", call.q.shape[-1] != call.v.shape[-1]),
+    )
+    for feature, asked in absent:
+        if asked:
+            return f"PyTorch's fused kernel has no such thing as {feature}"
+    if call.q.numel() == 0 or call.k.numel() == 0:
+        return "the call is empty"
+    if _has_gradient(call.bias):
+        return "PyTorch's operator keeps all scores for the gradient of a mask"
+    return None
+
+
+def torch_fault(call: AttentionCall) -> str | None:
+    """Why PyTorch's fused kernel on CPUs would give wrong numbers, or None.
+
+    Both faults are in torch 2.11 to 2.13. Its causal edge multiplies -inf by the scale, so that a scale of 0 gives NaN
+    and a negative one shows what is hidden; a scale below the smallest normal number becomes 0. Its backward computes a
+    probability as exp(t - lse). Where a mask adds -1e38 to a whole row, lse has no digit left for the sum, and each of
+    n keys gets a probability of 1 instead of 1 / n.
+    """
+    if call.q.device.type != "cpu":
+        return None
+    least = torch.finfo(torch.promote_types(call.q.dtype, torch.float32)).tiny
+    if not least <= call.scale <= 1 / least:
+        return f"PyTorch's fused kernel is wrong for a scale of {call.scale:.3g}"
+    if call.bias is not None and call.bias.is_floating_point() and any(map(_has_gradient, (call.q, call.k, call.v))):
+        return "PyTorch's fused backward is wrong for rows that an added mask hides without -inf"
+    return None
+
+
+def attention_by_form(request: AttentionRequest, form: AttentionForm) -> torch.Tensor:
+    """The output by AMX or PyTorch's operator; of the given shape if ``form.as_given``, else (B, H, Sq, Dv)."""
+    call = request.call
+    if form.as_given:
+        *arguments, scale, enable_gqa = request.given
+        return F.scaled_dot_product_attention(*arguments, scale=scale, enable_gqa=enable_gqa)
+    if form.name == AMX:
+        return amx_attention(call)
+    mask = call.bias
+    if call.right == 0 and call.bottom_right and not call.square:
+        rows, cols = call.q.shape[-2], call.k.shape[-2]
+        mask = torch.ones(rows, cols, dtype=torch.bool, device=call.q.device).tril(cols - rows)
+    causal = call.right == 0 and mask is None
+    # A plain bool even where the shapes are symbolic.
+    gqa = True if not call.q.shape[1] == call.k.shape[1] == call.v.shape[1] else False  # noqa: SIM210
+    return F.scaled_dot_product_attention(
+        call.q, call.k, call.v, mask, call.dropout_p, causal, scale=call.scale, enable_gqa=gqa
+    )
