@@ -32,7 +32,7 @@ from .scores import (  # fmt: skip
     step_tile,
     store_tile,
 )
-from .tiles import bound, dkdv_tile, dq_tile
+from .tiles import dkdv_tile, dq_tile, register_bound
 from .values import Plane
 
 
@@ -279,7 +279,7 @@ def _delta(problem: Problem, forward, upstream):
         _delta_kernel[(tiles * planes,)](
             problem.plane(forward.out), problem.plane(upstream.dout), dlse, statistics,
             tiles, problem.heads, problem.rows, problem.dim_v, ALIGN=problem.align(forward.out, upstream.dout),
-            BLOCK_M=block_m, BLOCK_DV=problem.block_dv, num_warps=4, **bound(problem.q.dtype), **OPTIONS,
+            BLOCK_M=block_m, BLOCK_DV=problem.block_dv, num_warps=4, **register_bound(problem.q.dtype), **OPTIONS,
         )  # fmt: skip
     return statistics
 

@@ -6,7 +6,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..launch import OPTIONS, next_power_of_2
 from .scores import LOG2E
-from .values import CallSizes, KernelFlags, Plane, Programs, RowStatistics, Score, TileShape, WeightDropout
+from .values import CallSizes, KernelFlags, Plane, Programs, Score, ScoreStatistics, TileShape, WeightDropout
 
 
 def bulk_copies(arch: int, dtype: torch.dtype) -> bool:
@@ -17,8 +17,8 @@ def bulk_copies(arch: int, dtype: torch.dtype) -> bool:
 class Problem:
     """One attention call as the launchers see it: what its kernels take, made once.
 
-    ``call`` has the fields of the ops' Call: q, k and v, dense (B, H, S, D) or packed (total, H, D) with cu_q and cu_k;
-    bias, sinks, slopes and seed, or None; scale; softcap, 0 for none; left and right, < 0 where unbounded;
+    ``call`` has the fields of the ops' AttentionCall: q, k and v, dense (B, H, S, D) or packed (total, H, D) with cu_q
+    and cu_k; bias, sinks, slopes and seed, or None; scale; softcap, 0 for none; left and right, < 0 where unbounded;
     bottom_right; dropout_p. The batch stride of a packed tensor is 0: cu_q and cu_k say where a sequence starts.
     """
 
@@ -114,10 +114,10 @@ class Problem:
             align=self.align(*tensors),
         )
 
-    def statistics(self, stats, lse=None, delta=None) -> RowStatistics:
+    def statistics(self, stats, lse=None, delta=None) -> ScoreStatistics:
         """``stats`` is (2, B, H, Sq), packed (2, H, total): row maxima, and log2 of row sums."""
         batch = 0 if self.packed else self.heads * self.rows
-        return RowStatistics(stats[0], stats[1], batch, self.rows, lse, delta)
+        return ScoreStatistics(stats[0], stats[1], batch, self.rows, lse, delta)
 
     def descriptors(self, x, y, rows: int):
         """Descriptors of a tensor of q's width and one of v's that a kernel walks ``rows`` at a time, or (None, None).

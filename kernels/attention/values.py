@@ -22,7 +22,7 @@ class Plane(NamedTuple):
     col: int
 
 
-class RowStatistics(NamedTuple):
+class ScoreStatistics(NamedTuple):
     """fp32 tensors of one number for each query row, (B, H, Sq) or packed (H, total), all of these two strides."""
 
     row_max: torch.Tensor
