@@ -32,7 +32,7 @@ from .scores import (  # fmt: skip
     step_tile,
     store_tile,
 )
-from .tiles import bound, dkdv_tile, dq_tile
+from .tiles import dkdv_tile, dq_tile, register_bound
 from .values import Plane
 
 
@@ -107,7 +107,7 @@ def _dkdv_tiles(
         at_stats = b * stats.batch + head * stats.head + queries.start + rows
         q = step_tile(q_desc, q_rows, start, rows, queries.n_rows)
         dot = tl.dot(keys.k, tl.trans(q), input_precision=flags.precision)
-        t, slack = scores(dot, rows[None, :], keys.cols[:, None], sheet, score, NATURAL=flags.natural, MASKED=MASKED)
+        t, slack = scores(dot, rows[None, :], keys.cols[:, None], sheet, score, flags, MASKED=MASKED)
         row_max = tl.load(stats.row_max + at_stats, mask=in_rows, other=0.0)
         row_log2 = tl.load(stats.row_log2 + at_stats, mask=in_rows, other=float("inf"))
         p = probabilities(t, row_max[None, :], row_log2[None, :], score.unit, EXACT=flags.exact)
@@ -199,7 +199,7 @@ def _dq_tiles(
         k = step_tile(k_desc, keys, start, cols, sheet.n_cols)
         v = step_tile(v_desc, values, start, cols, sheet.n_cols)
         dot = tl.dot(own.q, tl.trans(k), input_precision=flags.precision)
-        t, slack = scores(dot, own.rows[:, None], cols[None, :], sheet, score, NATURAL=flags.natural, MASKED=MASKED)
+        t, slack = scores(dot, own.rows[:, None], cols[None, :], sheet, score, flags, MASKED=MASKED)
         p = probabilities(t, own.row_max[:, None], own.row_log2[:, None], score.unit, EXACT=flags.exact)
         dp = tl.dot(own.dout, tl.trans(v), input_precision=flags.precision)
         if dropout is not None:
@@ -275,11 +275,11 @@ def _delta(problem: Problem, forward, upstream):
         dlse = None
         if upstream.dlse is not None:
             strides = upstream.dlse.stride()
-            dlse = Plane(upstream.dlse, *((0, *strides) if problem.packed else strides))
+            dlse = Plane(upstream.dlse, *((0, *strides) if problem.packed else strides), col=0)
         _delta_kernel[(tiles * planes,)](
             problem.plane(forward.out), problem.plane(upstream.dout), dlse, statistics,
             tiles, problem.heads, problem.rows, problem.dim_v, ALIGN=problem.align(forward.out, upstream.dout),
-            BLOCK_M=block_m, BLOCK_DV=problem.block_dv, num_warps=4, **bound(problem.q.dtype), **OPTIONS,
+            BLOCK_M=block_m, BLOCK_DV=problem.block_dv, num_warps=4, **register_bound(problem.q.dtype), **OPTIONS,
         )  # fmt: skip
     return statistics
 

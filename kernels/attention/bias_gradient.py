@@ -116,7 +116,7 @@ def _attention_dbias_kernel(
                         queries, rows, in_rows, keys, cols, in_cols, flags,
                         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=tile.block_d, STEP=STEP,
                     )  # fmt: skip
-                    t, _ = scores(dot, rows[:, None], cols[None, :], sheet, score, NATURAL=flags.natural, MASKED=True)
+                    t, _ = scores(dot, rows[:, None], cols[None, :], sheet, score, flags, MASKED=True)
                     p = probabilities(t, row_max[:, None], row_log2[:, None], score.unit, EXACT=flags.exact)
                     dp = _product(
                         upstream, rows, in_rows, values, cols, in_cols, flags,

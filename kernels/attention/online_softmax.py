@@ -20,7 +20,7 @@ def forward_tiles(
         cols = start + tl.arange(0, BLOCK_N)
         k = step_tile(k_desc, keys, start, cols, sheet.n_cols)
         dot = tl.dot(q, tl.trans(k), input_precision=flags.precision)
-        t, _ = scores(dot, rows[:, None], cols[None, :], sheet, score, NATURAL=flags.natural, MASKED=MASKED)
+        t, _ = scores(dot, rows[:, None], cols[None, :], sheet, score, flags, MASKED=MASKED)
         new_max = tl.maximum(row_max, tl.max(t, axis=1))
         # A row that has seen nothing yet keeps -inf, and -inf - -inf would be NaN.
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)

@@ -6,7 +6,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..launch import OPTIONS, next_power_of_2
 from .scores import LOG2E
-from .values import CallSizes, KernelFlags, Plane, Programs, RowStatistics, Score, TileShape, WeightDropout
+from .values import CallSizes, KernelFlags, Plane, Programs, Score, ScoreStatistics, TileShape, WeightDropout
 
 
 def bulk_copies(arch: int, dtype: torch.dtype) -> bool:
@@ -17,8 +17,8 @@ def bulk_copies(arch: int, dtype: torch.dtype) -> bool:
 class Problem:
     """One attention call as the launchers see it: what its kernels take, made once.
 
-    ``call`` has the fields of the ops' Call: q, k and v, dense (B, H, S, D) or packed (total, H, D) with cu_q and cu_k;
-    bias, sinks, slopes and seed, or None; scale; softcap, 0 for none; left and right, < 0 where unbounded;
+    ``call`` has the fields of the ops' AttentionCall: q, k and v, dense (B, H, S, D) or packed (total, H, D) with cu_q
+    and cu_k; bias, sinks, slopes and seed, or None; scale; softcap, 0 for none; left and right, < 0 where unbounded;
     bottom_right; dropout_p. The batch stride of a packed tensor is 0: cu_q and cu_k say where a sequence starts.
     """
 
@@ -55,24 +55,22 @@ class Problem:
         self.widest = max(self.block_d, self.block_dv)
 
     def _score(self, call) -> Score:
-        slopes = bias = mask = None
+        features = {}
         if call.slopes is not None:
             batch = call.slopes.stride(0) if call.slopes.dim() == 2 else 0
-            slopes = Plane(call.slopes, batch, call.slopes.stride(-1))
+            features |= dict(slopes=call.slopes, slopes_batch=batch, slopes_head=call.slopes.stride(-1))
         if call.bias is not None:
-            is_mask = call.bias.dtype == torch.bool
-            values = call.bias.view(torch.uint8) if is_mask else call.bias
-            plane = Plane(values, *(0 if n == 1 else s for n, s in zip(values.shape, values.stride(), strict=True)))
-            bias, mask = (None, plane) if is_mask else (plane, None)
+            bias = call.bias.view(torch.uint8) if call.bias.dtype == torch.bool else call.bias
+            names = ("bias_batch", "bias_head", "bias_row", "bias_col")
+            strides = (0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True))
+            features |= dict(bias=bias, **dict(zip(names, strides, strict=True)))
         return Score(
             scale=call.scale,
             unit=LOG2E.value if self.natural else call.scale * LOG2E.value,
             softcap=call.softcap if call.softcap > 0 else None,
             left=call.left if call.left >= 0 else None,
             right=call.right if call.right >= 0 else None,
-            slopes=slopes,
-            bias=bias,
-            mask=mask,
+            **features,
         )
 
     def _pressure(self) -> int:
@@ -107,13 +105,19 @@ class Problem:
     def flags(self, *tensors) -> KernelFlags:
         """The constants of a kernel that takes q, k, v and ``tensors``."""
         wide = self.q.dtype == torch.float32
-        precision = self.precision if wide else "ieee"
-        return KernelFlags(self.natural, self.bottom_right, self.natural or wide, precision, self.align(*tensors))
+        return KernelFlags(
+            natural=self.natural,
+            mask=self.bias is not None and self.bias.dtype == torch.bool,
+            bottom_right=self.bottom_right,
+            exact=self.natural or wide,
+            precision=self.precision if wide else "ieee",
+            align=self.align(*tensors),
+        )
 
-    def statistics(self, stats, lse=None, delta=None) -> RowStatistics:
+    def statistics(self, stats, lse=None, delta=None) -> ScoreStatistics:
         """``stats`` is (2, B, H, Sq), packed (2, H, total): row maxima, and log2 of row sums."""
         batch = 0 if self.packed else self.heads * self.rows
-        return RowStatistics(stats[0], stats[1], batch, self.rows, lse, delta)
+        return ScoreStatistics(stats[0], stats[1], batch, self.rows, lse, delta)
 
     def descriptors(self, x, y, rows: int):
         """Descriptors of a tensor of q's width and one of v's that a kernel walks ``rows`` at a time, or (None, None).

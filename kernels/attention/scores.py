@@ -105,21 +105,19 @@ def sheet_of(b, head, n_rows, n_cols, score, seed, heads, BOTTOM_RIGHT: tl.const
     offset = n_cols - n_rows if BOTTOM_RIGHT else 0
     slope = 0.0
     if score.slopes is not None:
-        slope = tl.load(score.slopes.ptr + b * score.slopes.batch + head * score.slopes.head).to(tl.float32)
+        slope = tl.load(score.slopes + b * score.slopes_batch + head * score.slopes_head).to(tl.float32)
     bias = 0
     if score.bias is not None:
-        bias = score.bias.ptr + b * score.bias.batch + head * score.bias.head
-    if score.mask is not None:
-        bias = score.mask.ptr + b * score.mask.batch + head * score.mask.head
+        bias = score.bias + b * score.bias_batch + head * score.bias_head
     return Sheet(n_rows, n_cols, offset, b * heads + head, slope, bias, seed)
 
 
 @triton.jit
-def scores(dot, rows, cols, sheet, score, NATURAL: tl.constexpr, MASKED: tl.constexpr):
+def scores(dot, rows, cols, sheet, score, flags: tl.constexpr, MASKED: tl.constexpr):
     """(t, 1 - tanh^2 of the soft cap or 1): ``dot`` with every feature. ``rows`` and ``cols`` broadcast to it."""
     t = dot
     slack = 1.0
-    if NATURAL:
+    if flags.natural:
         t = t * score.scale
     if score.softcap is not None:
         capped = tanh(t / score.softcap)
@@ -129,12 +127,11 @@ def scores(dot, rows, cols, sheet, score, NATURAL: tl.constexpr, MASKED: tl.cons
         t -= sheet.slope * tl.abs(rows + sheet.offset - cols).to(tl.float32)
     if score.bias is not None:
         inside = (rows < sheet.n_rows) & (cols < sheet.n_cols)
-        at = rows.to(tl.int64) * score.bias.row + cols.to(tl.int64) * score.bias.col
-        t += tl.load(sheet.bias + at, mask=inside, other=0.0).to(tl.float32)
-    if score.mask is not None:
-        inside = (rows < sheet.n_rows) & (cols < sheet.n_cols)
-        at = rows.to(tl.int64) * score.mask.row + cols.to(tl.int64) * score.mask.col
-        t = tl.where(tl.load(sheet.bias + at, mask=inside, other=0) != 0, t, float("-inf"))
+        at = rows.to(tl.int64) * score.bias_row + cols.to(tl.int64) * score.bias_col
+        if flags.mask:
+            t = tl.where(tl.load(sheet.bias + at, mask=inside, other=0) != 0, t, float("-inf"))
+        else:
+            t += tl.load(sheet.bias + at, mask=inside, other=0.0).to(tl.float32)
     if MASKED:
         visible = (cols < sheet.n_cols) & (rows < sheet.n_rows)
         if score.right is not None:

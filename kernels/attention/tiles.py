@@ -88,10 +88,10 @@ def _named(tile) -> dict:
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile, strict=True))
 
 
-def bound(dtype: torch.dtype, pressure: int = 0) -> dict:
-    """A launch's bound on registers: the hardware's own where ptxas may else spill to reach 128 and a second block.
+def register_bound(dtype: torch.dtype, pressure: int = 0) -> dict:
+    """A launch's bound on registers: the hardware's 255 where ptxas may otherwise spill to fit a second block into 128.
 
-    So it does in fp32, and under features of which no table holds every combination.
+    It does so in fp32, and under features of which no table holds every combination.
     """
     return dict(maxnreg=255) if dtype == torch.float32 or pressure >= 2 else {}
 
@@ -99,7 +99,7 @@ def bound(dtype: torch.dtype, pressure: int = 0) -> dict:
 def _of(table, table_32, dtype: torch.dtype, arch: int, pressure: int, choose) -> dict:
     # sm_120 has the shared memory and the matrix instructions of sm_80's kind.
     kind = 80 if arch < 90 or arch >= 120 else 90 if arch < 100 else 100
-    return {**_named(choose(table_32 if dtype == torch.float32 else table[kind])), **bound(dtype, pressure)}
+    return {**_named(choose(table_32 if dtype == torch.float32 else table[kind])), **register_bound(dtype, pressure)}
 
 
 def _tile(table, table_32, dim: int, dtype: torch.dtype, arch: int, pressure: int) -> dict:

@@ -1,8 +1,9 @@
 """What the attention kernels take: values that a launcher makes once for a call, and values made in a kernel.
 
-What a call does not have is None in them, and its code is not compiled. Triton 3.6 sets three limits. It turns the
-constants that a device function returns into tensors, so no device function returns None. It cannot compare a value
-with None that has a None inside. It passes no string to a device function: that takes the constant value around it.
+What a call does not have is None in them, and its code is not compiled. Triton 3.6 sets limits. It turns the constants
+that a device function returns into tensors, so no device function returns None. It cannot compare a value with None
+that has a None inside. In a loop it may lose a constant, such as a stride of 1, of a value within a value, so a value
+that a loop reads is flat. It passes no string to a device function: that takes the constant value around it.
 """
 
 from typing import NamedTuple
@@ -12,16 +13,16 @@ import triton.language as tl
 
 
 class Plane(NamedTuple):
-    """A tensor of planes (batch, head) of rows: its pointer, and its strides in elements, 0 where it does not vary."""
+    """A tensor of planes (batch, head) of rows: its pointer, and its strides in elements."""
 
     ptr: torch.Tensor
     batch: int
     head: int
-    row: int = 0
-    col: int = 0
+    row: int
+    col: int
 
 
-class RowStatistics(NamedTuple):
+class ScoreStatistics(NamedTuple):
     """fp32 tensors of one number for each query row, (B, H, Sq) or packed (H, total), all of these two strides."""
 
     row_max: torch.Tensor
@@ -33,16 +34,21 @@ class RowStatistics(NamedTuple):
 
 
 class Score(NamedTuple):
-    """How a score comes from a dot product."""
+    """How a score comes from a dot product. The slopes and the bias have their strides beside them."""
 
     scale: float
     unit: float
-    softcap: float | None
-    left: int | None
-    right: int | None
-    slopes: Plane | None
-    bias: Plane | None
-    mask: Plane | None
+    softcap: float | None = None
+    left: int | None = None
+    right: int | None = None
+    slopes: torch.Tensor | None = None
+    slopes_batch: int | None = None
+    slopes_head: int | None = None
+    bias: torch.Tensor | None = None
+    bias_batch: int | None = None
+    bias_head: int | None = None
+    bias_row: int | None = None
+    bias_col: int | None = None
 
 
 class WeightDropout(NamedTuple):
@@ -75,9 +81,13 @@ class Programs(NamedTuple):
 
 
 class KernelFlags(NamedTuple):
-    """Constants of a kernel. ``align`` elements divide every stride and head dim; 1 where that is not known."""
+    """Constants of a kernel. ``mask``: the bias is boolean, True for what takes part.
+
+    ``align`` elements divide every stride and head dim; 1 where that is not known.
+    """
 
     natural: bool
+    mask: bool
     bottom_right: bool
     exact: bool
     precision: str

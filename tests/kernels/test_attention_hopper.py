@@ -25,7 +25,7 @@ KERNEL = kernels._attention_hopper_fwd_kernel
 emulated = pytest.mark.skipif(HAS_GPU, reason="the emulator runs on CPU tensors")
 
 
-def starts(*lengths):
+def _starts(*lengths):
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
@@ -44,7 +44,7 @@ def call_of(q, k, v, cu_q=None, cu_k=None, *, causal=False, bottom_right=True):
     )  # fmt: skip
 
 
-def check(monkeypatch, q, k, v, cu_q=None, cu_k=None, *, causal=False, bottom_right=True, seed=0):
+def _check(monkeypatch, q, k, v, cu_q=None, cu_k=None, *, causal=False, bottom_right=True, seed=0):
     """The kernel's outputs and statistics against the definition in fp64."""
     kernel = Emulated(KERNEL, seed)
     monkeypatch.setattr(kernels, "_attention_hopper_fwd_kernel", kernel)
@@ -75,27 +75,27 @@ def test_dense(monkeypatch, dim, causal, rows, cols):
     dtype = torch.float16 if dim == 64 else torch.bfloat16
     # Sections of two heads: what fills an L2 cache would be too much for a test.
     monkeypatch.setattr(kernels, "L2", 1)
-    check(monkeypatch, *tensors(rows, cols, 4, 2, dim, dtype, batch=2), causal=causal, seed=rows)
-    check(monkeypatch, *tensors(rows, cols, 3, 1, dim, dtype, batch=1), causal=causal, bottom_right=False, seed=cols)
+    _check(monkeypatch, *tensors(rows, cols, 4, 2, dim, dtype, batch=2), causal=causal, seed=rows)
+    _check(monkeypatch, *tensors(rows, cols, 3, 1, dim, dtype, batch=1), causal=causal, bottom_right=False, seed=cols)
 
 
 @emulated
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("causal", [False, True])
 def test_packed(monkeypatch, dim, causal):
-    cu_q, cu_k = starts(0, 130, 1, 0, 269), starts(5, 200, 0, 128, 367)
+    cu_q, cu_k = _starts(0, 130, 1, 0, 269), _starts(5, 200, 0, 128, 367)
     q, k, v = tensors(400, 700, 4, 2, dim)
-    check(monkeypatch, q, k, v, cu_q, cu_k, causal=causal, seed=dim)
-    same = starts(128, 3, 269)
+    _check(monkeypatch, q, k, v, cu_q, cu_k, causal=causal, seed=dim)
+    same = _starts(128, 3, 269)
     q, k, v = tensors(410, 410, 2, 2, dim)
-    out = check(monkeypatch, q, k, v, same, same, causal=causal, seed=dim)
+    out = _check(monkeypatch, q, k, v, same, same, causal=causal, seed=dim)
     assert (out[400:] == 0).all()
 
 
 @emulated
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_packed_sequence_keeps_its_neighbours_out(monkeypatch, causal):
-    cu = starts(70, 150, 90)
+    cu = _starts(70, 150, 90)
     q, k, v = tensors(310, 310, 2, 1, 64)
     for x in (q, k, v):
         x[70:220] = math.nan
@@ -104,14 +104,14 @@ def test_a_packed_sequence_keeps_its_neighbours_out(monkeypatch, causal):
     monkeypatch.setattr(kernels, "_attention_hopper_fwd_kernel", kernel)
     out = torch.zeros_like(q)
     kernels.attention_hopper_fwd(call_of(q, k, v, cu, cu, causal=causal), out)
-    alone = check(monkeypatch, *clean, starts(70, 90), starts(70, 90), causal=causal)
+    alone = _check(monkeypatch, *clean, _starts(70, 90), _starts(70, 90), causal=causal)
     assert torch.equal(torch.cat([out[:70], out[220:]]), alone)
 
 
 @emulated
 def test_schedules_do_not_matter(monkeypatch):
     q, k, v = tensors(300, 900, 2, 1, 64, batch=1)
-    outs = [check(monkeypatch, q, k, v, causal=True, seed=100 * i) for i in range(8)]
+    outs = [_check(monkeypatch, q, k, v, causal=True, seed=100 * i) for i in range(8)]
     assert all(torch.equal(outs[0], out) for out in outs[1:])
 
 
@@ -149,7 +149,7 @@ def test_the_emulator_sees_faults(monkeypatch, fault):
     assert found == 1
     kernel = Emulated(KERNEL)
     monkeypatch.setattr(kernels, "_attention_hopper_fwd_kernel", kernel)
-    cu = starts(900, 60)
+    cu = _starts(900, 60)
     q, k, v = tensors(960, 960, 2, 1, 64)
     call = call_of(q, k, v, cu, cu, causal=True)
 
@@ -217,7 +217,7 @@ def test_dense_on_a_gpu(dtype, dim, causal, rows, cols):
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("causal", [False, True])
 def test_packed_on_a_gpu(dim, causal):
-    cu = starts(0, 1300, 1, 0, 700, 128, 64).to(DEVICE)
+    cu = _starts(0, 1300, 1, 0, 700, 128, 64).to(DEVICE)
     q, k, v = (x.to(DEVICE) for x in tensors(2193, 2193, 8, 2, dim))
     on_a_gpu(tuple(x.requires_grad_() for x in (q, k, v)), causal=causal, cu_seqlens_q=cu, cu_seqlens_k=cu)
     with torch.no_grad():
