@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -47,7 +49,8 @@ def _four(x, leading, last):
     """``x`` broadcast to (*leading, *last) as (B, H, *last), where leading has any length."""
     x = x.expand(*leading, *last)
     if len(leading) > 2:
-        return x.reshape(-1, leading[-1], *last)
+        # The product rather than -1, which is ambiguous in an empty tensor.
+        return x.reshape(math.prod(leading[:-1]), leading[-1], *last)
     return x[(None,) * (2 - len(leading))]
 
 
