@@ -54,16 +54,14 @@ def _request(
     if all(isinstance(x, torch.Tensor) for x in (query, key, value)):
         query, key, value = autocast(query, key, value)
     call = AttentionCall(query, key, value, bias, sinks, alibi_slopes, None, cu_seqlens_q, cu_seqlens_k)
-    call = check_attention("attention", call, (max_seqlen_q, max_seqlen_k))
+    bias, sinks, slopes, cu_q, cu_k = check_attention("attention", call, (max_seqlen_q, max_seqlen_k))
     dropout_p = check_dropout("attention", dropout_p)
     left, right = check_window("attention", window, causal)
-    call = call._replace(
-        scale=check_scale("attention", scale, query.shape[-1]),
-        softcap=check_softcap("attention", softcap),
-        left=left,
-        right=right,
-        dropout_p=dropout_p,
-        seed=draw_seed(query.device) if dropout_p > 0 else None,
+    scale = check_scale("attention", scale, query.shape[-1])
+    softcap = check_softcap("attention", softcap)
+    seed = draw_seed(query.device) if dropout_p > 0 else None
+    call = AttentionCall(
+        query, key, value, bias, sinks, slopes, seed, cu_q, cu_k, scale, softcap, left, right, True, dropout_p
     )
     return AttentionRequest(call, bool(return_lse))
 

@@ -71,13 +71,14 @@ class TorchArguments(NamedTuple):
 class AttentionRequest(NamedTuple):
     """What picks a backend looks at: the call, and what the public function that took it adds.
 
-    ``given``: scaled_dot_product_attention's own arguments, which PyTorch's operator may take as they are; None for
-    ``attention``.
+    ``given``: scaled_dot_product_attention's own arguments, which PyTorch's operator may take as they are, and
+    ``leading``: the dimensions that its output has before the last two. ``attention`` has neither.
     """
 
     call: AttentionCall
     return_lse: bool = False
     given: TorchArguments | None = None
+    leading: tuple[int, ...] = ()
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         return self.call.tensors()
@@ -203,8 +204,8 @@ def _check_cu(op: str, name: str, cu, total: int, query) -> torch.Tensor:
     return cu.contiguous()
 
 
-def check_attention(op: str, call: AttentionCall, longest: tuple[int | None, int | None]) -> AttentionCall:
-    """``call`` with its tensors in normal form, or an error that names what is wrong.
+def check_attention(op: str, call: AttentionCall, longest: tuple[int | None, int | None]) -> tuple:
+    """The bias, sinks, slopes and both cu_seqlens of ``call`` in normal form, or an error that names what is wrong.
 
     ``longest``: the arguments max_seqlen_q and max_seqlen_k.
     """
@@ -246,7 +247,7 @@ def check_attention(op: str, call: AttentionCall, longest: tuple[int | None, int
         slopes = slopes.to(torch.promote_types(query.dtype, torch.float32))
     if bias is not None:
         bias = _check_bias(op, bias, (batch, heads, rows, cols), query, packed)
-    return call._replace(bias=bias, sinks=sinks, slopes=slopes, cu_q=cu_q, cu_k=cu_k)
+    return bias, sinks, slopes, cu_q, cu_k
 
 
 def _check_packing(op: str, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,8 @@ AMX, TORCH, CHUNKS = "AMX", "PyTorch's operator", "chunks of scores"
 # So few scores go to PyTorch's operator with scaled_dot_product_attention's arguments as they were given, where that
 # keeps all scores: below four dimensions, where it multiplies 16-bit inputs in fp32, and for a mask's gradient.
 FEW_SCORES = 2**16
+# The smallest normal number of what scores are computed in: fp32, and fp64 for tensors in fp64.
+SMALLEST = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float64).tiny)
 
 
 class AttentionForm(NamedTuple):
@@ -64,29 +66,39 @@ def _has_gradient(x: torch.Tensor | None) -> bool:
 
 def _only_chunks(request: AttentionRequest) -> str | None:
     """What only our chunks can do, of the things that the call asks for; or None."""
+    feature = _feature(request)
+    if feature is not None:
+        return f"PyTorch's fused kernel has no such thing as {feature}"
     call = request.call
-    absent = (
-        ("packed sequences", call.packed),
-        ("a soft cap", call.softcap > 0),
-        ("ALiBi slopes", call.slopes is not None),
-        ("sinks", call.sinks is not None),
-        ("a window", call.left >= 0 or call.right > 0),
-        ("a dropout mask that every backend agrees on", call.seed is not None),
-        ("the log-sum-exp as an output", request.return_lse),
-        ("a causal edge beside a mask", call.right == 0 and call.bias is not None),
-        (
-            "a bottom-right causal edge",
-            call.right == 0 and call.bottom_right and not call.square,
-        ),
-        ("a value of another head dim", call.q.shape[-1] != call.v.shape[-1]),
-    )
-    for feature, asked in absent:
-        if asked:
-            return f"PyTorch's fused kernel has no such thing as {feature}"
     if call.q.numel() == 0 or call.k.numel() == 0:
         return "the call is empty"
     if _has_gradient(call.bias):
         return "PyTorch's operator keeps all scores for the gradient of a mask"
+    return None
+
+
+def _feature(request: AttentionRequest) -> str | None:
+    call = request.call
+    if call.cu_q is not None:
+        return "packed sequences"
+    if call.softcap > 0:
+        return "a soft cap"
+    if call.slopes is not None:
+        return "ALiBi slopes"
+    if call.sinks is not None:
+        return "sinks"
+    if call.left >= 0 or call.right > 0:
+        return "a window"
+    if call.seed is not None:
+        return "a dropout mask that every backend agrees on"
+    if request.return_lse:
+        return "the log-sum-exp as an output"
+    if call.right == 0 and call.bias is not None:
+        return "a causal edge beside a mask"
+    if call.right == 0 and call.bottom_right and not call.square:
+        return "a bottom-right causal edge"
+    if call.q.shape[-1] != call.v.shape[-1]:
+        return "a value of another head dim"
     return None
 
 
@@ -100,7 +112,7 @@ def torch_fault(call: AttentionCall) -> str | None:
     """
     if call.q.device.type != "cpu":
         return None
-    least = torch.finfo(torch.promote_types(call.q.dtype, torch.float32)).tiny
+    least = SMALLEST[call.q.dtype == torch.float64]
     if not least <= call.scale <= 1 / least:
         return f"PyTorch's fused kernel is wrong for a scale of {call.scale:.3g}"
     if call.bias is not None and call.bias.is_floating_point() and any(map(_has_gradient, (call.q, call.k, call.v))):

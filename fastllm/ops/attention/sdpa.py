@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -47,7 +49,8 @@ def _four(x, leading, last):
     """``x`` broadcast to (*leading, *last) as (B, H, *last), where leading has any length."""
     x = x.expand(*leading, *last)
     if len(leading) > 2:
-        return x.reshape(-1, leading[-1], *last)
+        # The product rather than -1, which is ambiguous in an empty tensor.
+        return x.reshape(math.prod(leading[:-1]), leading[-1], *last)
     return x[(None,) * (2 - len(leading))]
 
 
@@ -111,7 +114,7 @@ def _request(
         right=0 if is_causal or variant is not None else -1, bottom_right=variant == "LOWER_RIGHT",
         dropout_p=dropout_p,
     )  # fmt: skip
-    return AttentionRequest(call, given=given)
+    return AttentionRequest(call, False, given, tuple(leading))
 
 
 def _cast(query, key, value, attn_mask):
@@ -120,12 +123,6 @@ def _cast(query, key, value, attn_mask):
     if attn_mask is None or _variant(attn_mask) is not None:
         return *autocast(query, key, value), attn_mask
     return autocast(query, key, value, attn_mask)
-
-
-def _shaped(out: torch.Tensor, given: TorchArguments) -> torch.Tensor:
-    """(B, H, L, Ev) as (..., L, Ev), with the leading dimensions of the arguments."""
-    leading = _leading(given.query, given.key, given.value, given.enable_gqa)[0]
-    return out.reshape(*leading, *out.shape[-2:])
 
 
 def _seeded(call: AttentionCall) -> AttentionCall:
@@ -145,12 +142,12 @@ def scaled_dot_product_attention_reference(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):  # fmt: skip
     """The definition: all scores at once, in at least fp32."""
-    call, _, given = _request(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    call, _, _, leading = _request(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     k, v = call.k, call.v
     v = v.repeat_interleave(k.shape[1] // v.shape[1], 1) if v.shape[1] < k.shape[1] else v
     k = k.repeat_interleave(v.shape[1] // k.shape[1], 1) if k.shape[1] < v.shape[1] else k
     out, _ = reference(_seeded(call._replace(k=k, v=v)))
-    return _shaped(out, given)
+    return out.reshape(*leading, *out.shape[-2:])
 
 
 def scaled_dot_product_attention(
@@ -186,7 +183,7 @@ def scaled_dot_product_attention(
         out, _ = apply_attention(_seeded(request.call), choice.backend)
     else:
         out = attention_by_form(request, form)
-    return out if form is not None and form.as_given else _shaped(out, request.given)
+    return out if form is not None and form.as_given else out.reshape(*request.leading, *out.shape[-2:])
 
 
 def _samples(device, dtype):
