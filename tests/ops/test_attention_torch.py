@@ -14,7 +14,7 @@ from fastllm.ops.attention import torch_fused as module
 from fastllm.ops.attention.attention import attention_reference
 from fastllm.ops.attention.sdpa import OP
 
-pytestmark = pytest.mark.cpu_level
+pytestmark = [pytest.mark.cpu_level, pytest.mark.runs_on("interpreter")]
 
 DTYPE = torch.bfloat16
 
