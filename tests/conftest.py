@@ -4,8 +4,12 @@ import os
 import sys
 from pathlib import Path
 
-HAS_GPU = Path("/dev/nvidiactl").exists()
-if not HAS_GPU:
+# CUDA_VISIBLE_DEVICES= pytest: the interpreter's tests on a machine with a GPU.
+HAS_GPU = Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+if HAS_GPU:
+    # Read when CUDA starts. Without it cuBLAS warns in deterministic mode, which `poisoned_memory` turns on.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+else:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.pop("FASTLLM_BACKEND", None)
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -25,6 +29,42 @@ if not HAS_GPU:
     interpreter.repair()
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+
+
+PLACES = {"gpu", "interpreter", "anywhere"}
+
+
+def _places(item: pytest.Function) -> set[str]:
+    """Where a test runs, by its closest ``runs_on`` marker.
+
+    Raises:
+        UsageError: the marker names another place, or a test that uses DEVICE has none.
+    """
+    marker = item.get_closest_marker("runs_on")
+    if marker is None:
+        given = getattr(getattr(item, "callspec", None), "params", {})
+        if "DEVICE" in item.function.__code__.co_names or "device" in set(item.fixturenames) - set(given):
+            raise pytest.UsageError(f"{item.nodeid}: uses the device, and no runs_on marker says which it may be")
+        return {"anywhere"}
+    places = set(marker.args)
+    if not places or not places <= PLACES or ("anywhere" in places and len(places) > 1):
+        raise pytest.UsageError(
+            f"{item.nodeid}: runs_on takes 'gpu', 'interpreter' or both, or 'anywhere'; got {marker.args}"
+        )
+    return places
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """``-m gpu`` and ``-m interpreter`` select by ``runs_on``; what cannot run here is skipped, and says why."""
+    for item in items:
+        places = _places(item)
+        for place in places - {"anywhere"}:
+            item.add_marker(place)
+        if places == {"gpu"} and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="no GPU here"))
+        if places == {"interpreter"} and HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="Triton's interpreter is off where there is a GPU"))
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastllm
 from fastllm.registry import OPS
 
+pytestmark = pytest.mark.runs_on("gpu", "interpreter")
+
 CASES = cases(DEVICE)
 KERNELS = cases(DEVICE, kernels_only=True)
 

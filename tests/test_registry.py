@@ -56,6 +56,7 @@ def test_an_explicit_choice_that_cannot_run_says_how_to_mend_it():
     assert python(code, FASTLLM_BACKEND="triton", TRITON_INTERPRET="1").returncode == 0
 
 
+@pytest.mark.runs_on("gpu", "interpreter")
 def test_kernels_refuse_other_dtypes_by_name():
     x = torch.ones(2, 3, dtype=torch.float64, device=DEVICE)
     with fastllm.backend("triton"), pytest.raises(fastllm.BackendError, match="float16 and bfloat16, got float64"):
@@ -68,6 +69,7 @@ def test_an_op_without_the_chosen_backend_keeps_its_default():
         assert backends.pick_by_tensors("layer_norm", torch.ones(2, 3)) == "eager"
 
 
+@pytest.mark.runs_on("gpu", "interpreter")
 def test_an_implicit_fallback_is_said_once(monkeypatch):
     monkeypatch.setattr(backends, "PREFERENCE", {"cpu": ("triton",), "cuda": ("triton",)})
     monkeypatch.setattr(backends, "_told", set())
@@ -142,6 +144,7 @@ def test_info_names_every_op_and_what_serves_it():
     assert torch.__version__ in report
 
 
+@pytest.mark.runs_on("gpu", "interpreter")
 def test_a_choice_of_backend_holds_in_compiled_code():
     torch._dynamo.reset()
 

@@ -44,6 +44,7 @@ def test_the_table_is_rewritten_with_where_and_when():
         tune.rewrite("x = 1", first, "NVIDIA H200", date(2026, 11, 20))
 
 
+@pytest.mark.runs_on("gpu", "interpreter")
 def test_launchers_take_what_the_table_says(device):
     table = tune.Table()
     gate, up, x = (torch.randn(8, 64, device=device) for _ in range(3))

@@ -15,6 +15,8 @@ import fastllm
 from fastllm.drop_in import torch_switch as module
 from fastllm.drop_in.torch_switch import KEYS
 
+pytestmark = pytest.mark.runs_on("gpu", "interpreter")
+
 
 @pytest.fixture
 def served(monkeypatch):
@@ -38,6 +40,7 @@ def gradients(function, tensors, **kwargs):
     return out, *grads
 
 
+@pytest.mark.runs_on("anywhere")
 def test_off_until_it_is_asked_for():
     assert "fastllm" in list_flash_attention_impls()
     assert current_flash_attention_impl() is None
@@ -49,6 +52,7 @@ def registered() -> set[str]:
     return {key for key in KEYS if torch._C._dispatch_has_kernel_for_dispatch_key(name, key)}
 
 
+@pytest.mark.runs_on("anywhere")
 def test_the_switch_registers_for_cpu_and_cuda_with_and_without_gradients():
     assert {"CPU", "CUDA", "AutogradCPU", "AutogradCUDA"} == set(KEYS)
     for _ in range(2):

@@ -12,6 +12,8 @@ from torch import nn
 
 import fastllm
 
+pytestmark = pytest.mark.runs_on("gpu", "interpreter")
+
 V = 48
 
 
@@ -148,6 +150,7 @@ def wide(inputs):
     return tuple(x.double() if x.is_floating_point() else x for x in inputs)
 
 
+@pytest.mark.runs_on("anywhere")
 @pytest.mark.filterwarnings("ignore:.*nested.tensor:UserWarning")
 @pytest.mark.parametrize("name", PLAIN)
 def test_plain_models(name):

@@ -18,6 +18,8 @@ from torch import nn
 
 import fastllm
 
+pytestmark = pytest.mark.runs_on("gpu", "interpreter")
+
 
 @pytest.fixture(autouse=True)
 def _kernels():
@@ -123,6 +125,7 @@ def test_fp64_vmap_and_double_backward():
         assert torch.equal(torch.vmap(norm)(wide), torch.vmap(other.double())(wide))
 
 
+@pytest.mark.runs_on("anywhere")
 def test_importing_starts_no_device_and_brings_no_transformers():
     code = "import sys, fastllm, torch; assert not torch.cuda.is_initialized() and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

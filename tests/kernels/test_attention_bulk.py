@@ -9,6 +9,8 @@ from fastllm.functional import attention
 from fastllm.kernels.attention import backward, forward
 from fastllm.kernels.attention import problem as parts
 
+pytestmark = pytest.mark.runs_on("gpu", "interpreter")
+
 
 def separate(batch, heads, heads_kv, rows, cols, dim, dim_v, dtype):
     shapes = ((batch, heads, rows, dim), (batch, heads_kv, cols, dim), (batch, heads_kv, cols, dim_v))
@@ -108,6 +110,7 @@ def test_packed_sequences_are_read_by_pointers(monkeypatch):
     assert out[:20].isfinite().all()
 
 
+@pytest.mark.runs_on("anywhere")
 def test_who_has_them():
     half = [arch for arch in (80, 86, 89, 90, 100, 120) if parts.bulk_copies(arch, torch.bfloat16)]
     assert half == [90, 100]

@@ -11,6 +11,8 @@ from fastllm.functional import attention, scaled_dot_product_attention
 from fastllm.kernels.attention import decode
 from fastllm.ops.attention.attention import attention_reference
 
+pytestmark = pytest.mark.runs_on("gpu", "interpreter")
+
 TILE = dict(CHUNK=32, SPLIT_FROM=48, BLOCK_N=16, num_warps=4, num_stages=2)
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DEVICE, HAS_GPU
+from conftest import DEVICE
 from gluon_emulator import Emulated
 from gluon_machine import EmulationError
 
@@ -22,7 +22,7 @@ from fastllm.ops.attention.reference import reference
 SM_90 = why_not("hopper", DEVICE.type) is None
 pytestmark = pytest.mark.usefixtures("one_thread")
 KERNEL = kernels._attention_hopper_fwd_kernel
-emulated = pytest.mark.skipif(HAS_GPU, reason="the emulator runs on CPU tensors")
+emulated = pytest.mark.runs_on("interpreter")  # the emulator runs on CPU tensors
 
 
 def _starts(*lengths):
@@ -194,6 +194,7 @@ def test_every_setting_compiles_for_sm_90():
     assert run.stdout.splitlines()[-1].startswith(f"{len(kernels.SETTINGS)} kernels, 0 that spill")
 
 
+@pytest.mark.runs_on("gpu", "interpreter")
 @pytest.mark.skipif(SM_90, reason="there is a GPU of sm_90")
 def test_it_is_refused_elsewhere():
     x = torch.zeros(1, 2, 4, 64, dtype=torch.float16, device=DEVICE)
@@ -203,7 +204,8 @@ def test_it_is_refused_elsewhere():
         assert function(x, x, x).shape == x.shape
 
 
-@pytest.mark.skipif(not SM_90, reason="no GPU here")
+@pytest.mark.runs_on("gpu")
+@pytest.mark.skipif(not SM_90, reason="no GPU of sm_90 here")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("causal", [False, True])
@@ -213,7 +215,8 @@ def test_dense_on_a_gpu(dtype, dim, causal, rows, cols):
     on_a_gpu((q, k, v), causal=causal)
 
 
-@pytest.mark.skipif(not SM_90, reason="no GPU here")
+@pytest.mark.runs_on("gpu")
+@pytest.mark.skipif(not SM_90, reason="no GPU of sm_90 here")
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("causal", [False, True])
 def test_packed_on_a_gpu(dim, causal):

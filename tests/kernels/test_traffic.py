@@ -12,6 +12,8 @@ from fastllm.kernels.norm import backward as _norm_backward
 from fastllm.kernels.norm import forward as _norm
 from fastllm.registry import Sample
 
+pytestmark = pytest.mark.runs_on("interpreter")
+
 
 @triton.jit
 def _copy(x_ptr, y_ptr, n, BLOCK: tl.constexpr):

@@ -11,6 +11,8 @@ import fastllm
 from fastllm.generate.sampling import filter_logits, generate
 from fastllm.models import PRESETS, Transformer, TransformerConfig
 
+pytestmark = pytest.mark.runs_on("gpu", "interpreter")
+
 GPT2_SHAPE = TransformerConfig(vocab_size=61, context_length=24, num_layers=2, num_heads=3, hidden_size=24)
 LLAMA_SHAPE = TransformerConfig(
     vocab_size=61, context_length=24, num_layers=2, num_heads=4, num_kv_heads=2, hidden_size=32, positions="rotary",
@@ -31,12 +33,14 @@ def tokens(batch=2, length=11):
     return torch.randint(61, (batch, length), device=DEVICE)
 
 
+@pytest.mark.runs_on("anywhere")
 def test_published_parameter_counts():
     with torch.device("meta"):
         counts = {name: Transformer(PRESETS[name]).num_parameters() for name in ("gpt2", "gpt2-medium", "llama-8b")}
     assert counts == {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "llama-8b": 8_030_261_248}
 
 
+@pytest.mark.runs_on("anywhere")
 def test_flops_follow_the_stated_formula():
     with torch.device("meta"):
         model = Transformer(PRESETS["gpt2"])
@@ -137,6 +141,7 @@ def test_save_and_load(model, tmp_path):
         assert loaded.head.weight is loaded.token_embedding.weight
 
 
+@pytest.mark.runs_on("anywhere")
 def test_damaged_folders_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
         Transformer.from_pretrained(tmp_path)
@@ -161,6 +166,7 @@ def test_damaged_folders_are_named(tmp_path):
         Transformer.from_pretrained(tmp_path)
 
 
+@pytest.mark.runs_on("anywhere")
 def test_a_failed_save_changes_nothing(tmp_path, monkeypatch):
     Transformer(GPT2_SHAPE).save_pretrained(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
@@ -170,6 +176,7 @@ def test_a_failed_save_changes_nothing(tmp_path, monkeypatch):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
+@pytest.mark.runs_on("anywhere")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -186,6 +193,7 @@ def test_config_refuses(changes, message):
         TransformerConfig(**changes)
 
 
+@pytest.mark.runs_on("anywhere")
 def test_every_field_has_help():
     assert all(f.metadata["help"] for f in dataclasses.fields(TransformerConfig))
 
@@ -230,6 +238,7 @@ def test_stop_token_ends_the_stream(model):
     assert stopped == drawn[: drawn.index(drawn[10])]
 
 
+@pytest.mark.runs_on("anywhere")
 def test_filters_keep_what_they_say():
     logits = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]).log()
     kept = lambda **options: filter_logits(logits, **options).isfinite().tolist()  # noqa: E731

@@ -12,6 +12,8 @@ from fastllm.models.blocks import relative_bucket
 from fastllm.models.from_bert import bert_config, bert_weights
 from fastllm.models.from_t5 import t5_config, t5_weights
 
+pytestmark = pytest.mark.runs_on("gpu", "interpreter")
+
 KINDS = ("transformer", "lstm", "gru")
 SHAPE = dict(vocab_size=41, context_length=16, num_layers=2, num_heads=2, hidden_size=16)
 BERT = dict(segments=2, norm_position="post", embedding_norm=True, activation="gelu")
@@ -216,6 +218,7 @@ def test_t5_logits_equal_transformers(projection, tied):
         t5_config({**theirs.config.to_dict(), "feed_forward_proj": "gated-relu"}, weights)
 
 
+@pytest.mark.runs_on("anywhere")
 @pytest.mark.parametrize("causal", [False, True])
 def test_relative_buckets_are_t5s(causal):
     from transformers.models.t5.modeling_t5 import T5Attention
@@ -278,6 +281,7 @@ def test_activation_checkpointing_changes_nothing(kind):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.runs_on("anywhere")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

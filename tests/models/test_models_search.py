@@ -9,6 +9,8 @@ from conftest import DEVICE
 from fastllm.generate.search import beam_search, greedy
 from fastllm.models import ModelConfig, build_model
 
+pytestmark = pytest.mark.runs_on("gpu", "interpreter")
+
 VOCABULARY, STOP, LONGEST = 4, 0, 4
 SHAPE = dict(vocab_size=VOCABULARY, context_length=12, num_layers=1, num_heads=2, hidden_size=16)
 

@@ -15,6 +15,8 @@ from fastllm.ops.attention import attention as module
 from fastllm.ops.attention.attention import attention_reference
 from fastllm.ops.attention.reference import dropout_kept
 
+pytestmark = pytest.mark.runs_on("gpu", "interpreter")
+
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
@@ -206,6 +208,7 @@ def test_dropout_probabilities(backend):
     assert torch.equal(attention(q, k, v, dropout_p=0.5), first)
 
 
+@pytest.mark.runs_on("anywhere")
 def test_dropout_is_exact_to_more_than_eight_bits():
     planes, rows = torch.arange(64).view(8, 8), torch.arange(64)
     kept = dropout_kept(torch.tensor([11]), planes, rows, 256, 0.0015)
@@ -331,6 +334,7 @@ BAD = {
 }
 
 
+@pytest.mark.runs_on("anywhere")
 @pytest.mark.parametrize("case", BAD)
 def test_bad_arguments_are_named(case):
     changes, error, message = BAD[case]
@@ -339,6 +343,7 @@ def test_bad_arguments_are_named(case):
         attention(**{**tensors, **changes})
 
 
+@pytest.mark.runs_on("anywhere")
 @pytest.mark.parametrize("starts", [[0, 9], [1, 4], [0, 3, 2]])
 def test_bad_packing_is_named(starts):
     q = torch.ones(4, 2, 8)

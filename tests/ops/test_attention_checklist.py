@@ -69,6 +69,8 @@ from fastllm.ops.attention.call import AttentionCall, AttentionRequest
 from fastllm.ops.attention.reference import dropout_kept
 from fastllm.ops.shared.philox import draw_seed
 
+pytestmark = pytest.mark.runs_on("gpu", "interpreter")
+
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
@@ -76,6 +78,7 @@ def backend(request):
         yield request.param
 
 
+@pytest.mark.runs_on("anywhere")
 def test_every_test_of_the_list_exists():
     named = set(re.findall(r"test_\w+", __doc__))
     files = Path(__file__).parents[1].rglob("test_*.py")
@@ -109,6 +112,7 @@ def test_packed_offsets_past_32_bits():
             assert torch.equal(a, b)
 
 
+@pytest.mark.runs_on("anywhere")
 def test_dropout_words_differ_past_32_bits_of_scores():
     # Planes and rows whose scores lie 2^32 apart in one long count; and the kernels' own words there.
     seed = torch.tensor([17])
@@ -235,6 +239,7 @@ def test_another_device_than_the_current_one():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.runs_on("anywhere")
 def test_cpu_tensors_run_eager_unless_asked():
     x = torch.randn(1, 2, 4, 8)
     assert pick("attention", AttentionRequest(AttentionCall(x, x, x))).backend == "eager"
@@ -258,6 +263,7 @@ def test_fp32_products_follow_torchs_setting():
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.runs_on("anywhere")
 def test_memory_is_linear_in_the_length():
     """Forward and backward at 16k: everything allocated at one time stays below 3 x inputs and outputs."""
     length, dim = 16384, 128

@@ -18,6 +18,8 @@ from fastllm.kernels.attention import backward, decode, forward
 from fastllm.kernels.attention import bias_gradient as dbias
 from fastllm.ops.attention.attention import attention_reference
 
+pytestmark = pytest.mark.runs_on("gpu", "interpreter")
+
 DRAWS = 500 if IS_THOROUGH else 40
 
 

@@ -14,7 +14,7 @@ from fastllm.functional import cross_entropy
 from fastllm.kernels.cross_entropy import forward as kernel
 from fastllm.ops.cross_entropy.cross_entropy import cross_entropy_reference
 
-pytestmark = pytest.mark.cpu_level
+pytestmark = [pytest.mark.cpu_level, pytest.mark.runs_on("gpu", "interpreter")]
 
 BACKENDS = ("eager", "triton")
 
@@ -169,6 +169,7 @@ def test_deprecated_flags(backend):
 X, Y = torch.zeros(4, 5), torch.zeros(4, dtype=torch.long)
 
 
+@pytest.mark.runs_on("anywhere")
 @pytest.mark.parametrize(
     ("args", "options", "error", "words"),
     [
@@ -296,6 +297,7 @@ def test_a_second_use_of_overwritten_logits_raises():
             cross_entropy(torch.randn(6, 8, device=DEVICE, requires_grad=True), y, inplace=True)
 
 
+@pytest.mark.runs_on("anywhere")
 def test_module_is_torchs_with_more():
     module = fastllm.nn.CrossEntropyLoss(
         torch.rand(5), ignore_index=2, label_smoothing=0.1, z_loss=0.1, return_lse=True

@@ -20,7 +20,7 @@ from fastllm.ops.embedding.embedding import embedding_reference
 from fastllm.ops.embedding.embedding_sum import embedding_sum_reference
 from fastllm.ops.shared.philox import dropout_mask
 
-pytestmark = pytest.mark.cpu_level
+pytestmark = [pytest.mark.cpu_level, pytest.mark.runs_on("gpu", "interpreter")]
 
 NATIVE = why_not("native", DEVICE.type) is None
 BACKENDS = ["eager", *(["native"] if NATIVE else [])]
@@ -249,6 +249,7 @@ def test_double_backward_of_every_option(backend):
             torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.runs_on("anywhere")
 def test_philox_is_the_published_function():
     # Known answers of the authors' Random123 (kat_vectors, philox4x32 10): counter and key all zero.
     from fastllm.ops.shared.philox import _words
@@ -275,6 +276,7 @@ def test_dropout_is_replayed_and_scaled(backend, p):
     assert abs(dropped - p) < 4 * (p * (1 - p) / out.numel()) ** 0.5 + 1e-9
 
 
+@pytest.mark.runs_on("anywhere")
 def test_dropout_masks_have_no_pattern():
     mask = dropout_mask(torch.tensor(12345), (1000, 64), 0.25).double()
     assert abs(mask.mean().item() - 0.75) < 0.005

@@ -14,6 +14,8 @@ from fastllm.bench.traffic import measure
 from fastllm.functional import geglu, swiglu
 from fastllm.registry import Sample
 
+pytestmark = pytest.mark.runs_on("gpu", "interpreter")
+
 
 @pytest.fixture(params=["eager", "triton", "native"])
 def backend(request):
@@ -74,6 +76,7 @@ def test_every_tensor_is_moved_once(packed):
 X = torch.zeros(2, 6)
 
 
+@pytest.mark.runs_on("anywhere")
 @pytest.mark.parametrize("function", [swiglu, geglu])
 @pytest.mark.parametrize(
     ("args", "error", "words"),

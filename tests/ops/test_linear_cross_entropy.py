@@ -15,7 +15,7 @@ from fastllm.ops.cross_entropy import chunks
 from fastllm.ops.cross_entropy.call import Chunking
 from fastllm.ops.cross_entropy.linear import linear_cross_entropy_reference
 
-pytestmark = pytest.mark.cpu_level
+pytestmark = [pytest.mark.cpu_level, pytest.mark.runs_on("gpu", "interpreter")]
 
 
 @pytest.fixture(params=["eager", "triton"])
@@ -320,6 +320,7 @@ def test_no_features_leave_the_bias(backend):
 X, W, Y = torch.zeros(4, 8), torch.zeros(5, 8), torch.zeros(4, dtype=torch.long)
 
 
+@pytest.mark.runs_on("anywhere")
 @pytest.mark.parametrize(
     ("args", "options", "error", "words"),
     [

@@ -54,7 +54,7 @@ from fastllm.kernels.norm.forward import norm_fwd
 from fastllm.ops.norm.call import NormForward
 from fastllm.registry import Sample
 
-pytestmark = pytest.mark.cpu_level
+pytestmark = [pytest.mark.cpu_level, pytest.mark.runs_on("gpu", "interpreter")]
 
 DRAWS = 1000 if IS_THOROUGH else 25
 RANDOM = settings(

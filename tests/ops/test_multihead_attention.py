@@ -7,6 +7,8 @@ from conftest import DEVICE
 import fastllm
 from fastllm.nn import MultiheadAttention
 
+pytestmark = pytest.mark.runs_on("gpu", "interpreter")
+
 BATCH, LENGTH, SIZE, HEADS = 2, 5, 7, 2
 
 

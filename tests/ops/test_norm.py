@@ -16,6 +16,8 @@ from fastllm.kernels.norm import forward as _norm
 from fastllm.kernels.norm import long_row as _norm_row
 from fastllm.registry import Sample
 
+pytestmark = pytest.mark.runs_on("gpu", "interpreter")
+
 NORMS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
 ADDS = (add_layer_norm, add_rms_norm)
 
@@ -120,6 +122,7 @@ def test_long_rows_segment_by_segment(name, dtype, monkeypatch, poisoned_memory)
     assert seen == ["norm_fwd_row", "norm_bwd_row"] * 4
 
 
+@pytest.mark.runs_on("anywhere")
 def test_clusters_are_for_gpus_that_have_them(monkeypatch):
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(_launch, "_REDUCES_ACROSS_CLUSTERS", True)
@@ -274,6 +277,7 @@ def test_a_row_does_not_depend_on_its_batch():
                     assert torch.equal(a, b[rows])
 
 
+@pytest.mark.runs_on("anywhere")
 def test_heads_in_a_packed_projection_are_read_where_they_lie():
     from fastllm.kernels.launch import RowView
 
@@ -306,6 +310,7 @@ def test_nested_tensors_are_torchs(function, layout):
 X = torch.zeros(2, 8)
 
 
+@pytest.mark.runs_on("anywhere")
 @pytest.mark.parametrize("function", ADDS)
 @pytest.mark.parametrize(
     ("args", "options", "error", "words"),

@@ -14,13 +14,17 @@ import fastllm
 from fastllm.registry import OPS
 
 # torch's own says so of every sample whose options it does not take.
-pytestmark = pytest.mark.filterwarnings("ignore:linear_cross_entropy. ``options`` ignored:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:linear_cross_entropy. ``options`` ignored:UserWarning"),
+    pytest.mark.runs_on("gpu", "interpreter"),
+]
 
 INFOS = {info.name.removeprefix("nn.functional."): info for info in op_db if info.name.startswith("nn.functional.")}
 # Aliases of the same function under several OpInfos do not occur among ours.
 CASES = [(op, backend) for op, backend in cases(DEVICE) if op.name in INFOS]
 
 
+@pytest.mark.runs_on("anywhere")
 def test_every_op_that_torch_has_is_here():
     assert {name for name in OPS if hasattr(F, name)} <= set(INFOS) | {"linear_cross_entropy"}
 

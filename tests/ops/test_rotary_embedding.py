@@ -11,6 +11,8 @@ from fastllm.bench.traffic import measure
 from fastllm.functional import rotary_embedding
 from fastllm.registry import Sample
 
+pytestmark = pytest.mark.runs_on("gpu", "interpreter")
+
 
 @pytest.fixture(params=["eager", "triton", "native"])
 def backend(request):
@@ -124,6 +126,7 @@ def test_an_id_outside_the_tables(backend, bad):
 X, COS, IDS = torch.zeros(2, 4, 3, 8), torch.zeros(5, 4), torch.zeros(3, dtype=torch.long)
 
 
+@pytest.mark.runs_on("anywhere")
 @pytest.mark.parametrize(
     ("args", "options", "error", "words"),
     [

@@ -12,6 +12,7 @@ from fastllm.registry import OPS
 
 # vmap says so of each of our operators that it runs once for each of its slices.
 pytestmark = [
+    pytest.mark.runs_on("gpu", "interpreter"),
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch.jit, which torch's forward mode starts
 ]

@@ -35,6 +35,7 @@ def test_every_objective_learns_on_every_model_that_serves_it(cell, folder):
     assert last < 0.9 * first
 
 
+@pytest.mark.runs_on("interpreter")
 @pytest.mark.parametrize("cell", cells(), ids=" ".join)
 def test_gradients_on_the_kernels_are_those_on_the_eager_backend(cell, folder):
     objective, model = setting(*cell, folder)

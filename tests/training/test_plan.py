@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import HAS_GPU
 from toy import TOY
 
 from fastllm.cli import main
@@ -79,7 +78,7 @@ ON_GPU = ("cuda", {"context_length": 512, "hidden_size": 512}, (0.75, 1.25))
 @pytest.mark.parametrize(("dtype", "recompute"), [("float32", False), ("bfloat16", True)])
 @pytest.mark.parametrize(
     ("device", "size", "tolerance"),
-    [ON_CPU, pytest.param(*ON_GPU, marks=pytest.mark.skipif(not HAS_GPU, reason="no GPU here"))],
+    [ON_CPU, pytest.param(*ON_GPU, marks=pytest.mark.runs_on("gpu"))],
 )
 def test_the_memory_of_a_step_is_what_was_planned(device, size, tolerance, dtype, recompute):
     shape = TransformerConfig(

@@ -1,0 +1,101 @@
+"""Where tests run: what ``-m gpu`` selects goes to the GPU and needs one, shown on a machine that has none."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parent
+UNMARKED = """
+import torch
+from conftest import DEVICE
+def test_one():
+    torch.ones(2, device=DEVICE)
+"""
+FIXTURE = "def test_one(device): pass"
+MARKED = """
+import pytest, torch
+from conftest import DEVICE
+pytestmark = pytest.mark.runs_on("gpu", "interpreter")
+def test_both():
+    torch.ones(2, device=DEVICE)
+@pytest.mark.runs_on("gpu")
+def test_gpu():
+    assert DEVICE.type == "cuda"
+    torch.ones(2, device=DEVICE)
+@pytest.mark.runs_on("interpreter")
+def test_interpreter():
+    assert DEVICE.type == "cpu"
+@pytest.mark.runs_on("anywhere")
+def test_anywhere():
+    pass
+"""
+
+
+def run_pytest(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "--tb=short", *map(str, arguments)]
+    inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "CUBLAS_WORKSPACE_CONFIG")}
+    path = os.pathsep.join(p for p in (str(TESTS), os.environ.get("PYTHONPATH")) if p)
+    return subprocess.run(
+        command, env={**inherited, "PYTHONPATH": path}, cwd=TESTS.parent, capture_output=True,
+        text=True, timeout=600,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def outside(tmp_path):
+    """``outside(text, *arguments)``: pytest with this folder's conftest on a test file elsewhere."""
+    file = tmp_path / "test_file.py"
+
+    def run(text, *arguments):
+        file.write_text(text)
+        return run_pytest(*arguments, "-c", TESTS.parent / "pyproject.toml", "-p", "conftest", file)
+
+    return run
+
+
+def test_every_gpu_test_reaches_the_gpu_and_fails_nowhere_before():
+    """Nothing puts CPU tensors on a kernel, and what never asks for the device is not selected: see ``as_if_gpu``."""
+    run = run_pytest("-p", "as_if_gpu", "-m", "gpu", "tests")
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr
+    assert "deselected" in run.stdout
+
+
+def test_the_closest_marker_decides(outside):
+    run = outside(MARKED, "-rs", "-v")
+    assert "3 passed, 1 skipped" in run.stdout, run.stdout
+    assert "no GPU here" in run.stdout
+    run = outside(MARKED, "-p", "as_if_gpu", "-m", "gpu", "-v")
+    assert "2 passed, 2 deselected" in run.stdout, run.stdout
+    run = outside(MARKED, "-p", "as_if_gpu", "-rs", "-v", "-m", "interpreter and not gpu")
+    assert "Triton's interpreter is off where there is a GPU" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (UNMARKED, "uses the device, and no runs_on marker says which it may be"),
+        (FIXTURE, "uses the device, and no runs_on marker says which it may be"),
+        (MARKED.replace('"gpu", "interpreter"', '"tpu"'), "or 'anywhere'; got ('tpu',)"),
+        (MARKED.replace('runs_on("anywhere")', "runs_on()"), "or 'anywhere'; got ()"),
+    ],
+)
+def test_a_test_that_does_not_say_where_it_runs_is_refused(outside, text, message):
+    run = outside(text)
+    assert run.returncode == 4, run.stdout
+    assert message in run.stderr + run.stdout
+
+
+def test_a_test_that_needs_no_gpu_is_found_among_those_that_say_so(outside):
+    run = outside(
+        MARKED.replace("    torch.ones(2, device=DEVICE)\n@", "    pass\n@", 1), "-p", "as_if_gpu", "-m", "gpu"
+    )
+    assert run.returncode == 1
+    assert "test_both: passes without a GPU, so it needs none" in run.stdout
+
+
+def test_poisoned_memory_brings_no_warnings(poisoned_memory):
+    torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
