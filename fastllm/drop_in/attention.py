@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from ..functional import attention, scaled_dot_product_attention
@@ -55,6 +56,9 @@ def _decide(module) -> Decision | None:
     if getattr(config, "output_attentions", False):
         return Decision("attention", None, "its configuration asks for attention weights, which are never computed")
     supported = getattr(module, "_supports_sdpa", False)
+    missing = _missing(config)
+    if missing is not None:
+        return Decision("attention", None, missing)
     if now == "sdpa" or (now == "eager" and not supported and getattr(module, "_supports_attention_backend", False)):
         return Decision("attention", INTERFACE, f'AttentionInterface, "{now}" before')
     if now == "eager":
@@ -78,16 +82,7 @@ def attention_forward(
     The conventions are those of its own "sdpa": a mask hides what is causal as well; without one ``is_causal``, or the
     module's attribute, decides, and one query never is.
     """
-    from transformers.integrations.sdpa_attention import create_position_bias_mask, sdpa_attention_forward
-
     query, key, value = (value_of(x) for x in (query, key, value))
-    if cache is not None or not plain(query, key, value, attention_mask, position_bias, s_aux):
-        if softcap is not None or s_aux is not None:
-            raise NotImplementedError('attention "fastllm": no soft cap or sinks with a paged cache or such tensors')
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal,
-            position_bias=position_bias, cache=cache, **kwargs,
-        )  # fmt: skip
     length, size = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and length > 1 and attention_mask is None
@@ -96,8 +91,14 @@ def attention_forward(
         key, value = key[:, :, :length], value[:, :, :length]
         position_bias = None if position_bias is None else position_bias[..., :length]
     if position_bias is not None:
-        attention_mask = create_position_bias_mask(position_bias, attention_mask, causal, query, key)
-        causal = False
+        attention_mask, causal = _mask_with_bias(position_bias, attention_mask, causal, key), False
+    if cache is not None or not plain(query, key, value, attention_mask, s_aux):
+        if softcap is not None or s_aux is not None:
+            raise NotImplementedError('attention "fastllm": no soft cap or sinks with a paged cache or such tensors')
+        return _sdpa()(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=causal, cache=cache,
+            **kwargs,
+        )  # fmt: skip
     if softcap is None and s_aux is None:
         out = scaled_dot_product_attention(
             query, key, value, attention_mask, dropout, causal, scaling, enable_gqa=key.shape[1] != query.shape[1]
@@ -110,12 +111,53 @@ def attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
+def _mask_with_bias(position_bias, attention_mask, causal: bool, key):
+    """One additive mask of a bias and what hides keys: ``attention_mask`` (Boolean or additive), or ``causal``."""
+    if attention_mask is None and causal:
+        length, size = position_bias.shape[-2:]
+        attention_mask = torch.ones(length, size, dtype=torch.bool, device=key.device).tril()
+    if attention_mask is None:
+        return position_bias
+    if attention_mask.dtype != torch.bool:
+        return position_bias + attention_mask
+    # The least finite number, as transformers has it: a row of which all is hidden is then uniform and not NaN.
+    return torch.where(attention_mask, position_bias, torch.finfo(key.dtype).min)
+
+
+def _sdpa():
+    """What transformers calls for "sdpa"."""
+    from transformers import AttentionInterface
+
+    return AttentionInterface()["sdpa"]
+
+
+def _missing(config) -> str | None:
+    """Why the installed transformers cannot be asked for an attention of ours, or None.
+
+    All that attention here needs of it: whatever is looked up later is looked up here, so that a version that lacks it
+    is found before anything is changed.
+    """
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+    except ImportError as error:
+        return f"this transformers lacks a part of the attention interface: {error}"
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        if not callable(getattr(interface, "register", None)):
+            return f"this transformers has no {interface.__name__}.register"
+        try:
+            interface()["sdpa"]
+        except (KeyError, TypeError) as error:
+            return f'this transformers has no "sdpa" in {interface.__name__} ({type(error).__name__}: {error})'
+    if "_attn_implementation_internal" not in vars(config):
+        return "this transformers keeps the name of the attention in another place of the configuration"
+    return None
+
+
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
 
 
 def take_over(model: nn.Module, module: nn.Module) -> None:

@@ -1,0 +1,101 @@
+"""What accelerate() needs of transformers beyond its public API is looked up before anything is changed."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from architectures import build
+
+import fastllm
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+
+def internals():
+    """Every function of the modules of transformers that attention passes through."""
+    from transformers import masking_utils
+    from transformers.integrations import sdpa_attention
+
+    return [
+        (module, name)
+        for module in (sdpa_attention, masking_utils)
+        for name, value in vars(module).items()
+        if callable(value) and getattr(value, "__module__", "") == module.__name__ and not isinstance(value, type)
+    ]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "t5"])
+def test_no_function_of_transformers_is_imported_at_a_forward(name, monkeypatch):
+    """A name that another version may lack: gone from its module once the model's own code has got it."""
+    model, inputs = build(name)
+    expected = copy.deepcopy(model)(**inputs).loss
+    assert any(entry.by == "attention" for entry in fastllm.accelerate(model, only="attention").swapped)
+    looked_up = []
+
+    class Watched(type(sys)):
+        def __getattribute__(self, name):
+            frame = sys._getframe(1)
+            if frame.f_globals.get("__name__", "").startswith("fastllm."):
+                looked_up.append(name)
+            return super().__getattribute__(name)
+
+    for module in {module for module, _ in internals()}:
+        monkeypatch.setattr(module, "__class__", Watched)
+    torch.testing.assert_close(model(**inputs).loss, expected)
+    assert looked_up == []
+
+
+def without(monkeypatch, what: str) -> None:
+    """Takes a part of transformers' attention interface away."""
+    interface = getattr(transformers, what.split(".")[0])
+    if what.endswith(".sdpa"):
+        monkeypatch.delitem(interface._global_mapping, "sdpa")
+    else:
+        monkeypatch.setattr(interface, "register", None)
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["AttentionInterface.register", "AttentionMaskInterface.register", "AttentionInterface.sdpa",
+     "AttentionMaskInterface.sdpa"],
+)  # fmt: skip
+def test_what_transformers_lacks_leaves_attention_alone_with_a_reason(what, monkeypatch):
+    model, inputs = build("llama")
+    expected = copy.deepcopy(model)(**inputs).loss
+    config, attention = model.config, model.config._attn_implementation
+    with monkeypatch.context() as patch:
+        without(patch, what)
+        report = fastllm.accelerate(model)
+    (entry,) = {entry.why for entry in report.left}
+    assert "this transformers" in entry
+    assert what.split(".")[0] in entry
+    assert model.config is config
+    assert config._attn_implementation == attention
+    torch.testing.assert_close(model(**inputs).loss, expected)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mask", ["none", "boolean", "additive"])
+def test_a_bias_of_positions_is_added_as_transformers_adds_it(causal, mask):
+    from fastllm.drop_in.attention import attention_forward
+
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 2, n, 8) for n in (5, 5, 5))
+    bias = torch.randn(1, 2, 5, 5)
+    hidden = torch.rand(2, 1, 5, 5) < 0.3
+    hidden[0, 0, 2] = True  # a query that sees nothing
+    given = {"none": None, "boolean": ~hidden, "additive": torch.zeros(2, 1, 5, 5).masked_fill(hidden, -3.0)}[mask]
+    out, weights = attention_forward(
+        torch.nn.Module(), query, key, value, given, scaling=0.3, is_causal=causal, position_bias=bias
+    )
+    assert weights is None
+    scores = (query @ key.transpose(-1, -2)) * 0.3 + bias
+    if mask == "additive":
+        scores = scores + given
+    elif mask == "boolean":
+        scores = torch.where(given, scores, torch.finfo(torch.float32).min)
+    elif causal:
+        scores = scores.masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), torch.finfo(torch.float32).min)
+    torch.testing.assert_close(out, (scores.softmax(-1) @ value).transpose(1, 2))
