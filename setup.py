@@ -42,6 +42,7 @@ setup(
     package_data={
         "fastllm.serving": ["page.html"],
         "fastllm.data.clean": ["block_model.npz"],
+        "fastllm.bench": ["personal_lines.txt"],
         "fastllm.csrc": ["*.h", "*.cpp", "*/*.h", "*/*.cpp", "*/*.cu", "*/*.cuh", "*/*/*.h", "*/*/*.cpp"],
     },
     ext_modules=[Extension("fastllm._C", sources=[], optional=True)],

@@ -1,8 +1,8 @@
 """Learns ``fastllm/data/clean/block_model.npz`` from pages whose main text a person marked, and cross-validates it.
 
-``python -m fastllm.bench.main_text_training PAGES --out fastllm/data/clean/block_model.npz`` learns from all pages;
-``--folds 5`` reports instead what models say about pages of sites that they did not learn from. PAGES is a folder or
-an archive as :mod:`.marked_pages` reads it. Needs catboost, rapidfuzz, scikit-learn and scipy, which cleaning does not.
+``python -m fastllm.bench.main_text_training PAGES --out fastllm/data/clean/block_model.npz`` learns from all pages and
+reports what models of four fifths of the sites say about the pages of the rest. PAGES is a folder or an archive as
+:mod:`.marked_pages` reads it. Needs catboost, rapidfuzz, scikit-learn and scipy, which cleaning does not.
 
 1. A block's label is the share of its words that the marked text has: in runs of four words, or for shorter blocks in
    the longest common subsequence of the page's words and the text's. Its weight is its share in the page's F1.
@@ -33,9 +33,8 @@ from .marked_pages import MarkedPage, read_marked, words
 
 # A word is learned if so many sites have it; 1 / (2 C) of an L2 penalty on a mean loss.
 LEAST_SITES, INVERSE_PENALTY = 4, 0.006
-FIRST = {"iterations": 400, "depth": 6, "learning_rate": 0.06}
+FIRST = {"iterations": 300, "depth": 6, "learning_rate": 0.08}
 SECOND = {"iterations": 150, "depth": 5, "learning_rate": 0.06}
-INNER_FOLDS = 5
 
 
 @dataclass
@@ -125,7 +124,7 @@ def learn_trees(rows: np.ndarray, labels: np.ndarray, weights: np.ndarray, setti
 
     model = CatBoostClassifier(
         **settings, l2_leaf_reg=5, loss_function="CrossEntropy", verbose=0, thread_count=2, random_seed=1,
-        border_count=64, rsm=0.4, bootstrap_type="Bernoulli", subsample=0.7, allow_writing_files=False,
+        border_count=32, rsm=0.3, bootstrap_type="Bernoulli", subsample=0.6, allow_writing_files=False,
     )  # fmt: skip
     model.fit(Pool(rows, np.clip(labels, 0, 1), weight=weights))
     return _as_trees(model, settings["depth"])
@@ -167,8 +166,13 @@ def _out_of_fold(pages: Sequence[Labelled], fold: np.ndarray, learn: Callable, a
     return result
 
 
-def learn_model(pages: Sequence[Labelled]) -> BlockModel:
-    fold = folds(pages, INNER_FOLDS, 7)
+def learn_model(pages: Sequence[Labelled], count: int) -> tuple[BlockModel, list[np.ndarray]]:
+    """A model of all ``pages``, and of each page's blocks what models of other folds' sites say.
+
+    The trees of a fold are learned from the other folds alone. The lexicon of the rows that they are learned from, and
+    the first estimates that the second trees are learned from, come from the same folds, as in stacking.
+    """
+    fold = folds(pages, count, 7)
     rows = _out_of_fold(
         pages, fold, lambda others: learn_lexicon([pages[i] for i in others]),
         lambda lexicon, i: features(pages[i].page.html, pages[i].markup, lexicon),
@@ -179,45 +183,37 @@ def learn_model(pages: Sequence[Labelled]) -> BlockModel:
         parts = [np.concatenate([column[i] for i in chosen]) for column in (values, labels, weights)]
         return learn_trees(*parts, settings)
 
-    everything = range(len(pages))
     first = _out_of_fold(
         pages, fold, lambda others: trees_of(rows, others, FIRST), lambda trees, i: trees.probabilities(rows[i])
     )
-    around = [context(first[i], pages[i].words + 0.5, pages[i].markup) for i in everything]
-    return BlockModel(
-        learn_lexicon(pages), trees_of(rows, everything, FIRST), trees_of(around, everything, SECOND)
-    )  # fmt: skip
+    around = [context(first[i], pages[i].words + 0.5, pages[i].markup) for i in range(len(pages))]
+    second = _out_of_fold(
+        pages, fold, lambda others: trees_of(around, others, SECOND), lambda trees, i: trees.probabilities(around[i])
+    )
+    everything = range(len(pages))
+    model = BlockModel(learn_lexicon(pages), trees_of(rows, everything, FIRST), trees_of(around, everything, SECOND))
+    return model, [(one + two) / 2 for one, two in zip(first, second, strict=True)]
 
 
-def cross_validate(pages: Sequence[Labelled], count: int) -> list[Score]:
-    """A score for each page, by a model that was learned from the other folds' sites."""
-    fold, scores = folds(pages, count, 0), []
-    for number in range(count):
-        model = learn_model([page for page, at in zip(pages, fold, strict=True) if at != number])
-        for page, at in zip(pages, fold, strict=True):
-            if at == number:
-                probabilities = model.probabilities(page.page.html, page.markup, page.words)
-                kept = np.flatnonzero(decide(page.markup, probabilities, page.words)).tolist()
-                scores.append(Score.of(page.page.type, words(render(page.markup, kept)), page.page.words))
-        print(f"fold {number + 1} of {count}", flush=True)
-    return scores
+def score(page: Labelled, probabilities: np.ndarray) -> Score:
+    kept = np.flatnonzero(decide(page.markup, probabilities, page.words)).tolist()
+    return Score.of(page.page.type, words(render(page.markup, kept)), page.page.words)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("pages", type=Path)
-    parser.add_argument("--out", type=Path, help="write what was learned from all pages")
-    parser.add_argument("--folds", type=int, metavar="N", help="cross-validate with N folds of sites")
+    parser.add_argument("--out", type=Path, required=True, help="the file to write")
+    parser.add_argument("--folds", type=int, default=5, metavar="N", help="folds of sites (default: %(default)s)")
     arguments = parser.parse_args(argv)
     pages = read_marked(arguments.pages)
     labelled = [page for page in map(label, pages) if page.markup.texts]
-    print(f"{len(labelled)} pages with text of {len(pages)}, {len({page.site for page in pages})} sites")
-    if arguments.folds:
-        scores = cross_validate(labelled, arguments.folds)
-        empty = [Score.of(page.type, words(""), page.words) for page in pages if not read_markup(page.html).texts]
-        print(report({"cross-validated": [*scores, *empty]}))
-    if arguments.out:
-        learn_model(labelled).save(arguments.out)
+    print(f"{len(labelled)} pages with text of {len(pages)}, {len({page.site for page in pages})} sites", flush=True)
+    model, estimates = learn_model(labelled, arguments.folds)
+    model.save(arguments.out)
+    scores = [score(page, estimate) for page, estimate in zip(labelled, estimates, strict=True)]
+    scores += [Score.of(page.type, words(""), page.words) for page in pages if not read_markup(page.html).texts]
+    print(report({f"{arguments.folds} folds of sites": scores}))
 
 
 if __name__ == "__main__":
