@@ -45,6 +45,8 @@ setup(
     package_dir={"fastllm": "fastllm", "fastllm.kernels": "kernels", "fastllm.bench": "bench", "fastllm.csrc": "csrc"},
     package_data={
         "fastllm.serving": ["page.html"],
+        "fastllm.data.clean": ["block_model.npz"],
+        "fastllm.bench": ["personal_lines.txt"],
         "fastllm.csrc": ["*.h", "*.cpp", "*/*.h", "*/*.cpp", "*/*.cu", "*/*.cuh", "*/*/*.h", "*/*/*.cpp"],
     },
     ext_modules=[Extension("fastllm._C", sources=[], optional=True)],

@@ -1,36 +1,32 @@
-"""How well and how fast main text comes out of HTML: graded by pages whose sources lie beside them.
+"""How well and how fast main text comes out of HTML, graded by pages whose main text is known.
 
-``python -m fastllm.bench.cleaning /usr/share/doc/python3.11/html`` (Debian's python3.11-doc: pages made by Sphinx,
-their sources in ``_sources``). Precision is the share of an extractor's words that the source has too, recall the share
-of the source's words that the extractor has, words counted as often as they occur, both averaged over the pages. A
-source also holds words that no page shows (names of directives and roles), so that nobody's recall can be 1.
+``python -m fastllm.bench.cleaning PAGES...``: folders or archives as :mod:`.marked_pages` reads them: pages with the
+text that a person marked, or Sphinx's pages with their sources (Debian's python3.11-doc has
+``/usr/share/doc/python3.11/html``; a source also holds words that no page shows, so that nobody's recall can be 1).
+
+Precision is the share of an extractor's words that the known text has too, recall the share of its words that the
+extractor has: lower case, runs of ``\\w``, as often as they occur. F1 is a page's 2PR / (P + R), 1 where both texts are
+empty and 0 where one is. Means over pages come with 95% intervals of a bootstrap over pages.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from ..data.clean import CleanConfig, Document, Rejection, clean
 from ..data.clean.html import EXTRACTORS
 from ..data.optional import require
+from .marked_pages import MarkedPage, read_marked, words
 
-_WORD = re.compile(r"\w+")
-
-
-def pairs(folder: Path) -> list[tuple[str, str]]:
-    """(page, source) for every page of ``folder`` that has one."""
-    found = []
-    for source in sorted((folder / "_sources").rglob("*.rst.txt")):
-        page = folder / str(source.relative_to(folder / "_sources")).replace(".rst.txt", ".html")
-        if page.exists():
-            found.append((page.read_text("utf-8"), source.read_text("utf-8")))
-    return found
+RESAMPLES = 2000
+Extractor = Callable[[str], str]
 
 
 def strip_all_tags(page: str) -> str:
@@ -38,11 +34,11 @@ def strip_all_tags(page: str) -> str:
     tree = require("selectolax.lexbor", "selectolax", "this").LexborHTMLParser(page)
     for node in tree.css("script, style"):
         node.decompose()
-    return tree.body.text(separator=" ")
+    return tree.body.text(separator=" ") if tree.body else ""
 
 
 def main_division(page: str) -> str:
-    """What is inside ``<div role="main">``: right for these pages alone."""
+    """What is inside ``<div role="main">``: right for Sphinx's pages alone."""
     tree = require("selectolax.lexbor", "selectolax", "this").LexborHTMLParser(page)
     node = tree.css_first("div[role=main]")
     return node.text(separator=" ") if node else ""
@@ -54,76 +50,119 @@ def whole_cleaning(page: str) -> str:
     return "" if isinstance(outcome, Rejection) else outcome.text
 
 
-def extractors() -> dict[str, Callable[[str], str]]:
-    """By name; datatrove's where it is installed."""
-    found: dict[str, Callable[[str], str]] = {
+def extractors() -> dict[str, Extractor]:
+    """By name; those of resiliparse and datatrove where they are installed."""
+    trafilatura = require("trafilatura", "trafilatura", "comparing")
+    found: dict[str, Extractor] = {
         "strip all tags": strip_all_tags,
-        'div role="main"': main_division,
         "fastllm fast": EXTRACTORS["fast"],
         "fastllm prepare, without rules": whole_cleaning,
         "trafilatura": EXTRACTORS["trafilatura"],
+        "trafilatura, fast": lambda page: trafilatura.extract(page, fast=True, include_comments=False) or "",
+        "trafilatura, precision": lambda page: trafilatura.extract(page, favor_precision=True) or "",
         "trafilatura baseline": EXTRACTORS["baseline"],
     }
     try:
+        from resiliparse.extract.html2text import extract_plain_text
+    except ImportError:
+        pass
+    else:
+        found["resiliparse"] = lambda page: extract_plain_text(page, main_content=True)
+    try:
         from datatrove.pipeline.extractors import Trafilatura
     except ImportError:
-        return found
-    found["datatrove (Trafilatura)"] = Trafilatura().extract
+        pass
+    else:
+        found["datatrove (Trafilatura)"] = Trafilatura().extract
     return found
 
 
-@dataclass
-class Grade:
-    """Sums over pages, of which :meth:`row` shows means. ``seconds`` are this process's on a core."""
+@dataclass(frozen=True)
+class Score:
+    """One extractor on one page."""
 
-    precision: float = 0.0
-    recall: float = 0.0
-    seconds: float = 0.0
-    pages: int = 0
+    type: str
+    precision: float
+    recall: float
 
-    def add(self, extract: Callable[[str], str], page: str, source: str) -> None:
-        begin = time.process_time()
-        text = extract(page)
-        self.seconds += time.process_time() - begin
-        ours, theirs = (Counter(_WORD.findall(part.lower())) for part in (text, source))
-        common = sum((ours & theirs).values())
-        self.precision += common / max(1, sum(ours.values()))
-        self.recall += common / max(1, sum(theirs.values()))
-        self.pages += 1
+    @classmethod
+    def of(cls, type: str, ours: Counter[str], known: Counter[str]) -> Score:
+        if not ours and not known:
+            return cls(type, 1.0, 1.0)
+        common = (ours & known).total()
+        return cls(type, common / max(1, ours.total()), common / max(1, known.total()))
 
     @property
     def f1(self) -> float:
-        """Of the mean precision and the mean recall."""
-        precision, recall = self.precision / self.pages, self.recall / self.pages
-        return 2 * precision * recall / max(1e-9, precision + recall)
-
-    def row(self, megabytes: float) -> str:
-        means = f"{self.precision / self.pages:.3f} | {self.recall / self.pages:.3f} | {self.f1:.3f}"
-        return f"{means} | {megabytes / self.seconds:.1f}"
+        total = self.precision + self.recall
+        return 2 * self.precision * self.recall / total if total else 0.0
 
 
-def grade(extractors: dict[str, Callable[[str], str]], documents: list[tuple[str, str]]) -> dict[str, Grade]:
-    """Every extractor on every page; page by page, so that a busy machine slows all of them alike."""
-    grades = {name: Grade() for name in extractors}
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The middle 95% of the means of as many values drawn with replacement."""
+    draw = np.random.default_rng(0)
+    values = np.asarray(values)
+    means = [values[draw.integers(0, len(values), len(values))].mean() for _ in range(RESAMPLES)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def report(scores: Mapping[str, Sequence[Score]], speeds: Mapping[str, float] | None = None) -> str:
+    """A table: extractors by mean precision, recall and F1, F1 by type, and ``speeds`` in MB/s."""
+    types = sorted({score.type for found in scores.values() for score in found})
+    shown = types if len(types) > 1 else []
+    head = ["extractor", "precision", "recall", "F1", "95% interval", *shown, *(["MB/s"] if speeds else [])]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for name, found in scores.items():
+        f1 = [score.f1 for score in found]
+        low, high = interval(f1)
+        cells = [
+            name, f"{np.mean([s.precision for s in found]):.3f}", f"{np.mean([s.recall for s in found]):.3f}",
+            f"{np.mean(f1):.3f}", f"{low:.3f} to {high:.3f}",
+            *(f"{np.mean([s.f1 for s in found if s.type == type]):.3f}" for type in shown),
+            *([f"{speeds[name]:.1f}"] if speeds else []),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def grade(
+    extractors: Mapping[str, Extractor], pages: Sequence[MarkedPage]
+) -> tuple[dict[str, list[Score]], dict[str, float]]:
+    """Every extractor on every page, and its MB of HTML for each second of a core.
+
+    Page by page in turn, so that a busy machine slows all of them alike.
+    """
+    scores: dict[str, list[Score]] = {name: [] for name in extractors}
+    seconds = dict.fromkeys(extractors, 0.0)
     for extract in extractors.values():
-        extract(documents[0][0])
-    for page, source in documents:
+        extract(pages[0].html)
+    for page in pages:
         for name, extract in extractors.items():
-            grades[name].add(extract, page, source)
-    return grades
+            begin = time.process_time()
+            text = extract(page.html)
+            seconds[name] += time.process_time() - begin
+            scores[name].append(Score.of(page.type, words(text), page.words))
+    size = sum(len(page.html.encode("utf-8", "replace")) for page in pages) / 1e6
+    return scores, {name: size / max(1e-9, taken) for name, taken in seconds.items()}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("pages", type=Path, nargs="+")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth page")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only extractors whose names contain one of these")
     arguments = parser.parse_args(argv)
-    documents = pairs(arguments.folder)[:: arguments.every]
-    size = sum(len(page.encode()) for page, _ in documents) / 1e6
-    print(f"{len(documents)} pages, {size:.1f} MB of HTML; MB for each second of one core\n")
-    print("| extractor | precision | recall | F1 | MB/s |\n|---|---|---|---|---|")
-    for name, found in grade(extractors(), documents).items():
-        print(f"| {name} | {found.row(size)} |")
+    for path in arguments.pages:
+        pages = read_marked(path)[:: arguments.every]
+        chosen = extractors()
+        if all(page.type == "sphinx" for page in pages):
+            chosen['div role="main"'] = main_division
+        if arguments.only:
+            chosen = {name: f for name, f in chosen.items() if any(part in name for part in arguments.only)}
+        size = sum(len(page.html.encode("utf-8", "replace")) for page in pages) / 1e6
+        print(f"{path}: {len(pages)} pages, {size:.1f} MB of HTML; MB for each second of one core\n")
+        print(report(*grade(chosen, pages)), "\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from ...config import option
 from . import language
 from .document import Document, Rejection
 from .html import EXTRACTORS
-from .main_text import TooDeep
 from .pii import mask
 from .quality import RULES
 from .text import repair, tidy
@@ -45,10 +44,7 @@ def clean(document: Document, config: CleanConfig) -> tuple[Document | Rejection
     masked: Counter[str] = Counter()
     text = document.text
     if document.kind == "html":
-        try:
-            text = EXTRACTORS[config.extractor](text)
-        except TooDeep as error:
-            return Rejection.of(document, "nesting", depth=error.args[0]), masked
+        text = EXTRACTORS[config.extractor](text)
     elif document.kind == "wikitext":
         text = extract_wikitext(text)
     if config.repair:

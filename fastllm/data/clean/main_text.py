@@ -1,234 +1,128 @@
-"""The fast extractor: lexbor's tree, marks put into it at C speed, and one pass over the text that results.
-
-Walking the tree in Python would cost a call for each node. Instead every block gets a control character before and
-after it, links, cells and preformatted text get others, and the page's text, taken in one call, is then cut at them.
-"""
+"""The fast extractor: a page's blocks, how likely each is main text, and the blocks that are best taken together."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from itertools import groupby
 
-from ..optional import require
+import numpy as np
 
-# The marks; a page's own control characters are removed first.
-_BLOCK, _PRE, _PRE_END, _LINK, _LINK_END, _ITEM, _CELL, _HEADING, _LINE = "\x1e\x01\x02\x03\x04\x05\x06\x0e\x0f"
-_CONTROLS = re.compile("[\x00-\x08\x0e-\x1f]")
+from .block_model import block_model
+from .markup import Markup, read_markup
+from .small_pages import blend
 
-_UNSEEN = "script, style, noscript, template, svg, canvas, iframe, object, embed, audio, video, head, select, textarea"
-_HIDDEN = "[hidden], [aria-hidden=true]"
-_FURNITURE = (
-    "nav, form, button, dialog, menu, [role=navigation], [role=banner], [role=contentinfo], [role=search], "
-    "[role=menu], [role=dialog], [role=complementary]"
-)
-_OUTSIDE_MAIN = "header, footer, aside"
-_MAIN = "main, [role=main], article, [itemprop=articleBody]"
-_BLOCKS = (
-    "address, article, aside, blockquote, center, dd, details, div, dl, dt, fieldset, figcaption, figure, footer, "
-    "h1, h2, h3, h4, h5, h6, header, hr, li, main, ol, p, pre, section, summary, table, tbody, thead, tr, ul"
-)
-# A landmark counts as the main part only with so many characters: some pages leave it empty.
-_LEAST_MAIN = 140
-# Blocks of at least so many characters, mostly outside links, are text; shorter ones follow their neighbours.
-_LONG = 70
-_LINKED = 0.5
-# Consecutive list items, or cells, that are links alone: from so many on they are a menu or a table of contents.
-_MENU = 3
-_NAMES = re.compile(
-    r"(?:^|[\s_-])(?:nav|navbar|navigation|menu|breadcrumbs?|sidebar|footer|cookies?|consent|share|sharing|social|"
-    r"advert|ads?|banner|promo|related|newsletter|skip|pagination|pager|toc|headerlink)(?:$|[\s_-])",
-    re.IGNORECASE,
-)
-# Inline elements have classes too, thousands of them in coloured source code.
-_NAMED = ", ".join(
-    f"{tag}[{name}]" for tag in ("div", "section", "ul", "ol", "p", "table", "a") for name in ("class", "id")
-)
-_PERMALINK = re.compile(f"{_LINK}[\u00b6#\u00a7]?{_LINK_END}")
-_MARKS = re.compile(f"[{_LINK}{_LINK_END}{_ITEM}{_HEADING}{_CELL}]")
-_WHITE = re.compile(r"\s+")
-# Tags that may nest; the others close themselves.
-_TAG = re.compile(
-    r"<(/?)(?!(?:area|base|br|col|embed|hr|img|input|link|meta|param|source|track|wbr|p|li|dt|dd|tr|td|th|thead|tbody|"
-    r"tfoot|option|optgroup|colgroup|rp|rt|html|head|body)\b)[a-zA-Z]"
-)
-# Nested elements beyond this are refused: an HTML5 parser's time grows with their square.
-DEEPEST = 3000
+_WORD = re.compile(r"\w+")
+_PERMALINK = re.compile(r"\s*[\u00b6\uf0c1](?=\s|$)|\s+#$")
+# Rows of tables whose cells hold more than this, in characters, lay out a page.
+_LAYOUT = 600
+# A page whose likeliest block is less likely than this has no main text.
+_LEAST = 0.1
 
 
-class TooDeep(ValueError):
-    """A page nests its elements too deeply to be parsed; the argument is the depth that was reached."""
+def word_list(text: str) -> list[str]:
+    """The words that extraction is measured by: lower case, runs of letters, digits and underscores."""
+    return _WORD.findall(text.lower())
 
 
-def _tree(page: str):
-    depth = 0
-    # Where there are too few tags to nest so deeply, nothing needs counting.
-    if page.count("<") > DEEPEST:
-        for match in _TAG.finditer(page):
-            depth = max(0, depth - 1) if match[1] else depth + 1
-            if depth > DEEPEST:
-                raise TooDeep(depth)
-    parser = require("selectolax.lexbor", "selectolax", "--extractor fast").LexborHTMLParser
-    return parser(_CONTROLS.sub("", page))
+def best_set(probabilities: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """Which blocks to take, so that the expected F1 of their words is highest.
 
-
-def _remove(root, selector: str) -> None:
-    # From the end: what is inside goes before what it is inside of.
-    for node in reversed(root.css(selector)):
-        node.decompose()
-
-
-@dataclass
-class _Block:
-    """A piece of the page between two marks."""
-
-    text: str
-    linked: int
-    preformatted: bool = False
-    item: bool = False
-    heading: bool = False
-
-    @property
-    def link_density(self) -> float:
-        return self.linked / max(1, len(self.text))
-
-
-def _blocks(root) -> list[_Block]:
-    """Mark ``root`` and cut its text."""
-    for node in root.css("a"):
-        node.insert_before(_LINK)
-        node.insert_after(_LINK_END)
-    for node in root.css("br"):
-        node.insert_before(_LINE)
-    for node in root.css("td, th"):
-        node.insert_after(_CELL)
-    for node in root.css("h1, h2, h3, h4, h5, h6"):
-        node.insert_before(_HEADING)
-    for node in root.css("li"):
-        node.insert_before(_ITEM)
-    for node in root.css("pre"):
-        node.insert_before(_PRE)
-        node.insert_after(_PRE_END)
-    for node in root.css(_BLOCKS):
-        node.insert_before(_BLOCK)
-        node.insert_after(_BLOCK)
-    blocks = []
-    item = heading = False
-    for number, piece in enumerate(re.split(f"[{_PRE}{_PRE_END}]", root.text(deep=True))):
-        if number % 2:
-            code = _MARKS.sub("", _PERMALINK.sub("", piece)).replace(_BLOCK, "").replace(_LINE, "\n").strip("\n")
-            if code.strip():
-                blocks.append(_Block(code.rstrip(), 0, preformatted=True))
-            continue
-        for part in piece.split(_BLOCK):
-            item, heading = item or _ITEM in part, heading or _HEADING in part
-            if not part or part.isspace():
-                continue
-            part = _PERMALINK.sub("", part)
-            linked = sum(len(_WHITE.sub(" ", link)) for link in re.findall(f"{_LINK}([^{_LINK_END}]*)", part))
-            cells = [_WHITE.sub(" ", _MARKS.sub("", cell)).strip(" ") for cell in part.split(_CELL)]
-            text = " | ".join(cell for cell in cells if cell)
-            text = "\n".join(line.strip() for line in text.split(_LINE)).strip()
-            if text:
-                blocks.append(_Block(text, linked, item=item, heading=heading))
-                item = heading = False
-    return blocks
-
-
-def _without_menus(blocks: list[_Block]) -> list[_Block]:
-    """Leave out runs of blocks that are links alone, and blocks that are mostly several links."""
-    kept: list[_Block] = []
-    run: list[_Block] = []
-    for block in [*blocks, None]:
-        if block is not None and not block.preformatted and not block.heading and block.link_density > 0.9:
-            run.append(block)
-            continue
-        if len(run) < _MENU:
-            kept += run
-        run = []
-        if block is not None:
-            kept.append(block)
-    return kept
-
-
-def _content(blocks: list[_Block]) -> list[_Block]:
-    """Of a page without landmarks: long blocks of text, and short ones between or right before them.
-
-    After jusText (Pomikalek 2011): the long blocks decide, the short ones follow their neighbours.
+    For each number of blocks, the likeliest first, F1 is taken as 2 E[words that are right] / (words taken + E[words of
+    main text]).
     """
-    good = [block.preformatted or (len(block.text) >= _LONG and block.link_density < _LINKED) for block in blocks]
-    bad = [block.link_density >= _LINKED and not block.preformatted for block in blocks]
-    last: int | None = None
-    kept = list(good)
-    for index in range(len(blocks)):
-        if not good[index]:
-            continue
-        between = range(0 if last is None else last + 1, index)
-        if last is None:
-            # What precedes the first text is its heading, or furniture.
-            headings = [i for i in between if blocks[i].heading]
-            between = range(headings[0], index) if headings and index - headings[0] <= 5 else range(index, index)
-        for i in between:
-            kept[i] = not bad[i]
-        last = index
-    if last is None:
-        return [block for block, no in zip(blocks, bad, strict=True) if not no]
-    # A short closing block is text if it ends as a sentence does.
-    for index in range(last + 1, min(last + 3, len(blocks))):
-        kept[index] = not bad[index] and blocks[index].text[-1] in ".!?\"'\u201d\u2019"
-    return [block for block, keep in zip(blocks, kept, strict=True) if keep]
+    order = np.argsort(-probabilities, kind="stable")
+    right = np.cumsum((probabilities * words)[order])
+    taken = np.cumsum(words[order])
+    expected = 2 * right / (taken + right[-1] + 1e-9)
+    return probabilities >= probabilities[order[int(np.argmax(expected))]]
 
 
-def _join(blocks: list[_Block]) -> str:
-    """Paragraphs with a blank line between them; list items on lines of their own."""
+def _data_rows(markup: Markup) -> dict[int, list[int]]:
+    """The blocks of each table row that holds data: more than one cell, none of them a page of its own."""
+    rows: dict[int, list[int]] = {}
+    for block, place in enumerate(markup.places):
+        if markup.rows[place] >= 0 and not markup.preformatted[place]:
+            rows.setdefault(markup.rows[place], []).append(block)
+    return {
+        row: blocks
+        for row, blocks in rows.items()
+        if len({markup.cells[markup.places[block]] for block in blocks}) > 1
+        and sum(len(markup.texts[block]) for block in blocks) <= _LAYOUT
+    }
+
+
+def _lists(markup: Markup) -> list[list[int]]:
+    """The blocks of each list whose items are single blocks."""
+    items: dict[int, list[int]] = {}
+    for block, place in enumerate(markup.places):
+        if markup.items[place] >= 0:
+            items.setdefault(markup.items[place], []).append(block)
+    lists: dict[int, list[int]] = {}
+    for item, blocks in items.items():
+        if len(blocks) == 1:
+            lists.setdefault(markup.parents[item], []).extend(blocks)
+    return list(lists.values())
+
+
+def decide(markup: Markup, probabilities: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """Of each block whether it is kept. A table's row and a list of short items are kept whole or not at all."""
+    probabilities = blend(probabilities.copy(), markup, words)
+    for blocks in [*_data_rows(markup).values(), *_lists(markup)]:
+        probabilities[blocks] = np.average(probabilities[blocks], weights=words[blocks] + 0.5)
+    if probabilities.max() < _LEAST:
+        return np.zeros(len(words), bool)
+    return best_set(probabilities, words)
+
+
+def render(markup: Markup, kept: list[int]) -> str:
+    """The blocks ``kept`` as text: paragraphs apart, items and rows on lines of their own, a title once."""
+    rows = _data_rows(markup)
     parts: list[str] = []
-    previous: _Block | None = None
-    for block in blocks:
+    previous: tuple[str, int] | None = None
+    headings: set[str] = set()
+    row_of = {block: row for row, blocks in rows.items() for block in blocks}
+    for key, group in groupby(kept, key=lambda block: row_of.get(block, -1 - block)):
+        blocks = list(group)
+        place = markup.places[blocks[0]]
+        if key >= 0:
+            cells = groupby(blocks, key=lambda block: markup.cells[markup.places[block]])
+            text = " | ".join(" ".join(markup.texts[block] for block in cell).replace("\n", " ") for _, cell in cells)
+            current = ("row", markup.parents[key])
+        else:
+            text = markup.texts[blocks[0]]
+            item = markup.items[place]
+            current = ("item", item) if item >= 0 and not markup.preformatted[place] else ("block", place)
+            if not markup.preformatted[place]:
+                text = _PERMALINK.sub("", text).strip()
+                if markup.tags[place] in ("h1", "h2"):
+                    if text in headings:
+                        continue
+                    headings.add(text)
+            if current[0] == "item" and current != previous:
+                text = f"- {text}"
+        if not text:
+            continue
         if previous is not None:
-            parts.append("\n" if block.item and previous.item else "\n\n")
-        parts.append(f"- {block.text}" if block.item else block.text)
-        previous = block
+            lines = current[0] == previous[0] and (
+                current[0] == "item" or (current[0] == "row" and current == previous)
+            )
+            parts.append("\n" if lines else "\n\n")
+        parts.append(text)
+        previous = current
     return "".join(parts)
 
 
 def extract_fast(page: str) -> str:
-    """The main text of ``page``: its landmark (``main``, ``article``), else its long blocks; without menus.
-
-    Raises:
-        TooDeep: the elements nest too deeply.
-        InputError: selectolax is not installed.
-    """
-    tree = _tree(page)
-    if tree.body is None:
+    """The main text of ``page``: the blocks that a learned model takes for it, in the page's order."""
+    markup = read_markup(page)
+    if not markup.texts:
         return ""
-    _remove(tree, _UNSEEN)
-    _remove(tree, _HIDDEN)
-    body = tree.body
-    if body is None:
-        return ""
-    total = len(body.text(deep=True))
-    candidates = sorted((-len(node.text(deep=True).strip()), i, node) for i, node in enumerate(body.css(_MAIN)[:64]))
-    root, landmark = body, False
-    if candidates and -candidates[0][0] >= min(_LEAST_MAIN, total / 4):
-        root, landmark = candidates[0][2], True
-    # Several articles side by side are a listing: all of them together are the page.
-    if landmark and root.tag == "article" and sum(node.tag == "article" for _, _, node in candidates) > 1:
-        root, landmark = body, False
-    main_size = len(root.text(deep=True))
-    _remove(root, _FURNITURE if root is not body else f"{_FURNITURE}, {_OUTSIDE_MAIN}")
-    for node in reversed(root.css(_NAMED)):
-        names = f"{node.attributes.get('class') or ''} {node.attributes.get('id') or ''}"
-        if _NAMES.search(names) and len(node.text(deep=True)) < main_size * 0.3:
-            node.decompose()
-    blocks = _without_menus(_blocks(root))
-    return _join(blocks if landmark else _content(blocks))
+    words = np.asarray([len(_WORD.findall(text)) for text in markup.texts], np.float64)
+    keep = decide(markup, block_model().probabilities(page, markup, words), words)
+    return render(markup, np.flatnonzero(keep).tolist())
 
 
 def visible_text(page: str) -> str:
-    """Every text of ``page`` that is not hidden, blocks on lines of their own.
-
-    Raises:
-        TooDeep, InputError: as :func:`extract_fast`.
-    """
-    tree = _tree(page)
-    _remove(tree, _UNSEEN)
-    return "" if tree.body is None else _join(_blocks(tree.body))
+    """Every text of ``page`` that is shown, blocks on lines of their own."""
+    markup = read_markup(page, with_carried=False)
+    return render(markup, [block for block, place in enumerate(markup.places) if not markup.unshown[place]])

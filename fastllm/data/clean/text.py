@@ -8,14 +8,14 @@ from ..optional import require
 
 # Control codes but tab and newline, C1 controls, what marks direction or width without showing, byte order marks,
 # tags (U+E00xx), private use, noncharacters and halves of surrogate pairs. Zero-width joiners stay: scripts need them.
+# So does U+FFFD: a reader must see that something is missing.
 _UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufdd0-\ufdef\ufff0-\uffff"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufdd0-\ufdef\ufff0-\ufffc\ufffe\uffff"
     "\ue000-\uf8ff\ud800-\udfff\U000e0000-\U000e0fff\U000f0000-\U0010ffff]"
 )
 # What a control code stands in for: a line or a page ended.
 _BREAKS = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 _SPACES = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
-_INNER = re.compile(r"(?<=\S)[ \t]{2,}(?=\S)")
 
 
 def repair(text: str, entities: bool = True) -> str:
@@ -44,6 +44,8 @@ def repair(text: str, entities: bool = True) -> str:
 def tidy(text: str, keep_indentation: bool = True) -> str:
     """One kind of line end, no control codes, no space at line ends, at most one blank line, none around the text.
 
+    Spaces and tabs inside a line stay: code and plain-text tables are aligned by them.
+
     Args:
         keep_indentation: keep the space that lines begin with, as source code needs it.
     """
@@ -52,7 +54,7 @@ def tidy(text: str, keep_indentation: bool = True) -> str:
     text = _UNSEEN.sub("", text)
     lines = []
     for line in text.split("\n"):
-        line = _INNER.sub(" ", line.rstrip())
+        line = line.rstrip()
         if not keep_indentation:
             line = line.lstrip()
         if line or (lines and lines[-1]):

@@ -15,10 +15,13 @@ _SWITCH = re.compile(r"__[A-Z]+__")
 _HEADING = re.compile(r"^\s*=+\s*(.*?)\s*=+\s*$", re.MULTILINE)
 _LIST = re.compile(r"^[*#:;]*[*#][*#:;]*\s*", re.MULTILINE)
 _INDENT = re.compile(r"^[ \t]+", re.MULTILINE)
-# Links into name spaces of files and categories, in any language a colon and a capital; the words of others stay.
+# Links that show no words: files and categories, by the names that every wiki knows (a dump's reader turns its own
+# language's names into these), and the same page in another language. A colon in front makes any of them a plain link.
 _MEDIA = re.compile(
-    r"\[\[\s*(?:[A-Z\u00c0-\u00de\u0400-\u042f][^\[\]|:]{1,30}):[^\[\]]*(?:\[\[[^\[\]]*\]\][^\[\]]*)*\]\]"
+    r"\[\[[\s_]*(?:file|image|media|category)[\s_]*:[^\[\]]*(?:\[\[[^\[\]]*\]\][^\[\]]*)*\]\]", re.IGNORECASE
 )
+_COLON = re.compile(r"\[\[\s*:")
+_OTHER_LANGUAGE = re.compile(r"^\[\[[a-z]{2,3}(?:-[a-z]{2,8})*:[^\[\]|]*\]\][ \t]*$", re.MULTILINE)
 
 
 def extract_wikitext(source: str) -> str:
@@ -34,7 +37,8 @@ def extract_wikitext(source: str) -> str:
         source, count = _TABLE.subn("", source)
         if not count:
             break
-    source = _LIST.sub("- ", _MEDIA.sub("", source))
+    source = _COLON.sub("[[", _OTHER_LANGUAGE.sub("", _MEDIA.sub("", source)))
+    source = _LIST.sub("- ", source)
     text = library.parse(source, skip_style_tags=False).strip_code(normalize=True, collapse=True)
     text = _HEADING.sub(r"\1", _SWITCH.sub("", text))
     return _INDENT.sub("", text)

@@ -20,7 +20,7 @@ RULES = {
     "outside": "names and links that lead out of their folder", "unreadable": "could not be opened or read",
     "truncated": "files that end too early; what came before was read", "damaged": "damaged files or records",
     "bomb": "decompression bombs", "too_large": "larger than --max-document-mb", "redirect": "wiki redirects",
-    "name_space": "wiki pages that are no articles", "nesting": "elements nested too deeply",
+    "name_space": "wiki pages that are no articles", "coding": "transfer or content codings that cannot be undone",
     "too_slow": "took longer than --document-seconds", "crashed": "ended the process that cleaned them",
     "failed": "an error while cleaning", "empty": "no text left", "language": "another language",
     "gopher_repetition": "repeated lines, paragraphs or runs of words (Gopher)",
@@ -70,6 +70,7 @@ def write_report(
         "documents_kept": len(characters),
         "characters_kept": int(characters.sum()),
         "rejected": {rule: rules[rule] for rule in order},
+        "undecodable_characters": counts["undecodable"],
         "masked": {n.removeprefix("masked "): c for n, c in sorted(counts.items()) if n.startswith("masked ")},
         "characters_per_document": {
             "at_least": edges, "documents": histogram.tolist(),

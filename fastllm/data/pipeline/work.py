@@ -14,7 +14,7 @@ import numpy as np
 
 from ...config import InputError
 from ..clean import CleanConfig, Document, Rejection, clean
-from ..clean.html import decode_page
+from ..clean.encodings import decode_page, undecodable
 from ..clean.minhash import SIZE, exact_key, signature
 from ..sources import SINGLE, Entry, Failure, Raw, read
 from ..sources.limits import one_line
@@ -104,15 +104,16 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def _text(raw: Raw) -> tuple[str, dict[str, str]]:
-    if raw.kind == "html":
-        text, encoding = decode_page(raw.content, raw.encoding)
-        return text, {} if encoding == "utf-8" else {"encoding": encoding}
+    """The text of ``raw``, and what is worth noting of its encoding."""
     if raw.kind == "text" and raw.content.count(b"\0") > len(raw.content) // 100 and raw.content[:2] not in (
         b"\xff\xfe", b"\xfe\xff",
     ):  # fmt: skip
         raise ValueError("binary, not text")
     text, encoding = decode_page(raw.content, raw.encoding or ("utf-8" if raw.kind == "wikitext" else None))
-    return text, {} if encoding == "utf-8" else {"encoding": encoding}
+    noted = {} if encoding == "utf-8" else {"encoding": encoding}
+    # The character may also be the author's own.
+    missing = undecodable(text) - (raw.content.count(b"\xef\xbf\xbd") if encoding == "utf-8" else 0)
+    return text, {**noted, "undecodable": str(missing)} if missing > 0 else noted
 
 
 def run_batch(items: Sequence[Entry | Raw | Failure], cleaning: CleanConfig, config: PipelineConfig) -> Result:
@@ -139,6 +140,7 @@ def _one(raw: Raw, cleaning: CleanConfig, config: PipelineConfig, result: Result
     try:
         with _time_limit(config.document_seconds):
             text, noted = _text(raw)
+            result.counts["undecodable"] += int(noted.get("undecodable", 0))
             outcome, masked = clean(Document(raw.id, text, raw.kind, {**raw.metadata, **noted}), cleaning)
             near = config.near_duplicates and isinstance(outcome, Document)
             values = signature(outcome.text) if near else np.zeros(SIZE, np.uint32)

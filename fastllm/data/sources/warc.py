@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 
 from ..optional import require
+from .codings import codings, undo
 from .compressed import Prompt, open_stream
 from .limits import Failure, Limits, Raw, Unreadable, one_line
 from .plan import Entry
@@ -30,7 +31,8 @@ def read_warc(entry: Entry, limits: Limits) -> Iterator[Raw | Failure]:
                 kind = {"response": "html", "conversion": "text"}.get(record.rec_type)
                 if kind == "html" and "html" not in declared.lower():
                     kind = None
-                content = record.content_stream().read(limits.document + 1) if kind else b""
+                # As it was sent: warcio undoes some codings, in lower case, one of each.
+                content = _take(record.raw_stream, limits.document + 1) if kind else b""
                 missing = _drain(record.raw_stream)
                 id = f"{entry.id}#{number}"
                 if missing:
@@ -38,6 +40,12 @@ def read_warc(entry: Entry, limits: Limits) -> Iterator[Raw | Failure]:
                 if len(content) > limits.document:
                     yield Failure(id, "too_large", {"limit": limits.document})
                 elif kind:
+                    try:
+                        content = undo(content, _applied(headers), limits)
+                    except Unreadable as error:
+                        details = {"limit": limits.document} if error.reason == "too_large" else {"error": str(error)}
+                        yield Failure(id, error.reason, details)
+                        continue
                     charset = _CHARSET.search(declared)
                     url = record.rec_headers.get_header("WARC-Target-URI")
                     yield Raw(id, content, kind, {"url": url} if url else {}, charset and charset[1])
@@ -45,6 +53,24 @@ def read_warc(entry: Entry, limits: Limits) -> Iterator[Raw | Failure]:
             raise Unreadable("damaged", one_line(error)) from error
     if number < 0 and os.path.getsize(entry.path):
         raise Unreadable("damaged", "no record in it")
+
+
+def _applied(headers) -> list[str]:
+    """What was done to a response's content, first the content codings, then those of the transfer."""
+    found: dict[str, list[str]] = {"content-encoding": [], "transfer-encoding": []}
+    for name, value in headers.headers if headers else ():
+        if name.strip().lower() in found:
+            found[name.strip().lower()].append(value)
+    return [*codings(found["content-encoding"]), *codings(found["transfer-encoding"])]
+
+
+def _take(stream, most: int) -> bytes:
+    """Up to ``most`` bytes of ``stream``, whose reads may give fewer than they are asked for."""
+    parts: list[bytes] = []
+    while most > 0 and (part := stream.read(min(most, 1 << 16))):
+        parts.append(part)
+        most -= len(part)
+    return b"".join(parts)
 
 
 def _drain(rest) -> int:

@@ -1,0 +1,220 @@
+"""Learns ``fastllm/data/clean/block_model.npz`` from pages whose main text a person marked, and cross-validates it.
+
+``python -m fastllm.bench.main_text_training PAGES --out fastllm/data/clean/block_model.npz`` learns from all pages and
+reports what models of four fifths of the sites say about the pages of the rest. PAGES is a folder or an archive as
+:mod:`.marked_pages` reads it. Needs catboost, rapidfuzz, scikit-learn and scipy, which cleaning does not.
+
+1. A block's label is the share of its words that the marked text has: in runs of four words, or for shorter blocks in
+   the longest common subsequence of the page's words and the text's. Its weight is its share in the page's F1.
+2. A lexicon: logistic regressions over the names of the elements around blocks, and over blocks' words.
+3. Trees over :func:`features`, whose lexicon was learned from other sites than the page's.
+4. Trees over :func:`context` of what step 3's trees, learned from other sites, say of the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.clean.block_model import BlockModel, Trees
+from ..data.clean.features import Lexicon, context, features, name_tokens, text_tokens
+from ..data.clean.main_text import decide, render, word_list
+from ..data.clean.markup import Markup, read_markup
+from .cleaning import Score, report
+from .marked_pages import MarkedPage, read_marked, words
+
+# A word is learned if so many sites have it; 1 / (2 C) of an L2 penalty on a mean loss.
+LEAST_SITES, INVERSE_PENALTY = 4, 0.006
+FIRST = {"iterations": 300, "depth": 6, "learning_rate": 0.08}
+SECOND = {"iterations": 150, "depth": 5, "learning_rate": 0.06}
+
+
+@dataclass
+class Labelled:
+    """A page's blocks with what is to be learned of them."""
+
+    page: MarkedPage
+    markup: Markup
+    labels: np.ndarray
+    words: np.ndarray
+    weights: np.ndarray
+    names: list[set[str]]
+    texts: list[set[str]]
+
+
+def block_labels(blocks: list[list[str]], truth: list[str]) -> np.ndarray:
+    """Of each block, given as words, the share that ``truth`` has."""
+    from rapidfuzz.distance import LCSseq
+
+    flat = [word for block in blocks for word in block]
+    aligned, covered = np.zeros(len(flat)), np.zeros(len(flat))
+    numbers: dict[str, int] = {}
+    ours, theirs = ([numbers.setdefault(word, len(numbers)) for word in part] for part in (flat, truth))
+    if ours and theirs:
+        for step in LCSseq.opcodes(ours, theirs):
+            if step.tag == "equal":
+                aligned[step.src_start : step.src_end] = 1
+    runs = {tuple(truth[i : i + 4]) for i in range(len(truth) - 3)}
+    begin = 0
+    for block in blocks:
+        for i in range(len(block) - 3):
+            if tuple(block[i : i + 4]) in runs:
+                covered[begin + i : begin + i + 4] = 1
+        begin += len(block)
+    sizes = np.asarray([len(block) for block in blocks])
+    owner = np.repeat(np.arange(len(blocks)), sizes)
+    shares = [np.bincount(owner, values, len(blocks)) / np.maximum(sizes, 1) for values in (aligned, covered)]
+    return np.where(sizes < 5, *shares)
+
+
+def label(page: MarkedPage) -> Labelled:
+    markup = read_markup(page.html)
+    blocks = [word_list(text) for text in markup.texts]
+    labels = block_labels(blocks, word_list(page.text))
+    sizes = np.asarray([len(block) for block in blocks], np.float64)
+    total = page.words.total()
+    # What a block adds to or takes from F1 is about its size over the text's; a page of menus has many such blocks.
+    weights = (sizes + 0.5) / (total + 0.5 * sizes[labels < 0.3].sum() + 50)
+    around: list[set[str]] = []
+    for tag, attributes, parent in zip(markup.tags, markup.attributes, markup.parents, strict=True):
+        around.append({*name_tokens(tag, attributes), *(around[parent] if parent >= 0 else ())})
+    names = [around[place] for place in markup.places]
+    texts = [set(text_tokens(text)) for text in markup.texts]
+    return Labelled(page, markup, labels, sizes, weights, names, texts)
+
+
+def learn_lexicon(pages: Sequence[Labelled]) -> Lexicon:
+    return Lexicon(*(_learn_words(pages, kind) for kind in ("names", "texts")))
+
+
+def _learn_words(pages: Sequence[Labelled], kind: str) -> dict[str, float]:
+    from scipy import sparse
+    from sklearn.linear_model import LogisticRegression
+
+    sites = defaultdict(set)
+    for page in pages:
+        for word in set().union(*getattr(page, kind)):
+            sites[word].add(page.page.site)
+    known = sorted(word for word, found in sites.items() if len(found) >= LEAST_SITES)
+    columns = {word: number for number, word in enumerate(known)}
+    rows = [sorted(columns[w] for w in block if w in columns) for page in pages for block in getattr(page, kind)]
+    ends = np.cumsum([0, *map(len, rows)])
+    matrix = sparse.csr_matrix((np.ones(ends[-1]), np.concatenate(rows), ends), (len(rows), len(known)))
+    labels = np.concatenate([page.labels for page in pages])
+    weights = np.concatenate([page.weights for page in pages])
+    weights *= len(weights) / weights.sum()
+    # A label between 0 and 1 is both, in shares.
+    both, target = sparse.vstack([matrix, matrix]), np.repeat([1, 0], len(rows))
+    shares = np.concatenate([weights * labels, weights * (1 - labels)])
+    used = shares > 0
+    fit = LogisticRegression(C=INVERSE_PENALTY, max_iter=200).fit(both[used], target[used], shares[used])
+    return {word: float(weight) for word, weight in zip(known, fit.coef_[0], strict=True) if abs(weight) > 0.02}
+
+
+def learn_trees(rows: np.ndarray, labels: np.ndarray, weights: np.ndarray, settings: dict[str, Any]) -> Trees:
+    from catboost import CatBoostClassifier, Pool
+
+    model = CatBoostClassifier(
+        **settings, l2_leaf_reg=5, loss_function="CrossEntropy", verbose=0, thread_count=2, random_seed=1,
+        border_count=32, rsm=0.3, bootstrap_type="Bernoulli", subsample=0.6, allow_writing_files=False,
+    )  # fmt: skip
+    model.fit(Pool(rows, np.clip(labels, 0, 1), weight=weights))
+    return _as_trees(model, settings["depth"])
+
+
+def _as_trees(model: Any, depth: int) -> Trees:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.json"
+        model.save_model(str(path), format="json")
+        found = json.loads(path.read_text())
+    trees = found["oblivious_trees"]
+    columns = np.zeros((len(trees), depth), np.int64)
+    # A level that is not there is never above its border.
+    borders = np.full((len(trees), depth), np.inf, np.float32)
+    leaves = np.zeros((len(trees), 1 << depth), np.float32)
+    for number, tree in enumerate(trees):
+        for level, split in enumerate(tree["splits"]):
+            columns[number, level], borders[number, level] = split["float_feature_index"], split["border"]
+        leaves[number, : len(tree["leaf_values"])] = tree["leaf_values"]
+    scale, bias = found["scale_and_bias"]
+    return Trees(columns, borders, leaves * scale, float(np.ravel(bias)[0]))
+
+
+def folds(pages: Sequence[Labelled], count: int, seed: int) -> np.ndarray:
+    """Of each page its fold, by its site alone."""
+    return np.asarray([zlib.crc32(f"{page.page.site}{seed}".encode()) % count for page in pages])
+
+
+def _out_of_fold(pages: Sequence[Labelled], fold: np.ndarray, learn: Callable, apply: Callable) -> list[np.ndarray]:
+    """Of each page what ``apply`` makes of it with what ``learn`` made of the pages in other folds."""
+    result: list[np.ndarray | None] = [None] * len(pages)
+    for number in np.unique(fold):
+        inside, outside = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
+        learned = learn(outside)
+        for at in inside:
+            result[at] = apply(learned, at)
+    return result
+
+
+def learn_model(pages: Sequence[Labelled], count: int) -> tuple[BlockModel, list[np.ndarray]]:
+    """A model of all ``pages``, and of each page's blocks what models of other folds' sites say.
+
+    The trees of a fold are learned from the other folds alone. The lexicon of the rows that they are learned from, and
+    the first estimates that the second trees are learned from, come from the same folds, as in stacking.
+    """
+    fold = folds(pages, count, 7)
+    rows = _out_of_fold(
+        pages, fold, lambda others: learn_lexicon([pages[i] for i in others]),
+        lambda lexicon, i: features(pages[i].page.html, pages[i].markup, lexicon),
+    )  # fmt: skip
+    labels, weights = [page.labels for page in pages], [page.weights for page in pages]
+
+    def trees_of(values: list[np.ndarray], chosen: Sequence[int], settings: dict[str, Any]) -> Trees:
+        parts = [np.concatenate([column[i] for i in chosen]) for column in (values, labels, weights)]
+        return learn_trees(*parts, settings)
+
+    first = _out_of_fold(
+        pages, fold, lambda others: trees_of(rows, others, FIRST), lambda trees, i: trees.probabilities(rows[i])
+    )
+    around = [context(first[i], pages[i].words + 0.5, pages[i].markup) for i in range(len(pages))]
+    second = _out_of_fold(
+        pages, fold, lambda others: trees_of(around, others, SECOND), lambda trees, i: trees.probabilities(around[i])
+    )
+    everything = range(len(pages))
+    model = BlockModel(learn_lexicon(pages), trees_of(rows, everything, FIRST), trees_of(around, everything, SECOND))
+    return model, [(one + two) / 2 for one, two in zip(first, second, strict=True)]
+
+
+def score(page: Labelled, probabilities: np.ndarray) -> Score:
+    kept = np.flatnonzero(decide(page.markup, probabilities, page.words)).tolist()
+    return Score.of(page.page.type, words(render(page.markup, kept)), page.page.words)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("pages", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="the file to write")
+    parser.add_argument("--folds", type=int, default=5, metavar="N", help="folds of sites (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    pages = read_marked(arguments.pages)
+    labelled = [page for page in map(label, pages) if page.markup.texts]
+    print(f"{len(labelled)} pages with text of {len(pages)}, {len({page.site for page in pages})} sites", flush=True)
+    model, estimates = learn_model(labelled, arguments.folds)
+    model.save(arguments.out)
+    scores = [score(page, estimate) for page, estimate in zip(labelled, estimates, strict=True)]
+    scores += [Score.of(page.type, words(""), page.words) for page in pages if not read_markup(page.html).texts]
+    print(report({f"{arguments.folds} folds of sites": scores}))
+
+
+if __name__ == "__main__":
+    main()

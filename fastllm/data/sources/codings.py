@@ -1,0 +1,153 @@
+"""Transfer and content codings of HTTP (RFC 9110, 9112) undone, within bounds."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable
+
+from ...config import InputError
+from ..optional import require
+from .limits import Limits, Unreadable, one_line
+
+_NONE = frozenset(["", "identity", "none", "binary", "7bit", "8bit"])
+# So much input is decompressed at once: a bomb's few bytes may give gigabytes.
+_PIECE = 4096
+_CHUNK = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]{0,4096})?\r?\n")
+
+
+def codings(values: list[str]) -> list[str]:
+    """The codings that header values list, in the order in which they were applied."""
+    return [name.strip().lower() for value in values for name in value.split(",") if name.strip().lower() not in _NONE]
+
+
+def undo(content: bytes, applied: list[str], limits: Limits) -> bytes:
+    """``content`` without the codings ``applied``, the last of them first.
+
+    Archives often hold content that was decoded while its headers stayed: what does not begin as its coding does is
+    taken as it is, if nothing says that it is binary.
+
+    Raises:
+        Unreadable: ``coding`` for an unknown one or content that is not in it, ``truncated``, ``bomb``, ``too_large``.
+    """
+    for name in reversed(applied):
+        if name not in _DECODERS:
+            raise Unreadable("coding", f"unknown coding {name!r}")
+        decoded = _DECODERS[name](content, limits)
+        content = content if decoded is None else decoded
+    return content
+
+
+def _bounded(content: bytes, start: Callable[[], object], limits: Limits, name: str) -> bytes:
+    """``content`` decompressed by objects that ``start`` makes, one for each member that follows another."""
+    parts: list[bytes] = []
+    size, rest, stream = 0, memoryview(content), start()
+    while len(rest) or not parts:
+        piece, rest = bytes(rest[:_PIECE]), rest[_PIECE:]
+        try:
+            part = stream.decompress(piece)
+        except Exception as error:
+            # Each library has an error of its own.
+            if parts and size:
+                raise Unreadable("damaged", f"{name}: {one_line(error)}") from error
+            raise Unreadable("coding", f"content is not {name}: {one_line(error)}") from error
+        parts.append(part)
+        size += len(part)
+        if size > limits.document:
+            ratio = size / max(1, len(content) - len(rest))
+            raise Unreadable(
+                "bomb" if ratio > limits.ratio else "too_large", f"{name} content of more than {size:,} bytes"
+            )
+        if getattr(stream, "eof", False):
+            unused = getattr(stream, "unused_data", b"") + bytes(rest)
+            if not unused.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):
+                return b"".join(parts)
+            rest, stream = memoryview(unused), start()
+        elif not len(rest):
+            break
+    raise Unreadable("truncated", f"{name} content ends too early, after {size:,} bytes")
+
+
+def _gzip(content: bytes, limits: Limits) -> bytes | None:
+    if not content.startswith(b"\x1f\x8b"):
+        return _as_it_is(content, "gzip")
+    return _bounded(content, lambda: zlib.decompressobj(31), limits, "gzip")
+
+
+def _deflate(content: bytes, limits: Limits) -> bytes | None:
+    if content[:1] and content[0] & 15 == 8 and int.from_bytes(content[:2], "big") % 31 == 0:
+        return _bounded(content, zlib.decompressobj, limits, "deflate")
+    # Some servers leave out zlib's frame; markup is no such stream, but its beginning may look like one.
+    if content.lstrip()[:1] == b"<":
+        return None
+    return _bounded(content, lambda: zlib.decompressobj(-15), limits, "deflate")
+
+
+def _zstandard(content: bytes, limits: Limits) -> bytes | None:
+    if not content.startswith((b"\x28\xb5\x2f\xfd", *(bytes([0x50 + i]) + b"\x2a\x4d\x18" for i in range(16)))):
+        return _as_it_is(content, "zstd")
+    library = require("zstandard", "zstandard", "the content coding zstd")
+    # RFC 9659: no more than a window of 8 MB.
+    start = library.ZstdDecompressor(max_window_size=1 << 23).decompressobj
+    return _bounded(content, start, limits, "zstd")
+
+
+class _Brotli:
+    """brotli's decompressor with the names that the others have."""
+
+    def __init__(self, library):
+        self._stream = library.Decompressor()
+        self.unused_data = b""
+
+    @property
+    def eof(self) -> bool:
+        return self._stream.is_finished()
+
+    def decompress(self, content: bytes) -> bytes:
+        return self._stream.process(content)
+
+
+def _brotli(content: bytes, limits: Limits) -> bytes | None:
+    # The format has no mark of its own, but no stream of it begins like markup in ASCII does.
+    if content.lstrip()[:1] == b"<":
+        return None
+    try:
+        library = require("brotli", "brotli", "the content coding br")
+    except InputError as error:
+        raise Unreadable("coding", str(error)) from error
+    return _bounded(content, lambda: _Brotli(library), limits, "br")
+
+
+def _chunked(content: bytes, limits: Limits) -> bytes | None:
+    found = _CHUNK.match(content)
+    if not found:
+        return _as_it_is(content, "chunked")
+    parts: list[bytes] = []
+    while found:
+        size, begin = int(found[1], 16), found.end()
+        if not size:
+            return b"".join(parts)
+        parts.append(content[begin : begin + size])
+        end = begin + size
+        if end > len(content):
+            break
+        line = content[end : end + 2]
+        end += 2 if line == b"\r\n" else 1 if line[:1] == b"\n" else 0
+        found = _CHUNK.match(content, end)
+        if not found and b"\n" in content[end : end + 4096]:
+            if len(parts) == 1:
+                # A first line that looks like a chunk's by accident.
+                return _as_it_is(content, "chunked")
+            raise Unreadable("damaged", f"no chunk begins at byte {end:,}")
+    raise Unreadable("truncated", "chunked content ends too early")
+
+
+def _as_it_is(content: bytes, name: str) -> None:
+    """Content that does not begin as ``name`` does is taken for text, unless it cannot be."""
+    if b"\0" in content[:1024] and not content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise Unreadable("coding", f"content is not {name}, and is binary")
+
+
+_DECODERS: dict[str, Callable[[bytes, Limits], bytes | None]] = {
+    "gzip": _gzip, "x-gzip": _gzip, "deflate": _deflate, "zstd": _zstandard, "br": _brotli, "chunked": _chunked,
+}  # fmt: skip

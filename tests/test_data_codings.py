@@ -1,0 +1,127 @@
+"""Transfer and content codings of archived responses: any case and order, unknown ones, and hostile ones."""
+
+import gzip
+import time
+import zlib
+
+import pytest
+from pages import article, page
+
+from fastllm.data.sources import Entry, Failure, Limits, Raw, read
+from fastllm.data.sources.codings import codings, undo
+from fastllm.data.sources.limits import MIB, Unreadable
+
+PAGE = page(article(3)).encode()
+SMALL = Limits(document=1 << 20, ratio=50, free=1 << 18)
+
+
+def chunked(content: bytes, size: int = 700) -> bytes:
+    parts = [content[i : i + size] for i in range(0, len(content), size)]
+    return b"".join(b"%X;name=value\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\nTrailer: x\r\n\r\n"
+
+
+def raw_deflate(content: bytes) -> bytes:
+    stream = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return stream.compress(content) + stream.flush()
+
+
+def zstd(content: bytes) -> bytes:
+    return pytest.importorskip("zstandard").ZstdCompressor().compress(content)
+
+
+def brotli(content: bytes) -> bytes:
+    return pytest.importorskip("brotli").compress(content)
+
+
+APPLY = {"gzip": gzip.compress, "deflate": zlib.compress, "zstd": zstd, "br": brotli, "chunked": chunked}
+
+
+def record(body: bytes, *headers: str) -> bytes:
+    block = "\r\n".join(["HTTP/1.1 200 OK", "Content-Type: text/html; charset=utf-8", *headers, "", ""]).encode() + body
+    head = (
+        "WARC/1.0\r\nWARC-Type: response\r\nWARC-Record-ID: <urn:uuid:1>\r\nWARC-Target-URI: http://example.org/\r\n"
+        "WARC-Date: 2024-01-01T00:00:00Z\r\nContent-Type: application/http; msgtype=response\r\n"
+        f"Content-Length: {len(block)}\r\n\r\n"
+    )
+    return head.encode() + block + b"\r\n\r\n"
+
+
+def read_records(tmp_path, *records: bytes, limits: Limits = SMALL):
+    path = tmp_path / "a.warc"
+    path.write_bytes(b"".join(records))
+    return list(read(Entry(str(path), path.name, "warc", path.stat().st_size), limits))
+
+
+@pytest.mark.parametrize(
+    ("headers", "applied"),
+    [
+        (["Transfer-Encoding: Chunked"], ["chunked"]),
+        (["TRANSFER-ENCODING: CHUNKED"], ["chunked"]),
+        (["Content-Encoding: x-gzip"], ["gzip"]),
+        (["content-encoding: GZIP", "transfer-encoding: chunked"], ["gzip", "chunked"]),
+        (["Transfer-Encoding: gzip, chunked"], ["gzip", "chunked"]),
+        (["Transfer-Encoding: chunked", "Content-Encoding: br"], ["br", "chunked"]),
+        (["Content-Encoding: zstd"], ["zstd"]),
+        (["Content-Encoding: deflate"], ["deflate"]),
+        (["Content-Encoding: deflate, gzip"], ["deflate", "gzip"]),
+        (["Content-Encoding: gzip", "Content-Encoding: zstd"], ["gzip", "zstd"]),
+        (["Content-Encoding: identity"], []),
+        (["Content-Encoding: "], []),
+    ],
+)
+def test_codings_are_undone_in_any_case_and_order(tmp_path, headers, applied):
+    body = PAGE
+    for name in applied:
+        body = APPLY[name](body)
+    first, second = read_records(tmp_path, record(body, *headers), record(PAGE))
+    assert isinstance(first, Raw), first
+    assert (first.content, first.encoding) == (PAGE, "utf-8")
+    assert second.content == PAGE
+
+
+@pytest.mark.parametrize("name", ["gzip", "zstd", "chunked", "br", "deflate"])
+def test_content_that_was_decoded_before_it_was_archived_is_taken_as_it_is(name):
+    assert undo(PAGE, [name], SMALL) == PAGE
+
+
+def test_deflate_without_its_frame_and_several_gzip_members():
+    assert undo(raw_deflate(PAGE), ["deflate"], SMALL) == PAGE
+    assert undo(gzip.compress(b"one ") + gzip.compress(b"two"), ["gzip"], SMALL) == b"one two"
+
+
+@pytest.mark.parametrize("name", ["compress", "aws-chunked", "lzma", "dcb", "no-such"])
+def test_an_unknown_coding_is_a_rejection_with_its_name(tmp_path, name):
+    first, second = read_records(tmp_path, record(b"\x1f\x9d\x90binary", f"Content-Encoding: {name}"), record(PAGE))
+    assert isinstance(first, Failure)
+    assert (first.reason, name in first.details["error"]) == ("coding", True)
+    assert second.content == PAGE
+
+
+@pytest.mark.parametrize("name", ["gzip", "zstd", "br", "deflate", "chunked"])
+def test_binary_content_that_is_not_in_its_coding_is_no_text(name):
+    with pytest.raises(Unreadable) as caught:
+        undo(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" * 9, [name], SMALL)
+    assert caught.value.reason in ("coding", "truncated")
+
+
+@pytest.mark.parametrize("name", ["gzip", "zstd", "br", "deflate", "chunked"])
+def test_content_that_was_cut_off_says_so(name):
+    coded = APPLY[name](PAGE)
+    with pytest.raises(Unreadable) as caught:
+        undo(coded[: len(coded) * 2 // 3], [name], SMALL)
+    assert caught.value.reason == "truncated"
+
+
+@pytest.mark.parametrize("name", ["gzip", "zstd", "br", "deflate"])
+def test_a_bomb_in_a_coding_is_refused_early(tmp_path, name):
+    begin = time.process_time()
+    first, second = read_records(
+        tmp_path, record(APPLY[name](bytes(64 * MIB)), f"Content-Encoding: {name}"), record(PAGE)
+    )
+    assert first.reason in ("bomb", "too_large")
+    assert second.content == PAGE
+    assert time.process_time() - begin < 10
+
+
+def test_header_values_are_lists():
+    assert codings(["gzip , Chunked", "identity", ""]) == ["gzip", "chunked"]
