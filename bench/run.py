@@ -18,7 +18,7 @@ from itertools import chain, zip_longest
 
 import torch
 
-from ..backends import backend, pick_by_tensors
+from ..backends import backend, pick
 from ..registry import Cost, Op, Sample
 from . import cases
 from .parity import Judge
@@ -328,5 +328,4 @@ def _first_line(error: Exception) -> str:
 
 
 def _serving(op: Op, call: Sample) -> str:
-    tensors = cases.tensors_of(call)
-    return pick_by_tensors(op.name, *(t for t in tensors if t.is_floating_point()))
+    return pick(op.name, op.call(*call.args, **call.kwargs)).backend

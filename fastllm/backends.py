@@ -22,7 +22,7 @@ import contextlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -210,56 +210,6 @@ def _foreign(tensors: Iterable[torch.Tensor]) -> str | None:
     if any(t.layout != torch.strided or t.is_nested for t in tensors):
         return "kernels take dense tensors, and one of these is sparse or nested"
     return None
-
-
-def pick_by_tensors(op: str, *tensors: torch.Tensor | None, refused: Mapping[str, str | None] | None = None) -> str:
-    """The backend that serves this call of ``op``.
-
-    Args:
-        op: a name in :data:`OPS`.
-        tensors: the call's floating-point tensors; Nones are passed over, the first one's device decides.
-        refused: backend -> why it cannot take these arguments (None: it can), beyond device and dtype.
-
-    Raises:
-        BackendError: the backend asked for cannot serve the call.
-    """
-    present = [t for t in tensors if t is not None]
-    device_type = present[0].device.type
-    dtypes = [t.dtype for t in present]
-    refused = refused or {}
-
-    foreign = under_transform()
-    dense = all(t.layout == torch.strided and not t.is_nested for t in present)
-
-    def obstacle(name: str) -> str | None:
-        if name == "eager":
-            return why_not(name, device_type, dtypes) or refused.get(name)
-        unfit = None if dense else "kernels take dense tensors, and one of these is sparse or nested"
-        if foreign:
-            unfit = "kernels have no vmap and no forward-mode differentiation, one of which is at work"
-        return why_not(name, device_type, dtypes, OPS[op]) or unfit or refused.get(name)
-
-    has = OPS[op].backends
-    asked = chosen_backend()
-    if "native" in has and asked in ("auto", "native") and not torch.compiler.is_compiling():
-        extension.build_at_first_use()
-    if asked != "auto" and asked in has:
-        reason = obstacle(asked)
-        if reason is not None:
-            raise BackendError(
-                f"{op}: the {asked} backend was asked for (FASTLLM_BACKEND or fastllm.backend) and cannot serve this "
-                f"call: {reason}; or choose the eager or auto backend"
-            )
-        return asked
-    if foreign or not dense:
-        return "eager"
-    for name in PREFERENCE.get(device_type, ()):
-        if name in has:
-            reason = obstacle(name)
-            if reason is None:
-                return name
-            _tell_once(f"{op}: eager instead of {name}: {reason}")
-    return "eager"
 
 
 @contextlib.contextmanager

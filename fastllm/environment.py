@@ -37,23 +37,6 @@ def _gpu() -> str:
     return ", ".join(f"{p.name} ({arch}, {p.total_memory / 2**30:.0f} GiB)" for arch, p in found)
 
 
-def _by_tensors(op: str, device_type: str) -> tuple[str, str]:
-    """``(backend, why)`` for ``op`` on plain float32 tensors of ``device_type``."""
-    has = registry.OPS[op].backends
-    asked = backends.chosen_backend()
-    if asked != "auto" and asked in has:
-        reason = backends.why_not(asked, device_type, op=registry.OPS[op])
-        return (asked, "asked for") if reason is None else (f"{asked}: cannot run", reason)
-    reasons = []
-    for name in backends.PREFERENCE.get(device_type, ()):
-        if name in has:
-            reason = backends.why_not(name, device_type, op=registry.OPS[op])
-            if reason is None:
-                return name, f"first choice on {device_type}"
-            reasons.append(f"{name}: {reason}")
-    return "eager", "; ".join(reasons) or f"PyTorch's own operators are the choice on {device_type}"
-
-
 def _examples(op: registry.Op, device: torch.device) -> Iterable[registry.Sample]:
     """The op's examples; without any, its first sample in each dtype."""
     if op.examples is not None:
@@ -65,8 +48,6 @@ def _examples(op: registry.Op, device: torch.device) -> Iterable[registry.Sample
 
 def serving(op: registry.Op, device: torch.device) -> dict[tuple[str, str], list[str]]:
     """``(backend, why)`` -> the names of the op's examples that it serves on ``device``, as :func:`pick` decides."""
-    if op.call is None:
-        return {_by_tensors(op.name, device.type): []}
     found: dict[tuple[str, str], list[str]] = {}
     for sample in _examples(op, device):
         try:
@@ -98,6 +79,6 @@ def describe() -> str:
         lines += ["", f"on {device.type} tensors"]
         for name, op in registry.OPS.items():
             for (backend, why), names in serving(op, device).items():
-                lines.append(f"  {name:<28} {backend:<8} " + (f"{', '.join(names)}: " if names else "") + why)
+                lines.append(f"  {name:<28} {backend:<8} " + f"{', '.join(names)}: " + why)
                 name = ""
     return "\n".join(lines)

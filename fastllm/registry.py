@@ -67,14 +67,13 @@ class Op:
     samples: Callable[[torch.device, torch.dtype], Iterable[Sample]]
     cost: Callable[..., Cost]
     backends: tuple[str, ...]
+    call: Callable[..., Call]
     module: type | None = None
     native_on: tuple[str, ...] = ("cpu",)
-    call: Callable[..., Call] | None = None
     refuses: Callable[[str, Call], str | None] = lambda backend, call: None
     prefers_torch: Callable[[Call], str | None] = lambda call: None
     form: Callable[[Call, Any], Form | None] = lambda call, choice: None
     examples: Callable[[torch.device], Iterable[Sample]] | None = None
-    exception: Callable[[str], str | None] = lambda device_type: None
 
 
 OPS: dict[str, Op] = {}

@@ -4,8 +4,8 @@ import time
 from collections import Counter
 
 import pytest
-from fastllm.bench import personal_data
 
+from fastllm.bench import personal_data
 from fastllm.data.clean.pii import mask
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,9 +23,14 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
+def picked(op: str, *args, **kwargs) -> str:
+    """The backend that serves such a call."""
+    return backends.pick(op, registry.OPS[op].call(*args, **kwargs)).backend
+
+
 def test_cpu_never_defaults_to_the_interpreter():
-    assert backends.pick_by_tensors("layer_norm", torch.ones(2, 3)) == "eager"
-    assert backends.pick_by_tensors("swiglu", torch.ones(2, 3)) != "triton"
+    assert picked("layer_norm", torch.ones(2, 3), (3,)) == "eager"
+    assert picked("swiglu", torch.ones(2, 4)) != "triton"
 
 
 def test_the_choice_nests_and_is_undone_by_an_exception():
@@ -66,7 +72,7 @@ def test_kernels_refuse_other_dtypes_by_name():
 
 def test_an_op_without_the_chosen_backend_keeps_its_default():
     with fastllm.backend("native"):
-        assert backends.pick_by_tensors("layer_norm", torch.ones(2, 3)) == "eager"
+        assert picked("layer_norm", torch.ones(2, 3), (3,)) == "eager"
 
 
 @pytest.mark.runs_on("gpu", "interpreter")
@@ -74,12 +80,15 @@ def test_an_implicit_fallback_is_said_once(monkeypatch):
     monkeypatch.setattr(backends, "PREFERENCE", {"cpu": ("triton",), "cuda": ("triton",)})
     monkeypatch.setattr(backends, "_told", set())
     x = torch.ones(2, 3, device=DEVICE)
-    with pytest.warns(RuntimeWarning, match="layer_norm: eager instead of triton: too odd"):
-        assert backends.pick_by_tensors("layer_norm", x, refused={"triton": "too odd"}) == "eager"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert backends.pick_by_tensors("layer_norm", x, refused={"triton": "too odd"}) == "eager"
-    assert backends.pick_by_tensors("layer_norm", x) == "triton"
+    with monkeypatch.context() as patch:
+        record = replace(registry.OPS["layer_norm"], refuses=lambda backend, call: "too odd")
+        patch.setitem(registry.OPS, "layer_norm", record)
+        with pytest.warns(RuntimeWarning, match="layer_norm: eager instead of triton: too odd"):
+            assert picked("layer_norm", x, (3,)) == "eager"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert picked("layer_norm", x, (3,)) == "eager"
+    assert picked("layer_norm", x, (3,)) == "triton"
 
 
 def test_the_package_works_without_triton():
