@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from ..registry import Sample
 from .embedding import zipf_ids
 
-# (sequences, length, rows of each table, columns); the most telling first.
+
+class SumShape(NamedTuple):
+    sequences: int
+    length: int
+    tables: tuple[int, ...]  # rows of each
+    columns: int
+
+
+# The most telling first.
 _CALLS = {
-    "GPT-2 32x1024, 50304+1024 x768": (32, 1024, (50304, 1024), 768),
-    "BERT-base 32x512, 30522+512+2 x768": (32, 512, (30522, 512, 2), 768),
-    "one token, 50304+1024 x768": (1, 1, (50304, 1024), 768),
+    "GPT-2 32x1024, 50304+1024 x768": SumShape(32, 1024, (50304, 1024), 768),
+    "BERT-base 32x512, 30522+512+2 x768": SumShape(32, 512, (30522, 512, 2), 768),
+    "one token, 50304+1024 x768": SumShape(1, 1, (50304, 1024), 768),
 }
 
 
-def _call(name, sequences, length, tables, columns, device, dtype) -> Sample:
+def _call(name, shape: SumShape, device, dtype) -> Sample:
+    sequences, length, tables, columns = shape
     tokens = zipf_ids(sequences * length, tables[0], device).view(sequences, length)
     positions = torch.arange(length, device=device).expand(sequences, length)
     segments = (positions >= length // 2).long()
@@ -25,5 +35,5 @@ def _call(name, sequences, length, tables, columns, device, dtype) -> Sample:
     return Sample(name, ((tokens, positions, segments)[: len(tables)], weights))
 
 
-shapes = {name: partial(_call, name, *call) for name, call in _CALLS.items()}
-cpu_shapes = {"GPT-2 4x1024, 50304+1024 x768": partial(_call, "", 4, 1024, (50304, 1024), 768)}
+shapes = {name: partial(_call, name, call) for name, call in _CALLS.items()}
+cpu_shapes = {"GPT-2 4x1024, 50304+1024 x768": partial(_call, "", SumShape(4, 1024, (50304, 1024), 768))}

@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from ..registry import Sample
 from .cases import overwrites
 
-# Batch, positions, query heads, key heads, features of a head, rotated ones.
+
+class RotaryShape(NamedTuple):
+    batch: int
+    length: int
+    heads: int
+    key_heads: int
+    width: int  # features of a head
+    rotated: int  # of them
+
+
 SHAPES = {
-    "Llama-3 8B 8192x(32+8)x128": (1, 8192, 32, 8, 128, 128),
-    "GPT-NeoX 20B 4x2048x(64+64)x96 of which 24": (4, 2048, 64, 64, 96, 24),
-    "one token of 64 sequences x(32+8)x128": (64, 1, 32, 8, 128, 128),
+    "Llama-3 8B 8192x(32+8)x128": RotaryShape(1, 8192, 32, 8, 128, 128),
+    "GPT-NeoX 20B 4x2048x(64+64)x96 of which 24": RotaryShape(4, 2048, 64, 64, 96, 24),
+    "one token of 64 sequences x(32+8)x128": RotaryShape(64, 1, 32, 8, 128, 128),
 }
 
 
-def _call(batch, length, heads, key_heads, width, rotated, interleaved, device, dtype) -> Sample:
-    packed = torch.randn(batch, length, heads + 2 * key_heads, width, device=device, dtype=dtype).requires_grad_()
-    query, key, _ = (t.transpose(1, 2) for t in packed.split((heads, key_heads, key_heads), 2))
-    angles = torch.rand(length, rotated // 2, device=device)
+def _call(shape: RotaryShape, interleaved, device, dtype) -> Sample:
+    heads = (shape.heads, shape.key_heads, shape.key_heads)
+    packed = torch.randn(shape.batch, shape.length, sum(heads), shape.width, device=device, dtype=dtype)
+    query, key, _ = (t.transpose(1, 2) for t in packed.requires_grad_().split(heads, 2))
+    angles = torch.rand(shape.length, shape.rotated // 2, device=device)
     return Sample("", (query, key, angles.cos(), angles.sin()), {"interleaved": True} if interleaved else {})
 
 
 shapes = {
-    f"{name}{' interleaved' if interleaved else ''}": partial(_call, *shape, interleaved)
+    f"{name}{' interleaved' if interleaved else ''}": partial(_call, shape, interleaved)
     for interleaved in (False, True)
     for name, shape in SHAPES.items()
 }
 
-cpu_shapes = {"Llama-3 8B 256x(32+8)x128": partial(_call, 1, 256, 32, 8, 128, 128, False)}
+cpu_shapes = {"Llama-3 8B 256x(32+8)x128": partial(_call, RotaryShape(1, 256, 32, 8, 128, 128), False)}
 
 
 def _liger():

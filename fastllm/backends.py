@@ -169,11 +169,10 @@ def pick(op: str, call: Call) -> Choice:
     """
     record = OPS[op]
     tensors = [t for t in call.tensors() if t is not None]
-    device_type, dtypes = tensors[0].device.type, [t.dtype for t in tensors]
     foreign = _foreign(tensors)
 
     def obstacle(name: str) -> str | None:
-        reason = why_not(name, device_type, dtypes, record)
+        reason = why_not(name, tensors[0].device.type, [t.dtype for t in tensors], record)
         if reason is None and name != "eager":
             reason = foreign
         return reason or record.refuses(name, call)
@@ -192,7 +191,7 @@ def pick(op: str, call: Call) -> Choice:
     reason = foreign or record.prefers_torch(call)
     if reason is not None:
         return Choice("eager", reason)
-    refusals = []
+    device_type, refusals = tensors[0].device.type, []
     for name in PREFERENCE.get(device_type, ()):
         if name in record.backends:
             reason = obstacle(name)
@@ -207,8 +206,9 @@ def _foreign(tensors: Iterable[torch.Tensor]) -> str | None:
     """Why no kernel can take such tensors now, or None."""
     if under_transform():
         return "kernels have no vmap and no forward-mode differentiation, one of which is at work"
-    if any(t.layout != torch.strided or t.is_nested for t in tensors):
-        return "kernels take dense tensors, and one of these is sparse or nested"
+    for tensor in tensors:
+        if tensor.layout != torch.strided or tensor.is_nested:
+            return "kernels take dense tensors, and one of these is sparse or nested"
     return None
 
 

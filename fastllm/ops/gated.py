@@ -37,9 +37,9 @@ class GatedCall(NamedTuple):
 
 
 def _checked(op: str, gate, up, kind: str) -> GatedCall:
-    for name, tensor in (("gate", gate), ("up", up)):
-        if name == "gate" or up is not None:
-            check_floating(op, name, tensor)
+    check_floating(op, "gate", gate)
+    if up is not None:
+        check_floating(op, "up", up)
     if up is None:
         if gate.dim() == 0 or gate.shape[-1] % 2:
             raise ValueError(
@@ -126,6 +126,9 @@ class _Gated(torch.autograd.Function):
 
 # Elements of the gate from which the extension is faster than PyTorch on a CPU: a call of it takes 30 us more each way.
 NATIVE_FROM = {"silu": 1 << 20, "gelu": 1 << 20, "gelu_tanh": 1 << 16}
+# The reasons are made once: a call of 8 x 64 elements takes PyTorch 20 us, forward and backward.
+_FASTER = {kind: f"PyTorch's {kind} is faster below {least:,} elements" for kind, least in NATIVE_FROM.items()}
+_AS_FAST = {kind: f"PyTorch's {kind} is as fast in 16 bits, at any size" for kind in NATIVE_FROM}
 _IN_FLOAT32 = "the extension computes in float32, for float32, float16 and bfloat16"
 
 
@@ -137,18 +140,16 @@ def _refuses(backend: str, call: GatedCall) -> str | None:
 
 def _prefers_torch(call: GatedCall) -> str | None:
     gate, up, kind = call
-    if gate.device.type != "cpu":
+    if not gate.is_cpu:
         return None
     if torch.compiler.is_compiling():
         return "torch.compile makes one loop of PyTorch's two operators"
-    dtypes = {gate.dtype} if up is None else {gate.dtype, up.dtype}
-    if not dtypes <= set(KERNEL_DTYPES):
+    dtypes = (gate.dtype, gate.dtype if up is None else up.dtype)
+    if dtypes[0] not in KERNEL_DTYPES or dtypes[1] not in KERNEL_DTYPES:
         return _IN_FLOAT32
     if kind != "gelu_tanh" and torch.float32 not in dtypes:
-        return f"PyTorch's {kind} is as fast in 16 bits, at any size"
-    if gate.numel() < NATIVE_FROM[kind]:
-        return f"PyTorch's {kind} is faster below {NATIVE_FROM[kind]:,} elements"
-    return None
+        return _AS_FAST[kind]
+    return _FASTER[kind] if gate.numel() < NATIVE_FROM[kind] else None
 
 
 def _served(op: str, call: GatedCall):
