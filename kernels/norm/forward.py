@@ -7,11 +7,10 @@ RMS norm has mean = 0 throughout. A sum's rounding errors grow with the mean, an
 all of h - mean; so the mean is taken twice, mean += mean(h - mean), where h - mean is exact or nearly so. The mean of
 equal numbers is that number then, and their xhat is 0. It costs a pass over registers and none over memory.
 
-A row of up to FWD_ROW columns stays in registers, so every tensor is read or written
-once. Short rows share a tile; a long one goes through registers segment by segment (long_row.py). A row of 16-bit
-numbers stays there in 16 bits up to twice that width (packed.py). The blocks of a cluster share a wider row, up to
-8 * FWD_ROW. Where there are no clusters a wider row is walked twice in blocks; the second walk finds in the cache what
-the first has left there.
+A row of up to FWD_ROW columns stays in registers, so every tensor is read or written once. Short rows share a tile; a
+long one goes through registers segment by segment (long_row.py). A row of 16-bit numbers stays there in 16 bits up to
+twice that width (packed.py). The blocks of a cluster share a wider row, up to 8 * FWD_ROW. Without
+clusters a wider row is walked twice in blocks; the second walk finds in the cache what the first has left there.
 """
 
 import torch

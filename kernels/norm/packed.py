@@ -119,8 +119,8 @@ def packable(work: NormForwardPass) -> bool:
     strides = (*work.places.x[1:], *work.places.residual[1:])
     even = work.n_cols % 2 == 0 and all(n % 2 == 0 for n in strides)
     given = [t for t in (x, residual, weight, bias) if t is not None]
-    if bias is not None and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 10:
-        return False  # sm_100: 10 spills, 16 with a residual
+    if work.center and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 10:
+        return False  # sm_100: 6 to 10 spills, 16 with a residual and a bias
     alike = residual is None or residual.dtype == x.dtype
     return even and alike and all(t.dtype.itemsize == 2 and t.data_ptr() % 4 == 0 for t in given)
 

@@ -25,7 +25,7 @@ FORMS = {
 FORMS_OF = [(form, dtype) for form in FORMS for dtype in (torch.float32, torch.float16, torch.bfloat16)]
 FORMS_OF = [(form, dtype) for form, dtype in FORMS_OF if form != "packed" or dtype != torch.float32]
 DRAWS = settings(
-    max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
+    max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
 )
 # fp32's numbers but the subnormal ones and those of which the sum of a row would overflow.
 NUMBERS = st.builds(
@@ -121,7 +121,8 @@ def test_means_large_beside_the_spread(form, dtype, n_cols, exponents, seed):
     _, mean, _ = _statistics(x, "triton")
     wide = x.double()
     unit = torch.nextafter(mean.abs(), torch.full_like(mean, torch.inf)) - mean.abs()
-    assert ((mean.double() - wide.mean(1)).abs() <= unit).all()
+    # A unit in the last place, and fp32's rounding of deviations of 1.
+    assert ((mean.double() - wide.mean(1)).abs() <= unit + 2.0**-24).all()
     sample = Sample(
         "", (x.requires_grad_(), (n_cols,)), dict(weight=weight.requires_grad_(), bias=bias.requires_grad_())
     )

@@ -7,7 +7,7 @@ import torch
 from ...backends import pick
 from ...registry import Op, register
 from ..shared.check import check_floating
-from .call import NormCall, check_dropout, checked
+from .call import NormCall, check_branch_dropout, checked
 from .operator import empty_is_torchs, fused_norm, norm_refuses
 from .reference import add_norm_reference, eager_add_norm
 from .samples import add_layer_norm_examples, add_norm_cost, norm_samples
@@ -123,7 +123,7 @@ class DropsBranch:
 
     def __init__(self, *args, dropout_p: float = 0.0, **kwargs):
         super().__init__(*args, **kwargs)
-        check_dropout(type(self).__name__, dropout_p)
+        check_branch_dropout(type(self).__name__, dropout_p)
         self.dropout_p = dropout_p
 
     @property

@@ -137,16 +137,16 @@ def default_eps(eps: float | None, dtype: torch.dtype) -> float:
     return torch.finfo(torch.promote_types(dtype, torch.float32)).eps if eps is None else eps
 
 
-def check_options(op: str, call: NormCall) -> None:
+def check_norm_options(op: str, call: NormCall) -> None:
     """Raises TypeError or ValueError where eps, weight_offset or dropout_p is not what it may be."""
     if isinstance(call.eps, str | list | tuple):
         raise TypeError(f"{op}: eps must be a number, got {call.eps!r}")
     if not -math.inf < call.weight_offset < math.inf:
         raise ValueError(f"{op}: weight_offset must be finite, got {call.weight_offset}")
-    check_dropout(op, call.dropout_p)
+    check_branch_dropout(op, call.dropout_p)
 
 
-def check_dropout(op: str, dropout_p: float) -> None:
+def check_branch_dropout(op: str, dropout_p: float) -> None:
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
 
@@ -182,7 +182,7 @@ def checked(op: str, call: NormCall) -> NormCall:
                 f"{op}: {name} must have normalized_shape {list(shape)}, got shape {list(parameter.shape)}"
             )
         _check_together(op, name, parameter, input)
-    check_options(op, call)
+    check_norm_options(op, call)
     if not center:
         eps = default_eps(eps, input.dtype if residual is None else residual.dtype)
     return NormCall(input, residual, weight, bias, shape, eps, offset, dropout_p, center)

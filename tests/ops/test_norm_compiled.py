@@ -1,0 +1,65 @@
+"""The norms under torch.compile where two arguments are one tensor, or one is a view of another."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import DEVICE
+
+import fastllm
+from fastllm import OPS
+from fastllm.backends import why_not
+
+ARGUMENTS = {
+    "layer_norm": ("input", "weight", "bias"),
+    "rms_norm": ("input", "weight"),
+    "add_layer_norm": ("input", "residual", "weight", "bias"),
+    "add_rms_norm": ("input", "residual", "weight"),
+}
+PAIRS = [
+    (op, backend, first, second)
+    for op, names in ARGUMENTS.items()
+    for backend in OPS[op].backends
+    if why_not(backend, DEVICE.type, op=OPS[op]) is None
+    for first, second in itertools.combinations(names, 2)
+]
+
+
+@pytest.mark.parametrize("view", [False, True], ids=["same", "view"])
+@pytest.mark.parametrize(("op", "backend", "first", "second"), PAIRS)
+def test_one_tensor_given_twice(op, backend, first, second, view):
+    """Of one dimension, so that any argument may be any other."""
+
+    def call(*tensors):
+        given = dict(zip([name for name in ARGUMENTS[op] if name != second], tensors, strict=True))
+        given[second] = given[first].view(24) if view else given[first]
+        out = OPS[op].function(normalized_shape=(24,), eps=1e-3, **given)
+        return out if isinstance(out, tuple) else (out,)
+
+    def run(function):
+        outs = function(*tensors)
+        return outs, torch.autograd.grad(outs, tensors, [torch.ones_like(o).cumsum(0) for o in outs])
+
+    tensors = [torch.randn(24, device=DEVICE, requires_grad=True) for _ in ARGUMENTS[op][1:]]
+    torch._dynamo.reset()
+    with fastllm.backend(backend):
+        got = run(torch.compile(call, fullgraph=True, backend="aot_eager"))
+        torch.testing.assert_close(got, run(call))
+    with fastllm.backend("eager"):
+        torch.testing.assert_close(got, run(call), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", ["add_layer_norm", "add_rms_norm"])
+def test_two_arguments_that_are_one_tensor_to_the_caller(op):
+    """Dynamo sees two arguments, and finds that they are one."""
+    (backend,) = [b for b in ("native", "triton") if why_not(b, DEVICE.type, op=OPS[op]) is None][:1]
+    compiled = torch.compile(
+        lambda x, residual: OPS[op].function(x, residual, (8,)), fullgraph=True, backend="aot_eager"
+    )
+    x = torch.randn(3, 8, device=DEVICE, requires_grad=True)
+    with fastllm.backend(backend):
+        for residual in (x, x.detach().clone(), x):
+            got, expected = compiled(x, residual), OPS[op].function(x, residual, (8,))
+            torch.testing.assert_close(got, expected)
+            grads = [torch.autograd.grad(y.square().sum() + h.square().sum(), x)[0] for y, h in (got, expected)]
+            torch.testing.assert_close(*grads)
