@@ -157,7 +157,7 @@ def read_resources(compiled) -> Resources:
 
 
 _ASSIGNED = re.compile(
-    r"^\s*(%[\w#]+) = (arith\.constant|tt\.splat|arith\.muli)\b *(%[\w#]+)?,? *(%[\w#]+)?(.*)", re.MULTILINE
+    r"^\s*(%[\w#.]+) = (arith\.constant|tt\.splat|arith\.muli)\b *(%[\w#.]+)?,? *(%[\w#.]+)?(.*)", re.MULTILINE
 )
 
 

@@ -17,7 +17,7 @@ from .logits import (
     effective,
     kernel_loss,
     logit_tile,
-    merged,
+    merge_positions,
     negative_log_softmax,
     penalty,
     through_transform,
@@ -144,7 +144,7 @@ def cross_entropy_bwd(upstream, labelled, statistics, needs, out=None):
         dtarget.zero_()
         need_dtarget = False
     views = [x, dx if need_dx else x, target if probabilities else x, dtarget if need_dtarget else x]
-    x3, dx3, t3, dt3 = merged(*views)
+    x3, dx3, t3, dt3 = merge_positions(*views)
     adjacent, block_m, block_n = logit_tile(x3)
     adjacent = adjacent and all(t.stride(1) == 1 for t in (dx3, t3, dt3))
     if dloss is not None and dloss.dim():

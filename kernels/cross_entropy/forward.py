@@ -30,7 +30,7 @@ from .logits import (
     effective,
     kernel_loss,
     logit_tile,
-    merged,
+    merge_positions,
     negative_log_softmax,
     penalty,
     penalty_slope,
@@ -309,7 +309,7 @@ def forward_rows(labelled, out: RowOutputs, total=None, factor=None, dx=None):
     """
     x, target, weight, loss = labelled
     probabilities = target.is_floating_point()
-    x3, t3 = merged(x, target) if probabilities else (*merged(x), target.contiguous())
+    x3, t3 = merge_positions(x, target) if probabilities else (*merge_positions(x), target.contiguous())
     n_classes = x3.shape[1]
     adjacent, block_m, block_n = logit_tile(x3)
     if probabilities:

@@ -119,7 +119,7 @@ def along(cols, stride, ADJACENT: tl.constexpr):
     return cols if ADJACENT else cols.to(tl.int64) * stride
 
 
-def merged(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def merge_positions(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """(B, C, S) tensors as (1, C, B * S) where all of them have their positions at one stride.
 
     The stride of the dimension of size 1 is 0, which the compiler knows to be divisible: loads stay wide.

@@ -218,10 +218,10 @@ def test_the_way_of_a_gpu_leaves_out_ignored_rows_without_knowing_them(monkeypat
     y = torch.tensor([-100, 4, -100, 2, 0, -100], device=DEVICE)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     at_most = {n: Chunking(None, n, skip_ignored=True, for_entropy=False) for n in (2, 3, 4)}
-    assert chunks.rows_that_count(y, -100, at_most[4]).tolist() == [1, 3, 4, 0]
-    assert chunks.rows_that_count(y, -100, at_most[3]).tolist() == [1, 3, 4]
+    assert chunks.rows_to_compute(y, -100, at_most[4]).tolist() == [1, 3, 4, 0]
+    assert chunks.rows_to_compute(y, -100, at_most[3]).tolist() == [1, 3, 4]
     with pytest.raises(RuntimeError, match="more targets count than max_targets"):
-        chunks.rows_that_count(y, -100, at_most[2])
+        chunks.rows_to_compute(y, -100, at_most[2])
 
 
 def test_accuracy_and_entropy_are_what_they_say(backend):

@@ -91,7 +91,8 @@ class Chunking(NamedTuple):
     """Which rows linear_cross_entropy computes, and how many of them at a time.
 
     ``max_workspace_mb``: MiB that a chunk may take, None for the device's default. ``skip_ignored``: rows of ignored
-    targets are left out; on CUDA the host must wait to know them, unless ``max_targets`` bounds how many count.
+    targets are left out. On CUDA that needs ``max_targets``, the most targets that are not ignored, or else the host
+    waits for the device.
     ``for_entropy``: the workspace holds what the entropy sums, in the backward too, whose chunks are the forward's.
     """
 

@@ -99,7 +99,7 @@ def workspace_mb(chunking: Chunking, device_type: str) -> float:
     return chunking.max_workspace_mb or DEFAULT_WORKSPACE_MB.get(device_type, 64.0)
 
 
-def rows_that_count(y, ignore_index: int, chunking: Chunking):
+def rows_to_compute(y, ignore_index: int, chunking: Chunking):
     """The rows whose loss is computed, or None for all. With ``max_targets`` on CUDA, ignored ones may be among them.
 
     ValueError on CPU where more targets count than ``max_targets``; on CUDA a device-side assert.
@@ -108,7 +108,7 @@ def rows_that_count(y, ignore_index: int, chunking: Chunking):
         return None
     keep, most = y != ignore_index, chunking.max_targets
     if most is not None and y.is_cuda:
-        # Which rows they are need not be known here: those that count come first, and the host does not wait.
+        # Which rows they are need not be known here: the ones to compute come first, and the host does not wait.
         torch._assert_async(keep.sum() <= most, "linear_cross_entropy: more targets count than max_targets")
         return torch.argsort((~keep).to(torch.uint8), stable=True)[:most]
     index = keep.nonzero().squeeze(1)
@@ -129,13 +129,13 @@ def in_chunks(layer: Layer, call: LayerLoss, upstream: LossGradients, needs, wan
     wide = torch.promote_types(x.dtype, torch.float32)
     need_dx, need_dw, need_db = needs if upstream.loss is not None else (False, False, False)
     held_rows = [torch.zeros(n, dtype=wide, device=x.device) if want else None for want in (True, True, *wanted)]
-    index = rows_that_count(call.target, call.loss.ignore_index, call.chunking)
+    index = rows_to_compute(call.target, call.loss.ignore_index, call.chunking)
     count = n if index is None else len(index)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_dx else None
     blank = torch.empty if count else torch.zeros  # the first chunk overwrites it
     dw = blank(linear_weight.shape, dtype=wide, device=x.device) if need_dw else None
     db = torch.zeros(n_classes, dtype=wide, device=x.device) if need_db else None
-    # Planned for all the rows that may count: how many do is known too late on CUDA, and the chunk must not follow it.
+    # Planned for the most rows that may be computed: on CUDA the host does not know how many are.
     most = n if call.chunking.max_targets is None else min(n, call.chunking.max_targets)
     capped = call.loss.softcap is not None
     row_bytes = bytes_per_row(n_classes, x.dtype, call.backend, capped, call.chunking.for_entropy)

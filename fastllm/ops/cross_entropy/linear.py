@@ -38,10 +38,11 @@ def linear_cross_entropy(
         options: torch's chunking options; accepted and without effect, ``max_workspace_mb`` decides here.
         weight, ignore_index (None: -100), label_smoothing, softcap, logit_scale, z_loss: as in
             :func:`fastllm.functional.cross_entropy`. On CPU ignored rows are left out before anything is computed.
-        max_targets: no more targets than this count, the others are ignored: a masked-LM head knows it. With it CUDA
-            too computes no more rows; without, how many there are is known on the device alone, and the host will not
-            wait for it. If more count: ValueError on CPU, a device-side assert on CUDA.
-        reduction: "mean" (over class weight times token weight of the targets that count), "sum" or "none".
+        max_targets: at most this many targets are not ignored; a masked-LM head knows it. With it CUDA too computes no
+            more rows. Without it the device alone knows how many there are, and the host does not wait for it. If more
+            are not ignored: ValueError on CPU, a device-side assert on CUDA.
+        reduction: "mean" (over class weight times token weight, summed over the targets that are not ignored), "sum"
+            or "none".
         token_weight: factors on the losses, of the target's shape, or None. No gradient of its own.
         shift: each input is held against the target ``shift`` positions further on along the last dimension; 1 for
             next-token prediction from unshifted tokens. The last ``shift`` positions count as ignored.
