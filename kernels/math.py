@@ -3,22 +3,24 @@
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def tanh(x):
-    """tanh to at most 4.8 ulp of fp32. Below 0.25 it is a series, to 1 ulp, since (1 - e) / (1 + e) cancels near 0.
+    """tanh to at most 3.1 ulp of fp32: a continued fraction where |x| < 1, which does not cancel, exponentials beyond.
 
-    Measured in numpy's fp32 at 8.6 million x from 1e-10 to 32, where the mean error is 0.16 ulp. A continued fraction
-    for |x| < 1 has 3.1 ulp at most and 0.25 ulp in the mean, and needs a second division.
+    Measured in numpy's fp32 at 8.6 million x from 1e-10 to 32, where the mean error is 0.25 ulp. A series for
+    |x| < 0.25 saves a division and has 0.16 ulp in the mean, but 4.8 ulp at most; with it a kernel of attention spills.
     """
-    e = tl.exp(-2.0 * tl.abs(x))
-    large = (1.0 - e) / (1.0 + e)
-    large = tl.where(x < 0, -large, large)
-    q = tl.minimum(x * x, 0.0625)
-    # Fused where the launch fuses nothing by itself, too: kernels that must agree bit for bit switch that off.
-    series = tl.fma(q, tl.fma(q, -1382 / 155925, 62 / 2835), -17 / 315)
-    series = tl.fma(q, tl.fma(q, tl.fma(q, series, 2 / 15), -1 / 3), 1.0)
-    return tl.where(tl.abs(x) < 0.25, x * series, large)
+    square = x * x
+    near = (
+        x * (135135.0 + square * (17325.0 + square * (378.0 + square)))
+        / (135135.0 + square * (62370.0 + square * (3150.0 + square * 28.0)))
+    )  # fmt: skip
+    decay = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    far = (1.0 - decay) / (1.0 + decay)
+    return tl.where(square < 1.0, near, tl.where(x < 0.0, -far, far))
 
 
 @triton.jit

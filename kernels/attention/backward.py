@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 
 from ..launch import OPTIONS
+from ..math import LOG2E
 from .bias_gradient import attention_dbias
 from .problem import Problem
 from .scores import (  # fmt: skip
-    LOG2E,
     column_range,
     kept,
     load_tile,

@@ -5,7 +5,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..launch import OPTIONS, next_power_of_2
-from .scores import LOG2E
+from ..math import LOG2E
 from .values import CallSizes, KernelFlags, Plane, Programs, Score, ScoreStatistics, TileShape, WeightDropout
 
 

@@ -18,7 +18,6 @@ import triton.language as tl
 from ..math import tanh
 from .values import Matrix, Sheet
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
