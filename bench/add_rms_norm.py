@@ -1,6 +1,7 @@
 """Shapes and rivals of add_rms_norm."""
 
-from .norms import CPU_SHAPES, default_eps, norm_shapes, norm_sweep
+from ..ops.norm.call import default_eps
+from .norms import CPU_SHAPES, norm_shapes, norm_sweep
 
 shapes = norm_shapes(bias=False, residual=True)
 cpu_shapes = norm_shapes(bias=False, residual=True, of=CPU_SHAPES)
@@ -12,7 +13,7 @@ def _liger():
 
     def add_rms_norm(input, residual, normalized_shape, weight, eps=None):
         # In place, its backward overwrites the incoming gradient.
-        return liger_fused_add_rms_norm(input, residual, weight, default_eps(input, eps), in_place=False)
+        return liger_fused_add_rms_norm(input, residual, weight, default_eps(eps, input.dtype), in_place=False)
 
     return add_rms_norm
 
@@ -21,7 +22,7 @@ def _quack():
     from quack.rmsnorm import rmsnorm
 
     def add_rms_norm(input, residual, normalized_shape, weight, eps=None):
-        return rmsnorm(input, weight, residual=residual, eps=default_eps(input, eps), prenorm=True)
+        return rmsnorm(input, weight, residual=residual, eps=default_eps(eps, input.dtype), prenorm=True)
 
     return add_rms_norm
 

@@ -55,7 +55,7 @@ def _everything(rows: int, cols: int, heads: int) -> dict:
 
 
 _LENGTHS = dict(max_seqlen_q=512, max_seqlen_k=512)
-# Feature -> what makes the call for a head dim: of each load the commonest and what needs most registers.
+# Feature -> what makes the call for a head dim: of each register pressure the commonest and what needs most registers.
 FEATURES = {
     "full": lambda dim: dense(2, 4, 512, dim),
     "everything": lambda dim: dense(2, 4, 512, dim, **_everything(512, 512, 4)),
@@ -76,7 +76,7 @@ HOPPER = {
 }
 # Bytes of shared memory that a block can have. sm_86, sm_89 and sm_120 take sm_80's tiles and have less of it.
 SHARED = {**{arch: gpu.shared_per_block for arch, gpu in GPUS.items()}, 80: 99 << 10}
-# float16 has bfloat16's tiles and instructions: the heaviest of each load stand for it.
+# float16 has bfloat16's tiles and instructions: the heaviest of each register pressure stand for it.
 OF_FLOAT16 = ("packed grouped", "packed window", "scalar loads", "packed everything")
 
 
@@ -115,7 +115,7 @@ class Entry:
 def fingerprint() -> str:
     """Of the code of the attention kernels and of the names of the calls that are compiled here."""
     folder = Path(kernels.__path__[0])
-    ours = [*folder.glob("attention*.py"), *folder.glob("_attention*.py"), folder / "_launch.py"]
+    ours = [*folder.glob("attention/*.py"), folder / "launch.py", folder / "math.py"]
     return code_hash(sorted(ours), *FEATURES, *HOPPER)
 
 

@@ -17,11 +17,16 @@ def shapes_of(op: str, device: str = "cuda") -> dict[str, Callable[[torch.device
     """``shapes`` of bench/<op>.py, for a CPU its ``cpu_shapes`` before them; None for an op that has no such file."""
     try:
         module = importlib.import_module(f"{__package__}.{op}")
-        return {**(getattr(module, "cpu_shapes", {}) if device == "cpu" else {}), **module.shapes}
+        return {**(cpu_shapes_of(op) if device == "cpu" else {}), **module.shapes}
     except ModuleNotFoundError as error:
         if error.name != f"{__package__}.{op}":
             raise
         return None
+
+
+def cpu_shapes_of(op: str) -> dict[str, Callable[[torch.device, torch.dtype], Sample]]:
+    """``cpu_shapes`` of bench/<op>.py."""
+    return getattr(importlib.import_module(f"{__package__}.{op}"), "cpu_shapes", {})
 
 
 def code_hash(files: Iterable[Path], *more: str) -> str:

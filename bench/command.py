@@ -12,13 +12,15 @@ from pathlib import Path
 
 import torch
 
-from ..cli import Parser
+from .. import cpu
+from ..commands.parser import Parser
 from ..config import path
+from ..matmul import matmul_flops
 from . import cases
 from .environment import environment
 from .results import Run, read_run
 from .run import ROUNDS, plan, run
-from .timing import copy_bandwidth, matrix_rate
+from .timing import copy_bandwidth
 
 # Seconds kept for the table, the plots and the page.
 DRAWING = 15.0
@@ -41,7 +43,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--static", action="store_true", help="what is known without running: compiled kernels, model")
     parser.add_argument("--tune", action="store_true", help="search launch settings on this GPU; rewrites _tuned.py")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="(bfloat16)")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=DTYPES,
+        help="(bfloat16; float32 on a CPU that has no products of bfloat16)",
+    )  # fmt: skip
     parser.add_argument("--shape", nargs="+", default=[""], help="only shapes whose name contains one of these")
     parser.add_argument("--sweep", action="store_true", help="after the shapes, sizes for GB/s and TFLOP/s over them")
     parser.add_argument("--provider", nargs="+", default=[], help="beside fastllm and eager, only these")
@@ -76,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         if not options.budget > 0:
             raise ValueError(f"--budget: expected a positive number of seconds, got {options.budget:g}")
         device = _device(options.device)
+        options.dtype = options.dtype or [cpu.precision(device)]
         planned = plan(ops, options.shape, options.sweep, device.type)
         if not planned:
             raise ValueError(f"--shape: no shape of these ops has {' or '.join(map(repr, options.shape))} in its name")
@@ -96,9 +102,10 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as caches:
         if options.fresh_caches:
             os.environ |= {"TRITON_CACHE_DIR": f"{caches}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
-        rates = {"copy": copy_bandwidth(device), "matrix": matrix_rate(device, torch.bfloat16)}
+        matrix = {f"matrix {dtype}": matmul_flops(device, getattr(torch, dtype)) for dtype in options.dtype}
+        rates = {"copy": copy_bandwidth(device), "matrix": matrix[f"matrix {options.dtype[0]}"], **matrix}
         where = environment(device) | {"rates": rates, "fresh_caches": options.fresh_caches}
-        left = options.budget - (time.monotonic() - began) - min(DRAWING, options.budget / 4)
+        left = max(0.0, options.budget - (time.monotonic() - began) - min(DRAWING, options.budget / 4))
         found = run(
             planned, device, dtypes=options.dtype, rounds=options.rounds or ROUNDS[device.type],
             budget=left, only=options.provider, environment=where, keep=lambda found: found.write(file),

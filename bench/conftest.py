@@ -3,14 +3,20 @@
 import pytest
 import torch
 
+from fastllm import cpu
 from fastllm.bench import cases, run
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("fastllm")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=sorted(run.ROUNDS))
-    group.addoption("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    group.addoption("--dtype", choices=("bfloat16", "float16", "float32"))
     group.addoption("--quick", action="store_true", help="of each op only the smallest shape")
+
+
+def _dtype(options) -> str:
+    """--dtype; by default bfloat16, or float32 on a CPU that has no products of bfloat16."""
+    return options.dtype or cpu.precision(torch.device(options.device))
 
 
 def _smallest(calls, dtype):
@@ -22,7 +28,7 @@ def pytest_generate_tests(metafunc):
     if "planned" not in metafunc.fixturenames:
         return
     options = metafunc.config.option
-    dtype, largest = getattr(torch, options.dtype), run.LARGEST[options.device]
+    dtype, largest = getattr(torch, _dtype(options)), run.LARGEST[options.device]
     chosen = []
     for op in cases.selected([]):
         calls = run.plan([op], [""], device=options.device)
@@ -44,4 +50,4 @@ def device(request) -> torch.device:
 
 @pytest.fixture
 def dtype(request) -> str:
-    return request.config.option.dtype
+    return _dtype(request.config.option)

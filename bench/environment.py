@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import fastllm
+from fastllm import cpu
 
 PACKAGES = (
     "torch", "triton", "numpy", "transformers", "liger-kernel", "quack-kernels", "flash-attn", "cut-cross-entropy",
@@ -53,10 +54,10 @@ def _cpu_name() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's with the threads that torch uses."""
+    """The GPU's name, or the CPU's with its level and the threads that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return f"{_cpu_name()}, {cpu.level()}, {torch.get_num_threads()} threads"
 
 
 def environment(device: torch.device) -> dict:
@@ -68,6 +69,7 @@ def environment(device: torch.device) -> dict:
         "python": platform.python_version(),
         "system": platform.platform(),
         "device": device_name(device),
+        "cpu": cpu.describe(),
         # Processes that ran or waited for a core in the last minute; beyond the cores, times are noise.
         "load": round(os.getloadavg()[0], 1),
         "packages": {name: version for name in PACKAGES if (version := version_of(name)) is not None},

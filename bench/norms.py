@@ -50,8 +50,3 @@ def norm_shapes(
 def norm_sweep(*, bias: bool, residual: bool = False):
     """(axis, size -> ``make``) of calls that differ in columns."""
     return "columns", {size: partial(_call, "", rows, cols, bias, residual) for size, (rows, cols) in SWEEP.items()}
-
-
-def default_eps(input: torch.Tensor, eps: float | None) -> float:
-    """RMS norm's, as torch has it."""
-    return torch.finfo(input.dtype).eps if eps is None else eps

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 
-from .results import COMPILED, EAGER, Row, Run, in_cases
+from .results import COMPILED, EAGER, Row, Run, in_cases, matrix_rate
 from .timing import Quartiles
 
 STYLE = """
@@ -111,7 +111,7 @@ def _rates(row: Row, rates: Mapping[str, float]) -> list[Cell]:
         _number(bandwidth / 1e9),
         _number(100 * bandwidth / rates["copy"], "{:.0f}"),
         _number(None if flops is None else flops / 1e12, "{:,.2f}"),
-        _number(None if flops is None else 100 * flops / rates["matrix"], "{:.0f}"),
+        _number(None if flops is None else 100 * flops / matrix_rate(rates, row.dtype), "{:.0f}"),
     ]
 
 

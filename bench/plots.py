@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from .results import COMPILED, EAGER, OURS, Case, Row, Run, in_cases
+from .results import COMPILED, EAGER, OURS, Case, Row, Run, in_cases, matrix_rate
 
 DIRECTIONS = ("forward", "backward", "both")
 MARKERS = {"forward": "o", "backward": "s", "both": "^"}
@@ -39,7 +39,7 @@ def _plain(axis) -> None:
 
 def floor(row: Row, rates: dict[str, float]) -> float:
     """Seconds that the device needs for the row's least bytes and its FLOPs."""
-    return max(row.least_bytes / rates["copy"], row.flops / rates["matrix"])
+    return max(row.least_bytes / rates["copy"], row.flops / matrix_rate(rates, row.dtype))
 
 
 def roofline(run: Run) -> bytes | None:
@@ -139,7 +139,7 @@ def over_size(rows: list[Row], rates: dict[str, float]) -> bytes:
     directions = [d for d in DIRECTIONS if any(row.direction == d for row in rows)]
     figure = _figure(4.4 * len(directions), 4.2)
     colours = _colours(dict.fromkeys(row.provider for row in rows))
-    limit = rates["matrix"] / 1e12 if by_flops else rates["copy"] / 1e9
+    limit = matrix_rate(rates, rows[0].dtype) / 1e12 if by_flops else rates["copy"] / 1e9
     for axes, direction in zip(figure.subplots(1, len(directions), squeeze=False)[0], directions, strict=True):
         for provider, colour in colours.items():
             same = [row for row in rows if (row.provider, row.direction) == (provider, direction)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .results import OURS, Row, Run, in_cases, read_run
+from .results import OURS, Row, Run, in_cases, matrix_rate, read_run
 from .timing import Quartiles
 
 
@@ -35,11 +35,12 @@ def table(rows: Iterable[Row], environment: dict) -> Table:
         for row in timed:
             q, ours = row.seconds, case.ours
             bandwidth, rate = row.least_bytes / q.median, row.flops / q.median
+            share = rate / matrix_rate(rates, row.dtype)
             lead = "" if ours is None or row is ours else f"{q.median / ours.seconds.median:.2f}x"
             shown.add_row(
                 *row.case, row.provider, _duration(q.median), f"{_duration(q.low)} to {_duration(q.high)}", lead,
                 f"{bandwidth / 1e9:,.1f}", f"{bandwidth / rates['copy']:.0%}",
-                f"{rate / 1e12:,.2f}" if row.flops else "", f"{rate / rates['matrix']:.0%}" if row.flops else "",
+                f"{rate / 1e12:,.2f}" if row.flops else "", f"{share:.0%}" if row.flops else "",
                 _duration(Quartiles.of(row.host).median) if row.host else "",
                 "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}", f"{row.first_call:.2f}",
                 style="bold" if row.provider == OURS else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -12,6 +12,7 @@ from .timing import Quartiles
 
 OURS, EAGER, COMPILED = "fastllm", "eager", "torch.compile"
 NOT_INSTALLED = "not installed"
+NOT_COMPILED = "not compiled: the share of the budget for compiling was spent"
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Row:
 
     @property
     def missing(self) -> bool:
-        """Whether the provider is not installed."""
-        return (self.problem or "").startswith(NOT_INSTALLED)
+        """Whether the provider is not installed, or was not compiled for want of time: nothing that it did."""
+        return (self.problem or "").startswith((NOT_INSTALLED, NOT_COMPILED))
 
 
 @dataclass
@@ -63,6 +64,11 @@ class Run:
 
     def write(self, file: Path) -> None:
         file.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def matrix_rate(rates: Mapping[str, float], dtype: str) -> float:
+    """FLOP/s of matrix products in ``dtype``; where only one rate was measured, that one."""
+    return rates.get(f"matrix {dtype}", rates["matrix"])
 
 
 def read_run(file: Path) -> Run:

@@ -1,6 +1,7 @@
 """Shapes and rivals of rms_norm."""
 
-from .norms import CPU_SHAPES, default_eps, norm_shapes, norm_sweep
+from ..ops.norm.call import default_eps
+from .norms import CPU_SHAPES, norm_shapes, norm_sweep
 
 shapes = norm_shapes(bias=False)
 cpu_shapes = norm_shapes(bias=False, of=CPU_SHAPES)
@@ -12,7 +13,7 @@ def _liger():
 
     def rms_norm(input, normalized_shape, weight, eps=None):
         # In place, its backward overwrites the incoming gradient.
-        return liger_rms_norm(input, weight, default_eps(input, eps), in_place=False)
+        return liger_rms_norm(input, weight, default_eps(eps, input.dtype), in_place=False)
 
     return rms_norm
 
@@ -21,7 +22,7 @@ def _quack():
     from quack.rmsnorm import rmsnorm
 
     def rms_norm(input, normalized_shape, weight, eps=None):
-        return rmsnorm(input, weight, eps=default_eps(input, eps))
+        return rmsnorm(input, weight, eps=default_eps(eps, input.dtype))
 
     return rms_norm
 

@@ -9,6 +9,7 @@ beside the copy bandwidth and the matrix rate measured at the start.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from ..backends import backend, pick_by_tensors
 from ..registry import Cost, Op, Sample
 from . import cases
 from .parity import Judge
-from .results import COMPILED, EAGER, NOT_INSTALLED, OURS, Row, Run
+from .results import COMPILED, EAGER, NOT_COMPILED, NOT_INSTALLED, OURS, Row, Run, matrix_rate
 from .timing import Call, OutOfTime, Quartiles, Timer, host_seconds, interleaved, synchronize, time_limit
 
 DIRECTIONS = ("forward", "backward", "both")
@@ -32,6 +33,9 @@ ROUNDS = {"cpu": 15, "cuda": 100}
 CASE, CASE_SHARE = 40.0, 0.25
 # Share of it that a rival may take before it is timed, compilation included.
 RIVAL_SHARE = 0.4
+# Share of the budget that torch.compile may take to compile on a device. On two cores it takes 3 s a call, more than
+# all else about a call that is not large.
+COMPILING = {"cpu": 0.4, "cuda": 1.0}
 # Least forward and backward passes of a case: parity's and the fewest samples of ours, eager and torch.compile.
 PASSES = 30
 # On a GPU, calls shorter than this are also timed on the host, whose work a longer one would hide.
@@ -107,10 +111,30 @@ def _first_calls(function: Callable, sample: Sample, device: torch.device) -> di
     return found
 
 
+@dataclass
+class Compiling:
+    """The seconds that torch.compile may still take, over all calls of a run, until it has been judged."""
+
+    left: float = math.inf
+
+    @contextlib.contextmanager
+    def spending(self) -> Iterator[None]:
+        """Takes off what the block lasts."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.left -= time.monotonic() - began
+
+
 class Entrants:
     """The providers of one call that are right, how long their first calls took, and what is wrong with the others."""
 
-    def __init__(self, op: Op, sample: Sample, dtype: torch.dtype, device: torch.device, only=(), left=math.inf):
+    def __init__(
+        self, op: Op, sample: Sample, dtype: torch.dtype, device: torch.device, only=(), left=math.inf,
+        compiling: Compiling | None = None,
+    ):  # fmt: skip
+        compiling = compiling or Compiling()
         self.functions: dict[str, Callable] = {}
         self.first: dict[str, dict[str, float]] = {}
         self.problems: dict[str, str] = {}
@@ -119,8 +143,12 @@ class Entrants:
         for name, setup in sorted(providers(op).items(), key=lambda item: item[0] != EAGER):
             if only and name not in (OURS, EAGER, *only):
                 continue
+            if name == COMPILED and compiling.left <= 0:
+                self.problems[name] = NOT_COMPILED
+                continue
+            spending = compiling.spending() if name == COMPILED else contextlib.nullcontext()
             try:
-                with time_limit(math.inf if name in (OURS, EAGER) else RIVAL_SHARE * left):
+                with spending, time_limit(math.inf if name in (OURS, EAGER) else RIVAL_SHARE * left):
                     function = setup()
                     self.first[name] = _first_calls(function, sample, device)
                     if name == EAGER and PASSES * sum(self.first[name].values()) / 2 > left:
@@ -147,15 +175,15 @@ def _least(cost: Cost, direction: str) -> tuple[int, int]:
     return sum(getattr(cost, f"{way}_bytes") for way in ways), sum(getattr(cost, f"{way}_flops") for way in ways)
 
 
-def _floor(cost: Cost, rates: dict[str, float]) -> float:
+def _floor(cost: Cost, rates: dict[str, float], dtype: str) -> float:
     """Seconds that a forward and a backward take at least."""
     least, flops = _least(cost, "both")
-    return max(least / rates["copy"], flops / rates["matrix"])
+    return max(least / rates["copy"], flops / matrix_rate(rates, dtype))
 
 
 def measure(
     op: Op, sample: Sample, dtype: str, device: torch.device, rounds: int, only=(), within: float = math.inf,
-    left: float = math.inf, balance: float = math.inf, **sweep,
+    left: float = math.inf, balance: float = math.inf, compiling: Compiling | None = None, **sweep,
 ) -> Iterator[Row]:  # fmt: skip
     """The rows of one call: parity of each provider, then the times of those that have it.
 
@@ -164,12 +192,13 @@ def measure(
             ``within`` seconds.
         only: providers to take beside ours and eager; all if empty.
         left: seconds that it must not exceed; a call whose first run says that it would raises OutOfTime.
+        compiling: what torch.compile may take; all that it wants without.
         balance: FLOPs a byte above which matrix products bound a call: on CUDA it is timed with a hot cache too.
         sweep: ``axis`` and ``size`` of the rows.
     """
     began = time.monotonic()
     cost = op.cost(*sample.args, **sample.kwargs)
-    entrants = Entrants(op, sample, getattr(torch, dtype), device, only, left)
+    entrants = Entrants(op, sample, getattr(torch, dtype), device, only, left, compiling)
     common = dict(op=op.name, shape=sample.name, dtype=dtype, **sweep)
     directions = DIRECTIONS if cases.differentiable(sample) else DIRECTIONS[:1]
     states = {}
@@ -209,16 +238,26 @@ class Planned:
     axis: str | None = None
     size: int | None = None
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of its tensors in float32."""
+        return cases.held_bytes(self.make(torch.device("meta"), torch.float32))
+
 
 def plan(ops: list[Op], shape: list[str], sweep: bool = False, device: str = "cuda") -> list[Planned]:
-    """What to run: the first shape of every op, then the second of every op, and so on; then the sweeps alike."""
+    """What to run: the first shape of every op, then the second of every op, and so on; then the sweeps alike.
+
+    On a CPU those that were chosen for CPUs come first, then the others from small to large: time is short there.
+    """
 
     def columns(calls):
         found = [[planned for planned in calls(op) if any(part in planned.name for part in shape)] for op in ops]
         return [planned for planned in chain.from_iterable(zip_longest(*found)) if planned is not None]
 
     def shapes(op):
-        return [Planned(op, name, make) for name, make in cases.shapes_of(op.name, device).items()]
+        found = [Planned(op, name, make) for name, make in cases.shapes_of(op.name, device).items()]
+        first = len(cases.cpu_shapes_of(op.name)) if device == "cpu" else len(found)
+        return found[:first] + sorted(found[first:], key=lambda planned: planned.held_bytes)
 
     def swept(op):
         axis, calls = cases.sweep_of(op.name)
@@ -247,8 +286,8 @@ def run(
     """
     found = Run(environment or {})
     rates = found.environment.get("rates")
-    balance = rates["matrix"] / rates["copy"] if rates else math.inf
     end = time.monotonic() + budget
+    compiling = Compiling(COMPILING[device.type] * budget)
     todo = [(case, dtype) for case in planned for dtype in dtypes]
     for i, (case, dtype) in enumerate(todo):
         what = f"{case.op.name}, {case.name}, {dtype}"
@@ -264,11 +303,12 @@ def run(
         try:
             call = replace(case.make(device, getattr(torch, dtype)), name=case.name)
             # An op's cost may depend on values, which meta tensors do not have.
-            if rates and PASSES * _floor(case.op.cost(*call.args, **call.kwargs), rates) > left:
+            if rates and PASSES * _floor(case.op.cost(*call.args, **call.kwargs), rates, dtype) > left:
                 raise OutOfTime(f"takes longer than the {left:.0f} s that are left of the budget")
             tell(f"{what} (fastllm serves it by {_serving(case.op, call)})")
             limit = min(left, max(CASE, CASE_SHARE * left))
-            settings = dict(within=left / (len(todo) - i), left=limit, balance=balance)
+            balance = matrix_rate(rates, dtype) / rates["copy"] if rates else math.inf
+            settings = dict(within=left / (len(todo) - i), left=limit, balance=balance, compiling=compiling)
             with time_limit(limit):
                 for row in measure(
                     case.op, call, dtype, device, rounds, only, **settings, axis=case.axis, size=case.size

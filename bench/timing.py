@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ..timing import seconds, synchronize
+
 FEWEST = 3
 # A sample lasts at least this long on a CPU, by repetition: the clock and the loop around it cost about 1 us.
 SHORTEST = 2e-4
@@ -36,33 +38,11 @@ class Quartiles:
         return cls(low, median, high)
 
 
-def synchronize(device: torch.device) -> None:
-    """Waits for the work queued on ``device``."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call, with the device idle before and after."""
-    synchronize(device)
-    start = time.perf_counter()
-    run()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second, read and written, of a copy that no cache holds."""
     source = torch.ones((1 << 30 if device.type == "cuda" else 1 << 27) // 4, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() * 4 / min(seconds(lambda: target.copy_(source), device) for _ in range(6))
-
-
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs a second of the best of a few square products of random matrices."""
-    n = 8192 if device.type == "cuda" else 2048 if dtype == torch.bfloat16 else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
-    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(6))
 
 
 def interleaved(

@@ -116,16 +116,25 @@ class _Span:
         return Access(kernel, self.name, loaded, loads - loaded, round(self.stores * scale))
 
 
+def _leaves(name: str, arg) -> Iterator[tuple[str, object]]:
+    """A kernel argument as (name, value); a tuple's fields as ``name.field``."""
+    if not isinstance(arg, tuple):
+        yield name, arg
+        return
+    for part, value in zip(getattr(arg, "_fields", range(len(arg))), arg, strict=True):
+        yield from _leaves(f"{name}.{part}", value)
+
+
 class _Launch:
     """The storages of one launch's arguments."""
 
     def __init__(self, names: Sequence[str], args: Sequence, kwargs: dict):
         spans: dict[int, _Span] = {}
         for name, arg in [*zip(names, args, strict=False), *kwargs.items()]:
-            for leaf in tree_leaves(arg):
+            for path, leaf in _leaves(name, arg):
                 tensor = leaf.base if isinstance(leaf, TensorDescriptor) else leaf
                 if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes():
-                    spans.setdefault(tensor.untyped_storage().data_ptr(), _Span(name, tensor))
+                    spans.setdefault(tensor.untyped_storage().data_ptr(), _Span(path, tensor))
         self.spans = [spans[start] for start in sorted(spans)]
         self.starts = np.array([span.start for span in self.spans], np.uint64)
         self.unmapped = _Span(UNMAPPED, None)

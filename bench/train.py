@@ -8,7 +8,7 @@ Then they take turns, --steps steps a turn. A step is forward, backward, clippin
 one precision for all (bfloat16 is autocast over fp32 weights) but for nanoGPT as it ships, which is fp32 on a CPU.
 
 Speed-up: the quartiles, over the rounds, of the ratio of times within a round. MFU: tokens a second times
-Transformer.flops_per_token over the matrix rate measured at the start. Peak memory: what torch's allocator held at
+Transformer.flops_per_token over the matrix rate measured at the end. Peak memory: what torch's allocator held at
 most during a provider's turns, on CUDA only.
 """
 
@@ -24,16 +24,18 @@ from pathlib import Path
 
 import torch
 
-from ..cli import Parser
+from .. import cpu
+from ..commands.parser import Parser
+from ..matmul import matmul_flops
 from ..models import PRESETS, Transformer, TransformerConfig
 from ..training.config import TrainingConfig
-from ..training.measure import autocast
+from ..training.device import autocast
 from ..training.objectives import CausalLM
 from ..training.optimizer import Optimizers
-from ..training.step import train_step
+from ..training.step import StepSettings, train_step
 from .environment import environment
 from .plain import PlainTransformer
-from .timing import Quartiles, interleaved, matrix_rate, ratios, seconds, synchronize
+from .timing import Quartiles, interleaved, ratios, seconds, synchronize
 
 OURS = "fastllm"
 CHECKED = 3
@@ -62,12 +64,12 @@ def ours(setting: Setting) -> Step:
     model = Transformer(setting.model.config).to(setting.device)
     model.load_state_dict(setting.model.state_dict())
     optimizers = Optimizers(model, setting.training)
+    settings = StepSettings(setting.training.rows, CLIP, setting.dtype)
 
     def step(batch):
         return train_step(
-            CausalLM, model, optimizers, dict(zip(("tokens", "targets"), batch, strict=True)),
-            rows=setting.training.rows, clip=CLIP, dtype=setting.dtype,
-        )[0]  # fmt: skip
+            CausalLM, model, optimizers, dict(zip(("tokens", "targets"), batch, strict=True)), settings
+        ).loss
 
     return step
 
@@ -298,7 +300,7 @@ def compare(
 
     tell(f"{rounds} rounds of {steps} steps each")
     samples = interleaved({n: functools.partial(turn, n) for n in taken}, rounds, device, timer=timed)
-    rate = matrix_rate(device, getattr(torch, dtype))
+    rate = matmul_flops(device, getattr(torch, dtype))
     tokens = setting.training.batch_size * config.context_length
     rows = [Row(name, problem, losses.get(name, []), []) for name, problem in problems.items()]
     for name in taken:
@@ -341,7 +343,9 @@ def main(argv: list[str] | None = None) -> None:
         "--batch-size", type=int, default=16, metavar="N", help="sequences a step (default: %(default)s)"
     )
     parser.add_argument("--context-length", type=int, metavar="N", help="tokens a sequence (default: the preset's)")
-    parser.add_argument("--dtype", choices=list(LOSS_TOLERANCE), default="bfloat16", help="(default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=list(LOSS_TOLERANCE), help="(default: bfloat16; float32 on a CPU without products of it)"
+    )
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
     )
@@ -362,6 +366,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.context_length:
         config = config.replace(context_length=options.context_length)
     device = torch.device(options.device)
+    options.dtype = options.dtype or cpu.precision(device)
     torch.manual_seed(0)
     setting = Setting(
         model=Transformer(config).to(device),

@@ -28,7 +28,6 @@ from typing import NamedTuple
 import torch
 
 from . import extension
-from .kernels.device import device_info
 from .registry import OPS, Call, Op
 
 BACKENDS = ("eager", "triton", "native", "hopper")
@@ -112,10 +111,7 @@ def why_not(name: str, device_type: str, dtypes: Iterable[torch.dtype] = (), op:
             if dtype not in KERNEL_DTYPES:
                 return f"the kernels take float32, float16 and bfloat16, got {str(dtype).removeprefix('torch.')}"
     if name == "hopper":
-        info = device_info(torch.device(device_type))
-        if info.vendor != "nvidia" or info.arch != 90:
-            found = "the interpreter" if info.vendor == "interpreter" else info.architecture
-            return f"it is for GPUs of sm_90 (H100, H200), this is {found}"
+        return _not_hopper(device_type)
     if name == "native":
         if extension.missing() is not None:
             return extension.missing()
@@ -130,6 +126,17 @@ def why_not(name: str, device_type: str, dtypes: Iterable[torch.dtype] = (), op:
                     f"got {str(dtype).removeprefix('torch.')}"
                 )
     return None
+
+
+@torch.compiler.assume_constant_result
+def _not_hopper(device_type: str) -> str | None:
+    from .kernels.device import device_info
+
+    info = device_info(torch.device(device_type))
+    if info.vendor == "nvidia" and info.arch == 90:
+        return None
+    found = "the interpreter" if info.vendor == "interpreter" else info.architecture
+    return f"it is for GPUs of sm_90 (H100, H200), this is {found}"
 
 
 def under_transform() -> bool:

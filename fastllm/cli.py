@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import errno
 import os
 import re
@@ -20,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 
 from .commands import COMMANDS
+from .commands.parser import Parser
 from .config import InputError
 from .version import __version__
 
@@ -27,23 +27,6 @@ from .version import __version__
 TEXTS = ("prompt", "text", "texts", "question", "context")
 # Signals that end a process, but for SIGINT, of which Python makes KeyboardInterrupt.
 ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse's, with errors on one line, no abbreviated flags, and the nearest flag to one that does not exist."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def parse_known_args(self, args=None, namespace=None):
-        namespace, extras = super().parse_known_args(args, namespace)
-        if extras:
-            near = difflib.get_close_matches(extras[0].partition("=")[0], self._option_string_actions, n=1)
-            self.error(f"unrecognized arguments: {' '.join(extras)}" + (f"; did you mean {near[0]}?" if near else ""))
-        return namespace, extras
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:

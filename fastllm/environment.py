@@ -10,8 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from . import backends, extension, registry
-from .kernels.device import from_properties
+from . import backends, cpu, extension, registry
 from .version import __version__
 
 
@@ -31,6 +30,8 @@ def _extension() -> str:
 def _gpu() -> str:
     if not torch.cuda.is_available():
         return "none (torch.cuda.is_available() is False)"
+    from .kernels.device import from_properties
+
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     found = [(from_properties(p).architecture, p) for p in properties]
     return ", ".join(f"{p.name} ({arch}, {p.total_memory / 2**30:.0f} GiB)" for arch, p in found)
@@ -88,8 +89,7 @@ def describe() -> str:
         f"triton     {_installed('triton')}" + (" (interpreter on)" if backends.interpreting() else ""),
         f"extension  {_extension()}",
         f"GPU        {_gpu()}",
-        f"CPU        {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-        + torch.backends.cpu.get_cpu_capability(),
+        f"CPU        {os.cpu_count()} cores, {torch.get_num_threads()} threads, {cpu.describe()}",
         f"backend    {backends.chosen_backend()} (FASTLLM_BACKEND or fastllm.backend)",
     ]
     devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]

@@ -6,13 +6,11 @@ from .ops.cross_entropy.cross_entropy import cross_entropy
 from .ops.cross_entropy.linear import linear_cross_entropy, linear_cross_entropy_plan
 from .ops.embedding.embedding import embedding
 from .ops.embedding.embedding_sum import embedding_sum
-from .ops.geglu import geglu
-from .ops.norm.add_layer_norm import add_layer_norm
-from .ops.norm.add_rms_norm import add_rms_norm
+from .ops.gated import geglu, swiglu
+from .ops.norm.add_norm import add_layer_norm, add_rms_norm
 from .ops.norm.layer_norm import layer_norm
 from .ops.norm.rms_norm import rms_norm
 from .ops.rotary_embedding import rotary_embedding
-from .ops.swiglu import swiglu
 
 __all__ = [
     "add_layer_norm",

@@ -5,12 +5,10 @@ from .ops.cross_entropy.cross_entropy import CrossEntropyLoss
 from .ops.cross_entropy.linear import LinearCrossEntropyHead, LinearCrossEntropyLoss
 from .ops.embedding.embedding import Embedding
 from .ops.embedding.embedding_sum import EmbeddingSum
-from .ops.geglu import GEGLU
-from .ops.norm.add_layer_norm import AddLayerNorm
-from .ops.norm.add_rms_norm import AddRMSNorm
+from .ops.gated import GEGLU, SwiGLU
+from .ops.norm.add_norm import AddLayerNorm, AddRMSNorm
 from .ops.norm.layer_norm import LayerNorm
 from .ops.norm.rms_norm import RMSNorm
-from .ops.swiglu import SwiGLU
 
 __all__ = [
     "GEGLU",

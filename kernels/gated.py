@@ -2,8 +2,10 @@
 
     dup = dy * act(gate),   dgate = dy * up * act'(gate)
 
-Every tensor is read or written once, in tiles; two that lie without gaps are taken as one long row.
+Every tensor is read or written once, in tiles. Tensors without gaps are taken as one long row.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -12,14 +14,15 @@ import triton.language as tl
 from .launch import OPTIONS, RowView, next_power_of_2, tuned
 from .math import starts
 
-# 16 elements of each tensor to a thread of 4 warps: from compiled register counts, not yet from timings.
+# Elements of a tile: 16 of each tensor to a thread of 4 warps. From compiled register counts, not yet from timings.
 TILE = 2048
+# Columns of a tile where there are several rows: a guess.
 BLOCK_COLS = 1024
 
 
 @triton.jit
 def _sigmoids(x):
-    """(sigmoid(x), sigmoid(-x)), neither by way of the other, which would cancel."""
+    """(sigmoid(x), sigmoid(-x)). Neither is 1 minus the other, which would cancel."""
     e = tl.exp(-tl.abs(x))
     large, small = 1.0 / (1.0 + e), e / (1.0 + e)
     return tl.where(x < 0, small, large), tl.where(x < 0, large, small)
@@ -51,13 +54,19 @@ def _tile(n_rows, n_cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _places(rows, cols, layout):
+    """Offsets of the tile's elements in a tensor of that :class:`.launch.RowLayout`."""
+    return starts(rows, layout.inner, layout.outer_stride, layout.inner_stride)[:, None] + cols[None, :]
+
+
+@triton.jit
 def _gated_fwd_kernel(
-    gate_ptr, up_ptr, y_ptr, gate_inner, stride_go, stride_gi, up_inner, stride_uo, stride_ui, n_rows, n_cols,
+    gate_ptr, up_ptr, y_ptr, gate_layout, up_layout, n_rows, n_cols,
     KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     rows, cols, mask = _tile(n_rows, n_cols, BLOCK_M, BLOCK_N)
-    gate_at = starts(rows, gate_inner, stride_go, stride_gi)[:, None] + cols[None, :]
-    up_at = starts(rows, up_inner, stride_uo, stride_ui)[:, None] + cols[None, :]
+    gate_at = _places(rows, cols, gate_layout)
+    up_at = _places(rows, cols, up_layout)
     gate = tl.load(gate_ptr + gate_at, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + up_at, mask=mask, other=0.0).to(tl.float32)
     value, _ = _act(gate, KIND)
@@ -66,28 +75,36 @@ def _gated_fwd_kernel(
 
 @triton.jit
 def _gated_bwd_kernel(
-    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr,
-    dy_inner, stride_dyo, stride_dyi, gate_inner, stride_go, stride_gi, up_inner, stride_uo, stride_ui,
-    stride_out, n_rows, n_cols,
-    KIND: tl.constexpr, NEED_DGATE: tl.constexpr, NEED_DUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, dy_layout, gate_layout, up_layout, stride_out, n_rows, n_cols,
+    KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """A gradient that nobody wants has no pointer."""
     rows, cols, mask = _tile(n_rows, n_cols, BLOCK_M, BLOCK_N)
-    dy_at = starts(rows, dy_inner, stride_dyo, stride_dyi)[:, None] + cols[None, :]
-    gate_at = starts(rows, gate_inner, stride_go, stride_gi)[:, None] + cols[None, :]
+    dy_at = _places(rows, cols, dy_layout)
+    gate_at = _places(rows, cols, gate_layout)
     out_at = rows[:, None] * stride_out + cols[None, :]
     dy = tl.load(dy_ptr + dy_at, mask=mask, other=0.0).to(tl.float32)
     value, slope = _act(tl.load(gate_ptr + gate_at, mask=mask, other=0.0).to(tl.float32), KIND)
-    if NEED_DUP:
+    if dup_ptr is not None:
         tl.store(dup_ptr + out_at, (dy * value).to(dup_ptr.dtype.element_ty), mask=mask)
-    if NEED_DGATE:
-        up_at = starts(rows, up_inner, stride_uo, stride_ui)[:, None] + cols[None, :]
+    if dgate_ptr is not None:
+        up_at = _places(rows, cols, up_layout)
         up = tl.load(up_ptr + up_at, mask=mask, other=0.0).to(tl.float32)
         tl.store(dgate_ptr + out_at, (dy * up * slope).to(dgate_ptr.dtype.element_ty), mask=mask)
 
 
-def _plan(tensors, packed: bool):
-    """The tensors as :class:`RowView`, rows and columns of the launch, its grid and settings."""
+class _Geometry(NamedTuple):
+    """The tensors as rows, and how a kernel is launched over them."""
+
+    views: list[RowView]
+    n_rows: int
+    n_cols: int
+    grid: tuple[int]
+    settings: dict
+
+
+def _geometry(kernel: str, tensors, packed: bool) -> _Geometry:
+    """Tensors without gaps are one long row, unless the gradient is ``packed`` and has gaps itself."""
     tensors = [t if t.dim() else t.unsqueeze(0) for t in tensors]
     n_cols = tensors[0].shape[-1]
     n_rows = tensors[0].numel() // n_cols
@@ -97,11 +114,11 @@ def _plan(tensors, packed: bool):
     block_n = min(next_power_of_2(n_cols), TILE if n_rows == 1 else BLOCK_COLS)
     block_m = max(1, min(TILE // block_n, next_power_of_2(n_rows)))
     settings = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=max(1, block_m * block_n // 512))
-    kernel, first = ("gated_fwd", "gated_bwd")[len(tensors) - 2], tensors[-1]
-    settings = tuned(kernel, first.device, (block_m, block_n, first.element_size()), settings)
+    last = tensors[-1]
+    settings = tuned(kernel, last.device, (block_m, block_n, last.element_size()), settings)
     block_m, block_n = settings["BLOCK_M"], settings["BLOCK_N"]
     grid = (triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, block_n),)
-    return [RowView(t, n_cols) for t in tensors], n_rows, n_cols, grid, settings | OPTIONS
+    return _Geometry([RowView(t, n_cols) for t in tensors], n_rows, n_cols, grid, settings | OPTIONS)
 
 
 def _halves(gate, up):
@@ -116,9 +133,9 @@ def gated_fwd(gate, up, kind: str):
     gate, up = _halves(gate, up)
     y = gate.new_empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype))
     if y.numel():
-        (gates, ups), n_rows, n_cols, grid, settings = _plan([gate, up], packed=False)
+        (gates, ups), n_rows, n_cols, grid, settings = _geometry("gated_fwd", [gate, up], packed=False)
         _gated_fwd_kernel[grid](
-            gates.data, ups.data, y, *gates.layout, *ups.layout, n_rows, n_cols, KIND=kind, **settings
+            gates.data, ups.data, y, gates.layout, ups.layout, n_rows, n_cols, KIND=kind, **settings
         )
     return y
 
@@ -141,10 +158,10 @@ def gated_bwd(dy, gate, up, kind: str, needs):
             up.new_empty(up.shape if need_dup else 0),
         )
     if gate.numel():
-        (dys, gates, ups), n_rows, n_cols, grid, settings = _plan([dy, gate, up], packed)
+        (dys, gates, ups), n_rows, n_cols, grid, settings = _geometry("gated_bwd", [dy, gate, up], packed)
         _gated_bwd_kernel[grid](
-            dys.data, gates.data, ups.data, dgate, dup, *dys.layout, *gates.layout, *ups.layout,
-            2 * n_cols if packed else n_cols, n_rows, n_cols,
-            KIND=kind, NEED_DGATE=need_dgate, NEED_DUP=need_dup, **settings,
+            dys.data, gates.data, ups.data, dgate if need_dgate else None, dup if need_dup else None,
+            dys.layout, gates.layout, ups.layout, 2 * n_cols if packed else n_cols, n_rows, n_cols,
+            KIND=kind, **settings,
         )  # fmt: skip
     return result

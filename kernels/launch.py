@@ -1,5 +1,7 @@
 """What more than one launcher needs."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 
@@ -44,11 +46,23 @@ def next_power_of_2(n: int) -> int:
     return triton.next_power_of_2(max(int(n), 1))
 
 
+class RowLayout(NamedTuple):
+    """Where rows begin: row i at ``(i // inner) * outer_stride + (i % inner) * inner_stride``. A kernel's argument."""
+
+    inner: int
+    outer_stride: int
+    inner_stride: int
+
+
 class RowView:
     """``x`` as rows of ``n_cols`` adjacent elements at up to two strides; copied only where no such view exists.
 
-    Row i starts at ``(i // inner) * strides[0] + (i % inner) * strides[1]``: the heads of a packed query-key-value
-    projection, for example, are read where they lie.
+    The heads of a packed query-key-value projection, for example, are read where they lie.
+
+    Attributes:
+        data: ``x``, or its contiguous copy.
+        count: how many rows there are.
+        layout: where they begin.
     """
 
     def __init__(self, x: torch.Tensor, n_cols: int):
@@ -66,11 +80,5 @@ class RowView:
             dims = [(max(count, 1), n_cols)]
         self.data = x
         self.count = count
-        # An inner of 1 is a constant to the compiler, and spares a 64-bit division a row where one stride says it all.
-        self.inner = dims[0][0] if len(dims) == 2 else 1
-        self.strides = (dims[1][1], dims[0][1]) if len(dims) == 2 else (dims[0][1], 0)
-
-    @property
-    def layout(self) -> tuple[int, int, int]:
-        """What a kernel needs to address them."""
-        return self.inner, *self.strides
+        # The compiler takes an inner of 1 for a constant: one stride then costs no 64-bit division a row.
+        self.layout = RowLayout(dims[0][0], dims[1][1], dims[0][1]) if len(dims) == 2 else RowLayout(1, dims[0][1], 0)

@@ -7,14 +7,18 @@ cosines and sines of some positions into registers and then the rows of one head
 so that every tensor is read or written once. The gradient is the same with the angles' sign turned.
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
 from .launch import OPTIONS, next_power_of_2
 
-# Features to a program: 16 to a thread of 4 warps, as two times 16 bytes. From compiled register counts, not timings.
+# Features of a head's rows that a program holds: 16 to a thread of 4 warps, as two times 16 bytes. From compiled
+# register counts, not timings.
 TILE = 2048
-# Programs below which the heads are divided further.
+# Where a program for all heads of some positions gives fewer programs, the heads are divided among more: a guess.
 PROGRAMS = 1024
 
 
@@ -47,89 +51,129 @@ def _turn(
 
 
 @triton.jit
-def _rotary_kernel(
-    q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, ids_ptr,
-    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
-    stride_qob, stride_qoh, stride_qos, stride_kob, stride_koh, stride_kos,
-    stride_cb, stride_cp, stride_cc, stride_sb, stride_sp, stride_sc, stride_ib, stride_is,
-    length, heads_q, heads_k, heads_each, table_rows, offset,
-    half: tl.constexpr, rest: tl.constexpr, HAS_IDS: tl.constexpr, HAS_KEY: tl.constexpr,
-    INVERSE: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_M: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
-):  # fmt: skip
-    blocks = tl.cdiv(length, BLOCK_M)
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    s = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_rows = s < length
-    if HAS_IDS:
-        position = tl.load(ids_ptr + batch * stride_ib + s * stride_is, mask=in_rows, other=0).to(tl.int64)
-    else:
-        position = s + offset
-    known = (position >= 0) & (position < table_rows)
-    tl.device_assert(known | ~in_rows, "rotary_embedding: a position is not in [0, rows of cos)")
-    cols = tl.arange(0, HALF).to(tl.int64)[None, :]
-    # Where asserts are compiled out, an unknown position shows as NaN.
-    mask = known[:, None] & (cols < half)
-    c_at = batch * stride_cb + position[:, None] * stride_cp + cols * stride_cc
-    s_at = batch * stride_sb + position[:, None] * stride_sp + cols * stride_sc
-    cos = tl.load(cos_ptr + c_at, mask=mask, other=float("nan")).to(tl.float32)
-    sin = tl.load(sin_ptr + s_at, mask=mask, other=float("nan")).to(tl.float32)
-    if INVERSE:
-        sin = -sin
-    first = tl.program_id(1) * heads_each
-    last = first + heads_each
-    x_at, y_at = batch * stride_qb + s * stride_qs, batch * stride_qob + s * stride_qos
-    for head in range(first, tl.minimum(last, heads_q)):
+def _turn_heads(x, y, heads, batch, s, in_rows, cos, sin, half: tl.constexpr, rest: tl.constexpr, tile: tl.constexpr):
+    """The heads from heads[0] until heads[1] of ``x`` to ``y``, both a :class:`HeadPlanes`."""
+    x_at, y_at = batch * x.batch + s * x.row, batch * y.batch + s * y.row
+    for head in range(heads[0], heads[1]):
         h = tl.cast(head, tl.int64)
         _turn(
-            q_ptr, q_out_ptr, x_at + h * stride_qh, y_at + h * stride_qoh, in_rows, cos, sin, half, rest,
-            INTERLEAVED, HALF, REST,
+            x.ptr, y.ptr, x_at + h * x.head, y_at + h * y.head, in_rows, cos, sin, half, rest,
+            tile.INTERLEAVED, tile.HALF, tile.REST,
         )  # fmt: skip
-    if HAS_KEY:
-        x_at, y_at = batch * stride_kb + s * stride_ks, batch * stride_kob + s * stride_kos
-        for head in range(tl.maximum(first - heads_q, 0), tl.minimum(last - heads_q, heads_k)):
-            h = tl.cast(head, tl.int64)
-            _turn(
-                k_ptr, k_out_ptr, x_at + h * stride_kh, y_at + h * stride_koh, in_rows, cos, sin, half, rest,
-                INTERLEAVED, HALF, REST,
-            )  # fmt: skip
 
 
-def rotary(query, key, query_out, key_out, cos, sin, position_ids, offset: int, interleaved: bool, inverse: bool):
-    """Write the rotated ``query`` and ``key`` to ``query_out`` and ``key_out``.
+@triton.jit
+def _rotary_kernel(
+    query, key, query_out, key_out, cos_table, sin_table, ids, sizes, offset,
+    half: tl.constexpr, rest: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
+    """``key`` and ``ids`` may be None."""
+    blocks = tl.cdiv(sizes.length, tile.BLOCK_M)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    s = (tl.program_id(0) % blocks).to(tl.int64) * tile.BLOCK_M + tl.arange(0, tile.BLOCK_M)
+    in_rows = s < sizes.length
+    if ids is not None:
+        position = tl.load(ids.ptr + batch * ids.batch + s * ids.row, mask=in_rows, other=0).to(tl.int64)
+    else:
+        position = s + offset
+    known = (position >= 0) & (position < sizes.table_rows)
+    tl.device_assert(known | ~in_rows, "rotary_embedding: a position is not in [0, rows of cos)")
+    cols = tl.arange(0, tile.HALF).to(tl.int64)[None, :]
+    # Where asserts are compiled out, an unknown position shows as NaN.
+    mask = known[:, None] & (cols < half)
+    c_at = batch * cos_table.batch + position[:, None] * cos_table.row + cols * cos_table.col
+    s_at = batch * sin_table.batch + position[:, None] * sin_table.row + cols * sin_table.col
+    cos = tl.load(cos_table.ptr + c_at, mask=mask, other=float("nan")).to(tl.float32)
+    sin = tl.load(sin_table.ptr + s_at, mask=mask, other=float("nan")).to(tl.float32)
+    if tile.INVERSE:
+        sin = -sin
+    first = tl.program_id(1) * sizes.heads_each
+    last = first + sizes.heads_each
+    heads = (first, tl.minimum(last, sizes.heads_q))
+    _turn_heads(query, query_out, heads, batch, s, in_rows, cos, sin, half, rest, tile)
+    if key is not None:
+        heads = (tl.maximum(first - sizes.heads_q, 0), tl.minimum(last - sizes.heads_q, sizes.heads_k))
+        _turn_heads(key, key_out, heads, batch, s, in_rows, cos, sin, half, rest, tile)
 
-    Args:
-        query, key: (B, H, S, D), any strides; H may differ. key may be None.
-        query_out, key_out: of their shapes, the features side by side.
-        cos, sin: (P, half) or (B, P, half), any strides.
-        position_ids: (S,) or (B, S) integers, the rows of the tables; or None for ``offset`` onwards.
-        inverse: turn the other way, as the gradient does.
+
+class HeadPlanes(NamedTuple):
+    """A tensor (B, H, S, D) whose features are adjacent: its strides in elements."""
+
+    ptr: torch.Tensor
+    batch: int
+    head: int
+    row: int
+
+
+class AngleTable(NamedTuple):
+    """Cosines or sines (B, P, half), with their strides."""
+
+    ptr: torch.Tensor
+    batch: int
+    row: int
+    col: int
+
+
+class PositionIds(NamedTuple):
+    """Rows of the tables (B, S), with their strides."""
+
+    ptr: torch.Tensor
+    batch: int
+    row: int
+
+
+class RotarySizes(NamedTuple):
+    length: int
+    heads_q: int
+    heads_k: int
+    heads_each: int  # heads of a program, queries' before keys'
+    table_rows: int
+
+
+class RotaryTile(NamedTuple):
+    """What is compiled in. HALF and REST are powers of 2 that hold the columns; REST is 0 where none are copied."""
+
+    INVERSE: tl.constexpr
+    INTERLEAVED: tl.constexpr
+    BLOCK_M: tl.constexpr
+    HALF: tl.constexpr
+    REST: tl.constexpr
+
+
+def rotary(call, query_out, key_out):
+    """Write the rotated queries and keys of ``call`` to ``query_out`` and ``key_out``, whose features are adjacent.
+
+    ``call`` has the fields of the op's call: query and key (B, H, S, D), any strides, where H may differ and key may be
+    None; cos and sin, (P, half) or (B, P, half), any strides; position_ids, (S,) or (B, S) integers, the rows of the
+    tables, or None for ``offset`` onwards; interleaved; and inverse, to turn the other way as the gradient does.
     """
-    tensors = [query] if key is None else [query, key]
-    outs = [query_out, key_out][: len(tensors)]
-    if query.numel() + (0 if key is None else key.numel()):
-        tensors = [t if t.stride(3) == 1 else t.contiguous() for t in tensors]
-        batch, _, length, width = query.shape
-        heads = [t.shape[1] for t in tensors]
-        half = cos.shape[-1]
-        rest = width - 2 * half
-        block_half = next_power_of_2(half)
-        block_m = max(1, min(TILE // next_power_of_2(width), next_power_of_2(length), 32))
-        blocks = batch * triton.cdiv(length, block_m)
-        groups = min(sum(heads), max(1, triton.cdiv(PROGRAMS, blocks)))
-        heads_each = triton.cdiv(sum(heads), groups)
-        tables = [t if t.dim() == 3 else t.expand(batch, *t.shape) for t in (cos, sin)]
-        ids = None if position_ids is None else position_ids.expand(batch, length)
-        strides = [n for t in (*tensors, *outs) for n in t.stride()[:3]]
-        if key is None:
-            strides = [*strides[:3], 0, 0, 0, *strides[3:], 0, 0, 0]
-        # Asserts are compiled in for ids alone; the integer arithmetic needs none of the overflow checks.
-        asserts = dict(debug=True, sanitize_overflow=False) if query.is_cuda and ids is not None else {}
-        _rotary_kernel[(blocks, triton.cdiv(sum(heads), heads_each))](
-            tensors[0], None if key is None else tensors[1], outs[0], None if key is None else outs[1], *tables, ids,
-            *strides, *tables[0].stride(), *tables[1].stride(), *((0, 0) if ids is None else ids.stride()),
-            length, heads[0], 0 if key is None else heads[1], heads_each, cos.shape[-2], offset,
-            half=half, rest=rest, HAS_IDS=ids is not None, HAS_KEY=key is not None,
-            INVERSE=inverse, INTERLEAVED=interleaved,
-            BLOCK_M=block_m, HALF=block_half, REST=next_power_of_2(rest) if rest else 0,
-            num_warps=max(1, min(8, block_m * next_power_of_2(width) // 512)), **OPTIONS, **asserts,
-        )  # fmt: skip
+    query, key, ids = call.query, call.key, call.position_ids
+    keys = 0 if key is None else key.shape[1]
+    if query.numel() + (0 if key is None else key.numel()) == 0:
+        return
+    batch, queries, length, width = query.shape
+    heads = queries + keys
+    half = call.cos.shape[-1]
+    rest = width - 2 * half
+    block_m = max(1, min(TILE // next_power_of_2(width), next_power_of_2(length), 32))
+    blocks = batch * triton.cdiv(length, block_m)
+    groups = min(heads, max(1, triton.cdiv(PROGRAMS, blocks)))
+    heads_each = triton.cdiv(heads, groups)
+    sources = [None if t is None else t if t.stride(3) == 1 else t.contiguous() for t in (query, key)]
+    tables = [t if t.dim() == 3 else t.expand(batch, *t.shape) for t in (call.cos, call.sin)]
+    # Asserts are compiled in for ids alone; the integer arithmetic needs none of the overflow checks.
+    asserts = dict(debug=True, sanitize_overflow=False) if query.is_cuda and ids is not None else {}
+    _rotary_kernel[(blocks, triton.cdiv(heads, heads_each))](
+        *(None if key is None and i % 2 else HeadPlanes(t, *t.stride()[:3])
+          for i, t in enumerate((*sources, query_out, key_out))),
+        *(AngleTable(t, *t.stride()) for t in tables),
+        None if ids is None else PositionIds(ids, *ids.expand(batch, length).stride()),
+        RotarySizes(length, queries, keys, heads_each, call.cos.shape[-2]),
+        call.offset,
+        half=half,
+        rest=rest,
+        tile=RotaryTile(
+            call.inverse, call.interleaved, block_m, next_power_of_2(half), next_power_of_2(rest) if rest else 0
+        ),
+        num_warps=max(1, min(8, block_m * next_power_of_2(width) // 512)), **OPTIONS, **asserts,
+    )  # fmt: skip

@@ -12,7 +12,7 @@ from fastllm.tasks.store import prepare_examples, split, texts
 from fastllm.training.config import TrainingConfig
 from fastllm.training.objectives import OBJECTIVES, ObjectiveConfig, fit_model, make_objective
 from fastllm.training.optimizer import Optimizers
-from fastllm.training.step import train_step
+from fastllm.training.step import StepSettings, train_step
 
 WORDS = [
     "red",
@@ -106,6 +106,6 @@ def tiny_run(name: str, encoder: str, decoder: str, folder) -> tuple[float, floa
     optimizers = Optimizers(model, TrainingConfig(optimizer="adamw", lr=1e-2))
     batch, losses = objective.batch(0), []
     for _ in range(STEPS):
-        loss, _, _ = train_step(objective, model, optimizers, batch, rows=2, clip=1.0, dtype="float32")
+        loss, _, _ = train_step(objective, model, optimizers, batch, StepSettings(2, 1.0, "float32"))
         losses.append(loss.item())
     return losses[0], losses[-1]

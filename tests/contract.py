@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
 
 import torch
 from torch.utils import _pytree as pytree
 
 import fastllm
 from fastllm.backends import why_not
+from fastllm.bench import parity
 from fastllm.registry import OPS, Op, Sample
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -92,9 +95,34 @@ def run(function, sample: Sample, backend: str | None = None, *, grads: bool = T
         return outs, list(torch.autograd.grad(differentiable, wanted, given, allow_unused=True))
 
 
-def assert_as_true(got, truth, yardstick, dtype: torch.dtype, what: str, slack: float = 2.0, floor: float = 4.0):
+def truth_of(op, sample):
+    """Computes the definition in fp64, outputs and gradients, each time it is called."""
+    return lambda: run(op.reference, copy(sample, torch.float64))
+
+
+class Roundings:
+    """What ``run``, which computes tensors in fp64, comes to when its operators round as fp32's; drawn when asked for.
+
+    The yardstick that no machine changes: see ``fastllm.bench.parity``.
+    """
+
+    def __init__(self, run: Callable[[], object]):
+        self._run, self._draws = run, None
+
+    def error(self, pick: Callable[[object], torch.Tensor], truth: torch.Tensor) -> float:
+        """The worst of the draws, of the tensor that ``pick`` finds in what the run returns."""
+        if self._draws is None:
+            self._draws = parity.moved(self._run)
+        return max(parity.largest_error(pick(draw).detach().double(), truth) for draw in self._draws)
+
+
+def assert_as_true(
+    got, truth, yardstick, dtype: torch.dtype, what: str, slack: float = parity.SLACK, floor: float = parity.FLOOR,
+    roundings: Callable[[torch.Tensor], float] | None = None,
+):  # fmt: skip
     """``got`` is at most ``slack`` times as far from ``truth`` (fp64) as ``yardstick``, plus ``floor`` eps.
 
+    ``roundings(truth)``, for fp32, is asked for a larger yardstick where that is exceeded: ``Roundings.error``.
     Infinities and NaNs must stand in the same places.
     """
     if truth is None or got is None:
@@ -113,9 +141,26 @@ def assert_as_true(got, truth, yardstick, dtype: torch.dtype, what: str, slack: 
     if not finite.any():
         return
     error = (got - truth).abs()[finite]
-    allowed = slack * (yardstick - truth).abs()[finite].max()
-    allowed = allowed + floor * torch.finfo(dtype).eps * truth.abs()[finite].clamp(min=1.0)
+    largest = parity.largest_error(yardstick, truth)
+    allowed = parity.bound(truth[finite], largest, dtype, slack, floor)
+    if roundings is not None and dtype == torch.float32 and not (error <= allowed).all():
+        allowed = parity.bound(truth[finite], max(largest, roundings(truth)), dtype, slack, floor)
     worst = (error - allowed).argmax()
     assert (error <= allowed).all(), (
         f"{what}: error {error[worst]:.3g} exceeds {allowed[worst]:.3g} at truth {truth[finite][worst]:.6g}"
     )
+
+
+def assert_all_as_true(got, run_truth, yardstick, dtype: torch.dtype, what: str, **rule):
+    """As ``assert_as_true`` for what ``run`` returns: pairs of outputs and gradients.
+
+    Args:
+        run_truth: computes the pair in fp64.
+        rule: ``slack`` and ``floor``.
+    """
+    truth = run_truth()
+    roundings = Roundings(run_truth)
+    for kind, name in enumerate(("output", "gradient")):
+        for i, (a, b, c) in enumerate(zip(got[kind], truth[kind], yardstick[kind], strict=True)):
+            at = functools.partial(roundings.error, lambda draw, kind=kind, i=i: draw[kind][i])
+            assert_as_true(a, b, c, dtype, f"{what}: {name} {i}", roundings=at, **rule)

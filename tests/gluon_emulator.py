@@ -282,6 +282,8 @@ def _argument(value):
         return Descriptor(value)
     if isinstance(value, torch.Tensor):
         return Pointer.of(value)
+    if isinstance(value, tuple):
+        return type(value)(*map(_argument, value))
     return Scalar(value) if type(value) is int else value
 
 

@@ -1,10 +1,8 @@
 """The smallest model that has all the parts, and what tests of its runs share."""
 
 import multiprocessing
-import os
 from pathlib import Path
 
-import pytest
 import torch
 
 from fastllm.config import InputError
@@ -15,8 +13,6 @@ TOY = TransformerConfig(
     vocab_size=300, context_length=32, num_layers=2, num_heads=2, hidden_size=32, positions="rotary", norm="rms",
     activation="relu2", bias=False, dropout=0.1, qk_norm=True,
 )  # fmt: skip
-# What takes longer than a test of every change should: ``FASTLLM_THOROUGH=1 pytest``.
-THOROUGH = pytest.mark.skipif(not os.environ.get("FASTLLM_THOROUGH"), reason="FASTLLM_THOROUGH=1 runs it")
 
 
 def weights(run: Path) -> bytes:

@@ -3,10 +3,10 @@
 
 namespace fastllm {
 
-// Whether this machine and its kernel let a process use them; asks for the permission.
+// Whether this machine, its kernel and level.h's caps let a process use them; asks for the permission.
 bool amx_usable();
 
-// Whether this machine has products of pairs of bfloat16 (AVX-512 BF16), beside the AVX-512 that rows.h asks for.
+// Whether this machine has products of pairs of bfloat16 (AVX-512 BF16), and level() reaches AVX-512.
 bool bf16_pairs_usable();
 
 // Around a thread's work on matrix units.

@@ -34,7 +34,7 @@ struct RowKernels {
   CombineRows combine_rows[kDtypes];
 };
 
-// The best for this machine; ATEN_CPU_CAPABILITY (default, avx2, avx512) lowers it, as it does torch's own.
+// The best of level.h's level().
 const RowKernels& row_kernels();
 
 }  // namespace fastllm

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "level.h"
+
 namespace fastllm {
 namespace {
 
@@ -20,6 +22,7 @@ struct alignas(64) TileConfig {
 }  // namespace
 
 bool amx_usable() {
+  if (allowed() < Level::kAmx) return false;
   // Tiles, their bf16 product, AVX-512 F, BW, VL, DQ and BF16, by CPUID: older compilers cannot name them all.
   unsigned a, b, c, d;
   __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
@@ -32,6 +35,7 @@ bool amx_usable() {
 }
 
 bool bf16_pairs_usable() {
+  if (level() < Level::kAvx512) return false;
   unsigned a, b, c, d;
   __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
   if (a < 1) return false;  // no second page of features

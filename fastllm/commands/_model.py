@@ -12,7 +12,7 @@ from ..data import Tokenizer
 from ..models import Model, ModelConfig, load_model
 from ..training import RUNS
 from ..training.checkpoints.checkpoint import load_config
-from ..training.loop import pick_device
+from ..training.device import pick_device
 from ..training.setup import model_folder
 
 

@@ -20,6 +20,7 @@ from types import ModuleType
 
 import torch
 
+from .. import cpu
 from . import compile as compiler
 
 NAME = "fastllm._C"
@@ -187,6 +188,7 @@ def _is_stale(found: ModuleType) -> bool:
 
 def _find() -> None:
     global _may_build
+    cpu.wished()  # raises here what the extension would raise later
     _load()
     if _module is None and NAME not in sys.modules and importlib.util.find_spec(NAME) is None:
         with contextlib.suppress(compiler.CannotBuild, RuntimeError):  # no sources; no home directory

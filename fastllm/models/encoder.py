@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import nn as fast
 from .cache import Encoded
 from .config import ModelConfig
 from .embedding import make_norm
+from .head import Head
 from .pretrained import Pretrained
 from .rnn import RecurrentEncoder
 from .stack import TransformerEncoder
-from .transformer import flops_per_token, head_loss
+from .transformer import flops_per_token
 
 
 def make_encoder(config: ModelConfig) -> TransformerEncoder | RecurrentEncoder:
@@ -28,7 +28,7 @@ class MaskedHead(nn.Module):
         super().__init__()
         self.transform = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
         self.norm = make_norm(config)
-        self.head = fast.LinearCrossEntropyHead(config.hidden_size, config.vocab_size, bias=config.bias)
+        self.head = Head(config.hidden_size, config.vocab_size, bias=config.bias)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         return self.norm(F.gelu(self.transform(states)))
@@ -106,7 +106,7 @@ class Encoder(Pretrained, nn.Module):
         """
         head = self._head("masked")
         rows = encoded.states.gather(1, positions[..., None].expand(-1, -1, encoded.states.shape[-1]))
-        return head_loss(head.head, head(rows), targets, self.config.logit_scale)
+        return head.head.loss(head(rows), targets, self.config.logit_scale)
 
     def next_logits(self, encoded: Encoded) -> torch.Tensor:
         """(B, 2): 0, the second text follows the first; 1, it does not."""

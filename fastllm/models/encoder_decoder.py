@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .. import nn as fast
 from .cache import DecoderCache, Encoded
 from .config import ModelConfig
 from .encoder import make_encoder
+from .head import Head
 from .pretrained import Pretrained
 from .rnn import RecurrentDecoder
 from .stack import TransformerDecoder
-from .transformer import flops_per_token, head_loss
+from .transformer import flops_per_token
 
 
 class EncoderDecoder(Pretrained, nn.Module):
@@ -34,7 +34,7 @@ class EncoderDecoder(Pretrained, nn.Module):
         self.encoder.initialize()
         self.decoder.initialize()
         self.decoder.token_embedding = self.encoder.token_embedding
-        self.head = fast.LinearCrossEntropyHead(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Head(config.hidden_size, config.vocab_size, bias=False)
         nn.init.normal_(self.head.weight, std=0.02)
         if config.tie_embeddings:
             self.head.weight = self.encoder.token_embedding.weight
@@ -74,7 +74,7 @@ class EncoderDecoder(Pretrained, nn.Module):
     ) -> torch.Tensor:  # fmt: skip
         """Mean cross-entropy in nats (fp32 scalar) of ``targets`` (B, T) given ``tokens``; target -100 counts not."""
         hidden = self.decoder.decode(tokens, self.encode(source, lengths))
-        return head_loss(self.head, hidden, targets, self.config.logit_scale, label_smoothing)
+        return self.head.loss(hidden, targets, self.config.logit_scale, label_smoothing)
 
     def new_cache(self, batch_size: int = 1) -> DecoderCache:
         """An empty cache of the decoder's for ``batch_size`` sequences."""

@@ -4,31 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from .. import nn as fast
-from ..functional import cross_entropy
 from .cache import DecoderCache
 from .config import ModelConfig
+from .head import Head
 from .pretrained import Pretrained
 from .rnn import RecurrentDecoder
 from .stack import TransformerDecoder
-
-# Logits up to which a step holds them all: on a CPU with matrix units, forward and backward of a step took 1.05 to 1.07
-# of the time in chunks at 0.4 and 2 million logits, and 0.89 at 34 million (medians of 7 pairs, bf16).
-WHOLE_LOGITS = 2**24
-
-
-def head_loss(
-    head: fast.LinearCrossEntropyHead, hidden: torch.Tensor, targets: torch.Tensor, logit_scale: float = 1.0,
-    label_smoothing: float = 0.0,
-) -> torch.Tensor:  # fmt: skip
-    """Mean cross-entropy in nats (fp32 scalar) of ``targets`` given ``hidden``; target -100 counts not.
-
-    Many logits are never held all at once: a few rows of them at a time become their own gradient.
-    """
-    options = dict(logit_scale=logit_scale, label_smoothing=label_smoothing)
-    if targets.numel() * head.out_features > WHOLE_LOGITS:
-        return head(hidden, targets, **options).float()
-    return cross_entropy(head(hidden).flatten(0, -2), targets.flatten(), **options).float()
 
 
 class LanguageModel(Pretrained):
@@ -38,7 +19,7 @@ class LanguageModel(Pretrained):
 
     def _finish(self) -> None:
         config = self.config
-        self.head = fast.LinearCrossEntropyHead(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Head(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.token_embedding.weight
         self.initialize()
@@ -68,8 +49,8 @@ class LanguageModel(Pretrained):
         return logits if self.config.logit_scale == 1.0 else logits * self.config.logit_scale
 
     def loss(self, tokens: torch.Tensor, targets: torch.Tensor, prefix: torch.Tensor | None = None) -> torch.Tensor:
-        """Mean cross-entropy in nats (fp32 scalar) of ``targets`` (B, T) given ``tokens``; target -100 counts not."""
-        return head_loss(self.head, self.hidden(tokens, prefix=prefix), targets, self.config.logit_scale)
+        """Mean cross-entropy in nats (fp32 scalar) of ``targets`` (B, T) given ``tokens``; -100 is ignored."""
+        return self.head.loss(self.hidden(tokens, prefix=prefix), targets, self.config.logit_scale)
 
     def num_parameters(self) -> int:
         """Parameters, a shared one counted once."""

@@ -1,15 +1,18 @@
-"""What the gated activations share: checks, the registered operators and their gradient, samples, least bytes."""
+"""Gated activations, act(gate) * up: SwiGLU and GEGLU (Shazeer 2020, arXiv:2002.05202, equation 6, without its linear
+layers)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from .. import extension
-from ..backends import KERNEL_DTYPES, chosen_backend, pick_by_tensors
-from ..registry import Cost, Sample, define
+from ..backends import KERNEL_DTYPES, pick
+from ..registry import Cost, Op, Sample, define, register
 from .shared.autograd import apply, gradients
 from .shared.check import check_floating
 
@@ -18,9 +21,22 @@ _ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
+# geglu's `approximate` -> the activation.
+_APPROXIMATE = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
-def check_gated(op: str, gate, up) -> None:
+class GatedCall(NamedTuple):
+    """A call of a gated activation. ``up`` None: ``gate`` holds both, side by side."""
+
+    gate: torch.Tensor
+    up: torch.Tensor | None
+    kind: str
+
+    def tensors(self):
+        return self.gate, self.up
+
+
+def _checked(op: str, gate, up, kind: str) -> GatedCall:
     for name, tensor in (("gate", gate), ("up", up)):
         if name == "gate" or up is not None:
             check_floating(op, name, tensor)
@@ -34,9 +50,10 @@ def check_gated(op: str, gate, up) -> None:
         raise ValueError(f"{op}: up must have gate's shape {list(gate.shape)}, got {list(up.shape)}")
     elif up.device != gate.device:
         raise ValueError(f"{op}: up is on {up.device}, gate on {gate.device}; they must be together")
+    return GatedCall(gate, up, kind)
 
 
-def gated_eager(gate, up, kind: str):
+def _eager(gate, up, kind: str):
     """PyTorch's own operators."""
     if up is None:
         gate, up = gate.chunk(2, -1)
@@ -47,7 +64,7 @@ def gated_reference(gate, up, kind: str):
     """The definition, in at least fp32, rounded once to the dtype that gate and up promote to."""
     dtype = gate.dtype if up is None else torch.promote_types(gate.dtype, up.dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    return gated_eager(gate.to(wide), None if up is None else up.to(wide), kind).to(dtype)
+    return _eager(gate.to(wide), None if up is None else up.to(wide), kind).to(dtype)
 
 
 def _fwd_fake(gate, up, kind):
@@ -77,7 +94,7 @@ def _gated_bwd(*args):
     return gated_bwd(*args)
 
 
-# On a CPU, by csrc/cpu/gated.cpp; the kind is its place among _ACTIVATIONS.
+# On a CPU, by csrc/cpu/gated.cpp. It knows the kind by its place among _ACTIVATIONS.
 _rows = extension.operator("gated_rows", _fwd_fake)
 _grad_rows = extension.operator("gated_grad_rows", lambda *args: _bwd_fake(*args[:4], args[4:]))
 
@@ -107,46 +124,123 @@ class _Gated(torch.autograd.Function):
         return *gradients(launch, formula, ctx.saved_tensors, ctx.needs_input_grad[:2], (dy,)), None, None
 
 
-# Elements of the gate from which, on a CPU, the extension is faster: getting to it takes 30 us each way. In 16 bits
-# PyTorch's silu and erf are as fast at any size.
-LEAST = {"silu": 1 << 20, "gelu": 1 << 20, "gelu_tanh": 1 << 16}
+# Elements of the gate from which the extension is faster than PyTorch on a CPU: a call of it takes 30 us more each way.
+NATIVE_FROM = {"silu": 1 << 20, "gelu": 1 << 20, "gelu_tanh": 1 << 16}
+_IN_FLOAT32 = "the extension computes in float32, for float32, float16 and bfloat16"
 
 
-def _torch_is_faster(gate, up, kind: str) -> bool:
-    """Whether PyTorch's own two operators beat the extension on a CPU; compiled, they are one loop."""
+def _refuses(backend: str, call: GatedCall) -> str | None:
+    if backend == "native" and any(t is not None and t.dtype not in KERNEL_DTYPES for t in call.tensors()):
+        return _IN_FLOAT32
+    return None
+
+
+def _prefers_torch(call: GatedCall) -> str | None:
+    gate, up, kind = call
+    if gate.device.type != "cpu":
+        return None
     if torch.compiler.is_compiling():
-        return True
+        return "torch.compile makes one loop of PyTorch's two operators"
     dtypes = {gate.dtype} if up is None else {gate.dtype, up.dtype}
+    if not dtypes <= set(KERNEL_DTYPES):
+        return _IN_FLOAT32
     if kind != "gelu_tanh" and torch.float32 not in dtypes:
-        return True
-    return not dtypes <= set(KERNEL_DTYPES) or gate.numel() < LEAST[kind]
+        return f"PyTorch's {kind} is as fast in 16 bits, at any size"
+    if gate.numel() < NATIVE_FROM[kind]:
+        return f"PyTorch's {kind} is faster below {NATIVE_FROM[kind]:,} elements"
+    return None
 
 
-def gated_exception(*kinds: str) -> Callable[[str], str | None]:
-    """What ``info`` says of it."""
-
-    def exception(device_type: str) -> str | None:
-        if device_type != "cpu" or chosen_backend() != "auto" or extension.missing() is not None:
-            return None
-        words = {"silu": "16 bits or", "gelu": "erf in 16 bits or", "gelu_tanh": "tanh of"}
-        calls = (f"{words[kind]} fewer than {LEAST[kind]} elements" for kind in kinds)
-        return f"{', '.join(calls)}, and float64: eager"
-
-    return exception
+def _served(op: str, call: GatedCall):
+    backend = pick(op, call).backend
+    return _eager(*call) if backend == "eager" else apply(_Gated, *call, backend)
 
 
-def gated(op: str, gate, up, kind: str):
-    """``act(gate) * up``, checked, by the backend that serves this call."""
-    check_gated(op, gate, up)
-    if chosen_backend() == "auto" and gate.device.type == "cpu" and _torch_is_faster(gate, up, kind):
-        return gated_eager(gate, up, kind)
-    wide = any(t is not None and t.dtype not in KERNEL_DTYPES for t in (gate, up))
-    refuses = "it computes in float32, for float32, float16 and bfloat16" if wide else None
-    backend = pick_by_tensors(op, gate, up, refused={"native": refuses})
-    return gated_eager(gate, up, kind) if backend == "eager" else apply(_Gated, gate, up, kind, backend)
+def _swiglu_call(gate, up=None) -> GatedCall:
+    return _checked("swiglu", gate, up, "silu")
 
 
-def gated_samples(device, dtype):
+def swiglu_reference(gate, up=None):
+    """The definition, in at least fp32, rounded once."""
+    return gated_reference(gate, up, "silu")
+
+
+def swiglu(gate, up=None):
+    """``silu(gate) * up``, fused: each tensor is moved once, either way.
+
+    Args:
+        gate: floating point, any shape and strides. Without ``up`` it holds both, (..., 2 N): the gate first, as one
+            linear layer for the two leaves them; so does its gradient, which then needs no concatenation.
+        up: of the gate's shape, or None. Its dtype may differ.
+
+    Returns:
+        A tensor of the gate's shape (without ``up``: (..., N)), in the dtype that gate and up promote to. Computed in
+        fp32 at least, rounded once.
+
+    Raises:
+        TypeError: ``gate`` or ``up`` is not a floating-point tensor.
+        ValueError: shapes or devices do not fit.
+        BackendError: the backend asked for cannot serve the call.
+    """
+    return _served("swiglu", _swiglu_call(gate, up))
+
+
+class SwiGLU(torch.nn.Module):
+    """:func:`swiglu` as a module: ``forward(gate, up=None)``."""
+
+    def forward(self, gate, up=None):
+        return swiglu(gate, up)
+
+
+def _kind(approximate: str) -> str:
+    if approximate not in _APPROXIMATE:
+        raise ValueError(f"geglu: approximate must be 'none' or 'tanh', got {approximate!r}")
+    return _APPROXIMATE[approximate]
+
+
+def _geglu_call(gate, up=None, *, approximate="none") -> GatedCall:
+    return _checked("geglu", gate, up, _kind(approximate))
+
+
+def geglu_reference(gate, up=None, *, approximate="none"):
+    """The definition, in at least fp32, rounded once."""
+    return gated_reference(gate, up, _kind(approximate))
+
+
+def geglu(gate, up=None, *, approximate="none"):
+    """``gelu(gate, approximate=approximate) * up``, fused: each tensor is moved once, either way.
+
+    Args:
+        gate, up: as in :func:`fastllm.functional.swiglu`, the halves of one tensor included.
+        approximate: "none" (by erf) or "tanh", as in ``torch.nn.functional.gelu``.
+
+    Returns:
+        As :func:`fastllm.functional.swiglu`.
+
+    Raises:
+        TypeError: ``gate`` or ``up`` is not a floating-point tensor.
+        ValueError: shapes, devices or ``approximate`` do not fit.
+        BackendError: the backend asked for cannot serve the call.
+    """
+    return _served("geglu", _geglu_call(gate, up, approximate=approximate))
+
+
+class GEGLU(torch.nn.Module):
+    """:func:`geglu` as a module: ``forward(gate, up=None)``."""
+
+    def __init__(self, approximate: str = "none"):
+        super().__init__()
+        _kind(approximate)
+        self.approximate = approximate
+
+    def forward(self, gate, up=None):
+        return geglu(gate, up, approximate=self.approximate)
+
+    def extra_repr(self):
+        return f"approximate={self.approximate!r}"
+
+
+def _samples(device, dtype):
     def make(*shape, scale=2.0, dtype=dtype):
         return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_()
 
@@ -165,8 +259,65 @@ def gated_samples(device, dtype):
     yield Sample("large", (make(4, 32, scale=40.0), make(4, 32)))
 
 
-def gated_cost(gate, up=None, **options) -> Cost:
+def _geglu_samples(device, dtype):
+    for i, sample in enumerate(_samples(device, dtype)):
+        approximate = ("none", "tanh")[i % 2]
+        yield replace(sample, name=f"{sample.name}_{approximate}", kwargs={"approximate": approximate})
+
+
+def _examples(device, **options):
+    """A size on each side of the thresholds, expanded so that it takes no memory."""
+    for name, dtype in (("float32", torch.float32), ("16 bits", torch.bfloat16), ("float64", torch.float64)):
+        one = torch.empty(1, device=device, dtype=dtype)
+        for size, elements in (("large", max(NATIVE_FROM.values())), ("small", min(NATIVE_FROM.values()) - 1)):
+            yield Sample(f"{size} {name}", (one.expand(elements), one.expand(elements)), options)
+
+
+def _geglu_examples(device):
+    for approximate in _APPROXIMATE:
+        for sample in _examples(device, approximate=approximate):
+            yield replace(sample, name=f"{sample.name} by {'erf' if approximate == 'none' else 'tanh'}")
+
+
+def _cost(gate, up=None, **options) -> Cost:
     """Both in, y out; backward: both and y's gradient in, theirs out."""
     inputs = sum(t.numel() * t.element_size() for t in (gate, up) if t is not None)
     output = inputs // 2 if up is None else gate.numel() * torch.promote_types(gate.dtype, up.dtype).itemsize
     return Cost(inputs + output, 2 * inputs + output)
+
+
+def _record(function: Callable, summary: str, **fields) -> Op:
+    return Op(
+        name=function.__name__,
+        summary=summary,
+        function=function,
+        cost=_cost,
+        backends=("eager", "triton", "native"),
+        refuses=_refuses,
+        prefers_torch=_prefers_torch,
+        **fields,
+    )
+
+
+register(
+    _record(
+        swiglu,
+        "silu(gate) * up, of two tensors or of the halves of one",
+        reference=swiglu_reference,
+        samples=_samples,
+        module=SwiGLU,
+        call=_swiglu_call,
+        examples=_examples,
+    )
+)
+register(
+    _record(
+        geglu,
+        "gelu(gate) * up, of two tensors or of the halves of one; exact or by tanh",
+        reference=geglu_reference,
+        samples=_geglu_samples,
+        module=GEGLU,
+        call=_geglu_call,
+        examples=_geglu_examples,
+    )
+)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from .. import extension
-from ..backends import KERNEL_DTYPES, chosen_backend, pick_by_tensors, under_transform
+from ..backends import KERNEL_DTYPES, pick, under_transform
 from ..registry import Cost, Op, Sample, define, register
 from .shared.autograd import apply
 from .shared.check import check_floating
@@ -42,6 +42,34 @@ def rotary_embedding_reference(query, key, cos, sin, *, position_ids=None, offse
     return tuple(None if x is None else _turned(x, *tables, interleaved) for x in (query, key))
 
 
+class RotaryCall(NamedTuple):
+    """A call of the op, in the order of the operator's arguments. ``inverse``: turn the other way."""
+
+    query: torch.Tensor
+    key: torch.Tensor | None
+    cos: torch.Tensor
+    sin: torch.Tensor
+    position_ids: torch.Tensor | None
+    offset: int
+    interleaved: bool
+    inverse: bool = False
+
+    def tensors(self):
+        return self.query, self.key, self.cos, self.sin
+
+    def by_torch(self):
+        """The rotated query and key, by PyTorch's own operators."""
+        return rotary_embedding_reference(
+            self.query,
+            self.key,
+            self.cos,
+            -self.sin if self.inverse else self.sin,
+            position_ids=self.position_ids,
+            offset=self.offset,
+            interleaved=self.interleaved,
+        )
+
+
 _SCHEMA = (
     "rotary(Tensor query, Tensor? key, Tensor cos, Tensor sin, Tensor? position_ids, int offset, bool interleaved,"
     " bool inverse) -> (Tensor, Tensor)"
@@ -72,15 +100,16 @@ def _unknown(position_ids, rows: int) -> IndexError | None:
 
 
 @define(_SCHEMA, _fake)
-def _rotary(query, key, cos, sin, position_ids, *options):
+def _rotary(*args):
     from ..kernels.rotary_embedding import rotary
 
-    if position_ids is not None and position_ids.device.type == "cpu":
-        error = _unknown(position_ids, cos.shape[0])
+    call = RotaryCall(*args)
+    if call.position_ids is not None and call.position_ids.device.type == "cpu":
+        error = _unknown(call.position_ids, call.cos.shape[0])
         if error is not None:
             raise error
-    outs = _fake(query, key)
-    rotary(query, key, *outs, cos, sin, position_ids, *options)
+    outs = _fake(*call)
+    rotary(call, *outs)
     return outs
 
 
@@ -88,43 +117,58 @@ def _rotary(query, key, cos, sin, position_ids, *options):
 _rotary_rows = extension.operator("rotary_rows", _fake)
 
 
-def _launch(*args):
-    *args, backend = args
-    return (_rotary_rows if backend == "native" else _rotary)(*args)
+class _Turn(NamedTuple):
+    """What turns: the tables, the options and the backend, which have no gradient."""
 
+    cos: torch.Tensor
+    sin: torch.Tensor
+    position_ids: torch.Tensor | None
+    offset: int
+    interleaved: bool
+    inverse: bool
+    backend: str
 
-def _by_torch(query, key, cos, sin, position_ids, offset, interleaved, inverse, backend):
-    return rotary_embedding_reference(
-        query, key, cos, -sin if inverse else sin, position_ids=position_ids, offset=offset, interleaved=interleaved
-    )
+    def __call__(self, query, key):
+        operator = _rotary_rows if self.backend == "native" else _rotary
+        return operator(query, key, *self[:-1])
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(query, key, cos, sin, position_ids, offset, interleaved, inverse, backend):
-        return _launch(query, key, cos, sin, position_ids, offset, interleaved, inverse, backend)
+    def forward(query, key, turn):
+        return turn(query, key)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, key, *tables, ctx.offset, ctx.interleaved, ctx.inverse, ctx.backend = inputs
+        _, key, turn = inputs
         ctx.set_materialize_grads(False)
         if key is None:
-            ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*tables)
+            _, key_out = output
+            ctx.mark_non_differentiable(key_out)
+        ctx.save_for_backward(turn.cos, turn.sin, turn.position_ids)
+        ctx.options = turn.offset, turn.interleaved, not turn.inverse, turn.backend
 
     @staticmethod
     def backward(ctx, dquery, dkey):
         given = [g if need else None for g, need in zip((dquery, dkey), ctx.needs_input_grad[:2], strict=True)]
         present = [g for g in given if g is not None]
         if present:
-            # A rotation's gradient is a rotation, and so to any order.
-            again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            one = _by_torch if under_transform() else partial(apply, _Rotary) if again else _launch
-            key = present[1] if len(present) == 2 else None
-            options = (ctx.offset, ctx.interleaved, not ctx.inverse, ctx.backend)
-            turned = one(present[0], key, *ctx.saved_tensors, *options)
+            back = _Turn(*ctx.saved_tensors, *ctx.options)
+            first, second = present[0], present[1] if len(present) == 2 else None
+            if under_transform():
+                turned = RotaryCall(first, second, *back[:-1]).by_torch()
+            elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                # A rotation's gradient is a rotation, and so to any order.
+                turned = apply(_Rotary, first, second, back)
+            else:
+                turned = back(first, second)
             present = list(turned[: len(present)])
-        return *(None if g is None else present.pop(0) for g in given), *(None,) * 7
+        return *(None if g is None else present.pop(0) for g in given), None
+
+
+def _call(query, key, cos, sin, *, position_ids=None, offset=0, interleaved=False) -> RotaryCall:
+    _check(query, key, cos, sin, position_ids, offset)
+    return RotaryCall(query, key, cos, sin, position_ids, int(offset), bool(interleaved))
 
 
 def _check(query, key, cos, sin, position_ids, offset) -> None:
@@ -176,22 +220,25 @@ def _check(query, key, cos, sin, position_ids, offset) -> None:
         raise ValueError(f"{op}: position_ids are rows of 2-D cos and sin, without an offset")
 
 
-def _pick(*tensors) -> str:
-    *_, cos, sin = tensors
-    wide = any(t is not None and t.dtype not in KERNEL_DTYPES for t in tensors)
-    refuses = "it computes in float32, for float32, float16 and bfloat16" if wide else None
-    learned = None
-    if cos.requires_grad or sin.requires_grad:
-        learned = "the kernel gives no gradient for cos and sin, and they require one"
-    if chosen_backend() == "auto" and cos.device.type == "cpu" and (wide or learned or torch.compiler.is_compiling()):
-        return "eager"
-    return pick_by_tensors("rotary_embedding", *tensors, refused={"triton": learned, "native": refuses or learned})
+_IN_FLOAT32 = "the extension computes in float32, for float32, float16 and bfloat16"
 
 
-def _exception(device_type: str) -> str | None:
-    if device_type != "cpu" or chosen_backend() != "auto" or extension.missing() is not None:
+def _refuses(backend: str, call: RotaryCall) -> str | None:
+    if backend == "eager":
         return None
-    return "float64, and tables that require gradients: eager"
+    if backend == "native" and any(t is not None and t.dtype not in KERNEL_DTYPES for t in call.tensors()):
+        return _IN_FLOAT32
+    if call.cos.requires_grad or call.sin.requires_grad:
+        return "the kernel gives no gradient for cos and sin, and they require one"
+    return None
+
+
+def _prefers_torch(call: RotaryCall) -> str | None:
+    if call.query.device.type != "cpu":
+        return None
+    if torch.compiler.is_compiling():
+        return "torch.compile makes one loop of PyTorch's operators"
+    return _refuses("native", call)
 
 
 def rotary_embedding(query, key, cos, sin, *, position_ids=None, offset=0, interleaved=False):
@@ -218,15 +265,13 @@ def rotary_embedding(query, key, cos, sin, *, position_ids=None, offset=0, inter
         IndexError: on CPU, an id is no row of the tables. On CUDA a device-side assert.
         BackendError: the backend asked for cannot serve the call; the kernel has no gradient for cos and sin.
     """
-    _check(query, key, cos, sin, position_ids, offset)
-    backend = _pick(query, key, cos, sin)
+    call = _call(query, key, cos, sin, position_ids=position_ids, offset=offset, interleaved=interleaved)
+    backend = pick("rotary_embedding", call).backend
     if backend == "eager":
         if position_ids is None or torch.compiler.is_compiling():
-            return rotary_embedding_reference(
-                query, key, cos, sin, position_ids=position_ids, offset=offset, interleaved=interleaved
-            )
+            return call.by_torch()
         try:
-            return rotary_embedding_reference(query, key, cos, sin, position_ids=position_ids, interleaved=interleaved)
+            return call.by_torch()
         except IndexError:
             error = _unknown(position_ids, cos.shape[0])
             if error is None:
@@ -234,7 +279,7 @@ def rotary_embedding(query, key, cos, sin, *, position_ids=None, offset=0, inter
             raise error from None
     batched = query.dim() == 4
     whole = [x if batched or x is None else x.unsqueeze(0) for x in (query, key)]
-    turned = apply(_Rotary, *whole, cos, sin, position_ids, int(offset), bool(interleaved), False, backend)
+    turned = apply(_Rotary, *whole, _Turn(*call[2:], backend))
     turned = turned if batched else [y.squeeze(0) for y in turned]
     return turned[0], None if key is None else turned[1]
 
@@ -271,6 +316,14 @@ def _samples(device, dtype):
     yield Sample("no_positions", (make(2, 2, 0, 8), make(2, 2, 0, 8), *tables(4, 4)))
 
 
+def _examples(device):
+    for name, dtype in (("float32", torch.float32), ("16 bits", torch.bfloat16), ("float64", torch.float64)):
+        one = torch.empty(1, device=device, dtype=dtype)
+        tables = [one.expand(4, 8).float() for _ in range(2)]
+        yield Sample(name, (one.expand(1, 2, 4, 16), None, *tables))
+    yield Sample("learned tables", (one.float().expand(1, 2, 4, 16), None, *(t.requires_grad_() for t in tables)))
+
+
 def _cost(query, key, cos, sin, *, position_ids=None, **options) -> Cost:
     """Both in and out, and the tables' rows in; the same again for the gradients that are wanted."""
     size = {id(x): x.numel() * x.element_size() for x in (query, key) if x is not None}
@@ -290,6 +343,9 @@ register(
         samples=_samples,
         cost=_cost,
         backends=("eager", "triton", "native"),
-        exception=_exception,
+        call=_call,
+        refuses=_refuses,
+        prefers_torch=_prefers_torch,
+        examples=_examples,
     )
 )

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .measure import synchronize
+from ..timing import synchronize
 
 
 class Clock:

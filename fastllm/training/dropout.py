@@ -7,14 +7,6 @@ from torch import nn
 
 from ..ops.shared.philox import draw_seed
 
-# Rows of the whole batch that come before those that are being computed; process-wide, as autograd's threads recompute.
-_before = torch.zeros((), dtype=torch.int64)
-
-
-def set_first_row(row: int) -> None:
-    """Say which row of the whole batch is the first one of the micro-batch that follows."""
-    _before.fill_(row)
-
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
     """SplitMix64's finaliser (Steele et al. 2014), in place; int64 products wrap and shifts are made logical."""
@@ -38,25 +30,42 @@ def keep_mask(seed: torch.Tensor, rows: torch.Tensor, size: int, p: float) -> to
     return lanes >= round(p * 2**16) - 2**15
 
 
-class Dropout(nn.Dropout):
-    """``torch.nn.Dropout`` whose mask is keyed by row: dimension 0 of the input counts the sequences.
+class RowDropout(nn.Dropout):
+    """``torch.nn.Dropout`` whose mask is keyed by row: dimension 0 of the input runs over the sequences.
 
     Each call draws one seed from torch's generator, which the loop sets anew for every micro-batch of a step.
+
+    Args:
+        first_row: int64 scalar, how many rows of the whole batch come before the input's; shared by a model's modules.
     """
+
+    def __init__(self, p: float, first_row: torch.Tensor):
+        super().__init__(p)
+        self.first_row = first_row
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0.0:
             return input
         seed = draw_seed(input.device)
-        rows = torch.arange(input.shape[0], device=input.device) + _before.to(input.device)
+        rows = torch.arange(input.shape[0], device=input.device) + self.first_row.to(input.device)
         keep = keep_mask(seed, rows, input[0].numel(), self.p).view(input.shape)
         dropped = round(self.p * 2**16) / 2**16
         return input * (keep.to(input.dtype) / (1 - dropped))
 
 
 def key_dropout(model: nn.Module) -> nn.Module:
-    """Make every ``torch.nn.Dropout`` of ``model`` a :class:`Dropout`, in place."""
-    for module in model.modules():
-        if type(module) is nn.Dropout:
-            module.__class__ = Dropout
+    """Put a :class:`RowDropout` in the place of every ``torch.nn.Dropout`` of ``model``; they share one first row."""
+    first_row = torch.zeros((), dtype=torch.int64)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Dropout:
+                setattr(module, name, RowDropout(child.p, first_row))
     return model
+
+
+def set_first_row(model: nn.Module, row: int) -> None:
+    """Say which row of the whole batch is the first one of the micro-batch that ``model`` is given next."""
+    for module in model.modules():
+        if isinstance(module, RowDropout):
+            module.first_row.fill_(row)
+            return

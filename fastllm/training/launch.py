@@ -13,9 +13,11 @@ from ..config import InputError, build
 from ..files import folder_to_fill, sole_writer, write_text
 from .checkpoints.checkpoint import MANIFEST, checkpoints, find_checkpoint
 from .config import RunConfig, TrainingConfig, read_run_config
-from .loop import CONFIG, SESSIONS, Result, Run, fixed_settings, pick_device
+from .device import pick_device
+from .loop import CONFIG, SESSIONS, Result, Run, fixed_settings
 from .parallel.ranks import ALONE, Ranks, launched
 from .reports.progress import METRICS, Display, find_wandb
+from .session import train_run
 from .setup import fitted, open_data, reopen_data, with_pretrained
 
 RUNS = Path("runs")
@@ -57,8 +59,8 @@ def train(
             run = Run(fitted(config, dataset), folder, dataset, display, None, ranks)
             if main:
                 write_text(folder / CONFIG, run.config.to_toml())
-            run.measure()
-        return run.train()
+            measured = run.measure()
+        return train_run(run, measured)
 
 
 def _changes(config: RunConfig, path: Path) -> dict[str, object]:
@@ -149,5 +151,4 @@ def resume(checkpoint: str | Path, changes: Mapping[str, object] | None = None, 
         run = Run(config, folder, reopen_data(config, folder / "data"), Display(quiet or not main), path, ranks)
         if main:
             write_text(folder / CONFIG, run.config.to_toml())
-        run.measure()
-        return run.train()
+        return train_run(run, run.measure())

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
+from ..cpu import matmul_dtype
 from .config import TrainingConfig
 
 # Muon's quintic iteration, its number of steps, and the least norm that is divided by (Jordan et al. 2024).
@@ -79,13 +80,14 @@ class AdamW(_Optimizer):
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """Nearly the orthogonal factor of ``matrix`` (rows, columns): its singular values become about 1. In bf16.
+    """Nearly the orthogonal factor of ``matrix`` (rows, columns): its singular values become about 1.
 
-    Newton-Schulz iteration on the smaller side; K. Jordan et al., Muon: an optimizer for hidden layers (2024).
+    In bfloat16; in float32 on a CPU without products of bfloat16. Newton-Schulz iteration on the smaller side;
+    K. Jordan et al., Muon: an optimizer for hidden layers (2024).
     """
     a, b, c = _NEWTON_SCHULZ
     tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.bfloat16()
+    x = matrix.to(matmul_dtype(matrix.device))
     x = x.T if tall else x
     x = x / x.norm().clamp(min=_LEAST_NORM)
     for _ in range(_NEWTON_SCHULZ_STEPS):
@@ -95,7 +97,9 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(_Optimizer):
-    """``torch.optim.Muon`` with Nesterov momentum, bit for bit; matrices may be spread over ranks (DTensors).
+    """``torch.optim.Muon`` with Nesterov momentum; matrices may be spread over ranks (DTensors).
+
+    Bit for bit, but on a CPU without products of bfloat16, where :func:`orthogonal` is in float32.
 
     The orthogonal factor of a matrix needs all of it: an update that is spread is gathered, and every rank computes the
     factor as a single process would, then keeps its part. (On DTensors themselves torch's would add up parts of bf16

@@ -1,91 +1,107 @@
-"""One step of training."""
+"""One step of training: the gradient of a whole batch. Whoever asks for it decides whether the update is made."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from .device import autocast
 from .dropout import set_first_row
-from .measure import autocast
 from .objectives.base import Batch, Objective, rows_of, to_device
 from .optimizer import Optimizers
 from .parallel.ranks import ALONE, Losses, Ranks
 
 
-def train_step(
+class StepSettings(NamedTuple):
+    """How a step is computed.
+
+    ``rows``: sequences of a micro-batch. ``clip``: largest global norm of the gradient; 0 or less: any. ``dtype``:
+    "float32", or "bfloat16" by autocast. ``seed``: of dropout; with :func:`fastllm.training.dropout.key_dropout` a
+    row's mask depends on it and on the row alone. None: torch's generator goes on from where it is.
+    """
+
+    rows: int
+    clip: float
+    dtype: str
+    seed: int | None = None
+
+
+class Step(NamedTuple):
+    """A batch's mean loss, the global norm of its gradient before clipping, the loss's terms by name.
+
+    Scalar tensors on the device, which is not waited for.
+    """
+
+    loss: torch.Tensor
+    norm: torch.Tensor
+    terms: dict[str, torch.Tensor]
+
+
+def gradients(
     objective: Objective,
     model: nn.Module,
-    optimizers: Optimizers,
     batch: Batch,
+    settings: StepSettings,
     *,
-    rows: int,
-    clip: float,
-    dtype: str,
     losses: Losses | None = None,
-    seed: int | None = None,
     ranks: Ranks = ALONE,
-    accept: Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], bool] | None = None,
     mark: Callable[[str], None] = lambda name: None,
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """One optimiser step on ``batch`` (in host memory), ``rows`` sequences at a time.
+) -> Step:
+    """Leave the clipped gradient of ``batch`` (in host memory) in ``model``, computed ``rows`` sequences at a time.
 
-    Each part counts by its number of targets, so loss and gradient are those of the whole batch, however it is cut.
-    With several ``ranks`` every one is given the whole batch and computes its own rows of it; gradients are exchanged
-    once, with the last part.
+    Each micro-batch has the weight of its number of targets, so loss and gradient are those of the whole batch,
+    however it is cut. With several ``ranks`` every one is given the whole batch and computes its own rows of it;
+    gradients are exchanged once, with the last micro-batch.
 
     Args:
         losses: the objective's own, or what ``ranks.losses`` or torch.compile made of them.
-        seed: of dropout. With modules from :func:`fastllm.training.dropout.key_dropout` a row's mask depends on it and
-            on the row alone. None: torch's generator goes on from where it is.
-        accept: given what is returned, whether the update is made; without it always. Else the gradient is dropped.
-        mark: called with "forward" before the part that exchanges gradients, "backward" when the gradient is there,
-            and "update" after the optimiser.
-
-    Returns:
-        The batch's loss, the global norm of its gradient before clipping, and the loss's terms by name, on the device,
-        not synchronised.
+        mark: called with "forward" before the micro-batch that exchanges gradients.
     """
     losses = losses or objective.losses
     device = next(model.parameters()).device
     totals = objective.counts(batch)
     mine, first = ranks.mine(batch)
-    parts = []
-    for index, part in enumerate(rows_of(mine, rows)):
+    micro_batches = []
+    for index, rows in enumerate(rows_of(mine, settings.rows)):
         # A mean over no targets would be 0 / 0.
-        counts = {name: count for name, count in objective.counts(part).items() if count}
+        counts = {name: count for name, count in objective.counts(rows).items() if count}
         weights = {name: count / totals[name] for name, count in counts.items()}
         if counts or ranks.size > 1:
-            parts.append((first + index * rows, part, weights))
+            micro_batches.append((first + index * settings.rows, rows, weights))
     loss = torch.zeros((), device=device)
     terms = {name: torch.zeros((), device=device) for name in totals}
-    spare = None if ranks.size == 1 else ranks.spare(objective, batch, rows)
-    for index, (row, part, weights) in enumerate(parts):
-        set_first_row(row)
-        if seed is not None:
-            torch.manual_seed(seed)
-        last = index == len(parts) - 1
+    stand_in = None if ranks.size == 1 else ranks.stand_in(objective, batch, settings.rows)
+    for index, (row, rows, weights) in enumerate(micro_batches):
+        set_first_row(model, row)
+        if settings.seed is not None:
+            torch.manual_seed(settings.seed)
+        last = index == len(micro_batches) - 1
         if last:
             mark("forward")
         # With several ranks each has to reach every parameter, so a term without targets here is computed elsewhere.
-        lacking = to_device(spare, device) if spare is not None and len(weights) < len(totals) else None
+        short = stand_in is not None and len(weights) < len(totals)
+        elsewhere = to_device(stand_in, device) if short else None
         with ranks.exchange(last):
-            with autocast(device, dtype):
-                shares = ranks.shares(losses, model, to_device(part, device), weights, lacking)
-                part_loss = sum(shares.values())
-            part_loss.backward(ranks.upstream(part_loss))
-        loss += part_loss.detach()
+            with autocast(device, settings.dtype):
+                shares = ranks.shares(losses, model, to_device(rows, device), weights, elsewhere)
+                share = sum(shares.values())
+            share.backward(ranks.upstream(share))
+        loss += share.detach()
         for name in weights:
             terms[name] += shares[name].detach()
     ranks.sum_([loss, *terms.values()])
-    norm = ranks.clip(model, clip if clip > 0 else math.inf)
-    taken = accept is None or accept(loss, norm, terms)
-    mark("backward")
-    if taken:
-        optimizers.step()
-    else:
-        optimizers.zero_grad()
-    mark("update")
-    return loss, norm, terms
+    norm = ranks.clip(model, settings.clip if settings.clip > 0 else math.inf)
+    return Step(loss, norm, terms)
+
+
+def train_step(
+    objective: Objective, model: nn.Module, optimizers: Optimizers, batch: Batch, settings: StepSettings
+) -> Step:
+    """:func:`gradients` and the update, by one process."""
+    step = gradients(objective, model, batch, settings)
+    optimizers.step()
+    return step

@@ -7,71 +7,57 @@ Column tiles that every row of the tile sees run without a mask; those at the ed
 that see nothing give 0 and lse = -inf. Accumulation is fp32; p is rounded to v's dtype for the second product.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from ..launch import OPTIONS
 from .decode import attention_decode, splits
 from .online_softmax import forward_tiles, row_results
-from .problem import Problem, column_range, load_tile, locate, plane_of, store_tile
+from .problem import Problem
+from .scores import column_range, load_tile, locate, matrix_of, sheet_of, store_tile
 from .tiles import forward_tile
 
 
 @triton.jit
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, k_desc, v_desc, out_ptr, lse_ptr, max_ptr, log2_ptr, sinks_ptr,
-    stride_qb, stride_qh, stride_qm, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
-    stride_vb, stride_vh, stride_vn, stride_vd, stride_ob, stride_oh, stride_om, stride_od,
-    stride_sb, stride_sh, cu_q_ptr, cu_k_ptr,
-    bias_ptr, stride_bb, stride_bh, stride_bm, stride_bn, slopes_ptr, stride_ab, stride_ah,
-    scale, softcap, unit, left, right, seed_ptr, threshold, keep_scale,
-    n_programs, n_tiles, n_seqs, heads, group, length_q, length_k, dim, dim_v,
-    PACKED: tl.constexpr, NATURAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
-    SINKS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
-    SPLIT_ROWS: tl.constexpr, SPLIT_FROM: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    q, k, v, k_desc, v_desc, out, stats, sinks, score, dropout, sizes, programs,
+    flags: tl.constexpr, tile: tl.constexpr, split: tl.constexpr,
 ):  # fmt: skip
+    BLOCK_M: tl.constexpr = tile.block_m
+    BLOCK_DV: tl.constexpr = tile.block_dv
     program = tl.program_id(0)
-    head = (program // n_programs).to(tl.int64)
-    b, tile, start_q, n_rows, start_k, n_cols = locate(
-        program % n_programs, cu_q_ptr, cu_k_ptr, n_tiles, length_q, length_k, n_seqs, BLOCK=BLOCK_M, PACKED=PACKED
-    )
-    if RIGHT:
+    head = (program // programs.per_head).to(tl.int64)
+    b, at, start_q, n_rows, start_k, n_cols = locate(
+        program % programs.per_head, sizes.cu_q, sizes.cu_k, programs.tiles, sizes.rows, sizes.cols, sizes.sequences,
+        BLOCK=BLOCK_M,
+    )  # fmt: skip
+    if score.right is not None:
         # The last rows see the most columns: they start first, so that the short programs fill the end.
-        tile = tl.cdiv(n_rows, BLOCK_M) - 1 - tile
-    serves = (tile >= 0) & (tile * BLOCK_M < n_rows)
-    if SPLIT_ROWS > 0:
-        # Those are attention_decode's.
-        serves = serves & ((n_rows > SPLIT_ROWS) | (n_cols < SPLIT_FROM))
+        at = tl.cdiv(n_rows, BLOCK_M) - 1 - at
+    serves = (at >= 0) & (at * BLOCK_M < n_rows)
+    if split is not None:
+        # The others are attention_decode's.
+        serves = serves & ((n_rows > split.rows) | (n_cols < split.least_cols))
     if serves:
-        first = tile * BLOCK_M
+        first = at * BLOCK_M
         last = tl.minimum(first + BLOCK_M, n_rows) - 1
         rows = first + tl.arange(0, BLOCK_M)
         in_rows = rows < n_rows
-        d = tl.arange(0, BLOCK_D).to(tl.int64)
-        dv = tl.arange(0, BLOCK_DV).to(tl.int64)
-        head_kv = head // group
-        q_ptr = plane_of(q_ptr, b, head, start_q, stride_qb, stride_qh, stride_qm, ALIGN=ALIGN)
-        k_ptr = plane_of(k_ptr, b, head_kv, start_k, stride_kb, stride_kh, stride_kn, ALIGN=ALIGN)
-        v_ptr = plane_of(v_ptr, b, head_kv, start_k, stride_vb, stride_vh, stride_vn, ALIGN=ALIGN)
-        q = load_tile(q_ptr, rows, in_rows, stride_qm, d, stride_qd, dim, ALIGN=ALIGN)
-        if BIAS > 0:
-            bias_ptr += b * stride_bb + head * stride_bh
-        slope = tl.load(slopes_ptr + b * stride_ab + head * stride_ah).to(tl.float32) if ALIBI else 0.0
-        seed = tl.load(seed_ptr) if DROPOUT else 0
-        plane = b * heads + head
-        offset = n_cols - n_rows if BOTTOM_RIGHT else 0
+        head_kv = head // sizes.group
+        queries = matrix_of(q, b, head, start_q, sizes.dim, BLOCK=tile.block_d, ALIGN=flags.align)
+        keys = matrix_of(k, b, head_kv, start_k, sizes.dim, BLOCK=tile.block_d, ALIGN=flags.align)
+        values = matrix_of(v, b, head_kv, start_k, sizes.dim_v, BLOCK=BLOCK_DV, ALIGN=flags.align)
+        q_tile = load_tile(queries, rows, in_rows)
+        seed = tl.load(dropout.seed) if dropout is not None else 0
+        sheet = sheet_of(b, head, n_rows, n_cols, score, seed, sizes.heads, BOTTOM_RIGHT=flags.bottom_right)
         acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
         row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
-        if SINKS:
+        if sinks is not None:
             # The sink is a column without a value: the running sum starts with it.
-            row_max = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sinks_ptr + head).to(tl.float32)
+            row_max = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sinks + head).to(tl.float32)
             row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
         begin, full_begin, full_end, end = column_range(
-            first, last, n_cols, offset, left, right, BLOCK_N=BLOCK_N, LEFT=LEFT, RIGHT=RIGHT
+            first, last, n_cols, sheet.offset, score.left, score.right, BLOCK_N=tile.block_n
         )
         for phase in tl.static_range(3):
             if phase == 0:
@@ -80,56 +66,48 @@ def _attention_fwd_kernel(
                 low, high = full_begin, full_end
             else:
                 low, high = full_end, end
-            if phase > 0 or LEFT:
+            # Without a left bound the first run is empty.
+            if phase > 0 or score.left is not None:
                 acc, row_max, row_sum = forward_tiles(
-                    acc, row_max, row_sum, q, k_desc, v_desc, b, head_kv, k_ptr, v_ptr, low, high, rows, n_rows, n_cols,
-                    stride_kn, stride_kd, stride_vn, stride_vd, d, dv, dim, dim_v,
-                    bias_ptr, stride_bm, stride_bn, slope, scale, softcap, unit, offset, left, right,
-                    seed, plane, threshold,
-                    NATURAL=NATURAL, SOFTCAP=SOFTCAP, ALIBI=ALIBI, BIAS=BIAS, LEFT=LEFT, RIGHT=RIGHT,
-                    DROPOUT=DROPOUT, PRECISION=PRECISION, EXACT=EXACT, MASKED=phase != 1, ALIGN=ALIGN, BLOCK_N=BLOCK_N,
+                    acc, row_max, row_sum, q_tile, rows, keys, values, k_desc, v_desc, (low, high), sheet, score,
+                    dropout, flags, MASKED=phase != 1, BLOCK_N=tile.block_n,
                 )  # fmt: skip
-        lse, row_max, row_sum, row_log2 = row_results(row_max, row_sum, unit, NATURAL=NATURAL)
+        lse, row_max, row_sum, row_log2 = row_results(row_max, row_sum, score.unit, NATURAL=flags.natural)
         acc = acc / row_sum[:, None]
-        if DROPOUT:
-            acc *= keep_scale
-        at_stats = b * stride_sb + head * stride_sh + start_q + rows
-        tl.store(lse_ptr + at_stats, lse, mask=in_rows)
-        tl.store(max_ptr + at_stats, row_max, mask=in_rows)
-        tl.store(log2_ptr + at_stats, row_log2, mask=in_rows)
-        out_ptr = plane_of(out_ptr, b, head, start_q, stride_ob, stride_oh, stride_om, ALIGN=ALIGN)
-        store_tile(out_ptr, acc, rows, in_rows, stride_om, dv, stride_od, dim_v, ALIGN=ALIGN)
+        if dropout is not None:
+            acc *= dropout.keep_scale
+        at_stats = b * stats.batch + head * stats.head + start_q + rows
+        tl.store(stats.lse + at_stats, lse, mask=in_rows)
+        tl.store(stats.row_max + at_stats, row_max, mask=in_rows)
+        tl.store(stats.row_log2 + at_stats, row_log2, mask=in_rows)
+        outputs = matrix_of(out, b, head, start_q, sizes.dim_v, BLOCK=BLOCK_DV, ALIGN=flags.align)
+        store_tile(outputs, acc, rows, in_rows)
 
 
-def attention_fwd(q, k, v, bias, sinks, alibi_slopes, seed, cu_q, cu_k, scale, softcap, left, right, bottom_right,
-                  dropout_p, out):  # fmt: skip
-    """Fills ``out``; returns lse, and the statistics for the backward: (2, *lse.shape), row maxima and log2 of sums."""
-    problem = Problem(
-        q, k, v, bias, sinks, alibi_slopes, seed, cu_q, cu_k, scale, softcap, left, right, bottom_right, dropout_p
-    )
-    lse = q.new_empty(problem.stats_shape(), dtype=torch.float32)
-    stats = q.new_empty((2, *problem.stats_shape()), dtype=torch.float32)
+def attention_fwd(call, out):
+    """Fills ``out``; returns lse, and the statistics for the backward: (2, *lse.shape), row maxima and log2 of sums.
+
+    ``call`` is described at :class:`.problem.Problem`.
+    """
+    problem = Problem(call)
+    lse, stats = problem.new_statistics()
     if lse.numel() == 0:
         return lse, stats
-    if problem.packed:
-        # Rows past the last sequence have no program; they count as rows that see nothing.
-        lse.fill_(-torch.inf)
-        stats[0].zero_()
-        stats[1].fill_(torch.inf)
-    limits = splits(problem)
-    if limits is not None:
-        attention_decode(problem, limits, sinks, out, lse, stats)
+    statistics = problem.statistics(stats, lse=lse)
+    split = splits(problem)
+    if split is not None:
+        attention_decode(problem, split, out, statistics)
         if not problem.packed:
             return lse, stats
-    tile = problem.fit(forward_tile(problem.widest, q.dtype, problem.arch, problem.load), "BLOCK_M", problem.rows)
-    n_tiles, programs = problem.tiles(tile["BLOCK_M"], problem.rows)
-    copies = problem.descriptors(k, v, tile["BLOCK_N"], *problem.blocks.values())
-    _attention_fwd_kernel[(programs * problem.heads,)](
-        q, k, v, *copies, out, lse, stats[0], stats[1], q if sinks is None else sinks,
-        *(s for x in (q, k, v, out) for s in problem.strides(x)), *problem.stat_strides(), *problem.cu,
-        *problem.bias_args(), *problem.slope_args(), *problem.feature_args(), problem.keep_scale,
-        programs, n_tiles, problem.batch, problem.heads, problem.group, problem.rows, problem.cols,
-        problem.dim, problem.dim_v, SINKS=sinks is not None, **(limits or dict(SPLIT_ROWS=0, SPLIT_FROM=0)),
-        ALIGN=problem.align(out), **problem.flags, **problem.blocks, **tile, **OPTIONS,
+    tile = problem.fit(
+        forward_tile(problem.widest, problem.q.dtype, problem.arch, problem.pressure), "BLOCK_M", problem.rows
+    )
+    shape, options = problem.launch_of(tile)
+    programs = problem.programs(shape.block_m, problem.rows)
+    _attention_fwd_kernel[(programs.per_head * problem.heads,)](
+        *map(problem.plane, (problem.q, problem.k, problem.v)),
+        *problem.descriptors(problem.k, problem.v, shape.block_n),
+        problem.plane(out), statistics, problem.sinks, problem.score, problem.dropout, problem.sizes, programs,
+        flags=problem.flags(out), tile=shape, split=split, **options,
     )  # fmt: skip
     return lse, stats

@@ -17,9 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..launch import OPTIONS, processor_count
-from . import forward as portable
 from .decode import splits
-from .hopper_warps import ROWS, consume, produce
+from .forward import attention_fwd
+from .hopper_warps import ROWS, HopperMode, HopperResults, HopperWork, Ring, consume, produce
 from .problem import Problem
 
 # Head dim -> columns of a step, buffers of each ring: 96 and 176 KB of shared memory, and no spills with Triton 3.6 and
@@ -28,7 +28,7 @@ SETTINGS = {
     64: dict(BLOCK_N=128, STAGES=2, PING_PONG=True),
     128: dict(BLOCK_N=64, STAGES=4, PING_PONG=True),
 }
-# Bytes of keys and values that programs side by side may hold in the L2 cache (50 MB on an H100 or H200).
+# Bytes of keys and values that programs side by side may hold in the L2 cache (50 MB on an H100 or H200). A guess.
 L2 = 32 << 20
 
 
@@ -44,15 +44,12 @@ def _barriers(n: gl.constexpr, readers: gl.constexpr):
 
 
 @gluon.jit
-def _attention_hopper_fwd_kernel(
-    q_desc, k_desc, v_desc, out_ptr, lse_ptr, stats_ptr, cu_q_ptr, cu_k_ptr,
-    n_items, n_tiles, planes, bits, n_seqs, heads, group, length_q, length_k, n_rounds, unit,
-    PACKED: gl.constexpr, CAUSAL: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, PING_PONG: gl.constexpr,
-    BLOCK_N: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def _attention_hopper_fwd_kernel(q_desc, k_desc, v_desc, results, work, sizes, unit, mode: gl.constexpr):
+    DIM: gl.constexpr = mode.dim
+    STAGES: gl.constexpr = mode.stages
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, ROWS, DIM], q_desc.layout)
-    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BLOCK_N, DIM], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, BLOCK_N, DIM], v_desc.layout)
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, mode.block_n, DIM], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, mode.block_n, DIM], v_desc.layout)
     q_full, q_empty = _barriers(2, 1)
     k_full, k_empty = _barriers(STAGES, 2)
     v_full, v_empty = _barriers(STAGES, 2)
@@ -60,35 +57,25 @@ def _attention_hopper_fwd_kernel(
     for i in gl.static_range(2):
         mbarrier.init(turns.index(i), count=1)
     descs = (q_desc, k_desc, v_desc)
-    buffers = (q_smem, k_smem, v_smem)
-    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
-    sizes = (n_rounds, n_items, n_tiles, planes, bits, n_seqs, heads, length_q, length_k)
-    results = (out_ptr, lse_ptr, stats_ptr)
+    q = Ring(q_smem, q_full, q_empty)
+    k = Ring(k_smem, k_full, k_empty)
+    v = Ring(v_smem, v_full, v_empty)
     gl.warp_specialize(
         [
-            (consume, (
-                buffers, bars, turns, sizes, cu_q_ptr, cu_k_ptr, results, unit,
-                0, PACKED, CAUSAL, BOTTOM_RIGHT, PING_PONG, BLOCK_N, DIM, STAGES,
-            )),
-            (consume, (
-                buffers, bars, turns, sizes, cu_q_ptr, cu_k_ptr, results, unit,
-                1, PACKED, CAUSAL, BOTTOM_RIGHT, PING_PONG, BLOCK_N, DIM, STAGES,
-            )),
-            (produce, (
-                descs, buffers, bars, sizes, group, cu_q_ptr, cu_k_ptr,
-                PACKED, CAUSAL, BOTTOM_RIGHT, BLOCK_N, STAGES,
-            )),
+            (consume, (q, k, v, turns, work, sizes, results, unit, 0, mode)),
+            (consume, (q, k, v, turns, work, sizes, results, unit, 1, mode)),
+            (produce, (descs, q, k, v, work, sizes, mode)),
         ],
         [4, 1],
         # Of 168 registers a thread at the start: with fewer than 40 for the copying warp, ptxas spills what all share.
         [232, 40],
-    )  # fmt: skip
+    )
 
 
-def refuses(problem: Problem, out: torch.Tensor) -> str | None:
+def hopper_refuses(problem: Problem, out: torch.Tensor) -> str | None:
     """Why this kernel cannot take a call, which is then the portable kernel's; None if it can."""
-    flags = problem.flags
-    if flags["NATURAL"] or flags["DROPOUT"] or flags["LEFT"] or problem.right > 0:
+    score = problem.score
+    if problem.natural or problem.dropout is not None or score.left is not None or score.right not in (None, 0):
         return "it has a feature besides the causal mask"
     if problem.q.dtype not in (torch.float16, torch.bfloat16):
         return "it is not in fp16 or bf16"
@@ -100,7 +87,7 @@ def refuses(problem: Problem, out: torch.Tensor) -> str | None:
         return "it is empty"
     if not problem.packed and splits(problem) is not None:
         return "it has few queries for many keys"
-    # A batch of packed sequences counts once: its rows are those of one tensor.
+    # The rows of all packed sequences are those of one tensor.
     batch = 1 if problem.packed else problem.batch
     if max(batch * problem.rows, batch * problem.cols, batch * problem.heads * -(-problem.rows // 128)) >= 2**31 - 128:
         return "it has too many rows for the copy engine's coordinates"
@@ -130,41 +117,40 @@ def _descriptor(problem: Problem, x: torch.Tensor, rows: int) -> TensorDescripto
     return TensorDescriptor(x, shape, [*strides[:3], 1], block, gl.NVMMASharedLayout.get_default_for(block, dtype))
 
 
-def attention_fwd(q, k, v, bias, sinks, alibi_slopes, seed, cu_q, cu_k, scale, softcap, left, right, bottom_right,
-                  dropout_p, out):  # fmt: skip
-    """As attention.attention_fwd, which serves the calls that :func:`refuses` has a word against."""
-    args = (q, k, v, bias, sinks, alibi_slopes, seed, cu_q, cu_k, scale, softcap, left, right, bottom_right, dropout_p)
-    problem = Problem(*args)
-    if refuses(problem, out) is not None:
-        return portable.attention_fwd(*args, out)
-    lse = q.new_empty(problem.stats_shape(), dtype=torch.float32)
-    stats = q.new_empty((2, *problem.stats_shape()), dtype=torch.float32)
-    if problem.packed:
-        # Rows past the last sequence are nobody's; they count as rows that see nothing.
-        lse.fill_(-torch.inf)
-        stats[0].zero_()
-        stats[1].fill_(torch.inf)
-    _launch(problem, out, lse, stats)
+def attention_hopper_fwd(call, out):
+    """As forward.attention_fwd, which serves the calls that :func:`hopper_refuses` gives a reason against."""
+    problem = Problem(call)
+    if hopper_refuses(problem, out) is not None:
+        return attention_fwd(call, out)
+    lse, stats = problem.new_statistics()
+    _launch(problem, HopperResults(out, lse, stats))
     return lse, stats
 
 
-def _launch(problem: Problem, out: torch.Tensor, lse: torch.Tensor, stats: torch.Tensor) -> None:
+def _launch(problem: Problem, results: HopperResults) -> None:
     setting = SETTINGS[problem.dim]
-    n_tiles, slots = problem.tiles(2 * ROWS.value, problem.rows)
+    tiles, slots = problem.programs(2 * ROWS.value, problem.rows)
     planes = problem.heads if problem.packed else problem.batch * problem.heads
     if problem.packed:
-        n_tiles = slots
-    causal = problem.flags["RIGHT"]
+        tiles = slots
+    causal = problem.score.right is not None
     held = 2 * problem.cols * problem.dim * problem.q.element_size()
     # Without a causal mask all tiles are alike: those of one head are side by side.
     bits = (min(planes, problem.group * max(1, L2 // held)) - 1).bit_length() if causal else 0
-    n_items = n_tiles * (triton.cdiv(planes, 1 << bits) << bits)
-    programs = min(n_items, processor_count(problem.q.device))
+    items = tiles * (triton.cdiv(planes, 1 << bits) << bits)
+    programs = min(items, processor_count(problem.q.device))
+    work = HopperWork(triton.cdiv(items, programs), items, tiles, planes, bits)
+    mode = HopperMode(
+        packed=problem.packed,
+        causal=causal,
+        bottom_right=problem.bottom_right,
+        ping_pong=setting["PING_PONG"],
+        block_n=setting["BLOCK_N"],
+        dim=problem.dim,
+        stages=setting["STAGES"],
+    )
     _attention_hopper_fwd_kernel[(programs,)](
         _descriptor(problem, problem.q, ROWS.value),
-        *(_descriptor(problem, x, setting["BLOCK_N"]) for x in (problem.k, problem.v)),
-        out, lse, stats, *problem.cu, n_items, n_tiles, planes, bits, problem.batch, problem.heads, problem.group,
-        problem.rows, problem.cols, triton.cdiv(n_items, programs), float(problem.unit),
-        PACKED=problem.packed, CAUSAL=causal, BOTTOM_RIGHT=problem.bottom_right, DIM=problem.dim,
-        **setting, num_warps=4, **OPTIONS,
+        *(_descriptor(problem, x, mode.block_n) for x in (problem.k, problem.v)),
+        results, work, problem.sizes, float(problem.score.unit), mode=mode, num_warps=4, **OPTIONS,
     )  # fmt: skip

@@ -3,42 +3,38 @@
 import triton
 import triton.language as tl
 
-from .problem import LN2, kept, scores, step_tile
+from .scores import LN2, kept, scores, step_tile
 
 
 @triton.jit
 def forward_tiles(
-    acc, row_max, row_sum, q, k_desc, v_desc, b, head_kv, k_ptr, v_ptr, begin, end, rows, n_rows, n_cols,
-    stride_kn, stride_kd, stride_vn, stride_vd, d, dv, dim, dim_v,
-    bias_ptr, stride_bm, stride_bn, slope, scale, softcap, unit, offset, left, right, seed, plane, threshold,
-    NATURAL: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
-    MASKED: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
+    acc, row_max, row_sum, q, rows, keys, values, k_desc, v_desc, run, sheet, score, dropout,
+    flags: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(acc, row_max, row_sum) after the column tiles begin .. end: the online softmax.
+    """(acc, row_max, row_sum) after the column tiles of ``run``, (begin, end): the online softmax.
 
-    ``k_desc`` and ``v_desc`` are descriptors of the dense tensors, whose plane is (b, head_kv), or None. ``slope`` is a
-    scalar or one per row, (rows, 1); so are ``plane`` and the bias's pointer.
+    ``k_desc`` and ``v_desc`` are descriptors of the dense tensors of ``keys`` and ``values``, or None.
     """
+    begin, end = run
     for start in range(begin, end, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        k = step_tile(k_desc, b, head_kv, start, k_ptr, cols, n_cols, stride_kn, d, stride_kd, dim, ALIGN=ALIGN)
-        t, _ = scores(
-            tl.dot(q, tl.trans(k), input_precision=PRECISION), rows[:, None], cols[None, :], n_rows, n_cols,
-            bias_ptr, stride_bm, stride_bn, slope, scale, softcap, offset, left, right,
-            NATURAL=NATURAL, SOFTCAP=SOFTCAP, ALIBI=ALIBI, BIAS=BIAS, LEFT=LEFT, RIGHT=RIGHT, MASKED=MASKED,
-        )  # fmt: skip
+        k = step_tile(k_desc, keys, start, cols, sheet.n_cols)
+        dot = tl.dot(q, tl.trans(k), input_precision=flags.precision)
+        t, _ = scores(dot, rows[:, None], cols[None, :], sheet, score, flags, MASKED=MASKED)
         new_max = tl.maximum(row_max, tl.max(t, axis=1))
         # A row that has seen nothing yet keeps -inf, and -inf - -inf would be NaN.
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        alpha = tl.exp2((row_max - shift) * unit)
-        p = tl.exp2((t - shift[:, None]) * unit) if EXACT else tl.exp2(t * unit - (shift * unit)[:, None])
+        alpha = tl.exp2((row_max - shift) * score.unit)
+        if flags.exact:
+            p = tl.exp2((t - shift[:, None]) * score.unit)
+        else:
+            p = tl.exp2(t * score.unit - (shift * score.unit)[:, None])
         row_sum = row_sum * alpha + tl.sum(p, axis=1)
         row_max = new_max
-        if DROPOUT:
-            p = tl.where(kept(seed, plane, rows, start, threshold, BLOCK_N), p, 0.0)
-        v = step_tile(v_desc, b, head_kv, start, v_ptr, cols, n_cols, stride_vn, dv, stride_vd, dim_v, ALIGN=ALIGN)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        if dropout is not None:
+            p = tl.where(kept(sheet.seed, sheet.number, rows, start, dropout.threshold, BLOCK_N), p, 0.0)
+        v = step_tile(v_desc, values, start, cols, sheet.n_cols)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=flags.precision)
     return acc, row_max, row_sum
 
 

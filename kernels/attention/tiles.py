@@ -1,16 +1,17 @@
-"""Launch tables of the attention kernels: (BLOCK_M, BLOCK_N, warps, stages) by architecture, head dim and load.
+"""Launch tables of the attention kernels: (BLOCK_M, BLOCK_N, warps, stages) by architecture, head dim and
+register pressure.
 
 Chosen from what ptxas makes of them (Triton 3.9, November 2026): large tiles without a spill, with warpgroup products
 on sm_90; ``python -m fastllm.bench.attention_tables`` prints the registers of every entry. None has been timed yet.
 
-The load is how much besides the products a score needs registers for: 0 where it is the bare product, causal or not;
-1 with a left window, a soft cap or ALiBi; 2 with several of them, a bias or dropout; 3 where rows cannot be read
-16 bytes at a time, which takes a pointer for every element: as 2 where no fourth tile is given.
+The pressure says what a score needs registers for besides the products: 0 for the bare product, causal or not; 1 for a
+left window, a soft cap or ALiBi; 2 for several of them, a bias or dropout; 3 where rows cannot be read 16 bytes at a
+time, which takes a pointer for every element. 3 is as 2 where no fourth tile is given.
 """
 
 import torch
 
-# Padded head dims up to 64, 128 and 256 -> tiles by load. The keys: sm_80 (and sm_86, sm_89, sm_120), sm_90, sm_100.
+# Padded head dims up to 64, 128 and 256 -> tiles by pressure. Keys: sm_80 (and sm_86, sm_89, sm_120), sm_90, sm_100.
 FORWARD = {
     80: {
         64: ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
@@ -87,38 +88,42 @@ def _named(tile) -> dict:
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile, strict=True))
 
 
-def bound(dtype: torch.dtype, load: int = 0) -> dict:
-    """A launch's bound on registers: the hardware's own where ptxas may else spill to reach 128 and a second block.
+def register_bound(dtype: torch.dtype, pressure: int = 0) -> dict:
+    """A launch's bound on registers: the hardware's 255 where ptxas may otherwise spill to fit a second block into 128.
 
-    So it does in fp32, and under features of which no table holds every combination.
+    It does so in fp32, and under features of which no table holds every combination.
     """
-    return dict(maxnreg=255) if dtype == torch.float32 or load >= 2 else {}
+    return dict(maxnreg=255) if dtype == torch.float32 or pressure >= 2 else {}
 
 
-def _of(table, table_32, dtype: torch.dtype, arch: int, load: int, choose) -> dict:
+def _of(table, table_32, dtype: torch.dtype, arch: int, pressure: int, choose) -> dict:
     # sm_120 has the shared memory and the matrix instructions of sm_80's kind.
     kind = 80 if arch < 90 or arch >= 120 else 90 if arch < 100 else 100
-    return {**_named(choose(table_32 if dtype == torch.float32 else table[kind])), **bound(dtype, load)}
+    return {**_named(choose(table_32 if dtype == torch.float32 else table[kind])), **register_bound(dtype, pressure)}
 
 
-def _tile(table, table_32, dim: int, dtype: torch.dtype, arch: int, load: int) -> dict:
+def _tile(table, table_32, dim: int, dtype: torch.dtype, arch: int, pressure: int) -> dict:
     bucket = 64 if dim <= 64 else 128 if dim <= 128 else 256
-    return _of(table, table_32, dtype, arch, load, lambda tiles: tiles[bucket][min(load, len(tiles[bucket]) - 1)])
+
+    def choose(tiles):
+        return tiles[bucket][min(pressure, len(tiles[bucket]) - 1)]
+
+    return _of(table, table_32, dtype, arch, pressure, choose)
 
 
-def forward_tile(dim: int, dtype: torch.dtype, arch: int, load: int) -> dict:
+def forward_tile(dim: int, dtype: torch.dtype, arch: int, pressure: int) -> dict:
     """Tile of the forward: query rows of a program, keys of a step."""
-    return _tile(FORWARD, FORWARD_32, dim, dtype, arch, load)
+    return _tile(FORWARD, FORWARD_32, dim, dtype, arch, pressure)
 
 
-def dkdv_tile(dim: int, dtype: torch.dtype, arch: int, load: int) -> dict:
+def dkdv_tile(dim: int, dtype: torch.dtype, arch: int, pressure: int) -> dict:
     """Tile for dk and dv: query rows of a step, keys of a program."""
-    return _tile(DKDV, DKDV_32, dim, dtype, arch, load)
+    return _tile(DKDV, DKDV_32, dim, dtype, arch, pressure)
 
 
-def dq_tile(dim: int, dtype: torch.dtype, arch: int, load: int) -> dict:
+def dq_tile(dim: int, dtype: torch.dtype, arch: int, pressure: int) -> dict:
     """Tile for dq: query rows of a program, keys of a step."""
-    return _tile(DQ, DQ_32, dim, dtype, arch, load)
+    return _tile(DQ, DQ_32, dim, dtype, arch, pressure)
 
 
 def dbias_tile(dtype: torch.dtype, arch: int) -> dict:

@@ -1,28 +1,57 @@
-"""Cross-entropy's backward: tiles of the gradient, each on its own, from the statistics of _cross_entropy's rows."""
+"""Cross-entropy's backward: tiles of the gradient, each on its own, from the statistics that the forward left."""
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..launch import OPTIONS, next_power_of_2, processor_count
-from .logits import along, dlogits, merged, scaled, through_transform, tile, warps
+from ..launch import next_power_of_2, processor_count
+from .logits import (
+    EXACT,
+    LogitPlane,
+    LogitSizes,
+    along,
+    class_weights,
+    dlogits,
+    effective,
+    kernel_loss,
+    logit_tile,
+    merged,
+    negative_log_softmax,
+    penalty,
+    through_transform,
+    warps_for,
+)
 
 # Elements to a turn of the rescaling, 16 to a thread; eight such programs fill a multiprocessor.
 SCALE_TILE = 4096
 
 
+class RowGradients(NamedTuple):
+    """The gradients of the loss, ``stride`` elements a position, of lse and of the entropy; an absent one is None."""
+
+    loss: Any
+    stride: int
+    lse: Any
+    entropy: Any
+
+
+class BackwardInputs(NamedTuple):
+    """What the forward left: (3, rows) statistics, the mean's denominator and the entropy, or None."""
+
+    stats: Any
+    total: Any
+    entropy: Any
+
+
 @triton.jit
 def _backward_kernel(
-    dloss_ptr, dlse_ptr, dentropy_ptr, entropy_ptr,
-    x_ptr, target_ptr, weight_ptr, stats_ptr, total_ptr, dx_ptr, dtarget_ptr,
-    stride_dloss, stride_xb, stride_xc, stride_xs, stride_tb, stride_tc, stride_ts,
-    stride_dxb, stride_dxc, stride_dxs, stride_dtb, stride_dtc, stride_dts,
-    n_inner, n_rows, n_classes, ignore_index, smoothing, scale, cap, z_loss,
-    HAS_DLOSS: tl.constexpr, HAS_DLSE: tl.constexpr, HAS_DENTROPY: tl.constexpr, MEAN: tl.constexpr,
-    PROBABILITIES: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_CAP: tl.constexpr, ROUND_FIRST: tl.constexpr, NEED_DX: tl.constexpr, NEED_DTARGET: tl.constexpr,
-    ADJACENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    upstream, x, target, weight_ptr, left, dx, dtarget, sizes, loss,
+    PROBABILITIES: tl.constexpr, ROUND_FIRST: tl.constexpr, ADJACENT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    n_inner, n_rows, n_classes = sizes
     blocks = tl.cdiv(n_inner, BLOCK_M)
     outer = (tl.program_id(0) // blocks).to(tl.int64)
     inner = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -31,55 +60,53 @@ def _backward_kernel(
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_cols = cols < n_classes
     mask = in_rows[:, None] & in_cols[None, :]
-    at = outer * stride_xb + (inner * stride_xs)[:, None] + along(cols, stride_xc, ADJACENT)[None, :]
-    z = scaled(tl.load(x_ptr + at, mask=mask, other=0.0), scale, cap, HAS_SCALE, HAS_CAP)
-    base = tl.load(stats_ptr + rows, mask=in_rows, other=0.0)
-    rel = tl.load(stats_ptr + n_rows + rows, mask=in_rows, other=0.0)
-    nll = rel[:, None] - (z - base[:, None])
+    at = outer * x.outer + (inner * x.inner)[:, None] + along(cols, x.classes, ADJACENT)[None, :]
+    z = effective(tl.load(x.ptr + at, mask=mask, other=0.0), loss)
+    base = tl.load(left.stats + rows, mask=in_rows, other=0.0)
+    rel = tl.load(left.stats + n_rows + rows, mask=in_rows, other=0.0)
+    nll = negative_log_softmax(z, base, rel)
     p = tl.exp(-nll)
     keep = in_rows
-    weight = tl.load(weight_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :] if HAS_WEIGHT else 1.0
-    if HAS_DLOSS:
-        upstream = tl.load(dloss_ptr + rows * stride_dloss, mask=in_rows, other=0.0).to(tl.float32)
-        share = 1.0 / tl.load(total_ptr) if MEAN else 1.0
+    weight = class_weights(weight_ptr, cols, in_cols)
+    if upstream.loss is not None:
+        dloss = tl.load(upstream.loss + rows * upstream.stride, mask=in_rows, other=0.0).to(tl.float32)
+        share = 1.0 / tl.load(left.total) if left.total is not None else 1.0
         if PROBABILITIES:
-            t_at = outer * stride_tb + (inner * stride_ts)[:, None] + along(cols, stride_tc, ADJACENT)[None, :]
-            q = tl.load(target_ptr + t_at, mask=mask, other=0.0).to(tl.float32)
+            at = outer * target.outer + (inner * target.inner)[:, None]
+            at += along(cols, target.classes, ADJACENT)[None, :]
+            q = tl.load(target.ptr + at, mask=mask, other=0.0).to(tl.float32)
         else:
-            y = tl.load(target_ptr + rows, mask=in_rows, other=0)
-            keep = in_rows & (y != ignore_index)
+            y = tl.load(target.ptr + rows, mask=in_rows, other=0)
+            keep = in_rows & (y != loss.ignore_index)
             q = (cols[None, :] == y[:, None]).to(tl.float32)
-    if NEED_DX:
-        dx = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if HAS_DLOSS:
-            slope = tl.load(stats_ptr + 2 * n_rows + rows, mask=in_rows, other=0.0)[:, None]
-            factor = share if ROUND_FIRST else (upstream * share)[:, None]
-            dx = dlogits(
-                p, q, z, slope, weight, factor, smoothing, n_classes, scale, cap,
-                HAS_WEIGHT, SMOOTHING, HAS_SCALE, HAS_CAP,
-            )  # fmt: skip
+    if dx is not None:
+        d = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if upstream.loss is not None:
+            slope = tl.load(left.stats + 2 * n_rows + rows, mask=in_rows, other=0.0)[:, None]
+            factor = share if ROUND_FIRST else (dloss * share)[:, None]
+            d = dlogits(p, q, z, slope, weight, factor, n_classes, loss)
             if ROUND_FIRST:
                 # As the forward's own gradient, rounded before the upstream's factor: both ways agree bit for bit.
-                dx = dx.to(dx_ptr.dtype.element_ty).to(tl.float32) * upstream[:, None]
-            dx = tl.where(keep[:, None], dx, 0.0)
-        if HAS_DLSE:
-            dlse = tl.load(dlse_ptr + rows, mask=in_rows, other=0.0).to(tl.float32)
-            dx += through_transform(p * dlse[:, None], z, scale, cap, HAS_SCALE, HAS_CAP)
-        if HAS_DENTROPY:
-            dentropy = tl.load(dentropy_ptr + rows, mask=in_rows, other=0.0)
-            entropy = tl.load(entropy_ptr + rows, mask=in_rows, other=0.0)
+                d = d.to(dx.ptr.dtype.element_ty).to(tl.float32) * dloss[:, None]
+            d = tl.where(keep[:, None], d, 0.0)
+        if upstream.lse is not None:
+            dlse = tl.load(upstream.lse + rows, mask=in_rows, other=0.0).to(tl.float32)
+            d += through_transform(p * dlse[:, None], z, loss)
+        if upstream.entropy is not None:
+            dentropy = tl.load(upstream.entropy + rows, mask=in_rows, other=0.0)
+            entropy = tl.load(left.entropy + rows, mask=in_rows, other=0.0)
             dz = tl.where(p == 0.0, 0.0, p * (nll - entropy[:, None]) * dentropy[:, None])
-            dx += through_transform(dz, z, scale, cap, HAS_SCALE, HAS_CAP)
-        at = outer * stride_dxb + (inner * stride_dxs)[:, None] + along(cols, stride_dxc, ADJACENT)[None, :]
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    if NEED_DTARGET:
-        lse = base + rel
-        dt = (1.0 - smoothing) * nll + (z_loss * lse * lse)[:, None]
-        if HAS_WEIGHT:
+            d += through_transform(dz, z, loss)
+        at = outer * dx.outer + (inner * dx.inner)[:, None] + along(cols, dx.classes, ADJACENT)[None, :]
+        tl.store(dx.ptr + at, d.to(dx.ptr.dtype.element_ty), mask=mask)
+    if dtarget is not None:
+        dt = nll if loss.smoothing is None else (1.0 - loss.smoothing) * nll
+        dt += penalty(1.0, base + rel, loss)[:, None]
+        if weight is not None:
             dt *= weight
-        dt *= (upstream * share)[:, None]
-        at = outer * stride_dtb + (inner * stride_dts)[:, None] + along(cols, stride_dtc, ADJACENT)[None, :]
-        tl.store(dtarget_ptr + at, dt.to(dtarget_ptr.dtype.element_ty), mask=mask)
+        dt *= (dloss * share)[:, None]
+        at = outer * dtarget.outer + (inner * dtarget.inner)[:, None] + along(cols, dtarget.classes, ADJACENT)[None, :]
+        tl.store(dtarget.ptr + at, dt.to(dtarget.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -95,16 +122,16 @@ def _scale_kernel(dx_ptr, dloss_ptr, n, BLOCK: tl.constexpr):
             tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=at < n)
 
 
-def cross_entropy_bwd(
-    dloss, dlse, x, target, weight, stats, total,
-    ignore_index, smoothing, softcap, scale, z_loss, reduction, needs, out=None, dentropy=None, entropy=None,
-):  # fmt: skip
-    """(dlogits, dtarget) as ``x`` and ``target``; one that ``needs`` does not ask for is an empty tensor.
+def cross_entropy_bwd(upstream, labelled, statistics, needs, out=None):
+    """(dlogits, dtarget) as logits and target; one that ``needs`` does not ask for is an empty tensor.
 
-    ``dloss`` is a scalar or (B * S,), ``dlse`` (B * S,), either may be None; the rest as in
-    :func:`.cross_entropy.cross_entropy_fwd`. ``out`` receives dlogits, and may be ``x`` itself: a tile is read before
-    it is written. ``dentropy`` and ``entropy`` (B * S,) fp32, or None: that output, and its gradient.
+    Args:
+        upstream: fields ``loss``, a scalar or (B * S,); ``lse`` (B * S,); ``entropy`` (B * S,) fp32. Each may be None.
+        labelled: as in :func:`.forward.cross_entropy_fwd`.
+        statistics: what that left: fields ``rows`` (3, B * S), ``total`` for a mean, ``entropy`` for its gradient.
+        out: receives dlogits, and may be the logits: a tile is read before it is written.
     """
+    x, target, weight, loss = labelled
     need_dx, need_dtarget = needs
     probabilities = target.is_floating_point()
     dx = out if out is not None else torch.empty_like(x) if need_dx else x.new_empty(0)
@@ -112,34 +139,33 @@ def cross_entropy_bwd(
     n_rows = x.shape[0] * x.shape[2]
     if n_rows == 0:
         return dx, dtarget
+    dloss, dlse, dentropy = upstream
     if dloss is None and need_dtarget:
         dtarget.zero_()
         need_dtarget = False
     views = [x, dx if need_dx else x, target if probabilities else x, dtarget if need_dtarget else x]
     x3, dx3, t3, dt3 = merged(*views)
-    adjacent, block_m, block_n = tile(x3)
+    adjacent, block_m, block_n = logit_tile(x3)
     adjacent = adjacent and all(t.stride(1) == 1 for t in (dx3, t3, dt3))
     if dloss is not None and dloss.dim():
         dloss = dloss.contiguous()
     _backward_kernel[(x3.shape[0] * triton.cdiv(x3.shape[2], block_m), triton.cdiv(x3.shape[1], block_n))](
-        dloss, None if dlse is None else dlse.contiguous(), dentropy, entropy,
-        x3, t3 if probabilities else target.contiguous(), weight, stats, total, dx3, dt3,
-        0 if dloss is None or not dloss.dim() else 1, *x3.stride(), *t3.stride(), *dx3.stride(), *dt3.stride(),
-        x3.shape[2], n_rows, x3.shape[1], ignore_index, smoothing, scale, softcap or 0.0, z_loss,
-        HAS_DLOSS=dloss is not None, HAS_DLSE=dlse is not None, HAS_DENTROPY=dentropy is not None,
-        MEAN=reduction == "mean",
-        PROBABILITIES=probabilities, HAS_WEIGHT=weight is not None, SMOOTHING=smoothing != 0.0,
-        HAS_SCALE=scale != 1.0, HAS_CAP=softcap is not None,
-        ROUND_FIRST=x.dtype == torch.bfloat16 or x.dtype == torch.float32,
-        NEED_DX=need_dx, NEED_DTARGET=need_dtarget, ADJACENT=adjacent,
-        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps(block_m * block_n), **OPTIONS,
+        RowGradients(
+            dloss, 0 if dloss is None or not dloss.dim() else 1, None if dlse is None else dlse.contiguous(), dentropy
+        ),
+        LogitPlane(x3, *x3.stride()), LogitPlane(t3 if probabilities else target.contiguous(), *t3.stride()), weight,
+        BackwardInputs(statistics.rows, statistics.total if loss.reduction == "mean" else None, statistics.entropy),
+        LogitPlane(dx3, *dx3.stride()) if need_dx else None, LogitPlane(dt3, *dt3.stride()) if need_dtarget else None,
+        LogitSizes(x3.shape[2], n_rows, x3.shape[1]), kernel_loss(loss),
+        PROBABILITIES=probabilities, ROUND_FIRST=x.dtype == torch.bfloat16 or x.dtype == torch.float32,
+        ADJACENT=adjacent, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps_for(block_m * block_n), **EXACT,
     )  # fmt: skip
     return dx, dtarget
 
 
-def scale(dx, dloss):
+def scale_gradient(dx, dloss):
     """``dx``, contiguous, times the scalar ``dloss``, in place."""
     block = min(SCALE_TILE, next_power_of_2(dx.numel()))
     if dx.numel():
         programs = min(triton.cdiv(dx.numel(), block), 8 * processor_count(dx.device))
-        _scale_kernel[(programs,)](dx, dloss, dx.numel(), BLOCK=block, num_warps=warps(block), **OPTIONS)
+        _scale_kernel[(programs,)](dx, dloss, dx.numel(), BLOCK=block, num_warps=warps_for(block), **EXACT)

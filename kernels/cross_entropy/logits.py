@@ -1,47 +1,115 @@
-"""What the kernels of cross-entropy share: the transform of the logits, their gradient, layouts and tiles."""
+"""What the kernels of cross-entropy share: their arguments, the logits and their gradient, layouts and tiles.
+
+A launch passes few small tuples. What is absent or off in them is None, which the compiler knows: the code for it is
+left out. The loss comes as the op's ``Loss`` value, read by its fields' names.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..launch import next_power_of_2
+from ..launch import OPTIONS, next_power_of_2
 from ..math import tanh
 
 # 16 fp32 values a thread at 8 warps; chosen from compiled register counts (sm_90), not yet from timings.
 TILE = 4096
+# The gradient that the forward leaves and the backward's are the same bits. Both come from dlogits below; but whether
+# the compiler fuses a product with the sum after it depends on the code around them. So it fuses none in these
+# kernels, and what is to be fused says so: tl.fma.
+EXACT = OPTIONS | {"enable_fp_fusion": False}
+
+
+class LogitPlane(NamedTuple):
+    """A (B, C, S) tensor: its pointer and its strides."""
+
+    ptr: Any
+    outer: int
+    classes: int
+    inner: int
+
+
+class LogitSizes(NamedTuple):
+    """Positions to one element of the batch, positions in all, classes."""
+
+    inner: int
+    rows: int
+    classes: int
+
+
+class KernelLoss(NamedTuple):
+    """The loss as kernels take it; smoothing, scale and cap are None where they change nothing."""
+
+    ignore_index: int
+    smoothing: float | None
+    scale: float | None
+    cap: float | None
+    z_loss: float
+
+
+def kernel_loss(loss) -> KernelLoss:
+    scale = None if loss.logit_scale == 1.0 else loss.logit_scale
+    return KernelLoss(loss.ignore_index, loss.label_smoothing or None, scale, loss.softcap, loss.z_loss)
 
 
 @triton.jit
-def scaled(x, scale, cap, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr):
-    """The logits that the loss is taken of, in fp32."""
+def effective(x, loss):
+    """The logits that the loss is taken of, scaled and soft-capped, in fp32."""
     z = x.to(tl.float32)
-    if HAS_SCALE:
-        z *= scale
-    if HAS_CAP:
-        z = cap * tanh(z / cap)
+    if loss.scale is not None:
+        z *= loss.scale
+    if loss.cap is not None:
+        z = loss.cap * tanh(z / loss.cap)
     return z
 
 
 @triton.jit
-def dlogits(
-    p, q, z, slope, weight, factor, smoothing, n_classes, scale, cap,
-    HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr,
-):  # fmt: skip
-    """The gradient of a row's loss, times ``factor``. The target's own element is folded in here, in fp32."""
-    if SMOOTHING:
-        q = (1.0 - smoothing) * q + smoothing / n_classes
-    if HAS_WEIGHT:
-        q *= weight
-    return through_transform((p * slope - q) * factor, z, scale, cap, HAS_SCALE, HAS_CAP)
+def class_weights(weight_ptr, cols, in_cols):
+    """The classes' weights as a row of fp32, or None where there are none."""
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
+    else:
+        weight = None
+    return weight
 
 
 @triton.jit
-def through_transform(dz, z, scale, cap, HAS_SCALE: tl.constexpr, HAS_CAP: tl.constexpr):
-    if HAS_CAP:
-        ratio = z / cap
-        dz *= 1.0 - ratio * ratio
-    if HAS_SCALE:
-        dz *= scale
+def penalty(mass, lse, loss):
+    """What the z-loss adds to rows whose targets have the class weight ``mass``."""
+    return loss.z_loss * mass * lse * lse
+
+
+@triton.jit
+def penalty_slope(mass, lse, loss):
+    """The derivative of :func:`penalty` by ``lse``."""
+    return 2.0 * loss.z_loss * mass * lse
+
+
+@triton.jit
+def negative_log_softmax(z, base, rel):
+    """lse - z, from the statistics of the rows: ``base`` and lse less it, so that large logits lose nothing."""
+    return rel[:, None] - (z - base[:, None])
+
+
+@triton.jit
+def dlogits(p, q, z, slope, weight, factor, n_classes, loss):
+    """The gradient of a row's loss, times ``factor``. The target's own element is folded in here, in fp32."""
+    if loss.smoothing is not None:
+        q = tl.fma(q, 1.0 - loss.smoothing, loss.smoothing / n_classes)
+    if weight is not None:
+        q *= weight
+    return through_transform(tl.fma(p, slope, -q) * factor, z, loss)
+
+
+@triton.jit
+def through_transform(dz, z, loss):
+    """The gradient in the logits that were given, from that in the ones that the loss is taken of."""
+    if loss.cap is not None:
+        ratio = z / loss.cap
+        dz *= tl.fma(-ratio, ratio, 1.0)
+    if loss.scale is not None:
+        dz *= loss.scale
     return dz
 
 
@@ -64,7 +132,7 @@ def merged(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tensors
 
 
-def tile(x: torch.Tensor) -> tuple[bool, int, int]:
+def logit_tile(x: torch.Tensor) -> tuple[bool, int, int]:
     """(classes are adjacent in memory, BLOCK_M positions, BLOCK_N classes) for (B, C, S)."""
     _, n_classes, n_inner = x.shape
     if x.stride(1) == 1:
@@ -75,5 +143,6 @@ def tile(x: torch.Tensor) -> tuple[bool, int, int]:
     return False, block_m, min(next_power_of_2(n_classes), TILE // 2 // block_m)
 
 
-def warps(elements: int) -> int:
+def warps_for(elements: int) -> int:
+    """Warps for a tile: 16 elements to a thread, at most 8."""
     return max(1, min(8, elements // 512))

@@ -1,31 +1,35 @@
-"""Layer norm and RMS norm after an optional residual add with dropout: the backward. See _norm.py for the formulas.
+"""Layer norm and RMS norm after an optional residual add with dropout: the backward. forward.py has the formulas.
 
     g = dy * (weight + offset)
     dh = rstd * (g - mean(g) - xhat * mean(g * xhat)) + (the gradient that h itself received)
     dresidual = dh,  dinput = keep * dh / (1 - p),  dweight = sum_rows(dy * xhat),  dbias = sum_rows(dy)
 
-Up to BWD_ROW columns, half as many with dropout, a persistent grid reads every row once, prefetching the next tiles,
-keeps its share of dweight and dbias in fp32 registers and leaves one partial row a program, which a second small kernel
-sums; long rows go through it part by part (_norm_row.py), up to eight times as long ones shared by the blocks of a
-cluster. Wider rows, and all wide ones where there are no clusters, do not leave room for that: 12 bytes a column of
-sums, x and dy against a multiprocessor's 256 KB of registers. For them one kernel takes the two means of each row,
-another walks blocks of columns with them, and x and dy are read twice. No atomics, so results repeat bit for bit.
+Rows of up to BWD_ROW columns, half as many with dropout, are read once by a persistent grid that prefetches the next
+tiles. A program keeps its share of dweight and dbias in fp32 registers and leaves one row of partial sums, and a small
+second kernel sums those rows. Long rows go through registers segment by segment (long_row.py). The blocks of a cluster
+share rows of up to eight times the width. A wider row, and every one past BWD_ROW where there are no clusters, does not
+leave room for that: the sums, x and dy take 12 bytes a column of a multiprocessor's 256 KB of registers. For these one
+kernel takes the two means of each row, and another walks blocks of columns with them, so x and dy are read twice. There
+are no atomics, so results repeat bit for bit.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..launch import OPTIONS, RowView, cluster_blocks, next_power_of_2, processor_count
-from ..math import is_kept, starts
-from .forward import BLOCKED_COLS, row_tile, warps
+from ..launch import OPTIONS, cluster_blocks, next_power_of_2, processor_count
+from ..math import is_kept
+from .arguments import NormBackwardPass, NormGradOutputs, backward_pass, row_starts, tile_warps
+from .forward import BLOCKED_COLS, rows_and_columns
 from .long_row import is_long, norm_bwd_row
 
 # The backward holds x, dy, weight and two fp32 sums of a row. Its tiles fill a multiprocessor's registers (16 warps x
-# 128), so one program each: the partial rows stay below 5% of the bytes of 8192 rows. Philox takes as many again with
-# dropout, a second gradient of another dtype some, and the addresses of rows that begin at odd places: half the tile
-# for either, a quarter for both. Of wide rows a program takes WIDE_TILE of columns. From compiled register counts (no
-# spills on sm_80, sm_90, sm_100), not yet from timings.
+# 128), so one program runs on each: the partial rows stay below 5% of the bytes of 8192 rows. Philox takes as many
+# registers again with dropout, a second gradient of another dtype some, and so do the addresses of rows that do not
+# begin at multiples of 16 elements: either halves the tile, both quarter it. Of wide rows a program takes WIDE_TILE of
+# columns. From compiled register counts (no spills on sm_80, sm_90, sm_100), not yet from timings.
 BWD_ROW = 8192
 BWD_TILE = 8192
 WIDE_TILE = (4, 1024)
@@ -35,11 +39,11 @@ WIDE_TILE = (4, 1024)
 REDUCTIONS = 16 << 10
 
 
-def stages(device: torch.device, tile_bytes: int) -> int:
-    """Pipeline stages: with n of them n - 1 tiles of all that a step loads lie in shared memory, 3 at most.
+def pipeline_stages(device: torch.device, tile_bytes: int) -> int:
+    """With n stages n - 1 tiles of everything that a step loads lie in shared memory; 3 stages at most.
 
-    3 on sm_90 for whatever is loaded; sm_80 and sm_86 have less of it (163 and 99 KB a block), where tiles of fp32 and
-    of a residual's gradient would not fit.
+    sm_90 has room for 3 whatever is loaded. sm_80 and sm_86 have less shared memory (163 and 99 KB a block), where
+    tiles of fp32 and of a residual's gradient would not fit.
     """
     if device.type != "cuda":
         return 3
@@ -49,202 +53,210 @@ def stages(device: torch.device, tile_bytes: int) -> int:
 
 @triton.jit
 def _row_means_kernel(
-    dy_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, mean_g_ptr, mean_gx_ptr,
-    dy_inner, stride_dyo, stride_dyi, x_inner, stride_xo, stride_xi, n_cols, offset,
-    CENTER: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr,
+    inputs, places, means, n_cols, offset, CENTER: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    dy_ptr += starts(row, dy_inner, stride_dyo, stride_dyi)
-    x_ptr += starts(row, x_inner, stride_xo, stride_xi)
-    rstd = tl.load(rstd_ptr + row)
-    mean = tl.load(mean_ptr + row) if CENTER else 0.0
+    dy_ptr = inputs.dy + row_starts(row, places.dy)
+    x_ptr = inputs.x + row_starts(row, places.x)
+    rstd = tl.load(inputs.rstd + row)
+    mean = tl.load(inputs.mean + row) if CENTER else 0.0
     sum_g = tl.zeros((BLOCK_N,), tl.float32)
     sum_gx = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, n_cols, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         mask = cols < n_cols
         g = tl.load(dy_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-        if HAS_WEIGHT:
-            g *= tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32) + offset
+        if inputs.weight is not None:
+            g *= tl.load(inputs.weight + cols, mask=mask, other=0.0).to(tl.float32) + offset
         x = tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32)
         sum_g += g
         sum_gx += g * ((x - mean) * rstd)
     if CENTER:
-        tl.store(mean_g_ptr + row, tl.sum(sum_g, axis=0) / n_cols)
-    tl.store(mean_gx_ptr + row, tl.sum(sum_gx, axis=0) / n_cols)
+        tl.store(means.g + row, tl.sum(sum_g, axis=0) / n_cols)
+    tl.store(means.gx + row, tl.sum(sum_gx, axis=0) / n_cols)
 
 
 @triton.jit
 def _norm_bwd_kernel(
-    dy_ptr, dh_ptr, x_ptr, weight_ptr, seed_ptr, mean_ptr, rstd_ptr, mean_g_ptr, mean_gx_ptr,
-    dinput_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
-    dy_inner, stride_dyo, stride_dyi, dh_inner, stride_dho, stride_dhi, x_inner, stride_xo, stride_xi,
-    n_rows, n_cols, offset, p,
-    WHOLE: tl.constexpr, CENTER: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DH: tl.constexpr, DROPOUT: tl.constexpr,
-    NEED_DINPUT: tl.constexpr, NEED_DRESIDUAL: tl.constexpr, NEED_DWEIGHT: tl.constexpr, NEED_DBIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    inputs, means, outputs, places, n_rows, n_cols, offset, p,
+    CENTER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """``means`` are those of :func:`_row_means_kernel`, or None where a tile holds whole rows and takes them itself."""
+    NEED_DX: tl.constexpr = outputs.dinput is not None or outputs.dresidual is not None
     program, programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_cols = cols < n_cols
-    if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + cols, mask=in_cols, other=0.0).to(tl.float32) + offset
-    if DROPOUT and NEED_DINPUT:
-        seed = tl.load(seed_ptr)
+    if inputs.weight is not None:
+        weight = tl.load(inputs.weight + cols, mask=in_cols, other=0.0).to(tl.float32) + offset
+    if inputs.seed is not None and outputs.dinput is not None:
+        seed = tl.load(inputs.seed)
     dweight = tl.zeros((BLOCK_N,), tl.float32)
     dbias = tl.zeros((BLOCK_N,), tl.float32)
     for tile in tl.range(program, tl.cdiv(n_rows, BLOCK_M), programs, num_stages=STAGES):
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
         in_rows = rows < n_rows
         mask = in_rows[:, None] & in_cols[None, :]
-        dy_at = starts(rows, dy_inner, stride_dyo, stride_dyi)[:, None] + cols[None, :]
-        dy = tl.load(dy_ptr + dy_at, mask=mask, other=0.0).to(tl.float32)
-        if NEED_DINPUT or NEED_DRESIDUAL or NEED_DWEIGHT:
-            x_at = starts(rows, x_inner, stride_xo, stride_xi)[:, None] + cols[None, :]
-            x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
-            rstd = tl.load(rstd_ptr + rows, mask=in_rows, other=0.0)
+        dy_at = row_starts(rows, places.dy)[:, None] + cols[None, :]
+        dy = tl.load(inputs.dy + dy_at, mask=mask, other=0.0).to(tl.float32)
+        if NEED_DX or outputs.dweight is not None:
+            x_at = row_starts(rows, places.x)[:, None] + cols[None, :]
+            x = tl.load(inputs.x + x_at, mask=mask, other=0.0).to(tl.float32)
+            rstd = tl.load(inputs.rstd + rows, mask=in_rows, other=0.0)
             if CENTER:
-                x -= tl.load(mean_ptr + rows, mask=in_rows, other=0.0)[:, None]
+                x -= tl.load(inputs.mean + rows, mask=in_rows, other=0.0)[:, None]
             xhat = tl.where(mask, x * rstd[:, None], 0.0)
-        if NEED_DINPUT or NEED_DRESIDUAL:
-            g = dy * weight[None, :] if HAS_WEIGHT else dy
-            if WHOLE:
+        if NEED_DX:
+            g = dy * weight[None, :] if inputs.weight is not None else dy
+            if means is None:
                 mean_gx = tl.sum(g * xhat, axis=1) / n_cols
             else:
-                mean_gx = tl.load(mean_gx_ptr + rows, mask=in_rows, other=0.0)
+                mean_gx = tl.load(means.gx + rows, mask=in_rows, other=0.0)
             dx = g - xhat * mean_gx[:, None]
             if CENTER:
-                mean_g = tl.sum(g, axis=1) / n_cols if WHOLE else tl.load(mean_g_ptr + rows, mask=in_rows, other=0.0)
+                if means is None:
+                    mean_g = tl.sum(g, axis=1) / n_cols
+                else:
+                    mean_g = tl.load(means.g + rows, mask=in_rows, other=0.0)
                 dx -= mean_g[:, None]
             dx *= rstd[:, None]
-            if HAS_DH:
-                dh_at = starts(rows, dh_inner, stride_dho, stride_dhi)[:, None] + cols[None, :]
-                dx += tl.load(dh_ptr + dh_at, mask=mask, other=0.0).to(tl.float32)
+            if inputs.dh is not None:
+                dh_at = row_starts(rows, places.dh)[:, None] + cols[None, :]
+                dx += tl.load(inputs.dh + dh_at, mask=mask, other=0.0).to(tl.float32)
             at = rows[:, None] * n_cols + cols[None, :]
-            if NEED_DRESIDUAL:
-                tl.store(dresidual_ptr + at, dx.to(dresidual_ptr.dtype.element_ty), mask=mask)
-            if NEED_DINPUT:
-                if DROPOUT:
+            if outputs.dresidual is not None:
+                tl.store(outputs.dresidual + at, dx.to(outputs.dresidual.dtype.element_ty), mask=mask)
+            if outputs.dinput is not None:
+                if inputs.seed is not None:
                     dx = tl.where(is_kept(seed, rows, cols, p), dx * (1.0 / (1.0 - p)), 0.0)
-                tl.store(dinput_ptr + at, dx.to(dinput_ptr.dtype.element_ty), mask=mask)
-        if NEED_DWEIGHT:
+                tl.store(outputs.dinput + at, dx.to(outputs.dinput.dtype.element_ty), mask=mask)
+        if outputs.dweight is not None:
             dweight += tl.sum(dy * xhat, axis=0)
-        if NEED_DBIAS:
+        if outputs.dbias is not None:
             dbias += tl.sum(dy, axis=0)
     partial = program.to(tl.int64) * n_cols + cols
-    if NEED_DWEIGHT:
-        tl.store(dweight_ptr + partial, dweight, mask=in_cols)
-    if NEED_DBIAS:
-        tl.store(dbias_ptr + partial, dbias, mask=in_cols)
+    if outputs.dweight is not None:
+        tl.store(outputs.dweight + partial, dweight, mask=in_cols)
+    if outputs.dbias is not None:
+        tl.store(outputs.dbias + partial, dbias, mask=in_cols)
 
 
 @triton.jit
-def _column_sum_kernel(
-    partial_dweight_ptr, partial_dbias_ptr, dweight_ptr, dbias_ptr, n_parts, n_cols,
-    NEED_DWEIGHT: tl.constexpr, NEED_DBIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+def _column_sum_kernel(partial, sums, n_partials, n_cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     cols = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_cols = cols < n_cols
     dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, n_parts, BLOCK_M):
-        parts = start + tl.arange(0, BLOCK_M).to(tl.int64)
-        mask = (parts < n_parts)[:, None] & in_cols[None, :]
-        at = parts[:, None] * n_cols + cols[None, :]
-        if NEED_DWEIGHT:
-            dweight += tl.load(partial_dweight_ptr + at, mask=mask, other=0.0)
-        if NEED_DBIAS:
-            dbias += tl.load(partial_dbias_ptr + at, mask=mask, other=0.0)
-    if NEED_DWEIGHT:
-        tl.store(dweight_ptr + cols, tl.sum(dweight, axis=0).to(dweight_ptr.dtype.element_ty), mask=in_cols)
-    if NEED_DBIAS:
-        tl.store(dbias_ptr + cols, tl.sum(dbias, axis=0).to(dbias_ptr.dtype.element_ty), mask=in_cols)
+    for start in range(0, n_partials, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M).to(tl.int64)
+        mask = (rows < n_partials)[:, None] & in_cols[None, :]
+        at = rows[:, None] * n_cols + cols[None, :]
+        if partial.dweight is not None:
+            dweight += tl.load(partial.dweight + at, mask=mask, other=0.0)
+        if partial.dbias is not None:
+            dbias += tl.load(partial.dbias + at, mask=mask, other=0.0)
+    if partial.dweight is not None:
+        tl.store(sums.dweight + cols, tl.sum(dweight, axis=0).to(sums.dweight.dtype.element_ty), mask=in_cols)
+    if partial.dbias is not None:
+        tl.store(sums.dbias + cols, tl.sum(dbias, axis=0).to(sums.dbias.dtype.element_ty), mask=in_cols)
 
 
-def norm_bwd(
-    dy, dh, x, weight, seed, mean, rstd,
-    input_dtype: torch.dtype, bias_dtype: torch.dtype, offset: float, p: float, center: bool, needs,
-):  # fmt: skip
-    """The gradients (dinput, dresidual, dweight, dbias); one that ``needs`` does not ask for is an empty tensor.
+class _RowMeans(NamedTuple):
+    """Of each row the mean of g, and of g * xhat."""
 
-    Args:
-        dy: the gradient of y. dh: that of h, or None.
-        x: what was normed: the input, or h. weight, seed, offset, p, center: as in :func:`._norm.norm_fwd`.
-        mean, rstd: from there.
-        needs: for (input, residual, weight, bias). The first two have the same gradient where ``p`` is 0 and the
-            dtypes agree: then dinput alone is filled, and stands for both.
+    g: torch.Tensor
+    gx: torch.Tensor
 
-    dinput comes in ``input_dtype``, dresidual in x's dtype, dweight in weight's, dbias in ``bias_dtype``; all sums
-    are fp32.
-    """
-    n_cols = x.shape[-1]
-    need_dinput, need_dresidual, need_dweight, need_dbias = needs
-    if p == 0.0 and input_dtype == x.dtype:
-        need_dinput, need_dresidual = need_dinput or need_dresidual, False
-    dinput = x.new_empty(x.shape if need_dinput else 0, dtype=input_dtype)
-    dresidual = x.new_empty(x.shape if need_dresidual else 0)
-    dweight = x.new_empty(n_cols if need_dweight else 0, dtype=weight.dtype if need_dweight else x.dtype)
-    dbias = x.new_empty(n_cols if need_dbias else 0, dtype=bias_dtype)
-    x_rows, dy_rows = RowView(x, n_cols), RowView(dy, n_cols)
-    dh_rows = dy_rows if dh is None else RowView(dh, n_cols)
-    n_rows = x_rows.count
-    if n_rows == 0:
-        return dinput, dresidual, dweight.zero_(), dbias.zero_()
-    flags = dict(CENTER=center, HAS_WEIGHT=weight is not None)
-    wanted = dict(NEED_DWEIGHT=need_dweight, NEED_DBIAS=need_dbias)
-    dx_wanted = dict(NEED_DINPUT=need_dinput, NEED_DRESIDUAL=need_dresidual)
-    mean_g = mean_gx = None
-    processors = processor_count(x.device)
-    heavy, odd = p > 0.0 or (need_dinput and need_dresidual), n_cols % 16 != 0
-    tile = BWD_TILE >> (heavy + odd)
-    row = BWD_ROW if p == 0.0 else BWD_ROW // 2
+
+class _ColumnSums(NamedTuple):
+    dweight: torch.Tensor | None
+    dbias: torch.Tensor | None
+
+
+class _Grid(NamedTuple):
+    """How the backward's kernels cover a call. ``blocks``: of a cluster that shares a row, 0 where none does."""
+
+    whole: bool
+    long: bool
+    blocks: int
+    block_m: int
+    block_n: int
+    programs: int
+
+
+def _grid_of(call, n_rows: int, halvings: int) -> _Grid:
+    """``halvings``: how often what else is in registers halves the tile."""
+    n_cols, device = call.x.shape[-1], call.x.device
+    wanted, processors = call.wanted(), processor_count(device)
+    tile = BWD_TILE >> halvings
+    row = BWD_ROW if call.dropout_p == 0.0 else BWD_ROW // 2
     whole = n_cols <= row
     long = whole and (is_long(n_cols) or n_cols > tile // 2)
-    # The row sums are what blocks of a cluster exchange: without dx there are none.
-    shares = need_dinput or need_dresidual
-    blocks = cluster_blocks(x.device, n_cols, row) if shares and not whole else 0
     if whole:
-        block_m, block_n = (1, next_power_of_2(n_cols)) if long else row_tile(n_rows, n_cols, tile)
-        programs = min(triton.cdiv(n_rows, block_m), processors)
-    elif blocks:
-        block_m, block_n = 1, next_power_of_2(n_cols)
+        one_row = (1, next_power_of_2(n_cols))
+        block_m, block_n = one_row if long else rows_and_columns(n_rows, n_cols, tile)
+        return _Grid(whole, long, 0, block_m, block_n, min(triton.cdiv(n_rows, block_m), processors))
+    # The blocks of a cluster exchange the row's sums. Without dx there are none.
+    if (wanted.input or wanted.residual) and (blocks := cluster_blocks(device, n_cols, row)):
         programs = min(n_rows, max(1, processors // blocks))
+        return _Grid(whole, long, blocks, 1, next_power_of_2(n_cols), programs)
+    block_m, block_n = WIDE_TILE
+    # Two programs a multiprocessor, over the column blocks and the rows.
+    programs = max(1, 2 * processors // triton.cdiv(n_cols, block_n))
+    return _Grid(whole, long, 0, block_m, block_n, min(triton.cdiv(n_rows, block_m), programs))
+
+
+def _row_means(work: NormBackwardPass) -> _RowMeans:
+    x, n_rows = work.inputs.x, work.n_rows
+    means = _RowMeans(
+        x.new_empty(n_rows if work.center else 0, dtype=torch.float32), x.new_empty(n_rows, dtype=torch.float32)
+    )
+    _row_means_kernel[(n_rows,)](
+        work.inputs, work.places, means, work.n_cols, work.offset, CENTER=work.center,
+        BLOCK_N=BLOCKED_COLS, num_warps=tile_warps(BLOCKED_COLS), maxnreg=128, **OPTIONS,
+    )  # fmt: skip
+    return means
+
+
+def norm_bwd(call):
+    """The gradients (dinput, dresidual, dweight, dbias); one that ``call.wanted()`` does not name is an empty tensor.
+
+    ``call``: the operands of the operator norm_bwd (fastllm/ops/norm/call.py, NormBackward). dinput comes in
+    ``call.input_dtype``, dresidual in x's dtype, dweight in weight's, dbias in ``call.bias_dtype``; all sums are fp32.
+    """
+    gradients, wanted = call.new_gradients(), call.wanted()
+    n_cols = call.x.shape[-1]
+    n_rows = call.x.numel() // n_cols
+    if n_rows == 0:
+        return *gradients[:2], gradients[2].zero_(), gradients[3].zero_()
+    unaligned, dropout = n_cols % 16 != 0, call.dropout_p > 0.0
+    grid = _grid_of(call, n_rows, (dropout or (wanted.input and wanted.residual)) + unaligned)
+    sums = call.x.new_empty(wanted.weight + wanted.bias, grid.programs, n_cols, dtype=torch.float32)
+    partial = NormGradOutputs(
+        gradients[0] if wanted.input else None,
+        gradients[1] if wanted.residual else None,
+        sums[0] if wanted.weight else None,
+        sums[-1] if wanted.bias else None,
+    )
+    work = backward_pass(call, partial)
+    loaded = sum(t.element_size() for t in (call.dy, call.dh, call.x) if t is not None)
+    n_stages = pipeline_stages(call.x.device, grid.block_m * grid.block_n * loaded // (grid.blocks or 1))
+    if grid.blocks or grid.long:
+        norm_bwd_row(work, grid.blocks or 1, grid.programs, n_stages)
     else:
-        block_m, block_n = WIDE_TILE
-        # Two programs a multiprocessor, over the column blocks and the rows.
-        programs = max(1, 2 * processors // triton.cdiv(n_cols, block_n))
-        programs = min(triton.cdiv(n_rows, block_m), programs)
-        if need_dinput or need_dresidual:
-            mean_g = x.new_empty(n_rows if center else 0, dtype=torch.float32)
-            mean_gx = x.new_empty(n_rows, dtype=torch.float32)
-            _row_means_kernel[(n_rows,)](
-                dy_rows.data, x_rows.data, weight, mean, rstd, mean_g, mean_gx,
-                *dy_rows.layout, *x_rows.layout, n_cols, offset,
-                **flags, BLOCK_N=BLOCKED_COLS, num_warps=warps(BLOCKED_COLS), maxnreg=128, **OPTIONS,
-            )  # fmt: skip
-    parts = x.new_empty(need_dweight + need_dbias, programs, n_cols, dtype=torch.float32)
-    partial = (parts[0], parts[-1]) if len(parts) else (None, None)
-    inputs = (dy_rows.data, None if dh is None else dh_rows.data, x_rows.data, weight)
-    layouts = (*dy_rows.layout, *dh_rows.layout, *x_rows.layout)
-    flags |= dict(HAS_DH=dh is not None, **dx_wanted, **wanted)
-    loaded = sum(t.element_size() for t in (dy, dh, x) if t is not None)
-    n_stages = stages(x.device, block_m * block_n * loaded // (blocks or 1))
-    if blocks or long:
-        args = (*inputs, seed, mean, rstd, dinput, dresidual, *partial)
-        norm_bwd_row(programs, blocks or 1, n_stages, args, layouts, n_rows, n_cols, offset, p, flags)
-    else:
-        n_warps = warps(block_m * block_n << odd, 8) if whole and odd else warps(block_m * block_n)
-        # For more occupancy than one program a multiprocessor, two of wide rows, ptxas would spill: more there are not.
-        registers = min(255, 2048 // n_warps) if whole or p > 0.0 else 128
-        _norm_bwd_kernel[(programs, triton.cdiv(n_cols, block_n))](
-            *inputs, seed, mean, rstd, mean_g, mean_gx, dinput, dresidual, *partial,
-            *layouts, n_rows, n_cols, offset, p, WHOLE=whole, **flags, DROPOUT=p > 0.0,
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=n_warps, STAGES=n_stages, maxnreg=registers, **OPTIONS,
+        means = None if grid.whole or not (wanted.input or wanted.residual) else _row_means(work)
+        elements = grid.block_m * grid.block_n
+        n_warps = tile_warps(elements << unaligned, 8) if grid.whole and unaligned else tile_warps(elements)
+        # One program a multiprocessor, two of wide rows. For more occupancy than that ptxas would spill.
+        registers = min(255, 2048 // n_warps) if grid.whole or dropout else 128
+        _norm_bwd_kernel[(grid.programs, triton.cdiv(n_cols, grid.block_n))](
+            work.inputs, means, partial, work.places, n_rows, n_cols, work.offset, work.dropout_p,
+            CENTER=work.center, BLOCK_M=grid.block_m, BLOCK_N=grid.block_n, STAGES=n_stages,
+            num_warps=n_warps, maxnreg=registers, **OPTIONS,
         )  # fmt: skip
-    if need_dweight or need_dbias:
-        block_m, block_n = (32, 64) if whole else (8, 256)
+    if wanted.weight or wanted.bias:
+        block_m, block_n = (32, 64) if grid.whole else (8, 256)
         _column_sum_kernel[(triton.cdiv(n_cols, block_n),)](
-            *partial, dweight, dbias, programs, n_cols,
-            **wanted, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, **OPTIONS,
+            _ColumnSums(*partial[2:]), _ColumnSums(*gradients[2:]), grid.programs, n_cols,
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, **OPTIONS,
         )  # fmt: skip
-    return dinput, dresidual, dweight, dbias
+    return gradients

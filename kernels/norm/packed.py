@@ -1,7 +1,8 @@
-"""The norms' forward for 16-bit rows that fill a multiprocessor's registers only if they stay 16-bit.
+"""The norms' forward for 16-bit rows that fill a multiprocessor's registers only if they stay in 16 bits.
 
-65536 columns are 128 KB of its 256 KB of registers, in fp32 all of them. So a row is held as pairs of columns in 32-bit
-words, widened anew in each of the three passes over it: mean, variance, result. Formulas as in _norm.py.
+65536 columns take 128 KB of its 256 KB of registers, and in fp32 all of them. So a row is held as pairs of columns in
+32-bit words, and each pass over it widens them anew: mean, its correction, variance, result. The formulas are those in
+forward.py.
 """
 
 import torch
@@ -9,30 +10,31 @@ import triton
 import triton.language as tl
 
 from ..launch import OPTIONS, next_power_of_2
-from ..math import starts
+from .arguments import NormForwardPass, row_starts
 
-# Parts of a row: few enough words of weight and bias at a time. No spills on sm_80, sm_90, sm_100.
-PARTS = 8
+# A row is held in so many segments: few enough words of weight and bias at a time that nothing spills on sm_80, sm_90
+# and sm_100.
+SEGMENTS = 8
 
 
 @triton.jit
-def _words(ptr):
+def _as_words(ptr):
     return ptr.to(tl.pointer_type(tl.int32))
 
 
 @triton.jit
-def _low(word, T: tl.constexpr):
+def _low_half(word, T: tl.constexpr):
     """The pair's first column in fp32."""
     return (word & 0xFFFF).to(tl.int16).to(T, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def _high(word, T: tl.constexpr):
+def _high_half(word, T: tl.constexpr):
     return (word >> 16).to(tl.int16).to(T, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def _paired(low, high, T: tl.constexpr):
+def _pair(low, high, T: tl.constexpr):
     """Both rounded to T, in one word."""
     low = low.to(T).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     return low | (high.to(T).to(tl.int16, bitcast=True).to(tl.int32) << 16)
@@ -40,81 +42,90 @@ def _paired(low, high, T: tl.constexpr):
 
 @triton.jit
 def _norm_fwd_packed_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, h_ptr, mean_ptr, rstd_ptr,
-    x_inner, stride_xo, stride_xi, r_inner, stride_ro, stride_ri, n_cols, eps, offset, zero,
-    CENTER: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    inputs, outputs, places, n_cols, numbers, zero,
+    CENTER: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``zero`` is 0, which the compiler does not know: it makes each pass widen the row again, where it would else keep
-    the fp32 values of the pass before and spill them."""
-    T: tl.constexpr = y_ptr.dtype.element_ty
+    """``zero`` is 0, which the compiler does not know: it makes each pass widen the row again. Else the compiler would
+    keep the fp32 values of the pass before, and spill them."""
+    T: tl.constexpr = outputs.y.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     n_pairs = n_cols // 2
     pairs = tl.arange(0, BLOCK)
-    x_words = _words(x_ptr + starts(row, x_inner, stride_xo, stride_xi))
-    y_words = _words(y_ptr + row * n_cols)
-    if HAS_RESIDUAL:
-        residual_words = _words(residual_ptr + starts(row, r_inner, stride_ro, stride_ri))
-        h_words = _words(h_ptr + row * n_cols)
+    x_words = _as_words(inputs.x + row_starts(row, places.x))
+    y_words = _as_words(outputs.y + row * n_cols)
+    if inputs.residual is not None:
+        residual_words = _as_words(inputs.residual + row_starts(row, places.residual))
+        h_words = _as_words(outputs.h + row * n_cols)
     held = ()
-    for part in tl.static_range(PARTS):
-        at = part * BLOCK + pairs
+    for segment in tl.static_range(SEGMENTS):
+        at = segment * BLOCK + pairs
         word = tl.load(x_words + at, mask=at < n_pairs, other=0, eviction_policy="evict_first")
-        if HAS_RESIDUAL:
-            more = tl.load(residual_words + at, mask=at < n_pairs, other=0)
-            word = _paired(_low(word, T) + _low(more, T), _high(word, T) + _high(more, T), T)
+        if inputs.residual is not None:
+            other = tl.load(residual_words + at, mask=at < n_pairs, other=0)
+            word = _pair(
+                _low_half(word, T) + _low_half(other, T), _high_half(word, T) + _high_half(other, T), T
+            )  # fmt: skip
             tl.store(h_words + at, word, mask=at < n_pairs)
         held = held + (word,)  # noqa: RUF005
     mean = 0.0
     again = zero
     if CENTER:
         total = tl.zeros((BLOCK,), tl.float32)
-        for part in tl.static_range(PARTS):
-            total += _low(held[part], T) + _high(held[part], T)
+        for segment in tl.static_range(SEGMENTS):
+            total += _low_half(held[segment], T) + _high_half(held[segment], T)
         mean = tl.sum(total, axis=0) / n_cols
-        tl.store(mean_ptr + row, mean)
+        again = zero & mean.to(tl.int32, bitcast=True)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for segment in tl.static_range(SEGMENTS):
+            word = held[segment] ^ again
+            off = (_low_half(word, T) - mean) + (_high_half(word, T) - mean)
+            total += tl.where(segment * BLOCK + pairs < n_pairs, off, 0.0)
+        mean += tl.sum(total, axis=0) / n_cols
+        tl.store(outputs.mean + row, mean)
         again = zero & mean.to(tl.int32, bitcast=True)
     square = tl.zeros((BLOCK,), tl.float32)
-    for part in tl.static_range(PARTS):
-        low = _low(held[part] ^ again, T) - mean
-        # The tail lanes hold 0, not mean.
-        inside = part * BLOCK + pairs < n_pairs
+    for segment in tl.static_range(SEGMENTS):
+        low = _low_half(held[segment] ^ again, T) - mean
+        # The lanes past the row hold 0, not the mean.
+        inside = segment * BLOCK + pairs < n_pairs
         square += tl.where(inside, low * low, 0.0)
-        high = _high(held[part] ^ again, T) - mean
+        high = _high_half(held[segment] ^ again, T) - mean
         square += tl.where(inside, high * high, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(square, axis=0) / n_cols + eps)
-    tl.store(rstd_ptr + row, rstd)
+    rstd = 1.0 / tl.sqrt(tl.sum(square, axis=0) / n_cols + numbers.eps)
+    tl.store(outputs.rstd + row, rstd)
     again = zero & rstd.to(tl.int32, bitcast=True)
-    for part in tl.static_range(PARTS):
-        at = part * BLOCK + pairs
-        word = held[part] ^ again
-        low, high = (_low(word, T) - mean) * rstd, (_high(word, T) - mean) * rstd
-        if HAS_WEIGHT:
-            word = tl.load(_words(weight_ptr) + at, mask=at < n_pairs, other=0)
-            low *= _low(word, weight_ptr.dtype.element_ty) + offset
-            high *= _high(word, weight_ptr.dtype.element_ty) + offset
-        if HAS_BIAS:
-            word = tl.load(_words(bias_ptr) + at, mask=at < n_pairs, other=0)
-            low += _low(word, bias_ptr.dtype.element_ty)
-            high += _high(word, bias_ptr.dtype.element_ty)
-        tl.store(y_words + at, _paired(low, high, T), mask=at < n_pairs)
+    for segment in tl.static_range(SEGMENTS):
+        at = segment * BLOCK + pairs
+        word = held[segment] ^ again
+        low, high = (_low_half(word, T) - mean) * rstd, (_high_half(word, T) - mean) * rstd
+        if inputs.weight is not None:
+            word = tl.load(_as_words(inputs.weight) + at, mask=at < n_pairs, other=0)
+            low *= _low_half(word, inputs.weight.dtype.element_ty) + numbers.offset
+            high *= _high_half(word, inputs.weight.dtype.element_ty) + numbers.offset
+        if inputs.bias is not None:
+            word = tl.load(_as_words(inputs.bias) + at, mask=at < n_pairs, other=0)
+            low += _low_half(word, inputs.bias.dtype.element_ty)
+            high += _high_half(word, inputs.bias.dtype.element_ty)
+        tl.store(y_words + at, _pair(low, high, T), mask=at < n_pairs)
 
 
-def packable(tensors, layouts, n_cols: int) -> bool:
-    """Whether rows and parameters can be read as 32-bit pairs: 16-bit, rows of one dtype, an even place to begin."""
-    even = n_cols % 2 == 0 and all(n % 2 == 0 for n in (*layouts[1:3], *layouts[4:6]))
-    given = [t for t in tensors if t is not None]
-    x, residual, _, bias = tensors
+def packable(work: NormForwardPass) -> bool:
+    """Whether rows and parameters can be read as 32-bit pairs: 16 bits, rows of one dtype from an even element on."""
+    x, residual, weight, bias, _ = work.inputs
+    strides = (*work.places.x[1:], *work.places.residual[1:])
+    even = work.n_cols % 2 == 0 and all(n % 2 == 0 for n in strides)
+    given = [t for t in (x, residual, weight, bias) if t is not None]
     if residual is not None and bias is not None and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 10:
         return False  # sm_100: 16 spills
     alike = residual is None or residual.dtype == x.dtype
     return even and alike and all(t.dtype.itemsize == 2 and t.data_ptr() % 4 == 0 for t in given)
 
 
-def norm_fwd_packed(n_rows: int, args, layouts, n_cols: int, eps: float, offset: float, flags) -> None:
-    """As the launches in :func:`._norm.norm_fwd`, one row to a program, without dropout (which would spill)."""
-    block = max(1, next_power_of_2(n_cols) // (2 * PARTS))
-    _norm_fwd_packed_kernel[(n_rows,)](
-        *args, *layouts, n_cols, eps, offset, 0, **flags, PARTS=PARTS, BLOCK=block,
-        num_warps=max(1, min(32, block * PARTS // 512)), **OPTIONS,
+def norm_fwd_packed(work: NormForwardPass) -> None:
+    """As the launches in forward.py: one row to a program, without dropout, which would spill."""
+    block = max(1, next_power_of_2(work.n_cols) // (2 * SEGMENTS))
+    _norm_fwd_packed_kernel[(work.n_rows,)](
+        work.inputs, work.outputs, work.places, work.n_cols, work.numbers, 0,
+        CENTER=work.center, SEGMENTS=SEGMENTS, BLOCK=block,
+        num_warps=max(1, min(32, block * SEGMENTS // 512)), **OPTIONS,
     )  # fmt: skip

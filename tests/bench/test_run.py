@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from fastllm import OPS
 from fastllm.bench import cases, command, parity, report, run
 from fastllm.bench.norms import _call
-from fastllm.bench.results import Case, Row, Run, in_cases, read_run
+from fastllm.bench.results import NOT_COMPILED, Case, Row, Run, in_cases, read_run
 from fastllm.bench.timing import Call, OutOfTime, Quartiles, Timer, host_seconds, time_limit
 from fastllm.cli import main
+from fastllm.registry import Cost
 
 CPU = torch.device("cpu")
 
@@ -173,6 +174,39 @@ def test_a_call_that_the_budget_has_no_room_for_is_left_out(small, monkeypatch):
     assert left_out == ["layer_norm, first, bfloat16: a call takes 5.0 s, 40 s are left"]
 
 
+def test_compiling_has_its_share_of_the_budget_and_the_calls_go_on_without(small, monkeypatch):
+    compiled = []
+
+    def providers(op):
+        def slow():
+            compiled.append(1)
+            time.sleep(0.3)
+            return F.layer_norm
+
+        return {run.OURS: lambda: op.function, run.EAGER: lambda: F.layer_norm, run.COMPILED: slow}
+
+    monkeypatch.setattr(run, "providers", providers)
+    monkeypatch.setitem(run.COMPILING, "cpu", 0.2 / 60)
+    rows, left_out = _run(small, only=[run.COMPILED])
+    assert not left_out
+    assert len(compiled) == 1
+    found = {(row.shape, row.provider): row for row in rows if row.direction == "both"}
+    assert found["first", run.COMPILED].samples
+    late = found["second", run.COMPILED]
+    assert (late.samples, late.problem, late.missing) == ([], NOT_COMPILED, True)
+    assert found["second", run.OURS].samples
+
+
+def test_on_a_cpu_calls_go_from_small_to_large_after_those_for_cpus():
+    for name in OPS:
+        calls = run.plan([OPS[name]], [""], device="cpu") if cases.shapes_of(name) else []
+        first = list(cases.cpu_shapes_of(name)) if calls else []
+        assert [planned.name for planned in calls[: len(first)]] == first
+        sizes = [planned.held_bytes for planned in calls[len(first) :]]
+        assert sizes == sorted(sizes)
+        assert len(calls) == len(cases.shapes_of(name, "cpu") or {})
+
+
 def test_a_case_that_takes_too_long_is_stopped_and_the_next_goes_on(small, monkeypatch):
     real = run.measure
 
@@ -233,6 +267,42 @@ def test_the_budget_covers_the_whole_command(small, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "_shown", lambda found, folder: [])
     assert command.main(["layer_norm", "--budget", "40", "--out", str(tmp_path)]) == 1
     assert 20 < budgets[0] < 40 - 10 - 1.5
+
+
+def test_a_budget_that_measuring_has_spent_is_no_negative_one(small, tmp_path, monkeypatch):
+    budgets = []
+    monkeypatch.setattr(command, "copy_bandwidth", lambda device: time.sleep(0.5) or 1e9)
+    monkeypatch.setattr(command, "run", lambda planned, device, budget, **more: budgets.append(budget) or Run({}))
+    monkeypatch.setattr(command, "_shown", lambda found, folder: [])
+    assert command.main(["layer_norm", "--budget", "0.1", "--out", str(tmp_path)]) == 1
+    assert budgets == [0.0]
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
+def test_the_default_precision_is_one_that_the_device_multiplies(small, tmp_path, monkeypatch, default):
+    asked = []
+    monkeypatch.setattr(command.cpu, "matmul_dtype", lambda device: default)
+    monkeypatch.setattr(command, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(command, "matmul_flops", lambda device, dtype: {torch.float32: 1e9}.get(dtype, 2e9))
+    monkeypatch.setattr(command, "_shown", lambda found, folder: [])
+
+    def no_run(planned, device, dtypes, environment, **more):
+        asked.append((dtypes, environment["rates"]["matrix"]))
+        assert environment["cpu"]
+        return Run(environment)
+
+    monkeypatch.setattr(command, "run", no_run)
+    command.main(["layer_norm", "--out", str(tmp_path)])
+    command.main(["layer_norm", "--dtype", "float16", "float32", "--out", str(tmp_path)])
+    name = str(default).removeprefix("torch.")
+    assert asked == [([name], 1e9 if default == torch.float32 else 2e9), (["float16", "float32"], 2e9)]
+
+
+def test_a_calls_floor_takes_the_matrix_rate_of_its_precision():
+    rates = {"copy": 1.0, "matrix": 8.0, "matrix float32": 8.0, "matrix bfloat16": 2.0}
+    cost = Cost(1, 1, 16, 16)
+    found = {dtype: run._floor(cost, rates, dtype) for dtype in ("float32", "bfloat16", "float16")}
+    assert found == {"float32": 4.0, "bfloat16": 16.0, "float16": 4.0}
 
 
 def test_ops_whose_cost_depends_on_values_are_timed():

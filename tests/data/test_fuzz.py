@@ -1,10 +1,10 @@
 """Readers of what others may have written: any bytes at all give the library's own error or a result, never a crash.
 
-``FASTLLM_THOROUGH=1 pytest -n 0 tests/data/test_fuzz.py`` gives each 13,000 inputs, 104,000 in all, not 60 (minutes).
+``FASTLLM_TESTS=thorough pytest -n 0 tests/data/test_fuzz.py`` gives each 13,000 inputs, not 60, 104,000 in
+all (minutes).
 """
 
 import json
-import os
 import random
 import shutil
 import struct
@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prose import prose
+from thorough import IS_THOROUGH
 from toy import TOY
 
 from fastllm.config import InputError
@@ -31,9 +32,9 @@ from fastllm.training.checkpoints.checkpoint import (
 from fastllm.training.config import read_run_config
 from fastllm.training.reports.progress import read_metrics
 
-EXAMPLES = 13_000 if os.environ.get("FASTLLM_THOROUGH") else 60
+EXAMPLES = 13_000 if IS_THOROUGH else 60
 many = settings(
-    max_examples=EXAMPLES, deadline=None, database=None, derandomize=not os.environ.get("FASTLLM_THOROUGH"),
+    max_examples=EXAMPLES, deadline=None, database=None, derandomize=not IS_THOROUGH,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 

@@ -1,12 +1,12 @@
 """Cleaning graded on Python's documentation as Debian packages it (python3.11-doc), against its sources.
 
-Takes minutes: set FASTLLM_SLOW=1.
+Takes minutes: FASTLLM_TESTS=thorough runs it.
 """
 
-import os
 from pathlib import Path
 
 import pytest
+from thorough import THOROUGH
 
 from fastllm.bench import cleaning
 from fastllm.data.clean import CleanConfig
@@ -14,7 +14,7 @@ from fastllm.data.pipeline import prepare_text
 
 DOCUMENTATION = Path("/usr/share/doc/python3.11/html")
 pytestmark = [
-    pytest.mark.skipif("FASTLLM_SLOW" not in os.environ, reason="minutes: set FASTLLM_SLOW=1"),
+    THOROUGH,
     pytest.mark.skipif(not DOCUMENTATION.exists(), reason="apt-get install python3.11-doc"),
 ]
 

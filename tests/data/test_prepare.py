@@ -12,6 +12,7 @@ import time
 
 import pytest
 from pages import article, dump, gzipped, page, warc
+from thorough import THOROUGH
 
 from fastllm.cli import main
 from fastllm.config import InputError
@@ -166,7 +167,7 @@ COMMAND = (
 )
 
 
-@pytest.mark.skipif("FASTLLM_SLOW" not in os.environ, reason="minutes: set FASTLLM_SLOW=1")
+@THOROUGH
 @pytest.mark.parametrize("seed", range(3))
 def test_kill_9_at_random_and_started_again(sources, undisturbed, tmp_path, seed):
     draw = random.Random(seed)

@@ -1,6 +1,6 @@
 """The memory of fastllm prepare does not grow with its input: 2 GB of it, or FASTLLM_MEMORY_MB.
 
-Takes minutes: set FASTLLM_SLOW=1.
+Takes minutes: FASTLLM_TESTS=thorough runs it.
 """
 
 import json
@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 from pages import TOPICS, paragraph
+from thorough import THOROUGH
 
 pytestmark = [
-    pytest.mark.skipif("FASTLLM_SLOW" not in os.environ, reason="minutes: set FASTLLM_SLOW=1"),
+    THOROUGH,
     pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc"),
 ]
 

@@ -1,20 +1,20 @@
 """fastllm prepare on a Ray cluster of two nodes, one of which is killed in the middle of the run.
 
-Takes minutes: set FASTLLM_SLOW=1.
+Takes minutes: FASTLLM_TESTS=thorough runs it.
 """
 
 import json
-import os
 import threading
 import time
 
 import pytest
 from pages import article, page
+from thorough import THOROUGH
 
 from fastllm.data.clean import CleanConfig
 from fastllm.data.pipeline import PipelineConfig, prepare_text, work
 
-pytestmark = pytest.mark.skipif("FASTLLM_SLOW" not in os.environ, reason="minutes: set FASTLLM_SLOW=1")
+pytestmark = THOROUGH
 
 
 @pytest.mark.filterwarnings("ignore")

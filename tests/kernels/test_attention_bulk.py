@@ -29,7 +29,7 @@ def one_of_a_batch(*args):
     return [x.as_strided(x.shape, (3, *x.stride()[1:])) for x in separate(1, *args[1:])]
 
 
-def run(tensors, copies, monkeypatch, **kwargs):
+def _run(tensors, copies, monkeypatch, **kwargs):
     """Outputs and gradients, and what the launches were given."""
     given, descriptors = [], parts.Problem.descriptors
     with monkeypatch.context() as patch, fastllm.backend("triton"):
@@ -67,8 +67,8 @@ def test_bits_are_those_of_pointers(layout, dtype, call, monkeypatch):
     # The last tiles of 40 rows and 70 columns reach past the tensors, those of head dims 24 and 40 past the heads.
     shape = (2, 2, 2, 40, 40, 24, 24) if layout is of_one_projection else (2, 4, 2, 40, 70, 24, 40)
     tensors = layout(*shape, dtype)
-    copied, used = run(tensors, True, monkeypatch, **call)
-    plain, unused = run(tensors, False, monkeypatch, **call)
+    copied, used = _run(tensors, True, monkeypatch, **call)
+    plain, unused = _run(tensors, False, monkeypatch, **call)
     assert used == [True] * 6
     assert unused == [False] * 6
     assert_same(copied, plain)
@@ -93,8 +93,8 @@ def _odd_rows(x):
 @pytest.mark.parametrize("layout", [_expanded, _misaligned, _transposed, _odd_rows])
 def test_what_no_bulk_copy_takes_is_read_by_pointers(layout, monkeypatch):
     tensors = [layout(x) for x in separate(2, 2, 2, 33, 33, 16, 16, torch.float16)]
-    copied, used = run(tensors, True, monkeypatch, causal=True)
-    plain, _ = run(tensors, False, monkeypatch, causal=True)
+    copied, used = _run(tensors, True, monkeypatch, causal=True)
+    plain, _ = _run(tensors, False, monkeypatch, causal=True)
     assert not any(used[:2])
     assert_same(copied, plain)
 
@@ -103,7 +103,7 @@ def test_packed_sequences_are_read_by_pointers(monkeypatch):
     starts = torch.tensor([0, 20, 53], device=DEVICE)
     q, k, v = (torch.randn(53, 2, 16, device=DEVICE) for _ in range(3))
     v[20:] = torch.nan
-    (out, *_), used = run((q, k, v), True, monkeypatch, cu_seqlens_q=starts, cu_seqlens_k=starts)
+    (out, *_), used = _run((q, k, v), True, monkeypatch, cu_seqlens_q=starts, cu_seqlens_k=starts)
     assert not any(used)
     assert out[:20].isfinite().all()
 

@@ -25,7 +25,7 @@ KERNEL = kernels._attention_hopper_fwd_kernel
 emulated = pytest.mark.skipif(HAS_GPU, reason="the emulator runs on CPU tensors")
 
 
-def starts(*lengths):
+def _starts(*lengths):
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
@@ -36,14 +36,21 @@ def tensors(rows, cols, heads, heads_kv, dim, dtype=torch.bfloat16, batch=None):
     return [torch.randn(batch, n, h, dim).transpose(1, 2).to(dtype) for h, n in shapes]
 
 
-def check(monkeypatch, q, k, v, cu_q=None, cu_k=None, *, causal=False, bottom_right=True, seed=0):
+def call_of(q, k, v, cu_q=None, cu_k=None, *, causal=False, bottom_right=True):
+    none = dict.fromkeys(("bias", "sinks", "slopes", "seed"))
+    return AttentionCall(
+        q, k, v, **none, cu_q=cu_q, cu_k=cu_k, scale=q.shape[-1] ** -0.5, softcap=0.0, left=-1,
+        right=0 if causal else -1, bottom_right=bottom_right, dropout_p=0.0,
+    )  # fmt: skip
+
+
+def _check(monkeypatch, q, k, v, cu_q=None, cu_k=None, *, causal=False, bottom_right=True, seed=0):
     """The kernel's outputs and statistics against the definition in fp64."""
     kernel = Emulated(KERNEL, seed)
     monkeypatch.setattr(kernels, "_attention_hopper_fwd_kernel", kernel)
-    spec = (q.shape[-1] ** -0.5, 0.0, -1, 0 if causal else -1, bottom_right, 0.0)
+    call = call_of(q, k, v, cu_q, cu_k, causal=causal, bottom_right=bottom_right)
     out = torch.full_like(q, math.nan) if cu_q is None else torch.zeros(q.shape, dtype=q.dtype)
-    call = AttentionCall(q, k, v, None, None, None, None, cu_q, cu_k, *spec)
-    lse, stats = kernels.attention_fwd(*call, out)
+    lse, stats = kernels.attention_hopper_fwd(call, out)
     assert kernel.launches
     truth, true_lse = reference(call._replace(q=q.double(), k=k.double(), v=v.double()))
     eager, _ = reference(call)
@@ -51,7 +58,7 @@ def check(monkeypatch, q, k, v, cu_q=None, cu_k=None, *, causal=False, bottom_ri
     assert (out - truth).abs().max() <= 2 * (eager - truth).abs().max() + floor
     torch.testing.assert_close(lse.double(), true_lse, rtol=1e-5, atol=1e-5)
     # What the backward takes: exp2((q k - maximum) * unit - log2 of the sum) is the softmax.
-    unit = spec[0] * math.log2(math.e)
+    unit = call.scale * math.log2(math.e)
     mine = (stats[0] * unit + stats[1]) * math.log(2)
     seen = lse > -math.inf
     torch.testing.assert_close(mine[seen].double(), true_lse[seen], rtol=1e-5, atol=1e-5)
@@ -68,59 +75,58 @@ def test_dense(monkeypatch, dim, causal, rows, cols):
     dtype = torch.float16 if dim == 64 else torch.bfloat16
     # Sections of two heads: what fills an L2 cache would be too much for a test.
     monkeypatch.setattr(kernels, "L2", 1)
-    check(monkeypatch, *tensors(rows, cols, 4, 2, dim, dtype, batch=2), causal=causal, seed=rows)
-    check(monkeypatch, *tensors(rows, cols, 3, 1, dim, dtype, batch=1), causal=causal, bottom_right=False, seed=cols)
+    _check(monkeypatch, *tensors(rows, cols, 4, 2, dim, dtype, batch=2), causal=causal, seed=rows)
+    _check(monkeypatch, *tensors(rows, cols, 3, 1, dim, dtype, batch=1), causal=causal, bottom_right=False, seed=cols)
 
 
 @emulated
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("causal", [False, True])
 def test_packed(monkeypatch, dim, causal):
-    cu_q, cu_k = starts(0, 130, 1, 0, 269), starts(5, 200, 0, 128, 367)
+    cu_q, cu_k = _starts(0, 130, 1, 0, 269), _starts(5, 200, 0, 128, 367)
     q, k, v = tensors(400, 700, 4, 2, dim)
-    check(monkeypatch, q, k, v, cu_q, cu_k, causal=causal, seed=dim)
-    same = starts(128, 3, 269)
+    _check(monkeypatch, q, k, v, cu_q, cu_k, causal=causal, seed=dim)
+    same = _starts(128, 3, 269)
     q, k, v = tensors(410, 410, 2, 2, dim)
-    out = check(monkeypatch, q, k, v, same, same, causal=causal, seed=dim)
+    out = _check(monkeypatch, q, k, v, same, same, causal=causal, seed=dim)
     assert (out[400:] == 0).all()
 
 
 @emulated
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_packed_sequence_keeps_its_neighbours_out(monkeypatch, causal):
-    cu = starts(70, 150, 90)
+    cu = _starts(70, 150, 90)
     q, k, v = tensors(310, 310, 2, 1, 64)
     for x in (q, k, v):
         x[70:220] = math.nan
     clean = [torch.cat([x[:70], x[220:]]) for x in (q, k, v)]
     kernel = Emulated(KERNEL)
     monkeypatch.setattr(kernels, "_attention_hopper_fwd_kernel", kernel)
-    spec = (0.125, 0.0, -1, 0 if causal else -1, True, 0.0)
     out = torch.zeros_like(q)
-    kernels.attention_fwd(q, k, v, None, None, None, None, cu, cu, *spec, out)
-    alone = check(monkeypatch, *clean, starts(70, 90), starts(70, 90), causal=causal)
+    kernels.attention_hopper_fwd(call_of(q, k, v, cu, cu, causal=causal), out)
+    alone = _check(monkeypatch, *clean, _starts(70, 90), _starts(70, 90), causal=causal)
     assert torch.equal(torch.cat([out[:70], out[220:]]), alone)
 
 
 @emulated
 def test_schedules_do_not_matter(monkeypatch):
     q, k, v = tensors(300, 900, 2, 1, 64, batch=1)
-    outs = [check(monkeypatch, q, k, v, causal=True, seed=100 * i) for i in range(8)]
+    outs = [_check(monkeypatch, q, k, v, causal=True, seed=100 * i) for i in range(8)]
     assert all(torch.equal(outs[0], out) for out in outs[1:])
 
 
 FAULTS = {
     "keys are given back before the scores are there": (
-        "    s = warpgroup_mma_wait(1, deps=[s])\n    mbarrier.arrive(k_empty.index(slot), count=1)\n",
-        "    mbarrier.arrive(k_empty.index(slot), count=1)\n    s = warpgroup_mma_wait(1, deps=[s])\n",
+        "    s = warpgroup_mma_wait(1, deps=[s])\n    mbarrier.arrive(k.empty.index(slot), count=1)\n",
+        "    mbarrier.arrive(k.empty.index(slot), count=1)\n    s = warpgroup_mma_wait(1, deps=[s])\n",
     ),
-    "values are not waited for": ("    mbarrier.wait(v_full.index(before), (use - 1) // STAGES & 1)\n", ""),
+    "values are not waited for": ("    mbarrier.wait(v.full.index(before), (use - 1) // STAGES & 1)\n", ""),
     "a phase is wrong": (
-        "mbarrier.wait(k_full.index(slot), use // STAGES & 1)",
-        "mbarrier.wait(k_full.index(slot), 1)",
+        "mbarrier.wait(k.full.index(slot), use // STAGES & 1)",
+        "mbarrier.wait(k.full.index(slot), 1)",
     ),
     "a turn is not given on": ("        mbarrier.arrive(turns.index(1 - HALF), count=1)\n", "        pass\n"),
-    "the last buffer is kept": ("    mbarrier.arrive(v_empty.index(before), count=1)\n", ""),
+    "the last buffer is kept": ("    mbarrier.arrive(v.empty.index(before), count=1)\n", ""),
     "scores are used before they are there": ("warpgroup_mma_wait(1, deps=[s])", "warpgroup_mma_wait(2, deps=[s])"),
     "nothing separates a store from a product": ("    fence_async_shared()\n", ""),
 }
@@ -143,13 +149,13 @@ def test_the_emulator_sees_faults(monkeypatch, fault):
     assert found == 1
     kernel = Emulated(KERNEL)
     monkeypatch.setattr(kernels, "_attention_hopper_fwd_kernel", kernel)
-    cu = starts(900, 60)
+    cu = _starts(900, 60)
     q, k, v = tensors(960, 960, 2, 1, 64)
-    spec = (0.125, 0.0, -1, 0, True, 0.0)
+    call = call_of(q, k, v, cu, cu, causal=True)
 
     def some_schedules():
         for _ in range(12):
-            kernels.attention_fwd(q, k, v, None, None, None, None, cu, cu, *spec, torch.zeros_like(q))
+            kernels.attention_hopper_fwd(call, torch.zeros_like(q))
 
     with pytest.raises(EmulationError):
         some_schedules()
@@ -157,16 +163,14 @@ def test_the_emulator_sees_faults(monkeypatch, fault):
 
 @emulated
 def test_other_calls_are_the_portable_kernels(monkeypatch):
-    def run(q, k, v, *features, left=-1, right=-1):
-        spec = (0.1, 0.0, left, right, True, 0.0)
+    def run(q, k, v, **features):
         out = torch.empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1], dtype=q.dtype).transpose(1, 2)
-        problem = kernels.Problem(q, k, v, *features, *[None] * (6 - len(features)), *spec)
-        return kernels.refuses(problem, out)
+        return kernels.hopper_refuses(kernels.Problem(call_of(q, k, v)._replace(**features)), out)
 
     q, k, v = tensors(200, 200, 2, 2, 64, batch=1)
     assert run(q, k, v) is None
     assert "feature" in run(q, k, v, left=5)
-    assert "feature" in run(q, k, v, torch.zeros(1, 1, 200, 200))
+    assert "feature" in run(q, k, v, bias=torch.zeros(1, 1, 200, 200))
     assert "head dims" in run(q[..., :32], k[..., :32], v)
     assert "fp16" in run(q.float(), k.float(), v.float())
     assert "few queries" in run(q[:, :, :1], *(torch.zeros(1, 2, 8192, 64, dtype=q.dtype) for _ in range(2)))
@@ -213,7 +217,7 @@ def test_dense_on_a_gpu(dtype, dim, causal, rows, cols):
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("causal", [False, True])
 def test_packed_on_a_gpu(dim, causal):
-    cu = starts(0, 1300, 1, 0, 700, 128, 64).to(DEVICE)
+    cu = _starts(0, 1300, 1, 0, 700, 128, 64).to(DEVICE)
     q, k, v = (x.to(DEVICE) for x in tensors(2193, 2193, 8, 2, dim))
     on_a_gpu(tuple(x.requires_grad_() for x in (q, k, v)), causal=causal, cu_seqlens_q=cu, cu_seqlens_k=cu)
     with torch.no_grad():

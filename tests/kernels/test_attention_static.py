@@ -39,10 +39,12 @@ def test_a_changed_kernel_makes_the_page_stale(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text(f"Sources: {tables.fingerprint()}.")
     assert tables.stale(page) is None
-    kernel = tmp_path / "attention.py"
+    kernel = tmp_path / "attention" / "forward.py"
+    kernel.parent.mkdir()
     kernel.write_text("x = 1\n")
     monkeypatch.setattr(tables.kernels, "__path__", [str(tmp_path)])
-    (tmp_path / "_launch.py").write_text("")
+    (tmp_path / "launch.py").write_text("")
+    (tmp_path / "math.py").write_text("")
     assert "is stale" in tables.stale(page)
     page.write_text(f"Sources: {tables.fingerprint()}.")
     kernel.write_text("# A comment.\n\nx = 1\n")

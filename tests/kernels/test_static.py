@@ -1,7 +1,7 @@
 """What ptxas makes of the kernels that the ops launch: no spills, wide loads and stores, no fp64.
 
-A sample of the shapes. FASTLLM_STATIC=thorough pytest -n 0 tests/kernels/test_static.py compiles every shape of the
-losses and activations and the norms' whole launch table for each architecture, which is about an hour on one core.
+A sample of the shapes. FASTLLM_TESTS=thorough pytest -n 0 tests/kernels/test_static.py compiles every shape
+of the losses and activations and the norms' whole launch table for each architecture, about an hour on one core.
 """
 
 import os
@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from thorough import IS_THOROUGH
 
 from fastllm.bench.static import Resources, Row, problems, read_rows
 from fastllm.kernels.device import GPUS
@@ -36,16 +37,32 @@ def _finish(process):
     return out.decode()
 
 
-THOROUGH = os.environ.get("FASTLLM_STATIC") == "thorough"
-LIMIT = 7200 if THOROUGH else 300
-SHAPES = ("8192x768", "8192x4096", "4096x16384", "32768x65536")
+LIMIT = 7200 if IS_THOROUGH else 300
+# By architecture: the narrowest and the widest rows everywhere, those between on the one that is most in use.
+ENDS, BETWEEN = ("8192x768", "32768x65536"), ("8192x4096", "4096x16384")
+SHAPES = {arch: (*ENDS, *BETWEEN) if arch == 90 or IS_THOROUGH else ENDS for arch in GPUS}
 
 
 @pytest.fixture(scope="session")
 def norm_rows(compiler, tmp_path_factory):
-    file = tmp_path_factory.mktemp("static") / "rows.json"
-    _finish(compiler("-m", "fastllm.bench.static", "layer_norm", "--shape", *SHAPES, "--json", str(file)))
-    return read_rows(file)
+    found = []
+    for shapes in sorted(set(SHAPES.values())):
+        file = tmp_path_factory.mktemp("static") / "rows.json"
+        archs = [str(arch) for arch, own in SHAPES.items() if own == shapes]
+        command = (
+            "-m",
+            "fastllm.bench.static",
+            "layer_norm",
+            "--arch",
+            *archs,
+            "--shape",
+            *shapes,
+            "--json",
+            str(file),
+        )
+        _finish(compiler(*command))
+        found += read_rows(file)
+    return found
 
 
 # Every width at which the norms' launchers decide anew, and those between that fill a tile worst.
@@ -94,14 +111,15 @@ print(f"{len(done)} kernels", *found, sep="\\n")
 
 
 def test_the_norms_launch_table(compiler):
-    count, *found = _finish(compiler("-c", TABLE, "thorough" if THOROUGH else "sample")).splitlines()
-    assert int(count.split()[0]) >= (300 if THOROUGH else 4)
+    count, *found = _finish(compiler("-c", TABLE, "thorough" if IS_THOROUGH else "sample")).splitlines()
+    assert int(count.split()[0]) >= (300 if IS_THOROUGH else 4)
     assert not found
 
 
 def test_every_call_and_architecture_was_compiled(norm_rows):
     calls = {(row.shape.split()[-1], row.arch, row.direction) for row in norm_rows}
-    assert calls == {(shape, arch, way) for shape in SHAPES for arch in GPUS for way in ("forward", "backward")}
+    ways = ("forward", "backward")
+    assert calls == {(shape, arch, way) for arch, shapes in SHAPES.items() for shape in shapes for way in ways}
 
 
 def test_norms_do_not_spill(norm_rows):
@@ -137,7 +155,7 @@ def other_rows(compiler, tmp_path_factory):
     file = tmp_path_factory.mktemp("static") / "others.json"
     shapes = ("Llama-2 8192x32000", "Llama-3 8192x128256", "8192x14336 packed", "NeoX")
     names = ("cross_entropy", "geglu", "rotary_embedding")
-    if not THOROUGH:
+    if not IS_THOROUGH:
         _finish(compiler("-m", "fastllm.bench.static", *names, "--arch", "90", "--shape", *shapes, "--json", str(file)))
         return read_rows(file)
     found = []
@@ -231,16 +249,20 @@ from triton.compiler import ASTSource, compile
 from fastllm.bench.capture import pretend
 from fastllm.kernels.device import GPUS
 from fastllm.bench.static import read_resources
+from fastllm.kernels.norm.arguments import NormInputs, NormNumbers, NormOutputs, NormPlaces
 from fastllm.kernels.norm.forward import _norm_fwd_kernel as kernel
 
-constants = dict(
-    residual_ptr=None, bias_ptr=None, seed_ptr=None, CENTER=True, HAS_RESIDUAL=False, DROPOUT=False, HAS_WEIGHT=True,
-    HAS_BIAS=False, BLOCK_M=1, BLOCK_N=1024,
-)
 def doubles(eps):
-    types = {"eps": eps, "offset": "fp32", "p": "fp32", "mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
-    types |= {name: "*bf16" for name in ("x_ptr", "weight_ptr", "y_ptr", "h_ptr")}
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    absent = "constexpr"
+    arguments = {
+        "inputs": NormInputs("*bf16", absent, "*bf16", absent, absent),
+        "outputs": NormOutputs("*bf16", "*bf16", "*fp32", "*fp32"),
+        "places": NormPlaces(("i32",) * 3, ("i32",) * 3),
+        "n_rows": "i32", "n_cols": "i32",
+        "numbers": NormNumbers(eps, "fp32", "fp32"),
+    }
+    signature = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}
+    constants = {(0, 1): None, (0, 3): None, (0, 4): None, "CENTER": True, "BLOCK_M": 1, "BLOCK_N": 1024}
     return read_resources(compile(ASTSource(kernel, signature, constants), GPUTarget("cuda", 90, 32))).doubles
 
 assert doubles("fp32") == 0 < doubles("fp64"), (doubles("fp32"), doubles("fp64"))

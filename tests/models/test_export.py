@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from toy import THOROUGH, TOY
+from thorough import THOROUGH
+from toy import TOY
 
 from fastllm.cli import main
 from fastllm.data import Tokenizer

@@ -61,10 +61,11 @@ from conftest import DEVICE
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import fastllm
-from fastllm.backends import pick_by_tensors
+from fastllm.backends import pick
 from fastllm.functional import attention, scaled_dot_product_attention
 from fastllm.kernels.attention import problem as kernels
 from fastllm.ops.attention.attention import attention_reference
+from fastllm.ops.attention.call import AttentionCall, AttentionRequest
 from fastllm.ops.attention.reference import dropout_kept
 from fastllm.ops.shared.philox import draw_seed
 
@@ -236,7 +237,7 @@ def test_another_device_than_the_current_one():
 
 def test_cpu_tensors_run_eager_unless_asked():
     x = torch.randn(1, 2, 4, 8)
-    assert pick_by_tensors("attention", x, x, x) == "eager"
+    assert pick("attention", AttentionRequest(AttentionCall(x, x, x))).backend == "eager"
 
 
 def test_fp32_products_follow_torchs_setting():
@@ -244,8 +245,8 @@ def test_fp32_products_follow_torchs_setting():
 
     def precision(dtype):
         tensors = [t.to(dtype) for t in (q, k, v)]
-        problem = kernels.Problem(*tensors, *(None,) * 6, 1.0, 0.0, -1, -1, True, 0.0)
-        return problem.flags["PRECISION"]
+        call = AttentionCall(*tensors, *(None,) * 6, 1.0, 0.0, -1, -1, True, 0.0)
+        return kernels.Problem(call).flags().precision
 
     before = torch.get_float32_matmul_precision()
     try:

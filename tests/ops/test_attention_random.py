@@ -1,10 +1,8 @@
 """Attention with random combinations of features and shapes against the fp64 definition.
 
-40 draws; FASTLLM_ATTENTION_DRAWS=500 pytest tests/ops/test_attention_random.py is the thorough run. The definition
-replays the dropout mask on the host, from the same seed.
+40 draws; FASTLLM_TESTS=thorough draws 500. The definition replays
+the dropout mask on the host, from the same seed.
 """
-
-import os
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from conftest import DEVICE
 from contract import assert_as_true
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from thorough import IS_THOROUGH
 
 import fastllm
 from fastllm.functional import attention
@@ -19,7 +18,7 @@ from fastllm.kernels.attention import backward, decode, forward
 from fastllm.kernels.attention import bias_gradient as dbias
 from fastllm.ops.attention.attention import attention_reference
 
-DRAWS = int(os.environ.get("FASTLLM_ATTENTION_DRAWS", "40"))
+DRAWS = 500 if IS_THOROUGH else 40
 
 
 @pytest.fixture(autouse=True, scope="module")

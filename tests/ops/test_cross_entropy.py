@@ -14,6 +14,8 @@ from fastllm.functional import cross_entropy
 from fastllm.kernels.cross_entropy import forward as kernel
 from fastllm.ops.cross_entropy.cross_entropy import cross_entropy_reference
 
+pytestmark = pytest.mark.cpu_level
+
 BACKENDS = ("eager", "triton")
 
 

@@ -20,6 +20,8 @@ from fastllm.ops.embedding.embedding import embedding_reference
 from fastllm.ops.embedding.embedding_sum import embedding_sum_reference
 from fastllm.ops.shared.philox import dropout_mask
 
+pytestmark = pytest.mark.cpu_level
+
 NATIVE = why_not("native", DEVICE.type) is None
 BACKENDS = ["eager", *(["native"] if NATIVE else [])]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -12,7 +12,10 @@ import fastllm
 from fastllm.bench.memory import peak
 from fastllm.functional import cross_entropy, linear_cross_entropy, linear_cross_entropy_plan
 from fastllm.ops.cross_entropy import chunks
+from fastllm.ops.cross_entropy.call import Chunking
 from fastllm.ops.cross_entropy.linear import linear_cross_entropy_reference
+
+pytestmark = pytest.mark.cpu_level
 
 
 @pytest.fixture(params=["eager", "triton"])
@@ -188,14 +191,14 @@ def test_ignored_rows_cost_nothing(backend, max_targets):
     x, w, y = _call(n=64)
     y = torch.where(torch.arange(64, device=DEVICE) % 8 == 0, 3, -100)
     seen = []
-    real = chunks.Rows.eager if backend == "eager" else chunks.Rows.fused
+    real = chunks.ROW_LOSSES[backend]
 
-    def counted(self, z, *rest):
-        seen.append(len(z))
-        return real(self, z, *rest)
+    def counted(labelled, *rest):
+        seen.append(len(labelled.logits))
+        return real(labelled, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunks.Rows, real.__name__, counted)
+        patch.setitem(chunks.ROW_LOSSES, backend, counted)
         loss = linear_cross_entropy(x, w, y, max_targets=max_targets)
     assert sum(seen) == (8 if DEVICE.type == "cpu" else max_targets or 64)
     expected = F.cross_entropy(F.linear(x, w), y)
@@ -214,10 +217,11 @@ def test_more_targets_than_were_promised(backend):
 def test_the_way_of_a_gpu_leaves_out_ignored_rows_without_knowing_them(monkeypatch):
     y = torch.tensor([-100, 4, -100, 2, 0, -100], device=DEVICE)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
-    assert chunks.counting_rows(y, -100, 4).tolist() == [1, 3, 4, 0]
-    assert chunks.counting_rows(y, -100, 3).tolist() == [1, 3, 4]
+    at_most = {n: Chunking(None, n, skip_ignored=True, for_entropy=False) for n in (2, 3, 4)}
+    assert chunks.rows_that_count(y, -100, at_most[4]).tolist() == [1, 3, 4, 0]
+    assert chunks.rows_that_count(y, -100, at_most[3]).tolist() == [1, 3, 4]
     with pytest.raises(RuntimeError, match="more targets count than max_targets"):
-        chunks.counting_rows(y, -100, 2)
+        chunks.rows_that_count(y, -100, at_most[2])
 
 
 def test_accuracy_and_entropy_are_what_they_say(backend):

@@ -1,7 +1,7 @@
 """Norms and cross-entropies with random options together, against the fp64 definition; and where each known failure of
 such libraries is tested.
 
-25 draws an op; FASTLLM_LOSS_DRAWS=1000 pytest tests/ops/test_losses_and_norms_random.py is the thorough run.
+25 draws an op; FASTLLM_TESTS=thorough draws 1000.
 
 Silent wrong results and failures seen in other libraries (a name alone is a test of this file):
 
@@ -37,24 +37,26 @@ and what goes wrong inside such kernels:
     Python floats as fp64 in a kernel            test_static: test_norms_use_no_fp64, test_losses_and_...
 """
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE
-from contract import assert_as_true, copy, run
+from contract import assert_all_as_true, copy, run, truth_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from thorough import IS_THOROUGH
 
 import fastllm
 from fastllm import OPS
 from fastllm.backends import why_not
 from fastllm.functional import cross_entropy, layer_norm, linear_cross_entropy, rms_norm, swiglu
 from fastllm.kernels.norm.forward import norm_fwd
+from fastllm.ops.norm.call import NormForward
 from fastllm.registry import Sample
 
-DRAWS = int(os.environ.get("FASTLLM_LOSS_DRAWS", "25"))
+pytestmark = pytest.mark.cpu_level
+
+DRAWS = 1000 if IS_THOROUGH else 25
 RANDOM = settings(
     max_examples=DRAWS, deadline=None, derandomize=DRAWS <= 25, suppress_health_check=list(HealthCheck), database=None
 )
@@ -63,13 +65,11 @@ DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 
 def _agrees(op, sample: Sample, dtype: torch.dtype, floor: float = 4.0) -> None:
     """Kernels and eager against the definition in fp64, outputs and gradients."""
-    truth = run(op.reference, copy(sample, torch.float64))
     yardstick = run(op.function, copy(sample), "eager")
     for backend in (name for name in op.backends if name != "eager" and why_not(name, DEVICE.type, op=op) is None):
         got = run(op.function, copy(sample), backend)
-        for mine, true, stick in zip(got, truth, yardstick, strict=True):
-            for i, (a, b, c) in enumerate(zip(mine, true, stick, strict=True)):
-                assert_as_true(a, b, c, dtype, f"{op.name}/{backend} {sample.kwargs}: {i}", floor=floor)
+        what = f"{op.name}/{backend} {sample.kwargs}"
+        assert_all_as_true(got, truth_of(op, sample), yardstick, dtype, what, floor=floor)
 
 
 def _laid_out(values: torch.Tensor, layout: str) -> torch.Tensor:
@@ -194,7 +194,7 @@ def test_rows_further_apart_than_32_bits_reach():
 
 def test_statistics_are_fp32():
     x = torch.randn(3, 40, device=DEVICE).bfloat16()
-    _, _, mean, rstd = norm_fwd(x, None, None, None, None, 1e-5, 0.0, 0.0, True)
+    _, _, mean, rstd = norm_fwd(NormForward(x, None, None, None, None, 1e-5, 0.0, 0.0, True, "triton"))
     assert mean.dtype == rstd.dtype == torch.float32
     torch.testing.assert_close(mean, x.float().mean(1))
     torch.testing.assert_close(rstd, (x.float().var(1, unbiased=False) + 1e-5).rsqrt())

@@ -4,9 +4,11 @@ That it is right with every option: tests/test_ops.py, backend ``native``; that 
 units: tests/ops/test_native_rows.py.
 """
 
+import functools
+
 import pytest
 import torch
-from contract import assert_as_true, run
+from contract import assert_all_as_true, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastllm
@@ -14,10 +16,13 @@ from fastllm import OPS
 from fastllm.backends import BackendError
 from fastllm.extension import load as extension
 from fastllm.functional import geglu, rotary_embedding, swiglu
-from fastllm.ops.gated import LEAST
+from fastllm.ops.gated import NATIVE_FROM
 from fastllm.registry import Sample
 
-pytestmark = pytest.mark.skipif(extension.missing() is not None, reason="no extension here: no C++ compiler")
+pytestmark = [
+    pytest.mark.cpu_level,
+    pytest.mark.skipif(extension.missing() is not None, reason="no extension here: no C++ compiler"),
+]
 
 KINDS = [("swiglu", {}), ("geglu", {}), ("geglu", {"approximate": "tanh"})]
 
@@ -27,12 +32,10 @@ def _leaf(x):
 
 
 def _agree(op, args, options, dtype, what):
-    truth = run(op.reference, Sample("", tuple(_leaf(a.double()) for a in args), options))
+    wide = Sample("", tuple(_leaf(a.double()) for a in args), options)
     yardstick = run(op.function, Sample("", tuple(_leaf(a) for a in args), options), "eager")
     got = run(op.function, Sample("", tuple(_leaf(a) for a in args), options), "native")
-    for mine, true, stick in zip(got, truth, yardstick, strict=True):
-        for i, (a, b, c) in enumerate(zip(mine, true, stick, strict=True)):
-            assert_as_true(a, b, c, dtype, f"{what}: {i}")
+    assert_all_as_true(got, functools.partial(run, op.reference, wide), yardstick, dtype, what)
 
 
 @pytest.mark.parametrize(("name", "options"), KINDS)
@@ -150,7 +153,7 @@ def _operators(call) -> set:
 
 
 def test_calls_that_torch_serves_faster_stay_there():
-    large = torch.zeros(LEAST["gelu"])
+    large = torch.zeros(NATIVE_FROM["gelu"])
     tables = torch.ones(2, 3, 4).unbind()
     assert _operators(lambda: swiglu(large, large)) == {"gated_rows"}
     assert _operators(lambda: geglu(large, large)) == {"gated_rows"}
@@ -174,7 +177,7 @@ def test_what_it_does_not_take_is_refused_by_name():
 
 
 def test_vmap_takes_torchs_operators():
-    gate, up = torch.randn(2, 4, LEAST["gelu_tanh"]).unbind()
+    gate, up = torch.randn(2, 4, NATIVE_FROM["gelu_tanh"]).unbind()
     options = {"approximate": "tanh"}
     torch.testing.assert_close(
         torch.func.vmap(lambda g, u: geglu(g, u, **options))(gate, up), geglu(gate, up, **options)

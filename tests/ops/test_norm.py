@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE
-from contract import assert_as_true, copy, leaves, outputs, run
+from contract import assert_all_as_true, assert_as_true, copy, leaves, outputs, run, truth_of
 
 import fastllm
 from fastllm import OPS
@@ -38,12 +38,9 @@ def test_rows_past_what_registers_hold(name, dtype, monkeypatch, poisoned_memory
     monkeypatch.setattr(_norm_backward, "BLOCKED_COLS", 32)
     monkeypatch.setattr(_norm_backward, "WIDE_TILE", (2, 32))
     for sample in samples:
-        truth = run(op.reference, copy(sample, torch.float64))
         yardstick = run(op.function, copy(sample), "eager")
         got = run(op.function, copy(sample), "triton")
-        for mine, true, stick in zip(got, truth, yardstick, strict=True):
-            for i, (a, b, c) in enumerate(zip(mine, true, stick, strict=True)):
-                assert_as_true(a, b, c, dtype, f"{name}/{sample.name} {i}")
+        assert_all_as_true(got, truth_of(op, sample), yardstick, dtype, f"{name}/{sample.name}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -87,19 +84,17 @@ def test_rows_shared_by_a_cluster(name, dtype, monkeypatch, poisoned_memory):
         )
     chosen = ("5x63", "no_parameters", "packed_heads", "weight_offset", "bias_only", "wide_residual")
     for sample in (copy(s) for s in op.samples(DEVICE, dtype) if s.name in chosen):
-        truth = run(op.reference, copy(sample, torch.float64))
         yardstick = run(op.function, copy(sample), "eager")
-        for mine, true, stick in zip(run(op.function, copy(sample), "triton"), truth, yardstick, strict=True):
-            for i, (a, b, c) in enumerate(zip(mine, true, stick, strict=True)):
-                assert_as_true(a, b, c, dtype, f"{name}/{sample.name} {i}")
+        got = run(op.function, copy(sample), "triton")
+        assert_all_as_true(got, truth_of(op, sample), yardstick, dtype, f"{name}/{sample.name}")
     assert {("norm_fwd_row", 8), ("norm_bwd_row", 8), ("norm_bwd_row", 2)} <= set(seen)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", NORMS)
-def test_long_rows_part_by_part(name, dtype, monkeypatch, poisoned_memory):
+def test_long_rows_segment_by_segment(name, dtype, monkeypatch, poisoned_memory):
     op, add, seen = OPS[name], name.startswith("add"), []
-    for constant, value in dict(LONG=64, ODD_LONG=64, PART=64, AHEAD=128).items():
+    for constant, value in dict(LONG=64, UNALIGNED_LONG=64, SEGMENT=64, LOADED_FIRST=128).items():
         monkeypatch.setattr(_norm_row, constant, value)
     for module, launcher in ((_norm, "norm_fwd_row"), (_norm_backward, "norm_bwd_row")):
         real = getattr(module, launcher)
@@ -108,7 +103,7 @@ def test_long_rows_part_by_part(name, dtype, monkeypatch, poisoned_memory):
     def made(*shape, dtype=dtype):
         return torch.randn(shape, device=DEVICE).to(dtype).requires_grad_()
 
-    # Of 64 columns 2 and 5 parts, the last full; 4, the last one short; at odd places 2 of 256.
+    # 2 and 5 segments of 64 columns, the last one full; 4, the last one short; 2 of 256 where rows are not aligned.
     for cols, wide in ((128, False), (320, True), (208, False), (500, True)):
         inputs = [made(70, cols + 3)[:, 1 : 1 + cols] for _ in range(1 + add)]
         if add and wide:
@@ -119,11 +114,9 @@ def test_long_rows_part_by_part(name, dtype, monkeypatch, poisoned_memory):
         if name.endswith("layer_norm"):
             options["bias"] = made(cols)
         sample = Sample("", (*inputs, (cols,)), options)
-        truth = run(op.reference, copy(sample, torch.float64))
         yardstick = run(op.function, copy(sample), "eager")
-        for mine, true, stick in zip(run(op.function, copy(sample), "triton"), truth, yardstick, strict=True):
-            for i, (a, b, c) in enumerate(zip(mine, true, stick, strict=True)):
-                assert_as_true(a, b, c, dtype, f"{name}/{cols} {i}")
+        got = run(op.function, copy(sample), "triton")
+        assert_all_as_true(got, truth_of(op, sample), yardstick, dtype, f"{name}/{cols}")
     assert seen == ["norm_fwd_row", "norm_bwd_row"] * 4
 
 
@@ -139,7 +132,7 @@ def test_clusters_are_for_gpus_that_have_them(monkeypatch):
 
 
 def test_a_row_at_the_edge_of_each_kernel():
-    edges = (_norm_row.ODD_LONG + 1, _norm_row.LONG, _norm_row.LONG + 16, _norm_backward.BWD_ROW)
+    edges = (_norm_row.UNALIGNED_LONG + 1, _norm_row.LONG, _norm_row.LONG + 16, _norm_backward.BWD_ROW)
     for cols in (*edges, _norm.FWD_ROW, _norm.FWD_ROW + 1):
         x = torch.randn(2, cols, device=DEVICE, requires_grad=True)
         dy = torch.randn(2, cols, device=DEVICE)
@@ -158,7 +151,7 @@ def test_dropout_is_the_same_in_both_directions(function, fwd, bwd, monkeypatch)
     monkeypatch.setattr(_norm_backward, "BWD_ROW", row[bwd])
     monkeypatch.setattr(_norm, "is_long", lambda _: fwd == "long")
     monkeypatch.setattr(_norm_backward, "is_long", lambda _: bwd == "long")
-    monkeypatch.setattr(_norm_row, "PART", 32)
+    monkeypatch.setattr(_norm_row, "SEGMENT", 32)
     x = torch.rand(64, cols, device=DEVICE).add_(1).requires_grad_()
     residual = torch.randn(64, cols, device=DEVICE, requires_grad=True)
     weight = torch.rand(cols, device=DEVICE, requires_grad=True)

@@ -17,13 +17,13 @@ from toy import weights
 from fastllm.config import InputError
 from fastllm.data import Corpus, prepare
 from fastllm.files import save_tensors
-from fastllm.training import loop, resume, train
+from fastllm.training import loop, resume, session, train
 from fastllm.training.checkpoints import saving
 from fastllm.training.checkpoints.checkpoint import check, checkpoints, find_checkpoint, read_state, write_manifest
 from fastllm.training.clock import StopRequest
 from fastllm.training.objectives import CausalLM
 from fastllm.training.reports.progress import read_metrics
-from fastllm.training.step import train_step
+from fastllm.training.step import gradients
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 
@@ -44,6 +44,22 @@ def test_a_resumed_run_ends_bitwise_like_an_undisturbed_one(config, tmp_path, se
         assert [line.get(key) for line in whole] == [line.get(key) for line in resumed]
 
 
+def test_on_another_cpu_a_resumed_run_keeps_its_precision_and_says_so(config, tmp_path, monkeypatch, capsys):
+    kinds = ["amx, 16-bit products in hardware: bfloat16", "avx2, 16-bit products in hardware: none"]
+    monkeypatch.setattr(loop.cpu, "kind", lambda: kinds[0])
+    train(config(dtype="bfloat16", steps=2), tmp_path / "run", quiet=True)
+    assert read_state(find_checkpoint(tmp_path / "run")).cpu == kinds[0]
+    assert resume(tmp_path / "run", {"steps": 3}).steps == 3
+    assert "another CPU" not in capsys.readouterr().out
+    monkeypatch.setattr(loop.cpu, "kind", lambda: kinds[1])
+    monkeypatch.setattr(loop.cpu, "matmul_dtype", lambda device: torch.float32)
+    assert resume(tmp_path / "run", {"steps": 4}).steps == 4
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"another CPU than before ({kinds[0]}): {kinds[1]}; the run keeps bfloat16" in said
+    state = read_state(find_checkpoint(tmp_path / "run"))
+    assert (state.dtype, state.cpu) == ("bfloat16", kinds[1])
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_at_the_steps_end_and_the_run_goes_on_exactly(config, tmp_path, monkeypatch, capsys, number):
     before = signal.getsignal(number)
@@ -51,10 +67,10 @@ def test_a_signal_saves_at_the_steps_end_and_the_run_goes_on_exactly(config, tmp
 
     def step_and_signal(*args, **kwargs):
         os.kill(os.getpid(), number)
-        return train_step(*args, **kwargs)
+        return gradients(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", step_and_signal)
+        patch.setattr(session, "gradients", step_and_signal)
         result = train(config(), tmp_path / "stopped")
     assert (result.signal, result.steps) == (number, 1)
     assert signal.getsignal(number) == before
@@ -204,10 +220,10 @@ def test_saving_does_not_wait_and_writes_what_was_there(config, tmp_path, monkey
         steps.append(1)
         if len(steps) == 4:
             gate.set()  # another step has been made since the first checkpoint was begun
-        return train_step(*args, **kwargs)
+        return gradients(*args, **kwargs)
 
     monkeypatch.setattr(saving, "save_checkpoint", slow)
-    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(session, "gradients", step)
     train(config(checkpoint_interval=2, eval_interval=0, keep_checkpoints=9, steps=5), tmp_path / "a", quiet=True)
     gate.set()
     train(

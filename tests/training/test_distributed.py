@@ -4,19 +4,23 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from prose import prose
 from safetensors.torch import load_file
 from several import MODEL
-from toy import THOROUGH, TOY, weights
+from thorough import THOROUGH
+from toy import TOY, weights
 
 from fastllm.cli import main
 from fastllm.models import Transformer
 from fastllm.training import loop
+from fastllm.training.parallel import watch
 from fastllm.training.parallel.meta import on_meta
 from fastllm.training.reports.progress import read_metrics
 
@@ -116,3 +120,26 @@ def test_weights_drawn_without_memory_first_are_those_that_would_have_been_drawn
             assert torch.equal(model.state_dict()[name], value), name
         for one, other in zip(expected.buffers(), model.buffers(), strict=True):
             assert torch.equal(one, other)
+
+
+def test_a_standstill_names_the_rank_that_is_behind_now_not_where_it_was_last_heard_of(monkeypatch, capfd):
+    """Rank 0 publishes every second, so that what it said last is old when rank 1 has waited for half a second."""
+    store, ended = dist.HashStore(), threading.Event()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(watch.faulthandler, "dump_traceback", lambda **options: None)
+
+    def exit_(code):
+        assert code == watch.EXIT_HANG
+        hanging._stop.set()
+        ended.set()
+
+    monkeypatch.setattr(watch.os, "_exit", exit_)
+    ahead, hanging = watch.Watch(0, 2, timeout=5), watch.Watch(1, 2, timeout=0.5)
+    ahead.beat(4, "step")
+    store.wait(["fastllm/at/0"])
+    ahead.beat(5, "step")
+    hanging.beat(5, "data")
+    assert ended.wait(10)
+    ahead.close()
+    assert "rank 1: step 6 has stood still for 0.5 s; waiting for rank 1 on" in capfd.readouterr().err
+    assert "waiting for rank 1 on" in ahead.verdict()

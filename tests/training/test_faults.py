@@ -9,7 +9,8 @@ import time
 import pytest
 import torch
 from prose import prose
-from toy import THOROUGH, TOY
+from thorough import THOROUGH
+from toy import TOY
 
 from fastllm import files
 from fastllm.cli import main

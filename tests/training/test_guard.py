@@ -13,11 +13,11 @@ from fastllm.config import InputError
 from fastllm.models import Transformer
 from fastllm.training import Diverged, resume, train
 from fastllm.training.checkpoints.checkpoint import State, checkpoints, read_state
-from fastllm.training.dropout import Dropout, keep_mask, key_dropout, set_first_row
+from fastllm.training.dropout import RowDropout, keep_mask, key_dropout, set_first_row
 from fastllm.training.guard import HISTORY, Guard, deviation
-from fastllm.training.loop import DataChanged
 from fastllm.training.objectives import CausalLM
 from fastllm.training.reports.progress import read_metrics
+from fastllm.training.session import DataChanged
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 
@@ -134,7 +134,7 @@ def test_masks_keep_the_right_share_and_are_independent(p):
 
 
 def test_dropout_scales_and_is_recomputed_under_checkpointing_and_by_micro_batch():
-    module = Dropout(0.5)
+    module = RowDropout(0.5, torch.zeros((), dtype=torch.int64))
     x = torch.ones(6, 40, requires_grad=True)
     torch.manual_seed(1)
     out = module(x)
@@ -143,14 +143,14 @@ def test_dropout_scales_and_is_recomputed_under_checkpointing_and_by_micro_batch
     for rows in (1, 2, 3):
         parts = []
         for first in range(0, 6, rows):
-            set_first_row(first)
+            set_first_row(module, first)
             torch.manual_seed(1)
             parts.append(torch.utils.checkpoint.checkpoint(module, x[first : first + rows], use_reentrant=False))
-        set_first_row(0)
+        set_first_row(module, 0)
         assert torch.equal(torch.cat(parts), out)
     assert module.eval()(x) is x
     model = key_dropout(Transformer(TOY))
-    assert sum(type(m) is Dropout for m in model.modules()) == 3
+    assert sum(type(m) is RowDropout for m in model.modules()) == 3
 
 
 def test_the_micro_batch_may_change_and_only_the_order_of_sums_does(config, tmp_path):

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import toy
 from safetensors.torch import load_file
-from toy import THOROUGH, weights
+from thorough import THOROUGH
+from toy import weights
 
 from fastllm.training.checkpoints.checkpoint import checkpoints
 from fastllm.training.objectives import ObjectiveConfig, fit_model

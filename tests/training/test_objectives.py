@@ -18,7 +18,7 @@ from fastllm.training.objectives import MaskedLM, ObjectiveConfig, PrefixLM, fit
 from fastllm.training.objectives.examples import POOL, ExampleOrder
 from fastllm.training.objectives.masked import Pieces, Sentences, mask_tokens
 from fastllm.training.optimizer import Optimizers
-from fastllm.training.step import train_step
+from fastllm.training.step import StepSettings, train_step
 
 
 @pytest.fixture(scope="session")
@@ -181,7 +181,7 @@ def test_next_sentences_can_be_learnt(tmp_path):
     model = build_model(fit_model(config, shape))
     objective, optimizers = make_objective(config, data, 32, 32, 0), Optimizers(model, TrainingConfig())
     for step in range(100):
-        train_step(objective, model, optimizers, objective.batch(step), rows=32, clip=1.0, dtype="float32")
+        train_step(objective, model, optimizers, objective.batch(step), StepSettings(32, 1.0, "float32"))
     scores = objective.evaluate(model, 32, "float32", 0).scores
     assert scores["nsp_accuracy"] > 0.95, scores
 

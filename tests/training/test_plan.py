@@ -20,7 +20,7 @@ from fastllm.training.parallel.planner import (
     shape_of,
     state_bytes,
 )
-from fastllm.training.step import train_step
+from fastllm.training.step import StepSettings, train_step
 
 SHAPES = [
     TOY,
@@ -49,7 +49,7 @@ def peak_of_third_step(shape, rows, dtype, recompute, device):
     batch = {name: torch.randint(shape.vocab_size, (rows, shape.context_length)) for name in ("tokens", "targets")}
 
     def step():
-        train_step(CausalLM, model, optimizers, batch, rows=rows, clip=1.0, dtype=dtype)
+        train_step(CausalLM, model, optimizers, batch, StepSettings(rows, 1.0, dtype))
 
     step()
     step()

@@ -1,7 +1,7 @@
 """What saving adds to training, and how long a resumed run takes to its first step.
 
-``FASTLLM_THOROUGH=1 pytest -n 0 -s tests/training/test_run_costs.py`` measures both and prints them, in a minute on a
-machine with nothing else to do.
+``FASTLLM_TESTS=thorough pytest -n 0 -s tests/training/test_run_costs.py`` measures both and prints them, in a
+minute on an idle machine.
 """
 
 import statistics
@@ -11,9 +11,10 @@ import time
 
 import torch
 from prose import prose
-from toy import THOROUGH
+from thorough import THOROUGH
 
 from fastllm.cli import main
+from fastllm.cpu import precision
 from fastllm.data import Tokenizer
 from fastllm.models import PRESETS, Transformer
 from fastllm.training import TrainingConfig
@@ -21,7 +22,7 @@ from fastllm.training.checkpoints.checkpoint import Keep, State, checkpoints
 from fastllm.training.checkpoints.saving import Saver
 from fastllm.training.objectives import CausalLM
 from fastllm.training.optimizer import Optimizers
-from fastllm.training.step import train_step
+from fastllm.training.step import StepSettings, train_step
 
 # A run that stops where its first step would be computed, and says how it came there.
 FIRST_STEP = """
@@ -33,7 +34,7 @@ start = time.monotonic() - age
 import torch
 imported = time.monotonic() - start
 from fastllm.cli import main
-from fastllm.training import launch, loop; from fastllm.training.parallel import ranks
+from fastllm.training import launch, session; from fastllm.training.parallel import ranks
 
 reading = 0.0
 
@@ -58,7 +59,7 @@ def first(*arguments, **options):
     sys.stdout.flush()
     os._exit(0)
 
-loop.train_step = first
+session.gradients = first
 main(["train", "--resume", "run", "--steps", "3", "--quiet"])
 """
 
@@ -101,6 +102,7 @@ def test_saving_costs_less_than_two_percent(tmp_path):
     # a save does.
     torch.set_num_threads(1)
     model = Transformer(PRESETS["small"])
+    dtype = precision(torch.device("cpu"))
     optimizers = Optimizers(model, TrainingConfig())
     batch = {name: torch.randint(96, (TrainingConfig().batch_size, 256)) for name in ("tokens", "targets")}
     saver = Saver(tmp_path, model, Tokenizer.train([prose(60)], 300), Keep(2), print)
@@ -112,10 +114,10 @@ def test_saving_costs_less_than_two_percent(tmp_path):
         begin = time.process_time()
         if save:
             saves += 1
-            saver.save(State(saves, 0.0, 0, "bfloat16", ""), optimizers.state_dict())
+            saver.save(State(saves, 0.0, 0, dtype, ""), optimizers.state_dict())
             stalls.append(time.process_time() - begin)
         for _ in range(2):
-            train_step(CausalLM, model, optimizers, batch, rows=len(batch["tokens"]), clip=1.0, dtype="bfloat16")
+            train_step(CausalLM, model, optimizers, batch, StepSettings(len(batch["tokens"]), 1.0, dtype))
         saver.wait()
         return time.process_time() - begin
 

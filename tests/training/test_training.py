@@ -14,16 +14,17 @@ from toy import TOY, weights
 
 from fastllm.data import Corpus, open_dataset, prepare
 from fastllm.models import Transformer
-from fastllm.training import TrainingConfig, evaluate, loop, train
+from fastllm.training import TrainingConfig, evaluate, measure, session, train
+from fastllm.training import optimizer as optimizer_module
 from fastllm.training.checkpoints import saving
 from fastllm.training.clock import Clock
-from fastllm.training.measure import faster_dtype, matmul_flops
+from fastllm.training.measure import faster_dtype
 from fastllm.training.objectives import CausalLM
-from fastllm.training.optimizer import Optimizers, parameter_groups
+from fastllm.training.optimizer import Optimizers, orthogonal, parameter_groups
 from fastllm.training.reports import meters
 from fastllm.training.reports.progress import read_metrics
 from fastllm.training.schedule import lr_scale, progress
-from fastllm.training.step import train_step
+from fastllm.training.step import StepSettings, gradients, train_step
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 GPT = replace(TOY, positions="learned", norm="layer", activation="gelu", bias=True, tie_embeddings=False)
@@ -74,7 +75,8 @@ def test_every_parameter_has_one_group_and_tables_and_vectors_none_of_muon(shape
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_optimizers_match_torchs_own_with_decay_on_matrices_only(optimizer):
+def test_optimizers_match_torchs_own_with_decay_on_matrices_only(optimizer, monkeypatch):
+    monkeypatch.setattr(optimizer_module, "matmul_dtype", lambda device: torch.bfloat16)  # as torch's, on any CPU
     config = TrainingConfig(optimizer=optimizer, embedding_weight_decay=0.3)
     model, twin = Transformer(GPT), Transformer(GPT)
     twin.load_state_dict(model.state_dict())
@@ -154,7 +156,7 @@ def test_accumulated_loss_and_gradient_are_those_of_the_whole_batch(rows):
             seen["gradients"] = [p.grad.clone() for p in model.parameters()]
 
     ours, our_norm, terms = train_step(
-        CausalLM, model, Record(), as_batch(tokens, targets), rows=rows, clip=0.0, dtype="float32"
+        CausalLM, model, Record(), as_batch(tokens, targets), StepSettings(rows, 0.0, "float32")
     )
     assert terms["loss"] == ours
     torch.testing.assert_close(ours.double(), loss, rtol=1e-6, atol=0)
@@ -173,14 +175,54 @@ def test_clipping_scales_the_gradient_and_reports_its_norm_before():
             norms.append(torch.stack([p.grad.norm() for p in model.parameters()]).norm())
             model.zero_grad()
 
-    _, free, _ = train_step(CausalLM, model, Record(), batch, rows=2, clip=0.0, dtype="float32")
-    _, clipped, _ = train_step(CausalLM, model, Record(), batch, rows=2, clip=0.01, dtype="float32")
+    _, free, _ = train_step(CausalLM, model, Record(), batch, StepSettings(2, 0.0, "float32"))
+    _, clipped, _ = train_step(CausalLM, model, Record(), batch, StepSettings(2, 0.01, "float32"))
     assert norms[0] == pytest.approx(free)
     assert clipped == pytest.approx(free)
     assert norms[1] == pytest.approx(0.01, rel=1e-3)
 
 
-def test_measuring_leaves_model_and_random_state_alone():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_orthogonal_factor_is_computed_in_what_the_device_multiplies(dtype, monkeypatch):
+    monkeypatch.setattr(optimizer_module, "matmul_dtype", lambda device: dtype)
+    for matrix in (torch.randn(40, 24), torch.randn(24, 40)):
+        factor = orthogonal(matrix)
+        assert (factor.dtype, factor.shape) == (dtype, matrix.shape)
+        values = torch.linalg.svdvals(factor.float())
+        assert 0.3 < values.min() <= values.max() < 1.3
+
+
+def test_without_products_of_bfloat16_nothing_is_timed(monkeypatch):
+    monkeypatch.setattr(measure, "matmul_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(measure, "_seconds", lambda run, device: pytest.fail("nothing is to be timed"))
+    assert faster_dtype(CausalLM, Transformer(TOY), {}) == ("float32", {})
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rounds", "chosen"),
+    [
+        ({"float32": 0.1, "bfloat16": 0.2}, 2, "float32"),  # clearly behind
+        ({"float32": 0.2, "bfloat16": 0.1}, 2, "bfloat16"),
+        ({"float32": 0.1, "bfloat16": 30.0}, 1, "float32"),  # the first round has said enough, and cost enough
+        ({"float32": 0.01, "bfloat16": 0.011}, 21, "float32"),
+        ({"float32": 2.0, "bfloat16": 1.9}, 2, "bfloat16"),  # no time for more
+    ],
+)
+def test_measuring_stops_when_one_precision_is_clearly_behind(seconds, rounds, chosen, monkeypatch):
+    turns = []
+
+    def fake(run, device):
+        turns.append(("float32", "bfloat16")[len(turns) % 2])
+        return seconds[turns[-1]]
+
+    monkeypatch.setattr(measure, "matmul_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(measure, "_seconds", fake)
+    assert faster_dtype(CausalLM, Transformer(TOY), {}) == (chosen, seconds)
+    assert len(turns) == 2 * rounds
+
+
+def test_measuring_leaves_model_and_random_state_alone(monkeypatch):
+    monkeypatch.setattr(measure, "matmul_dtype", lambda device: torch.bfloat16)
     model = Transformer(TOY)
     before = [p.clone() for p in model.parameters()]
     batch = as_batch(torch.randint(300, (2, 32)), torch.randint(300, (2, 32)))
@@ -190,7 +232,6 @@ def test_measuring_leaves_model_and_random_state_alone():
     assert times[dtype] == min(times.values())
     assert set(times) == {"float32", "bfloat16"}
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, model.parameters(), strict=True))
-    assert matmul_flops(torch.device("cpu"), "float32") > 1e8
 
 
 # Evaluation
@@ -315,7 +356,7 @@ def test_a_time_budget_ends_the_run_with_evaluation_off_the_clock(config, tmp_pa
 
         return run
 
-    monkeypatch.setattr(loop, "train_step", timed(1.0, train_step))
+    monkeypatch.setattr(session, "gradients", timed(1.0, gradients))
     monkeypatch.setattr(CausalLM, "evaluate", timed(100.0, CausalLM.evaluate))
     monkeypatch.setattr(saving, "save_checkpoint", timed(100.0, saving.save_checkpoint))
     result = train(

@@ -25,7 +25,9 @@ void norm_of_row(const NormOptions& o, NormRow& row, void* scratch) {
   }
   A mean = A(0);
   if (o.center) {
+    // Twice: the first sum's rounding error grows with the mean, and beside a small spread it would be all of h - mean.
     mean = sum_over<A>(n, [=](int64_t c) { return h[c]; }) / static_cast<A>(n);
+    mean += sum_over<A>(n, [=](int64_t c) { return h[c] - mean; }) / static_cast<A>(n);
   }
   const A square = o.center ? sum_over<A>(n, [=](int64_t c) { return (h[c] -= mean) * h[c]; })
                             : sum_over<A>(n, [=](int64_t c) { return h[c] * h[c]; });

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from ...cpu import multiplies
 from .call import AttentionCall, ForwardResult, OutputGradients, Wanted, sequence_bias, sequence_call
 from .reference import dropout_kept, visible
 
@@ -46,9 +47,9 @@ class _Dense:
         self.diagonal = self.cols - self.rows
         self.offset = self.diagonal if call.bottom_right else 0
         self.wide = torch.promote_types(call.q.dtype, torch.float32)
-        # fp16 products on CPUs are slower than fp32 and round their sums; bf16 ones run on matrix units.
-        half_on_cpu = call.q.dtype == torch.float16 and call.q.device.type == "cpu"
-        self.narrow = self.wide if half_on_cpu else call.q.dtype
+        # fp16 products on CPUs are slower than fp32 and round their sums; bf16 ones too, but where the CPU has them.
+        keeps = call.q.device.type != "cpu" or (call.q.dtype != torch.float16 and multiplies(call.q.dtype))
+        self.narrow = call.q.dtype if keeps else self.wide
 
     def chunks(self) -> Iterator[tuple[_Chunk, list[slice]]]:
         """Chunks, each with slices of its query rows, whose scores fit; the rows run innermost."""

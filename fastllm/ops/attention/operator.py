@@ -53,13 +53,13 @@ def _attention_fwd(*values):
 def _forward_of(backend: str):
     """The forward of a backend: ``(call, out) -> (lse, stats)``."""
     if backend == "hopper":
-        from ...kernels.attention.hopper import attention_fwd
+        from ...kernels.attention.hopper import attention_hopper_fwd
 
-        return lambda call, out: attention_fwd(*call, out)
+        return attention_hopper_fwd
     if backend == "triton":
         from ...kernels.attention.forward import attention_fwd
 
-        return lambda call, out: attention_fwd(*call, out)
+        return attention_fwd
     return eager_attention_fwd
 
 
@@ -101,10 +101,7 @@ def _backward_of(backend: str):
         return eager_attention_bwd
     from ...kernels.attention.backward import attention_bwd
 
-    def flat(call, forward, upstream, wanted):
-        return attention_bwd(*upstream, *call[:3], *forward, *call[3:], wanted)
-
-    return flat
+    return attention_bwd
 
 
 class _Served(NamedTuple):

@@ -9,175 +9,140 @@ from typing import NamedTuple
 import torch
 
 from ... import extension
-from ...backends import chosen_backend
-from .linear_reference import keeps_wide
-from .native import rows as cross_entropy_rows
+from ...cpu import multiplies
+from .call import Chunking
+from .loss import LOSS_SCHEMA, Labelled, Loss
+from .operator import LossGradients
+from .rows import ROW_LOSSES, Extras
+
+DEFAULT_WORKSPACE_MB = {"cuda": 1200.0, "cpu": 64.0}
 
 
-class Upstream(NamedTuple):
-    """What each row's loss, lse and entropy count in the gradient, (N,) each; None for one that does not.
+class Layer(NamedTuple):
+    """A linear layer and the rows (N, D) that it is applied to: what gets a gradient."""
 
-    Without a factor there is no gradient at all.
-    """
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
 
-    factor: torch.Tensor | None = None
-    dlse: torch.Tensor | None = None
-    dentropy: torch.Tensor | None = None
 
-    def of(self, at) -> Upstream:
-        return Upstream(*(None if t is None else t[at] for t in self))
+class LayerLoss(NamedTuple):
+    """The loss of the layer's outputs (N, V), and how it is computed."""
+
+    target: torch.Tensor
+    weight: torch.Tensor | None
+    token_weight: torch.Tensor | None
+    loss: Loss
+    chunking: Chunking
+    backend: str
+
+    def flat(self) -> tuple:
+        """The arguments of an operator, in the order of :data:`LAYER_LOSS_SCHEMA`."""
+        return *self[:3], *self.loss, *self.chunking, self.backend
+
+    @staticmethod
+    def of(args: tuple) -> tuple[LayerLoss, tuple]:
+        """What begins an operator's arguments, and the rest of them."""
+        loss = 3 + len(Loss._fields)
+        chunking = loss + len(Chunking._fields)
+        values = Loss(*args[3:loss]), Chunking(*args[loss:chunking]), args[chunking]
+        return LayerLoss(*args[:3], *values), args[chunking + 1 :]
+
+
+LAYER_LOSS_SCHEMA = (
+    f"Tensor target, Tensor? class_weight, Tensor? token_weight, {LOSS_SCHEMA},"
+    " float? max_workspace_mb, int? max_targets, bool skip_ignored, bool for_entropy, str backend"
+)
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The loss of single rows: all of cross_entropy's options that do not concern the reduction."""
+class LinearCrossEntropyPlan:
+    """How a call will run: ``rows`` of logits at a time in ``chunks`` turns, ``workspace_bytes`` beside the gradients.
 
-    ignore_index: int
-    smoothing: float
-    softcap: float | None
-    scale: float
-    z_loss: float
+    ``lane`` says what the gradients cost: "3 matmuls, no recompute" computes them with the loss; "4 matmuls, recompute"
+    keeps nothing and computes the logits again in the backward; "1 matmul, loss only" where nothing needs a gradient.
+    """
 
-    def eager(self, z, y, weight, upstream: Upstream, wanted):
-        """(loss, lse, accuracy, entropy) of the logits ``z`` (rows, V), at least fp32; they are overwritten.
+    rows: int
+    chunks: int
+    workspace_bytes: int
+    lane: str
 
-        With the gradient for ``upstream``, where that has a factor. None for accuracy or entropy not ``wanted``.
-        """
-        factor, dlse, dentropy = upstream
-        n_classes = z.shape[1]
-        keep = y != self.ignore_index
-        index = torch.where(keep, y, 0).unsqueeze(1)
-        if self.scale != 1.0:
-            z.mul_(self.scale)
-        if self.softcap is not None:
-            z.div_(self.softcap).tanh_()
-            slope_of_cap = (1 - z.square()) if factor is not None else None
-            z.mul_(self.softcap)
-        top, own = z.amax(1), z.gather(1, index).squeeze(1)
-        accuracy = (keep & (own >= top)).to(z.dtype) if wanted[0] else None
-        # log p itself only where it is summed; else p at once, which saves a pass.
-        logs = self.smoothing != 0.0 or wanted[1]
-        (torch.log_softmax if logs else torch.softmax)(z, 1, out=z)
-        rel = -z.amax(1) if logs else _log_sum(z, index, own - top)
-        lse = top + rel
-        mass = keep.to(z.dtype) if weight is None else weight[index.squeeze(1)].to(z.dtype) * keep
-        loss = mass * (rel + (top - own))
-        slope = mass
-        if self.smoothing != 0.0:
-            spread = z.sum(1) if weight is None else z @ weight.to(z.dtype)
-            share = self.smoothing / n_classes
-            loss = (1 - self.smoothing) * loss - share * spread
-            slope = (1 - self.smoothing) * mass + share * (n_classes if weight is None else weight.sum().to(z.dtype))
-        if self.z_loss != 0.0:
-            loss = loss + self.z_loss * mass * lse.square()
-            slope = slope + 2 * self.z_loss * mass * lse
-        loss = torch.where(keep, loss, 0)
-        entropy = tilt = None
-        if wanted[1]:
-            p = z.exp()
-            entropy = torch.special.entr(p, out=p).sum(1)
-            if dentropy is not None:
-                torch.add(z, entropy.unsqueeze(1), out=p)
-                tilt = p.masked_fill_(z == -math.inf, 0).mul_(-dentropy.unsqueeze(1))
-        if factor is None:
-            return loss, lse, accuracy, entropy
-        factor = torch.where(keep, factor, 0)
-        along = factor * slope if dlse is None else factor * slope + dlse
-        along = torch.where(along == 0, 0, along).unsqueeze(1)
-        (z.exp_() if logs else z).mul_(along if tilt is None else tilt.add_(along))
-        z.scatter_add_(1, index, (-(1 - self.smoothing) * factor * mass).unsqueeze(1))
-        if self.smoothing != 0.0:
-            ones = z.new_ones(n_classes) if weight is None else weight.to(z.dtype)
-            z.addr_(factor, ones, alpha=-share)
-        if self.softcap is not None:
-            z.mul_(slope_of_cap)
-        if self.scale != 1.0:
-            z.mul_(self.scale)
-        return loss, lse, accuracy, entropy
-
-    def fused(self, z, y, weight, upstream: Upstream, wanted):
-        """The same by the kernels, on logits of any dtype that they take."""
-        from ...kernels.cross_entropy.backward import cross_entropy_bwd
-        from ...kernels.cross_entropy.forward import forward_rows
-
-        factor, dlse, dentropy = upstream
-        options = (self.ignore_index, self.smoothing, self.softcap, self.scale, self.z_loss)
-        x = z.unsqueeze(-1)
-        loss, lse = z.new_empty(len(z), dtype=torch.float32), z.new_empty(len(z), dtype=torch.float32)
-        hits, entropy = (z.new_empty(len(z), dtype=torch.float32) if want else None for want in wanted)
-        stats = z.new_empty((3, len(z)), dtype=torch.float32)
-        at_once = factor is not None and dlse is None and dentropy is None
-        dx = x if at_once else None
-        forward_rows(x, y, weight, None, factor, loss, lse, stats, hits, entropy, dx, *options, mean=False)
-        if factor is not None and not at_once:
-            cross_entropy_bwd(
-                factor, dlse, x, y, weight, stats, None, *options, "none", (True, False), out=x,
-                dentropy=dentropy, entropy=entropy,
-            )  # fmt: skip
-        return loss, lse, hits, entropy
-
-    def native(self, z, y, weight, upstream: Upstream, wanted):
-        """The same by the extension, on CPU logits of any dtype."""
-        options = (self.ignore_index, self.smoothing, self.softcap, self.scale, self.z_loss)
-        loss, lse, hits, entropy = cross_entropy_rows(
-            z, y, weight, *options, **upstream._asdict(), dx=None if upstream.factor is None else z,
-            accuracy=wanted[0], entropy=wanted[1],
-        )  # fmt: skip
-        return loss, lse, hits if wanted[0] else None, entropy if wanted[1] else None
-
-    def of_backend(self, name: str):
-        """The form that a backend has."""
-        return {"eager": self.eager, "triton": self.fused, "native": self.native}[name]
+    def __str__(self):
+        mib = self.workspace_bytes / 2**20
+        return f"{self.chunks} chunks of {self.rows} rows, {mib:.1f} MiB of workspace, {self.lane}"
 
 
-def _log_sum(p, index, below):
-    """log sum exp(z - top) of each row of p = softmax(z), where ``below`` is z - top at ``index``."""
-    # The largest p is 1 / sum. Any other is exp(below) / sum, which spares a pass over p while neither is near 0; to
-    # know that, a GPU's host would have to wait.
-    if not p.is_cuda and bool((below > -70).all()):
-        return (below.exp() / p.gather(1, index).squeeze(1)).log_()
-    return -p.amax(1).log_()
+def keeps_wide(dtype: torch.dtype, backend: str) -> bool:
+    """Whether a chunk's logits are held once more in fp32: the eager path does so for 16-bit inputs."""
+    return backend == "eager" and torch.promote_types(dtype, torch.float32) != dtype
 
 
-def counting_rows(y, ignore_index: int, compact: int):
-    """The rows whose loss is computed, or None for all: see :func:`in_chunks`."""
-    if compact == 0:
+def bytes_per_row(n_classes: int, dtype: torch.dtype, backend: str, capped: bool, entropy: bool) -> int:
+    """The workspace of one row: its logits; by eager also the soft cap's slope and the terms that entropy sums."""
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    beside = keeps_wide(dtype, backend) + (capped + entropy if backend == "eager" else 0)
+    return n_classes * (dtype.itemsize + beside * wide)
+
+
+def chunk_plan(tokens: int, row_bytes: int, workspace_mb: float, lane: str = "") -> LinearCrossEntropyPlan:
+    """As many rows at a time as the workspace holds, all chunks of one size."""
+    rows = max(1, min(int(workspace_mb * 2**20 // row_bytes), tokens))
+    if 128 <= rows < tokens:
+        rows -= rows % 128  # whole tiles of the matmuls
+    chunks = math.ceil(tokens / rows) if tokens else 0
+    rows = math.ceil(tokens / chunks) if chunks else rows  # all chunks alike, where that takes no more of them
+    return LinearCrossEntropyPlan(rows, chunks, rows * row_bytes, lane)
+
+
+def workspace_mb(chunking: Chunking, device_type: str) -> float:
+    return chunking.max_workspace_mb or DEFAULT_WORKSPACE_MB.get(device_type, 64.0)
+
+
+def rows_that_count(y, ignore_index: int, chunking: Chunking):
+    """The rows whose loss is computed, or None for all. With ``max_targets`` on CUDA, ignored ones may be among them.
+
+    ValueError on CPU where more targets count than ``max_targets``; on CUDA a device-side assert.
+    """
+    if not chunking.skip_ignored:
         return None
-    keep = y != ignore_index
-    if compact > 0 and y.is_cuda:
+    keep, most = y != ignore_index, chunking.max_targets
+    if most is not None and y.is_cuda:
         # Which rows they are need not be known here: those that count come first, and the host does not wait.
-        torch._assert_async(keep.sum() <= compact, "linear_cross_entropy: more targets count than max_targets")
-        return torch.argsort((~keep).to(torch.uint8), stable=True)[:compact]
+        torch._assert_async(keep.sum() <= most, "linear_cross_entropy: more targets count than max_targets")
+        return torch.argsort((~keep).to(torch.uint8), stable=True)[:most]
     index = keep.nonzero().squeeze(1)
-    if 0 < compact < len(index):
-        raise ValueError(f"linear_cross_entropy: {len(index)} targets count, more than max_targets {compact}")
+    if most is not None and len(index) > most:
+        raise ValueError(f"linear_cross_entropy: {len(index)} targets count, more than max_targets {most}")
     return None if len(index) == len(y) and not y.is_cuda else index
 
 
-def in_chunks(
-    x, linear_weight, linear_bias, y, weight, upstream: Upstream, rows: Rows, chunk: int, backend: str, compact: int,
-    needs, wanted,
-):  # fmt: skip
-    """(loss, lse, accuracy, entropy, dx, dlinear_weight, dlinear_bias), ``chunk`` rows of logits at a time.
+def in_chunks(layer: Layer, call: LayerLoss, upstream: LossGradients, needs, wanted: Extras):
+    """(loss, lse, accuracy, entropy, dx, dlinear_weight, dlinear_bias), a chunk of logits at a time.
 
     The first four are (N,) in at least fp32; accuracy and entropy None where not ``wanted``. Gradients only where
-    ``upstream`` has a factor and ``needs`` asks, else None; the linear layer's are summed over the chunks in at least
-    fp32 and returned so. ``compact``: 0 computes every row; -1 those that count, which the host must wait to know on
-    CUDA; n > 0 the at most n that count. Rows left out have 0 everywhere, lse too.
+    ``upstream`` has one for the rows' losses and ``needs`` asks, else None; the linear layer's are summed over the
+    chunks in at least fp32 and returned so. A row that is left out has 0 everywhere, as its lse too.
     """
+    x, linear_weight, linear_bias = layer
     n, n_classes = x.shape[0], linear_weight.shape[0]
     wide = torch.promote_types(x.dtype, torch.float32)
-    need_dx, need_dw, need_db = needs if upstream.factor is not None else (False, False, False)
+    need_dx, need_dw, need_db = needs if upstream.loss is not None else (False, False, False)
     held_rows = [torch.zeros(n, dtype=wide, device=x.device) if want else None for want in (True, True, *wanted)]
-    index = counting_rows(y, rows.ignore_index, compact)
+    index = rows_that_count(call.target, call.loss.ignore_index, call.chunking)
     count = n if index is None else len(index)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_dx else None
     blank = torch.empty if count else torch.zeros  # the first chunk overwrites it
     dw = blank(linear_weight.shape, dtype=wide, device=x.device) if need_dw else None
     db = torch.zeros(n_classes, dtype=wide, device=x.device) if need_db else None
+    # Planned for all the rows that may count: how many do is known too late on CUDA, and the chunk must not follow it.
+    most = n if call.chunking.max_targets is None else min(n, call.chunking.max_targets)
+    capped = call.loss.softcap is not None
+    row_bytes = bytes_per_row(n_classes, x.dtype, call.backend, capped, call.chunking.for_entropy)
+    chunk = chunk_plan(most, row_bytes, workspace_mb(call.chunking, x.device.type)).rows
     logits = x.new_empty(min(chunk, count), n_classes)
-    held = logits.to(wide) if keeps_wide(x.dtype, backend) else logits
-    one = rows.of_backend(backend)
+    held = logits.to(wide) if keeps_wide(x.dtype, call.backend) else logits
+    row_losses = ROW_LOSSES[call.backend]
     # Autocast would narrow the fp32 sums again.
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, count, chunk):
@@ -185,27 +150,56 @@ def in_chunks(
             at = slice(start, stop) if index is None else index[start:stop]
             xc = x[at]
             z, mine = logits[: stop - start], held[: stop - start]
-            if linear_bias is None:
-                torch.mm(xc, linear_weight.t(), out=z)
-            else:
-                torch.addmm(linear_bias, xc, linear_weight.t(), out=z)
+            _logits(xc, linear_weight, linear_bias, z)
             if mine.dtype != z.dtype:
                 mine.copy_(z)
-            for whole, part in zip(held_rows, one(mine, y[at], weight, upstream.of(at), wanted), strict=True):
+            labelled = Labelled(mine, call.target[at], call.weight, call.loss)
+            for whole, some in zip(held_rows, row_losses(labelled, upstream.of(at), wanted), strict=True):
                 if whole is not None:
-                    whole[at] = part
+                    whole[at] = some
             if need_dw:
-                _add_product(dw, mine, xc, backend, first=start == 0)
+                _add_product(dw, mine, xc, call.backend, first=start == 0)
             if need_db:
                 db += mine.sum(0, dtype=wide)
             if need_dx:
                 if mine.dtype != z.dtype:
                     z.copy_(mine)
                 if index is None:
-                    torch.mm(z, linear_weight, out=dx[at])
+                    _rows_gradient(z, linear_weight, dx[at])
                 else:
-                    dx.index_copy_(0, at, z @ linear_weight)
+                    dx.index_copy_(0, at, _rows_gradient(z, linear_weight, torch.empty_like(xc)))
     return *held_rows, dx, dw, db
+
+
+def _multiplies(x: torch.Tensor) -> bool:
+    """Whether the device has products of ``x``'s dtype; else they are taken in fp32, WIDENED classes at a time.
+
+    At 1024 x 256 x 4096, forward and backward, that is 0.25 of their time in bf16 and 0.3 in fp16 (two cores, AVX2).
+    """
+    return x.device.type != "cpu" or multiplies(x.dtype)
+
+
+def _logits(x, weight, bias, out):
+    """``out`` (rows, V) = x @ weight.T + bias, of one dtype."""
+    if _multiplies(x):
+        return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+    x = x.float()
+    for start in range(0, len(weight), WIDENED):
+        at = slice(start, start + WIDENED)
+        part = torch.mm(x, weight[at].float().t())
+        out[:, at] = part if bias is None else part.add_(bias[at])
+    return out
+
+
+def _rows_gradient(dz, weight, out):
+    """``out`` (rows, D) = dz @ weight, of one dtype."""
+    if _multiplies(dz):
+        return torch.mm(dz, weight, out=out)
+    total = torch.zeros(out.shape, dtype=torch.float32)
+    for start in range(0, len(weight), WIDENED):
+        at = slice(start, start + WIDENED)
+        total.addmm_(dz[:, at].float(), weight[at].float())
+    return out.copy_(total)
 
 
 def _product_fake(total, a, b):
@@ -213,7 +207,7 @@ def _product_fake(total, a, b):
 
 
 _add_bf16_product = extension.operator("add_product_", _product_fake)
-# Columns of ``a`` that are widened at once where products of 16-bit operands are taken in fp32.
+# Columns of ``a``, or classes, that are widened at once where products of 16-bit operands are taken in fp32.
 WIDENED = 2048
 
 
@@ -230,15 +224,5 @@ def _add_product(total, a, b, backend: str, first: bool) -> None:
         # PyTorch's CPU matmuls sum 16-bit operands into 16 bits, which would cost dW its precision over many chunks.
         b = b.to(total.dtype)
         step = max(1, a.shape[1] if a.dtype == total.dtype else WIDENED)
-        for part, columns in zip(total.split(step), a.split(step, 1), strict=True):
-            torch.addmm(part, columns.to(total.dtype).t(), b, beta=0 if first else 1, out=part)
-
-
-def products_exception(device_type: str) -> str | None:
-    """What ``info`` says of the products that sum the layer's gradient."""
-    if device_type != "cpu" or chosen_backend() == "eager" or extension.missing() is not None:
-        return None
-    units = extension.bf16_products()
-    if units == "none":
-        return "bfloat16: the layer's gradient by PyTorch's products in fp32, for this CPU has none of bfloat16"
-    return f"bfloat16: the layer's gradient by the extension's products, on {units}"
+        for some, columns in zip(total.split(step), a.split(step, 1), strict=True):
+            torch.addmm(some, columns.to(total.dtype).t(), b, beta=0 if first else 1, out=some)

@@ -6,25 +6,17 @@ import math
 
 import torch
 
-from ...backends import pick_by_tensors, plain_eager
+from ...backends import pick, plain_eager
 from ...registry import Op, register
-from ..shared.autograd import apply, autocasts
-from .chunks import products_exception
+from ..shared.autograd import apply
+from ..shared.signature import keyword_options, keywords_of
+from .call import LinearCrossEntropyCall, check_whole, is_whole, linear_cross_entropy_call
+from .chunks import LayerLoss, LinearCrossEntropyPlan, bytes_per_row, chunk_plan, workspace_mb
 from .cross_entropy import cross_entropy
-from .linear_operator import LinearCrossEntropy
-from .linear_reference import (
-    Plan,
-    check_linear,
-    check_whole,
-    is_whole,
-    linear_cost,
-    linear_cross_entropy_reference,
-    linear_samples,
-    plan,
-    shifted,
-    whole_logits,
-)
-from .loss import check_options, loss_dtype
+from .linear_operator import LinearCrossEntropy, LinearLossNode
+from .linear_reference import linear_cross_entropy_reference, linear_definition, shifted, whole_logits
+from .loss import loss_dtype
+from .samples import linear_cross_entropy_cost, linear_cross_entropy_samples
 
 
 def linear_cross_entropy(
@@ -90,81 +82,73 @@ def linear_cross_entropy(
             label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale, z_loss=z_loss,
             return_lse=return_lse, inplace=True,
         )  # fmt: skip
-    ignore_index = -100 if ignore_index is None else ignore_index
-    check_linear(
-        input, linear_weight, target, linear_bias, token_weight, shift, max_workspace_mb, max_targets, ignore_index
-    )
-    check_options(
-        "linear_cross_entropy", input, weight, linear_weight.shape[0], reduction, label_smoothing, softcap, logit_scale,
-        z_loss,
+    call = _checked(
+        input, linear_weight, target, linear_bias=linear_bias, weight=weight, reduction=reduction,
+        ignore_index=ignore_index, label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale,
+        z_loss=z_loss, token_weight=token_weight, shift=shift, max_workspace_mb=max_workspace_mb,
+        max_targets=max_targets, recompute=recompute, return_lse=return_lse, return_accuracy=return_accuracy,
+        return_entropy=return_entropy,
     )  # fmt: skip
-    dtype = loss_dtype(input, target)
-    if autocasts(input.device.type) and input.dtype != torch.float64:
-        narrow = torch.get_autocast_dtype(input.device.type)
-        input, linear_weight = input.to(narrow), linear_weight.to(narrow)
-        linear_bias = None if linear_bias is None else linear_bias.to(narrow)
-    for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
-        if tensor is not None and tensor.dtype != input.dtype:
-            raise TypeError(f"linear_cross_entropy: {name} is {tensor.dtype}, input {input.dtype}; they must agree")
-    if weight is not None and weight.requires_grad:
-        raise ValueError("linear_cross_entropy: weight requires a gradient, which class weights get nowhere")
-    backend = pick_by_tensors("linear_cross_entropy", input, linear_weight, linear_bias, weight)
-    if plain_eager(backend):
-        return linear_cross_entropy_reference(
-            input, linear_weight, target, linear_bias=linear_bias, weight=weight, reduction=reduction,
-            ignore_index=ignore_index, label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale,
-            z_loss=z_loss, token_weight=token_weight, shift=shift, return_lse=return_lse,
-            return_accuracy=return_accuracy, return_entropy=return_entropy,
-        )  # fmt: skip
-    needs = tuple(
-        t is not None and t.requires_grad and torch.is_grad_enabled() for t in (input, linear_weight, linear_bias)
-    )
-    with_gradient = (
-        any(needs) and reduction != "none" and not recompute and input.dtype != torch.float16
-        and not torch.compiler.is_compiling()
-    )  # fmt: skip
-    x = input.reshape(target.numel(), input.shape[-1])
-    y = shifted(target.long(), ignore_index, shift).reshape(-1)
-    wide = torch.promote_types(input.dtype, torch.float32)
-    everywhere = return_lse or return_entropy
-    rows = x.shape[0] if max_targets is None or everywhere else min(x.shape[0], max_targets)
-    chunk = plan(
-        rows, linear_weight.shape[0], input.dtype, input.device.type, backend, max_workspace_mb, softcap,
-        return_entropy, "",
-    ).rows  # fmt: skip
-    compact = 0 if everywhere else rows if max_targets is not None else -1 if input.device.type == "cpu" else 0
-    loss, lse, accuracy, entropy, *_ = apply(
-        LinearCrossEntropy, x, linear_weight, linear_bias, y, None if weight is None else weight.contiguous(),
-        None if token_weight is None else token_weight.reshape(-1).to(wide),
-        int(ignore_index), float(label_smoothing), None if softcap is None else float(softcap), float(logit_scale),
-        float(z_loss), reduction, dtype, with_gradient, chunk, backend, compact, needs,
-        (return_accuracy, return_entropy),
-    )  # fmt: skip
-    loss = loss.view(target.shape) if reduction == "none" else loss
-    asked = ((return_lse, lse), (return_accuracy, accuracy), (return_entropy, entropy))
+    choice = pick("linear_cross_entropy", call)
+    dtype = loss_dtype(call.input, target)
+    if plain_eager(choice.backend):
+        loss, *rows = linear_definition(call)
+        loss = loss.to(dtype)
+    else:
+        loss, *rows = _in_chunks(call, dtype, choice.backend)
+    asked = zip((return_lse, return_accuracy, return_entropy), rows, strict=True)
     others = [values.view(target.shape) for want, values in asked if want]
     return (loss, *others) if others else loss
+
+
+def _checked(*args, **options) -> LinearCrossEntropyCall:
+    return linear_cross_entropy_call(*args, **options).under_autocast()
+
+
+def _in_chunks(call: LinearCrossEntropyCall, dtype: torch.dtype, backend: str):
+    """(loss, lse, accuracy, entropy), the last three (N,), by the backend's rows of logits."""
+    x, target, loss = call.input, call.target, call.loss
+    needs = tuple(t is not None and t.requires_grad and torch.is_grad_enabled() for t in call.layer())
+    with_gradient = (
+        any(needs) and loss.reduction != "none" and not call.recompute and x.dtype != torch.float16
+        and not torch.compiler.is_compiling()
+    )  # fmt: skip
+    wide = torch.promote_types(x.dtype, torch.float32)
+    node = LinearLossNode(
+        LayerLoss(
+            shifted(target.long(), loss.ignore_index, call.shift).reshape(-1),
+            None if call.weight is None else call.weight.contiguous(),
+            None if call.token_weight is None else call.token_weight.reshape(-1).to(wide),
+            loss, call.chunking, backend,
+        ),
+        dtype, with_gradient, needs, call.return_accuracy, call.return_entropy,
+    )  # fmt: skip
+    x = x.reshape(target.numel(), x.shape[-1])
+    value, *rows = apply(LinearCrossEntropy, x, call.linear_weight, call.linear_bias, node)[:4]
+    return value.view(target.shape) if loss.reduction == "none" else value, *rows
 
 
 def linear_cross_entropy_plan(
     input, linear_weight, *, reduction="mean", softcap=None, max_workspace_mb=None, max_targets=None, recompute=False,
     return_entropy=False,
-) -> Plan:  # fmt: skip
+) -> LinearCrossEntropyPlan:  # fmt: skip
     """How :func:`linear_cross_entropy` would run such a call: print it before running."""
-    backend = pick_by_tensors("linear_cross_entropy", input, linear_weight)
+    target = torch.empty(input.shape[:-1], dtype=torch.int64, device=input.device)
+    call = linear_cross_entropy_call(
+        input, linear_weight, target, reduction=reduction, softcap=softcap, max_workspace_mb=max_workspace_mb,
+        max_targets=max_targets, recompute=recompute, return_entropy=return_entropy,
+    )  # fmt: skip
+    backend = pick("linear_cross_entropy", call).backend
     if not torch.is_grad_enabled() or not (input.requires_grad or linear_weight.requires_grad):
         lane = "1 matmul, loss only"
     elif reduction == "none" or recompute or input.dtype == torch.float16:
         lane = "4 matmuls, recompute"
     else:
         lane = "3 matmuls, no recompute"
-    tokens = input.numel() // input.shape[-1]
-    if max_targets is not None and not return_entropy:
-        tokens = min(tokens, max_targets)
-    return plan(
-        tokens, len(linear_weight), input.dtype, input.device.type, backend, max_workspace_mb, softcap, return_entropy,
-        lane,
-    )  # fmt: skip
+    tokens, most = target.numel(), call.chunking.max_targets
+    row_bytes = bytes_per_row(len(linear_weight), input.dtype, backend, softcap is not None, return_entropy)
+    workspace = workspace_mb(call.chunking, input.device.type)
+    return chunk_plan(tokens if most is None else min(tokens, most), row_bytes, workspace, lane)
 
 
 # torch has the class since 2.13; before, ours stands on what torch's is made of.
@@ -179,11 +163,10 @@ class LinearCrossEntropyLoss(getattr(torch.nn, "LinearCrossEntropyLoss", _Loss))
     token_weight=None)``.
     """
 
+    @keywords_of(linear_cross_entropy, but=("linear_bias", "token_weight"))
     def __init__(
         self, in_features, num_classes, *, out_features=(), bias=False, device=None, dtype=None, reduction="mean",
-        weight=None, ignore_index=None, label_smoothing=0.0, options=None, softcap=None, logit_scale=1.0, z_loss=0.0,
-        shift=0, max_workspace_mb=None, max_targets=None, recompute=False, return_lse=False, return_accuracy=False,
-        return_entropy=False,
+        weight=None, ignore_index=None, label_smoothing=0.0, options=None, **extras,
     ):  # fmt: skip
         _Loss.__init__(self, weight=weight, reduction=reduction)
         self.num_classes = num_classes
@@ -193,11 +176,7 @@ class LinearCrossEntropyLoss(getattr(torch.nn, "LinearCrossEntropyLoss", _Loss))
         self.options = options
         rows = math.prod(self.out_features, start=num_classes)
         self.linear = torch.nn.Linear(in_features, rows, bias=bias, device=device, dtype=dtype)
-        self.extras = dict(
-            softcap=softcap, logit_scale=logit_scale, z_loss=z_loss, shift=shift, max_workspace_mb=max_workspace_mb,
-            max_targets=max_targets, recompute=recompute, return_lse=return_lse, return_accuracy=return_accuracy,
-            return_entropy=return_entropy,
-        )  # fmt: skip
+        self.extras = extras
 
     def _layer(self):
         weight, bias = self.linear.weight, self.linear.bias
@@ -214,10 +193,10 @@ class LinearCrossEntropyLoss(getattr(torch.nn, "LinearCrossEntropyLoss", _Loss))
             token_weight=token_weight, **self.extras,
         )  # fmt: skip
 
-    def plan(self, input) -> Plan:
+    def plan(self, input) -> LinearCrossEntropyPlan:
         """How :meth:`forward` would run on ``input``, with class indices: print it before running."""
-        names = ("softcap", "max_workspace_mb", "max_targets", "recompute", "return_entropy")
-        extras = {name: self.extras[name] for name in names}
+        names = keyword_options(linear_cross_entropy_plan)
+        extras = {name: value for name, value in self.extras.items() if name in names}
         return linear_cross_entropy_plan(input, self.linear.weight, reduction=self.reduction, **extras)
 
     def extra_repr(self):
@@ -246,10 +225,10 @@ register(
         summary="linear layer and cross-entropy in chunks, never all the logits; token weights, shift, z-loss",
         function=linear_cross_entropy,
         reference=linear_cross_entropy_reference,
-        samples=linear_samples,
-        cost=linear_cost,
+        samples=linear_cross_entropy_samples,
+        cost=linear_cross_entropy_cost,
         backends=("eager", "triton", "native"),
         module=LinearCrossEntropyLoss,
-        exception=products_exception,
+        call=_checked,
     )
 )

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from ...registry import define
 from ..shared.autograd import gradients, scalable
-from .chunks import Rows, Upstream, in_chunks
-from .linear_reference import linear_cross_entropy_reference, reduced
+from .call import LinearCrossEntropyCall
+from .chunks import LAYER_LOSS_SCHEMA, Layer, LayerLoss, in_chunks
+from .linear_reference import denominator, linear_definition
 from .loss import out_of_range
+from .operator import LossGradients
+from .rows import Extras
 
-_TENSORS = "Tensor x, Tensor w, Tensor? bias, Tensor target, Tensor? weight, Tensor? token_weight"
-_OPTIONS = "int ignore_index, float smoothing, float? softcap, float scale, float z_loss, str reduction"
-_HOW = "int chunk, str backend, int compact, bool[3] needs"
+_NOTHING = (False, False, False)
 
 
-def _outputs(x, w, bias, needs, dtype):
+class LinearLossNode(NamedTuple):
+    """What the gradient's node is given beside the layer. ``needs``: which of the layer's gradients are wanted."""
+
+    call: LayerLoss
+    dtype: torch.dtype
+    with_gradient: bool
+    needs: tuple[bool, bool, bool]
+    accuracy: bool
+    entropy: bool
+
+
+def _outputs(layer: Layer, needs):
+    x, w, bias = layer
     return (
         x.new_empty(x.shape if needs[0] else 0),
         w.new_empty(w.shape if needs[1] else 0),
@@ -23,28 +38,30 @@ def _outputs(x, w, bias, needs, dtype):
     )
 
 
-def _fwd_fake(x, w, bias, target, weight, token_weight, *options):
-    reduction, dtype, with_gradient, needs, wanted = *options[5:8], *options[-2:]
+def _fwd_fake(x, w, bias, *args):
+    call, (dtype, with_gradient, needs, *wanted) = LayerLoss.of(args)
     wide = torch.promote_types(x.dtype, torch.float32)
     return (
-        x.new_empty(x.shape[0] if reduction == "none" else (), dtype=dtype),
+        x.new_empty(x.shape[0] if call.loss.reduction == "none" else (), dtype=dtype),
         x.new_empty(x.shape[0], dtype=wide),
         *(x.new_empty(x.shape[0] if want else 0, dtype=wide) for want in wanted),
         x.new_empty((), dtype=wide),
-        *_outputs(x, w, bias, needs if with_gradient else (False, False, False), dtype),
+        *_outputs(Layer(x, w, bias), needs if with_gradient else _NOTHING),
     )
 
 
-def _given(grads, x, w, bias, needs):
+def _given(grads, layer: Layer, needs):
     """Gradients in their tensors' dtypes; an empty tensor for one that is not needed."""
-    blank = _outputs(x, w, bias, (False, False, False), None)
+    blank = _outputs(layer, _NOTHING)
     return tuple(g.to(b.dtype) if need else b for g, b, need in zip(grads, blank, needs, strict=True))
 
 
-def _unit_factor(y, token_weight, total, dtype):
-    """What each row's loss counts in the whole, (N,)."""
+def _unit_factor(call: LayerLoss, total, dtype):
+    """The derivative of the whole loss by each row's, (N,)."""
     share = (1 / total).to(dtype)
-    return share.expand(len(y)).contiguous() if token_weight is None else token_weight * share
+    if call.token_weight is None:
+        return share.expand(len(call.target)).contiguous()
+    return call.token_weight * share
 
 
 def _scale(grad, factor, backend: str) -> None:
@@ -52,9 +69,9 @@ def _scale(grad, factor, backend: str) -> None:
     if grad.numel() == 0:
         return
     if backend == "triton":
-        from ...kernels.cross_entropy.backward import scale
+        from ...kernels.cross_entropy.backward import scale_gradient
 
-        scale(grad, factor)
+        scale_gradient(grad, factor)
     elif grad.is_cuda or factor != 1:
         grad.mul_(factor)
 
@@ -69,119 +86,108 @@ def _linear_cross_entropy_scale_(dx, dw, db, dloss, backend):
 
 
 @define(
-    f"linear_cross_entropy_fwd({_TENSORS}, {_OPTIONS}, ScalarType dtype, bool with_gradient, {_HOW},"
-    " bool[2] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"linear_cross_entropy_fwd(Tensor x, Tensor w, Tensor? bias, {LAYER_LOSS_SCHEMA}, ScalarType dtype,"
+    " bool with_gradient, bool[3] needs, bool accuracy, bool entropy)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd_fake,
 )
-def _linear_cross_entropy_fwd(
-    x, w, bias, y, weight, token_weight, ignore_index, smoothing, softcap, scale, z_loss, reduction,
-    dtype, with_gradient, chunk, backend, compact, needs, wanted,
-):  # fmt: skip
-    if y.device.type == "cpu":
-        error = out_of_range(y, ignore_index, w.shape[0], "linear_cross_entropy")
+def _linear_cross_entropy_fwd(x, w, bias, *args):
+    call, (dtype, with_gradient, needs, *wanted) = LayerLoss.of(args)
+    layer, reduction = Layer(x, w, bias), call.loss.reduction
+    if x.device.type == "cpu":
+        error = out_of_range(call.target, call.loss.ignore_index, w.shape[0], "linear_cross_entropy")
         if error is not None:
             raise error
-    needs = needs if with_gradient else (False, False, False)
-    rows = Rows(ignore_index, smoothing, softcap, scale, z_loss)
+    needs = needs if with_gradient else _NOTHING
     wide = torch.promote_types(x.dtype, torch.float32)
-    _, total = reduced(
-        torch.zeros(len(y), dtype=wide, device=x.device), token_weight, y, weight, ignore_index, reduction
-    )
-    factor = _unit_factor(y, token_weight, total, wide) if with_gradient else None
-    losses, lse, *others = in_chunks(
-        x, w, bias, y, weight, Upstream(factor), rows, chunk, backend, compact, needs, wanted
-    )
-    others, grads = others[:2], others[2:]
-    others = [lse.new_empty(0) if t is None else t for t in others]
-    loss, _ = reduced(losses, token_weight, y, weight, ignore_index, "none" if reduction == "none" else "sum")
+    total = denominator(x.new_empty(0, dtype=wide), call.target, call.weight, call.token_weight, call.loss)
+    upstream = LossGradients(_unit_factor(call, total, wide) if with_gradient else None)
+    losses, lse, accuracy, entropy, *grads = in_chunks(layer, call, upstream, needs, Extras(*wanted))
+    extras = [lse.new_empty(0) if t is None else t for t in (accuracy, entropy)]
+    if call.token_weight is not None:
+        losses = losses * call.token_weight
+    loss = losses if reduction == "none" else losses.sum()
     if reduction == "mean":
         loss = loss / total
-    return loss.to(dtype), lse, *others, total, *_given(grads, x, w, bias, needs)
+    return loss.to(dtype), lse, *extras, total, *_given(grads, layer, needs)
 
 
-def _bwd_fake(dloss, dlse, dentropy, total, x, w, bias, *rest):
-    return _outputs(x, w, bias, rest[-1], None)
+def _bwd_fake(dloss, dlse, dentropy, total, x, w, bias, *args):
+    return _outputs(Layer(x, w, bias), args[-1])
 
 
 @define(
-    f"linear_cross_entropy_bwd(Tensor? dloss, Tensor? dlse, Tensor? dentropy, Tensor total, {_TENSORS}, {_OPTIONS},"
-    f" {_HOW}) -> (Tensor, Tensor, Tensor)",
+    "linear_cross_entropy_bwd(Tensor? dloss, Tensor? dlse, Tensor? dentropy, Tensor total, Tensor x, Tensor w,"
+    f" Tensor? bias, {LAYER_LOSS_SCHEMA}, bool[3] needs) -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
 )
-def _linear_cross_entropy_bwd(
-    dloss, dlse, dentropy, total, x, w, bias, y, weight, token_weight, ignore_index, smoothing, softcap, scale, z_loss,
-    reduction, chunk, backend, compact, needs,
-):  # fmt: skip
+def _linear_cross_entropy_bwd(dloss, dlse, dentropy, total, *args):
+    layer = Layer(*args[:3])
+    call, (needs,) = LayerLoss.of(args[3:])
+    x = layer.x
     wide = torch.promote_types(x.dtype, torch.float32)
-    rows = Rows(ignore_index, smoothing, softcap, scale, z_loss)
     # As the forward's own gradients: for a loss of 1, rounded, then scaled. So both lanes agree bit for bit. In fp16
     # the upstream gradient, a loss scale, comes first.
     alone = dlse is None and dentropy is None
-    scale_last = alone and reduction != "none" and x.dtype != torch.float16
-    factor = _unit_factor(y, token_weight, total, wide)
+    scale_last = alone and call.loss.reduction != "none" and x.dtype != torch.float16
+    factor = _unit_factor(call, total, wide)
     if not scale_last:
         factor = factor * dloss.to(wide) if dloss is not None else torch.zeros_like(factor)
-    upstream = Upstream(factor, *(None if t is None else t.to(wide).contiguous() for t in (dlse, dentropy)))
-    *_, dx, dw, db = in_chunks(
-        x, w, bias, y, weight, upstream, rows, chunk, backend, compact if alone else 0, needs,
-        (False, dentropy is not None),
-    )  # fmt: skip
-    grads = (dx, dw, db)
-    grads = _given(grads, x, w, bias, needs)
+    upstream = LossGradients(factor, *(None if t is None else t.to(wide).contiguous() for t in (dlse, dentropy)))
+    if not alone:  # ignored rows have an lse and an entropy too
+        call = call._replace(chunking=call.chunking._replace(skip_ignored=False))
+    *_, dx, dw, db = in_chunks(layer, call, upstream, needs, Extras(entropy=dentropy is not None))
+    grads = _given((dx, dw, db), layer, needs)
     if scale_last:
         for grad in grads:
-            _scale(grad, dloss, backend)
+            _scale(grad, dloss, call.backend)
     return grads
 
 
 class LinearCrossEntropy(torch.autograd.Function):
+    """(loss, lse, accuracy, entropy, denominator, three gradients left by the forward) of a layer's outputs."""
+
     @staticmethod
-    def forward(
-        x, w, bias, y, weight, token_weight, ignore_index, smoothing, softcap, scale, z_loss, reduction,
-        dtype, with_gradient, chunk, backend, compact, needs, wanted,
-    ):  # fmt: skip
-        options = (ignore_index, smoothing, softcap, scale, z_loss, reduction)
-        return _linear_cross_entropy_fwd(
-            x, w, bias, y, weight, token_weight, *options, dtype, with_gradient, chunk, backend, compact, needs,
-            wanted,
-        )  # fmt: skip
+    def forward(x, w, bias, node: LinearLossNode):
+        call, *how = node
+        return _linear_cross_entropy_fwd(x, w, bias, *call.flat(), *how)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        tensors, ctx.options, ctx.has_gradient, ctx.how = inputs[:6], inputs[6:12], inputs[13], inputs[14:17]
+        x, w, bias, node = inputs
         _, _, accuracy, entropy, total, *grads = output
-        ctx.has_entropy = inputs[18][1]
-        ctx.mark_non_differentiable(accuracy, *(() if ctx.has_entropy else (entropy,)), total, *grads)
+        call = node.call
+        ctx.mark_non_differentiable(accuracy, *(() if node.entropy else (entropy,)), total, *grads)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, total, *grads)
+        ctx.has_gradient, ctx.has_entropy, ctx.dtype = node.with_gradient, node.entropy, node.dtype
+        ctx.call = call._replace(target=None, weight=None, token_weight=None)
+        ctx.save_for_backward(x, w, bias, call.target, call.weight, call.token_weight, total, *grads)
 
     @staticmethod
     def backward(ctx, dloss, dlse, _daccuracy, dentropy, *_):
-        none = (None,) * 16
         # Compiled code makes gradients of outputs that have none.
         dentropy = dentropy if ctx.has_entropy else None
         if dloss is None and dlse is None and dentropy is None:
-            return None, None, None, *none
+            return None, None, None, None
         x, w, bias, y, weight, token_weight, total, *ready = ctx.saved_tensors
+        call = ctx.call._replace(target=y, weight=weight, token_weight=token_weight)
         needs = ctx.needs_input_grad[:3]
         if ctx.has_gradient and dlse is dentropy is None and not torch.is_grad_enabled() and scalable(dloss):
             # Handed out once, scaled in place, as in cross_entropy; a second backward computes them again.
             ctx.has_gradient = False
             grads = [grad.data for grad in ready]
-            _linear_cross_entropy_scale_(*grads, dloss, ctx.how[1])
-            return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *none
-        ignore_index, smoothing, softcap, scale, z_loss, reduction = ctx.options
+            _linear_cross_entropy_scale_(*grads, dloss, call.backend)
+            return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None
 
         def launch(inputs, outputs_grad, extras, needs):
-            return _linear_cross_entropy_bwd(
-                *outputs_grad, *extras, *inputs, y, weight, token_weight, *ctx.options, *ctx.how, needs
-            )
+            return _linear_cross_entropy_bwd(*outputs_grad, *extras, *inputs, *call.flat(), needs)
 
         def formula(x, w, bias):
-            return linear_cross_entropy_reference(
-                x, w, y, linear_bias=bias, weight=weight, reduction=reduction, ignore_index=ignore_index,
-                label_smoothing=smoothing, softcap=softcap, logit_scale=scale, z_loss=z_loss,
-                token_weight=token_weight, return_lse=True, return_entropy=True,
-            )  # fmt: skip
+            loss, lse, _, entropy = linear_definition(
+                LinearCrossEntropyCall(
+                    x, w, y, bias, weight, token_weight, call.loss, 0, call.chunking, True, True, False, True
+                )
+            )
+            return loss.to(ctx.dtype), lse, entropy
 
-        return *gradients(launch, formula, (x, w, bias), needs, (dloss, dlse, dentropy), (total,)), *none
+        return *gradients(launch, formula, (x, w, bias), needs, (dloss, dlse, dentropy), (total,)), None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from ... import extension
+from .loss import Labelled
 
 
 def _rows_fake(x, target, weight, factor, dlse, dentropy, dx, dtarget, *options):
@@ -24,21 +25,19 @@ def accumulator(x, target) -> torch.dtype:
     return torch.float64 if torch.float64 in (x.dtype, target.dtype) else torch.float32
 
 
-def rows(
-    x, target, weight, ignore_index, smoothing, softcap, scale, z_loss, *,
-    factor=None, dlse=None, dentropy=None, dx=None, dtarget=None, accuracy=False, entropy=False,
-):  # fmt: skip
-    """(loss, lse, hits, entropy) of logits ``x`` (R, C), in fp32 or fp64; the last two empty unless asked for.
+def native_row_losses(labelled: Labelled, upstream, into=(None, None), wanted=(False, False)):
+    """(loss, lse, hits, entropy) of logits (R, C), in fp32 or fp64; the last two empty where not ``wanted``.
 
-    ``target`` (R,) int64 or (R, C) floating point. With ``dx`` (may be ``x``) and ``dtarget`` their gradients for
-    ``factor``, ``dlse`` and ``dentropy`` (R,), what each row's loss, lse and entropy count; None counts nothing.
+    ``into``: where the gradients of logits (may be the logits themselves) and of probabilities go, or Nones. They are
+    those for ``upstream``, the gradients (R,) of each row's loss, lse and entropy; a None adds nothing.
     """
+    x, target, weight, loss = labelled
     wide = accumulator(x, target)
     weight = None if weight is None else weight.to(wide).contiguous()
-    upstream = (None if t is None else t.to(wide).contiguous() for t in (factor, dlse, dentropy))
+    upstream = (None if t is None else t.to(wide).contiguous() for t in upstream)
     return _rows(
-        x, target, weight, *upstream, dx, dtarget, ignore_index, smoothing, softcap or 0.0, scale, z_loss, accuracy,
-        entropy,
+        x, target, weight, *upstream, *into, loss.ignore_index, loss.label_smoothing, loss.softcap or 0.0,
+        loss.logit_scale, loss.z_loss, *wanted,
     )  # fmt: skip
 
 
@@ -62,65 +61,64 @@ class _Out:
         return self.whole
 
 
-def _target(target):
-    return _flat(target) if target.is_floating_point() else target.reshape(-1)
+def _in_rows(labelled: Labelled) -> Labelled:
+    x, target, weight, loss = labelled
+    return Labelled(_flat(x), _flat(target) if target.is_floating_point() else target.reshape(-1), weight, loss)
 
 
-def _total(x, target, weight, ignore_index):
-    """What a mean divides by: rows, or the class weights of the targets that count."""
+def _total(labelled: Labelled):
+    """What a mean divides by: the number of rows, or the sum of the class weights of targets that are not ignored."""
+    x, target, weight, loss = labelled
     wide = torch.promote_types(x.dtype, torch.float32)
     if target.is_floating_point():
         return x.new_full((), x.shape[0] * x.shape[2], dtype=wide)
-    keep = target != ignore_index
+    keep = target != loss.ignore_index
     mass = keep.to(wide) if weight is None else weight.to(wide)[torch.where(keep, target, 0)] * keep
     return mass.sum()
 
 
-def cross_entropy_fwd(
-    x, target, weight, ignore_index, smoothing, softcap, scale, z_loss, reduction, loss_dtype, with_gradient=False
-):  # fmt: skip
+def native_cross_entropy_fwd(labelled: Labelled, loss_dtype: torch.dtype, with_gradient: bool = False):
+    x, reduction = labelled.logits, labelled.loss.reduction
     n_rows = x.shape[0] * x.shape[2]
     wide = torch.promote_types(x.dtype, torch.float32)
-    total = _total(x, target, weight, ignore_index) if reduction == "mean" else x.new_empty(0, dtype=wide)
+    total = _total(labelled) if reduction == "mean" else x.new_empty(0, dtype=wide)
     factor = None
     if with_gradient:
         factor = (1 / total if reduction == "mean" else total.new_ones(())).expand(n_rows)
     out = _Out(x, x.new_empty(x.shape)) if with_gradient else None
-    losses, lse, _, _ = rows(
-        _flat(x), _target(target), weight, ignore_index, smoothing, softcap, scale, z_loss,
-        factor=factor, dx=None if out is None else out.rows,
-    )  # fmt: skip
+    losses, lse, _, _ = native_row_losses(
+        _in_rows(labelled), (factor, None, None), (None if out is None else out.rows, None)
+    )
     loss = losses if reduction == "none" else losses.sum() / total if reduction == "mean" else losses.sum()
     dlogits = x.new_empty(0) if out is None else out.finished()
     return loss.to(loss_dtype), lse.to(wide), x.new_empty((3, 0), dtype=torch.float32), total, dlogits
 
 
-def cross_entropy_bwd(
-    dloss, dlse, x, target, weight, stats, total,
-    ignore_index, smoothing, softcap, scale_, z_loss, reduction, needs, out=None,
-):  # fmt: skip
+def native_cross_entropy_bwd(upstream, labelled: Labelled, statistics, needs, out=None):
+    x, target, _, loss = labelled
     n_rows = x.shape[0] * x.shape[2]
     need_dx, need_dtarget = needs
     dx = _Out(x, out) if need_dx else None
     dtarget = _Out(target) if need_dtarget else None
+    dloss = upstream.loss
     factor = scale_last = None
     if dloss is not None:
         # As the forward's own gradient, which is rounded before the upstream's factor: both ways agree bit for bit.
-        scale_last = dlse is None and reduction != "none" and not need_dtarget and x.dtype != torch.float16
+        scale_last = upstream.lse is None and loss.reduction != "none" and not need_dtarget and x.dtype != torch.float16
         factor = torch.ones_like(dloss) if scale_last else dloss
-        if reduction == "mean":
-            factor = factor / total
+        if loss.reduction == "mean":
+            factor = factor / statistics.total
         factor = factor.expand(n_rows)
-    rows(
-        _flat(x), _target(target), weight, ignore_index, smoothing, softcap, scale_, z_loss, factor=factor, dlse=dlse,
-        dx=None if dx is None else dx.rows, dtarget=None if dtarget is None else dtarget.rows,
+    native_row_losses(
+        _in_rows(labelled), (factor, upstream.lse, None),
+        (None if dx is None else dx.rows, None if dtarget is None else dtarget.rows),
     )  # fmt: skip
     if scale_last:
-        scale(dx.rows, dloss)
+        native_scale_gradient(dx.rows, dloss)
     return tuple(t.new_empty(0) if given is None else given.finished() for t, given in ((x, dx), (target, dtarget)))
 
 
-def scale(dx, dloss):
+def native_scale_gradient(dx, dloss):
     """``dx`` times the scalar ``dloss``, in place; what is 0 stays so whatever the factor."""
     if dloss == 1:
         return

@@ -315,6 +315,7 @@ def _samples(device, dtype):
         "scale_padding", ([ids(30, rows=4), ids(30, rows=3)], tables(20, 4, 3)), {"scale": 0.5, "padding_idx": 2}
     )
     yield Sample("padding_each", ([ids(30, rows=4), ids(30, rows=3)], tables(9, 4, 3)), {"padding_idx": (-1, 0)})
+    yield Sample("alike", ([ids(4, 7, rows=5), ids(4, 7, rows=5)], tables(9, 5, 5)))
     yield Sample("column_ids", ([ids(5, 1, rows=8), ids(6, rows=7).int()], tables(12, 8, 7)))
     yield Sample("no_ids", ([ids(0, 6, rows=8), None], tables(12, 8, 7)))
     yield Sample("wide", ([ids(2, 3, rows=8), None], tables(1000, 8, 7)))

@@ -5,21 +5,22 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ...backends import pick
 from ...registry import Op, register
-from .operator import check_norm, check_scalars, fused_norm, norm_cost, norm_reference, norm_samples, pick_norm
+from .call import NormCall, checked
+from .operator import empty_is_torchs, fused_norm, norm_refuses
+from .reference import eager_norm, norm_reference
+from .samples import norm_cost, norm_samples
 
 
 def layer_norm_reference(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, weight_offset=0.0):
     """The definition, in at least fp32, rounded once to the input's dtype."""
-    return norm_reference(input, normalized_shape, weight, bias, eps, weight_offset, center=True)
+    return norm_reference(layer_norm_call(input, normalized_shape, weight, bias, eps, weight_offset=weight_offset))
 
 
-def eager_layer_norm(input, shape, weight, bias, eps, offset):
-    """PyTorch's own operator wherever it takes these dtypes."""
-    dtypes = {p.dtype for p in (weight, bias) if p is not None}
-    if offset != 0.0 or (dtypes - {input.dtype} and (dtypes != {torch.float32} or input.device.type != "cpu")):
-        return norm_reference(input, shape, weight, bias, eps, offset, center=True)
-    return F.layer_norm(input, shape, weight, bias, eps)
+def layer_norm_call(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, weight_offset=0.0) -> NormCall:
+    """The arguments of :func:`layer_norm`, checked, as one value."""
+    return checked("layer_norm", NormCall(input, None, weight, bias, normalized_shape, eps, weight_offset, 0.0, True))
 
 
 def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, weight_offset=0.0):
@@ -42,12 +43,9 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, wei
     """
     if isinstance(input, torch.Tensor) and input.is_nested and weight_offset == 0.0:
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
-    shape = check_norm("layer_norm", input, normalized_shape, weight=weight, bias=bias)
-    check_scalars("layer_norm", weight_offset, eps=eps)
-    backend = pick_norm("layer_norm", shape, input, weight, bias)
-    if backend == "eager":
-        return eager_layer_norm(input, shape, weight, bias, eps, weight_offset)
-    return fused_norm(input, shape, weight, bias, eps, weight_offset, True, backend)[0]
+    call = layer_norm_call(input, normalized_shape, weight, bias, eps, weight_offset=weight_offset)
+    backend = pick("layer_norm", call).backend
+    return eager_norm(call) if backend == "eager" else fused_norm(call, backend)[0]
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -67,5 +65,8 @@ register(
         cost=norm_cost,
         backends=("eager", "triton"),
         module=LayerNorm,
+        call=layer_norm_call,
+        refuses=norm_refuses,
+        prefers_torch=empty_is_torchs,
     )
 )

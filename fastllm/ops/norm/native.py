@@ -1,6 +1,6 @@
 """The norms on a CPU by the extension (csrc/cpu/norm.cpp): a row is read, normed and written while the cache holds it.
 
-The functions are those of kernels/norm/forward.py and backward.py, with their arguments; fp64 is taken too.
+:func:`norm_rows` and :func:`norm_grad_rows` take and return what the launchers in kernels/norm do. fp64 is taken too.
 """
 
 from __future__ import annotations
@@ -8,16 +8,17 @@ from __future__ import annotations
 import torch
 
 from ... import extension
+from .call import NormBackward, NormForward
 
 
-def _wide(x, residual) -> torch.dtype:
+def _wide(x: torch.Tensor, residual: torch.Tensor | None) -> torch.dtype:
     """What rows are computed in: fp32, or fp64 where one of them is."""
-    return (
-        torch.float64 if torch.float64 in (x.dtype, x.dtype if residual is None else residual.dtype) else torch.float32
-    )
+    dtypes = (x.dtype, x.dtype if residual is None else residual.dtype)
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def _rows_fake(x, residual, weight, bias, seed, eps, p, center):
+def _norm_rows_fake(*args):
+    x, residual, *_, center = args
     wide, rows = _wide(x, residual), x.shape[:-1].numel()
     return (
         x.new_empty(x.shape),
@@ -27,7 +28,8 @@ def _rows_fake(x, residual, weight, bias, seed, eps, p, center):
     )
 
 
-def _grad_fake(dy, dh, x, weight, seed, mean, rstd, input_dtype, p, center, *needs):
+def _norm_grad_rows_fake(*args):
+    _, _, x, _, _, _, rstd, input_dtype, _, _, *needs = args
     n = x.shape[-1]
     return (
         x.new_empty(x.shape if needs[0] else 0, dtype=input_dtype),
@@ -36,29 +38,33 @@ def _grad_fake(dy, dh, x, weight, seed, mean, rstd, input_dtype, p, center, *nee
     )
 
 
-_rows = extension.operator("norm_rows", _rows_fake)
-_grad_rows = extension.operator("norm_grad_rows", _grad_fake)
+_rows = extension.operator("norm_rows", _norm_rows_fake)
+_grad_rows = extension.operator("norm_grad_rows", _norm_grad_rows_fake)
 
 
-def _weight(weight, offset: float, wide):
+def _shifted_weight(weight: torch.Tensor | None, offset: float, wide: torch.dtype) -> torch.Tensor | None:
+    """weight + offset in the accumulator's dtype."""
     if weight is None:
         return None
     weight = weight.to(wide)
     return (weight if offset == 0.0 else weight + offset).contiguous()
 
 
-def norm_fwd(x, residual, weight, bias, seed, eps: float, offset: float, p: float, center: bool):
-    wide = _wide(x, residual)
-    bias = None if bias is None else bias.to(wide).contiguous()
-    return _rows(x, residual, _weight(weight, offset, wide), bias, seed, eps, p, center)
+def norm_rows(call: NormForward):
+    """(y, h, mean, rstd), as kernels/norm/forward.py's launcher returns them."""
+    wide = _wide(call.x, call.residual)
+    weight = _shifted_weight(call.weight, call.offset, wide)
+    bias = None if call.bias is None else call.bias.to(wide).contiguous()
+    return _rows(call.x, call.residual, weight, bias, call.seed, call.eps, call.dropout_p, call.center)
 
 
-def norm_bwd(dy, dh, x, weight, seed, mean, rstd, input_dtype, bias_dtype, offset, p, center, needs):
-    need_dinput, need_dresidual, need_dweight, need_dbias = needs
-    if p == 0.0 and input_dtype == x.dtype:
-        need_dinput, need_dresidual = need_dinput or need_dresidual, False
+def norm_grad_rows(call: NormBackward):
+    """(dinput, dresidual, dweight, dbias), as kernels/norm/backward.py's launcher returns them."""
+    weight = _shifted_weight(call.weight, call.offset, call.rstd.dtype)
+    wanted = call.wanted()
     dinput, dresidual, dweight, dbias = _grad_rows(
-        dy, dh, x, _weight(weight, offset, rstd.dtype), seed, mean, rstd, input_dtype, p, center,
-        need_dinput, need_dresidual, need_dweight, need_dbias,
+        call.dy, call.dh, call.x, weight, call.seed, call.mean, call.rstd, call.input_dtype, call.dropout_p,
+        call.center, *wanted,
     )  # fmt: skip
-    return dinput, dresidual, dweight.to(weight.dtype if need_dweight else x.dtype), dbias.to(bias_dtype)
+    dtype = call.weight.dtype if wanted.weight else call.x.dtype
+    return dinput, dresidual, dweight.to(dtype), dbias.to(call.bias_dtype)

@@ -5,26 +5,22 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ...backends import pick
 from ...registry import Op, register
-from .operator import check_norm, check_scalars, fused_norm, norm_cost, norm_reference, norm_samples, pick_norm
-
-
-def default_eps(eps: float | None, dtype: torch.dtype) -> float:
-    """``eps``, or torch's default: the epsilon of the dtype that the mean is taken in."""
-    return torch.finfo(torch.promote_types(dtype, torch.float32)).eps if eps is None else eps
+from .call import NormCall, checked
+from .operator import empty_is_torchs, fused_norm, norm_refuses
+from .reference import eager_norm, norm_reference
+from .samples import norm_cost, norm_samples
 
 
 def rms_norm_reference(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0):
     """The definition, in at least fp32, rounded once to the input's dtype."""
-    eps = default_eps(eps, input.dtype)
-    return norm_reference(input, normalized_shape, weight, None, eps, weight_offset, center=False)
+    return norm_reference(rms_norm_call(input, normalized_shape, weight, eps, weight_offset=weight_offset))
 
 
-def eager_rms_norm(input, shape, weight, eps, offset):
-    """PyTorch's own operator; the definition where that would warn of mixed dtypes on every call."""
-    if offset != 0.0 or (weight is not None and weight.dtype != input.dtype):
-        return rms_norm_reference(input, shape, weight, eps, weight_offset=offset)
-    return F.rms_norm(input, shape, weight, eps)
+def rms_norm_call(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0) -> NormCall:
+    """The arguments of :func:`rms_norm`, checked, as one value."""
+    return checked("rms_norm", NormCall(input, None, weight, None, normalized_shape, eps, weight_offset, 0.0, False))
 
 
 def rms_norm(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0):
@@ -48,12 +44,9 @@ def rms_norm(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.
     """
     if isinstance(input, torch.Tensor) and input.is_nested and weight_offset == 0.0:
         return F.rms_norm(input, normalized_shape, weight, eps)
-    shape = check_norm("rms_norm", input, normalized_shape, weight=weight)
-    check_scalars("rms_norm", weight_offset, eps=eps)
-    backend = pick_norm("rms_norm", shape, input, weight)
-    if backend == "eager":
-        return eager_rms_norm(input, shape, weight, eps, weight_offset)
-    return fused_norm(input, shape, weight, None, default_eps(eps, input.dtype), weight_offset, False, backend)[0]
+    call = rms_norm_call(input, normalized_shape, weight, eps, weight_offset=weight_offset)
+    backend = pick("rms_norm", call).backend
+    return eager_norm(call) if backend == "eager" else fused_norm(call, backend)[0]
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -73,5 +66,8 @@ register(
         cost=norm_cost,
         backends=("eager", "triton", "native"),
         module=RMSNorm,
+        call=rms_norm_call,
+        refuses=norm_refuses,
+        prefers_torch=empty_is_torchs,
     )
 )

@@ -41,7 +41,8 @@ class State:
     ``seconds`` of training, ``tokens`` seen, the ``dtype`` it trains in (measured once, then kept), and the SHA-256
     of the training tokens, from which every batch follows. ``settings``: what may not change when it is resumed.
     ``validation``: the loss of an evaluation at this very step. ``skipped`` steps in all, ``in_a_row`` up to now;
-    ``losses`` and ``norms`` of the last accepted steps, by which an outlier is known.
+    ``losses`` and ``norms`` of the last accepted steps, by which an outlier is known. ``cpu``: what kind the last
+    session trained on, by :func:`fastllm.cpu.kind`; None for another device.
     """
 
     step: int
@@ -55,6 +56,7 @@ class State:
     in_a_row: int = 0
     losses: list[float] | None = None
     norms: list[float] | None = None
+    cpu: str | None = None
 
 
 def read_state(path: Path) -> State:
@@ -82,6 +84,7 @@ def read_state(path: Path) -> State:
         "settings": lambda value: value is None or isinstance(value, dict),
         "validation": lambda value: value is None or number(value),
         "losses": history, "norms": history,
+        "cpu": lambda value: value is None or isinstance(value, str),
     }  # fmt: skip
     for name in ("step", "seconds", "tokens", "dtype", "data"):
         if name not in values:

@@ -6,15 +6,44 @@ any rows of it are a smaller batch: that is how a step is cut into micro-batches
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from ..evaluate import Evaluation
-
 Batch = dict[str, torch.Tensor]
+# What follows a score's number where its name would not do.
+UNITS = {"bits_per_byte": "bits/byte"}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss in nats over the ``tokens`` (or other targets) scored; ``scores`` by name; ``main`` is the one to show.
+
+    For language models that is ``bits_per_byte``. ``whole``: all held-out data were scored.
+    """
+
+    loss: float
+    tokens: int
+    scores: dict[str, float] = field(default_factory=dict)
+    main: str = "bits_per_byte"
+    whole: bool = True
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        return self.scores.get("bits_per_byte")
+
+    def describe(self) -> str:
+        """All of it, in a line."""
+        if self.bits_per_byte is not None:
+            return f"{self.bits_per_byte:.4f} bits per byte ({self.loss:.4f} nats per token, {self.tokens:,} tokens)"
+        scores = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in self.scores.items())
+        return f"{scores} (loss {self.loss:.4f} over {self.tokens:,} targets)"
+
+    def headline(self) -> str:
+        """The main score, for people."""
+        return f"{self.scores[self.main]:.3f} {UNITS.get(self.main, self.main)}"
 
 
 class Objective(Protocol):

@@ -88,10 +88,9 @@ def joined(training: TrainingConfig) -> Iterator[Ranks]:
             # Neither gloo nor NCCL has a class for it that both torch 2.11 and 2.13 raise.
             if isinstance(error, Failed) or not re.search("gloo|nccl|peer|Connection", str(error), re.IGNORECASE):
                 raise
-            text = " ".join(str(error).split())
-            raise RankLost(
-                f"rank {ranks.rank}: another process has died or cannot be reached ({text[:200]})"
-            ) from error
+            # A rank that ended for a standstill closes its connections: the cause is what it has said.
+            text = ranks.standstill() or " ".join(str(error).split())[:200]
+            raise RankLost(f"rank {ranks.rank}: another process has died or cannot be reached ({text})") from error
         ranks.close()
     finally:
         if begun:
@@ -109,8 +108,8 @@ class WeightedLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, losses: Losses, batch: Batch, weights: Mapping[str, float], lacking: Batch | None):
-        return shares(losses, self.model, batch, weights, lacking)
+    def forward(self, losses: Losses, batch: Batch, weights: Mapping[str, float], elsewhere: Batch | None):
+        return shares(losses, self.model, batch, weights, elsewhere)
 
 
 class Group(Ranks):
@@ -161,6 +160,10 @@ class Group(Ranks):
     def beat(self, step: int, phase: str) -> None:
         self._watch.beat(step, phase)
 
+    def standstill(self) -> str | None:
+        """Why a rank ended that waited too long, if one has."""
+        return self._watch.verdict()
+
     def close(self) -> None:
         """Wait for every rank's end."""
         self._watch.close()
@@ -208,8 +211,8 @@ class DataParallel(Group):
                 find_unused_parameters=not isinstance(objective, CausalLM),
             )
 
-    def shares(self, losses, model, batch, weights, lacking):
-        return self._module(losses, batch, weights, lacking)
+    def shares(self, losses, model, batch, weights, elsewhere):
+        return self._module(losses, batch, weights, elsewhere)
 
     def exchange(self, last: bool) -> AbstractContextManager:
         return contextlib.nullcontext() if last else self._module.no_sync()
@@ -266,8 +269,8 @@ class FullySharded(Group):
         draw(device, random=False)
         return model, read_sharded(checkpoint, model, self.quiet)
 
-    def shares(self, losses, model, batch, weights, lacking):
-        return self._module(losses, batch, weights, lacking)
+    def shares(self, losses, model, batch, weights, elsewhere):
+        return self._module(losses, batch, weights, elsewhere)
 
     @contextlib.contextmanager
     def exchange(self, last: bool) -> Iterator[None]:

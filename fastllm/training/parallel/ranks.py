@@ -25,15 +25,15 @@ def launched() -> bool:
 
 
 def shares(
-    losses: Losses, model: nn.Module, batch: Batch, weights: Mapping[str, float], lacking: Batch | None
+    losses: Losses, model: nn.Module, batch: Batch, weights: Mapping[str, float], elsewhere: Batch | None
 ) -> dict[str, torch.Tensor]:
-    """The terms that have a weight, times it; with ``lacking``, a zero that depends on every term too."""
+    """The terms that have a weight, times it; with a batch ``elsewhere``, a zero that depends on every term."""
     result = {}
     if weights:
         means = losses(model, batch)
         result = {name: means[name] * weight for name, weight in weights.items()}
-    if lacking is not None:
-        result["lacking"] = 0.0 * sum(losses(model, lacking).values())
+    if elsewhere is not None:
+        result["elsewhere"] = 0.0 * sum(losses(model, elsewhere).values())
     return result
 
 
@@ -108,15 +108,15 @@ class Ranks:
         first = self.rank * rows
         return {name: tensor[first : first + rows] for name, tensor in batch.items()}, first
 
-    def spare(self, objective: Objective, batch: Batch, rows: int) -> Batch:
+    def stand_in(self, objective: Objective, batch: Batch, rows: int) -> Batch:
         """The part of the whole batch that has targets for the most terms."""
         return max(rows_of(batch, rows), key=lambda part: sum(map(bool, objective.counts(part).values())))
 
     def shares(
-        self, losses: Losses, model: nn.Module, batch: Batch, weights: Mapping[str, float], lacking: Batch | None
+        self, losses: Losses, model: nn.Module, batch: Batch, weights: Mapping[str, float], elsewhere: Batch | None
     ) -> dict[str, torch.Tensor]:
         """As the function of this name."""
-        return shares(losses, model, batch, weights, lacking)
+        return shares(losses, model, batch, weights, elsewhere)
 
     def exchange(self, last: bool) -> AbstractContextManager:
         """Around forward and backward of a part: gradients are exchanged within the ``last`` one of a step only."""

@@ -14,10 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from ... import nn as fast
 from ...config import InputError
 from ...functional import embedding, linear_cross_entropy
 from ...models import Transformer
+from ...models.head import Head
 
 
 class _Copy(torch.autograd.Function):
@@ -81,8 +81,8 @@ class VocabParallelEmbedding(nn.Embedding):
         return _Sum.apply(rows, self.weight.device_mesh.get_group())
 
 
-class VocabParallelHead(fast.LinearCrossEntropyHead):
-    """A :class:`~fastllm.nn.LinearCrossEntropyHead` with ``weight`` split by rows: a DTensor, ``Shard(0)``."""
+class VocabParallelHead(Head):
+    """A :class:`~fastllm.models.head.Head` with ``weight`` split by rows: a DTensor, ``Shard(0)``."""
 
     def forward(self, input, target=None, **options):
         """Logits of the whole vocabulary, gathered; with ``target``, the mean loss, for which nothing is gathered.
@@ -114,6 +114,19 @@ class VocabParallelHead(fast.LinearCrossEntropyHead):
         rows = torch.where(counts, _LogSumExp.apply(lse, group) - logit, 0.0)
         return rows.sum() / counts.sum()
 
+    def loss(self, hidden, targets, logit_scale=1.0, label_smoothing=0.0):
+        """As :meth:`Head.loss`, never by way of whole logits, which would have to be gathered.
+
+        Raises:
+            ValueError: ``logit_scale`` is not 1 or ``label_smoothing`` not 0.
+        """
+        if logit_scale != 1.0 or label_smoothing != 0.0:
+            raise ValueError(
+                "a head split by vocabulary has no logit_scale and no label_smoothing, got "
+                f"{logit_scale} and {label_smoothing}"
+            )
+        return self(hidden, targets).float()
+
 
 def split_vocabulary(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Split the token embedding and the head of ``model``, in place; a weight that both share stays shared.
@@ -125,14 +138,12 @@ def split_vocabulary(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         raise InputError(f"tensor_parallel: splits the vocabulary of a decoder, not of a {type(model).__name__}")
     if model.config.positions != "rotary":
         raise InputError("tensor_parallel: needs rotary positions; learned ones are looked up together with the tokens")
-    table, head = model.token_embedding, model.head
-    tied = head.weight is table.weight
-    table.weight = nn.Parameter(distribute_tensor(table.weight.data, mesh, [Shard(0)]))
-    head.weight = table.weight if tied else nn.Parameter(distribute_tensor(head.weight.data, mesh, [Shard(0)]))
-    table.__class__, head.__class__ = VocabParallelEmbedding, VocabParallelHead
-
-    def loss(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return head(model.hidden(tokens), targets).float()
-
-    model.loss = loss  # without the way by whole logits, which would have to be gathered
+    old_table, old_head = model.token_embedding, model.head
+    tied = old_head.weight is old_table.weight
+    rows, columns = old_table.weight.shape
+    table = VocabParallelEmbedding(rows, columns, device="meta")
+    head = VocabParallelHead(columns, rows, bias=False, device="meta")
+    table.weight = nn.Parameter(distribute_tensor(old_table.weight.data, mesh, [Shard(0)]))
+    head.weight = table.weight if tied else nn.Parameter(distribute_tensor(old_head.weight.data, mesh, [Shard(0)]))
+    model.token_embedding, model.head = table, head
     return model

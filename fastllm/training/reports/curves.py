@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from pathlib import Path
 
 from ...files import whole_file
@@ -11,6 +12,20 @@ from .progress import read_metrics
 BLUE, ORANGE, GREY = "#2a78b5", "#d9662b", "#666666"
 # Of an evaluation's entries, those that are no score.
 PLACE = {"step", "tokens", "seconds", "validation_tokens", "validation_loss"}
+
+
+def smooth(values: list[float], span: int) -> list[float]:
+    """The mean of each value and its ``span`` neighbours on either side, or as many as there are.
+
+    At the start, where values fall steeply, no more after than before.
+    """
+    sums = [0.0, *itertools.accumulate(values)]
+    result = []
+    for i in range(len(values)):
+        first = max(0, i - span)
+        end = min(2 * i - first + 1, len(values))
+        result.append((sums[end] - sums[first]) / (end - first))
+    return result
 
 
 def new_figure(panels: int, width: float = 4.6, height: float = 3.8):
@@ -40,8 +55,6 @@ def save_figure(figure, path: Path) -> Path:
 
 def plot_terms(run: Path, title: str) -> Path:
     """Draw metrics.jsonl into ``run/loss.png``: training and validation loss, and a panel for each score."""
-    from .report import smooth
-
     lines = read_metrics(run / "metrics.jsonl")
     train = [line for line in lines if line.get("loss") is not None]
     held = [line for line in lines if line.get("validation_loss") is not None]

@@ -16,8 +16,8 @@ from typing import Any
 from ...config import InputError
 from ...files import write_text
 from ..config import read_run_config
+from .curves import smooth
 from .progress import read_metrics
-from .report import smooth
 
 COLOURS = ("#2a78b5", "#d9662b", "#3a9d5d", "#8a5fb0", "#b5862a", "#c2487a", "#4d4d4d", "#2aa5a5")
 # Quantities that have a picture where a run has them: key, title, whether the axis is logarithmic.

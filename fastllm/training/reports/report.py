@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 from pathlib import Path
 
 from ...config import InputError
@@ -14,25 +13,12 @@ from ...models import LanguageModel, Model
 from ...tasks.show import show
 from ...tasks.store import TaskDataset
 from ..evaluate import bits_per_byte
+from .curves import smooth
 from .progress import read_metrics
 
 SAMPLES, SAMPLE_TOKENS = 4, 200
 TEMPERATURE, TOP_P = 0.8, 0.95
 PROMPT_BYTES = 60
-
-
-def smooth(values: list[float], span: int) -> list[float]:
-    """The mean of each value and its ``span`` neighbours on either side, or as many as there are.
-
-    At the start, where values fall steeply, no more after than before.
-    """
-    sums = [0.0, *itertools.accumulate(values)]
-    result = []
-    for i in range(len(values)):
-        first = max(0, i - span)
-        end = min(2 * i - first + 1, len(values))
-        result.append((sums[end] - sums[first]) / (end - first))
-    return result
 
 
 def plot_loss(run: Path, dataset: Dataset | TaskDataset, title: str) -> Path:

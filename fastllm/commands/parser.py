@@ -1,0 +1,23 @@
+"""The parser of a command's arguments."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with errors on one line, no abbreviated flags, and the nearest flag to one that does not exist."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, extras = super().parse_known_args(args, namespace)
+        if extras:
+            near = difflib.get_close_matches(extras[0].partition("=")[0], self._option_string_actions, n=1)
+            self.error(f"unrecognized arguments: {' '.join(extras)}" + (f"; did you mean {near[0]}?" if near else ""))
+        return namespace, extras
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")

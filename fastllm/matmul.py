@@ -1,0 +1,46 @@
+"""The matrix rate of a device: what MFU and rooflines are measured against."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from . import cpu
+from .timing import seconds
+
+# Sizes of the square products: they double up to a CPU's largest, as far as time allows. A GPU takes one size at once.
+SMALLEST = 128
+LARGEST = {torch.float32: 1024, torch.float64: 1024}  # 16-bit products, several times as fast, need 2048
+GPU_SIZE = 8192
+PRODUCTS = 6
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return a @ b
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype, within: float = 1.0) -> float:
+    """FLOP/s of square products of random matrices in ``dtype``: the best of a few of the largest size that was taken.
+
+    On a CPU about ``within`` seconds at most: the size doubles while two products of the next, at eight times the work,
+    fit into what is left. A CPU without products of ``dtype`` (:func:`fastllm.cpu.multiplies`) stops at small ones.
+    """
+    end = time.perf_counter() + within
+    largest = GPU_SIZE if device.type == "cuda" else LARGEST.get(dtype, 2048)
+    if device.type == "cpu" and not cpu.multiplies(dtype):
+        largest = 2 * SMALLEST  # 40 ms at 0.9 GFLOP/s; smaller ones are faster than what a model has
+    n = largest if device.type == "cuda" else SMALLEST
+    generator = torch.Generator(device).manual_seed(0)
+    while True:
+        a, b = (torch.randn(n, n, generator=generator, device=device).to(dtype) for _ in range(2))
+        seconds(lambda a=a, b=b: _product(a, b), device)
+        best = seconds(lambda a=a, b=b: _product(a, b), device)
+        if n >= largest or time.perf_counter() + 2 * 8 * best > end:
+            break
+        n *= 2
+    for _ in range(PRODUCTS - 2):
+        if device.type == "cpu" and time.perf_counter() + best > end:
+            break
+        best = min(best, seconds(lambda: _product(a, b), device))
+    return 2 * n**3 / best

@@ -1,0 +1,188 @@
+"""What the norms pass around: a checked call, and the operands of the two registered operators."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from ..shared.check import check_floating
+
+
+class NormCall(NamedTuple):
+    """One call of a norm. The add norms have a ``residual``; ``center`` is layer norm, without it RMS norm."""
+
+    input: torch.Tensor
+    residual: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    shape: tuple[int, ...]
+    eps: float
+    weight_offset: float
+    dropout_p: float
+    center: bool
+
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return self.input, self.residual, self.weight, self.bias
+
+    def of(self, rows: torch.Tensor) -> NormCall:
+        """The same norm of ``rows``, with nothing added to them."""
+        return NormCall(
+            rows, None, self.weight, self.bias, self.shape, self.eps, self.weight_offset, 0.0, self.center
+        )  # fmt: skip
+
+
+class NormOptions(NamedTuple):
+    """What a norm's operators take besides tensors, in the order of the schema of ``norm_fwd``."""
+
+    eps: float
+    offset: float
+    dropout_p: float
+    center: bool
+    backend: str
+
+
+class NormForward(NamedTuple):
+    """The operands of ``norm_fwd``, in the order of its schema.
+
+    ``x`` (..., N) and ``residual`` of its shape are added, and the sum's rows are normed; without a residual x's are.
+    ``weight`` and ``bias`` are (N,), contiguous. ``seed`` is one int64 on the device where ``dropout_p`` > 0: the
+    dropout of ``x`` before the add. ``offset`` is added to the weight.
+    """
+
+    x: torch.Tensor
+    residual: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    seed: torch.Tensor | None
+    eps: float
+    offset: float
+    dropout_p: float
+    center: bool
+    backend: str
+
+
+class WantedGradients(NamedTuple):
+    """Which gradients a backward must fill. ``input`` stands for both inputs where their gradients are the same."""
+
+    input: bool
+    residual: bool
+    weight: bool
+    bias: bool
+
+
+class NormBackward(NamedTuple):
+    """The operands of ``norm_bwd``, in the order of its schema.
+
+    ``dy`` is the gradient of y, and ``dh`` that of h or None. ``x`` is what was normed: the input, or h. ``mean`` and
+    ``rstd`` are the forward's. ``needs`` says of (input, residual, weight, bias) which gradients are wanted.
+    """
+
+    dy: torch.Tensor
+    dh: torch.Tensor | None
+    x: torch.Tensor
+    weight: torch.Tensor | None
+    seed: torch.Tensor | None
+    mean: torch.Tensor
+    rstd: torch.Tensor
+    input_dtype: torch.dtype
+    bias_dtype: torch.dtype
+    offset: float
+    dropout_p: float
+    center: bool
+    needs: tuple[bool, bool, bool, bool]
+    backend: str
+
+    def wanted(self) -> WantedGradients:
+        """``needs``, where one gradient serves both inputs if there is no dropout and they have one dtype."""
+        input, residual, weight, bias = self.needs
+        if self.dropout_p == 0.0 and self.input_dtype == self.x.dtype:
+            return WantedGradients(input or residual, False, weight, bias)
+        return WantedGradients(input, residual, weight, bias)
+
+    def new_gradients(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(dinput, dresidual, dweight, dbias), uninitialised; one that is not wanted is empty."""
+        x, wanted, n_cols = self.x, self.wanted(), self.x.shape[-1]
+        return (
+            x.new_empty(x.shape if wanted.input else 0, dtype=self.input_dtype),
+            x.new_empty(x.shape if wanted.residual else 0),
+            x.new_empty(n_cols if wanted.weight else 0, dtype=self.weight.dtype if wanted.weight else x.dtype),
+            x.new_empty(n_cols if wanted.bias else 0, dtype=self.bias_dtype),
+        )
+
+
+def _dimensions(op: str, normalized_shape) -> tuple[int, ...]:
+    try:
+        shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    except TypeError:
+        shape = (None,)
+    # A list of what may not stand there: numpy's integers and symbolic ones are no ints, and are right.
+    if isinstance(normalized_shape, str) or any(
+        isinstance(n, float | str | bool | torch.Tensor | type(None)) for n in shape
+    ):
+        raise TypeError(f"{op}: normalized_shape must be an integer or a sequence of them, got {normalized_shape!r}")
+    if not shape:
+        raise ValueError(f"{op}: normalized_shape must name at least one dimension, got ()")
+    return shape
+
+
+def _check_together(op: str, name: str, tensor: torch.Tensor, input: torch.Tensor) -> None:
+    if tensor.device != input.device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}, input on {input.device}; they must be together")
+
+
+def default_eps(eps: float | None, dtype: torch.dtype) -> float:
+    """``eps``, or torch's default: the epsilon of the dtype that the mean is taken in."""
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).eps if eps is None else eps
+
+
+def check_options(op: str, call: NormCall) -> None:
+    """Raises TypeError or ValueError where eps, weight_offset or dropout_p is not what it may be."""
+    if isinstance(call.eps, str | list | tuple):
+        raise TypeError(f"{op}: eps must be a number, got {call.eps!r}")
+    if not -math.inf < call.weight_offset < math.inf:
+        raise ValueError(f"{op}: weight_offset must be finite, got {call.weight_offset}")
+    check_dropout(op, call.dropout_p)
+
+
+def check_dropout(op: str, dropout_p: float) -> None:
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+
+
+def checked(op: str, call: NormCall) -> NormCall:
+    """``call`` with its shape as a tuple and RMS norm's default eps as a number, once everything in it fits.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: a shape, device or option does not fit.
+    """
+    input, residual, weight, bias, shape, eps, offset, dropout_p, center = call
+    check_floating(op, "input", input)
+    if residual is not None:
+        check_floating(op, "residual", residual)
+    shape = _dimensions(op, shape)
+    if tuple(input.shape[-len(shape) :]) != shape:
+        raise ValueError(
+            f"{op}: input must end in normalized_shape {list(shape)}, got input of shape {list(input.shape)}"
+        )
+    if residual is not None:
+        if residual.shape != input.shape:
+            raise ValueError(
+                f"{op}: residual must have the input's shape {list(input.shape)}, got {list(residual.shape)}"
+            )
+        _check_together(op, "residual", residual, input)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is None:
+            continue
+        check_floating(op, name, parameter)
+        if tuple(parameter.shape) != shape:
+            raise ValueError(
+                f"{op}: {name} must have normalized_shape {list(shape)}, got shape {list(parameter.shape)}"
+            )
+        _check_together(op, name, parameter, input)
+    check_options(op, call)
+    if not center:
+        eps = default_eps(eps, input.dtype if residual is None else residual.dtype)
+    return NormCall(input, residual, weight, bias, shape, eps, offset, dropout_p, center)

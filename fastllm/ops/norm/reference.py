@@ -1,0 +1,63 @@
+"""The norms in PyTorch's own operators: the definition, and what serves a call as the backend ``eager``."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .call import NormCall
+
+
+def norm_reference(call: NormCall) -> torch.Tensor:
+    """The definition of both norms, of ``call.input`` in at least fp32, rounded once to the input's dtype."""
+    wide = torch.promote_types(call.input.dtype, torch.float32)
+    dims = tuple(range(-len(call.shape), 0))
+    x = call.input.to(wide)
+    if call.center:
+        # Twice, so that the mean of equal numbers is that number: the first one's rounding error grows with the mean.
+        mean = x.mean(dims, keepdim=True)
+        x = x - (mean + (x - mean).mean(dims, keepdim=True))
+    y = x * torch.rsqrt(x.square().mean(dims, keepdim=True) + call.eps)
+    if call.weight is not None:
+        y = y * (call.weight.to(wide) + call.weight_offset)
+    if call.bias is not None:
+        y = y + call.bias.to(wide)
+    return y.to(call.input.dtype)
+
+
+def added(call: NormCall) -> torch.Tensor:
+    """residual + dropout(input), in at least fp32, rounded once to the residual's dtype."""
+    input, residual = call.input, call.residual
+    if call.dropout_p == 0.0 and input.dtype == residual.dtype:
+        return residual + input  # PyTorch's own add of 16-bit numbers is in fp32, rounded once
+    wide = torch.promote_types(torch.promote_types(input.dtype, residual.dtype), torch.float32)
+    branch = input.to(wide) if call.dropout_p == 0.0 else F.dropout(input.to(wide), call.dropout_p)
+    return (residual.to(wide) + branch).to(residual.dtype)
+
+
+def add_norm_reference(call: NormCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition of both add norms: (y, h), each rounded once. y is the norm of h as rounded."""
+    h = added(call)
+    wide = h.to(torch.promote_types(h.dtype, torch.float32))
+    return norm_reference(call.of(wide)).to(call.input.dtype), h
+
+
+def eager_norm(call: NormCall) -> torch.Tensor:
+    """The norm of ``call.input``: PyTorch's own operator wherever it takes these dtypes, else the definition."""
+    dtypes = {p.dtype for p in (call.weight, call.bias) if p is not None}
+    mixed = bool(dtypes - {call.input.dtype})
+    if call.center:
+        # torch.nn.functional.layer_norm takes fp32 parameters beside 16-bit rows on a CPU alone.
+        if call.weight_offset != 0.0 or (mixed and (dtypes != {torch.float32} or call.input.device.type != "cpu")):
+            return norm_reference(call)
+        return F.layer_norm(call.input, call.shape, call.weight, call.bias, call.eps)
+    # torch.nn.functional.rms_norm would warn of mixed dtypes at every call.
+    if call.weight_offset != 0.0 or mixed:
+        return norm_reference(call)
+    return F.rms_norm(call.input, call.shape, call.weight, call.eps)
+
+
+def eager_add_norm(call: NormCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, h) of an add norm, by :func:`eager_norm`."""
+    h = added(call)
+    return eager_norm(call.of(h)).to(call.input.dtype), h
