@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import fastllm
 from fastllm.backends import pick
+from fastllm.environment import serving
 from fastllm.extension import load as extension
 from fastllm.functional import attention, scaled_dot_product_attention
 from fastllm.ops.attention.forms import AMX, CHUNKS, FEW_SCORES, TORCH, form_of
@@ -128,11 +129,10 @@ def test_without_matrix_units_bf16_on_a_cpu_is_torchs_and_info_says_nothing_of_t
 
 
 def _said() -> str:
-    """The lines of info about attention on CPU tensors."""
-    lines = fastllm.info().split("on cpu tensors")[1].splitlines()
-    first = next(i for i, line in enumerate(lines) if line.split()[:1] == ["attention"])
-    last = next(i for i, line in enumerate(lines) if line.split()[:1] == ["cross_entropy"])
-    return "\n".join(lines[first:last])
+    """What info says of attention on CPU tensors, a line for each backend and reason."""
+    cpu = torch.device("cpu")
+    found = [entry for name in ("attention", SDPA) for entry in serving(OPS[name], cpu).items()]
+    return "\n".join(f"{', '.join(names)}: {why}" for (_, why), names in found)
 
 
 @pytest.mark.usefixtures("_no_matrix_units")
