@@ -8,7 +8,8 @@ from collections.abc import Iterable
 import torch
 
 from . import forwards, torch_switch  # noqa: F401  (forwards registers itself)
-from .attention import INTERFACE, attention_decisions, give_back, take_over
+from .attention import INTERFACE, attention_decisions, give_back, switches_within, take_over
+from .configuration import Switch
 from .mode import accelerated
 from .report import Entry, Estimate, Report
 from .rules import OPS_SERVED, Decision, Rules
@@ -104,6 +105,7 @@ def accelerate(
     report = Report()
     rules = Rules(model, verify, sums=lambda path, module: filtered(path, module, "embedding_sum") is None)
     decisions = [(path, module, rules.decide(path, module)) for path, module in model.named_modules()]
+    switches = switches_within(model)
     for path, module, decision in [*decisions, *attention_decisions(model)]:
         if decision is None:
             continue
@@ -112,16 +114,16 @@ def accelerate(
         if why is not None:
             decision = Decision(decision.op, None, why)
         if decision.kind is not None and not dry_run:
-            decision = _carry_out(model, module, decision)
+            decision = _carry_out(module, decision, switches)
         _note(path, module, decision, report)
     return report
 
 
-def _carry_out(model, module, decision: Decision) -> Decision:
-    if decision.kind is INTERFACE:
-        take_over(model, module)
-        return decision
+def _carry_out(module, decision: Decision, switches: dict[int, Switch]) -> Decision:
     try:
+        if decision.kind is INTERFACE:
+            take_over(module, switches)
+            return decision
         swap_forward(module, decision.kind)
     except (TypeError, ValueError) as error:
         return Decision(decision.op, None, f"Python refuses it another class: {error}")
@@ -147,4 +149,4 @@ def revert(model: torch.nn.Module) -> int:
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"revert: model must be a torch.nn.Module, got {type(model).__name__}")
-    return sum(restore_forward(module) for module in model.modules()) + give_back(model)
+    return give_back(model) + sum(restore_forward(module) for module in model.modules())
