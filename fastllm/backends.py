@@ -22,7 +22,7 @@ import contextlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -51,6 +51,7 @@ class Choice(NamedTuple):
 
 _choice = os.environ.get("FASTLLM_BACKEND", "auto").strip().lower() or "auto"
 _told: set[str] = set()
+_observers: list[Callable[[str, Choice], None]] = []
 
 
 def _check_choice(name: str, source: str) -> str:
@@ -149,6 +150,29 @@ def plain_eager(backend: str) -> bool:
     return backend == "eager" and under_transform()
 
 
+@contextlib.contextmanager
+def observed(observer: Callable[[str, Choice], None]) -> Iterator[None]:
+    """Within the block, ``observer(op, choice)`` is called at every pick, on the thread that picks.
+
+    Calls inside a compiled graph have been picked when it was compiled, and are not seen.
+    """
+    if observer not in _observers:
+        _observers.append(observer)
+        try:
+            yield
+        finally:
+            _observers.remove(observer)
+    else:
+        yield
+
+
+def _tell(op: str, choice: Choice) -> Choice:
+    if _observers and not torch.compiler.is_compiling():
+        for observer in list(_observers):
+            observer(op, choice)
+    return choice
+
+
 def pick(op: str, call: Call) -> Choice:
     """The backend that serves ``call`` of the op ``op``, and why.
 
@@ -159,6 +183,10 @@ def pick(op: str, call: Call) -> Choice:
     Raises:
         BackendError: the backend asked for cannot serve the call.
     """
+    return _tell(op, _pick(op, call))
+
+
+def _pick(op: str, call: Call) -> Choice:
     record = OPS[op]
     tensors = [t for t in call.tensors() if t is not None]
     device_type, dtypes = tensors[0].device.type, [t.dtype for t in tensors]
@@ -215,10 +243,13 @@ def pick_by_tensors(op: str, *tensors: torch.Tensor | None, refused: Mapping[str
     Raises:
         BackendError: the backend asked for cannot serve the call.
     """
+    return _tell(op, _pick_by_tensors(op, tensors, refused or {})).backend
+
+
+def _pick_by_tensors(op: str, tensors, refused: Mapping[str, str | None]) -> Choice:
     present = [t for t in tensors if t is not None]
     device_type = present[0].device.type
     dtypes = [t.dtype for t in present]
-    refused = refused or {}
 
     foreign = under_transform()
     dense = all(t.layout == torch.strided and not t.is_nested for t in present)
@@ -242,20 +273,22 @@ def pick_by_tensors(op: str, *tensors: torch.Tensor | None, refused: Mapping[str
                 f"{op}: the {asked} backend was asked for (FASTLLM_BACKEND or fastllm.backend) and cannot serve this "
                 f"call: {reason}; or choose the eager or auto backend"
             )
-        return asked
+        return Choice(asked, "asked for", True)
     if foreign or not dense:
-        return "eager"
+        return Choice("eager", "kernels take dense tensors, without vmap and forward-mode differentiation")
+    refusals = []
     for name in PREFERENCE.get(device_type, ()):
         if name in has:
             reason = obstacle(name)
             if reason is None:
-                return name
+                return Choice(name, f"first choice on {device_type}")
             _tell_once(f"{op}: eager instead of {name}: {reason}")
-    return "eager"
+            refusals.append(f"{name}: {reason}")
+    return Choice("eager", "; ".join(refusals) or f"PyTorch's own operators are the choice on {device_type}")
 
 
 def _tell_once(message: str) -> None:
     if torch.compiler.is_compiling() or message in _told:
         return
     _told.add(message)
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    warnings.warn(message, RuntimeWarning, stacklevel=5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import weakref
 from collections.abc import Iterable
 
 import torch
@@ -102,7 +103,7 @@ def accelerate(
             return "only does not name it"
         return None
 
-    report = Report()
+    report = Report(model=weakref.ref(model))
     rules = Rules(model, verify, sums=lambda path, module: filtered(path, module, "embedding_sum") is None)
     decisions = [(path, module, rules.decide(path, module)) for path, module in model.named_modules()]
     switches = switches_within(model)

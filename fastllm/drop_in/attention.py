@@ -3,8 +3,8 @@
 A module that attends asks its configuration which attention it is to call. The configuration is shared, with instances
 and with the user, and stays what it is: the module gets another :func:`~.configuration.face` of it.
 
-Ours gives no attention weights, as "sdpa" gives none. Models whose own attention is "eager", because sdpa cannot do what
-they need, do give them. So a call of such a model in which somebody looks for weights takes the model's own path.
+Ours gives no attention weights, as "sdpa" gives none. Models whose own attention is "eager", because sdpa cannot do
+what they need, do give them. So a call of such a model in which somebody looks for weights takes the model's own path.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..functional import attention, scaled_dot_product_attention
+from .calls import own, serve
 from .configuration import INTERNAL, NAME, Face, Switch, face, switch_of, unfaced
 from .deferred import value_of
 from .plain import hooked, plain
@@ -126,11 +127,16 @@ def _source(cls: type) -> str:
         return ""
 
 
-def attention_forward(
+def attention_forward(module, *args, **kwargs):
+    """What transformers calls for the attention named "fastllm"; see :func:`_attention_forward`."""
+    return serve(module, _attention_forward, module, *args, **kwargs)
+
+
+def _attention_forward(
     module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, position_bias=None,
     cache=None, softcap=None, s_aux=None, **kwargs,
 ):  # fmt: skip
-    """What transformers calls for the attention named "fastllm"; (B, H, S, D) in, (B, S, H, D) out, no weights.
+    """Attention in transformers' form; (B, H, S, D) in, (B, S, H, D) out, no weights.
 
     The conventions are those of its own "sdpa": a mask hides what is causal as well; without one ``is_causal``, or the
     module's attribute, decides, and one query never is.
@@ -148,6 +154,7 @@ def attention_forward(
     if cache is not None or not plain(query, key, value, attention_mask, s_aux):
         if softcap is not None or s_aux is not None:
             raise NotImplementedError('attention "fastllm": no soft cap or sinks with a paged cache or such tensors')
+        own("attention", "a paged cache, or tensors that are not plain dense ones on a CPU or GPU")
         return _sdpa()(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=causal, cache=cache,
             **kwargs,
@@ -223,9 +230,9 @@ def take_over(module: nn.Module, switches: dict[int, Switch]) -> None:
     _register()
     config = unfaced(module.config)
     for part in attending_within(module):
-        own = unfaced(part.config)
-        if own is config or getattr(own, "_attn_implementation", None) == config._attn_implementation:
-            part.config = face(own, _switch(own, switches), in_a_call=False)
+        theirs = unfaced(part.config)
+        if theirs is config or getattr(theirs, "_attn_implementation", None) == config._attn_implementation:
+            part.config = face(theirs, _switch(theirs, switches), in_a_call=False)
     if config._attn_implementation == "eager":
         # Its masks are then made for ours, too, and each call says whether it can be ours.
         module.config = face(config, _switch(config, switches), in_a_call=True)
@@ -247,11 +254,13 @@ def model_forward(module, original, options, *args, **kwargs):
     switch = switch_of(vars(module).get("config"))
     if switch is None:
         return original(module, *args, **kwargs)
-    own = _looks_for_weights(module, original, args, kwargs)
+    takes_own = _looks_for_weights(module, original, args, kwargs)
+    if takes_own:
+        own("attention", OWN_PATH)
     if torch.compiler.is_compiling():
-        switch.last = own
+        switch.last = takes_own
         return original(module, *args, **kwargs)
-    with switch.call(own):
+    with switch.call(takes_own):
         return original(module, *args, **kwargs)
 
 
