@@ -22,7 +22,7 @@ import contextlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -51,6 +51,7 @@ class Choice(NamedTuple):
 
 _choice = os.environ.get("FASTLLM_BACKEND", "auto").strip().lower() or "auto"
 _told: set[str] = set()
+_observers: list[Callable[[str, Choice], None]] = []
 
 
 def _check_choice(name: str, source: str) -> str:
@@ -157,6 +158,29 @@ def plain_eager(backend: str) -> bool:
     return backend == "eager" and under_transform()
 
 
+@contextlib.contextmanager
+def observed(observer: Callable[[str, Choice], None]) -> Iterator[None]:
+    """Within the block, ``observer(op, choice)`` is called at every pick, on the thread that picks.
+
+    Calls inside a compiled graph have been picked when it was compiled, and are not seen.
+    """
+    if observer not in _observers:
+        _observers.append(observer)
+        try:
+            yield
+        finally:
+            _observers.remove(observer)
+    else:
+        yield
+
+
+def _tell(op: str, choice: Choice) -> Choice:
+    if _observers and not torch.compiler.is_compiling():
+        for observer in list(_observers):
+            observer(op, choice)
+    return choice
+
+
 def pick(op: str, call: Call) -> Choice:
     """The backend that serves ``call`` of the op ``op``, and why.
 
@@ -167,6 +191,10 @@ def pick(op: str, call: Call) -> Choice:
     Raises:
         BackendError: the backend asked for cannot serve the call.
     """
+    return _tell(op, _pick(op, call))
+
+
+def _pick(op: str, call: Call) -> Choice:
     record = OPS[op]
     tensors = [t for t in call.tensors() if t is not None]
     foreign = _foreign(tensors)
@@ -228,4 +256,4 @@ def _tell_once(message: str) -> None:
     if torch.compiler.is_compiling() or message in _told:
         return
     _told.add(message)
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    warnings.warn(message, RuntimeWarning, stacklevel=5)

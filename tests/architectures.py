@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import torch
+
+import fastllm
+from fastllm.drop_in.attention import attending_within
 
 VOCABULARY, BATCH, LENGTH = 96, 2, 12
 DECODER = dict(
@@ -158,3 +162,16 @@ def build(name: str, **changes):
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         return model, inputs()
+
+
+def pair(name="llama", **options):
+    """Model ``name`` accelerated with ``options``, the same model as it is, and inputs for both."""
+    model, inputs = build(name)
+    other = copy.deepcopy(model)
+    fastllm.accelerate(model, **options)
+    return model, other, inputs
+
+
+def attentions(model):
+    """What the modules of ``model`` that attend call."""
+    return {part.config._attn_implementation for part in attending_within(model)}

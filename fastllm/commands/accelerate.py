@@ -1,6 +1,7 @@
 """What fastllm.accelerate would do to a model in transformers' format: a table, and what is left and why.
 
-Nothing is changed and no weights are read: the model is built from its config.json, without memory for its parameters.
+No weights are read: the model is built from its config.json, without memory for its parameters. With --run it is built
+with random ones, and one training step on random tokens shows what serves each call.
 """
 
 from __future__ import annotations
@@ -11,18 +12,23 @@ from pathlib import Path
 
 from ..config import InputError
 
-REPORT_SHAPE = (8, 1024)
+REPORT_SHAPE, RUN_SHAPE = (8, 1024), (1, 64)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="MODEL_FOLDER", help="a folder with transformers' config.json")
-    parser.add_argument("--report", action="store_true", help="print the report (the default; there is nothing else)")
+    parser.add_argument("--report", action="store_true", help="print the report (the default)")
+    parser.add_argument(
+        "--run", action="store_true",
+        help="build the model with random weights, train it one step on random tokens and print what served each call",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     parser.add_argument("--only", action="append", metavar="NAME", help="consider this op or module path alone")
     parser.add_argument("--skip", action="append", metavar="NAME", help="leave this op or module path")
     parser.add_argument(
-        "--shape", default="x".join(map(str, REPORT_SHAPE)), metavar="BxT",
-        help="batch and length that the estimate is for (default: %(default)s)",
+        "--shape", metavar="BxT",
+        help="batch and length that the estimate, or the step, is for "
+        f"(default: {REPORT_SHAPE[0]}x{REPORT_SHAPE[1]}, with --run {RUN_SHAPE[0]}x{RUN_SHAPE[1]})",
     )  # fmt: skip
 
 
@@ -33,8 +39,8 @@ def _shape(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def _build(folder: Path):
-    """The model of ``folder``'s configuration, on the meta device."""
+def _build(folder: Path, device: str):
+    """The model of ``folder``'s configuration, on ``device``: "meta" takes no memory."""
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no config.json there")
     try:
@@ -49,25 +55,51 @@ def _build(folder: Path):
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         named = getattr(transformers, (config.architectures or [""])[0], None)
-        with torch.device("meta"):
+        with torch.device(device):
             return transformers.AutoModel.from_config(config) if named is None else named._from_config(config)
     except (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError) as error:
         raise InputError(f"{folder / 'config.json'}: transformers cannot build this model: {error}") from error
 
 
+def _step(model, batch: int, length: int) -> None:
+    """One forward and backward on random tokens."""
+    import inspect
+
+    import torch
+
+    if getattr(model, "main_input_name", None) != "input_ids" or not hasattr(model.config, "vocab_size"):
+        raise InputError(f"--run: expected a model of token ids, got {type(model).__name__}")
+    ids = torch.randint(model.config.vocab_size, (batch, length))
+    labelled = "labels" in inspect.signature(model.forward).parameters and model.get_output_embeddings() is not None
+    try:
+        output = model.train()(input_ids=ids, **({"labels": ids} if labelled else {}))
+        loss = output.loss if labelled else output[0].float().square().mean()
+        loss.backward()
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise InputError(f"--run: {type(model).__name__} does not take {batch} x {length} tokens: {error}") from error
+
+
 def run(arguments: argparse.Namespace) -> int:
     from .. import accelerate
 
-    batch, length = _shape(arguments.shape)
-    model = _build(Path(arguments.folder))
+    default = RUN_SHAPE if arguments.run else REPORT_SHAPE
+    batch, length = default if arguments.shape is None else _shape(arguments.shape)
+    model = _build(Path(arguments.folder), "cpu" if arguments.run else "meta")
     try:
-        report = accelerate(model, only=arguments.only, skip=arguments.skip, dry_run=True)
+        report = accelerate(model, only=arguments.only, skip=arguments.skip, dry_run=not arguments.run)
     except ValueError as error:
         raise InputError(str(error)) from error
     estimate = report.estimate(batch, length)
+    calls = None
+    if arguments.run:
+        with report.calls() as calls:
+            _step(model, batch, length)
     if arguments.json:
-        print(json.dumps({**json.loads(report.to_json()), "estimate": vars(estimate)}, indent=1))
+        served = {} if calls is None else {"calls": json.loads(calls.to_json())}
+        print(json.dumps({**json.loads(report.to_json()), "estimate": vars(estimate), **served}, indent=1))
     else:
         print(report)
         print(f"\none training step of {batch} x {length} tokens, modelled for an H200: {estimate}")
+        if calls is not None:
+            print(f"\nwhat served one training step of {batch} x {length} random tokens here:\n{calls}")
     return 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
+import weakref
 from collections.abc import Iterable
 
 import torch
 
 from . import forwards, torch_switch  # noqa: F401  (forwards registers itself)
-from .attention import INTERFACE, attention_decisions, give_back, take_over
+from .attention import INTERFACE, attention_decisions, give_back, switches_within, take_over
+from .configuration import Switch
 from .mode import accelerated
 from .report import Entry, Estimate, Report
 from .rules import OPS_SERVED, Decision, Rules
@@ -101,9 +103,10 @@ def accelerate(
             return "only does not name it"
         return None
 
-    report = Report()
+    report = Report(model=weakref.ref(model))
     rules = Rules(model, verify, sums=lambda path, module: filtered(path, module, "embedding_sum") is None)
     decisions = [(path, module, rules.decide(path, module)) for path, module in model.named_modules()]
+    switches = switches_within(model)
     for path, module, decision in [*decisions, *attention_decisions(model)]:
         if decision is None:
             continue
@@ -112,16 +115,16 @@ def accelerate(
         if why is not None:
             decision = Decision(decision.op, None, why)
         if decision.kind is not None and not dry_run:
-            decision = _carry_out(model, module, decision)
+            decision = _carry_out(module, decision, switches)
         _note(path, module, decision, report)
     return report
 
 
-def _carry_out(model, module, decision: Decision) -> Decision:
-    if decision.kind is INTERFACE:
-        take_over(model, module)
-        return decision
+def _carry_out(module, decision: Decision, switches: dict[int, Switch]) -> Decision:
     try:
+        if decision.kind is INTERFACE:
+            take_over(module, switches)
+            return decision
         swap_forward(module, decision.kind)
     except (TypeError, ValueError) as error:
         return Decision(decision.op, None, f"Python refuses it another class: {error}")
@@ -147,4 +150,4 @@ def revert(model: torch.nn.Module) -> int:
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"revert: model must be a torch.nn.Module, got {type(model).__name__}")
-    return sum(restore_forward(module) for module in model.modules()) + give_back(model)
+    return give_back(model) + sum(restore_forward(module) for module in model.modules())

@@ -1,12 +1,14 @@
 """Attention of Hugging Face models, through transformers' AttentionInterface, for one instance at a time.
 
-A model asks its configuration which attention it is to call. Configurations are shared, between instances as well, so
-the model gets copies of its own, in which the answer is "fastllm".
+A module that attends asks its configuration which attention it is to call. The configuration is shared, with instances
+and with the user, and stays what it is: the module gets another :func:`~.configuration.face` of it.
+
+Ours gives no attention weights, as "sdpa" gives none. Models whose own attention is "eager", because sdpa cannot do
+what they need, do give them. So a call of such a model in which somebody looks for weights takes the model's own path.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 import re
 import sys
@@ -16,15 +18,23 @@ import torch
 from torch import nn
 
 from ..functional import attention, scaled_dot_product_attention
+from .calls import own, serve
+from .configuration import INTERNAL, NAME, Face, Switch, face, switch_of, unfaced
 from .deferred import value_of
-from .plain import plain
-from .rules import Decision
-from .swap import Kind
+from .plain import hooked, plain
+from .rules import Decision, obstacle
+from .swap import Kind, forward_of, swap_forward
 
-NAME = "fastllm"
 INTERFACE = Kind("attention_interface")
-# Where a module keeps the configuration that it had before.
-BEFORE = "_fastllm_config_before"
+OWN_PATH = (
+    "a call of which attention weights are asked, with a head mask or with a hook on attention takes its own path"
+)
+# What eager attention reads of its module and ours knows, and what ours takes.
+READ_BY_EAGER = {"num_key_value_groups", "training", "head_dim", "is_causal", "scaling"}
+TAKEN_BY_OURS = {
+    "module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "position_bias", "softcap",
+    "s_aux",
+}  # fmt: skip
 # Modelling code that asks for "sdpa" by name does something else for every other answer.
 _NAMES_SDPA = re.compile(r"_attn_implementation[^\n]*sdpa|sdpa[^\n]*_attn_implementation")
 
@@ -42,28 +52,72 @@ def attention_decisions(model: nn.Module) -> Iterator[tuple[str, nn.Module, Deci
 
 
 def _decide(module) -> Decision | None:
-    config = module.config
+    config = unfaced(module.config)
     now = getattr(config, "_attn_implementation", None)
     source = _source(type(module))
-    if "ALL_ATTENTION_FUNCTIONS" not in source and "get_interface" not in source:
-        if re.search(r"class \w*Attention", source):
+    attending = list(attending_within(module))
+    if not attending:
+        if re.search(r"class \w*Attention", source) and "ALL_ATTENTION_FUNCTIONS" not in source:
             return Decision("attention", None, "its code does not call attention through AttentionInterface")
         return None
-    if now == NAME:
+    if now == NAME or all(isinstance(part.config, Face) for part in attending):
         return Decision("attention", None, "it is accelerated already")
     if _NAMES_SDPA.search(source):
         return Decision("attention", None, 'its code treats the attention called "sdpa" apart')
     if getattr(config, "output_attentions", False):
         return Decision("attention", None, "its configuration asks for attention weights, which are never computed")
-    supported = getattr(module, "_supports_sdpa", False)
     missing = _missing(config)
     if missing is not None:
         return Decision("attention", None, missing)
-    if now == "sdpa" or (now == "eager" and not supported and getattr(module, "_supports_attention_backend", False)):
-        return Decision("attention", INTERFACE, f'AttentionInterface, "{now}" before')
+    if now == "sdpa":
+        return Decision("attention", INTERFACE, 'AttentionInterface, "sdpa" before')
+    if now == "eager" and _needs_eager(module):
+        unknown = [why for part in attending if (why := _reads_more(part)) is not None]
+        why = unknown[0] if unknown else obstacle(module)
+        if why is not None:
+            return Decision("attention", None, why)
+        return Decision("attention", INTERFACE, f'AttentionInterface, "eager" before; {OWN_PATH}')
     if now == "eager":
         return Decision("attention", None, '"eager" attention was asked for, which gives its weights')
     return Decision("attention", None, f'its attention is "{now}"')
+
+
+def _needs_eager(module) -> bool:
+    """Whether its attention is "eager" since its code, not its user, chose that: sdpa cannot do what it needs."""
+    return not getattr(module, "_supports_sdpa", False) and getattr(module, "_supports_attention_backend", False)
+
+
+def attending_within(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules within ``model`` that ask their configuration which attention to call, and call it."""
+    for part in model.modules():
+        if INTERNAL in getattr(vars(part).get("config"), "__dict__", ()) and _attends(type(part)):
+            yield part
+
+
+def _attends(cls: type) -> bool:
+    methods = (inspect.unwrap(f) for c in cls.__mro__ for f in vars(c).values() if inspect.isfunction(f))
+    # PreTrainedModel's own methods name the interface to check names of attention.
+    return any(
+        "ALL_ATTENTION_FUNCTIONS" in method.__code__.co_names
+        for method in methods
+        if method.__module__ != "transformers.modeling_utils"
+    )
+
+
+def _reads_more(part) -> str | None:
+    """What the eager attention of ``part``'s code reads from it that ours is not given; None where that is nothing."""
+    eager = getattr(sys.modules.get(type(part).__module__), "eager_attention_forward", None)
+    if eager is None:
+        return "its code has no eager_attention_forward to compare ours with"
+    try:
+        read = set(re.findall(r"\bmodule\.(\w+)", inspect.getsource(eager)))
+        taken = set(inspect.signature(eager).parameters)
+    except (OSError, TypeError, ValueError):
+        return "its eager attention cannot be read"
+    given = re.findall(r"\b(\w+)=", inspect.getsource(type(part).forward))
+    unknown = read - READ_BY_EAGER - ({"sinks"} if "s_aux" in given else set())
+    unknown |= taken - TAKEN_BY_OURS - {"kwargs"}
+    return f"its eager attention depends on {', '.join(sorted(unknown))}" if unknown else None
 
 
 def _source(cls: type) -> str:
@@ -73,11 +127,16 @@ def _source(cls: type) -> str:
         return ""
 
 
-def attention_forward(
+def attention_forward(module, *args, **kwargs):
+    """What transformers calls for the attention named "fastllm"; see :func:`_attention_forward`."""
+    return serve(module, _attention_forward, module, *args, **kwargs)
+
+
+def _attention_forward(
     module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, position_bias=None,
     cache=None, softcap=None, s_aux=None, **kwargs,
 ):  # fmt: skip
-    """What transformers calls for the attention named "fastllm"; (B, H, S, D) in, (B, S, H, D) out, no weights.
+    """Attention in transformers' form; (B, H, S, D) in, (B, S, H, D) out, no weights.
 
     The conventions are those of its own "sdpa": a mask hides what is causal as well; without one ``is_causal``, or the
     module's attribute, decides, and one query never is.
@@ -95,6 +154,7 @@ def attention_forward(
     if cache is not None or not plain(query, key, value, attention_mask, s_aux):
         if softcap is not None or s_aux is not None:
             raise NotImplementedError('attention "fastllm": no soft cap or sinks with a paged cache or such tensors')
+        own("attention", "a paged cache, or tensors that are not plain dense ones on a CPU or GPU")
         return _sdpa()(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=causal, cache=cache,
             **kwargs,
@@ -160,36 +220,84 @@ def _register() -> None:
     AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
 
 
-def take_over(model: nn.Module, module: nn.Module) -> None:
-    """Give every module of ``model`` a configuration of its own and ``module`` one that says "fastllm"."""
+def take_over(module: nn.Module, switches: dict[int, Switch]) -> None:
+    """Let the modules within ``module`` that attend by its configuration call ours.
+
+    Args:
+        module: a transformers model.
+        switches: the switches of configurations, by id, in the whole model; grows.
+    """
     _register()
-    config_class = type(module.config)
-    base = next(c for c in config_class.__mro__ if c.__name__ in ("PreTrainedConfig", "PretrainedConfig"))
-    memo: dict = {}
-    for part in model.modules():
-        for name, value in list(vars(part).items()):
-            if isinstance(value, base) and (BEFORE not in vars(part) or name not in vars(part)[BEFORE]):
-                vars(part).setdefault(BEFORE, {})[name] = value
-                vars(part)[name] = copy.deepcopy(value, memo)
-    module.config._attn_implementation_internal = NAME
+    config = unfaced(module.config)
+    for part in attending_within(module):
+        theirs = unfaced(part.config)
+        if theirs is config or getattr(theirs, "_attn_implementation", None) == config._attn_implementation:
+            part.config = face(theirs, _switch(theirs, switches), in_a_call=False)
+    if config._attn_implementation == "eager":
+        # Its masks are then made for ours, too, and each call says whether it can be ours.
+        module.config = face(config, _switch(config, switches), in_a_call=True)
+        swap_forward(module, INTERFACE)
+
+
+def _switch(config, switches: dict[int, Switch]) -> Switch:
+    return switches.setdefault(id(config), Switch(config._attn_implementation))
+
+
+def switches_within(model: nn.Module) -> dict[int, Switch]:
+    """The switches of the configurations that have faces in ``model``, by the configurations' ids."""
+    configs = (vars(part).get("config") for part in model.modules())
+    return {id(unfaced(config)): switch_of(config) for config in configs if isinstance(config, Face)}
+
+
+@forward_of("attention_interface")
+def model_forward(module, original, options, *args, **kwargs):
+    switch = switch_of(vars(module).get("config"))
+    if switch is None:
+        return original(module, *args, **kwargs)
+    takes_own = _looks_for_weights(module, original, args, kwargs)
+    if takes_own:
+        own("attention", OWN_PATH)
+    if torch.compiler.is_compiling():
+        switch.last = takes_own
+        return original(module, *args, **kwargs)
+    with switch.call(takes_own):
+        return original(module, *args, **kwargs)
+
+
+def _looks_for_weights(module, original, args, kwargs) -> bool:
+    """Whether this call asks for what only the model's own attention computes."""
+    if args:
+        names = list(inspect.signature(original).parameters)[1:]
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    for name, value in kwargs.items():
+        if "head_mask" in name and value is not None:
+            return True
+        if name.startswith("output_") and name.endswith("attentions") and value:
+            return True
+    if getattr(module.config, "output_attentions", False) and kwargs.get("output_attentions") is None:
+        return True
+    if torch.nn.modules.module._global_forward_hooks:
+        return True
+    return any(_watched(part) for part in module.modules() if isinstance(vars(part).get("config"), Face))
+
+
+def _watched(part: nn.Module) -> bool:
+    """Whether somebody but transformers, which hooks attention for good at the first request, looks at ``part``."""
+    hooks = part._forward_hooks.values()
+    if hooks and all(str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks):
+        return bool(part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
+    return hooked(part)
 
 
 def give_back(model: nn.Module) -> int:
-    """Undo :func:`take_over` in all of ``model``; returns how many models within it had been given the attention.
+    """Undo :func:`take_over` in all of ``model``; returns how many modules within it had been given the attention.
 
-    A configuration that has been changed since is kept, with the attention that it named before.
+    The configurations are what their users have made of them since.
     """
     changed = 0
     for part in model.modules():
-        before = vars(part).pop(BEFORE, None)
-        if before is None:
-            continue
-        for name, config in before.items():
-            now = vars(part).get(name)
-            if getattr(now, "_attn_implementation", None) == NAME:
-                changed += name == "config" and hasattr(part, "get_input_embeddings")
-            if now is not None and now.to_dict() == config.to_dict():
-                vars(part)[name] = config
-            elif getattr(now, "_attn_implementation", None) == NAME:
-                now._attn_implementation_internal = config._attn_implementation
+        config = vars(part).get("config")
+        if isinstance(config, Face):
+            part.config = unfaced(config)
+            changed += 1
     return changed

@@ -6,12 +6,15 @@ import torch
 
 from ..functional import cross_entropy, embedding, layer_norm, rms_norm
 from ..ops.attention.multihead import AttentionMasks, multihead_attention
+from .calls import own
 from .deferred import Deferred, value_of
 from .logits import Logits
 from .plain import freed_after_forward, hooked, plain, recorded
 from .rows import Rows
 from .swap import forward_of
 
+UNFIT = "tensors, dtypes, shapes or devices that it does not take, or vmap, tracing or forward-mode differentiation"
+ORDINARY_LOGITS = "logits are ordinary in evaluation, without gradients, with hooks, of tensors it does not take"
 NARROW = (torch.bfloat16, torch.float16)
 
 
@@ -31,6 +34,7 @@ def layer_norm_forward(module, original, options, input):
     # Read once: a parametrization computes them anew each time.
     x, weight, bias = value_of(input), module.weight, module.bias
     if not _fits(module, x, weight, bias):
+        own("layer_norm", UNFIT)
         return original(module, x)
     return layer_norm(x, module.normalized_shape, weight, bias, module.eps)
 
@@ -39,6 +43,7 @@ def layer_norm_forward(module, original, options, input):
 def rms_norm_forward(module, original, options, x):
     x, weight = value_of(x), module.weight
     if not _fits(module, x, weight):
+        own("rms_norm", UNFIT)
         return original(module, x)
     return rms_norm(x, module.normalized_shape, weight, module.eps)
 
@@ -47,8 +52,10 @@ def rms_norm_forward(module, original, options, x):
 def embedding_forward(module, original, may_defer: bool, input):
     weight = module.weight
     if not plain(input, weight) or input.dtype not in (torch.int64, torch.int32) or not weight.is_floating_point():
+        own("embedding", UNFIT)
         return original(module, input)
     if input.device != weight.device:
+        own("embedding", "ids and table are on two devices")
         return original(module, input)
     simple = module.max_norm is None and not module.sparse and not module.scale_grad_by_freq
     if may_defer and simple and not recorded() and not weight.is_inference() and not hooked(module):
@@ -77,6 +84,7 @@ def head_forward(module, original, options, input):
         or weight.is_inference()
         or freed_after_forward(module)
     ):
+        own("linear_cross_entropy", ORDINARY_LOGITS)
         return original(module, x)
     return Logits.of(x, weight, bias)
 
@@ -84,19 +92,22 @@ def head_forward(module, original, options, input):
 @forward_of("cross_entropy")
 def cross_entropy_forward(module, original, options, input, target):
     if isinstance(input, Deferred) or not plain(input, target, module.weight):
+        own("cross_entropy", UNFIT)
         return original(module, input, target)
     if (
         not input.is_floating_point()
         or not (target.is_floating_point() or target.dtype in (torch.int64, torch.uint8))
         or target.device != input.device
     ):
+        own("cross_entropy", UNFIT)
         return original(module, input, target)
     try:
         return cross_entropy(
             input, target, module.weight, ignore_index=module.ignore_index, reduction=module.reduction,
             label_smoothing=module.label_smoothing,
         )  # fmt: skip
-    except (TypeError, ValueError):
+    except (TypeError, ValueError) as error:
+        own("cross_entropy", str(error))
         return original(module, input, target)  # which says so in torch's own words
 
 
@@ -125,8 +136,10 @@ def multihead_attention_forward(
         )  # fmt: skip
 
     if not ordinary:
+        own("attention", "weights are asked for (need_weights)" if need_weights else UNFIT)
         return before()
     try:
         return multihead_attention(module, query, key, value, AttentionMasks(key_padding_mask, attn_mask, is_causal))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError) as error:
+        own("attention", str(error))
         return before()  # which says so in torch's own words

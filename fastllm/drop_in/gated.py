@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..functional import geglu, swiglu
+from .calls import own
 from .deferred import value_of
 from .plain import hooked, plain
 from .probe import Differs, changed, keeps, run, settings_of, stand_in
@@ -61,13 +62,16 @@ def gated_mlp_forward(module, original, mlp: GatedMLP, *args, **kwargs):
     x = value_of(x)
     down = getattr(module, mlp.down)
     if changed(module, mlp.settings) or not all(_as_measured(module._modules.get(n), c, s) for n, c, s in mlp.others):
+        own(mlp.op, "its attributes or parts have changed since it was measured")
         return original(module, x)
     if not plain(x) or not x.is_floating_point():
+        own(mlp.op, "tensors that it does not take, or vmap, tracing or forward-mode differentiation")
         return original(module, x)
     gate = getattr(module, mlp.gate)(x)
     up = None if mlp.up is None else getattr(module, mlp.up)(x)
     weight = next(down.parameters(), None)  # the attribute may be a parametrization, computed at each look
     if weight is not None and weight.dtype != gate.dtype and not torch.is_autocast_enabled(x.device.type):
+        own(mlp.op, "its projections give another dtype than the last one takes")
         return original(module, x)
     if mlp.formula == "swiglu":
         y = swiglu(gate, up)

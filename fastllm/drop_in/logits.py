@@ -7,6 +7,7 @@ import math
 import torch
 
 from ..functional import linear_cross_entropy
+from .calls import serve
 from .deferred import Deferred, as_in_the_forward, defer
 from .plain import plain
 
@@ -211,9 +212,9 @@ class Logits:
         if not enabled and self.rows.dtype in (torch.bfloat16, torch.float16) and out == torch.float32:
             enabled, narrow = True, self.rows.dtype  # the op gives its loss in fp32 under autocast
         with torch.autocast(self.hidden.device.type, narrow, enabled=enabled):
-            return linear_cross_entropy(
-                self.rows, self.weight, target, linear_bias=bias, weight=weight, reduction=reduction,
-                ignore_index=ignore_index, label_smoothing=label_smoothing, softcap=self.softcap,
+            return serve(
+                None, linear_cross_entropy, self.rows, self.weight, target, linear_bias=bias, weight=weight,
+                reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing, softcap=self.softcap,
                 logit_scale=self.scale,
             ).to(out)  # fmt: skip
 

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..functional import layer_norm, rms_norm
+from .calls import own
 from .deferred import value_of
 from .plain import plain
 from .probe import Differs, changed, keeps, run, settings_of, stand_in
@@ -68,8 +69,10 @@ def norm_forward(module, original, norm: Norm, *args, **kwargs):
         or (bias is not None and bias.dtype != weight.dtype)
         or changed(module, norm.settings)
     ):
+        own(norm.op, "dtypes or tensors that were not measured, or attributes that have changed since")
         return original(module, x)
     if norm.narrow_inside and x.dtype in NARROW and torch.is_autocast_enabled(x.device.type):
+        own(norm.op, "autocast would widen its operators")
         return original(module, x)
     eps = getattr(module, norm.eps) if isinstance(norm.eps, str) else norm.eps
     shape = x.shape[-1:]

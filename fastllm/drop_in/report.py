@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import weakref
 from dataclasses import asdict, dataclass, field
 
 import torch
 
 from ..registry import OPS
+from .calls import Calls, counted
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,26 @@ class Report:
     swapped: list[Entry] = field(default_factory=list)
     left: list[Entry] = field(default_factory=list)
     sizes: list[Size] = field(default_factory=list, repr=False)
+    # A weak reference: a report keeps no model alive.
+    model: weakref.ref[torch.nn.Module] | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self):
+        return {**vars(self), "model": None}
+
+    def calls(self) -> contextlib.AbstractContextManager[Calls]:
+        """A context that counts, for each module and backend, what serves its calls, forward and backward, and why.
+
+        ``with report.calls() as calls: model(x).sum().backward()``, then ``print(calls)``. Calls that take the forward
+        from before count as "own". Outside the context nothing is counted and nothing is paid. Calls in a compiled
+        graph are not seen.
+
+        Raises:
+            RuntimeError: the model that the report is about is gone.
+        """
+        model = None if self.model is None else self.model()
+        if model is None:
+            raise RuntimeError("Report.calls: the model that this report is about is gone, or the report is a copy")
+        return counted(model)
 
     def __str__(self):
         return self.table()

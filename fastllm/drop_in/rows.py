@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..functional import embedding, embedding_sum
+from .calls import serve
 from .deferred import Deferred, as_in_the_forward, defer
 
 
@@ -45,9 +46,10 @@ class Rows:
                 )
         if len(weights) == 1:
             ids, _, padding = self.tables[0]
-            return embedding(ids, weights[0], padding)
+            return serve(None, embedding, ids, weights[0], padding)
         indices = [ids for ids, _, _ in self.tables]
-        return embedding_sum(indices, weights, padding_idx=[padding for _, _, padding in self.tables])
+        paddings = [padding for _, _, padding in self.tables]
+        return serve(None, embedding_sum, indices, weights, padding_idx=paddings)
 
     def gradients(self, grad, inputs, needs):
         weights = [weight.detach().requires_grad_(need) for weight, need in zip(inputs, needs, strict=True)]

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from .calls import serve
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -80,7 +82,7 @@ def _class_for(original: type, kind: Kind) -> type:
 
     @functools.wraps(before)
     def forward(self, *args, **kwargs):
-        return replacement(self, before, options, *args, **kwargs)
+        return serve(self, replacement, self, before, options, *args, **kwargs)
 
     # Code that reads signatures (transformers' Trainer) sees the original's; code that unwraps must not run it.
     forward.__signature__ = inspect.signature(before)

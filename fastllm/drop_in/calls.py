@@ -1,0 +1,179 @@
+"""What served each call of an accelerated model: counted while somebody asks, and free otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch.utils import _pytree as pytree
+
+from .. import backends
+from .deferred import Deferred
+
+
+@dataclass(frozen=True)
+class Served:
+    """Calls of one module that one backend served.
+
+    ``path`` is the module's name in the model, ``what`` its class, ``op`` the op, ``backend`` one of
+    :data:`fastllm.backends.BACKENDS`, or "own" for the forward or attention that was there before; ``why`` what the
+    choice rests on. ``forward`` and ``backward`` are numbers of calls; a backward runs on its forward's backend.
+    """
+
+    path: str
+    what: str
+    op: str
+    backend: str
+    why: str
+    forward: int
+    backward: int
+
+
+class Calls:
+    """Counts of the calls of one model; see :meth:`fastllm.drop_in.Report.calls`. Iterating gives :class:`Served`."""
+
+    def __init__(self, model: torch.nn.Module):
+        self._names = {id(module): (path, type(module).__name__) for path, module in model.named_modules()}
+        self._by_op: dict[str, tuple[str, str]] = {}  # of calls outside any module
+        for path, module in model.named_modules():
+            kind = getattr(module, "fastllm_kind", None)
+            if kind is not None and kind.name == "linear_cross_entropy":
+                self._by_op.setdefault(kind.name, (path, type(module).__name__))
+            if kind is not None and kind.name == "embedding" and kind.options:
+                for op in ("embedding", "embedding_sum"):  # looked up when they are read: named after the first
+                    self._by_op.setdefault(op, (path, type(module).__name__))
+        self._counts: dict[tuple[str, str, str, str, str], list[int]] = {}
+        self._lock = threading.Lock()
+
+    def __iter__(self) -> Iterator[Served]:
+        with self._lock:
+            return iter([Served(*key, *counts) for key, counts in self._counts.items()])
+
+    def _name(self, module: torch.nn.Module | None, op: str) -> tuple[str, str] | None:
+        return self._by_op.get(op, ("", "(no module)")) if module is None else self._names.get(id(module))
+
+    def _count(self, key: tuple[str, str, str, str, str], direction: int) -> None:
+        with self._lock:
+            self._counts.setdefault(key, [0, 0])[direction] += 1
+
+    @property
+    def backends(self) -> dict[str, int]:
+        """Forward calls by backend, those of the model's own forwards under "own"."""
+        total: dict[str, int] = {}
+        for served in self:
+            total[served.backend] = total.get(served.backend, 0) + served.forward
+        return total
+
+    def __str__(self):
+        rows = [("backend", "op", "forward", "backward", "modules", "what", "why", "first")]
+        groups: dict[tuple[str, str, str, str], list[Served]] = {}
+        for served in self:
+            groups.setdefault((served.backend, served.op, served.what, served.why), []).append(served)
+        for (backend, op, what, why), alike in sorted(groups.items()):
+            forward, backward = (str(sum(getattr(s, name) for s in alike)) for name in ("forward", "backward"))
+            first = alike[0].path or "(the model)"
+            rows.append((backend, op, forward, backward, str(len({s.path for s in alike})), what, why, first))
+        if len(rows) == 1:
+            return "no call has reached fastllm"
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+    def to_json(self, **options) -> str:
+        """A list of the fields of :class:`Served`; options are json.dumps's."""
+        return json.dumps([asdict(served) for served in self], **options)
+
+
+class _Work:
+    """One call of one module: what has served it."""
+
+    def __init__(self, module: torch.nn.Module | None):
+        self.module = module
+        self.keys: list[tuple[Calls, tuple[str, str, str, str, str]]] = []
+
+    def note(self, op: str, backend: str, why: str) -> None:
+        for calls in list(_watching):
+            name = calls._name(self.module, op)
+            if name is not None:
+                key = (*name, op, backend, why)
+                calls._count(key, 0)
+                self.keys.append((calls, key))
+
+    def note_torch(self) -> None:
+        """For an op that leaves a call to PyTorch before it picks a backend."""
+        kind = getattr(self.module, "fastllm_kind", None)
+        if kind is not None and kind.name != "attention_interface":
+            self.note(
+                getattr(kind.options, "op", kind.name), "eager", "the op leaves such calls to PyTorch's operators"
+            )
+
+    def count_backward(self, output) -> None:
+        """Counts a backward of what has served this call whenever one runs from its ``output``."""
+        keys = list(self.keys)
+
+        def hook(_):
+            for calls, key in keys:
+                if calls in _watching:
+                    calls._count(key, 1)
+
+        for tensor in pytree.tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.grad_fn is not None:
+                tensor.grad_fn.register_prehook(hook)
+                return
+
+
+class _Stack(threading.local):
+    """This thread's calls at work, the innermost last."""
+
+    def __init__(self):
+        self.works: list[_Work] = []
+
+
+_watching: list[Calls] = []
+_stack = _Stack()
+
+
+def _watched() -> bool:
+    return bool(_watching) and not torch.compiler.is_compiling()
+
+
+def _observe(op: str, choice: backends.Choice) -> None:
+    work = _stack.works[-1] if _stack.works else _Work(None)
+    work.note(op, choice.backend, choice.why)
+
+
+def serve(module: torch.nn.Module | None, function: Callable, *args, **kwargs):
+    """``function(*args, **kwargs)``, whose ops count as ``module``'s while somebody watches."""
+    if not _watched():
+        return function(*args, **kwargs)
+    work = _Work(module)
+    _stack.works.append(work)
+    try:
+        output = function(*args, **kwargs)
+    finally:
+        _stack.works.pop()
+    if not work.keys and not isinstance(output, Deferred):
+        work.note_torch()
+    work.count_backward(output)
+    return output
+
+
+def own(op: str, why: str) -> None:
+    """Note that the call at work takes the forward that was there before, and why."""
+    if _watched() and _stack.works:
+        _stack.works[-1].note(op, "own", why)
+
+
+@contextlib.contextmanager
+def counted(model: torch.nn.Module) -> Iterator[Calls]:
+    """Counts the calls of ``model`` within the block."""
+    calls = Calls(model)
+    _watching.append(calls)
+    try:
+        with backends.observed(_observe):
+            yield calls
+    finally:
+        _watching.remove(calls)

@@ -1,0 +1,138 @@
+"""A configuration's other face: all that transformers' configuration is, but for the attention that it names.
+
+A module asks its configuration which attention it is to call, and one configuration is shared: by the modules of a
+model, by instances, with the user. So a module that is to call ours gets a :func:`face` of the same configuration. It
+has the same attributes, for both are one ``__dict__``: what is set on either is set on both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import types
+from collections.abc import Iterator
+
+import torch
+
+NAME = "fastllm"
+INTERNAL = "_attn_implementation_internal"
+
+
+class Switch:
+    """Whether the faces of one configuration name our attention now.
+
+    ``before`` is the attention that was named when they were made: as soon as the configuration names another, that is
+    the answer. ``own`` has a value for each thread with a call at work: whether it takes the model's own path.
+    ``last`` is that of the last call: activation checkpointing runs layers again when no call is at work.
+    """
+
+    def __init__(self, before: str):
+        self.before = before
+        self.active = True
+        self.own: dict[int, bool] = {}
+        self.last = False
+
+    @contextlib.contextmanager
+    def call(self, own: bool) -> Iterator[None]:
+        """For the time of a model's forward; ``own`` holds for the calls inside it as well."""
+        thread = threading.get_ident()
+        outer = self.own.get(thread)
+        self.own[thread] = self.last = bool(outer) or own
+        try:
+            yield
+        finally:
+            if outer is None:
+                del self.own[thread]
+            else:
+                self.own[thread] = outer
+
+    def names_ours(self, internal: str | None, only_in_a_call: bool) -> bool:
+        if not self.active or internal != self.before:
+            return False
+        if torch.compiler.is_compiling():
+            return not self.last
+        return not self.own.get(threading.get_ident(), only_in_a_call or self.last)
+
+    def __getstate__(self):
+        return {"before": self.before, "active": self.active, "own": {}, "last": False}
+
+
+class _SameClass(type):
+    """Of classes that are to be found where a class is a key: transformers' tables of models by configuration."""
+
+    def __eq__(cls, other):
+        return cls is other or vars(cls).get("fastllm_of") is other
+
+    def __hash__(cls):
+        of = vars(cls).get("fastllm_of")
+        return type.__hash__(cls) if of is None else hash(of)
+
+
+class Face(metaclass=_SameClass):
+    """Marks the classes made here.
+
+    ``fastllm_original`` is the configuration, ``fastllm_switch`` its :class:`Switch`, ``fastllm_in_a_call`` whether our
+    attention is named only while a forward of the model is at work.
+    """
+
+    __slots__ = ("fastllm_in_a_call", "fastllm_original", "fastllm_switch")
+
+    def __init_subclass__(cls, **kwargs):
+        # The original's own hook, which makes a dataclass of every subclass, must not see this one.
+        pass
+
+    @property
+    def _attn_implementation_internal(self):
+        internal = self.__dict__.get(INTERNAL)
+        switch = switch_of(self)
+        return NAME if switch is not None and switch.names_ours(internal, self.fastllm_in_a_call) else internal
+
+    @_attn_implementation_internal.setter
+    def _attn_implementation_internal(self, value):
+        # Somebody asks for an attention by name: from now on it is that one, also where it is the one from before.
+        switch = switch_of(self)
+        if switch is not None:
+            switch.active = value == NAME
+        if switch is None or value != NAME:
+            vars(self)[INTERNAL] = value
+
+    def __reduce_ex__(self, protocol):
+        switch = switch_of(self)
+        if switch is None:
+            return super().__reduce_ex__(protocol)
+        return face, (self.fastllm_original, switch, self.fastllm_in_a_call)
+
+    def __eq__(self, other):
+        original = getattr(self, "fastllm_original", None)
+        return super().__eq__(other) if original is None else original == unfaced(other)
+
+
+def switch_of(config) -> Switch | None:
+    """None for a fresh configuration of a face's class, which transformers makes to compare with."""
+    return getattr(config, "fastllm_switch", None)
+
+
+_classes: dict[type, type] = {}
+
+
+def unfaced(config):
+    """The configuration of which ``config`` is a face, or ``config`` itself."""
+    return getattr(config, "fastllm_original", config)
+
+
+def face(config, switch: Switch, in_a_call: bool):
+    """The other face of ``config``; ``in_a_call``: it names our attention only while a model's forward is at work."""
+    cls = type(config)
+    if cls not in _classes:
+        meta = type("_SameClass", (_SameClass, type(cls)), {}) if type(cls) is not type else _SameClass
+        body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        body["fastllm_of"] = cls
+        _classes[cls] = types.new_class(
+            cls.__name__, (Face, cls), {"metaclass": meta}, lambda space: space.update(body)
+        )
+    made = object.__new__(_classes[cls])
+    object.__setattr__(made, "__dict__", vars(config))
+    object.__setattr__(made, "fastllm_original", config)
+    object.__setattr__(made, "fastllm_switch", switch)
+    object.__setattr__(made, "fastllm_in_a_call", in_a_call)
+    return made
