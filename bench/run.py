@@ -224,7 +224,7 @@ def measure(
             yield Row(
                 **common, provider=name, samples=times, least_bytes=least, flops=flops,
                 first_call=entrants.first[name].get(direction), peak_bytes=timer.peaks.get(name),
-                host=host_seconds(calls[name], device) if brief else [],
+                host=host_seconds(calls[name], device) if brief else [], waits=name in timer.behind,
             )  # fmt: skip
 
 
