@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", nargs="+", default=[""], help="only shapes whose name contains one of these")
     parser.add_argument("--sweep", action="store_true", help="after the shapes, sizes for GB/s and TFLOP/s over them")
     parser.add_argument("--provider", nargs="+", default=[], help="beside fastllm and eager, only these")
+    parser.add_argument("--compile", nargs="+", metavar="OP", help="torch.compile only beside these ops (beside all)")
     parser.add_argument("--rounds", type=int, help="samples of each provider")
     parser.add_argument("--budget", type=float, default=240.0, metavar="SECONDS", help="for everything (%(default)g)")
     parser.add_argument(
@@ -76,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.ops[:1] == ["report"]:
             return _report(options.ops[1:], options.out)
         ops = cases.selected(options.ops)
+        compiled = {op.name for op in cases.selected(options.compile or [])}
         if options.rounds is not None and options.rounds < 2:
             raise ValueError(f"--rounds: expected at least 2, got {options.rounds}")
         if not options.budget > 0:
@@ -108,7 +110,8 @@ def main(argv: list[str] | None = None) -> int:
         left = max(0.0, options.budget - (time.monotonic() - began) - min(DRAWING, options.budget / 4))
         found = run(
             planned, device, dtypes=options.dtype, rounds=options.rounds or ROUNDS[device.type],
-            budget=left, only=options.provider, environment=where, keep=lambda found: found.write(file),
+            budget=left, only=options.provider, compiled=compiled, environment=where,
+            keep=lambda found: found.write(file),
         )  # fmt: skip
     found.write(file)
     print("written:", file, *_shown(found, folder))

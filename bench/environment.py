@@ -37,7 +37,8 @@ def _run(*command: str, cwd: Path | None = None) -> str | None:
 
 def commit() -> str | None:
     """The source tree's commit, with ``+changes`` where files differ from it; None outside a checkout."""
-    root = Path(__file__).parent.parent
+    # gpu.sh makes a package of links to the checkout's folders.
+    root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
     found = _run("git", "rev-parse", "HEAD", cwd=root)

@@ -1,22 +1,69 @@
 #!/usr/bin/env bash
-# All that a GPU is needed for, in one call: bench/gpu.sh OUT [SECONDS]
+# All that a GPU is needed for:
 #
-# Builds the extension in place, runs the tests on the GPU (every dtype), compute-sanitizer on the extension and on
-# the kernels, the bench and the training step, within SECONDS (default 540). Installs nothing and needs no network;
-# works from the source tree. Leaves in OUT: log.txt, bench.json, the plots, bench.html, train.json, and says what it
-# skipped and why. FASTLLM_GPU_DRY_RUN=1 takes every path of it that needs no GPU, on little.
+#   bench/gpu.sh OUT [SECONDS] [--part correctness|speed] [--cache FOLDER]
+#   bench/gpu.sh --prepare FOLDER [ARCH [SECONDS]]
+#
+# correctness: builds the extension in place, runs the tests that need the GPU, the parity tests first, then
+# compute-sanitizer's four tools and Triton's own checks. speed: the bench and the training step. Both parts without
+# --part, within SECONDS (default 540; 400 for one part). Installs nothing, needs no network, works from the source
+# tree. Leaves in OUT: log.txt, tests.xml, bench.json, the plots, bench.html, train.json. It says what it skipped and why,
+# and a part that is cut off leaves what it has done. FASTLLM_GPU_DRY_RUN=1 takes every path of it that needs no GPU.
+#
+# --prepare compiles the kernels on a machine without a GPU, for sm_ARCH (default 90), into FOLDER, and --cache uses
+# them. Python's minor version and Triton's must be those of the GPU machine; where they differ, --cache says so.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-out=$(realpath -m "${1:?usage: bench/gpu.sh OUT [SECONDS]}")
-budget=${2:-540}
-mkdir -p "$out"
-exec > >(tee "$out/log.txt") 2>&1
+usage=$(sed -n '4,5s/^# *//p' "$0")
 python=${PYTHON:-python3}
+prepare="" part=all cache="" positional=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --prepare | --part | --cache)
+      [ $# -ge 2 ] || { echo "$1: expected a value"$'\n'"$usage" >&2; exit 2; }
+      case $1 in
+        --prepare) prepare=$(realpath -m "$2") ;;
+        --part) part=$2 ;;
+        --cache) cache=$(realpath -m "$2") ;;
+      esac
+      shift ;;
+    -*) echo "$1: no such option"$'\n'"$usage" >&2; exit 2 ;;
+    *) positional+=("$1") ;;
+  esac
+  shift
+done
+case $part in all | correctness | speed) ;; *) echo "--part: expected correctness or speed, got '$part'" >&2; exit 2 ;; esac
+[ -z "$cache" ] || [ -d "$cache" ] || { echo "--cache: no folder $cache" >&2; exit 2; }
+[ -n "$prepare" ] || [ ${#positional[@]} -gt 0 ] || { echo "$usage" >&2; exit 2; }
+cd "$(dirname "$0")/.."
+
+# The source tree as the package that setup.py would install: kernels/, bench/ and csrc/ inside fastllm/.
+link_tree() {
+  tree=$PWD/build/gpu
+  rm -rf "$tree"
+  mkdir -p "$tree/fastllm"
+  ln -s "$PWD"/fastllm/* "$tree/fastllm/"
+  ln -s "$PWD/kernels" "$PWD/bench" "$PWD/csrc" "$tree/fastllm/"
+  export PYTHONPATH=$tree${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
+}
+
+# What Triton takes for unset, named, so that 3.9 does not warn and both machines have the same keys.
+export TRITON_DEFAULT_FP_FUSION=${TRITON_DEFAULT_FP_FUSION:-1}
+
+if [ -n "$prepare" ]; then
+  link_tree
+  exec "$python" -m fastllm.bench.prepare pack "$prepare" --arch "${positional[0]:-90}" --budget "${positional[1]:-inf}"
+fi
+
+out=$(realpath -m "${positional[0]}")
+budget=${positional[1]:-$([ "$part" = all ] && echo 540 || echo 400)}
+mkdir -p "$out"
+exec > >(tee -a "$out/log.txt") 2>&1
 failed=()
 
 left() { echo $((budget - SECONDS)); }
 
-# step NAME LIMIT COMMAND...: runs within LIMIT seconds, and within what is left of the budget.
+# step NAME LIMIT COMMAND...: runs within LIMIT seconds, and within what is left of the budget. Out of time, a command is
+# interrupted, so that pytest tells what has failed by then.
 step() {
   local name=$1 limit=$2 began=$SECONDS status=0
   shift 2
@@ -27,11 +74,13 @@ step() {
     return 1
   fi
   echo "== $name (at $SECONDS s, up to $limit s): $*"
-  timeout -k 5 "$limit" "$@" || status=$?
+  timeout -s INT -k 5 "$limit" "$@" || status=$?
   echo "== $name: exit $status after $((SECONDS - began)) s$([ "$status" = 124 ] && echo ' (out of time)')"
   [ "$status" = 0 ] || failed+=("$name (exit $status)")
   return "$status"
 }
+
+wants() { [ "$part" = all ] || [ "$part" = "$1" ]; }
 
 if [ -z "${FASTLLM_GPU_DRY_RUN:-}" ]; then
   nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,memory.total --format=csv \
@@ -44,77 +93,59 @@ else
 fi
 
 step build 120 env FASTLLM_CUDA=$wish "$python" fastllm/extension/compile.py
-
-# The source tree as the package that setup.py would install: kernels/, bench/ and csrc/ inside fastllm/.
-tree=$PWD/build/gpu
-rm -rf "$tree"
-mkdir -p "$tree/fastllm"
-ln -s "$PWD"/fastllm/* "$tree/fastllm/"
-ln -s "$PWD/kernels" "$PWD/bench" "$PWD/csrc" "$tree/fastllm/"
-export PYTHONPATH=$tree${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
-
+link_tree
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton}
+if [ -n "$cache" ]; then step cache 60 "$python" -m fastllm.bench.prepare unpack "$cache" "$TRITON_CACHE_DIR"; fi
 step info 60 "$python" -m fastllm info
 
 # pyproject.toml's options, but for one process: what is not installed here cannot be asked for.
 pytest=("$python" -m pytest -o addopts="-q --strict-markers --import-mode=importlib" -p no:cacheprovider --tb=short)
-tests=(tests --maxfail=25)
-# One test file a line that cannot be imported here, with the packages that it lacks.
-lacking=$("$python" - << 'PYTHON'
-import ast, importlib.util, pathlib
 
+correctness() {
+  local tests=(tests/test_ops.py tests -m gpu -v "--junitxml=$out/tests.xml") file package tool checks chosen
+  while read -r file package; do
+    [ -n "$file" ] || continue
+    echo "== $file: skipped, not installed here: $package"
+    tests+=(--ignore "$file")
+  done < <("$python" tests/lacking.py)
+  if "$python" -c 'import xdist' 2> /dev/null; then tests+=(-n 6); fi
+  # CUDA's settings are read when it starts: see tests/conftest.py.
+  if [ "$device" = cpu ]; then tests=(tests/test_registry.py -m "gpu" "--junitxml=$out/tests.xml"); fi
+  step tests 210 "${pytest[@]}" "${tests[@]}"
 
-def lacking(file):
-    """The packages that a test file, or another file in tests/ that it imports, would not find."""
-    found = set()
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        names = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        for package in (name.partition(".")[0] for name in names):
-            beside = file.with_name(f"{package}.py")
-            if beside.exists() and beside != file:
-                found |= lacking(beside)
-            elif importlib.util.find_spec(package) is None:
-                found.add(package)
-    return found
+  chosen="(two_backwards and (native or triton or hopper)) or packed_on_a_gpu"
+  checks=("${pytest[@]}" -m gpu -x tests/test_ops.py tests/kernels/test_attention_hopper.py -k "$chosen")
+  if [ "$device" = cuda ] && command -v compute-sanitizer > /dev/null; then
+    # torch's allocator would hand out parts of large blocks, whose bounds are not the tensors'. CUDA's own errors are
+    # torch's business: it asks for what may fail.
+    for tool in memcheck racecheck synccheck initcheck; do
+      step "$tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+        --report-api-errors no "${checks[@]}"
+    done
+  else
+    echo "== compute-sanitizer: skipped, $([ "$device" = cuda ] && echo 'it is not installed' || echo 'no GPU')"
+  fi
+  if ! "$python" -c 'import sys; from triton import knobs; sys.exit(not hasattr(knobs.compilation, "instrumentation_mode"))'; then
+    echo "== Triton's consan: skipped, this Triton has none"
+  elif [ "$device" = cpu ]; then
+    echo "== Triton's consan: skipped, no GPU"
+  else
+    step consan 60 env TRITON_INSTRUMENTATION_MODE=consan TRITON_CACHE_DIR="$PWD/build/consan" "${checks[@]}"
+  fi
+}
 
+speed() {
+  local bench=(--sweep --compile attention scaled_dot_product_attention) train limit
+  if [ "$device" = cpu ]; then bench=(layer_norm swiglu --shape "one token" --rounds 2); fi
+  limit=$(($(left) * 3 / 5))
+  step bench "$limit" "$python" -m fastllm bench --device $device --out "$out" --budget $((limit > 40 ? limit - 15 : 25)) "${bench[@]}"
+  train=(--preset gpt2 --batch-size 32 --steps 2 --rounds 5 --compile)
+  if [ "$device" = cpu ]; then train=(--preset tiny --batch-size 1 --context-length 32 --steps 1 --rounds 1); fi
+  step train $(($(left) - 10)) "$python" -m fastllm.bench.train --device $device --json "$out/train.json" "${train[@]}"
+}
 
-if importlib.util.find_spec("xdist"):
-    print("-n 6")
-for file in sorted(pathlib.Path("tests").rglob("test_*.py")):
-    packages = lacking(file)
-    if packages:
-        print(file, ",".join(sorted(packages)))
-PYTHON
-)
-while read -r file package; do
-  case $file in
-    "") ;;
-    -n) tests+=(-n "$package") ;;
-    *)
-      echo "== $file: skipped, not installed here: $package"
-      tests+=(--ignore "$file")
-      ;;
-  esac
-done <<< "$lacking"
-if [ "$device" = cpu ]; then tests=(tests/test_registry.py); fi
-step tests 210 "${pytest[@]}" "${tests[@]}"
-
-if [ "$device" = cuda ] && command -v compute-sanitizer > /dev/null; then
-  for tool in memcheck racecheck; do
-    step "$tool" 45 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "${pytest[@]}" -x tests/test_ops.py -k "two_backwards and (native or triton)"
-  done
-else
-  echo "== compute-sanitizer: skipped, $([ "$device" = cuda ] && echo 'it is not installed' || echo 'no GPU')"
-fi
-
-bench=(--sweep)
-if [ "$device" = cpu ]; then bench=(layer_norm swiglu --shape "one token" --rounds 2); fi
-limit=$(($(left) * 3 / 5))
-step bench "$limit" "$python" -m fastllm bench --device $device --out "$out" --budget $((limit > 40 ? limit - 15 : 25)) "${bench[@]}"
-train=(--preset gpt2 --batch-size 32 --steps 2 --rounds 5 --compile)
-if [ "$device" = cpu ]; then train=(--preset tiny --batch-size 1 --context-length 32 --steps 1 --rounds 1); fi
-step train $(($(left) - 10)) "$python" -m fastllm.bench.train --device $device --json "$out/train.json" "${train[@]}"
+if wants correctness; then correctness; fi
+if wants speed; then speed; fi
 
 echo "== done after $SECONDS s; failed: ${failed[*]:-none}"
 [ ${#failed[@]} = 0 ]

@@ -20,7 +20,8 @@ class Row:
     """One provider in one direction of one call. Seconds and bytes; ``problem`` says why there are no samples.
 
     ``cache``: "cold" where the L2 cache was overwritten before each sample, else "hot". ``host`` are seconds that the
-    host spends on a call, device not waited for; ``first_call`` is the first one's, with what it compiles. ``axis``
+    host spends on a call, device not waited for. On a GPU ``samples`` are the device's alone, except where ``waits``
+    says that the call itself waits for the device. ``first_call`` is the first one's, with what it compiles. ``axis``
     and ``size`` are those of a sweep.
     """
 
@@ -37,6 +38,7 @@ class Row:
     peak_bytes: int | None = None
     cache: str = "hot"
     host: list[float] = field(default_factory=list)
+    waits: bool = False
     axis: str | None = None
     size: int | None = None
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 
@@ -224,7 +224,7 @@ def measure(
             yield Row(
                 **common, provider=name, samples=times, least_bytes=least, flops=flops,
                 first_call=entrants.first[name].get(direction), peak_bytes=timer.peaks.get(name),
-                host=host_seconds(calls[name], device) if brief else [],
+                host=host_seconds(calls[name], device) if brief else [], waits=name in timer.behind,
             )  # fmt: skip
 
 
@@ -274,6 +274,7 @@ def run(
     rounds: int,
     budget: float,
     only=(),
+    compiled: Container[str] | None = None,
     environment: dict | None = None,
     tell: Callable[[str], None] = print,
     keep: Callable[[Run], None] = lambda run: None,
@@ -282,6 +283,7 @@ def run(
 
     Each case has an equal share of what is left of ``budget`` seconds, takes fewer samples rather than more time, and
     is stopped where it takes the time of many others.
+    torch.compile serves the ops whose names ``compiled`` contains, or all.
     ``keep`` is given what there is after every case. ``environment`` may have the device's ``rates``.
     """
     found = Run(environment or {})
@@ -309,9 +311,12 @@ def run(
             limit = min(left, max(CASE, CASE_SHARE * left))
             balance = matrix_rate(rates, dtype) / rates["copy"] if rates else math.inf
             settings = dict(within=left / (len(todo) - i), left=limit, balance=balance, compiling=compiling)
+            chosen = only
+            if compiled is not None and case.op.name not in compiled:
+                chosen = [OURS, *(name for name in only or providers(case.op) if name != COMPILED)]
             with time_limit(limit):
                 for row in measure(
-                    case.op, call, dtype, device, rounds, only, **settings, axis=case.axis, size=case.size
+                    case.op, call, dtype, device, rounds, chosen, **settings, axis=case.axis, size=case.size
                 ):
                     found.rows.append(row)
         except OutOfTime as error:

@@ -197,6 +197,15 @@ def test_compiling_has_its_share_of_the_budget_and_the_calls_go_on_without(small
     assert found["second", run.OURS].samples
 
 
+def test_torch_compile_serves_only_the_ops_that_are_asked_for(small, monkeypatch):
+    both = {run.OURS: lambda: F.layer_norm, run.EAGER: lambda: F.layer_norm, run.COMPILED: lambda: F.layer_norm}
+    monkeypatch.setattr(run, "providers", lambda op: both)
+    for compiled, expected in ((None, set(both)), ({"layer_norm"}, set(both)), ({"attention"}, {run.OURS, run.EAGER})):
+        for only in ((), [run.COMPILED]):
+            rows, _ = _run(small, shape=["first"], only=only, compiled=compiled)
+            assert {row.provider for row in rows} == expected
+
+
 def test_on_a_cpu_calls_go_from_small_to_large_after_those_for_cpus():
     for name in OPS:
         calls = run.plan([OPS[name]], [""], device="cpu") if cases.shapes_of(name) else []

@@ -1,0 +1,211 @@
+"""Triton's cache, filled on a machine without a GPU, to carry to one that has it.
+
+``python -m fastllm.bench.prepare pack FOLDER`` compiles what the bench's shapes and the tests' samples launch, as
+capture.py does it, and writes kernels.tar.gz and prepared.json there. ``... unpack FOLDER CACHE`` puts the kernels
+where Triton looks for them (TRITON_CACHE_DIR=CACHE). Triton finds a kernel by its source, the options, the arguments'
+types, and a hash of Triton itself with its shared library, so that the wheel and Python's minor version must be the
+same on both machines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import platform
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import triton
+from torch.utils._pytree import tree_map_only
+from triton.runtime.cache import triton_key
+
+from ..backends import KERNEL_DTYPES
+from ..registry import OPS, Sample
+from . import cases
+from .capture import CUDA, GPUS, check_compiles, launches
+from .environment import commit
+from .run import plan
+
+ARCHIVE, RECORD = "kernels.tar.gz", "prepared.json"
+# What a CompiledKernel reads: the machine code and its metadata. The other stages are for people.
+KEPT = (".cubin", ".json")
+SOURCES = ("fastllm", "kernels", "bench", "csrc")
+
+
+def source_digest() -> str:
+    """A hash of the source tree's files, by which a tree without its .git is known again."""
+    root = Path(__file__).resolve().parent.parent
+    found = hashlib.sha256()
+    for folder in SOURCES:
+        for file in sorted((root / folder).rglob("*.*")):
+            if file.suffix in (".py", ".sh", ".cpp", ".cu", ".h", ".cuh"):
+                found.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+    return found.hexdigest()
+
+
+def _triton() -> dict[str, str]:
+    """What must be the same on both machines."""
+    python = ".".join(platform.python_version_tuple()[:2])
+    return {"triton": triton.__version__, "python": python, "key": hashlib.sha256(triton_key().encode()).hexdigest()}
+
+
+def _on_gpu(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same shape, strides and offset on the pretended GPU."""
+    count = tensor.untyped_storage().nbytes() // tensor.element_size()
+    whole = torch.empty(max(1, count), dtype=tensor.dtype, device=CUDA)
+    placed = whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    return placed.detach().requires_grad_(tensor.requires_grad)
+
+
+def _moved(sample: Sample) -> Sample:
+    args, kwargs = tree_map_only(torch.Tensor, _on_gpu, (sample.args, dict(sample.kwargs)))
+    return replace(sample, args=args, kwargs=kwargs)
+
+
+def compile_op(name: str, arch: int) -> tuple[int, list[str]]:
+    """Compiles what the op launches in the bench's shapes (bfloat16) and the tests' samples (every dtype).
+
+    Returns:
+        The number of distinct kernels, and each call that could not be run without a device, with its error.
+    """
+    op, found, problems = OPS[name], set(), []
+
+    def compiled(what, make, backend):
+        try:
+            found.update(launch.compiled.hash for launch in launches(op, make, GPUS[arch], backend))
+        except Exception as error:  # one call that cannot be pretended must not lose the others
+            problems.append(f"{what}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+
+    for backend in (b for b in ("triton", "hopper") if b in op.backends and not (b == "hopper" and arch != 90)):
+        for planned in plan([op], [""], device="cuda") if cases.shapes_of(name) else []:
+            compiled(f"{name}, {planned.name}, {backend}", lambda p=planned: p.make(CUDA, torch.bfloat16), backend)
+        for dtype in KERNEL_DTYPES:
+            for sample in op.samples(torch.device("cpu"), dtype):
+                compiled(f"{name}, {sample.name}, {dtype}, {backend}", lambda s=sample: _moved(s), backend)
+    return len(found), problems
+
+
+def compile_all(names: list[str], arch: int, budget: float, workers: int) -> Iterator[str]:
+    """Compiles for each op in a process of its own; yields what it says of each. What was begun in time is finished."""
+    end = time.monotonic() + budget
+    # A process that has run PyTorch's threads must not be forked.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(compile_op, name, arch): name for name in names}
+        for done in as_completed(running):
+            if done.cancelled():
+                yield f"{running[done]}: not compiled, the budget of {budget:g} s was spent"
+                continue
+            count, problems = done.result()
+            yield f"{running[done]}: {count} kernels, {len(problems)} calls not compiled"
+            yield from (f"  {problem}" for problem in problems)
+            if time.monotonic() > end:
+                for other in running:
+                    other.cancel()
+
+
+def pack(cache: Path, folder: Path) -> dict:
+    """Writes the kernels that Triton's cache folder ``cache`` has, and what compiled them, into ``folder``.
+
+    Returns:
+        The record: versions, commit, a hash of the sources, the number of kernels and the archive's bytes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    kernels = 0
+    with tarfile.open(folder / ARCHIVE, "w:gz", compresslevel=6) as archive:
+        for group in sorted(cache.glob("*/__grp__*.json")):
+            children = {
+                name: Path(path) for name, path in json.loads(group.read_text())["child_paths"].items()
+                if name.endswith(KEPT)
+            }  # fmt: skip
+            if not all(path.exists() for path in children.values()) or len(children) != len(KEPT):
+                continue
+            for path in children.values():
+                archive.add(path, f"{group.parent.name}/{path.name}")
+            # Names without folders; unpack() puts the new folder before them.
+            text = json.dumps({"child_paths": {name: path.name for name, path in children.items()}}).encode()
+            entry = tarfile.TarInfo(f"{group.parent.name}/{group.name}")
+            entry.size = len(text)
+            archive.addfile(entry, io.BytesIO(text))
+            kernels += 1
+    record = {
+        **_triton(), "commit": commit(), "sources": source_digest(), "kernels": kernels,
+        "bytes": (folder / ARCHIVE).stat().st_size,
+    }  # fmt: skip
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def unpack(folder: Path, cache: Path) -> dict:
+    """Puts the kernels of ``folder`` into Triton's cache folder ``cache``; returns their record.
+
+    Raises:
+        ValueError: another Triton or Python compiled them, so that Triton would not find them.
+        FileNotFoundError: ``folder`` has no record or no kernels.
+    """
+    record = json.loads((folder / RECORD).read_text())
+    for name, here in _triton().items():
+        if record[name] != here:
+            raise ValueError(f"{folder}: its {name} is {record[name]}, here it is {here}: Triton would find no kernel")
+    with tarfile.open(folder / ARCHIVE) as archive:
+        archive.extractall(cache, filter="data")
+        groups = [cache / name for name in archive.getnames() if "/__grp__" in name]
+    for group in groups:
+        children = json.loads(group.read_text())["child_paths"]
+        group.write_text(
+            json.dumps({"child_paths": {name: str(group.parent / Path(path).name) for name, path in children.items()}})
+        )
+    return record
+
+
+def commit_of(record: dict) -> str | None:
+    """The commit that the record names, where the sources here are those that it was made from; else None."""
+    return record["commit"] if record["sources"] == source_digest() else None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m fastllm.bench.prepare", description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    packing = commands.add_parser("pack", help="compile and pack")
+    packing.add_argument("folder", type=Path)
+    packing.add_argument("--arch", type=int, default=90, choices=list(GPUS), help="sm version (%(default)s)")
+    packing.add_argument("--op", nargs="+", choices=sorted(OPS), help="only these ops (all)")
+    packing.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="begin no op after it")
+    packing.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)")
+    unpacking = commands.add_parser("unpack", help="put the kernels where Triton looks for them")
+    unpacking.add_argument("folder", type=Path)
+    unpacking.add_argument("cache", type=Path)
+    options = parser.parse_args(argv)
+    if options.command == "unpack":
+        try:
+            record = unpack(options.folder, options.cache)
+        except (OSError, ValueError, KeyError) as error:
+            print(f"prepare: {error}", file=sys.stderr)
+            return 1
+        same = "of these sources" if commit_of(record) else "of other sources: what has changed is compiled again"
+        print(f"{record['kernels']} kernels of commit {record['commit']}, {same}")
+        return 0
+    check_compiles()
+    cache = options.folder / "cache"
+    os.environ["TRITON_CACHE_DIR"] = str(cache)
+    names = options.op or [op.name for op in OPS.values() if "triton" in op.backends]
+    for line in compile_all(names, options.arch, options.budget, options.workers):
+        print(line, flush=True)
+    record = pack(cache, options.folder)
+    print(f"{record['kernels']} kernels, {record['bytes'] / 2**20:.1f} MB: {options.folder / ARCHIVE}")
+    return 0 if record["kernels"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""bench/gpu.sh and what it stands on: what a test file lacks, the commit through links, kernels compiled beforehand."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lacking import lacking
+
+from fastllm.bench import environment, prepare
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "bench" / "gpu.sh"
+# One call of an op on a pretended H100; prints for each kernel whether Triton had it already.
+COMPILE = """
+from functools import partial
+import torch
+from triton import knobs
+from fastllm import OPS
+from fastllm.bench import capture, cases
+hits = []
+knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+make = partial(next(iter(cases.shapes_of("swiglu").values())), capture.CUDA, torch.bfloat16)
+capture.launches(OPS["swiglu"], make, capture.GPUS[90])
+print(*hits)
+"""
+
+
+def python(code: str, **variables: str) -> str:
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300,
+        env={**inherited, "TRITON_DEFAULT_FP_FUSION": "1", **variables},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_what_a_file_lacks_includes_what_torchs_helpers_import(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "expecttest" else find(name, *a))
+    assert lacking(ROOT / "tests" / "ops" / "test_opinfo.py") == {"expecttest"}
+    assert lacking(ROOT / "tests" / "test_ops.py") == set()
+
+
+def test_no_file_lacks_what_is_here():
+    """As gpu.sh asks, where the folder of the script is not on the path: the helpers in tests/ are no packages."""
+    packages = ("expecttest", "hypothesis", "transformers", "peft", "starlette", "uvicorn", "sacrebleu", "numpy")
+    run = subprocess.run(
+        [sys.executable, "-P", ROOT / "tests" / "lacking.py"], capture_output=True, text=True, check=True
+    )
+    named = {name for line in run.stdout.splitlines() for name in line.partition(" ")[2].split(",")}
+    assert not named & {"conftest", "contract", "toy", *filter(importlib.util.find_spec, packages)}
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_the_commit_is_found_through_links(tmp_path):
+    package = tmp_path / "fastllm"
+    package.mkdir()
+    for source in [*(ROOT / "fastllm").iterdir(), *(ROOT / name for name in ("kernels", "bench", "csrc"))]:
+        (package / source.name).symlink_to(source)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from fastllm.bench import environment as e"
+    file, commit = python(f"{code}; print(e.__file__); print(e.commit())").split()
+    assert file.startswith(str(tmp_path))
+    assert commit == environment.commit()
+
+
+def test_kernels_compiled_beforehand_are_found_in_another_folder(tmp_path):
+    before, after, carried = tmp_path / "before", tmp_path / "after", tmp_path / "carried"
+    assert set(python(COMPILE, TRITON_CACHE_DIR=str(before)).split()) == {"False"}
+    record = prepare.pack(before, carried)
+    assert record["kernels"] == 2
+    before.rename(tmp_path / "gone")
+    assert prepare.unpack(carried, after) == record
+    assert not list(after.rglob("*.ptx"))
+    assert set(python(COMPILE, TRITON_CACHE_DIR=str(after)).split()) == {"True"}
+
+
+def test_kernels_of_another_triton_are_refused(tmp_path):
+    (tmp_path / "cache").mkdir()
+    record = prepare.pack(tmp_path / "cache", tmp_path)
+    assert prepare.commit_of(record) == environment.commit()
+    assert prepare.commit_of({**record, "sources": "others"}) is None
+    (tmp_path / prepare.RECORD).write_text(json.dumps({**record, "python": "3.99"}))
+    with pytest.raises(ValueError, match=r"its python is 3\.99, here it is 3\.\d+: Triton would find no kernel"):
+        prepare.unpack(tmp_path, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "bench/gpu.sh OUT [SECONDS]"),
+        (["out", "--part", "all of it"], "--part: expected correctness or speed"),
+        (["out", "--cache", "/no/such"], "--cache: no folder /no/such"),
+        (["out", "--parts", "speed"], "--parts: no such option"),
+        (["out", "--part"], "--part: expected a value"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message, tmp_path):
+    run = subprocess.run([SCRIPT, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert message in run.stderr
+    assert not list(tmp_path.iterdir())
