@@ -19,7 +19,7 @@ _NAMED = re.compile(
     re.IGNORECASE,
 )
 # Blocks of so many characters, mostly outside links, are text.
-_LONG, _LINKED, _MENU, _MUCH = 70, 0.8, 3, 0.3
+_LONG, _LINKED, _MENU, _MUCH = 70, 0.8, 3, 0.5
 # Log-odds. Guesses: they say what goes first, and are checked by tests alone.
 _OUT, _MENU_ITEM, _TEXT, _SHORT, _LONELY_LINK = -4.0, -3.0, 3.0, 1.5, 0.5
 
