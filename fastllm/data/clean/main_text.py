@@ -8,8 +8,9 @@ from itertools import groupby
 import numpy as np
 
 from .block_model import block_model
+from .features import nearest
 from .markup import Markup, read_markup
-from .small_pages import blend
+from .small_pages import blend, log_odds
 
 _WORD = re.compile(r"\w+")
 _PERMALINK = re.compile(r"\s*[\u00b6\uf0c1](?=\s|$)|\s+#$")
@@ -17,6 +18,8 @@ _PERMALINK = re.compile(r"\s*[\u00b6\uf0c1](?=\s|$)|\s+#$")
 _LAYOUT = 600
 # A page whose likeliest block is less likely than this has no main text.
 _LEAST = 0.1
+# A reference has so many blocks of code and definitions, in a part of so many words.
+_REFERENCE, _LARGE = 15, 1000
 # So many items that are links alone, up to what share of their characters, may be a table of contents.
 _CONTENTS, _ALL_LINK = 3, 0.9
 
@@ -83,13 +86,32 @@ def _tables_of_contents(markup: Markup) -> list[int]:
     return found
 
 
+def _reference_odds(markup: Markup, probabilities: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """What is added to the log-odds of blocks in a reference: a part of the page with code, terms and definitions.
+
+    There a signature, a version or a row of constants is judged by the whole that it lies in.
+    """
+    parents, places = np.asarray(markup.parents), np.asarray(markup.places)
+    tags = np.asarray([tag in ("dt", "dd", "pre") for tag in markup.tags])
+    technical = tags | tags[np.maximum(parents, 0)] | np.asarray(markup.preformatted)
+    columns = [probabilities * words, words, technical[places], np.ones(len(words))]
+    sums = np.concatenate([np.zeros((1, 4)), np.cumsum(np.stack(columns, 1), 0)])
+    likely, size, codes, count = (sums[markup.ends] - sums[markup.starts]).T
+    mean = np.clip(likely / np.maximum(size, 1e-9), 0.02, 0.98)
+    reference = (mean > 0.6) & (size >= _LARGE) & (codes >= _REFERENCE) & (codes >= 0.1 * count)
+    around = nearest(parents, reference)[places]
+    return np.where(reference[around], np.log(mean / (1 - mean))[around], 0.0)
+
+
 def decide(markup: Markup, probabilities: np.ndarray, words: np.ndarray) -> np.ndarray:
     """Of each block whether it is kept. A table's row and a list of short items are kept whole or not at all.
 
-    Tables of contents go: on the pages that the model was learned from that changes mean F1 by 0.0002, and of Python's
-    documentation it keeps the indexes from outweighing the text.
+    Tables of contents go, and references are kept whole: made for Python's documentation, where the model alone has a
+    mean F1 of 0.887 on every fifth page. On 400 pages of the benchmark, cross-validated, they change it by -0.0002 and
+    -0.0007.
     """
-    probabilities = blend(probabilities.copy(), markup, words)
+    odds = log_odds(probabilities) + _reference_odds(markup, probabilities, words + 0.5)
+    probabilities = blend(1 / (1 + np.exp(-odds)), markup, words)
     for blocks in [*_data_rows(markup).values(), *_lists(markup)]:
         probabilities[blocks] = np.average(probabilities[blocks], weights=words[blocks] + 0.5)
     probabilities[_tables_of_contents(markup)] = 0

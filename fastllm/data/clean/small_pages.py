@@ -59,13 +59,17 @@ def rule_odds(markup: Markup) -> np.ndarray:
     return odds
 
 
+def log_odds(probabilities: np.ndarray) -> np.ndarray:
+    clipped = np.clip(probabilities, 1e-6, 1 - 1e-6)
+    return np.log(clipped / (1 - clipped))
+
+
 def blend(probabilities: np.ndarray, markup: Markup, words: np.ndarray) -> np.ndarray:
     """The model's ``probabilities``, and the rules' for as far as the page is small."""
     share = (MODEL_ALONE - words.sum()) / (MODEL_ALONE - RULES_ALONE)
     if share <= 0:
         return probabilities
     share = min(1.0, share)
-    clipped = np.clip(probabilities, 1e-6, 1 - 1e-6)
-    learned, rules = np.log(clipped / (1 - clipped)), rule_odds(markup)
+    learned, rules = log_odds(probabilities), rule_odds(markup)
     odds = (1 - share) * learned + share * np.where(np.isnan(rules), learned, rules)
     return 1 / (1 + np.exp(-odds))
