@@ -222,10 +222,10 @@ def features(page: str, markup: Markup, lexicon: Lexicon) -> np.ndarray:
         own += [of_elements[at, 0] / whole[0], columns[at, 0]]
         at = np.where(parents[at] < 0, at, parents[at])
     # The nearest ancestor that holds much, and the nearest that is an article or main.
-    much = _nearest(parents, of_elements[:, 0] >= 0.25 * whole[0])
-    landmark = _nearest(parents, np.asarray([tag in ("article", "main") for tag in markup.tags]))
-    for nearest in (much, landmark):
-        of = nearest[place]
+    much = nearest(parents, of_elements[:, 0] >= 0.25 * whole[0])
+    landmark = nearest(parents, np.asarray([tag in ("article", "main") for tag in markup.tags]))
+    for above in (much, landmark):
+        of = above[place]
         own += _shares(of_elements[of])
         own += [of_elements[of, 0] / whole[0], columns[of, 0], columns[place, 4] - columns[of, 4]]
 
@@ -282,7 +282,7 @@ def _class_of(attributes: str) -> str:
     return attributes[begin + 6 : begin + 60] if begin >= 0 else ""
 
 
-def _nearest(parents: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+def nearest(parents: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """Of each element the nearest one at or above it that is ``chosen``; the body where there is none."""
     result: list[int] = []
     for number, (parent, yes) in enumerate(zip(parents.tolist(), chosen.tolist(), strict=True)):

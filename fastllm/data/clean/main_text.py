@@ -8,8 +8,9 @@ from itertools import groupby
 import numpy as np
 
 from .block_model import block_model
+from .features import nearest
 from .markup import Markup, read_markup
-from .small_pages import blend
+from .small_pages import blend, log_odds
 
 _WORD = re.compile(r"\w+")
 _PERMALINK = re.compile(r"\s*[\u00b6\uf0c1](?=\s|$)|\s+#$")
@@ -17,6 +18,10 @@ _PERMALINK = re.compile(r"\s*[\u00b6\uf0c1](?=\s|$)|\s+#$")
 _LAYOUT = 600
 # A page whose likeliest block is less likely than this has no main text.
 _LEAST = 0.1
+# A reference has so many blocks of code and definitions, in a part of so many words.
+_REFERENCE, _LARGE = 15, 1000
+# So many items that are links alone, up to what share of their characters, may be a table of contents.
+_CONTENTS, _ALL_LINK = 3, 0.9
 
 
 def word_list(text: str) -> list[str]:
@@ -64,11 +69,52 @@ def _lists(markup: Markup) -> list[list[int]]:
     return list(lists.values())
 
 
+def _tables_of_contents(markup: Markup) -> list[int]:
+    """The blocks of runs of list items that are links alone, some of them inside others."""
+    found: list[int] = []
+    run: list[int] = []
+    nested = False
+    for block, place in enumerate([*markup.places, -1]):
+        item = markup.items[place] if place >= 0 else -1
+        if item >= 0 and markup.linked[block] >= _ALL_LINK * len(markup.texts[block]):
+            run.append(block)
+            nested = nested or markup.items[markup.parents[item]] >= 0
+            continue
+        if nested and len(run) >= _CONTENTS:
+            found += run
+        run, nested = [], False
+    return found
+
+
+def _reference_odds(markup: Markup, probabilities: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """What is added to the log-odds of blocks in a reference: a part of the page with code, terms and definitions.
+
+    There a signature, a version or a row of constants is judged by the whole that it lies in.
+    """
+    parents, places = np.asarray(markup.parents), np.asarray(markup.places)
+    tags = np.asarray([tag in ("dt", "dd", "pre") for tag in markup.tags])
+    technical = tags | tags[np.maximum(parents, 0)] | np.asarray(markup.preformatted)
+    columns = [probabilities * words, words, technical[places], np.ones(len(words))]
+    sums = np.concatenate([np.zeros((1, 4)), np.cumsum(np.stack(columns, 1), 0)])
+    likely, size, codes, count = (sums[markup.ends] - sums[markup.starts]).T
+    mean = np.clip(likely / np.maximum(size, 1e-9), 0.02, 0.98)
+    reference = (mean > 0.6) & (size >= _LARGE) & (codes >= _REFERENCE) & (codes >= 0.1 * count)
+    around = nearest(parents, reference)[places]
+    return np.where(reference[around], np.log(mean / (1 - mean))[around], 0.0)
+
+
 def decide(markup: Markup, probabilities: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """Of each block whether it is kept. A table's row and a list of short items are kept whole or not at all."""
-    probabilities = blend(probabilities.copy(), markup, words)
+    """Of each block whether it is kept. A table's row and a list of short items are kept whole or not at all.
+
+    Tables of contents go, and references are kept whole: made for Python's documentation, where the model alone has a
+    mean F1 of 0.887 on every fifth page. On 400 pages of the benchmark, cross-validated, they change it by -0.0002 and
+    -0.0007.
+    """
+    odds = log_odds(probabilities) + _reference_odds(markup, probabilities, words + 0.5)
+    probabilities = blend(1 / (1 + np.exp(-odds)), markup, words)
     for blocks in [*_data_rows(markup).values(), *_lists(markup)]:
         probabilities[blocks] = np.average(probabilities[blocks], weights=words[blocks] + 0.5)
+    probabilities[_tables_of_contents(markup)] = 0
     if probabilities.max() < _LEAST:
         return np.zeros(len(words), bool)
     return best_set(probabilities, words)

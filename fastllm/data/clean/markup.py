@@ -248,14 +248,16 @@ class _Walk:
         result, stack = self.page, self.stack
         self.shown = shown
         tokens = _TOKEN.split(page)
-        previous = ""
+        previous, apart = "", False
         for text, closing, tag, attributes in zip(tokens[0::5], tokens[2::5], tokens[3::5], tokens[4::5], strict=False):
             if text:
                 if not result.unshown[stack[-1]] or result.tags[stack[-1]] != "span":
+                    if apart and pieces and pieces[-1][-1].isalnum() and text[0].isalnum():
+                        pieces.append(" ")
                     pieces.append(text)
                     if self.link >= 0 and not text.isspace():
                         self.linked += len(text)
-                previous = ""
+                previous, apart = "", False
             if tag is None:
                 continue
             tag = tag.lower()
@@ -263,8 +265,7 @@ class _Walk:
                 end(tag)
                 previous = tag
             elif tag not in ("body", "html", "head"):
-                if previous == tag and tag in _INLINE_GAP and not result.preformatted[stack[-1]]:
-                    pieces.append(" ")
+                apart = previous == tag and tag in _INLINE_GAP and not result.preformatted[stack[-1]]
                 start(tag, attributes)
                 previous = ""
         pieces.append(tokens[-1])

@@ -19,7 +19,7 @@ _NAMED = re.compile(
     re.IGNORECASE,
 )
 # Blocks of so many characters, mostly outside links, are text.
-_LONG, _LINKED, _MENU, _MUCH = 70, 0.8, 3, 0.3
+_LONG, _LINKED, _MENU, _MUCH = 70, 0.8, 3, 0.5
 # Log-odds. Guesses: they say what goes first, and are checked by tests alone.
 _OUT, _MENU_ITEM, _TEXT, _SHORT, _LONELY_LINK = -4.0, -3.0, 3.0, 1.5, 0.5
 
@@ -59,13 +59,17 @@ def rule_odds(markup: Markup) -> np.ndarray:
     return odds
 
 
+def log_odds(probabilities: np.ndarray) -> np.ndarray:
+    clipped = np.clip(probabilities, 1e-6, 1 - 1e-6)
+    return np.log(clipped / (1 - clipped))
+
+
 def blend(probabilities: np.ndarray, markup: Markup, words: np.ndarray) -> np.ndarray:
     """The model's ``probabilities``, and the rules' for as far as the page is small."""
     share = (MODEL_ALONE - words.sum()) / (MODEL_ALONE - RULES_ALONE)
     if share <= 0:
         return probabilities
     share = min(1.0, share)
-    clipped = np.clip(probabilities, 1e-6, 1 - 1e-6)
-    learned, rules = np.log(clipped / (1 - clipped)), rule_odds(markup)
+    learned, rules = log_odds(probabilities), rule_odds(markup)
     odds = (1 - share) * learned + share * np.where(np.isnan(rules), learned, rules)
     return 1 / (1 + np.exp(-odds))

@@ -1,0 +1,154 @@
+"""The walk over a page's tags, what its blocks are, and the trees that judge them."""
+
+import json
+import random
+import time
+from html import escape
+
+import numpy as np
+import pytest
+from pages import article, page
+
+from fastllm.data.clean.block_model import Trees, block_model
+from fastllm.data.clean.features import features
+from fastllm.data.clean.main_text import best_set, extract_fast, visible_text
+from fastllm.data.clean.markup import read_markup
+
+
+def blocks(source):
+    markup = read_markup(source, with_carried=False)
+    return [(markup.tags[place], text) for place, text in zip(markup.places, markup.texts, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("<p>one<p>two", [("p", "one"), ("p", "two")]),
+        (
+            "<ul><li>a<li>b<ul><li>c</ul><li>d</ul>e",
+            [("li", "a"), ("li", "b"), ("li", "c"), ("li", "d"), ("body", "e")],
+        ),
+        ("<table><tr><td>a<td>b<tr><td>c</table>d", [("td", "a"), ("td", "b"), ("td", "c"), ("body", "d")]),
+        ("<dl><dt>a<dd>b<dt>c</dl>", [("dt", "a"), ("dd", "b"), ("dt", "c")]),
+        ("<div><table><td></div>x</table>y</div>z", [("td", "x"), ("div", "y"), ("body", "z")]),
+        ("</div></p>a</span>b", [("body", "ab")]),
+        ("<p>a <b>bold</b>er\n word &amp; &lt;tag&gt;", [("p", "a bolder word & <tag>")]),
+        ("<p>a<br>b<br><br>c", [("p", "a\nb"), ("p", "c")]),
+        ("<script>'<p>no'</script>a<style>b</style><!-- <p>c --><textarea><p>d</textarea>e", [("body", "ae")]),
+        ("a<!-->b<!--->c<!-- x --!>d<!x>e<?y>f</ z>g", [("body", "abcdefg")]),
+        ("<a title='x > y' href=z>a</a><p data-x=\"<p>\">b", [("body", "a"), ("p", "b")]),
+        ("<P CLASS=X>a</P><DIV>b", [("p", "a"), ("div", "b")]),
+        ("<span>Home</span><span>News</span>", [("body", "Home News")]),
+        ("<b>re</b><i>peat</i>", [("body", "repeat")]),
+        ("a<p>", [("body", "a")]),
+        ("1 < 2 and <3", [("body", "1 < 2 and <3")]),
+        ("<template><p>a</template>b<template shadowrootmode=open><p>c</template>", [("body", "b"), ("p", "c")]),
+    ],
+)
+def test_blocks_are_those_that_a_browser_shows(source, expected):
+    assert blocks(source) == expected
+
+
+def test_preformatted_text_keeps_its_spaces_and_tabs():
+    code = "def f(x):\n\treturn  x   # two\n\n\n    y  =  1"
+    for source in (f"<pre>{code}</pre>", f"<pre><code><span>{code}</span></code></pre>"):
+        assert blocks(source)[0][1] == code
+    assert blocks("<pre><div>a  b</div><div>  c</div></pre>") == [("pre", "a  b\n  c")]
+    assert blocks("<div style='white-space: pre-wrap'>a  b\n c</div>") == [("div", "a  b\n c")]
+    text = extract_fast(page(article(1)).replace("</h1>", f"</h1><pre>{code}</pre>"))
+    assert code in text
+
+
+def test_tables_keep_rows_and_lists_keep_items():
+    rows = "".join(f"<tr><td>row {i}</td><td><p>{i}</p></td><td>{i * i}</td></tr>" for i in range(3))
+    items = "".join(f"<li><p>Item {i} is here.</p></li>" for i in range(3))
+    text = visible_text(f"<p>Before.</p><table>{rows}</table><ul>{items}</ul><p>After.</p>")
+    assert text == (
+        "Before.\n\nrow 0 | 0 | 0\nrow 1 | 1 | 1\nrow 2 | 2 | 4\n\n- Item 0 is here.\n- Item 1 is here.\n"
+        "- Item 2 is here.\n\nAfter."
+    )
+
+
+def test_a_title_is_kept_once():
+    text = extract_fast(page(article(2), "On canals").replace("<p>", "<h1>On canals</h1><p>", 1))
+    assert text.count("On canals") == 1
+
+
+def test_posts_and_texts_that_a_page_carries_as_data_are_read():
+    posts = [{"username": f"user{i}", "cooked": f"<p>{article(i, 1)}</p>"} for i in range(3)]
+    stores = {"topic_7": json.dumps({"post_stream": {"posts": posts}})}
+    source = f'<body><div id=main></div><div class="hidden" data-preloaded="{escape(json.dumps(stores))}"></div></body>'
+    assert all(article(i, 1) in extract_fast(source) for i in range(3))
+    data = json.dumps({"@graph": [{"@type": "NewsArticle", "headline": "News", "articleBody": article(4)}]})
+    carried = extract_fast(f'<body><script type="application/ld+json">{data}</script><nav>Menu</nav></body>')
+    assert carried.split()[-50:] == article(4).split()[-50:]
+    # What the page shows already is not read twice.
+    shown = extract_fast(f'<script type="application/ld+json">{data}</script>' + page(article(4)))
+    assert shown.count(article(4).split("\n\n")[0]) == 1
+
+
+@pytest.mark.parametrize("data", ["{", "[" * 5000, '{"@graph": [1, null, {"text": 5}]}', '"x"', "[" * 99 + "]" * 99])
+def test_broken_data_is_passed_over(data):
+    source = f'<script type="application/ld+json">{data}</script>{page(article(5))}'
+    assert article(5).split("\n\n")[1] in extract_fast(source)
+    assert article(5).split("\n\n")[1] in extract_fast(
+        source.replace("<body>", f'<body><p data-preloaded="{escape(data)}">')
+    )
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["<script>", "<!--", '<a "', "<a x='", "<", "<a ", "</", "<svg/", "<a = ", "<template", "<br>", "a <br> \n",
+     "<pre>a", "<option>x", "<meta name=description ", '<script type="application/ld+json">[', "<body ",
+     "&#1;", "<li><a href=x>y</a>"],
+)  # fmt: skip
+def test_hostile_pages_take_linear_time(piece):
+    def seconds(count):
+        begin = time.process_time()
+        read_markup(piece * count)
+        return time.process_time() - begin
+
+    few = max(seconds(10_000), 0.02)
+    # Ten times the page may take ten times the time; with the square it would be a hundred.
+    assert seconds(100_000) < 40 * few
+
+
+def test_trees_say_what_walking_down_them_says():
+    draw = np.random.default_rng(3)
+    trees = Trees(
+        draw.integers(0, 9, (20, 4)), draw.normal(size=(20, 4)).astype(np.float32),
+        draw.normal(size=(20, 16)).astype(np.float32), 0.25,
+    )  # fmt: skip
+    rows = draw.normal(size=(2500, 9)).astype(np.float32)
+    found = trees.probabilities(rows)
+    for row, value in zip(rows[::500], found[::500], strict=True):
+        total = 0.25
+        for columns, borders, leaves in zip(trees.columns, trees.borders, trees.leaves, strict=True):
+            total += leaves[sum(1 << level for level in range(4) if row[columns[level]] > borders[level])]
+        assert value == pytest.approx(1 / (1 + np.exp(-total)), rel=1e-5)
+
+
+def test_the_model_that_ships_fits_the_features_and_survives_saving(tmp_path):
+    source = page(article(6))
+    markup = read_markup(source)
+    model = block_model()
+    rows = features(source, markup, model.lexicon)
+    assert np.isfinite(rows).all()
+    assert model.first.columns.max() < rows.shape[1]
+    model.save(tmp_path / "model.npz")
+    words = np.ones(len(markup.texts))
+    again = type(model).load(tmp_path / "model.npz")
+    assert np.array_equal(again.probabilities(source, markup, words), model.probabilities(source, markup, words))
+
+
+def test_the_best_set_is_the_best_of_all_sets():
+    draw = random.Random(4)
+    for _ in range(30):
+        probabilities = np.asarray([draw.random() for _ in range(8)])
+        words = np.asarray([float(draw.randrange(1, 40)) for _ in range(8)])
+
+        def expected(chosen, p=probabilities, w=words):
+            return 2 * (p * w)[chosen].sum() / (w[chosen].sum() + (p * w).sum() + 1e-9)
+
+        best = max(expected(np.asarray([(bits >> i) & 1 for i in range(8)], bool)) for bits in range(1, 256))
+        assert expected(best_set(probabilities, words)) == pytest.approx(best)
