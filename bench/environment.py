@@ -70,7 +70,7 @@ def environment(device: torch.device) -> dict:
         "python": platform.python_version(),
         "system": platform.platform(),
         "device": device_name(device),
-        "cpu": cpu.describe(),
+        "cpu": cpu.summary(),
         # Processes that ran or waited for a core in the last minute; beyond the cores, times are noise.
         "load": round(os.getloadavg()[0], 1),
         "packages": {name: version for name in PACKAGES if (version := version_of(name)) is not None},

@@ -197,7 +197,7 @@ def _check_range(setting: Setting, value: Any, where: str) -> None:
         raise InputError(f"{where}: {setting.name}: expected {wanted}, got {value}")
 
 
-def build(cls: type, values: Mapping[str, Any], where: str, base: Any = None) -> Any:
+def build_settings(cls: type, values: Mapping[str, Any], where: str, base: Any = None) -> Any:
     """An instance of ``cls`` from ``values``, checked; what they leave out comes from ``base`` or the defaults.
 
     Args:

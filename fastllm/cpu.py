@@ -179,7 +179,7 @@ def kind() -> str:
     return f"{level()}, 16-bit products in hardware: {' and '.join(narrow) or 'none'}"
 
 
-def describe() -> str:
+def summary() -> str:
     """:func:`kind` and the caps in force, in a line."""
     caps = ", ".join(f"{name}={value}" for name, value in here().caps.items())
     return f"{kind()}; {'capped by ' + caps if caps else 'no caps'}"

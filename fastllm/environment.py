@@ -71,7 +71,7 @@ def describe() -> str:
         f"triton     {_installed('triton')}" + (" (interpreter on)" if backends.interpreting() else ""),
         f"extension  {_extension()}",
         f"GPU        {_gpu()}",
-        f"CPU        {os.cpu_count()} cores, {torch.get_num_threads()} threads, {cpu.describe()}",
+        f"CPU        {os.cpu_count()} cores, {torch.get_num_threads()} threads, {cpu.summary()}",
         f"backend    {backends.chosen_backend()} (FASTLLM_BACKEND or fastllm.backend)",
     ]
     devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]

@@ -8,7 +8,7 @@ import torch
 from fastllm.config import InputError
 from fastllm.data import Corpus, Tokenizer, prepare
 from fastllm.models import ModelConfig, build_model
-from fastllm.tasks.store import prepare_examples, split, texts
+from fastllm.tasks.store import prepare_examples, split_examples, texts
 from fastllm.training.config import TrainingConfig
 from fastllm.training.objectives import OBJECTIVES, ObjectiveConfig, fit_model, make_objective
 from fastllm.training.optimizer import Optimizers
@@ -68,7 +68,7 @@ def dataset(objective: str, folder):
     kind = OBJECTIVES[objective]
     config = ObjectiveConfig(objective)
     if kind.task:
-        train, validation = split(examples(objective))
+        train, validation = split_examples(examples(objective))
         tokenizer = Tokenizer.train(texts(train), 300, special_tokens=config.special_tokens)
         return prepare_examples(folder / objective, objective, "toy", train, validation, tokenizer)
     source = random.Random(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..config import add_flags, build, flags_given
+from ..config import add_flags, build_settings, flags_given
 from ..data.clean import CleanConfig
 from ..data.pipeline import PipelineConfig, prepare_text
 from ..training.reports.progress import Display
@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    cleaning = build(CleanConfig, flags_given(arguments, CleanConfig), "command line")
-    config = build(PipelineConfig, flags_given(arguments, PipelineConfig), "command line")
+    cleaning = build_settings(CleanConfig, flags_given(arguments, CleanConfig), "command line")
+    config = build_settings(PipelineConfig, flags_given(arguments, PipelineConfig), "command line")
     display = Display(arguments.quiet)
     with display:
         report = prepare_text(

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         import uvicorn
 
-        from ..serving.app import TASKS, Served, make_app
+        from ..serving.app import TASKS, ServedModel, make_app
     except ImportError as error:
         raise InputError("serving needs Starlette and uvicorn: pip install 'fastllm[serve]'") from error
     if not 0 < arguments.seconds < float("inf"):
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
                 raise InputError(f"{folder}: an encoder without a task cannot be served; fine-tune it first")
             if task in served:
                 raise InputError(f"{folder}: a second model for {task}; one for each task can be served")
-            served[task] = Served(model, tokenizer)
+            served[task] = ServedModel(model, tokenizer)
         port = listener.getsockname()[1]
         hosts = (arguments.host, "localhost", "127.0.0.1", "::1")
         print(f"serving {', '.join(served)} on http://{arguments.host}:{port} (Ctrl-C ends)", flush=True)

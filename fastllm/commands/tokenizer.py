@@ -12,7 +12,7 @@ from rich.text import Text
 from ..config import InputError, read_plain
 from ..data import DataConfig, Tokenizer, load_corpus, prepare
 from ..data.tokenizer import KINDS, SPECIAL_TOKENS
-from ..data.tokenizer_show import Pieces, Sample
+from ..data.tokenizer_show import ShownPieces, ShownSample
 from ..files import folder_to_fill
 from ..training.reports.progress import Display, printable
 
@@ -75,7 +75,7 @@ def _train(arguments: argparse.Namespace) -> int:
         raise InputError(f"--sample-mb: expected at least 1, got {arguments.sample_mb}")
     display = Display(arguments.quiet)
     corpus = load_corpus(DataConfig(data=tuple(arguments.source), deduplicate=False))
-    documents = Sample(corpus, arguments.sample_mb << 20)
+    documents = ShownSample(corpus, arguments.sample_mb << 20)
     with folder_to_fill(arguments.out) as out:
         display.say(documents.note)
         tokenizer = Tokenizer.train(
@@ -98,7 +98,7 @@ def _show(arguments: argparse.Namespace) -> int:
             raise InputError(f"{arguments.file}: not UTF-8 text (offset {error.start})") from error
     else:
         text = arguments.text if arguments.text is not None else sys.stdin.read()
-    pieces = Pieces(tokenizer, text)
+    pieces = ShownPieces(tokenizer, text)
     if arguments.ids:
         print(*pieces.ids)
         return 0

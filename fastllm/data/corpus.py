@@ -70,7 +70,7 @@ def deduplicate(documents: Iterable[str]) -> tuple[list[str], int]:
     return result, removed
 
 
-def split(documents: Sequence[str]) -> tuple[list[str], list[str], str]:
+def split_documents(documents: Sequence[str]) -> tuple[list[str], list[str], str]:
     """Training documents, validation documents, and the rule that was used, in words.
 
     From ten documents on, every tenth is validation (number i, from 0, when i % 10 == 9); a document left empty by
@@ -137,7 +137,7 @@ def _corpus(name: str, documents: list[str], remove_repeated: bool, notes: list[
         documents, removed = deduplicate(documents)
         if removed:
             notes = [*notes, f"{removed:,} repeated paragraphs removed"]
-    train, validation, rule = split(documents)
+    train, validation, rule = split_documents(documents)
     if not train or not validation:
         raise InputError(f"{name}: too little text to split into training and validation")
     return Corpus(name, train, validation, [*notes, rule])

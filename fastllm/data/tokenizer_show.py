@@ -10,7 +10,7 @@ from .prepared import PreparedCorpus
 from .tokenizer import Tokenizer
 
 
-class Sample:
+class ShownSample:
     """Training documents of ``corpus``, evenly taken, of about ``limit`` bytes in all; ``note`` says which."""
 
     def __init__(self, corpus: Corpus | PreparedCorpus, limit: int):
@@ -28,7 +28,7 @@ class Sample:
         return (document for number, document in enumerate(self._documents) if number % self._every == 0)
 
 
-class Pieces:
+class ShownPieces:
     """``text`` as ``tokenizer`` cuts it."""
 
     def __init__(self, tokenizer: Tokenizer, text: str):

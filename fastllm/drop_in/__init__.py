@@ -16,7 +16,7 @@ from .report import Entry, Estimate, Report
 from .rules import OPS_SERVED, Decision, Rules
 from .swap import restore_forward, swap_forward
 
-torch_switch.register()
+torch_switch.register_switch()
 
 __all__ = ["Entry", "Estimate", "Report", "accelerate", "accelerated", "revert"]
 

@@ -61,7 +61,7 @@ class _Handle:
         _sdpa._dispatch_cache.clear()
 
 
-def register() -> None:
+def register_switch() -> None:
     """Makes the name known to torch; does nothing on a torch without the registry, whose activation is missing too."""
     with contextlib.suppress(AttributeError):
         torch.nn.attention.register_flash_attention_impl(NAME, register_fn=_Handle)

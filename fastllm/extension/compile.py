@@ -69,7 +69,7 @@ class Cuda:
 
 
 @dataclass
-class Step:
+class BuildStep:
     """One compilation: inputs -> output."""
 
     command: list[str]
@@ -242,7 +242,7 @@ def _write_if_changed(path: Path, text: str) -> None:
         path.write_text(text)
 
 
-def _steps(compiler: list[str], torch: Torch, cuda: Cuda | None, work: Path, target: Path) -> list[Step]:
+def _steps(compiler: list[str], torch: Torch, cuda: Cuda | None, work: Path, target: Path) -> list[BuildStep]:
     csrc = sources()
     common, cxx = _common_flags(torch, work), _cxx_flags(compiler, cuda)
     quoted = ", ".join(f'"{a}"' for a in (cuda.architectures if cuda else ()))
@@ -256,9 +256,9 @@ def _steps(compiler: list[str], torch: Torch, cuda: Cuda | None, work: Path, tar
     )
     headers = sorted([*csrc.rglob("*.h"), *csrc.rglob("*.cuh"), work / "fastllm_build.h"])
 
-    def compile_cxx(source: Path, name: str, extra: list[str]) -> Step:
+    def compile_cxx(source: Path, name: str, extra: list[str]) -> BuildStep:
         out = work / f"{name}.o"
-        return Step([*compiler, *common, *cxx, *extra, "-c", str(source), "-o", str(out)], out, [source, *headers])
+        return BuildStep([*compiler, *common, *cxx, *extra, "-c", str(source), "-o", str(out)], out, [source, *headers])
 
     steps = []
     for source in sorted([*csrc.glob("*.cpp"), *(csrc / "cpu").glob("*.cpp")]):
@@ -274,7 +274,7 @@ def _steps(compiler: list[str], torch: Torch, cuda: Cuda | None, work: Path, tar
         for source in sorted((csrc / "cuda").glob("*.cu")):
             out = work / f"{source.stem}.cu.o"
             args = [cuda.nvcc, *common, TARGET, *_nvcc_flags(cuda), *host, "-c", str(source), "-o", str(out)]
-            steps.append(Step(args, out, [source, *headers]))
+            steps.append(BuildStep(args, out, [source, *headers]))
     link = [*compiler, "-shared", *[str(step.output) for step in steps], "-o", str(target), f"-L{torch.lib}"]
     if sys.platform == "darwin":
         link += ["-undefined", "dynamic_lookup", "-ltorch", "-ltorch_cpu"]
@@ -286,7 +286,7 @@ def _steps(compiler: list[str], torch: Torch, cuda: Cuda | None, work: Path, tar
         link += [f"-L{folder}" for folder in folders if folder.is_dir()]
         link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     link += shlex.split(os.environ.get("LDFLAGS", ""))
-    return [*steps, Step(link, target, [step.output for step in steps])]
+    return [*steps, BuildStep(link, target, [step.output for step in steps])]
 
 
 def _find_ninja() -> str | None:
@@ -299,7 +299,7 @@ def _find_ninja() -> str | None:
     return found
 
 
-def _execute(steps: list[Step], work: Path) -> None:
+def _execute(steps: list[BuildStep], work: Path) -> None:
     """Run the steps, the last one (the link) after the others; skip what is newer than its inputs."""
     ninja = _find_ninja()
     if ninja:
@@ -320,7 +320,7 @@ def _execute(steps: list[Step], work: Path) -> None:
             raise CannotBuild(f"{_first_error(result.stdout)} (all of it in {work / 'build.log'})")
         return
 
-    def run(step: Step) -> subprocess.CompletedProcess | None:
+    def run(step: BuildStep) -> subprocess.CompletedProcess | None:
         newest = max(p.stat().st_mtime for p in step.inputs)
         if step.output.is_file() and step.output.stat().st_mtime > newest:
             return None

@@ -35,7 +35,7 @@ class BadRequest(ValueError):
 
 
 @dataclass
-class Served:
+class ServedModel:
     """A model and its tokenizer."""
 
     model: Model
@@ -61,7 +61,7 @@ def _number(values: dict, name: str, default: float, kind: type = float):
     return kind(value)
 
 
-def _written(served: Served, values: dict, deadline: float) -> Iterator[str]:
+def _written(served: ServedModel, values: dict, deadline: float) -> Iterator[str]:
     """The continuation of ``prompt``, piece by piece, until the deadline."""
     prompt = values.get("prompt", "")
     if not isinstance(prompt, str) or len(prompt) > LIMITS["text"]:
@@ -91,7 +91,7 @@ def _written(served: Served, values: dict, deadline: float) -> Iterator[str]:
     return tokenizer.stream(in_time())
 
 
-def _translated(served: Served, values: dict) -> dict:
+def _translated(served: ServedModel, values: dict) -> dict:
     beams = _number(values, "beams", 4, int)
     if beams < 1:
         raise BadRequest(f"beams: expected at least 1, got {beams}")
@@ -101,20 +101,20 @@ def _translated(served: Served, values: dict) -> dict:
     return {"translation": "\n".join(next(found) if line.strip() else "" for line in lines)}
 
 
-def _classified(served: Served, values: dict) -> dict:
+def _classified(served: ServedModel, values: dict) -> dict:
     row = classify(served.model, served.tokenizer, [_text(values, "text")])[0].tolist()
     labels = served.model.config.labels
     ranked = sorted(zip(labels, row, strict=True), key=lambda pair: -pair[1])
     return {"labels": [{"label": label, "probability": probability} for label, probability in ranked]}
 
 
-def _answered(served: Served, values: dict) -> dict:
+def _answered(served: ServedModel, values: dict) -> dict:
     asked = (_text(values, "question"), _text(values, "text"))
     (span,) = answers(served.model, served.tokenizer, [asked], allow_none=True)
     return {"answer": span.text, "start": span.start, "end": span.end}
 
 
-ANSWERS: dict[str, Callable[[Served, dict], dict]] = {
+ANSWERS: dict[str, Callable[[ServedModel, dict], dict]] = {
     "translate": _translated, "classify": _classified, "answer": _answered,
 }  # fmt: skip
 
@@ -137,7 +137,7 @@ async def _body(request: Request) -> dict:
     return values
 
 
-def make_app(models: dict[str, Served], hosts: tuple[str, ...], seconds: float = LONGEST) -> Starlette:
+def make_app(models: dict[str, ServedModel], hosts: tuple[str, ...], seconds: float = LONGEST) -> Starlette:
     """The application for ``models`` by task, a subset of :data:`TASKS`.
 
     Args:

@@ -61,7 +61,7 @@ class TaskDataset:
         return f"{self.summary.name}: {'; '.join(parts)}"
 
 
-def split(examples: list[dict]) -> tuple[list[dict], list[dict]]:
+def split_examples(examples: list[dict]) -> tuple[list[dict], list[dict]]:
     """One in :data:`HELD_OUT` for validation, spread evenly; questions about one text stay together.
 
     Raises:

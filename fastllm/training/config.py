@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import InputError, build, option, read_toml, settings, to_toml, unknown
+from ..config import InputError, build_settings, option, read_toml, settings, to_toml, unknown
 from ..data import DataConfig
 from ..models import PRESETS, ModelConfig
 from .objectives.choose import ObjectiveConfig, fit_model
@@ -158,17 +158,17 @@ def build_run_config(tables: Mapping[str, Any], where: str, preset: str | None =
     model.pop("preset", None)
     if name not in PRESETS:
         raise InputError(f"{where}: preset: expected one of {', '.join(PRESETS)}; got {name!r}")
-    objective = build(ObjectiveConfig, tables.get("objective", {}), where)
-    shape = build(ModelConfig, model, where, PRESETS[name])
+    objective = build_settings(ObjectiveConfig, tables.get("objective", {}), where)
+    shape = build_settings(ModelConfig, model, where, PRESETS[name])
     if objective.pretrained is None:
         try:
             shape = fit_model(objective, shape, model)
         except ValueError as error:
             raise InputError(f"{where}: {error}") from error
     return RunConfig(
-        data=build(DataConfig, tables.get("data", {}), where),
+        data=build_settings(DataConfig, tables.get("data", {}), where),
         model=shape,
-        training=build(TrainingConfig, tables.get("training", {}), where),
+        training=build_settings(TrainingConfig, tables.get("training", {}), where),
         objective=objective,
     )
 

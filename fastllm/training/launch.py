@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from ..config import InputError, build
+from ..config import InputError, build_settings
 from ..files import folder_to_fill, sole_writer, write_text
 from .checkpoints.checkpoint import MANIFEST, checkpoints, find_checkpoint
 from .config import RunConfig, TrainingConfig, read_run_config
@@ -142,7 +142,7 @@ def resume(checkpoint: str | Path, changes: Mapping[str, object] | None = None, 
     folder = path.parent.parent if path == Path(checkpoint).resolve() else Path(checkpoint)
     config = read_run_config(folder / CONFIG)
     if changes:
-        config = replace(config, training=build(TrainingConfig, changes, "command line", config.training))
+        config = replace(config, training=build_settings(TrainingConfig, changes, "command line", config.training))
     find_wandb(config.training.wandb)
     with _joined(config.training) as ranks, contextlib.ExitStack() as held:
         main = ranks.rank == 0

@@ -22,7 +22,7 @@ from .guard import Diverged, Failed, Guard
 from .loop import Measured, Result, Run
 from .reports.meters import Meters, Timer, finite
 from .schedule import lr_scale, progress
-from .step import Step, StepSettings, gradients
+from .step import Step, StepSettings, batch_gradients
 
 
 class DataChanged(Failed):
@@ -122,7 +122,7 @@ class Session:
         self.ranks.beat(state.step, "step")
         # Dropout is a function of (seed, step, row): it needs no saved state, and nothing else can shift it.
         settings = StepSettings(config.rows, config.clip, state.dtype, derive_seed(config.seed, "dropout", state.step))
-        step = gradients(
+        step = batch_gradients(
             run.objective, run.model, batch, settings, losses=self.losses, ranks=self.ranks, mark=timer.mark
         )
         reading = self._read(step)

@@ -12,7 +12,7 @@ from ..config import InputError
 from ..data import Dataset, Tokenizer, load_dataset, open_dataset
 from ..models import Model, build_model
 from ..tasks.read import read_examples
-from ..tasks.store import TaskDataset, open_examples, prepare_examples, split, texts
+from ..tasks.store import TaskDataset, open_examples, prepare_examples, split_examples, texts
 from .checkpoints.checkpoint import MANIFEST, check, find_checkpoint, load_config
 from .config import RunConfig
 from .lora import add_lora
@@ -76,7 +76,7 @@ def open_data(config: RunConfig, folder: Path, say: Callable[[str], None]) -> Da
         return dataset
     examples = read_examples(objective.objective, config.data.data)
     if objective.held_out is None:
-        train, validation = split(examples)
+        train, validation = split_examples(examples)
     else:
         train, validation = examples, read_held_out(objective)
     if config.data.tokenizer:

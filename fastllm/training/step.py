@@ -41,7 +41,7 @@ class Step(NamedTuple):
     terms: dict[str, torch.Tensor]
 
 
-def gradients(
+def batch_gradients(
     objective: Objective,
     model: nn.Module,
     batch: Batch,
@@ -101,7 +101,7 @@ def gradients(
 def train_step(
     objective: Objective, model: nn.Module, optimizers: Optimizers, batch: Batch, settings: StepSettings
 ) -> Step:
-    """:func:`gradients` and the update, by one process."""
-    step = gradients(objective, model, batch, settings)
+    """:func:`batch_gradients` and the update, by one process."""
+    step = batch_gradients(objective, model, batch, settings)
     optimizers.step()
     return step

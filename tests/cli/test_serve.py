@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
 from fastllm.models import ModelConfig, build_model
-from fastllm.serving.app import LARGEST, Served, _written, make_app
+from fastllm.serving.app import LARGEST, ServedModel, _written, make_app
 
 # Chromium is no Python package; a machine without it tests the interface alone.
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -40,7 +40,7 @@ def models(tmp_path_factory):
         model = build_model(ModelConfig(**SHAPE, vocab_size=tokenizer.vocab_size, **kind)).eval()
         for p in model.requires_grad_(False).parameters():
             p.mul_(3)
-        made[task] = Served(model, tokenizer)
+        made[task] = ServedModel(model, tokenizer)
     return made
 
 

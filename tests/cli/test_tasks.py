@@ -15,7 +15,7 @@ from fastllm.tasks.classify import classify
 from fastllm.tasks.features import span_features, text_ids, windows
 from fastllm.tasks.metrics import answer_scores, confusion, f1_macro, squad_scores, translation_scores
 from fastllm.tasks.read import read_labelled, read_pairs, read_questions
-from fastllm.tasks.store import open_examples, prepare_examples, split
+from fastllm.tasks.store import open_examples, prepare_examples, split_examples
 from fastllm.tasks.translate import translate
 
 TEXT = "The cat sees the big red house. What does the cat see? The answer is the house, of course. " * 4
@@ -131,19 +131,19 @@ def labelled(count, labels=("a", "b")):
 
 
 def test_one_in_ten_is_held_out_and_texts_stay_together():
-    train, held = split(labelled(40))
+    train, held = split_examples(labelled(40))
     assert [e["text"] for e in held] == ["text 9", "text 19", "text 29", "text 39"]
     assert len(train) == 36
     asked = [{"question": str(i), "context": f"context {i // 3}", "answers": []} for i in range(60)]
-    train, held = split(asked)
+    train, held = split_examples(asked)
     assert {e["context"] for e in train}.isdisjoint(e["context"] for e in held)
     assert len(held) == 6
     with pytest.raises(InputError, match="cannot be split"):
-        split(labelled(1))
+        split_examples(labelled(1))
 
 
 def test_examples_survive_and_damage_is_named(tmp_path, tokenizer):
-    train, held = split([*labelled(40), *labelled(3)])
+    train, held = split_examples([*labelled(40), *labelled(3)])
     made = prepare_examples(tmp_path, "classify", "toy", train, held, tokenizer)
     assert made.labels == ("a", "b")
     assert open_examples(tmp_path).train.examples == made.train.examples

@@ -28,7 +28,7 @@ from fastllm.data import (
     xz_bits_per_byte,
 )
 from fastllm.data.batches import permute
-from fastllm.data.corpus import deduplicate, split
+from fastllm.data.corpus import deduplicate, split_documents
 from fastllm.data.tokenizer import PIECE
 
 
@@ -70,22 +70,22 @@ def test_deduplicate_compares_paragraphs_stripped_and_keeps_the_first():
 
 
 def test_a_document_left_empty_still_counts_for_the_split():
-    train, validation, _ = split([str(i) if i != 3 else "" for i in range(21)])
+    train, validation, _ = split_documents([str(i) if i != 3 else "" for i in range(21)])
     assert validation == ["9", "19"]
     assert len(train) == 18
 
 
 def test_a_single_document_is_split_at_a_paragraph_near_its_last_tenth():
     text = prose(200)
-    (head,), (tail,), _ = split([text])
+    (head,), (tail,), _ = split_documents([text])
     assert head + "\n\n" + tail == text
     assert 0.08 < len(tail) / len(text) < 0.12
 
 
 def test_without_paragraphs_the_split_is_at_a_line_and_without_lines_at_a_character():
-    (head,), (tail,), _ = split(["\n".join(WORDS * 3)])
+    (head,), (tail,), _ = split_documents(["\n".join(WORDS * 3)])
     assert head + "\n" + tail == "\n".join(WORDS * 3)
-    (head,), (tail,), _ = split(["x" * 100])
+    (head,), (tail,), _ = split_documents(["x" * 100])
     assert (len(head), len(tail)) == (90, 10)
 
 

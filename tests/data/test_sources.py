@@ -15,7 +15,7 @@ from pages import article, dump, gzipped, page, warc
 
 from fastllm.config import InputError
 from fastllm.data.optional import require
-from fastllm.data.sources import Entry, Failure, Limits, Raw, plan, read
+from fastllm.data.sources import Failure, Limits, Raw, SourceEntry, plan_sources, read
 from fastllm.data.sources.limits import MIB
 from fastllm.data.sources.plan import format_of
 
@@ -32,7 +32,7 @@ def compressors():
 
 
 def documents(path, limits=SMALL, **options):
-    entry = Entry(str(path), path.name, format_of(path.name), path.stat().st_size if path.exists() else 0)
+    entry = SourceEntry(str(path), path.name, format_of(path.name), path.stat().st_size if path.exists() else 0)
     return list(read(entry, limits, **options))
 
 
@@ -256,7 +256,7 @@ def test_a_plan_has_the_files_in_order_and_says_what_it_passes_over(tmp_path):
     os.symlink(tmp_path, root / "up")
     os.symlink("nowhere", root / "dead.txt")
     os.mkfifo(root / "pipe.txt")
-    entries, failures = plan([str(root), str(root / "a.txt"), str(root)])
+    entries, failures = plan_sources([str(root), str(root / "a.txt"), str(root)])
     own = ["in/a.txt", "in/b/10.html", "in/b/2.html", "in/c.jsonl.gz", "in/own.txt"]
     assert [entry.id for entry in entries] == [*own, "a.txt", *(name.replace("in/", "in~2/") for name in own)]
     assert [(failure.id, failure.reason) for failure in failures[:5]] == [
@@ -264,10 +264,10 @@ def test_a_plan_has_the_files_in_order_and_says_what_it_passes_over(tmp_path):
         ("in/x.png", "unknown_format"),
     ]  # fmt: skip
     with pytest.raises(InputError, match="no such file or folder"):
-        plan([str(tmp_path / "none")])
+        plan_sources([str(tmp_path / "none")])
     with pytest.raises(InputError, match="unknown format; say --format"):
-        plan([str(root / "x.png")])
-    assert plan([str(root / "x.png")], "text")[0][0].format == "text"
+        plan_sources([str(root / "x.png")])
+    assert plan_sources([str(root / "x.png")], "text")[0][0].format == "text"
 
 
 def test_a_missing_package_is_one_clear_line():

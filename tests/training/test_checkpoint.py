@@ -23,7 +23,7 @@ from fastllm.training.checkpoints.checkpoint import check, checkpoints, find_che
 from fastllm.training.clock import StopRequest
 from fastllm.training.objectives import CausalLM
 from fastllm.training.reports.progress import read_metrics
-from fastllm.training.step import gradients
+from fastllm.training.step import batch_gradients
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 
@@ -67,10 +67,10 @@ def test_a_signal_saves_at_the_steps_end_and_the_run_goes_on_exactly(config, tmp
 
     def step_and_signal(*args, **kwargs):
         os.kill(os.getpid(), number)
-        return gradients(*args, **kwargs)
+        return batch_gradients(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(session, "gradients", step_and_signal)
+        patch.setattr(session, "batch_gradients", step_and_signal)
         result = train(config(), tmp_path / "stopped")
     assert (result.signal, result.steps) == (number, 1)
     assert signal.getsignal(number) == before
@@ -220,10 +220,10 @@ def test_saving_does_not_wait_and_writes_what_was_there(config, tmp_path, monkey
         steps.append(1)
         if len(steps) == 4:
             gate.set()  # another step has been made since the first checkpoint was begun
-        return gradients(*args, **kwargs)
+        return batch_gradients(*args, **kwargs)
 
     monkeypatch.setattr(saving, "save_checkpoint", slow)
-    monkeypatch.setattr(session, "gradients", step)
+    monkeypatch.setattr(session, "batch_gradients", step)
     train(config(checkpoint_interval=2, eval_interval=0, keep_checkpoints=9, steps=5), tmp_path / "a", quiet=True)
     gate.set()
     train(

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from fastllm.config import InputError, add_flags, build, read_toml, to_toml
+from fastllm.config import InputError, add_flags, build_settings, read_toml, to_toml
 from fastllm.data import DataConfig
 from fastllm.models import PRESETS, TransformerConfig
 from fastllm.training import RunConfig, TrainingConfig, read_run_config
@@ -23,7 +23,7 @@ def test_a_config_survives_toml(tmp_path):
 def test_build_refuses_what_does_not_fit():
     def refuse(values, match):
         with pytest.raises(InputError, match=match):
-            build(TrainingConfig, values, "here")
+            build_settings(TrainingConfig, values, "here")
 
     refuse({"step": 1}, "here: unknown key 'step'; did you mean 'steps'?")
     refuse({"steps": "3"}, "here: steps: expected int, got '3'")
@@ -35,8 +35,8 @@ def test_build_refuses_what_does_not_fit():
     refuse({"beta1": 1.0}, "here: beta1: expected less than 1")
     refuse({"batch_size": 4, "micro_batch_size": 3}, "here: micro_batch_size: 3 does not divide")
     with pytest.raises(InputError, match="here: data: expected a list"):
-        build(DataConfig, {"data": "text.txt"}, "here")
-    assert build(TrainingConfig, {"lr": 1}, "here").lr == 1.0
+        build_settings(DataConfig, {"data": "text.txt"}, "here")
+    assert build_settings(TrainingConfig, {"lr": 1}, "here").lr == 1.0
 
 
 def test_flags_cover_optional_and_repeated_types():

@@ -14,7 +14,7 @@ from toy import TOY
 
 from fastllm import files
 from fastllm.cli import main
-from fastllm.config import InputError, build, read_plain
+from fastllm.config import InputError, build_settings, read_plain
 from fastllm.data import Tokenizer
 from fastllm.data.token_file import TokenWriter
 from fastllm.files import folder_to_fill, whole_file, whole_folder
@@ -91,7 +91,7 @@ def test_a_bad_value_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsy
 def test_text_in_a_config_file_is_checked_like_a_flag():
     for bad in ("", "a\0b", "\ud800"):
         with pytest.raises(InputError, match="here: wandb: expected UTF-8 text that is not empty"):
-            build(TrainingConfig, {"wandb": bad}, "here")
+            build_settings(TrainingConfig, {"wandb": bad}, "here")
 
 
 # Files that are none

@@ -24,7 +24,7 @@ from fastllm.training.optimizer import Optimizers, orthogonal, parameter_groups
 from fastllm.training.reports import meters
 from fastllm.training.reports.progress import read_metrics
 from fastllm.training.schedule import lr_scale, progress
-from fastllm.training.step import StepSettings, gradients, train_step
+from fastllm.training.step import StepSettings, batch_gradients, train_step
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 GPT = replace(TOY, positions="learned", norm="layer", activation="gelu", bias=True, tie_embeddings=False)
@@ -356,7 +356,7 @@ def test_a_time_budget_ends_the_run_with_evaluation_off_the_clock(config, tmp_pa
 
         return run
 
-    monkeypatch.setattr(session, "gradients", timed(1.0, gradients))
+    monkeypatch.setattr(session, "batch_gradients", timed(1.0, batch_gradients))
     monkeypatch.setattr(CausalLM, "evaluate", timed(100.0, CausalLM.evaluate))
     monkeypatch.setattr(saving, "save_checkpoint", timed(100.0, saving.save_checkpoint))
     result = train(

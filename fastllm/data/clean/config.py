@@ -36,7 +36,7 @@ class CleanConfig:
             if rule not in (*RULES, "none") or (rule == "none" and len(self.rules) > 1):
                 raise ValueError(f"rules: expected some of {', '.join(RULES)}, or none alone; got {rule!r}")
         if self.language:
-            language.check(self.language)
+            language.check_languages(self.language)
 
 
 def clean(document: Document, config: CleanConfig) -> tuple[Document | Rejection, Counter[str]]:

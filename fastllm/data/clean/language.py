@@ -17,7 +17,7 @@ def _identifier():
     return module.LanguageIdentifier.from_model_file(module.MODEL_FILE, norm_probs=True)
 
 
-def check(languages: tuple[str, ...]) -> None:
+def check_languages(languages: tuple[str, ...]) -> None:
     """Refuse what is no language that can be told.
 
     Raises:

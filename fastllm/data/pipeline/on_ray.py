@@ -14,7 +14,7 @@ from typing import Any
 from ..clean import CleanConfig
 from ..optional import require
 from .config import PipelineConfig
-from .work import Batch, Result, run_batch
+from .work import Batch, BatchResult, run_batch
 
 # Batches that one Ray Data execution takes: what bounds the driver's memory.
 WINDOW = 64
@@ -24,7 +24,9 @@ def _task(row: dict[str, Any], cleaning: CleanConfig, config: PipelineConfig) ->
     return {"number": row["number"], "result": pickle.dumps(run_batch(pickle.loads(row["items"]), cleaning, config))}
 
 
-def results(batches: Iterable[Batch], cleaning: CleanConfig, config: PipelineConfig) -> Iterator[tuple[Batch, Result]]:
+def results(
+    batches: Iterable[Batch], cleaning: CleanConfig, config: PipelineConfig
+) -> Iterator[tuple[Batch, BatchResult]]:
     """Each batch with its result, in order.
 
     Raises:

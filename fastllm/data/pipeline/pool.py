@@ -16,7 +16,7 @@ from ...config import InputError
 from ..clean import CleanConfig, Rejection
 from ..sources import Failure
 from .config import PipelineConfig
-from .work import Batch, Result, run_batch
+from .work import Batch, BatchResult, run_batch
 
 # What a worker may allocate, beyond what it has when it starts.
 MEMORY = 4 << 30
@@ -91,14 +91,14 @@ class Pool:
         # A document that hangs in compiled code does not hear the alarm that its own limit rings.
         return 5 * self.config.document_seconds + GRACE
 
-    def results(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Result]]:
+    def results(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, BatchResult]]:
         """Each batch with its result, in order. Few batches are read ahead, so that memory stays as it is."""
         source = iter(batches)
         self._workers = [_Worker(self) for _ in range(self._count)]
         ahead = 2 * self._count + 2
         waiting: deque[tuple[int, Batch]] = deque()
         held: dict[int, Batch] = {}
-        done: dict[int, Result] = {}
+        done: dict[int, BatchResult] = {}
         given = taken = 0
         ended = False
         while True:
@@ -129,7 +129,7 @@ class Pool:
         except OSError:
             worker.deadline = 0.0  # it has died: _collect finds out
 
-    def _collect(self, held: dict[int, Batch], done: dict[int, Result]) -> None:
+    def _collect(self, held: dict[int, Batch], done: dict[int, BatchResult]) -> None:
         busy = [worker for worker in self._workers if worker.number is not None]
         ready = wait([worker.connection for worker in busy], timeout=1.0)
         now = time.monotonic()
@@ -152,12 +152,12 @@ class Pool:
                 raise InputError(answer)
             done[number] = answer
 
-    def _one_by_one(self, batch: Batch) -> Result:
-        result = Result()
+    def _one_by_one(self, batch: Batch) -> BatchResult:
+        result = BatchResult()
         worker = _Worker(self)
         try:
             for item in batch.items:
-                answer: Result | str | None = None
+                answer: BatchResult | str | None = None
                 reason = "too_slow"
                 try:
                     worker.connection.send([item])
@@ -169,7 +169,7 @@ class Pool:
                     worker.stop()
                     code = worker.process.exitcode
                     worker = _Worker(self)
-                    answer = Result()
+                    answer = BatchResult()
                     answer.counts["documents"] += 1
                     details = {"exit_code": code} if reason == "crashed" else {"seconds": self._patience}
                     answer.reject(Rejection(item.id, reason, {} if isinstance(item, Failure) else details))

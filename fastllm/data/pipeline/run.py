@@ -31,13 +31,13 @@ from ...files import read_json, whole_file, write_text
 from ..clean import CleanConfig, Rejection
 from ..clean.document import EXCERPT
 from ..prepared import PREPARED
-from ..sources import Entry, Failure, plan
+from ..sources import Failure, SourceEntry, plan_sources
 from .config import MIB, PipelineConfig
 from .duplicates import Duplicates, find_duplicates
 from .pool import Pool
 from .report import write_report
 from .shards import Shards, compress, rejection_line
-from .work import Batch, Result, batches, run_batch
+from .work import Batch, BatchResult, batches, run_batch
 
 # More processes than this no machine has cores for.
 MOST_WORKERS = 1024
@@ -115,16 +115,16 @@ def _locked(out: Path) -> Iterator[None]:
             raise
 
 
-def _plan(sources: Sequence[str], out: Path, config: PipelineConfig, key: str) -> list[Entry | Failure]:
+def _plan(sources: Sequence[str], out: Path, config: PipelineConfig, key: str) -> list[SourceEntry | Failure]:
     """The plan of a run that is gone on with, or a new one."""
     path = out / "work" / "plan.jsonl"
     if path.exists():
         header, *lines = path.read_text("utf-8").splitlines()
         if json.loads(header)["key"] != key:
             raise InputError(f"{out}: holds an unfinished run with other settings; choose another --out, or remove it")
-        return [Entry(**item) if "path" in item else Failure(**item) for item in map(json.loads, lines)]
+        return [SourceEntry(**item) if "path" in item else Failure(**item) for item in map(json.loads, lines)]
     inside = out.resolve()
-    entries, failures = plan(sources, config.format)
+    entries, failures = plan_sources(sources, config.format)
     # The output may lie inside a source.
     entries = [entry for entry in entries if not Path(entry.path).resolve().is_relative_to(inside)]
     work = [*failures, *entries]
@@ -135,7 +135,7 @@ def _plan(sources: Sequence[str], out: Path, config: PipelineConfig, key: str) -
 
 def _results(
     work: Iterator[Batch], cleaning: CleanConfig, config: PipelineConfig, workers: int | None, engine: str
-) -> Iterator[tuple[Batch, Result]]:
+) -> Iterator[tuple[Batch, BatchResult]]:
     if engine == "ray":
         from .on_ray import results
 
@@ -152,10 +152,10 @@ def _results(
 
 
 def _clean(
-    results: Iterator[tuple[Batch, Result]], work: list[Entry | Failure], start: tuple[int, int], shards: Shards,
+    results: Iterator[tuple[Batch, BatchResult]], work: list[SourceEntry | Failure], start: tuple[int, int], shards: Shards,
     config: PipelineConfig, tell: Tell,
 ) -> None:  # fmt: skip
-    sizes = np.cumsum([0, *(item.size if isinstance(item, Entry) else 0 for item in work)])
+    sizes = np.cumsum([0, *(item.size if isinstance(item, SourceEntry) else 0 for item in work)])
     total, begin = max(1, int(sizes[-1])), time.monotonic()
     counts: Counter[str] = Counter()
     following = start

@@ -16,7 +16,7 @@ import numpy as np
 from ...files import whole_file, write_text
 from ..clean import Rejection
 from ..clean.minhash import BANDS, SIZE, band_keys
-from .work import Result
+from .work import BatchResult
 
 _NUMBER = re.compile(r"(\d{5})\.")
 
@@ -45,7 +45,7 @@ class Shards:
         self.folder, self.work = folder, folder / "work"
         self._near = near
         self._number = 0
-        self._pending = Result()
+        self._pending = BatchResult()
         self._size = 0
 
     def recover(self) -> tuple[int, int]:
@@ -60,7 +60,7 @@ class Shards:
                 path.unlink()
         return following
 
-    def add(self, result: Result, following: tuple[int, int], limit: int) -> None:
+    def add(self, result: BatchResult, following: tuple[int, int], limit: int) -> None:
         """Take a batch's result; write a shard when ``limit`` bytes of text, or of rejects, have come together."""
         self._pending.add(result)
         self._size += sum(map(len, result.lines))
@@ -101,7 +101,7 @@ class Shards:
         }
         write_text(self.work / f"done-{number}.json", json.dumps(done) + "\n")
         self._number += 1
-        self._pending, self._size = Result(), 0
+        self._pending, self._size = BatchResult(), 0
 
     def write_rejected(self, rule: str, number: int, lines: Iterable[bytes]) -> None:
         folder = self.folder / "rejected" / rule

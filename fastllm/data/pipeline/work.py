@@ -16,7 +16,7 @@ from ...config import InputError
 from ..clean import CleanConfig, Document, Rejection, clean
 from ..clean.encodings import decode_page, undecodable
 from ..clean.minhash import SIZE, exact_key, signature
-from ..sources import SINGLE, Entry, Failure, Raw, read
+from ..sources import SINGLE, Failure, Raw, SourceEntry, read
 from ..sources.limits import one_line
 from .config import PipelineConfig
 
@@ -29,12 +29,12 @@ BATCH_ITEMS = 256
 class Batch:
     """Some of the work, in order. The next batch begins at ``following``: a number in the plan, a record in it."""
 
-    items: list[Entry | Raw | Failure]
+    items: list[SourceEntry | Raw | Failure]
     following: tuple[int, int]
 
 
 @dataclass
-class Result:
+class BatchResult:
     """What a batch became. The kept documents' lines, keys, signatures and sizes have the same order."""
 
     lines: list[bytes] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Result:
     rejections: list[Rejection] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
-    def add(self, other: Result) -> None:
+    def add(self, other: BatchResult) -> None:
         for name in ("lines", "keys", "signatures", "characters", "rejections"):
             getattr(self, name).extend(getattr(other, name))
         self.counts += other.counts
@@ -54,15 +54,15 @@ class Result:
         self.counts[f"rule {rejection.rule}"] += 1
 
 
-def _weight(item: Entry | Raw | Failure) -> int:
-    return item.size if isinstance(item, Entry) else len(item.content) if isinstance(item, Raw) else 100
+def _weight(item: SourceEntry | Raw | Failure) -> int:
+    return item.size if isinstance(item, SourceEntry) else len(item.content) if isinstance(item, Raw) else 100
 
 
 def batches(
-    plan: Sequence[Entry | Failure], config: PipelineConfig, start: tuple[int, int] = (0, 0)
+    plan: Sequence[SourceEntry | Failure], config: PipelineConfig, start: tuple[int, int] = (0, 0)
 ) -> Iterator[Batch]:
     """The plan's work from ``start`` on. A file that is one document is read by whoever cleans it, others here."""
-    items: list[Entry | Raw | Failure] = []
+    items: list[SourceEntry | Raw | Failure] = []
     size = 0
     for number in range(start[0], len(plan)):
         entry = plan[number]
@@ -116,15 +116,17 @@ def _text(raw: Raw) -> tuple[str, dict[str, str]]:
     return text, {**noted, "undecodable": str(missing)} if missing > 0 else noted
 
 
-def run_batch(items: Sequence[Entry | Raw | Failure], cleaning: CleanConfig, config: PipelineConfig) -> Result:
+def run_batch(
+    items: Sequence[SourceEntry | Raw | Failure], cleaning: CleanConfig, config: PipelineConfig
+) -> BatchResult:
     """Read what is to be read and clean everything: a pure function of the items, the settings and the files.
 
     Raises:
         InputError: a package that the settings need is missing. What a document does wrong rejects it instead.
     """
-    result = Result()
+    result = BatchResult()
     for item in items:
-        found = read(item, config.limits) if isinstance(item, Entry) else [item]
+        found = read(item, config.limits) if isinstance(item, SourceEntry) else [item]
         for part in found:
             result.counts["documents"] += 1
             if isinstance(part, Failure):
@@ -135,7 +137,7 @@ def run_batch(items: Sequence[Entry | Raw | Failure], cleaning: CleanConfig, con
     return result
 
 
-def _one(raw: Raw, cleaning: CleanConfig, config: PipelineConfig, result: Result) -> None:
+def _one(raw: Raw, cleaning: CleanConfig, config: PipelineConfig, result: BatchResult) -> None:
     excerpt = raw.content[:2000].decode(errors="replace")
     try:
         with _time_limit(config.document_seconds):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from .compressed import open_stream
 from .limits import Failure, Limits, Raw, Unreadable, one_line
-from .plan import Entry
+from .plan import SourceEntry
 
 
 class _Guarded:
@@ -68,7 +68,7 @@ def _plain(name: str) -> str:
     return " ".join(name.replace("_", " ").lower().split())
 
 
-def read_mediawiki(entry: Entry, limits: Limits) -> Iterator[Raw | Failure]:
+def read_mediawiki(entry: SourceEntry, limits: Limits) -> Iterator[Raw | Failure]:
     """The latest revision of each article (name space 0); redirects and other name spaces are passed over, counted.
 
     Links to files and categories get the names that every wiki knows, by the dump's own ``siteinfo``.

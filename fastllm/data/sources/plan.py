@@ -23,7 +23,7 @@ SINGLE = ("html", "text")
 
 
 @dataclass(frozen=True)
-class Entry:
+class SourceEntry:
     """One file to read: where, under which name its documents go, as what, and its size in bytes."""
 
     path: str
@@ -59,7 +59,7 @@ def _walk(folder: str) -> Iterator[os.DirEntry | OSError]:
             yield entry
 
 
-def _entry(item: os.DirEntry, id: str, inside: Path, given: str | None) -> Entry | Failure:
+def _entry(item: os.DirEntry, id: str, inside: Path, given: str | None) -> SourceEntry | Failure:
     kind = given or format_of(item.name)
     try:
         if item.is_symlink() and not Path(item.path).resolve().is_relative_to(inside):
@@ -70,12 +70,12 @@ def _entry(item: os.DirEntry, id: str, inside: Path, given: str | None) -> Entry
             return Failure(id, "no_file", {})
         if kind is None:
             return Failure(id, "unknown_format", {})
-        return Entry(item.path, id, kind, item.stat().st_size)
+        return SourceEntry(item.path, id, kind, item.stat().st_size)
     except (OSError, RuntimeError) as error:
         return Failure(id, "unreadable", {"error": one_line(error)})
 
 
-def plan(sources: Sequence[str], given: str | None = None) -> tuple[list[Entry], list[Failure]]:
+def plan_sources(sources: Sequence[str], given: str | None = None) -> tuple[list[SourceEntry], list[Failure]]:
     """The files of ``sources`` in order, and what of them is passed over.
 
     Args:
@@ -84,7 +84,7 @@ def plan(sources: Sequence[str], given: str | None = None) -> tuple[list[Entry],
     Raises:
         InputError: a source does not exist or is a file of no known format, or there is no file to read.
     """
-    entries: list[Entry] = []
+    entries: list[SourceEntry] = []
     failures: list[Failure] = []
     names: set[str] = set()
     for source in sources:
@@ -101,7 +101,7 @@ def plan(sources: Sequence[str], given: str | None = None) -> tuple[list[Entry],
             kind = given or format_of(root.name)
             if kind is None:
                 raise InputError(f"{source}: unknown format; say --format {'|'.join(NAMES)}")
-            entries.append(Entry(str(root.absolute()), name, kind, root.stat().st_size))
+            entries.append(SourceEntry(str(root.absolute()), name, kind, root.stat().st_size))
             continue
         if not root.is_dir():
             raise InputError(f"{source}: neither a file nor a folder")
@@ -112,7 +112,7 @@ def plan(sources: Sequence[str], given: str | None = None) -> tuple[list[Entry],
                 continue
             relative = os.path.relpath(item.path, root.absolute()).encode("utf-8", "replace").decode()
             found = _entry(item, f"{name}/{relative}", inside, given)
-            (entries if isinstance(found, Entry) else failures).append(found)
+            (entries if isinstance(found, SourceEntry) else failures).append(found)
     if not entries:
         first = f" ({failures[0].id}: {failures[0].reason})" if failures else ""
         raise InputError(f"no file to read in {', '.join(sources)}{first}")

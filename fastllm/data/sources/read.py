@@ -17,7 +17,7 @@ from typing import BinaryIO
 from .compressed import SUFFIXES, Prompt, open_stream
 from .limits import Failure, Limits, Raw, Unreadable, one_line
 from .mediawiki import read_mediawiki
-from .plan import SINGLE, Entry, format_of
+from .plan import SINGLE, SourceEntry, format_of
 from .warc import read_warc
 
 Item = Raw | Failure
@@ -27,7 +27,7 @@ def _too_large(id: str, limits: Limits) -> Failure:
     return Failure(id, "too_large", {"limit": limits.document})
 
 
-def _read_single(entry: Entry, limits: Limits) -> Iterator[Item]:
+def _read_single(entry: SourceEntry, limits: Limits) -> Iterator[Item]:
     with open_stream(entry.path, limits) as stream:
         content = stream.read(limits.document + 1)
     if len(content) > limits.document:
@@ -46,7 +46,7 @@ def _line(stream: BinaryIO, limits: Limits) -> bytes | None:
     return None
 
 
-def _read_jsonl(entry: Entry, limits: Limits, field: str) -> Iterator[Item]:
+def _read_jsonl(entry: SourceEntry, limits: Limits, field: str) -> Iterator[Item]:
     with open_stream(entry.path, limits) as stream:
         number = -1
         while (line := _line(stream, limits)) != b"":
@@ -70,7 +70,7 @@ def _read_jsonl(entry: Entry, limits: Limits, field: str) -> Iterator[Item]:
             yield Raw(id, text.encode("utf-8", "replace"), "html" if field == "html" else "text", known, "utf-8")
 
 
-def _member(entry: Entry, name: str, read: Callable[[int], bytes], limits: Limits) -> Item:
+def _member(entry: SourceEntry, name: str, read: Callable[[int], bytes], limits: Limits) -> Item:
     path = PurePosixPath(name.replace("\\", "/"))
     id = f"{entry.id}#{name}".encode("utf-8", "replace").decode()
     if path.is_absolute() or ".." in path.parts or (path.parts and ":" in path.parts[0]):
@@ -82,7 +82,7 @@ def _member(entry: Entry, name: str, read: Callable[[int], bytes], limits: Limit
     return _too_large(id, limits) if len(content) > limits.document else Raw(id, content, kind, {})
 
 
-def _read_tar(entry: Entry, limits: Limits) -> Iterator[Item]:
+def _read_tar(entry: SourceEntry, limits: Limits) -> Iterator[Item]:
     # As a stream: nothing is sought, and nothing is ever written to the disk.
     with open_stream(entry.path, limits) as stream, tarfile.open(fileobj=Prompt(stream), mode="r|") as archive:
         for member in archive:
@@ -96,7 +96,7 @@ def _read_tar(entry: Entry, limits: Limits) -> Iterator[Item]:
                 yield Failure(f"{entry.id}#{member.name}", "no_file", {})
 
 
-def _read_zip(entry: Entry, limits: Limits) -> Iterator[Item]:
+def _read_zip(entry: SourceEntry, limits: Limits) -> Iterator[Item]:
     with zipfile.ZipFile(entry.path) as archive:
         for member in archive.infolist():
             if member.is_dir():
@@ -112,7 +112,7 @@ def _read_zip(entry: Entry, limits: Limits) -> Iterator[Item]:
                 yield Failure(id, "damaged", {"error": one_line(error)})
 
 
-def read(entry: Entry, limits: Limits, text_field: str = "text") -> Iterator[Item]:
+def read(entry: SourceEntry, limits: Limits, text_field: str = "text") -> Iterator[Item]:
     """The documents of one file.
 
     Args:

@@ -10,12 +10,12 @@ from ..optional import require
 from .codings import codings, undo
 from .compressed import Prompt, open_stream
 from .limits import Failure, Limits, Raw, Unreadable, one_line
-from .plan import Entry
+from .plan import SourceEntry
 
 _CHARSET = re.compile(r"charset\s*=\s*[\"']?([-\w.:]+)", re.IGNORECASE)
 
 
-def read_warc(entry: Entry, limits: Limits) -> Iterator[Raw | Failure]:
+def read_warc(entry: SourceEntry, limits: Limits) -> Iterator[Raw | Failure]:
     """Responses of HTML and conversions to text; other records hold no page and are passed over.
 
     Compression is undone before warcio sees the records, whether they were compressed one by one or as a whole.

@@ -34,7 +34,7 @@ def kernels_refuse(backend: str, request: AttentionRequest) -> str | None:
     return None
 
 
-def autocast(*tensors):
+def autocasted(*tensors):
     """What torch's autocast does to the arguments of scaled_dot_product_attention."""
     device_type = tensors[0].device.type
     if not autocasts(device_type):
@@ -52,7 +52,7 @@ def _request(
 ):  # fmt: skip
     """The arguments of :func:`attention` as one value, after all checks."""
     if all(isinstance(x, torch.Tensor) for x in (query, key, value)):
-        query, key, value = autocast(query, key, value)
+        query, key, value = autocasted(query, key, value)
     call = AttentionCall(query, key, value, bias, sinks, alibi_slopes, None, cu_seqlens_q, cu_seqlens_k)
     bias, sinks, slopes, cu_q, cu_k = check_attention("attention", call, (max_seqlen_q, max_seqlen_k))
     dropout_p = check_dropout("attention", dropout_p)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from ...backends import pick
 from ...registry import Op, Sample, register
 from ..shared.philox import draw_seed
-from .attention import autocast, kernels_refuse
+from .attention import autocasted, kernels_refuse
 from .call import AttentionCall, AttentionRequest, TorchArguments, check_dropout, check_qkv, check_scale
 from .forms import CHUNKS, attention_by_form, form_of
 from .operator import apply_attention
@@ -121,8 +121,8 @@ def _cast(query, key, value, attn_mask):
     if not all(isinstance(x, torch.Tensor) for x in (query, key, value)):
         return query, key, value, attn_mask
     if attn_mask is None or _variant(attn_mask) is not None:
-        return *autocast(query, key, value), attn_mask
-    return autocast(query, key, value, attn_mask)
+        return *autocasted(query, key, value), attn_mask
+    return autocasted(query, key, value, attn_mask)
 
 
 def _seeded(call: AttentionCall) -> AttentionCall:

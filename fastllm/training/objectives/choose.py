@@ -18,7 +18,7 @@ from .streams import CausalLM, PrefixLM
 
 
 @dataclass(frozen=True)
-class Kind:
+class ObjectiveKind:
     """What an objective needs: ``encoder`` and ``decoder`` in the model, ``heads`` on the encoder.
 
     ``task``: it reads examples, not a stream of text. ``tokens``: the tokenizer's special tokens, as in SPECIAL_TOKENS.
@@ -33,14 +33,18 @@ class Kind:
 
 
 OBJECTIVES = {
-    "causal": Kind("the next token", False, True, tokens="causal"),
-    "prefix": Kind("the next token, given a beginning that is read in both directions", False, True, tokens="causal"),
-    "mlm": Kind("masked tokens", True, False, ("mlm",)),
-    "nsp": Kind("whether two texts follow each other", True, False, ("nsp",)),
-    "mlm+nsp": Kind("masked tokens and whether two texts follow each other, as BERT", True, False, ("mlm", "nsp")),
-    "seq2seq": Kind("a text in another language", True, True, task=True, tokens="causal"),
-    "classify": Kind("the label of a text", True, False, ("classify",), task=True),
-    "answer": Kind("where in a text the answer to a question stands", True, False, ("span",), task=True),
+    "causal": ObjectiveKind("the next token", False, True, tokens="causal"),
+    "prefix": ObjectiveKind(
+        "the next token, given a beginning that is read in both directions", False, True, tokens="causal"
+    ),
+    "mlm": ObjectiveKind("masked tokens", True, False, ("mlm",)),
+    "nsp": ObjectiveKind("whether two texts follow each other", True, False, ("nsp",)),
+    "mlm+nsp": ObjectiveKind(
+        "masked tokens and whether two texts follow each other, as BERT", True, False, ("mlm", "nsp")
+    ),
+    "seq2seq": ObjectiveKind("a text in another language", True, True, task=True, tokens="causal"),
+    "classify": ObjectiveKind("the label of a text", True, False, ("classify",), task=True),
+    "answer": ObjectiveKind("where in a text the answer to a question stands", True, False, ("span",), task=True),
 }
 
 
@@ -72,7 +76,7 @@ class ObjectiveConfig:
             raise InputError(f"held_out: objective {self.objective} holds out documents of its data by itself")
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> ObjectiveKind:
         return OBJECTIVES[self.objective]
 
     @property
