@@ -7,18 +7,10 @@ from .cache import DecoderCache, Encoded, KVCache, RecurrentCache
 from .config import PRESETS, ModelConfig, TransformerConfig
 from .encoder import Encoder
 from .encoder_decoder import EncoderDecoder
+from .pretrained import CLASSES, model_class
 from .transformer import RNN, LanguageModel, Transformer
 
 Model = LanguageModel | Encoder | EncoderDecoder
-
-
-def model_class(config: ModelConfig) -> type:
-    """The class that ``config.encoder`` and ``config.decoder`` ask for."""
-    if config.decoder == "none":
-        return Encoder
-    if config.encoder != "none":
-        return EncoderDecoder
-    return Transformer if config.decoder == "transformer" else RNN
 
 
 def build_model(config: ModelConfig) -> Model:
@@ -33,7 +25,7 @@ def load_model(folder: str | Path, *, device="cpu") -> Model:
         FileNotFoundError: config.json or model.safetensors is missing.
         ValueError: one of them cannot be read, or they do not fit each other.
     """
-    classes = {cls.__name__: cls for cls in (Transformer, RNN, Encoder, EncoderDecoder)}
+    classes = {cls.__name__: cls for cls in CLASSES}
     path = Path(folder) / "config.json"
     try:
         values = json.loads(path.read_text("utf-8"))

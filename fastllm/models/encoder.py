@@ -10,7 +10,7 @@ from .cache import Encoded
 from .config import ModelConfig
 from .embedding import make_norm
 from .head import Head
-from .pretrained import Pretrained
+from .pretrained import Pretrained, concrete
 from .rnn import RecurrentEncoder
 from .stack import TransformerEncoder
 from .transformer import flops_per_token
@@ -34,6 +34,7 @@ class MaskedHead(nn.Module):
         return self.norm(F.gelu(self.transform(states)))
 
 
+@concrete
 class Encoder(Pretrained, nn.Module):
     """An encoder and the heads that ``config.heads`` names.
 
@@ -41,6 +42,10 @@ class Encoder(Pretrained, nn.Module):
     num_classes logits; ``span``: logits of an answer's first and last token. nsp and classify read the first token
     through a tanh layer, as BERT does (Devlin et al. 2019).
     """
+
+    @staticmethod
+    def fits(config: ModelConfig) -> bool:
+        return config.decoder == "none"
 
     config_class = ModelConfig
 

@@ -9,17 +9,22 @@ from .cache import DecoderCache, Encoded
 from .config import ModelConfig
 from .encoder import make_encoder
 from .head import Head
-from .pretrained import Pretrained
+from .pretrained import Pretrained, concrete
 from .rnn import RecurrentDecoder
 from .stack import TransformerDecoder
 from .transformer import flops_per_token
 
 
+@concrete
 class EncoderDecoder(Pretrained, nn.Module):
     """Source tokens in, logits of the next target token out. Either side may be a Transformer or recurrent.
 
     Both sides and, with tie_embeddings, the head share one embedding: one vocabulary serves both languages.
     """
+
+    @staticmethod
+    def fits(config: ModelConfig) -> bool:
+        return config.encoder != "none" and config.decoder != "none"
 
     config_class = ModelConfig
 

@@ -20,6 +20,14 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 class Pretrained:
     """Adds save_pretrained and from_pretrained to a module with a dataclass ``config``."""
 
+    # Whether from_pretrained also reads folders of transformers' whose model is of another class, and returns that.
+    reads_all = False
+
+    @staticmethod
+    def fits(config) -> bool:
+        """Whether a configuration asks for this class."""
+        raise NotImplementedError
+
     def save_pretrained(self, folder: str | os.PathLike, *, layout: str = "fastllm") -> None:
         """Write config.json and model.safetensors into ``folder``, which is made if need be.
 
@@ -98,8 +106,6 @@ class Pretrained:
 
     @classmethod
     def _from_transformers(cls, folder: Path, values: dict):
-        from . import Transformer, model_class
-
         make_config, convert = READERS[values["model_type"]]
         weights = read_weights(folder, WEIGHTS)
         try:
@@ -109,13 +115,28 @@ class Pretrained:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{folder / CONFIG}: {error}") from error
         found = model_class(config)
-        if cls not in (found, Transformer):
+        if cls is not found and not cls.reads_all:
             raise ValueError(f"{folder / CONFIG} describes a {found.__name__}, not a {cls.__name__}")
         try:
             converted = convert(weights, config)
         except ValueError as error:
             raise ValueError(f"{folder} does not fit its config: {error}") from error
         return _load(found(config), converted, folder)
+
+
+# The classes that a configuration may ask for.
+CLASSES: list[type[Pretrained]] = []
+
+
+def concrete(cls: type[Pretrained]) -> type[Pretrained]:
+    """Adds a class to :data:`CLASSES`."""
+    CLASSES.append(cls)
+    return cls
+
+
+def model_class(config) -> type[Pretrained]:
+    """The class that ``config.encoder`` and ``config.decoder`` ask for."""
+    return next(cls for cls in CLASSES if cls.fits(config))
 
 
 def _load(model: torch.nn.Module, weights: dict[str, torch.Tensor], source: Path) -> torch.nn.Module:

@@ -7,7 +7,7 @@ import torch
 from .cache import DecoderCache
 from .config import ModelConfig
 from .head import Head
-from .pretrained import Pretrained
+from .pretrained import Pretrained, concrete
 from .rnn import RecurrentDecoder
 from .stack import TransformerDecoder
 
@@ -78,11 +78,18 @@ def flops_per_token(model: torch.nn.Module, length: int) -> int:
     return 6 * (sum(p.numel() for p in model.parameters()) - looked_up) + attention
 
 
+@concrete
 class Transformer(LanguageModel, TransformerDecoder):
     """A decoder-only Transformer: tokens in, logits of the next token out. GPT-2's shape, Llama's, what lies between.
 
     Set ``checkpoint_activations = True`` to keep only each block's input for the backward and compute the rest again.
     """
+
+    reads_all = True
+
+    @staticmethod
+    def fits(config: ModelConfig) -> bool:
+        return config.encoder == "none" and config.decoder == "transformer"
 
     def __init__(self, config: ModelConfig):
         if (config.encoder, config.decoder) != ("none", "transformer"):
@@ -91,8 +98,13 @@ class Transformer(LanguageModel, TransformerDecoder):
         self._finish()
 
 
+@concrete
 class RNN(LanguageModel, RecurrentDecoder):
     """A recurrent language model: ``config.decoder`` is "lstm" or "gru"."""
+
+    @staticmethod
+    def fits(config: ModelConfig) -> bool:
+        return config.encoder == "none" and config.decoder in ("lstm", "gru")
 
     def __init__(self, config: ModelConfig):
         if config.encoder != "none" or config.decoder not in ("lstm", "gru"):

@@ -152,8 +152,8 @@ def _results(
 
 
 def _clean(
-    results: Iterator[tuple[Batch, BatchResult]], work: list[SourceEntry | Failure], start: tuple[int, int], shards: Shards,
-    config: PipelineConfig, tell: Tell,
+    results: Iterator[tuple[Batch, BatchResult]], work: list[SourceEntry | Failure], start: tuple[int, int],
+    shards: Shards, config: PipelineConfig, tell: Tell,
 ) -> None:  # fmt: skip
     sizes = np.cumsum([0, *(item.size if isinstance(item, SourceEntry) else 0 for item in work)])
     total, begin = max(1, int(sizes[-1])), time.monotonic()

@@ -31,7 +31,8 @@ class Timer:
     """
 
     def __init__(self):
-        self.start()
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._last = time.perf_counter()
 
     def start(self) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
