@@ -85,11 +85,6 @@ class EmbeddingCall(NamedTuple):
     def tensors(self):
         return (self.weight,)
 
-    def lookup(self, native: bool) -> Lookup:
-        rows, start = self.weight.shape[0], None if self.vocab_range is None else self.vocab_range[0]
-        padding = normalised_padding("embedding", self.padding_idx, rows, partial=start is not None)
-        return Lookup(native, rows, padding, self.by_freq, start, scale=1.0, repeats=1, positions=False)
-
 
 class Lookup(NamedTuple):
     """A lookup's options, and its two linear maps: gather (table -> rows) and scatter (rows -> table).
@@ -143,15 +138,29 @@ class Lookup(NamedTuple):
         return (rows * self.scale).expand(self.repeats, *rows.shape).reshape(shape)
 
 
+class _Options(NamedTuple):
+    native: bool
+    padding_idx: int | None
+    by_freq: bool
+    start: int | None
+
+    def lookup(self, weight) -> Lookup:
+        """The call's. torch.compile wants a symbolic number of rows read where it is used."""
+        rows = weight.shape[0]
+        padding = normalised_padding("embedding", self.padding_idx, rows, partial=self.start is not None)
+        return Lookup(self.native, rows, padding, self.by_freq, self.start, scale=1.0, repeats=1, positions=False)
+
+
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(weight, indices, lookup, main_grad):
-        return lookup.gather(weight, indices)
+    def forward(weight, indices, options, main_grad):
+        return options.lookup(weight).gather(weight, indices)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         # main_grad is not saved: the calls of other micro-batches change it in between, as they should.
-        _, indices, ctx.lookup, ctx.main_grad = inputs
+        weight, indices, options, ctx.main_grad = inputs
+        ctx.lookup = options.lookup(weight)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(indices)
 
@@ -334,7 +343,10 @@ def embedding(
         # torch's lookup checks the ids and renormalises the rows; its output is not needed.
         with torch.no_grad():
             _torchs_own(input, weight, None, max_norm, norm_type, False, False)
-    return apply(_Embedding, weight, input, call.lookup(backend == "native"), main_grad)
+    options = _Options(
+        backend == "native", padding_idx, scale_grad_by_freq, None if vocab_range is None else vocab_range[0]
+    )
+    return apply(_Embedding, weight, input, options, main_grad)
 
 
 class Embedding(torch.nn.Embedding):
