@@ -7,6 +7,8 @@ import triton.language as tl
 from contract import copy, run
 from races import find_races
 
+import fastllm
+from fastllm.kernels.attention import decode
 from fastllm.registry import OPS, Sample
 
 pytestmark = pytest.mark.runs_on("interpreter")
@@ -84,3 +86,18 @@ def test_no_program_meets_another(name):
             assert (a is None) == (b is None)
             assert a is None or torch.equal(a.nan_to_num(), b.nan_to_num()), f"{name}/{sample.name}: the order decides"
     assert launches
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_no_program_of_a_decoding_step_meets_another(rows, monkeypatch):
+    """With chunks so short that the keys of one query are split among programs, whose parts a second kernel joins."""
+    tile = dict(CHUNK=32, SPLIT_FROM=48, BLOCK_N=16, num_warps=4, num_stages=2)
+    monkeypatch.setattr(decode, "split_tile", lambda *_: tile)
+    q, k, v = (torch.randn(2, heads, n, 16) for heads, n in ((4, rows), (2, 130), (2, 130)))
+    outs = []
+    for seed in (0, 1):
+        with find_races(seed) as races, fastllm.backend("triton"):
+            outs.append(fastllm.functional.attention(q, k, v, causal=True, window=(100, 0)))
+        assert races.launches == 2
+        assert not races.found
+    assert torch.equal(*outs)
