@@ -36,11 +36,14 @@ def _run(*command: str, cwd: Path | None = None) -> str | None:
 
 
 def commit() -> str | None:
-    """The source tree's commit, with ``+changes`` where files differ from it; None outside a checkout."""
+    """The source tree's commit, with ``+changes`` where files differ from it.
+
+    Outside a checkout FASTLLM_COMMIT, which gpu.sh sets where prepare.py knows these sources again; or None.
+    """
     # gpu.sh makes a package of links to the checkout's folders.
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("FASTLLM_COMMIT") or None
     found = _run("git", "rev-parse", "HEAD", cwd=root)
     changed = _run("git", "status", "--porcelain", "--untracked-files=no", cwd=root)
     return found and found + ("+changes" if changed else "")

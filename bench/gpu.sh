@@ -96,6 +96,10 @@ step build 120 env FASTLLM_CUDA=$wish "$python" fastllm/extension/compile.py
 link_tree
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton}
 if [ -n "$cache" ]; then step cache 60 "$python" -m fastllm.bench.prepare unpack "$cache" "$TRITON_CACHE_DIR"; fi
+if [ -n "$cache" ] && [ ! -e .git ]; then
+  FASTLLM_COMMIT=$("$python" -m fastllm.bench.prepare commit "$cache")
+  export FASTLLM_COMMIT
+fi
 step info 60 "$python" -m fastllm info
 
 # pyproject.toml's options, but for one process: what is not installed here cannot be asked for.

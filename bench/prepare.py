@@ -186,7 +186,12 @@ def main(argv: list[str] | None = None) -> int:
     unpacking = commands.add_parser("unpack", help="put the kernels where Triton looks for them")
     unpacking.add_argument("folder", type=Path)
     unpacking.add_argument("cache", type=Path)
+    telling = commands.add_parser("commit", help="print the commit, if the kernels are of these sources")
+    telling.add_argument("folder", type=Path)
     options = parser.parse_args(argv)
+    if options.command == "commit":
+        print(commit_of(json.loads((options.folder / RECORD).read_text())) or "")
+        return 0
     if options.command == "unpack":
         try:
             record = unpack(options.folder, options.cache)

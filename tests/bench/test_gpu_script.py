@@ -79,6 +79,19 @@ def test_kernels_compiled_beforehand_are_found_in_another_folder(tmp_path):
     assert set(python(COMPILE, TRITON_CACHE_DIR=str(after)).split()) == {"True"}
 
 
+def test_a_tree_without_its_git_takes_the_commit_from_what_was_prepared(tmp_path, monkeypatch, capsys):
+    (tmp_path / "cache").mkdir()
+    record = prepare.pack(tmp_path / "cache", tmp_path)
+    for sources, expected in ((record["sources"], "abc"), ("others", "")):
+        (tmp_path / prepare.RECORD).write_text(json.dumps({**record, "commit": "abc", "sources": sources}))
+        assert prepare.main(["commit", str(tmp_path)]) == 0
+        assert capsys.readouterr().out.strip() == expected
+        monkeypatch.setenv("FASTLLM_COMMIT", expected)
+        monkeypatch.setattr(environment, "__file__", str(tmp_path / "bench" / "environment.py"))
+        assert environment.commit() == (expected or None)
+        monkeypatch.undo()
+
+
 def test_kernels_of_another_triton_are_refused(tmp_path):
     (tmp_path / "cache").mkdir()
     record = prepare.pack(tmp_path / "cache", tmp_path)

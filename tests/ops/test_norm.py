@@ -188,7 +188,8 @@ def test_dropout_follows_the_seed_and_the_mode(function):
         assert not torch.equal(draws[0], draws[2])
 
 
-@pytest.mark.parametrize("kernels", ["triton", "native"])
+# The extension has CPU code alone for it.
+@pytest.mark.parametrize("kernels", ["triton", pytest.param("native", marks=pytest.mark.runs_on("interpreter"))])
 @pytest.mark.parametrize("function", ADDS)
 def test_gradients_through_dropout_have_gradients(function, kernels):
     x, residual, weight = (torch.randn(n, 40, device=DEVICE).squeeze(0).requires_grad_() for n in (6, 6, 1))
