@@ -1,10 +1,14 @@
 """Fused kernels for PyTorch models, and a language model from scratch on top of them."""
 
-from . import functional, nn
-from .backends import BackendError, backend
-from .drop_in import Report, accelerate, accelerated, revert
-from .registry import OPS
-from .version import __version__
+from . import quiet_interrupt
+
+quiet_interrupt.install()
+
+from . import functional, nn  # noqa: E402
+from .backends import BackendError, backend  # noqa: E402
+from .drop_in import Report, accelerate, accelerated, revert  # noqa: E402
+from .registry import OPS  # noqa: E402
+from .version import __version__  # noqa: E402
 
 __all__ = [
     "OPS",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .config import InputError
+from .locks import lock as take_lock
 
 # A JSON file that describes a run or a checkpoint has a few KiB; reading a longer one would only serve to fill memory.
 JSON_LIMIT = 1 << 20
@@ -146,15 +146,8 @@ def sole_writer(folder: Path, name: str) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{folder}: cannot write there: {error.strerror}") from error
     with lock:
-        if os.name == "posix":
-            import fcntl
-
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                # Some network file systems have no locks.
-                if error.errno in (errno.EACCES, errno.EAGAIN):
-                    raise InputError(f"{folder}: another process is writing there") from error
+        if not take_lock(lock):
+            raise InputError(f"{folder}: another process is writing there")
         for left in folder.glob(".*.tmp"):
             remove(left)
         yield

@@ -71,7 +71,8 @@ class Logits:
             if tensor._version != version:
                 raise RuntimeError(
                     "these logits were not computed in the forward, and the weights or hidden states that they are "
-                    f"made of have changed since (an optimizer's step?); read them before that, or {SKIP}"
+                    "made of have changed since (an optimizer's step?). Either read them before the change "
+                    f"(logits = outputs.logits + 0 before optimizer.step()), or have every forward compute them: {SKIP}"
                 )
             if tensor.untyped_storage().nbytes() == 0 and tensor.numel():
                 raise RuntimeError(

@@ -21,6 +21,7 @@ from types import ModuleType
 import torch
 
 from .. import cpu
+from ..locks import lock as take_lock
 from . import compile as compiler
 
 NAME = "fastllm._C"
@@ -127,10 +128,8 @@ def _build_into(folder: Path, target: Path) -> None:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """One process at a time: those of a distributed run all come here at once."""
-    import fcntl  # not on Windows, where nothing is built
-
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        take_lock(file, wait=True, inherited=True)
         yield
 
 

@@ -220,7 +220,7 @@ def test_logits_read_after_the_weights_have_changed_raise():
     read_in_time = model(ids)
     values = read_in_time + 0
     torch.optim.SGD(model.parameters(), lr=0.1).step()
-    with pytest.raises(RuntimeError, match="have changed since"):
+    with pytest.raises(RuntimeError, match=r"have changed since.*read them before.*skip=\"linear_cross_entropy\""):
         logits.argmax(-1)
     assert torch.equal(read_in_time, values)
 

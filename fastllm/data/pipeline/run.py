@@ -28,6 +28,7 @@ import numpy as np
 
 from ...config import InputError
 from ...files import read_json, whole_file, write_text
+from ...locks import lock as take_lock
 from ..clean import CleanConfig, Rejection
 from ..clean.document import EXCERPT
 from ..prepared import PREPARED
@@ -98,13 +99,8 @@ def _locked(out: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{out}: cannot write there: {error.strerror}") from error
     with open(out / "work" / "lock", "w") as lock:
-        if os.name == "posix":
-            import fcntl
-
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise InputError(f"{out}: another fastllm prepare is at work there") from error
+        if not take_lock(lock, inherited=True):
+            raise InputError(f"{out}: another fastllm prepare is at work there")
         for path in out.rglob(".*.tmp"):
             path.unlink()
         try:

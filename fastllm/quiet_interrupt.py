@@ -1,0 +1,32 @@
+"""Ctrl-C while the command line is still importing torch ends it in one line, as it does later on.
+
+Nothing here imports torch: the package imports this first. The command's own handling is in :mod:`fastllm.cli`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import PurePath
+
+
+def _is_command() -> bool:
+    """Whether this process is ``fastllm ...`` or ``python -m fastllm ...``, not a program that imports fastllm."""
+    if sys.argv and PurePath(sys.argv[0]).stem in ("fastllm", "fastllm-script"):
+        return True
+    arguments = sys.orig_argv
+    return "-m" in arguments and arguments[arguments.index("-m") + 1 :][:1] == ["fastllm"]
+
+
+def install() -> None:
+    """Let an interrupt that nobody catches show no traceback, if this process is the command line."""
+    if not _is_command():
+        return
+    before = sys.excepthook
+
+    def hook(kind, error, traceback):
+        if issubclass(kind, KeyboardInterrupt):
+            print("fastllm: error: interrupted", file=sys.stderr)
+        else:
+            before(kind, error, traceback)
+
+    sys.excepthook = hook
