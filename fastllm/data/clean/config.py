@@ -12,6 +12,7 @@ from .html import EXTRACTORS
 from .pii import mask
 from .quality import RULES
 from .text import repair, tidy
+from .urls import blocked, not_blocked
 from .wikitext import extract_wikitext
 
 DEFAULT_RULES = ("gopher_repetition", "gopher_quality", "fineweb")
@@ -28,6 +29,7 @@ class CleanConfig:
     rules: tuple[str, ...] = option(DEFAULT_RULES, f"quality rules in this order, of {', '.join(RULES)}; or none")
     language: tuple[str, ...] = option((), "keep only documents in these languages (ISO 639-1, such as en de)")
     language_probability: float = option(0.65, "least probability of the language", minimum=0.0, maximum=1.0)
+    block_urls: str | None = option(None, "leave out documents from the hosts, or host/path, in this file, one a line")
     mask_pii: bool = option(False, "mask mail and IP addresses, telephone, card and bank account numbers")
     repair: bool = option(True, "undo mojibake and normalise Unicode (ftfy, NFC)")
 
@@ -35,6 +37,8 @@ class CleanConfig:
         for rule in self.rules:
             if rule not in (*RULES, "none") or (rule == "none" and len(self.rules) > 1):
                 raise ValueError(f"rules: expected some of {', '.join(RULES)}, or none alone; got {rule!r}")
+        if self.block_urls is not None:
+            blocked(self.block_urls)
         if self.language:
             language.check_languages(self.language)
 
@@ -42,6 +46,8 @@ class CleanConfig:
 def clean(document: Document, config: CleanConfig) -> tuple[Document | Rejection, Counter[str]]:
     """``document`` as plain text, or why it is left out; and how much personal data was masked in it."""
     masked: Counter[str] = Counter()
+    if config.block_urls is not None and isinstance(found := not_blocked(document, config.block_urls), Rejection):
+        return found, masked
     text = document.text
     if document.kind == "html":
         text = EXTRACTORS[config.extractor](text)

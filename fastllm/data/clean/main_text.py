@@ -18,6 +18,8 @@ _PERMALINK = re.compile(r"\s*[\u00b6\uf0c1](?=\s|$)|\s+#$")
 _LAYOUT = 600
 # A page whose likeliest block is less likely than this has no main text.
 _LEAST = 0.1
+# The title belongs to a text that begins at most so many blocks after it, unless it is less likely than this.
+_BEFORE, _TITLE = 6, 0.2
 # A reference has so many blocks of code and definitions, in a part of so many words.
 _REFERENCE, _LARGE = 15, 1000
 # So many items that are links alone, up to what share of their characters, may be a table of contents.
@@ -86,6 +88,12 @@ def _tables_of_contents(markup: Markup) -> list[int]:
     return found
 
 
+def _title(markup: Markup, first: int) -> int | None:
+    """The block of the page's only ``h1``, if it comes shortly before block ``first``."""
+    found = [block for block, place in enumerate(markup.places) if markup.tags[place] == "h1"]
+    return found[0] if len(found) == 1 and first - _BEFORE <= found[0] < first else None
+
+
 def _reference_odds(markup: Markup, probabilities: np.ndarray, words: np.ndarray) -> np.ndarray:
     """What is added to the log-odds of blocks in a reference: a part of the page with code, terms and definitions.
 
@@ -117,7 +125,11 @@ def decide(markup: Markup, probabilities: np.ndarray, words: np.ndarray) -> np.n
     probabilities[_tables_of_contents(markup)] = 0
     if probabilities.max() < _LEAST:
         return np.zeros(len(words), bool)
-    return best_set(probabilities, words)
+    keep = best_set(probabilities, words)
+    title = _title(markup, int(np.argmax(keep)))
+    if title is not None and probabilities[title] >= _TITLE:
+        keep[title] = True
+    return keep
 
 
 def render(markup: Markup, kept: list[int]) -> str:

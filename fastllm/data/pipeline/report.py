@@ -23,6 +23,7 @@ RULES = {
     "name_space": "wiki pages that are no articles", "coding": "transfer or content codings that cannot be undone",
     "too_slow": "took longer than --document-seconds", "crashed": "ended the process that cleaned them",
     "failed": "an error while cleaning", "empty": "no text left", "language": "another language",
+    "url": "from a host or address in --block-urls",
     "gopher_repetition": "repeated lines, paragraphs or runs of words (Gopher)",
     "gopher_quality": "words, symbols, stop words (Gopher)", "fineweb": "line ends and lengths (FineWeb)",
     "c4": "place-holders, braces, too few sentences (C4)", "exact_duplicate": "the same text as an earlier document",
