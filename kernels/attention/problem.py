@@ -4,6 +4,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..device import device_info
 from ..launch import OPTIONS, next_power_of_2
 from ..math import LOG2E
 from .values import CallSizes, KernelFlags, Plane, Programs, Score, ScoreStatistics, TileShape, WeightDropout
@@ -46,10 +47,7 @@ class Problem:
         )
         self.precision = "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
         # What the launch tables ask for: the architecture, the wider padded head dim, and the register pressure.
-        self.arch = 90
-        if q.device.type == "cuda":
-            major, minor = torch.cuda.get_device_capability(q.device)
-            self.arch = 10 * major + minor
+        self.arch = device_info(q.device).arch
         self.pressure = self._pressure()
         self.block_d, self.block_dv = max(16, next_power_of_2(self.dim)), max(16, next_power_of_2(self.dim_v))
         self.widest = max(self.block_d, self.block_dv)

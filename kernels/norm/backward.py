@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..device import device_info
 from ..launch import OPTIONS, cluster_blocks, next_power_of_2, processor_count
 from ..math import is_kept
 from .arguments import NormBackwardPass, NormGradOutputs, backward_pass, row_starts, tile_warps
@@ -45,9 +46,7 @@ def pipeline_stages(device: torch.device, tile_bytes: int) -> int:
     sm_90 has room for 3 whatever is loaded. sm_80 and sm_86 have less shared memory (163 and 99 KB a block), where
     tiles of fp32 and of a residual's gradient would not fit.
     """
-    if device.type != "cuda":
-        return 3
-    free = torch.cuda.get_device_properties(device).shared_memory_per_block_optin - REDUCTIONS
+    free = device_info(device).shared_per_block - REDUCTIONS
     return max(1, min(3, 1 + free // tile_bytes))
 
 

@@ -5,10 +5,10 @@
 forward.py.
 """
 
-import torch
 import triton
 import triton.language as tl
 
+from ..device import device_info
 from ..launch import OPTIONS, next_power_of_2
 from .arguments import NormForwardPass, row_starts
 
@@ -119,7 +119,7 @@ def packable(work: NormForwardPass) -> bool:
     strides = (*work.places.x[1:], *work.places.residual[1:])
     even = work.n_cols % 2 == 0 and all(n % 2 == 0 for n in strides)
     given = [t for t in (x, residual, weight, bias) if t is not None]
-    if work.center and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 10:
+    if work.center and device_info(x.device).arch >= 100:
         return False  # sm_100: 6 to 10 spills, 16 with a residual and a bias
     alike = residual is None or residual.dtype == x.dtype
     return even and alike and all(t.dtype.itemsize == 2 and t.data_ptr() % 4 == 0 for t in given)
