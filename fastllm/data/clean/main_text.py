@@ -10,7 +10,7 @@ import numpy as np
 from .block_model import block_model
 from .features import nearest
 from .markup import Markup, read_markup
-from .small_pages import blend, log_odds
+from .small_pages import blend, log_odds, rule_odds
 
 _WORD = re.compile(r"\w+")
 _PERMALINK = re.compile(r"\s*[\u00b6\uf0c1](?=\s|$)|\s+#$")
@@ -18,6 +18,8 @@ _PERMALINK = re.compile(r"\s*[\u00b6\uf0c1](?=\s|$)|\s+#$")
 _LAYOUT = 600
 # A page whose likeliest block is less likely than this has no main text.
 _LEAST = 0.1
+# The model's features take 2.5 KB of memory for each block.
+_MOST_BLOCKS = 50_000
 # The title belongs to a text that begins at most so many blocks after it, unless it is less likely than this.
 _BEFORE, _TITLE = 6, 0.2
 # A reference has so many blocks of code and definitions, in a part of so many words.
@@ -171,12 +173,19 @@ def render(markup: Markup, kept: list[int]) -> str:
 
 
 def extract_fast(page: str) -> str:
-    """The main text of ``page``: the blocks that a learned model takes for it, in the page's order."""
+    """The main text of ``page``: the blocks that a learned model takes for it, in the page's order.
+
+    Of a page with more than 50,000 blocks, for which the model would need too much memory, simple rules decide.
+    """
     markup = read_markup(page)
     if not markup.texts:
         return ""
     words = np.asarray([len(_WORD.findall(text)) for text in markup.texts], np.float64)
-    keep = decide(markup, block_model().probabilities(page, markup, words), words)
+    if len(markup.texts) <= _MOST_BLOCKS:
+        probabilities = block_model().probabilities(page, markup, words)
+    else:
+        probabilities = 1 / (1 + np.exp(-np.nan_to_num(rule_odds(markup))))
+    keep = decide(markup, probabilities, words)
     return render(markup, np.flatnonzero(keep).tolist())
 
 

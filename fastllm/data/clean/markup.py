@@ -7,6 +7,7 @@ tag costs the same however deep it lies, so that the walk's time grows with the 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html import unescape
 
@@ -56,6 +57,9 @@ _IMPLIED["thead"] = _IMPLIED["tfoot"] = _IMPLIED["tbody"]
 _BEGINNING = 60
 # Of these two in a row stand apart, as words in a menu or under a post.
 _INLINE_GAP = {"span", "a", "label", "time"}
+
+# Tags that are cut at once, and at most: 100 times as many as the fullest of 511 benchmark pages has.
+_AT_ONCE, _MOST = 100_000, 2_000_000
 
 _BODY = re.compile(rf"<body\b({_ATTRIBUTES})", re.IGNORECASE)
 _UNSHOWN = re.compile(
@@ -247,9 +251,8 @@ class _Walk:
         pieces, start, end = self.pieces, self.start, self.end
         result, stack = self.page, self.stack
         self.shown = shown
-        tokens = _TOKEN.split(page)
         previous, apart = "", False
-        for text, closing, tag, attributes in zip(tokens[0::5], tokens[2::5], tokens[3::5], tokens[4::5], strict=False):
+        for text, closing, tag, attributes in _tokens(page):
             if text:
                 if not result.unshown[stack[-1]] or result.tags[stack[-1]] != "span":
                     if apart and pieces and pieces[-1][-1].isalnum() and text[0].isalnum():
@@ -268,9 +271,19 @@ class _Walk:
                 apart = previous == tag and tag in _INLINE_GAP and not result.preformatted[stack[-1]]
                 start(tag, attributes)
                 previous = ""
-        pieces.append(tokens[-1])
         self.flush()
         self.pop_to(1)
+
+
+def _tokens(page: str) -> Iterator[tuple[str, str | None, str | None, str | None]]:
+    """(text before it, "/" of an end tag, name, attributes) of each tag; at last the text after them, with no tag."""
+    for _ in range(_MOST // _AT_ONCE):
+        parts = _TOKEN.split(page, _AT_ONCE)
+        yield from zip(parts[0::5], parts[2::5], parts[3::5], parts[4::5], strict=False)
+        page = parts[-1]
+        if len(parts) <= 5 * _AT_ONCE:
+            yield page, None, None, None
+            return
 
 
 def _in_order(text: str) -> str:

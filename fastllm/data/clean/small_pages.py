@@ -53,8 +53,8 @@ def rule_odds(markup: Markup) -> np.ndarray:
         else:
             odds[block] = _TEXT if len(text) >= _LONG or markup.preformatted[place] else _SHORT
         alike = run and markup.tags[markup.places[run[-1]]] == markup.tags[place]
-        run = ([*run, block] if alike else [block]) if link_alone else []
-        if len(run) >= _MENU:
+        run = ([*run[1 - _MENU :], block] if alike else [block]) if link_alone else []
+        if len(run) == _MENU:
             odds[run] = np.minimum(odds[run], _MENU_ITEM)
     return odds
 
