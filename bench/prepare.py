@@ -31,9 +31,10 @@ from torch.utils._pytree import tree_map_only
 from triton.runtime.cache import triton_key
 
 from ..backends import KERNEL_DTYPES
+from ..kernels.device import GPUS
 from ..registry import OPS, Sample
 from . import cases
-from .capture import CUDA, GPUS, check_compiles, launches
+from .capture import CUDA, check_compiles, launches
 from .environment import commit
 from .run import plan
 

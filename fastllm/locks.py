@@ -11,7 +11,7 @@ from typing import IO
 def lock(file: IO, *, wait: bool = False, inherited: bool = False) -> bool:
     """Take the lock on ``file``; returns False if another process has it.
 
-    Where the file system or the operating system has no locks it returns True; a warning says so where it was refused.
+    Where the file system, or the operating system, has no locks, it returns True and warns.
 
     Args:
         file: open for writing; closing it gives the lock back, and so does the end of the process.

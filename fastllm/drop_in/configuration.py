@@ -14,6 +14,8 @@ from collections.abc import Iterator
 
 import torch
 
+from .swap import MadeClasses
+
 NAME = "fastllm"
 INTERNAL = "_attn_implementation_internal"
 
@@ -112,7 +114,13 @@ def switch_of(config) -> Switch | None:
     return getattr(config, "fastllm_switch", None)
 
 
-_classes: dict[type, type] = {}
+_classes = MadeClasses()
+
+
+def _make_class(cls: type) -> type:
+    meta = _SameClass if type(cls) is type else type("_SameClass", (_SameClass, type(cls)), {})
+    body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "fastllm_of": cls}
+    return types.new_class(cls.__name__, (Face, cls), {"metaclass": meta}, lambda space: space.update(body))
 
 
 def unfaced(config):
@@ -123,14 +131,7 @@ def unfaced(config):
 def face(config, switch: Switch, in_a_call: bool):
     """The other face of ``config``; ``in_a_call``: it names our attention only while a model's forward is at work."""
     cls = type(config)
-    if cls not in _classes:
-        meta = type("_SameClass", (_SameClass, type(cls)), {}) if type(cls) is not type else _SameClass
-        body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-        body["fastllm_of"] = cls
-        _classes[cls] = types.new_class(
-            cls.__name__, (Face, cls), {"metaclass": meta}, lambda space: space.update(body)
-        )
-    made = object.__new__(_classes[cls])
+    made = object.__new__(_classes.get(cls, None, lambda: _make_class(cls)))
     object.__setattr__(made, "__dict__", vars(config))
     object.__setattr__(made, "fastllm_original", config)
     object.__setattr__(made, "fastllm_switch", switch)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import types
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -69,13 +71,33 @@ def _made_class(cls: type) -> tuple[type, type, Kind]:
     return made, made.fastllm_original, made.fastllm_kind
 
 
-_classes: dict[tuple[type, Kind], type] = {}
+class MadeClasses:
+    """Classes made from others, one for each ``key``, that live no longer than somebody uses them."""
+
+    def __init__(self):
+        self._of: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def get(self, original: type, key, make: Callable[[], type]) -> type:
+        with self._lock:
+            made = self._of.setdefault(original, weakref.WeakValueDictionary())
+            found = made.get(key)
+            if found is None:
+                found = made[key] = make()
+            return found
+
+    def __len__(self):
+        return sum(len(made) for made in list(self._of.values()))
+
+
+_classes = MadeClasses()
 
 
 def _class_for(original: type, kind: Kind) -> type:
-    key = (original, kind)
-    if key in _classes:
-        return _classes[key]
+    return _classes.get(original, kind, lambda: _make_class(original, kind))
+
+
+def _make_class(original: type, kind: Kind) -> type:
     before = original.forward
     replacement = FORWARDS[kind.name]
     options = kind.options
@@ -95,9 +117,7 @@ def _class_for(original: type, kind: Kind) -> type:
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }
-    made = types.new_class(original.__name__, (Accelerated, original), {}, lambda body: body.update(namespace))
-    _classes[key] = made
-    return made
+    return types.new_class(original.__name__, (Accelerated, original), {}, lambda body: body.update(namespace))
 
 
 def swap_forward(module: torch.nn.Module, kind: Kind) -> None:

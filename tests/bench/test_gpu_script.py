@@ -21,10 +21,11 @@ import torch
 from triton import knobs
 from fastllm import OPS
 from fastllm.bench import capture, cases
+from fastllm.kernels.device import GPUS
 hits = []
 knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
 make = partial(next(iter(cases.shapes_of("swiglu").values())), capture.CUDA, torch.bfloat16)
-capture.launches(OPS["swiglu"], make, capture.GPUS[90])
+capture.launches(OPS["swiglu"], make, GPUS[90])
 print(*hits)
 """
 

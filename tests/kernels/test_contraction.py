@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from conftest import DEVICE
 from contracting import contracting
 
 import fastllm
 from fastllm.functional import cross_entropy
 from fastllm.kernels.cross_entropy import forward, logits
 
-pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="contraction is emulated in the interpreter")
+pytestmark = pytest.mark.runs_on("interpreter")
 
 OPTIONS = [
     {},

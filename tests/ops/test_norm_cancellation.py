@@ -13,6 +13,8 @@ from fastllm.functional import add_layer_norm, layer_norm
 from fastllm.kernels.norm import backward, forward, long_row
 from fastllm.registry import Sample
 
+pytestmark = pytest.mark.runs_on("gpu", "interpreter")
+
 # Name -> what makes the launchers take that form for rows of 33 to 64 columns; (module, constant) -> value.
 FORMS = {
     "tile": {},

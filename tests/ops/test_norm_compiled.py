@@ -10,6 +10,8 @@ import fastllm
 from fastllm import OPS
 from fastllm.backends import why_not
 
+pytestmark = pytest.mark.runs_on("gpu", "interpreter")
+
 ARGUMENTS = {
     "layer_norm": ("input", "weight", "bias"),
     "rms_norm": ("input", "weight"),

@@ -12,6 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fastllm
 from fastllm.registry import OPS
 
+pytestmark = pytest.mark.runs_on("gpu", "interpreter")
+
 SIZES = (7, 13, 64, 200, 33, 130)
 
 

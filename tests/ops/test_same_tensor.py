@@ -11,6 +11,8 @@ from torch.utils import _pytree as pytree
 import fastllm
 from fastllm import OPS
 
+pytestmark = pytest.mark.runs_on("gpu", "interpreter")
+
 
 def flat(sample):
     return pytree.tree_flatten_with_path((sample.args, dict(sample.kwargs)))

@@ -5,7 +5,7 @@ import json
 import pytest
 from pages import article
 
-from fastllm.config import InputError, build
+from fastllm.config import InputError, build_settings
 from fastllm.data.clean import CleanConfig, Document, Rejection, clean
 from fastllm.data.pipeline import prepare_text
 
@@ -47,7 +47,7 @@ def test_a_list_that_cannot_be_used_is_refused_before_any_work(tmp_path):
         CleanConfig(block_urls=str(tmp_path / "missing.txt"))
     (tmp_path / "bad.txt").write_text("good.example\nno host here\n")
     with pytest.raises(InputError, match=r"line 2: expected a host or host/path, got 'no host here'"):
-        build(CleanConfig, {"block_urls": str(tmp_path / "bad.txt")}, "command line")
+        build_settings(CleanConfig, {"block_urls": str(tmp_path / "bad.txt")}, "command line")
 
 
 def test_a_run_counts_what_it_left_out(tmp_path):

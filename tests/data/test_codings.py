@@ -7,7 +7,7 @@ import zlib
 import pytest
 from pages import article, page
 
-from fastllm.data.sources import Entry, Failure, Limits, Raw, read
+from fastllm.data.sources import Failure, Limits, Raw, SourceEntry, read
 from fastllm.data.sources.codings import codings, undo
 from fastllm.data.sources.limits import MIB, Unreadable
 
@@ -49,7 +49,7 @@ def record(body: bytes, *headers: str) -> bytes:
 def read_records(tmp_path, *records: bytes, limits: Limits = SMALL):
     path = tmp_path / "a.warc"
     path.write_bytes(b"".join(records))
-    return list(read(Entry(str(path), path.name, "warc", path.stat().st_size), limits))
+    return list(read(SourceEntry(str(path), path.name, "warc", path.stat().st_size), limits))
 
 
 @pytest.mark.parametrize(

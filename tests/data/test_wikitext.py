@@ -6,7 +6,7 @@ from pages import dump
 from fastllm.data.clean import CleanConfig, Document, clean
 from fastllm.data.clean.text import tidy
 from fastllm.data.clean.wikitext import extract_wikitext
-from fastllm.data.sources import Entry, Limits, read
+from fastllm.data.sources import Limits, SourceEntry, read
 
 pytest.importorskip("mwparserfromhell")
 
@@ -45,7 +45,7 @@ def test_name_spaces_come_from_the_dump(tmp_path):
     head, pages = content.split("<page>", 1)
     path = tmp_path / "a.xml"
     path.write_text(f"{head}{SITEINFO}<page>{pages}")
-    (raw,) = read(Entry(str(path), path.name, "mediawiki", path.stat().st_size), Limits())
+    (raw,) = read(SourceEntry(str(path), path.name, "mediawiki", path.stat().st_size), Limits())
     document, _ = clean(Document(raw.id, raw.content.decode(), raw.kind, raw.metadata), CleanConfig(rules=("none",)))
     assert document.text == "Eins zwei drei Kunst: Teil 1."
     assert document.metadata == {"title": "Geige"}
