@@ -12,9 +12,9 @@ FEATURES = ("window", "softcap", "alibi_slopes", "sinks", "bias", "dropout_p", "
 
 def _refuse(options: dict, *has: str) -> None:
     """Raises NotImplementedError for an option that is set and not in ``has``."""
-    lacking = [name for name in FEATURES if name not in has and (options.get(name) not in (None, 0.0))]
-    if lacking:
-        raise NotImplementedError(f"does not take {', '.join(lacking)}")
+    missing = [name for name in FEATURES if name not in has and (options.get(name) not in (None, 0.0))]
+    if missing:
+        raise NotImplementedError(f"does not take {', '.join(missing)}")
 
 
 def _top_left(causal: bool, query, key) -> bool:

@@ -68,7 +68,7 @@ class PlainTransformer:
         return self._linear(x, f"{name}.down")
 
     def loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy in nats of ``targets`` (B, T) given ``tokens``; target -100 counts not."""
+        """Mean cross-entropy in nats of ``targets`` (B, T) given ``tokens``; -100 is ignored."""
         config, weights, length = self.config, self.weights, tokens.shape[1]
         x = F.embedding(tokens, weights["token_embedding.weight"])
         rotary = None

@@ -105,7 +105,7 @@ class Encoder(Pretrained, nn.Module):
         return head.head(head(states)) * self.config.logit_scale
 
     def masked_loss(self, encoded: Encoded, positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy of ``targets`` (B, M) at ``positions`` (B, M); -100 counts not.
+        """Mean cross-entropy of ``targets`` (B, M) at ``positions`` (B, M); -100 is ignored.
 
         Only these rows reach the head and the vocabulary; of them on a CPU only those that count.
         """

@@ -20,7 +20,7 @@ def confusion(labels: Sequence[int], predicted: Sequence[int], classes: int) -> 
 
 
 def f1_macro(labels: Sequence[int], predicted: Sequence[int], classes: int) -> float:
-    """The mean over classes of 2 TP / (2 TP + FP + FN); a class that never occurs on either side counts not."""
+    """The mean over classes of 2 TP / (2 TP + FP + FN); a class that occurs on neither side is left out."""
     table = confusion(labels, predicted, classes)
     both = table.sum(0) + table.sum(1)
     return float(np.mean(2 * table.diagonal()[both > 0] / both[both > 0]))

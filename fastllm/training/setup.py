@@ -135,10 +135,10 @@ def new_model(config: RunConfig) -> Model:
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {
         name for name, _ in model.named_parameters()
     }
-    lacking = [name for name in own if name.startswith(body) and name not in taken and name not in tied]
-    lacking = [name for name in lacking if name in dict(model.named_parameters(remove_duplicate=False))]
-    if lacking:
-        raise InputError(f"pretrained: {path} does not fit the model: {lacking[0]} is missing or of another shape")
+    missing = [name for name in own if name.startswith(body) and name not in taken and name not in tied]
+    missing = [name for name in missing if name in dict(model.named_parameters(remove_duplicate=False))]
+    if missing:
+        raise InputError(f"pretrained: {path} does not fit the model: {missing[0]} is missing or of another shape")
     if config.objective.lora_rank:
         add_lora(model, config.objective.lora_rank, {name for name in own if name not in taken and name not in tied})
     return model
