@@ -77,7 +77,7 @@ class EncoderDecoder(Pretrained, nn.Module):
         self, source: torch.Tensor, lengths: torch.Tensor | None, tokens: torch.Tensor, targets: torch.Tensor,
         label_smoothing: float = 0.0,
     ) -> torch.Tensor:  # fmt: skip
-        """Mean cross-entropy in nats (fp32 scalar) of ``targets`` (B, T) given ``tokens``; target -100 counts not."""
+        """Mean cross-entropy in nats (fp32 scalar) of ``targets`` (B, T) given ``tokens``; -100 is ignored."""
         hidden = self.decoder.decode(tokens, self.encode(source, lengths))
         return self.head.loss(hidden, targets, self.config.logit_scale, label_smoothing)
 
