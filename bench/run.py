@@ -131,7 +131,7 @@ class Entrants:
     """The providers of one call that are right, how long their first calls took, and what is wrong with the others."""
 
     def __init__(
-        self, op: Op, sample: Sample, dtype: torch.dtype, device: torch.device, only=(), left=math.inf,
+        self, op: Op, sample: Sample, dtype: torch.dtype, device: torch.device, only=(), *, left=math.inf,
         compiling: Compiling | None = None,
     ):  # fmt: skip
         compiling = compiling or Compiling()
@@ -198,7 +198,7 @@ def measure(
     """
     began = time.monotonic()
     cost = op.cost(*sample.args, **sample.kwargs)
-    entrants = Entrants(op, sample, getattr(torch, dtype), device, only, left, compiling)
+    entrants = Entrants(op, sample, getattr(torch, dtype), device, only, left=left, compiling=compiling)
     common = dict(op=op.name, shape=sample.name, dtype=dtype, **sweep)
     directions = DIRECTIONS if cases.differentiable(sample) else DIRECTIONS[:1]
     states = {}

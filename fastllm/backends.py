@@ -129,7 +129,6 @@ def why_not(name: str, device_type: str, dtypes: Iterable[torch.dtype] = (), op:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _not_hopper(device_type: str) -> str | None:
     from .kernels.device import device_info
 
@@ -138,6 +137,10 @@ def _not_hopper(device_type: str) -> str | None:
         return None
     found = "the interpreter" if info.vendor == "interpreter" else info.architecture
     return f"it is for GPUs of sm_90 (H100, H200), this is {found}"
+
+
+# What torch.compiler.assume_constant_result does; that imports torch._dynamo, which takes longer than all of fastllm.
+_not_hopper._dynamo_marked_constant = True
 
 
 def under_transform() -> bool:

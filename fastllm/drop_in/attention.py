@@ -133,7 +133,7 @@ def attention_forward(module, *args, **kwargs):
 
 
 def _attention_forward(
-    module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, position_bias=None,
+    module, query, key, value, attention_mask, *, dropout=0.0, scaling=None, is_causal=None, position_bias=None,
     cache=None, softcap=None, s_aux=None, **kwargs,
 ):  # fmt: skip
     """Attention in transformers' form; (B, H, S, D) in, (B, S, H, D) out, no weights.

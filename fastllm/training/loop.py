@@ -109,7 +109,13 @@ class Run:
         self.config = replace(config, training=training)
 
     def measure(self) -> Measured:
-        """Measure the device; say and record what will be trained, where and how."""
+        """Measure the device; say and record what will be trained, where and how.
+
+        Raises:
+            BackendError: the backend that was asked for cannot serve this model.
+        """
+        if self.ranks.size == 1:
+            self._try_one_row()
         measured = {}
         auto = self.state.dtype == "auto"
         if auto:
@@ -156,6 +162,12 @@ class Run:
             f"{peak / 1e9:,.0f} GFLOP/s (matrix product measured here, {self.state.dtype})"
         )
         return Measured(peak, flops_per_token)
+
+    def _try_one_row(self) -> None:
+        """The losses of one sequence: what cannot be computed is refused before anything is written."""
+        row = rows_of(self.sample(), 1)[0]
+        with keep_random_state(self.device), torch.no_grad():
+            self.objective.losses(self.model, row)
 
     def sample(self) -> Batch:
         """A forward pass's worth of the next batch, for measuring and compiling."""

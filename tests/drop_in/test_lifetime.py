@@ -81,7 +81,7 @@ def test_models_that_each_differ_leave_nothing_behind():
     kept, before = len(swap._classes), alive()
     for i in range(1, 20):
         come_and_go(i)
-    assert alive() == before
+    assert alive() <= before
     assert len(swap._classes) <= kept
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import DEVICE
-from contract import assert_as_true, copy, run
+from contract import assert_all_as_true, copy, run, truth_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -129,11 +129,8 @@ def test_means_large_beside_the_spread(form, dtype, n_cols, exponents, seed):
         "", (x.requires_grad_(), (n_cols,)), dict(weight=weight.requires_grad_(), bias=bias.requires_grad_())
     )
     op = OPS["layer_norm"]
-    truth = run(op.reference, copy(sample, torch.float64))
     yardstick = run(op.function, copy(sample), "eager")
-    for mine, true, stick in zip(run(op.function, copy(sample), "triton"), truth, yardstick, strict=True):
-        for i, (a, b, c) in enumerate(zip(mine, true, stick, strict=True)):
-            assert_as_true(a, b, c, dtype, f"{form} {i}")
+    assert_all_as_true(run(op.function, copy(sample), "triton"), truth_of(op, sample), yardstick, dtype, form)
 
 
 @pytest.mark.parametrize("n_cols", [65537, 262_144])

@@ -73,7 +73,7 @@ def test_a_rank_that_is_killed_and_one_that_hangs_are_restarted_and_the_run_ends
     assert (tmp_path / "faults.txt").read_text() == "killed\nhung\n"
     # Rank 0 finds its peer gone, unless torchrun ends it before it looks.
     assert re.search("rank 0: another process has died or cannot be reached|closing signal SIGTERM", result.stderr)
-    assert re.search(r"step 6 has stood still for 3 s; waiting for rank 1 on \S+, at loop.py:\d+ in", result.stderr)
+    assert re.search(r"step 6 has stood still for 3 s; waiting for rank 1 on \S+, at session.py:\d+ in", result.stderr)
     assert len(steps(tmp_path / "run")) == 6
     # "whole" was not disturbed.
     assert torch.equal(steps(tmp_path / "run"), steps(tmp_path / "whole"))

@@ -194,7 +194,7 @@ def test_an_orthogonal_factor_is_computed_in_what_the_device_multiplies(dtype, m
 
 def test_without_products_of_bfloat16_nothing_is_timed(monkeypatch):
     monkeypatch.setattr(measure, "matmul_dtype", lambda device: torch.float32)
-    monkeypatch.setattr(measure, "_seconds", lambda run, device: pytest.fail("nothing is to be timed"))
+    monkeypatch.setattr(measure, "seconds_of", lambda run, device: pytest.fail("nothing is to be timed"))
     assert faster_dtype(CausalLM, Transformer(TOY), {}) == ("float32", {})
 
 
@@ -216,7 +216,7 @@ def test_measuring_stops_when_one_precision_is_clearly_behind(seconds, rounds, c
         return seconds[turns[-1]]
 
     monkeypatch.setattr(measure, "matmul_dtype", lambda device: torch.bfloat16)
-    monkeypatch.setattr(measure, "_seconds", fake)
+    monkeypatch.setattr(measure, "seconds_of", fake)
     assert faster_dtype(CausalLM, Transformer(TOY), {}) == (chosen, seconds)
     assert len(turns) == 2 * rounds
 
