@@ -90,7 +90,11 @@ def test_measured_and_known_agree_here():
         ratios = [cpu._seconds(torch.bfloat16) / cpu._seconds(torch.float32) for _ in range(5)]
         cpu._measured.cache_clear()
         cpu._measured(torch.bfloat16)
-    assert (min(ratios) <= cpu._SLOWER) if known else (max(ratios) > cpu._SLOWER)
+    if known:
+        assert min(ratios) <= cpu._SLOWER
+    elif not cpu.wished():
+        # A cap takes the products from oneDNN and leaves others that may be quick.
+        assert max(ratios) > cpu._SLOWER
 
 
 LEVEL = """
