@@ -92,7 +92,7 @@ def test_measured_and_known_agree_here():
         cpu._measured(torch.bfloat16)
     if known:
         assert min(ratios) <= cpu._SLOWER
-    elif not cpu.wished():
+    elif not cpu.here().caps:
         # A cap takes the products from oneDNN and leaves others that may be quick.
         assert max(ratios) > cpu._SLOWER
 
