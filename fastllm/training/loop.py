@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .. import cpu
+from ..backends import chosen_backend
 from ..config import InputError, settings
 from ..data import Dataset, derive_seed
 from ..files import whole_folder
@@ -114,7 +115,7 @@ class Run:
         Raises:
             BackendError: the backend that was asked for cannot serve this model.
         """
-        if self.ranks.size == 1:
+        if self.ranks.size == 1 and chosen_backend() != "auto":
             self._try_one_row()
         measured = {}
         auto = self.state.dtype == "auto"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import DEVICE
 from contract import assert_all_as_true, copy, run, truth_of
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import fastllm
@@ -27,8 +27,9 @@ FORMS = {
 FORMS_OF = [(form, dtype) for form in FORMS for dtype in (torch.float32, torch.float16, torch.bfloat16)]
 FORMS_OF = [(form, dtype) for form, dtype in FORMS_OF if form != "packed" or dtype != torch.float32]
 DRAWS = settings(
-    max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
-)
+    max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None,
+    phases=[Phase.explicit, Phase.generate],
+)  # fmt: skip
 # fp32's numbers but the subnormal ones and those of which the sum of a row would overflow.
 NUMBERS = st.builds(
     lambda digits, exponent: digits * 2.0**exponent, st.integers(-(2**24), 2**24), st.integers(-120, 85)
@@ -123,8 +124,10 @@ def test_means_large_beside_the_spread(form, dtype, n_cols, exponents, seed):
     _, mean, _ = _statistics(x, "triton")
     wide = x.double()
     unit = torch.nextafter(mean.abs(), torch.full_like(mean, torch.inf)) - mean.abs()
-    # A unit in the last place, and fp32's rounding of deviations of 1.
-    assert ((mean.double() - wide.mean(1)).abs() <= unit + 2.0**-24).all()
+    # A unit in the last place, and fp32's rounding of deviations of 1. The packed form sums distances from the row's
+    # first number once: each is rounded, and so are the 6 levels of a tree of 64.
+    rounded = 7 * (wide - wide[:, :1]).abs().amax(1) if form == "packed" else 1.0
+    assert ((mean.double() - wide.mean(1)).abs() <= unit + 2.0**-24 * rounded).all()
     sample = Sample(
         "", (x.requires_grad_(), (n_cols,)), dict(weight=weight.requires_grad_(), bias=bias.requires_grad_())
     )
