@@ -63,7 +63,7 @@ def fixed_settings(training: TrainingConfig) -> dict[str, object]:
 
 
 class Run:
-    """A run in a folder: its settings, data, model, optimisers and place. :meth:`train` takes it to its end."""
+    """A run in a folder: data, model, optimisers and place. :func:`.session.train_run` takes it to its end."""
 
     def __init__(
         self, config: RunConfig, folder: Path, dataset: Dataset, display: Display, checkpoint: Path | None,
