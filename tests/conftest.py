@@ -1,6 +1,7 @@
 """Kernels run on the GPU where there is one, otherwise in Triton's interpreter, which must be chosen before torch."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,9 @@ else:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.pop("FASTLLM_BACKEND", None)
 os.environ.setdefault("MPLBACKEND", "Agg")
+# A shell starts what it puts in the background with SIGINT ignored; processes started from here would inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Workers share the cores, and so do the processes that they start. Two workers of two threads each on two busy cores
 # took 1.6 times as long as of one thread each.
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
