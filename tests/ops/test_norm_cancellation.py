@@ -136,6 +136,18 @@ def test_means_large_beside_the_spread(form, dtype, n_cols, exponents, seed):
     assert_all_as_true(run(op.function, copy(sample), "triton"), truth_of(op, sample), yardstick, dtype, form)
 
 
+def test_equal_columns_of_a_row_that_is_packed():
+    """At the packed form's own width, where sums need more than fp32's 24 bits: of fewer columns they are exact.
+
+    With the sum taken from 0 instead of from the row's first number 5 of these 12 rows have another mean.
+    """
+    n_cols = 65_534
+    values = (torch.rand(12, generator=torch.Generator().manual_seed(0)) * 2 + 0.1).to(DEVICE, torch.float16)
+    y, mean, _ = _statistics(values[:, None].expand(-1, n_cols).contiguous(), "triton")
+    assert not y.any()
+    assert torch.equal(mean, values.to(mean.dtype))
+
+
 @pytest.mark.parametrize("n_cols", [65537, 262_144])
 def test_the_mean_of_a_row_wider_than_any_tile(n_cols):
     x = 1e4 + torch.randn(2, n_cols, device=DEVICE)
