@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from ..functional import cross_entropy, embedding, layer_norm, rms_norm
@@ -116,30 +118,40 @@ def _is_linear(module) -> bool:
     return type(module).forward is torch.nn.Linear.forward and not hooked(module) and "forward" not in vars(module)
 
 
+class _Asked(NamedTuple):
+    """What the forward of ``torch.nn.MultiheadAttention`` is called with."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    key_padding_mask: torch.Tensor | None = None
+    need_weights: bool = True
+    attn_mask: torch.Tensor | None = None
+    average_attn_weights: bool = True
+    is_causal: bool = False
+
+
 @forward_of("multihead_attention")
-def multihead_attention_forward(
-    module, original, options, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
-    average_attn_weights=True, is_causal=False,
-):  # fmt: skip
-    same = query is key and key is value
-    query, key, value = (value_of(x) for x in (query, key, value))
+def multihead_attention_forward(module, original, options, *args, **kwargs):
+    asked = _Asked(*args, **kwargs)
+    same = asked.query is asked.key and asked.key is asked.value
+    query, key, value = (value_of(x) for x in asked[:3])
     if same:
         key = value = query
+    asked = asked._replace(query=query, key=key, value=value)
     weights = [p for p in module.parameters() if p is not None]
-    ordinary = not need_weights and plain(query, key, value, key_padding_mask, attn_mask, *weights)
+    ordinary = not asked.need_weights and plain(query, key, value, asked.key_padding_mask, asked.attn_mask, *weights)
     ordinary = ordinary and query.is_floating_point() and _is_linear(module.out_proj)
 
     def before():
-        return original(
-            module, query, key, value, key_padding_mask=key_padding_mask, need_weights=need_weights,
-            attn_mask=attn_mask, average_attn_weights=average_attn_weights, is_causal=is_causal,
-        )  # fmt: skip
+        return original(module, **asked._asdict())
 
     if not ordinary:
-        own("attention", "weights are asked for (need_weights)" if need_weights else UNFIT)
+        own("attention", "weights are asked for (need_weights)" if asked.need_weights else UNFIT)
         return before()
     try:
-        return multihead_attention(module, query, key, value, AttentionMasks(key_padding_mask, attn_mask, is_causal))
+        masks = AttentionMasks(asked.key_padding_mask, asked.attn_mask, asked.is_causal)
+        return multihead_attention(module, query, key, value, masks)
     except (TypeError, ValueError) as error:
         own("attention", str(error))
         return before()  # which says so in torch's own words

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -154,12 +156,8 @@ def _recognise(module, argument: str) -> GatedMLP | str:
         small = _small_layers(linears, gate, up, down)
         measured = [(x, *_outputs(module, stages, small, others, x, training)) for x, training in _inputs()]
         for formula, inner, outer in itertools.product(FORMULAS, (None, *dropouts), (None, *dropouts)):
-
-            def truth(x, parts=small, gate=gate, up=up, down=down, act=FORMULAS[formula], inner=inner, outer=outer):
-                first = parts[gate](x)
-                a, b = first.chunk(2, -1) if up is None else (first, parts[up](x))
-                return stages[outer](parts[down](stages[inner](act(a) * b)))
-
+            layers = small[gate], None if up is None else small[up], small[down]
+            truth = _GatedProduct(FORMULAS[formula], *layers, stages[inner], stages[outer])
             if all(_same(truth, *each) for each in measured):
                 return GatedMLP(
                     formula, gate, up, down, inner, outer,
@@ -167,6 +165,22 @@ def _recognise(module, argument: str) -> GatedMLP | str:
                     settings_of(module),
                 )  # fmt: skip
     return "its forward is none of swiglu, geglu and geglu by tanh between its layers"
+
+
+class _GatedProduct(NamedTuple):
+    """``outer(down(inner(act(gate(x)) * up(x))))``; without ``up``, ``gate`` gives both halves."""
+
+    act: Callable
+    gate: nn.Linear
+    up: nn.Linear | None
+    down: nn.Linear
+    inner: Callable
+    outer: Callable
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        first = self.gate(x)
+        a, b = first.chunk(2, -1) if self.up is None else (first, self.up(x))
+        return self.outer(self.down(self.inner(self.act(a) * b)))
 
 
 def _inputs() -> list[tuple[torch.Tensor, bool]]:

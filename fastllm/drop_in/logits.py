@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -30,6 +31,18 @@ def _autocast_state(device_type: str):
     return torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
 
 
+class _Loss(NamedTuple):
+    """What ``F.cross_entropy`` was asked for after its logits."""
+
+    target: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    size_average: bool | None = None
+    ignore_index: int = -100
+    reduce: bool | None = None
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+
+
 class Logits:
     """The plan of ``linear(hidden, weight, bias)``, reshaped, indexed, cast, scaled and soft-capped since.
 
@@ -47,7 +60,7 @@ class Logits:
         # last: the last factor; pending: the soft cap that tanh has begun.
         self.scale, self.softcap, self.last, self.pending = 1.0, None, 1.0, None
         self.shift = None  # a constant for each class, added since: (V,) and its version
-        self.value = None
+        self.value = self.version = None  # once they were read
         self.consumed = False
         if parent is None:
             self.autocast = _autocast_state(hidden.device.type)
@@ -169,7 +182,7 @@ class Logits:
         if not self._unread():
             return NotImplemented
         if func is torch.nn.functional.cross_entropy and args and args[0] is tensor:
-            return self._loss(*args[1:], **kwargs)
+            return self._loss(_Loss(*args[1:], **kwargs))
         if args and args[0] is tensor and torch.is_grad_enabled():
             return _step(self, tensor, func, args[1:], kwargs)
         return NotImplemented
@@ -184,11 +197,11 @@ class Logits:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
-    def _loss(
-        self, target=None, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean",
-        label_smoothing=0.0,
-    ):  # fmt: skip
-        if self.class_dim != 1 or self.pending is not None or size_average is not None or reduce is not None:
+    def _loss(self, asked: _Loss):
+        target, weight = asked.target, asked.weight
+        if self.class_dim != 1 or self.pending is not None:
+            return NotImplemented
+        if asked.size_average is not None or asked.reduce is not None:
             return NotImplemented
         if type(target) is not torch.Tensor or target.dtype not in (torch.int64, torch.uint8):
             return NotImplemented
@@ -215,8 +228,8 @@ class Logits:
         with torch.autocast(self.hidden.device.type, narrow, enabled=enabled):
             return serve(
                 None, linear_cross_entropy, self.rows, self.weight, target, linear_bias=bias, weight=weight,
-                reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing, softcap=self.softcap,
-                logit_scale=self.scale,
+                reduction=asked.reduction, ignore_index=asked.ignore_index, label_smoothing=asked.label_smoothing,
+                softcap=self.softcap, logit_scale=self.scale,
             ).to(out)  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from fastllm.models import ModelConfig, build_model
 from fastllm.training.config import TrainingConfig, build_run_config
 from fastllm.training.objectives import MaskedLM, ObjectiveConfig, PrefixLM, fit_model, make_objective, rows_of
 from fastllm.training.objectives.examples import POOL, ExampleOrder
-from fastllm.training.objectives.masked import Pieces, Sentences, mask_tokens
+from fastllm.training.objectives.masked import Masking, Pieces, Sentences, mask_tokens
 from fastllm.training.optimizer import Optimizers
 from fastllm.training.step import StepSettings, train_step
 
@@ -93,9 +93,8 @@ def words():
 def drawn(ids, groups, rng, probability=0.15, allowed=None, most=10**6):
     hidden = ids.copy()
     allowed = np.ones(len(ids), bool) if allowed is None else allowed
-    positions, targets = mask_tokens(
-        hidden, groups, allowed, probability, most, 299, np.arange(10, 290), np.random.default_rng(rng)
-    )
+    how = Masking(probability, most, 299, np.arange(10, 290))
+    positions, targets = mask_tokens(hidden, groups, allowed, how, np.random.default_rng(rng))
     return hidden, positions, targets
 
 

@@ -123,6 +123,7 @@ class Group(Ranks):
         # The saving thread has a group of its own: its messages cannot meet the step's.
         self.quiet = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
         self._watch = Watch(self.rank, self.size, training.hang_timeout)
+        self._module: nn.Module | None = None  # what torch's engine has put its hooks on, once there is a model
 
     def device(self, device: torch.device) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
