@@ -11,18 +11,10 @@ import torch
 from .call import Chunking
 from .loss import LOSS_SCHEMA, Labelled, Loss
 from .operator import LossGradients
-from .products import add_product, logits_into, rows_gradient_into
+from .products import Layer, LayerGradients, logits_into
 from .rows import ROW_LOSSES, Extras
 
 DEFAULT_WORKSPACE_MB = {"cuda": 1200.0, "cpu": 64.0}
-
-
-class Layer(NamedTuple):
-    """A linear layer and the rows (N, D) that it is applied to: what gets a gradient."""
-
-    x: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
 
 
 class LayerLoss(NamedTuple):
@@ -126,14 +118,11 @@ def in_chunks(layer: Layer, call: LayerLoss, upstream: LossGradients, needs, wan
     x, linear_weight, linear_bias = layer
     n, n_classes = x.shape[0], linear_weight.shape[0]
     wide = torch.promote_types(x.dtype, torch.float32)
-    need_dx, need_dw, need_db = needs if upstream.loss is not None else (False, False, False)
     held_rows = [torch.zeros(n, dtype=wide, device=x.device) if want else None for want in (True, True, *wanted)]
     index = rows_to_compute(call.target, call.loss.ignore_index, call.chunking)
     count = n if index is None else len(index)
-    dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_dx else None
-    blank = torch.empty if count else torch.zeros  # the first chunk overwrites it
-    dw = blank(linear_weight.shape, dtype=wide, device=x.device) if need_dw else None
-    db = torch.zeros(n_classes, dtype=wide, device=x.device) if need_db else None
+    needs = needs if upstream.loss is not None else (False, False, False)
+    gradients = LayerGradients.of(layer, needs, call.backend, empty=count == 0)
     # Planned for the most rows that may be computed: on CUDA the host does not know how many are.
     most = n if call.chunking.max_targets is None else min(n, call.chunking.max_targets)
     capped = call.loss.softcap is not None
@@ -156,15 +145,5 @@ def in_chunks(layer: Layer, call: LayerLoss, upstream: LossGradients, needs, wan
             for whole, some in zip(held_rows, row_losses(labelled, upstream.of(at), wanted), strict=True):
                 if whole is not None:
                     whole[at] = some
-            if need_dw:
-                add_product(dw, mine, xc, call.backend, first=start == 0)
-            if need_db:
-                db += mine.sum(0, dtype=wide)
-            if need_dx:
-                if mine.dtype != z.dtype:
-                    z.copy_(mine)
-                if index is None:
-                    rows_gradient_into(z, linear_weight, dx[at])
-                else:
-                    dx.index_copy_(0, at, rows_gradient_into(z, linear_weight, torch.empty_like(xc)))
-    return *held_rows, dx, dw, db
+            gradients.add(at, xc, mine, z)
+    return *held_rows, gradients.x, gradients.weight, gradients.bias

@@ -9,10 +9,11 @@ import torch
 from ...registry import define
 from ..shared.autograd import gradients, scalable
 from .call import LinearCrossEntropyCall
-from .chunks import LAYER_LOSS_SCHEMA, Layer, LayerLoss, in_chunks
+from .chunks import LAYER_LOSS_SCHEMA, LayerLoss, in_chunks
 from .linear_reference import denominator, linear_definition
 from .loss import out_of_range
 from .operator import LossGradients
+from .products import Layer
 from .rows import Extras
 
 _NOTHING = (False, False, False)
