@@ -4,6 +4,7 @@ from .ops.attention.attention import attention
 from .ops.attention.sdpa import scaled_dot_product_attention
 from .ops.cross_entropy.cross_entropy import cross_entropy
 from .ops.cross_entropy.linear import linear_cross_entropy, linear_cross_entropy_plan
+from .ops.cross_entropy.log_probs import linear_log_probs
 from .ops.embedding.embedding import embedding
 from .ops.embedding.embedding_sum import embedding_sum
 from .ops.gated import geglu, swiglu
@@ -23,6 +24,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "linear_cross_entropy_plan",
+    "linear_log_probs",
     "rms_norm",
     "rotary_embedding",
     "scaled_dot_product_attention",

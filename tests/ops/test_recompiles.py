@@ -44,6 +44,7 @@ CALLS = {
     "embedding_sum": lambda n: ([_ids(40, n), _ids(9, n)], [_leaf(40, 16), _leaf(9, 16)]),
     "cross_entropy": lambda n: (_leaf(n, 31), _ids(31, n)),
     "linear_cross_entropy": lambda n: (_leaf(n, 24), _leaf(31, 24), _ids(31, n)),
+    "linear_log_probs": lambda n: (_leaf(n, 24), _leaf(31, 24), _ids(31, n)),
 }
 
 
