@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
 from ..config import InputError, read_plain
 from ..data import Tokenizer
+from ..data.corpus import lines_of
 from ..models import Model, ModelConfig, load_model
 from ..training import RUNS
 from ..training.checkpoints.checkpoint import load_config
@@ -68,6 +70,11 @@ def load_for(folder: Path, device: str, task: str | None = None) -> tuple[Model,
         raise InputError(str(error)) from error
 
 
+def on_a_line(text: str) -> str:
+    """``text`` without line ends; every other character is kept, so that it scores as ``fastllm eval`` scores it."""
+    return re.sub("[\r\n]+", " ", text)
+
+
 def given_texts(texts: list[str], file: str | None) -> list[str]:
     """The texts on the command line, else the lines of ``file`` ("-": standard input); none is empty.
 
@@ -79,7 +86,7 @@ def given_texts(texts: list[str], file: str | None) -> list[str]:
     if file is not None:
         try:
             content = sys.stdin.buffer.read() if file == "-" else read_plain(file)
-            texts = [line for line in content.decode("utf-8-sig").splitlines() if line.strip()]
+            texts = [line for line in lines_of(content.decode("utf-8-sig")) if line.strip()]
         except UnicodeDecodeError as error:
             raise InputError(f"{file}: not UTF-8 text (offset {error.start})") from error
     if not texts or not all(text.strip() for text in texts):

@@ -18,13 +18,14 @@ def filter_logits(
 ) -> torch.Tensor:
     """``logits`` (..., V) in fp32, divided by ``temperature``, -inf outside the ``top_k`` largest and the nucleus.
 
+    Exactly ``top_k`` are kept, also where several are equal to the least of them.
     The nucleus is the smallest set of most likely tokens whose probabilities reach ``top_p`` (Holtzman et al. 2020);
     it always holds the most likely one.
     """
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
-        smallest = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
+        largest = logits.topk(top_k, dim=-1)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, largest.indices, largest.values)
     if top_p is not None and top_p < 1.0:
         ordered, order = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(-1)
