@@ -1,5 +1,9 @@
-"""Rewrites the generated parts of the README: ``python docs/tables.py``; ``--check`` says whether they are stale."""
+"""Rewrites what is generated of README.md and docs/benchmarks.md, and docs/speed.png: ``python docs/tables.py``.
 
+``--check`` says whether something is stale.
+"""
+
+import hashlib
 import json
 import re
 import sys
@@ -10,8 +14,9 @@ from fastllm.bench.results import COMPILED, EAGER, in_cases, read_run
 from fastllm.bench.timing import ratios
 from fastllm.registry import OPS
 
-README = Path(__file__).parent.parent / "README.md"
-RESULTS = README.parent / "bench" / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+PICTURE = ROOT / "docs" / "speed.png"
 
 
 def ops() -> str:
@@ -69,7 +74,7 @@ def bench() -> str:
         run = read_run(file)
         # Forward and backward together: a loss may leave its gradient behind in the forward.
         found = leads(in_cases([row for row in run.rows if row.direction == "both"]))
-        lines = [f"{_measured(run.environment)}; [every sample]({file.relative_to(README.parent)}):", ""]
+        lines = [f"{_measured(run.environment)}; every sample is in `{file.relative_to(ROOT)}`:", ""]
         kinds = (EAGER, COMPILED, "best other")
         lines += [f"| op | calls | {' | '.join(f'over {kind}' for kind in kinds)} |", "|---|---|---|---|---|"]
 
@@ -85,29 +90,79 @@ def bench() -> str:
 
 
 GENERATED = {
-    "ops": ops,
-    "bench": bench,
-    "embedding-backward": embedding_backward,
-    "linear-cross-entropy": linear_cross_entropy,
+    "README.md": {"ops": ops},
+    "docs/benchmarks.md": {
+        "bench": bench,
+        "embedding-backward": embedding_backward,
+        "linear-cross-entropy": linear_cross_entropy,
+    },
 }
 
 
-def regenerate(text: str) -> str:
-    """``text`` with each ``<!-- NAME: generated -->`` ... ``<!-- end -->`` filled anew."""
-    for name, make in GENERATED.items():
+def regenerate(page: str, text: str) -> str:
+    """``text`` of a page with each ``<!-- NAME: generated -->`` ... ``<!-- end -->`` filled anew."""
+    for name, make in GENERATED[page].items():
         pattern = re.compile(rf"(<!-- {name}: generated[^\n]*-->\n).*?(\n<!-- end -->)", re.DOTALL)
         text, found = pattern.subn(lambda match, make=make: match[1] + make() + match[2], text)
         if found != 1:
-            raise SystemExit(f"{README}: expected one generated part named {name!r}, found {found}")
+            raise SystemExit(f"{page}: expected one generated part named {name!r}, found {found}")
     return text
 
 
+def picture_sources() -> str:
+    """Changes with every measurement that the picture shows. The picture carries it."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(RESULTS.glob("*/bench.json")))).hexdigest()
+
+
+def draw_picture() -> None:
+    """Geometric means of forward and backward together, a panel for each bench.json."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    runs = [read_run(file) for file in sorted(RESULTS.glob("*/bench.json"))]
+    found = [leads(in_cases([row for row in run.rows if row.direction == "both"])) for run in runs]
+    figure = Figure(figsize=(4.6 * max(len(runs), 2), 0.6 + 0.42 * max(map(len, found))), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, run, leads_of in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, found, strict=True):
+        order = sorted(leads_of, key=lambda op: geometric_mean(leads_of[op].get(EAGER, [1.0])))
+        for shift, kind, colour in ((0.2, EAGER, "#0072b2"), (-0.2, COMPILED, "#009e73")):
+            for y, op in enumerate(order):
+                if values := leads_of[op].get(kind):
+                    mean = geometric_mean(values)
+                    axes.barh(y + shift, mean - 1, 0.36, left=1, color=colour, label=f"over {kind}" if y == 0 else None)
+                    side = 1 if mean >= 1 else -1
+                    axes.annotate(
+                        f"{mean:.1f}" if mean >= 10 else f"{mean:.2f}", (mean, y + shift), xytext=(3 * side, 0),
+                        textcoords="offset points", fontsize=7, va="center", ha="left" if side > 0 else "right",
+                    )  # fmt: skip
+        axes.axvline(1, color="#333333", linewidth=0.9)
+        axes.set(xscale="log", xlim=(0.4, 32), yticks=range(len(order)), yticklabels=order)
+        axes.set_xticks([0.5, 1, 2, 5, 10, 20])
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter("")
+        axes.set_xlabel("times as fast")
+        axes.set_title(_measured(run.environment), fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8, frameon=False, loc="lower right")
+    figure.savefig(PICTURE, metadata={"Sources": picture_sources()})
+
+
 def main() -> None:
-    old = README.read_text(encoding="utf-8")
-    new = regenerate(old)
-    if "--check" in sys.argv[1:]:
-        sys.exit(0 if new == old else f"{README} is stale: run python docs/tables.py")
-    README.write_text(new, encoding="utf-8")
+    check = "--check" in sys.argv[1:]
+    for page in GENERATED:
+        file = ROOT / page
+        old = file.read_text(encoding="utf-8")
+        new = regenerate(page, old)
+        if check and new != old:
+            sys.exit(f"{page} is stale: run python docs/tables.py")
+        if new != old:
+            file.write_text(new, encoding="utf-8")
+    fresh = PICTURE.exists() and picture_sources().encode() in PICTURE.read_bytes()
+    if check and not fresh:
+        sys.exit(f"{PICTURE.relative_to(ROOT)} is stale: run python docs/tables.py")
+    if not fresh:
+        draw_picture()
 
 
 if __name__ == "__main__":
