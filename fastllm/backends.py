@@ -201,9 +201,10 @@ def _pick(op: str, call: Call) -> Choice:
     record = OPS[op]
     tensors = [t for t in call.tensors() if t is not None]
     foreign = _foreign(tensors)
+    dtypes = {t.dtype for t in tensors}
 
     def obstacle(name: str) -> str | None:
-        reason = why_not(name, tensors[0].device.type, [t.dtype for t in tensors], record)
+        reason = why_not(name, tensors[0].device.type, dtypes, record)
         if reason is None and name != "eager":
             reason = foreign
         return reason or record.refuses(name, call)
