@@ -3,6 +3,7 @@
 from .ops.attention.attention import attention
 from .ops.attention.sdpa import scaled_dot_product_attention
 from .ops.cross_entropy.cross_entropy import cross_entropy
+from .ops.cross_entropy.kl import linear_kl_div
 from .ops.cross_entropy.linear import linear_cross_entropy, linear_cross_entropy_plan
 from .ops.cross_entropy.log_probs import linear_log_probs
 from .ops.embedding.embedding import embedding
@@ -24,6 +25,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "linear_cross_entropy_plan",
+    "linear_kl_div",
     "linear_log_probs",
     "rms_norm",
     "rotary_embedding",

@@ -45,6 +45,7 @@ CALLS = {
     "cross_entropy": lambda n: (_leaf(n, 31), _ids(31, n)),
     "linear_cross_entropy": lambda n: (_leaf(n, 24), _leaf(31, 24), _ids(31, n)),
     "linear_log_probs": lambda n: (_leaf(n, 24), _leaf(31, 24), _ids(31, n)),
+    "linear_kl_div": lambda n: (_leaf(n, 24), _leaf(31, 24), _leaf(n, 20), _leaf(31, 20)),
 }
 
 
