@@ -5,7 +5,9 @@ it; the function takes the sums or means that it is given. TRL's JSD leaves out 
 tokens in every policy-gradient loss; here it is averaged as the rest of the loss.
 """
 
+import re
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -166,3 +168,29 @@ def test_the_divergence_is_trls_times_the_temperature_squared(direction, beta):
     share = dict(beta=beta) if direction == "jsd" else {}
     mine = linear_kl_div(x, w, tx, tw, target=labels, direction=direction, temperature=2.0, **share)
     torch.testing.assert_close(mine / 4, theirs)
+
+
+def test_a_trainer_with_these_log_probabilities_gets_trls():
+    """The subclass of docs/post-training.md, as it stands there."""
+    module, utils = _trl("trl.trainer.grpo_trainer"), _trl("trl.trainer.utils")
+    page = (Path(__file__).parent.parent / "docs/post-training.md").read_text("utf-8")
+    (snippet,) = (code for code in re.findall("```python\n(.*?)```", page, re.DOTALL) if "class Trainer" in code)
+    space = {}
+    exec(compile(snippet, "docs/post-training.md", "exec"), space)
+    torch.manual_seed(0)
+    config = _transformers().LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = _transformers().LlamaForCausalLM(config)
+    ids, mask = torch.randint(0, 50, (2, 9)), torch.ones(2, 9, dtype=torch.int64)
+    mask[1, 7:] = 0
+    trainer = _trainer(temperature=0.7)
+    mine = space["Trainer"]._get_per_token_logps_and_entropies(trainer, model, ids, mask, 5, compute_entropy=True)
+    utils.add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
+    theirs = module.GRPOTrainer._get_per_token_logps_and_entropies(trainer, model, ids, mask, 5, compute_entropy=True)
+    for a, b in zip(mine[:2], theirs[:2], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def _transformers():
+    return pytest.importorskip("transformers", reason="transformers is not installed")
