@@ -240,21 +240,22 @@ class Tokenizer:
         """Text of ``ids``; end-of-text tokens are left out, bytes that are not UTF-8 become U+FFFD."""
         return self._inner.decode(list(ids), skip_special_tokens=True)
 
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+    def stream(self, ids: Iterable[int], after: Iterable[int] = ()) -> Iterator[str]:
         """The text of ``ids``, as it comes; the pieces together are :meth:`decode` of all of them.
+
+        Args:
+            after: the ids of a whole text that ``ids`` continue. The pieces are then what follows its own
+                :meth:`decode`: with the space before the first word, where the tokenizer's decoder puts one.
 
         A piece is given out once no later token can change it: its characters are complete, and so is the run of
         tokens that stand for single bytes, which decoders with a byte fallback read as a whole.
         """
         # What was last given out is decoded again before what is new: decoders treat a text's first token apart.
-        window: list[int] = []
-        given, complete = "", 0
-        for token in map(int, ids):
-            name = self._inner.id_to_token(token)
-            if name is None or name in self._skipped_names:
-                continue
+        window = list(self._shown(after))
+        given, complete = self.decode(window), len(window)
+        for token in self._shown(ids):
             window.append(token)
-            if self._byte_fallback and _BYTE_TOKEN.fullmatch(name):
+            if self._byte_fallback and _BYTE_TOKEN.fullmatch(self.token(token)):
                 continue
             text = self.decode(window)
             # The beginning of a character of several bytes is one U+FFFD, at the end.
@@ -272,11 +273,18 @@ class Tokenizer:
         if rest:
             yield rest
 
+    def _shown(self, ids: Iterable[int]) -> Iterator[int]:
+        """Those of ``ids`` that :meth:`decode` does not leave out."""
+        for token in map(int, ids):
+            name = self.token(token)
+            if name is not None and name not in self._skipped_names:
+                yield token
+
     @cached_property
     def _byte_fallback(self) -> bool:
         return '"ByteFallback"' in json.dumps(json.loads(self.definition).get("decoder"))
 
     @cached_property
     def _skipped_names(self) -> frozenset[str]:
-        """What :meth:`decode` leaves out."""
+        """Names of the special tokens."""
         return frozenset(t.content for t in self._inner.get_added_tokens_decoder().values() if t.special)

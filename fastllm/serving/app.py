@@ -83,8 +83,8 @@ def _written(served: ServedModel, values: dict, deadline: float) -> Iterator[str
     except ValueError as error:
         raise BadRequest(str(error)) from error
     tokenizer = served.tokenizer
-    start = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
-    tokens = generate(served.model, start, stop_token=tokenizer.end_of_text, **options)
+    start = tokenizer.encode(prompt)
+    tokens = generate(served.model, [tokenizer.end_of_text, *start], stop_token=tokenizer.end_of_text, **options)
 
     def in_time() -> Iterator[int]:
         for token in tokens:
@@ -92,7 +92,7 @@ def _written(served: ServedModel, values: dict, deadline: float) -> Iterator[str
                 return
             yield token
 
-    return tokenizer.stream(in_time())
+    return tokenizer.stream(in_time(), after=start)
 
 
 def _translated(served: ServedModel, values: dict) -> dict:

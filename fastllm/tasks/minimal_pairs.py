@@ -51,18 +51,18 @@ def _paradigm(path: Path) -> Paradigm:
         try:
             record = json.loads(line)
             pair = (record["sentence_good"], record["sentence_bad"])
-            for sentence in pair:
-                check_encodable(sentence, where)
-                if not sentence.strip():
-                    raise InputError(f"{where}: an empty sentence")
+            names = [str(record.get(key) or path.name.partition(".")[0]) for key in ("UID", "linguistics_term")]
+            for text in (*pair, *names):
+                check_encodable(text, where)
+            if not all(sentence.strip() for sentence in pair):
+                raise InputError(f"{where}: an empty sentence")
         except InputError:
             raise
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{where}: expected JSON with sentence_good and sentence_bad: {error!r}") from error
         pairs.append(pair)
-        first = first or record
-    names = [str(first.get(key) or path.name.partition(".")[0]) for key in ("UID", "linguistics_term")]
-    return Paradigm(*names, pairs)
+        first = first or names
+    return Paradigm(*first, pairs)
 
 
 @torch.no_grad()

@@ -149,7 +149,7 @@ def read_labelled(paths: Sequence[str | Path]) -> Examples:
             examples += _folder(path)
             continue
         text = read_text(path, legacy=[form.shape for form in FORMS if form.latin])
-        form = None if _suffix(path) in (".csv", ".tsv") else next((f for f in FORMS if f.shape.match(text)), None)
+        form = next((form for form in FORMS if form.shape.match(text)), None)
         here = _table(path, text) if form is None else form.read(path, text)
         for number, example in enumerate(here, 1):
             for part in ("text", "label"):
@@ -171,7 +171,7 @@ def _question(entry: dict, context: str, where: str) -> dict:
     question = entry["question"].strip()
     if not question:
         raise InputError(f"{where}: an empty question")
-    for text in (question, context):
+    for text in (str(entry["id"]), question, context):
         check_encodable(text, where)
     answers = []
     for answer in [] if entry.get("is_impossible") else entry["answers"]:

@@ -90,6 +90,7 @@ def test_the_score_is_the_mean_over_paradigms_and_a_tie_is_wrong(tokenizer, tmp_
         ('{"sentence_good": "a", "sentence_bad": 3}', "line 1: expected JSON"),
         ('{"sentence_good": "a", "sentence_bad": " "}', "line 1: an empty sentence"),
         ('\n{"sentence_good": "a", "sentence_bad": "\\ud800"}', "line 2: half a surrogate pair"),
+        ('{"sentence_good": "a", "sentence_bad": "b", "UID": "\\ud800"}', "line 1: half a surrogate pair"),
         ("no", "line 1: expected JSON"), ("[1]", "line 1: expected JSON"), ("", "an empty file"),
     ],
 )  # fmt: skip

@@ -97,6 +97,25 @@ def test_what_streams_is_what_decodes(name):
     tokens()
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_what_continues_a_text_streams_as_it_decodes(name):
+    tokenizer = TOKENIZERS[name]()
+
+    @settings(max_examples=40, deadline=None)
+    @given(TEXTS, TEXTS)
+    def check(prompt, text):
+        after, ids = tokenizer.encode(prompt), tokenizer.encode(text)
+        whole = tokenizer.decode([*after, *ids])
+        # With bytes at the prompt's end a continuation can change what the prompt decodes to.
+        if whole.startswith(tokenizer.decode(after)):
+            assert tokenizer.decode(after) + "".join(tokenizer.stream(iter(ids), after=after)) == whole
+
+    check()
+    if name in ("word", "wordpiece", "metaspace-always-False"):
+        fox = tokenizer.encode("fox")
+        assert "".join(tokenizer.stream(fox, after=fox)) == " fox"
+
+
 def test_characters_come_when_they_are_complete_and_not_later():
     tokenizer = own("bpe")
     ids = tokenizer.encode("ab" + "\U0001f98a" + "ü狐")

@@ -100,6 +100,11 @@ def test_lines_of_another_form_are_refused(tmp_path, content, message):
         read_labelled([tmp_path / "train.txt"])
 
 
+def test_a_table_without_a_header_is_a_text_on_each_line(tmp_path):
+    (tmp_path / "a.tsv").write_text("1\tfine, really\n0\tdull\n")
+    assert [e["label"] for e in read_labelled([tmp_path / "a.tsv"])] == ["1", "0"]
+
+
 def test_compressed_files_are_read_and_damaged_ones_refused(tmp_path):
     for name, lines in (("train.en.gz", b"a cat\nhouse\n"), ("train.de.gz", b"eine Katze\nHaus\n")):
         (tmp_path / name).write_bytes(gzip.compress(lines))
@@ -142,6 +147,7 @@ def squad(**entry):
         dict(answers=[{"text": "red", "answer_start": True}]),
         dict(answers=[{"text": "red", "answer_start": float("nan")}]),
         dict(question=" "),
+        dict(answers=[{"text": "re\ud800", "answer_start": 13}]),
     ],
 )  # fmt: skip
 def test_questions_that_cannot_be_used_are_named(tmp_path, entry):

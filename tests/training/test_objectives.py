@@ -1,6 +1,7 @@
 """Objectives: what is masked, paired, shifted and batched; every one on every model that serves it."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -229,6 +230,22 @@ def test_every_example_comes_once_an_epoch_beside_others_of_its_length():
     spread = np.mean([np.ptp(lengths[order(step)]) for step in range(POOL)])
     assert spread < 10
     assert (order(37) == ExampleOrder(lengths, 4, "key")(37)).all()
+
+
+@pytest.mark.parametrize("unanswerable", [False, True])
+def test_no_answer_is_given_where_some_questions_have_none(folder, monkeypatch, unanswerable):
+    objective, model = setting("answer", "transformer", "none", folder)
+    examples = [dict(example) for example in objective.dataset.validation.examples]
+    if unanswerable:
+        examples[0]["answers"] = []
+    held_out = replace(objective.dataset.validation, examples=examples)
+    monkeypatch.setattr(objective, "dataset", replace(objective.dataset, validation=held_out))
+    # Both logits of a window's first token are far above all others.
+    logits = lambda encoded: (encoded.states[..., 0] * 0 - 9.0).index_fill(1, torch.tensor([0]), 9.0)  # noqa: E731
+    monkeypatch.setattr(model, "span_logits", lambda encoded: (logits(encoded), logits(encoded)))
+    scores = objective.evaluate(model, 4, "float32", 0).scores
+    assert scores.get("unanswerable_exact_match") == (1.0 if unanswerable else None)
+    assert scores["exact_match"] == (1 / len(examples) if unanswerable else 0.0)
 
 
 # Settings
