@@ -15,8 +15,8 @@ from torch import nn
 from ..functional import geglu, swiglu
 from .calls import own
 from .deferred import value_of
-from .plain import hooked, plain
-from .probe import Differs, changed, keeps, run, settings_of, stand_in
+from .plain import plain
+from .probe import Differs, Parts, as_measured, changed, keeps, parts_of, run, settings_of, stand_in
 from .swap import forward_of
 
 FORMULAS = {
@@ -40,7 +40,7 @@ class GatedMLP:
     down: str
     inner: str | None  # the dropout before down
     outer: str | None  # and after it
-    others: tuple[tuple[str, type, tuple[tuple[str, object], ...]], ...]
+    others: Parts
     argument: str
     settings: tuple[tuple[str, object], ...]
 
@@ -63,7 +63,7 @@ def gated_mlp_forward(module, original, mlp: GatedMLP, *args, **kwargs):
         return original(module, *args, **kwargs)
     x = value_of(x)
     down = getattr(module, mlp.down)
-    if changed(module, mlp.settings) or not all(_as_measured(module._modules.get(n), c, s) for n, c, s in mlp.others):
+    if changed(module, mlp.settings) or not as_measured(module, mlp.others):
         own(mlp.op, "its attributes or parts have changed since it was measured")
         return original(module, x)
     if not plain(x) or not x.is_floating_point():
@@ -81,10 +81,6 @@ def gated_mlp_forward(module, original, mlp: GatedMLP, *args, **kwargs):
         y = geglu(gate, up, approximate="tanh" if mlp.formula == "geglu_tanh" else "none")
     y = down(y if mlp.inner is None else getattr(module, mlp.inner)(y))
     return y if mlp.outer is None else getattr(module, mlp.outer)(y)
-
-
-def _as_measured(part, cls: type, settings) -> bool:
-    return type(part) is cls and not hooked(part) and not changed(part, settings)
 
 
 def looks_like_gated(module: nn.Module) -> bool:
@@ -161,8 +157,7 @@ def _recognise(module, argument: str) -> GatedMLP | str:
             if all(_same(truth, *each) for each in measured):
                 return GatedMLP(
                     formula, gate, up, down, inner, outer,
-                    tuple((name, type(p), settings_of(p)) for name, p in others.items()), argument,
-                    settings_of(module),
+                    parts_of(others), argument, settings_of(module),
                 )  # fmt: skip
     return "its forward is none of swiglu, geglu and geglu by tanh between its layers"
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .experts import Experts, looks_like_experts, recognise_experts
 from .gated import GatedMLP, looks_like_gated, recognise_gated
 from .norms import Norm, looks_like_norm, recognise
 from .probe import OWN, settings_of
@@ -81,7 +82,7 @@ class Rules:
     def __init__(self, model: nn.Module, verify: bool, sums: Callable[[str, nn.Module], bool]):
         self.verify = verify
         self.sums = sums  # whether sums of this embedding may be one op
-        self.measured: dict[tuple, Norm | GatedMLP | str] = {}
+        self.measured: dict[tuple, Norm | GatedMLP | Experts | str] = {}
         self.heads = dict(find_heads(model))
         self.summed = set(find_summed(model))
 
@@ -89,7 +90,7 @@ class Rules:
         """What becomes of ``module``, or None if it is nothing that we serve."""
         if isinstance(module, Accelerated):
             kind = module.fastllm_kind
-            op = kind.options.op if kind.name in ("norm", "gated_mlp") else kind.name
+            op = kind.options.op if kind.name in ("norm", "gated_mlp", "experts") else kind.name
             return Decision(op, None, "it is accelerated already")
         if type(module).__module__.startswith("fastllm."):
             return None
@@ -109,6 +110,8 @@ class Rules:
             return self._norm(path, module)
         if looks_like_gated(module):
             return self._gated(module)
+        if looks_like_experts(module):
+            return self._experts(module)
         return None
 
     def _torch_module(self, path: str, module, cls: type, op: str) -> Decision:
@@ -152,6 +155,16 @@ class Rules:
             named = re.search("mlp|ffn|feed_?forward|glu|gated", type(module).__name__, re.IGNORECASE)
             return Decision("swiglu", None, mlp) if named else None
         return Decision(mlp.op, Kind("gated_mlp", mlp), f"measured: {mlp}")
+
+    def _experts(self, module) -> Decision | None:
+        why = obstacle(module) or odd_tensors(module)
+        if why is not None or not self.verify:
+            return Decision("swiglu", None, why or UNMEASURED)
+        experts = self._measure(module, recognise_experts)
+        if isinstance(experts, str):
+            named = re.search("expert|moe|mixture", type(module).__name__, re.IGNORECASE)
+            return Decision("swiglu", None, experts) if named else None
+        return Decision(experts.op, Kind("experts", experts), f"measured: {experts}")
 
     def _measure(self, module, recognise: Callable):
         key = _fingerprint(module)
