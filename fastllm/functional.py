@@ -7,6 +7,7 @@ from .ops.cross_entropy.linear import linear_cross_entropy, linear_cross_entropy
 from .ops.embedding.embedding import embedding
 from .ops.embedding.embedding_sum import embedding_sum
 from .ops.gated import geglu, swiglu
+from .ops.linear import linear
 from .ops.norm.add_norm import add_layer_norm, add_rms_norm
 from .ops.norm.layer_norm import layer_norm
 from .ops.norm.rms_norm import rms_norm
@@ -21,6 +22,7 @@ __all__ = [
     "embedding_sum",
     "geglu",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "linear_cross_entropy_plan",
     "rms_norm",
