@@ -52,7 +52,8 @@ def _markdown(columns, rows) -> str:
 
 def fingerprint() -> str:
     """Of the kernels' code, without comments and empty lines, and of the names of the shapes that they are run on."""
-    shapes = ("\n".join([op.name, *cases.shapes_of(op.name)]) for op in cases.selected([]))
+    ops = [op for op in cases.selected([]) if op.backends != ("eager",)]  # one of PyTorch's operators has no kernel
+    shapes = ("\n".join([op.name, *cases.shapes_of(op.name)]) for op in ops)
     return cases.code_hash(sorted((ROOT / "kernels").rglob("*.py")), *shapes)
 
 

@@ -9,6 +9,7 @@ from .ops.cross_entropy.log_probs import linear_log_probs
 from .ops.embedding.embedding import embedding
 from .ops.embedding.embedding_sum import embedding_sum
 from .ops.gated import geglu, swiglu
+from .ops.linear import linear
 from .ops.norm.add_norm import add_layer_norm, add_rms_norm
 from .ops.norm.layer_norm import layer_norm
 from .ops.norm.rms_norm import rms_norm
@@ -23,6 +24,7 @@ __all__ = [
     "embedding_sum",
     "geglu",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "linear_cross_entropy_plan",
     "linear_kl_div",

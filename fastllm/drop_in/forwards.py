@@ -6,18 +6,20 @@ from typing import NamedTuple
 
 import torch
 
-from ..functional import cross_entropy, embedding, layer_norm, rms_norm
+from ..functional import cross_entropy, embedding, layer_norm, linear, rms_norm
 from ..ops.attention.multihead import AttentionMasks, multihead_attention
+from ..ops.linear import FEWEST_ROWS
+from ..ops.shared.widened import NARROW, widens
 from .calls import own
 from .deferred import Deferred, value_of
 from .logits import Logits
 from .plain import freed_after_forward, hooked, plain, recorded
 from .rows import Rows
-from .swap import forward_of
+from .swap import forward_of, original_forward
 
 UNFIT = "tensors, dtypes, shapes or devices that it does not take, or vmap, tracing or forward-mode differentiation"
+FEW_ROWS = f"below {FEWEST_ROWS} rows PyTorch's product reads the weight once and is bound by memory"
 ORDINARY_LOGITS = "logits are ordinary in evaluation, without gradients, with hooks, of tensors it does not take"
-NARROW = (torch.bfloat16, torch.float16)
 
 
 def _fits(module, x, *parameters) -> bool:
@@ -86,9 +88,36 @@ def head_forward(module, original, options, input):
         or weight.is_inference()
         or freed_after_forward(module)
     ):
+        if widens(weight):
+            return linear_forward(module, original, options, x)
         own("linear_cross_entropy", ORDINARY_LOGITS)
         return original(module, x)
     return Logits.of(x, weight, bias)
+
+
+def _multiplied(module, original, x, weight):
+    """``linear(x, weight, bias)`` where the tensors are ordinary ones of one dtype, else the forward from before."""
+    if x.dim() and x.numel() < FEWEST_ROWS * x.shape[-1]:
+        own("linear", FEW_ROWS)
+        return original(module, x)
+    bias = module.bias
+    tensors = [t for t in (x, weight, bias) if t is not None]
+    ordinary = plain(*tensors) and all(t.dtype == weight.dtype and t.device == weight.device for t in tensors)
+    if not ordinary or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        own("linear", UNFIT)
+        return original(module, x)
+    return linear(x, weight, bias)
+
+
+@forward_of("linear")
+def linear_forward(module, original, options, input):
+    return _multiplied(module, original, value_of(input), module.weight)
+
+
+@forward_of("conv1d")
+def conv1d_forward(module, original, options, x):
+    """transformers' Conv1D, whose weight is (in_features, out_features)."""
+    return _multiplied(module, original, value_of(x), module.weight.t())
 
 
 @forward_of("cross_entropy")
@@ -115,7 +144,7 @@ def cross_entropy_forward(module, original, options, input, target):
 
 def _is_linear(module) -> bool:
     """Whether torch, which reads its parameters and never calls it, would see the same layer."""
-    return type(module).forward is torch.nn.Linear.forward and not hooked(module) and "forward" not in vars(module)
+    return original_forward(module) is torch.nn.Linear.forward and not hooked(module) and "forward" not in vars(module)
 
 
 class _Asked(NamedTuple):

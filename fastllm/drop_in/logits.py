@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..functional import linear_cross_entropy
+from ..functional import linear, linear_cross_entropy
+from ..ops.shared.widened import widens
 from .calls import serve
 from .deferred import Deferred, as_in_the_forward, defer
 from .plain import plain
@@ -25,6 +26,11 @@ class _Values(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad, None
+
+
+def _widened_product(a, b):
+    """``a @ b`` of 16-bit tensors where the CPU has no such products."""
+    return linear(a, b.t())
 
 
 def _autocast_state(device_type: str):
@@ -96,7 +102,7 @@ class Logits:
     def compute(self) -> torch.Tensor:
         self._check_fresh()
         with torch.autocast(self.hidden.device.type, self.autocast[1], enabled=self.autocast[0]):
-            flat = torch.nn.functional.linear(self.hidden.flatten(0, -2), self.weight, self.bias)
+            flat = linear(self.hidden.flatten(0, -2), self.weight, self.bias)
         # Not a view in autograd's eyes: it may then be changed in place outside the node that makes it.
         return torch.ops.aten._unsafe_view(flat, (*self.hidden.shape[:-1], len(self.weight)))
 
@@ -133,10 +139,11 @@ class Logits:
         hidden, weight = (t.to(grad.dtype) for t in inputs[:2])
         flat = grad.reshape(-1, grad.shape[-1])
         grads = [None] * len(inputs)
+        product = _widened_product if widens(grad) else torch.matmul
         if needs[0]:
-            grads[0] = (grad @ weight).to(inputs[0].dtype)
+            grads[0] = product(grad, weight).to(inputs[0].dtype)
         if needs[1]:
-            grads[1] = (flat.t() @ hidden.reshape(-1, hidden.shape[-1])).to(inputs[1].dtype)
+            grads[1] = product(flat.t(), hidden.reshape(-1, hidden.shape[-1])).to(inputs[1].dtype)
         if len(inputs) > 2 and needs[2]:
             grads[2] = flat.sum(0).to(inputs[2].dtype)
         return grads

@@ -35,6 +35,7 @@ CALLS = {
     "rms_norm": lambda n: (_leaf(n, 24), (24,), _leaf(24)),
     "add_layer_norm": lambda n: (_leaf(n, 24), _leaf(n, 24), (24,), _leaf(24), _leaf(24)),
     "add_rms_norm": lambda n: (_leaf(n, 24), _leaf(n, 24), (24,), _leaf(24)),
+    "linear": lambda n: (_leaf(n, 24), _leaf(31, 24), _leaf(31)),
     "swiglu": lambda n: (_leaf(n, 24), _leaf(n, 24)),
     "geglu": lambda n: (_leaf(n, 24), _leaf(n, 24)),
     "rotary_embedding": lambda n: (_leaf(2, 3, n, 16), _leaf(2, 3, n, 16), *_angles(n)),

@@ -6,7 +6,7 @@ import torch
 
 from ...backends import pick
 from ...registry import Op, register
-from ..shared.autograd import autocasts
+from ..shared.autograd import autocasted
 from ..shared.philox import draw_seed
 from .call import (
     AttentionCall,
@@ -32,17 +32,6 @@ def kernels_refuse(backend: str, request: AttentionRequest) -> str | None:
     if backend != "eager" and widest > MAX_HEAD_DIM:
         return f"the kernels take head dims up to {MAX_HEAD_DIM}, got {widest}"
     return None
-
-
-def autocasted(*tensors):
-    """What torch's autocast does to the arguments of scaled_dot_product_attention."""
-    device_type = tensors[0].device.type
-    if not autocasts(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(
-        x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
-    )
 
 
 def _request(
