@@ -82,7 +82,8 @@ class _Driver:
     """What ``JITFunction.run`` asks of the active driver before it loads a kernel."""
 
     def __init__(self, gpu: DeviceInfo):
-        self.target = GPUTarget("cuda", gpu.arch, 32)
+        amd = gpu.vendor == "amd"
+        self.target = GPUTarget("hip", gpu.gfx, gpu.lanes) if amd else GPUTarget("cuda", gpu.arch, 32)
 
     def get_current_target(self):
         return self.target

@@ -14,6 +14,7 @@ from ..data.corpus import lines_of
 from ..models import Model, ModelConfig, load_model
 from ..training import RUNS
 from ..training.checkpoints.checkpoint import load_config
+from ..training.config import DEVICES
 from ..training.device import pick_device
 from ..training.setup import model_folder
 
@@ -23,7 +24,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--run", metavar="FOLDER", help="a run's folder (default: the newest in runs)")
     source.add_argument("--model", metavar="FOLDER", help="config.json, model.safetensors and tokenizer.json")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: %(default)s)")
 
 
 def chosen_folder(arguments: argparse.Namespace) -> Path:

@@ -16,6 +16,8 @@ from .recipes import RECIPES
 DEFAULT_PRESET = "tiny"
 # Seconds of training when neither steps nor max_seconds is given.
 DEFAULT_SECONDS = 105.0
+# Apple's and Intel's GPUs run PyTorch's own operators; nobody has tried them.
+DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,12 @@ class TrainingConfig:
     decay: float = option(0.3, "part of the run over which wsd decays", above=0, maximum=1)
     min_lr: float = option(0.0, "final learning rate, as a part of the peak", minimum=0, maximum=1)
     seed: int = option(0, "of weights, batches, dropout and samples", minimum=0)
-    device: str = option("auto", "where to train; auto takes CUDA if there", choices=("auto", "cpu", "cuda"))
+    device: str = option("auto", "where to train; auto takes CUDA if there", choices=DEVICES)
     dtype: str = option(
-        "auto", "bfloat16 means autocast over float32 weights; auto times both",
-        choices=("auto", "float32", "bfloat16"),
+        "auto",
+        "bfloat16 means autocast over float32 weights, float16 the same with a scaled loss; auto times float32 and "
+        "what the device has of the two",
+        choices=("auto", "float32", "bfloat16", "float16"),
     )  # fmt: skip
     compile: bool = option(False, "compile the loss with torch.compile")
     checkpoint_activations: bool = option(False, "keep only each block's input for the backward pass")

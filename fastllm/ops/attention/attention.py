@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...backends import pick
+from ...backends import pick, product_obstacle
 from ...registry import Op, register
 from ..shared.autograd import autocasted
 from ..shared.philox import draw_seed
@@ -32,6 +32,12 @@ def kernels_refuse(backend: str, request: AttentionRequest) -> str | None:
     if backend != "eager" and widest > MAX_HEAD_DIM:
         return f"the kernels take head dims up to {MAX_HEAD_DIM}, got {widest}"
     return None
+
+
+def attention_prefers_torch(request: AttentionRequest) -> str | None:
+    """Why PyTorch's own operators serve a call without being asked for, or None."""
+    device = request.call.q.device
+    return product_obstacle(device.type, device.index)
 
 
 def _request(
@@ -128,6 +134,7 @@ register(
         backends=("eager", "triton", "hopper"),
         call=_request,
         refuses=kernels_refuse,
+        prefers_torch=attention_prefers_torch,
         form=form_of,
         examples=attention_examples,
     )
