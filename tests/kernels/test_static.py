@@ -91,7 +91,7 @@ for gpu, (dtype, wide), names, widths in planned:
     for name, cols in product(names, widths):
         for p in (0.0, 0.1) if name == "add_layer_norm" and gpu is not small else (0.0,):
             def call():
-                made = _call("", 4096, cols, name.endswith("layer_norm"), name.startswith("add"), CUDA, dtype)
+                made = _call("", (4096, cols), name.endswith("layer_norm"), name.startswith("add"), CUDA, dtype)
                 def widened(t):
                     return t.detach().to(wide).requires_grad_()
                 args = (made.args[0], *map(widened, made.args[1:-1]), made.args[-1])

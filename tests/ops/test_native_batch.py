@@ -68,7 +68,7 @@ CALLS = {
     "embedding_sum": (_embedding_sum, 1),
 }
 # Its products are PyTorch's, whose library orders sums by the shape of the matrix.
-OF_PYTORCH = {"linear_cross_entropy"}
+OF_PYTORCH = {"linear_cross_entropy", "linear_log_probs"}
 
 
 def test_every_native_op_is_here():
