@@ -145,7 +145,7 @@ def table(size: str, found: dict) -> str:
     for way in ways(size):
         cells = []
         for samples in found["seconds"].values():
-            median, base = (statistics.mediansamples[str(w)] for w in (way, BASELINE))
+            median, base = (statistics.median(samples[str(w)]) for w in (way, BASELINE))
             cells.append(f"{median * 1e3:,.1f} ms ({base / median:.2f})")
         bytes_ = found["peak_bytes"].get(str(way))
         cells.append(f"{bytes_ / 1e6:,.0f} MB" if bytes_ else "-")
