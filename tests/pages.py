@@ -1,6 +1,7 @@
 """Pages, dumps and archives of our own making, for the tests that prepare data."""
 
 import gzip
+import json
 import random
 
 TOPICS = [
@@ -81,3 +82,18 @@ def dump(pages: list[tuple[str, str, str]]) -> str:
 
 def gzipped(content: bytes) -> bytes:
     return gzip.compress(content, mtime=0)
+
+
+def tree(folder):
+    """The bytes of each file in ``folder``, by its path in it."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def texts(folder):
+    """The documents of a prepared folder."""
+    manifest = json.loads((folder / "prepared.json").read_text())
+    found = []
+    for shard in manifest["shards"]:
+        with gzip.open(folder / shard["name"], "rt", encoding="utf-8") as lines:
+            found += map(json.loads, lines)
+    return found

@@ -38,5 +38,10 @@ def run(arguments: argparse.Namespace) -> int:
     )
     for rule, count in report["rejected"].items():
         display.say(f"  {count:>8,}  {rule}")
+    for rule, found in report["passages"].items():
+        display.say(
+            f"  {found['passages']:>8,}  {rule} taken out of {found['documents']:,} documents, "
+            f"{found['characters']:,} characters"
+        )
     display.say(f"in {arguments.out}: text/, rejected/, report.html, report.json, prepared.json")
     return 0

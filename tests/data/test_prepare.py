@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from pages import article, dump, gzipped, page, warc
+from pages import article, dump, gzipped, page, texts, tree, warc
 from thorough import THOROUGH
 
 from fastllm.cli import main
@@ -47,19 +47,6 @@ def sources(tmp_path_factory):
     lines = b"".join(json.dumps({"text": article(400 + i, 10)}).encode() + b"\n" for i in range(230))
     (folder / "lines.jsonl.gz").write_bytes(gzipped(lines + b"{broken\n"))
     return folder
-
-
-def tree(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def texts(folder):
-    manifest = json.loads((folder / "prepared.json").read_text())
-    found = []
-    for shard in manifest["shards"]:
-        with gzip.open(folder / shard["name"], "rt", encoding="utf-8") as lines:
-            found += map(json.loads, lines)
-    return found
 
 
 @pytest.fixture(scope="module")

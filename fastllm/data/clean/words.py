@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 # Scripts that put no space between words: each of their characters counts as one.
-_WORD = re.compile(
+WORD = re.compile(
     "[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\\s\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]+"
 )
 # An odd multiplier for polynomial hashes modulo 2^64 (Knuth's MMIX).
@@ -50,7 +50,7 @@ class Words:
 
 @lru_cache(maxsize=2)
 def words_of(text: str) -> Words:
-    return Words(tuple(_WORD.findall(text)))
+    return Words(tuple(WORD.findall(text)))
 
 
 def repeated_share(words: Words, n: int) -> float:

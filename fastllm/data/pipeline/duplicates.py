@@ -7,7 +7,7 @@ cleaned, nor on the slices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,8 @@ class _Arrays:
         return result
 
 
-def _mapped(path: Path, dtype: type, count: int) -> np.ndarray:
+def mapped(path: Path, dtype: type, count: int) -> np.ndarray:
+    """A new array of ``count`` values in the file ``path``."""
     # A file of nothing cannot be mapped.
     return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(count,)) if count else np.zeros(0, dtype)
 
@@ -65,24 +66,36 @@ class _Clusters:
                 part[i] = self._parents[part[i]]
 
 
-def _runs(parts: list[np.ndarray], count: int) -> Iterator[np.ndarray]:
-    """The numbers of documents that have the same 64-bit key, ascending, for each key that occurs more than once."""
-    slices = max(1, -(-count // SLICE))
+def sorted_slices(
+    parts: Sequence[np.ndarray], used: Callable[[int], np.ndarray] | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """64-bit keys and the places that they have in all ``parts`` together, both sorted, a slice of the range at a time.
+
+    Args:
+        used: gives for the number of a part which of its keys count; None: all.
+    """
+    slices = max(1, -(-sum(map(len, parts)) // SLICE))
     width = (1 << 64) // slices + 1
     for number in range(slices):
         low, high = number * width, min((number + 1) * width, 1 << 64) - 1
-        keys, places, begin = [], [], 0
-        for part in parts:
-            inside = np.flatnonzero((part >= np.uint64(low)) & (part <= np.uint64(high)))
+        keys, places, begin = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], 0
+        for i, part in enumerate(parts):
+            inside = (part >= np.uint64(low)) & (part <= np.uint64(high))
+            inside = np.flatnonzero(inside if used is None else inside & used(i))
             keys.append(part[inside])
             places.append(inside + begin)
             begin += len(part)
         key, place = np.concatenate(keys), np.concatenate(places)
-        order = np.lexsort((place, key))
-        key, place = key[order], place[order]
-        begins = np.flatnonzero(np.r_[True, key[1:] != key[:-1]])
+        order = np.argsort(key, kind="stable")
+        yield key[order], place[order]
+
+
+def _runs(parts: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """The numbers of documents that have the same 64-bit key, ascending, for each key that occurs more than once."""
+    for key, place in sorted_slices(parts):
+        begins = np.flatnonzero(np.r_[True, key[1:] != key[:-1]]) if len(key) else np.zeros(0, np.int64)
         ends = np.r_[begins[1:], len(key)]
-        for at in np.flatnonzero(ends - begins > 1):
+        for at in np.flatnonzero(ends[: len(begins)] - begins > 1):
             yield place[begins[at] : ends[at]]
 
 
@@ -96,6 +109,11 @@ class Duplicates:
     starts: np.ndarray
     first: np.ndarray
     exact: np.ndarray
+
+    def kept(self, shard: int) -> np.ndarray:
+        """For each document of a shard, whether it is the first one of its cluster."""
+        own = np.arange(self.starts[shard], self.starts[shard + 1])
+        return np.asarray(self.first[own[0] : own[-1] + 1] == own) if len(own) else np.zeros(0, bool)
 
     def repeated(self) -> set[int]:
         """The documents that later ones repeat."""
@@ -116,15 +134,15 @@ def find_duplicates(work: Path, near: bool, similarity: float) -> Duplicates:
     keys = _Arrays(work, "key")
     starts = np.cumsum([0, *(len(part) for part in keys.parts)])
     count = int(starts[-1])
-    first = _mapped(work / "first.npy", np.int64, count)
-    exact = _mapped(work / "exact.npy", bool, count)
+    first = mapped(work / "first.npy", np.int64, count)
+    exact = mapped(work / "exact.npy", bool, count)
     for begin in range(0, count, SLICE):
         end = min(count, begin + SLICE)
         first[begin:end] = np.arange(begin, end)
         exact[begin:end] = False
     clusters = _Clusters(first)
     if count:
-        for run in _runs([part[:, 0] for part in keys.parts], count):
+        for run in _runs([part[:, 0] for part in keys.parts]):
             rests = keys.rows(starts[:-1], run)[:, 1]
             for rest in np.unique(rests):
                 same = run[rests == rest]
@@ -134,7 +152,7 @@ def find_duplicates(work: Path, near: bool, similarity: float) -> Duplicates:
     if near and count:
         signatures, bands = _Arrays(work, "signature"), _Arrays(work, "band").parts
         for band in range(BANDS):
-            for run in _runs([part[band] for part in bands], count):
+            for run in _runs([part[band] for part in bands]):
                 _join_similar(run, signatures, starts[:-1], clusters, similarity)
     clusters.flatten()
     return Duplicates(starts, first, exact)

@@ -28,7 +28,13 @@ RULES = {
     "gopher_quality": "words, symbols, stop words (Gopher)", "fineweb": "line ends and lengths (FineWeb)",
     "c4": "place-holders, braces, too few sentences (C4)", "exact_duplicate": "the same text as an earlier document",
     "near_duplicate": "nearly the same text as an earlier document (MinHash)",
+    "too_short": "fewer words than --min-doc-words were left without repeated passages",
 }  # fmt: skip
+# What was taken out of documents that stayed.
+PASSAGES = {
+    "repeated_sentences": "three sentences in a row that occurred before",
+    "repeated_substrings": "as many characters as --exact-substrings that occurred before",
+}
 _EXAMPLES = 3
 _WIDTH = 420
 _STYLE = (
@@ -71,6 +77,10 @@ def write_report(
         "documents_kept": len(characters),
         "characters_kept": int(characters.sum()),
         "rejected": {rule: rules[rule] for rule in order},
+        "passages": {
+            rule: {unit: counts[f"{unit} {rule}"] for unit in ("documents", "passages", "characters")}
+            for rule in PASSAGES if counts[f"documents {rule}"]
+        },
         "undecodable_characters": counts["undecodable"],
         "masked": {n.removeprefix("masked "): c for n, c in sorted(counts.items()) if n.startswith("masked ")},
         "characters_per_document": {
@@ -117,8 +127,10 @@ def _page(folder: Path, report: Mapping[str, Any]) -> str:
     if report["masked"]:
         parts += ["<h2>Masked personal data</h2>", _bars([(name, n, "r") for name, n in report["masked"].items()])]
     parts.append("<h2>What each rule removed</h2>")
-    for rule, count in rejected.items():
-        parts.append(f"<h3>{html.escape(rule)} ({count:,})</h3><p>{html.escape(RULES.get(rule, ''))}</p>")
+    passages = {rule: found["documents"] for rule, found in report["passages"].items()}
+    for rule, count in {**rejected, **passages}.items():
+        about = PASSAGES.get(rule) or RULES.get(rule, "")
+        parts.append(f"<h3>{html.escape(rule)} ({count:,})</h3><p>{html.escape(about)}</p>")
         for example in _examples(folder, rule):
             details = {k: v for k, v in example.items() if k not in ("id", "rule", "text")}
             parts.append(

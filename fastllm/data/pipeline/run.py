@@ -2,8 +2,8 @@
 
 1. Plan: the files, in order (``work/plan.jsonl``).
 2. Clean: batches of documents through the pure functions, in several processes or on Ray; shards in the plan's order.
-3. Compare: exact and near duplicates among all that was kept.
-4. Write: the shards without their duplicates, ``report.json``, ``report.html`` and, last, ``prepared.json``.
+3. Compare: exact and near duplicates among all that was kept, then repeated passages.
+4. Write: the shards without what occurs again, ``report.json``, ``report.html`` and, last, ``prepared.json``.
 
 A run that was killed goes on after its last whole shard, and leaves the very bytes that it would have left undisturbed.
 """
@@ -11,33 +11,31 @@ A run that was killed goes on after its last whole shard, and leaves the very by
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
-import itertools
 import json
 import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...config import InputError
-from ...files import read_json, whole_file, write_text
+from ...files import read_json, write_text
 from ...locks import lock as take_lock
-from ..clean import CleanConfig, Rejection
-from ..clean.document import EXCERPT
+from ..clean import CleanConfig
 from ..prepared import PREPARED
 from ..sources import Failure, SourceEntry, plan_sources
 from .config import MIB, PipelineConfig
-from .duplicates import Duplicates, find_duplicates
+from .copying import WithoutRepeats
+from .duplicates import find_duplicates
 from .pool import Pool
 from .report import write_report
-from .shards import Shards, compress, rejection_line
+from .shards import Shards
 from .work import Batch, BatchResult, batches, run_batch
 
 # More processes than this no machine has cores for.
@@ -80,7 +78,7 @@ def prepare_text(
         return read_json(out / "report.json", 1 << 30)
     with _locked(out):
         work = _plan(sources, out, config, key)
-        shards = Shards(out, config.near_duplicates)
+        shards = Shards(out, config)
         start = shards.recover()
         results = _results(batches(work, config, start), cleaning, config, workers, engine)
         _clean(results, work, start, shards, config, tell)
@@ -172,27 +170,19 @@ def _clean(
 def _finish(
     out: Path, shards: Shards, cleaning: CleanConfig, config: PipelineConfig, settings: dict[str, Any], key: str
 ) -> dict[str, Any]:
-    """Write the shards without duplicates, the reports, and last the file that makes the folder whole."""
+    """Write the shards without what occurs again, the reports, and last the file that makes the folder whole."""
     written, counts = shards.done(), shards.counts()
     duplicates = find_duplicates(shards.work, config.near_duplicates, config.similarity)
-    remove = WithoutDuplicates(shards, duplicates, counts)
+    remove = WithoutRepeats(shards, config, duplicates, counts)
     files: list[dict[str, Any]] = []
     kept_sizes: list[np.ndarray] = []
     (out / "text").mkdir(exist_ok=True)
-    for number in range(len(written)):
-        own = np.arange(duplicates.starts[number], duplicates.starts[number + 1])
-        keep = duplicates.first[own] == own
-        source = shards.work / f"text-{number:05d}.jsonl.gz"
+    for number, shard in enumerate(written):
         target = out / "text" / f"{len(files):05d}.jsonl.gz"
-        size = written[number]["text_bytes"]
-        if not keep.all() or remove.repeated & set(own.tolist()):
-            size = remove.copy(number, source, target)
-        elif keep.any():
-            with whole_file(target) as file, open(source, "rb") as content:
-                shutil.copyfileobj(content, file)
-        if keep.any():
-            files.append({"name": f"text/{target.name}", "documents": int(keep.sum()), "bytes": size})
-            kept_sizes.append(np.load(shards.work / f"characters-{number:05d}.npy")[keep])
+        size, characters = remove.copy(number, target, shard["text_bytes"])
+        if len(characters):
+            files.append({"name": f"text/{target.name}", "documents": len(characters), "bytes": size})
+            kept_sizes.append(characters)
     sizes = np.concatenate(kept_sizes) if kept_sizes else np.zeros(0, np.int64)
     for file in files:
         file["sha256"] = _sha256(out / file["name"])
@@ -204,53 +194,6 @@ def _finish(
     write_text(out / PREPARED, json.dumps(manifest, indent=1) + "\n")
     shutil.rmtree(shards.work)
     return report
-
-
-@dataclass
-class WithoutDuplicates:
-    """Copies shards but for their duplicates, which go to ``rejected``, and counts those.
-
-    Attributes:
-        ids: the names of documents that others repeat, of the shards copied so far. Shards are copied in order.
-    """
-
-    shards: Shards
-    duplicates: Duplicates
-    counts: Counter[str]
-    ids: dict[int, str] = field(default_factory=dict)
-
-    def __post_init__(self):
-        self.repeated = self.duplicates.repeated()
-
-    def copy(self, number: int, source: Path, target: Path) -> int:
-        """Shard ``number``; the bytes of text that were kept."""
-        rejected: dict[str, list[bytes]] = {}
-        size = 0
-
-        def kept() -> Iterator[bytes]:
-            nonlocal size
-            with gzip.open(source, "rb") as lines:
-                for own, line in enumerate(lines, int(self.duplicates.starts[number])):
-                    first = int(self.duplicates.first[own])
-                    if own in self.repeated:
-                        self.ids[own] = json.loads(line)["id"]
-                    if first == own:
-                        size += len(line)
-                        yield line
-                        continue
-                    document = json.loads(line)
-                    rule = "exact_duplicate" if self.duplicates.exact[own] else "near_duplicate"
-                    found = Rejection(document["id"], rule, {"of": self.ids[first]}, document["text"][:EXCERPT])
-                    rejected.setdefault(rule, []).append(rejection_line(found))
-                    self.counts[f"rule {rule}"] += 1
-
-        lines = kept()
-        start = next(lines, None)
-        if start is not None:
-            compress(target, itertools.chain([start], lines))
-        for rule, rejects in rejected.items():
-            self.shards.write_rejected(rule, number, rejects)
-        return size
 
 
 def _sha256(path: Path) -> str:

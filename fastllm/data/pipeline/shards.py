@@ -16,6 +16,8 @@ import numpy as np
 from ...files import whole_file, write_text
 from ..clean import Rejection
 from ..clean.minhash import BANDS, SIZE, band_keys
+from ..clean.passages import ANCHOR
+from .config import PipelineConfig
 from .work import BatchResult
 
 _NUMBER = re.compile(r"(\d{5})\.")
@@ -33,17 +35,24 @@ def rejection_line(rejection: Rejection) -> bytes:
     return json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
 
+def _joined(name: str, parts: list[np.ndarray], dtype: np.dtype) -> dict[str, np.ndarray]:
+    counts = np.array([len(part) for part in parts], np.int64)
+    return {name: np.concatenate([np.zeros(0, dtype), *parts]), f"{name}_count": counts}
+
+
 class Shards:
     """The folder of a run: ``work`` for what is still to be compared, ``rejected`` for what is out.
 
     Shard k is ``work/text-k.jsonl.gz`` with ``work/key-k.npy`` (16 bytes of SHA-256), ``work/characters-k.npy`` and,
-    for near duplicates, ``work/signature-k.npy`` and ``work/band-k.npy``; and ``rejected/RULE/k.jsonl.gz``.
+    for near duplicates, ``work/signature-k.npy`` and ``work/band-k.npy``; for repeated passages ``work/span-k.npy`` and
+    ``work/anchor-k.npy``, with how many each document has in ``work/span_count-k.npy`` and ``work/anchor_count-k.npy``;
+    and ``rejected/RULE/k.jsonl.gz``.
     ``work/done-k.json`` comes last.
     """
 
-    def __init__(self, folder: Path, near: bool):
+    def __init__(self, folder: Path, config: PipelineConfig):
         self.folder, self.work = folder, folder / "work"
-        self._near = near
+        self._config = config
         self._number = 0
         self._pending = BatchResult()
         self._size = 0
@@ -78,11 +87,15 @@ class Shards:
             "key": np.frombuffer(b"".join(pending.keys), np.uint64).reshape(-1, 2),
             "characters": np.asarray(pending.characters, np.int64),
         }
-        if self._near:
+        if self._config.near_duplicates:
             signatures = np.asarray(pending.signatures, np.uint32).reshape(-1, SIZE)
             # Band after band, so that one of them is read in one go.
             bands = np.ascontiguousarray(band_keys(signatures).reshape(-1, BANDS).T)
             arrays |= {"signature": signatures, "band": bands}
+        if self._config.sentence_dedup:
+            arrays |= _joined("span", pending.spans, np.dtype(np.uint64))
+        if self._config.exact_substrings:
+            arrays |= _joined("anchor", pending.anchors, ANCHOR)
         for name, values in arrays.items():
             buffer = io.BytesIO()
             np.save(buffer, values)

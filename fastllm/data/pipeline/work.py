@@ -7,8 +7,9 @@ import json
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from ...config import InputError
 from ..clean import CleanConfig, Document, Rejection, clean
 from ..clean.encodings import decode_page, undecodable
 from ..clean.minhash import SIZE, exact_key, signature
+from ..clean.passages import anchors, code_points, sentence_spans
 from ..sources import SINGLE, Failure, Raw, SourceEntry, read
 from ..sources.limits import one_line
 from .config import PipelineConfig
@@ -35,17 +37,19 @@ class Batch:
 
 @dataclass
 class BatchResult:
-    """What a batch became. The kept documents' lines, keys, signatures and sizes have the same order."""
+    """What a batch became. The kept documents' lines, keys, signatures, passages and sizes have the same order."""
 
     lines: list[bytes] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     signatures: list[np.ndarray] = field(default_factory=list)
+    spans: list[np.ndarray] = field(default_factory=list)
+    anchors: list[np.ndarray] = field(default_factory=list)
     characters: list[int] = field(default_factory=list)
     rejections: list[Rejection] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: BatchResult) -> None:
-        for name in ("lines", "keys", "signatures", "characters", "rejections"):
+        for name in ("lines", "keys", "signatures", "spans", "anchors", "characters", "rejections"):
             getattr(self, name).extend(getattr(other, name))
         self.counts += other.counts
 
@@ -137,6 +141,11 @@ def run_batch(
     return result
 
 
+def document_line(record: Mapping[str, Any]) -> bytes:
+    """A document as a shard holds it: one line of JSON."""
+    return json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+
 def _one(raw: Raw, cleaning: CleanConfig, config: PipelineConfig, result: BatchResult) -> None:
     excerpt = raw.content[:2000].decode(errors="replace")
     try:
@@ -144,8 +153,11 @@ def _one(raw: Raw, cleaning: CleanConfig, config: PipelineConfig, result: BatchR
             text, noted = _text(raw)
             result.counts["undecodable"] += int(noted.get("undecodable", 0))
             outcome, masked = clean(Document(raw.id, text, raw.kind, {**raw.metadata, **noted}), cleaning)
-            near = config.near_duplicates and isinstance(outcome, Document)
-            values = signature(outcome.text) if near else np.zeros(SIZE, np.uint32)
+            if isinstance(outcome, Document):
+                near = signature(outcome.text) if config.near_duplicates else np.zeros(SIZE, np.uint32)
+                spans = sentence_spans(outcome.text)[1] if config.sentence_dedup else None
+                length = config.exact_substrings
+                found = anchors(code_points(outcome.text), length) if length else None
     except InputError:
         raise
     except _Late:
@@ -159,9 +171,13 @@ def _one(raw: Raw, cleaning: CleanConfig, config: PipelineConfig, result: BatchR
         result.reject(outcome)
         return
     record = {"id": outcome.id, "text": outcome.text, **({"metadata": outcome.metadata} if outcome.metadata else {})}
-    result.lines.append(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+    result.lines.append(document_line(record))
     result.keys.append(exact_key(outcome.text))
-    result.signatures.append(values)
+    result.signatures.append(near)
+    if spans is not None:
+        result.spans.append(spans)
+    if found is not None:
+        result.anchors.append(found)
     result.characters.append(len(outcome.text))
     for name, count in masked.items():
         result.counts[f"masked {name}"] += count
