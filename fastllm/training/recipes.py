@@ -39,12 +39,12 @@ RECIPES = {
     "classify-small": Recipe(
         "labels of short texts, from some thousand examples",
         ModelConfig(
-            encoder="gru", decoder="none", heads=("classify",), pooling="max", vocab_size=6000, context_length=256,
+            encoder="gru", decoder="none", heads=("classify",), pooling="max", vocab_size=16000, context_length=256,
             num_layers=1, num_heads=4, hidden_size=256, dropout=0.5,
         ),
-        {"objective": "classify", "label_smoothing": 0.1, "token_dropout": 0.25},
+        {"objective": "classify", "tokenizer_kind": "word", "label_smoothing": 0.1, "token_dropout": 0.25},
         {
-            "epochs": 5.0, "batch_size": 64, "lr": 1.5e-3, "muon_lr": 0.01, "weight_decay": 0.01,
+            "epochs": 2.0, "batch_size": 64, "lr": 1.5e-3, "muon_lr": 0.01, "weight_decay": 0.01,
             "eval_interval": 200, "eval_windows": 0, "dtype": "float32",
         },
     ),

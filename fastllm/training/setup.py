@@ -85,7 +85,9 @@ def open_data(config: RunConfig, folder: Path, say: Callable[[str], None]) -> Da
         if objective.pretrained is None:
             tokenizer = tokenizer.with_special_tokens(objective.special_tokens)
     else:
-        tokenizer = Tokenizer.train(texts(train), config.model.vocab_size, special_tokens=objective.special_tokens)
+        tokenizer = Tokenizer.train(
+            texts(train), config.model.vocab_size, objective.tokenizer_kind, special_tokens=objective.special_tokens
+        )
     name = " ".join(Path(path).name for path in config.data.data)
     return prepare_examples(folder, objective.objective, name, train, validation, tokenizer)
 

@@ -11,7 +11,7 @@ from fastllm.models.cache import Encoded
 from fastllm.training.config import RunConfig, TrainingConfig, build_run_config
 from fastllm.training.objectives import ObjectiveConfig, make_objective
 from fastllm.training.recipes import RECIPES
-from fastllm.training.setup import fitted
+from fastllm.training.setup import fitted, open_data
 
 SHAPE = dict(encoder="gru", decoder="none", heads=("classify",), context_length=32, num_layers=1, num_heads=2,
              hidden_size=16)  # fmt: skip
@@ -85,6 +85,18 @@ def test_labels_are_smoothed_in_training_alone(data, tmp_path):
     assert make_objective(ObjectiveConfig("classify"), data, 32, 8, 0).label_smoothing == 0.0
     pairs = dataset("seq2seq", tmp_path)
     assert make_objective(ObjectiveConfig("seq2seq"), pairs, 32, 4, 0).label_smoothing == 0.1
+
+
+def test_the_tokenizer_of_a_task_is_of_the_kind_asked_for(tmp_path):
+    (tmp_path / "a.tsv").write_text("".join(f"{i % 2}\tword{i} other\n" for i in range(40)))
+    tables = {"data": {"data": [str(tmp_path / "a.tsv")]}, "model": {"vocab_size": 300}}
+    for kind, splits in (("word", 2), ("bpe", 1)):
+        tables["objective"] = {"objective": "classify", "tokenizer_kind": kind}
+        opened = open_data(build_run_config(tables, "f"), tmp_path / kind, print)
+        assert len(opened.tokenizer.encode("word1 other")) >= splits
+        assert (opened.tokenizer.encode("never") == [opened.tokenizer.special("unk")]) == (kind == "word")
+    with pytest.raises(InputError, match="tokenizer_kind: objective causal is no task"):
+        ObjectiveConfig("causal", tokenizer_kind="word")
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max"])

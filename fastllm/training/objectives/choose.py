@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 from ...config import InputError, option
 from ...data import Dataset
-from ...data.tokenizer import SPECIAL_TOKENS
+from ...data.tokenizer import KINDS, SPECIAL_TOKENS
 from ...models import ModelConfig
 from ...tasks.store import TaskDataset
 from .base import Objective
@@ -67,6 +67,9 @@ class ObjectiveConfig:
         0, "with pretrained: train adapters of this rank (LoRA) and new heads, the rest stays as it is; 0: train all",
         minimum=0,
     )  # fmt: skip
+    tokenizer_kind: str = option(
+        "bpe", "tasks: the kind of the tokenizer that is trained on the examples where none is given", choices=KINDS
+    )
     held_out: str | None = option(
         None, "tasks: a file or folder to score on; without it one example in ten of the data"
     )
@@ -78,6 +81,9 @@ class ObjectiveConfig:
             raise InputError("lora_rank: adapters need peft: pip install 'fastllm[lora]'")
         if self.token_dropout and self.objective != "classify":
             raise InputError(f"token_dropout: is for objective classify, not for {self.objective}")
+        if self.tokenizer_kind != "bpe" and not OBJECTIVES[self.objective].task:
+            raise InputError(f"tokenizer_kind: objective {self.objective} is no task; train a tokenizer with "
+                             "fastllm tokenizer train and name it")  # fmt: skip
         if self.held_out and not OBJECTIVES[self.objective].task:
             raise InputError(f"held_out: objective {self.objective} holds out documents of its data by itself")
 
