@@ -5,6 +5,7 @@ The Python blocks of a page share their names, as a reader would paste them one 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -176,3 +177,12 @@ def broken_links(page: Path) -> list[str]:
 
 def test_links_lead_somewhere():
     assert not [link for page in PAGES for link in broken_links(page)]
+
+
+@pytest.mark.parametrize("name", ["functional", "nn", "models", "training", "data", "drop_in"])
+def test_the_reference_has_every_public_name(name):
+    page = (ROOT / f"docs/api/{name}.md").read_text("utf-8")
+    there = {line.rpartition(".")[2] for line in re.findall(r"^::: (\S+)$", page, re.MULTILINE)}
+    module = importlib.import_module(f"fastllm.{name}")
+    objects = {getattr(module, n).__name__ for n in module.__all__ if callable(getattr(module, n))}
+    assert objects <= there, f"not on docs/api/{name}.md: {sorted(objects - there)}"
