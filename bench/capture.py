@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 import triton
+from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from triton.backends.compiler import GPUTarget
@@ -72,18 +73,33 @@ def _on_meta(func, args, kwargs):
 
 class _PretendedDevice(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "fastllm":
+        launch = _launcher(func)
+        if launch is not None:
             with self:
-                return LAUNCHERS[func._schema.name.removeprefix("fastllm::")](*args, **(kwargs or {}))
+                return launch(*args, **(kwargs or {}))
         return _on_meta(func, args, kwargs or {})
 
 
-class _Driver:
-    """What ``JITFunction.run`` asks of the active driver before it loads a kernel."""
+def _launcher(func) -> Callable | None:
+    """What an operator of ours, or of ``torch.library.custom_op``, runs on a GPU; None for PyTorch's own."""
+    if func.namespace == "fastllm":
+        return LAUNCHERS[func._schema.name.removeprefix("fastllm::")]
+    custom = OPDEFS.get(func._schema.name)
+    return custom and (custom._backend_fns.get("cuda") or custom._backend_fns.get(None))
 
-    def __init__(self, gpu: DeviceInfo):
+
+class _Driver:
+    """What ``JITFunction.run`` asks of the active driver before it loads a kernel, and what launchers ask of it."""
+
+    def __init__(self, gpu: DeviceInfo, device: torch.device):
         amd = gpu.vendor == "amd"
         self.target = GPUTarget("hip", gpu.gfx, gpu.lanes) if amd else GPUTarget("cuda", gpu.arch, 32)
+        self.device = device
+        sizes = {"multiprocessor_count": gpu.processors, "max_shared_mem": gpu.shared_per_block, "warpSize": gpu.lanes}
+        self.utils = SimpleNamespace(get_device_properties=lambda index: sizes | {"max_num_regs": 65536})
+
+    def get_active_torch_device(self):
+        return self.device
 
     def get_current_target(self):
         return self.target
@@ -93,6 +109,22 @@ class _Driver:
 
     def get_current_stream(self, device):
         return 0
+
+
+def pretended_driver(gpu: DeviceInfo, device: torch.device = CUDA) -> _Driver:
+    """A driver of Triton's for a GPU that is not there; ``device`` is what it calls the active one."""
+    return _Driver(gpu, device)
+
+
+def pretended_properties(gpu: DeviceInfo) -> SimpleNamespace:
+    """What ``torch.cuda.get_device_properties`` would say, as far as launchers ask."""
+    return SimpleNamespace(
+        name=gpu.name,
+        major=gpu.arch // 10,
+        minor=gpu.arch % 10,
+        multi_processor_count=gpu.processors,
+        shared_memory_per_block_optin=gpu.shared_per_block,
+    )
 
 
 @dataclass(frozen=True)
@@ -128,17 +160,11 @@ def pretend(gpu: DeviceInfo, on_launch: Callable[[str, tuple[int, ...], Any], No
         on_launch(kernel.__name__, tuple(int(n) for n in grid), compiled)
         return compiled
 
-    properties = SimpleNamespace(
-        name=gpu.name,
-        major=gpu.arch // 10,
-        minor=gpu.arch % 10,
-        multi_processor_count=gpu.processors,
-        shared_memory_per_block_optin=gpu.shared_per_block,
-    )
+    properties = pretended_properties(gpu)
     active = triton.runtime.driver._active
     with contextlib.ExitStack() as stack:
         stack.callback(setattr, triton.runtime.driver, "_active", active)
-        triton.runtime.driver.set_active(_Driver(gpu))
+        triton.runtime.driver.set_active(pretended_driver(gpu))
         for target, name, value in (
             (JITFunction, "run", run),
             (kernels_device, "_gpu", lambda index: gpu),

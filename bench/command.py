@@ -29,6 +29,7 @@ EPILOG = """
 fastllm bench compare A.json B.json   two runs side by side, with a verdict a row
 fastllm bench report A.json           the plots and the page of a run again (--out FOLDER: elsewhere)
 fastllm bench train --help            the training step
+fastllm bench regress FILE            anybody's Triton kernels held to a committed file, without a GPU
 """
 
 
@@ -69,6 +70,10 @@ def main(argv: list[str] | None = None) -> int:
 
         train.main(argv[1:])
         return 0
+    if argv[:1] == ["regress"]:
+        from .regress import main as regress
+
+        return regress(argv[1:])
     parser = _parser()
     options = parser.parse_args(argv)
     try:

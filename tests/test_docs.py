@@ -5,6 +5,7 @@ The Python blocks of a page share their names, as a reader would paste them one 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from fastllm.bench.command import _parser as bench_parser
+from fastllm.bench.regress import _parser as regress_parser
 from fastllm.cli import _parser as cli_parser
 from fastllm.data import Tokenizer, write_token_file
 
@@ -126,7 +128,9 @@ def _refused_arguments(arguments: list[str]) -> str | None:
     try:
         if arguments[:2] == ["bench", "train"] or arguments[:2] in (["bench", "compare"], ["bench", "report"]):
             return None  # tests/bench has them
-        if arguments[0] == "bench":
+        if arguments[:2] == ["bench", "regress"]:
+            regress_parser().parse_args(arguments[2:])
+        elif arguments[0] == "bench":
             bench_parser().parse_args(arguments[1:])
         else:
             cli_parser(arguments[0]).parse_args(arguments)
@@ -145,7 +149,7 @@ def test_shell_commands_are_what_the_command_line_takes(capsys):
 
 @pytest.mark.parametrize(
     "text", ["fastllm train --no-such-flag", "fastllm fly", "python -m fastllm.bench.nothing", "python docs/none.py",
-             "fastllm bench --nothing", "unheard-of --help"],
+             "fastllm bench --nothing", "fastllm bench regress", "unheard-of --help"],
 )  # fmt: skip
 def test_a_command_that_does_not_exist_is_seen(text):
     assert refused(text.split())
@@ -173,3 +177,12 @@ def broken_links(page: Path) -> list[str]:
 
 def test_links_lead_somewhere():
     assert not [link for page in PAGES for link in broken_links(page)]
+
+
+@pytest.mark.parametrize("name", ["functional", "nn", "models", "training", "data", "drop_in"])
+def test_the_reference_has_every_public_name(name):
+    page = (ROOT / f"docs/api/{name}.md").read_text("utf-8")
+    there = {line.rpartition(".")[2] for line in re.findall(r"^::: (\S+)$", page, re.MULTILINE)}
+    module = importlib.import_module(f"fastllm.{name}")
+    objects = {getattr(module, n).__name__ for n in module.__all__ if callable(getattr(module, n))}
+    assert objects <= there, f"not on docs/api/{name}.md: {sorted(objects - there)}"
