@@ -4,10 +4,6 @@ from . import quiet_interrupt
 
 quiet_interrupt.install()
 
-from . import functional, losses, nn  # noqa: E402
-from .backends import BackendError, backend  # noqa: E402
-from .drop_in import Report, accelerate, accelerated, revert  # noqa: E402
-from .registry import OPS  # noqa: E402
 from .version import __version__  # noqa: E402
 
 __all__ = [
@@ -25,9 +21,14 @@ __all__ = [
     "revert",
 ]
 
+if quiet_interrupt.is_command():
+    # Importing torch takes seconds: the command line (cli.py) imports it for the commands that need it.
+    def __getattr__(name: str):
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from . import api
 
-def info() -> str:
-    """What serves each op on this machine and why, with the versions that matter, as printed by ``fastllm info``."""
-    from .environment import describe
+        return getattr(api, name)
 
-    return describe()
+else:
+    from .api import OPS, BackendError, Report, accelerate, accelerated, backend, functional, info, losses, nn, revert

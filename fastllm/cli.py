@@ -36,6 +36,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text in COMMANDS.items():
         if name == command:
+            import_module(".api", __package__)  # the ops register themselves
             module = import_module(f".commands.{name}", __package__)
             chosen = commands.add_parser(name, help=text, description=module.__doc__)
             module.add_arguments(chosen)
@@ -150,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _execute(argv: list[str]) -> int:
     if argv[:1] == ["bench"]:
+        import_module(".api", __package__)
         from .bench.command import main as bench
 
         return bench(argv[1:])

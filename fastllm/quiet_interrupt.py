@@ -9,7 +9,7 @@ import sys
 from pathlib import PurePath
 
 
-def _is_command() -> bool:
+def is_command() -> bool:
     """Whether this process is ``fastllm ...`` or ``python -m fastllm ...``, not a program that imports fastllm."""
     if sys.argv and PurePath(sys.argv[0]).stem in ("fastllm", "fastllm-script"):
         return True
@@ -19,7 +19,7 @@ def _is_command() -> bool:
 
 def install() -> None:
     """Let an interrupt that nobody catches show no traceback, if this process is the command line."""
-    if not _is_command():
+    if not is_command():
         return
     before = sys.excepthook
 

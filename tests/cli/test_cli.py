@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from prose import prose
 
-from fastllm import __version__
+from fastllm import OPS, __version__
 from fastllm.cli import main
 from fastllm.config import InputError, settings
 from fastllm.data import DataConfig, Tokenizer
@@ -386,3 +386,24 @@ def test_a_reader_that_leaves_is_no_traceback(start):
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait(60) == 1
+
+
+@pytest.mark.runs_on("anywhere")
+@pytest.mark.parametrize(("argument", "code"), [("--version", 0), ("--help", 0), ("nonsense", 2)])
+def test_what_needs_no_torch_imports_none(argument, code):
+    look = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules, 'numpy' in sys.modules)); "
+    look += f"sys.argv = ['fastllm', {argument!r}]; from fastllm.cli import main; sys.exit(main())"
+    result = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True)
+    assert result.returncode == code, result.stderr
+    assert result.stdout.splitlines()[-1] == "False False"
+
+
+@pytest.mark.runs_on("anywhere")
+def test_the_package_has_its_names_in_the_command_line_too():
+    look = (
+        "import sys; sys.argv = ['fastllm']; import fastllm; "
+        "print(hasattr(fastllm, 'nothing'), 'torch' in sys.modules); "
+        "from fastllm import *; print(len(OPS), fastllm.nn.RMSNorm.__name__)"
+    )
+    result = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True)
+    assert result.stdout == f"False False\n{len(OPS)} RMSNorm\n", result.stderr
