@@ -179,7 +179,7 @@ def test_links_lead_somewhere():
     assert not [link for page in PAGES for link in broken_links(page)]
 
 
-@pytest.mark.parametrize("name", ["functional", "nn", "models", "training", "data", "drop_in"])
+@pytest.mark.parametrize("name", ["functional", "losses", "nn", "models", "training", "data", "drop_in"])
 def test_the_reference_has_every_public_name(name):
     page = (ROOT / f"docs/api/{name}.md").read_text("utf-8")
     there = {line.rpartition(".")[2] for line in re.findall(r"^::: (\S+)$", page, re.MULTILINE)}

@@ -174,7 +174,7 @@ def test_a_trainer_with_these_log_probabilities_gets_trls():
     """The subclass of docs/post-training.md, as it stands there."""
     module, utils = _trl("trl.trainer.grpo_trainer"), _trl("trl.trainer.utils")
     page = (Path(__file__).parent.parent / "docs/post-training.md").read_text("utf-8")
-    (snippet,) = (code for code in re.findall("```python\n(.*?)```", page, re.DOTALL) if "class Trainer" in code)
+    (snippet,) = (code for code in re.findall("```text\n(.*?)```", page, re.DOTALL) if "class Trainer" in code)
     space = {}
     exec(compile(snippet, "docs/post-training.md", "exec"), space)
     torch.manual_seed(0)

@@ -145,8 +145,8 @@ def test_second_order(direction, reduction):
     def function(*args):
         return linear_kl_div(*args, direction=direction, beta=0.3, temperature=1.5, reduction=reduction, softcap=3.0)
 
-    assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs)
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
 def test_operators_are_well_formed():
@@ -202,20 +202,20 @@ def test_rows_are_the_same_bits_in_slices_of_any_size(monkeypatch):
 
 @pytest.mark.runs_on("interpreter")
 def test_memory_is_a_chunk_and_positions_that_do_not_count_cost_nothing(monkeypatch):
-    x, w, tx, tw = _call(n=2048, d=16, v=8000)
+    x, w, tx, tw = _call(n=1024, d=16, v=8000)
     tx, tw = tx.detach(), tw.detach()
     gradients = 4 * (x.numel() + w.numel())
     linear_kl_div(x[:64], w, tx[:64], tw).backward()  # first-call allocations
     x.grad = w.grad = None
-    mine = peak(lambda: linear_kl_div(x, w, tx, tw, max_workspace_mb=8).backward())
-    # 62 MiB of logits, five times, for the plain way.
-    assert mine <= gradients + (8 + 24) * 2**20
+    mine = peak(lambda: linear_kl_div(x, w, tx, tw, max_workspace_mb=4).backward())
+    # 31 MiB of logits, five times, for the plain way.
+    assert mine <= gradients + (4 + 24) * 2**20
     seen = []
     real = kl_chunks.logits_into
     monkeypatch.setattr(kl_chunks, "logits_into", lambda rows, *rest: seen.append(len(rows)) or real(rows, *rest))
-    target = torch.where(torch.arange(2048) % 8 == 0, 1, -100)
+    target = torch.where(torch.arange(1024) % 8 == 0, 1, -100)
     linear_kl_div(x, w, tx, tw, target=target)
-    assert sum(seen) == 2 * 256
+    assert sum(seen) == 2 * 128
 
 
 def _wrong():
