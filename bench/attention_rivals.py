@@ -96,14 +96,14 @@ def _flex():
     compiled = torch.compile(flex_attention, dynamic=False)
     made: dict[tuple, tuple] = {}
 
-    def prepare(query, key, causal, window, softcap, alibi_slopes, bias, starts):
-        rows, cols = query.shape[-2], key.shape[-2]
-        offset = cols - rows
+    def mask_of(rows, cols, causal, window, starts):
         left, right = window or (-1, -1)
         right = 0 if causal else right
-        document = None
+        if left < 0 and right < 0 and starts is None:
+            return None
+        offset, document = cols - rows, None
         if starts is not None:
-            document = torch.bucketize(torch.arange(rows, device=query.device), starts[1:-1], right=True)
+            document = torch.bucketize(torch.arange(rows, device=starts.device), starts[1:-1], right=True)
 
         def mask(b, h, i, j):
             seen = i >= 0
@@ -113,6 +113,12 @@ def _flex():
                 seen = seen & (j >= i + offset - left)
             return seen if document is None else seen & (document[i] == document[j])
 
+        return mask
+
+    def score_of(offset, softcap, alibi_slopes, bias):
+        if softcap is None and alibi_slopes is None and bias is None:
+            return None
+
         def score(s, b, h, i, j):
             if softcap:
                 s = softcap * torch.tanh(s / softcap)
@@ -120,10 +126,7 @@ def _flex():
                 s = s - alibi_slopes[h] * (i + offset - j).abs()
             return s if bias is None else s + bias[0, h, i, j]
 
-        plain = softcap is None and alibi_slopes is None and bias is None
-        whole = left < 0 and right < 0 and document is None
-        blocks = None if whole else create_block_mask(mask, None, None, rows, cols, device=query.device, _compile=True)
-        return None if plain else score, blocks
+        return score
 
     def attention(
         query, key, value, *, causal=False, window=None, softcap=None, alibi_slopes=None, bias=None, sinks=None,
@@ -134,7 +137,11 @@ def _flex():
             query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
         at = (tuple(query.shape), tuple(key.shape), causal, window, softcap, id(alibi_slopes), id(bias))
         if at not in made:
-            made[at] = prepare(query, key, causal, window, softcap, alibi_slopes, bias, cu_seqlens_q)
+            rows, cols = query.shape[-2], key.shape[-2]
+            mask = mask_of(rows, cols, causal, window, cu_seqlens_q)
+            if mask is not None:
+                mask = create_block_mask(mask, None, None, rows, cols, device=query.device, _compile=True)
+            made[at] = score_of(cols - rows, softcap, alibi_slopes, bias), mask
         score, blocks = made[at]
         settings = dict(score_mod=score, block_mask=blocks, enable_gqa=query.shape[1] != key.shape[1])
         if sinks is None:

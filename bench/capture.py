@@ -92,7 +92,8 @@ class _Driver:
     """What ``JITFunction.run`` asks of the active driver before it loads a kernel, and what launchers ask of it."""
 
     def __init__(self, gpu: DeviceInfo, device: torch.device):
-        self.target = GPUTarget("cuda", gpu.arch, 32)
+        amd = gpu.vendor == "amd"
+        self.target = GPUTarget("hip", gpu.gfx, gpu.lanes) if amd else GPUTarget("cuda", gpu.arch, 32)
         self.device = device
         sizes = {"multiprocessor_count": gpu.processors, "max_shared_mem": gpu.shared_per_block, "warpSize": 32}
         self.utils = SimpleNamespace(get_device_properties=lambda index: sizes | {"max_num_regs": 65536})

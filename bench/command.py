@@ -20,7 +20,7 @@ from . import cases
 from .environment import environment
 from .results import Run, read_run
 from .run import ROUNDS, plan, run
-from .timing import copy_bandwidth
+from .timing import copy_bandwidth, keep_freed_memory
 
 # Seconds kept for the table, the plots and the page.
 DRAWING = 15.0
@@ -106,12 +106,13 @@ def main(argv: list[str] | None = None) -> int:
     folder = options.out or Path("runs") / f"bench-{datetime.now():%Y%m%d-%H%M%S}"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "bench.json"
+    kept = keep_freed_memory()
     with tempfile.TemporaryDirectory() as caches:
         if options.fresh_caches:
             os.environ |= {"TRITON_CACHE_DIR": f"{caches}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
         matrix = {f"matrix {dtype}": matmul_flops(device, getattr(torch, dtype)) for dtype in options.dtype}
         rates = {"copy": copy_bandwidth(device), "matrix": matrix[f"matrix {options.dtype[0]}"], **matrix}
-        where = environment(device) | {"rates": rates, "fresh_caches": options.fresh_caches}
+        where = environment(device) | {"rates": rates, "fresh_caches": options.fresh_caches, "keeps_freed_memory": kept}
         left = max(0.0, options.budget - (time.monotonic() - began) - min(DRAWING, options.budget / 4))
         found = run(
             planned, device, dtypes=options.dtype, rounds=options.rounds or ROUNDS[device.type],

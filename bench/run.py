@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 
@@ -29,13 +29,14 @@ DIRECTIONS = ("forward", "backward", "both")
 # Largest call, in bytes of its tensors, that is run: a CPU takes seconds for more, and its gradients as much again.
 LARGEST = {"cpu": 1 << 29, "cuda": 1 << 35}
 ROUNDS = {"cpu": 15, "cuda": 100}
-# Seconds, and share of what is left of the budget, the larger of which one case may take.
-CASE, CASE_SHARE = 40.0, 0.25
+# Seconds, and share of what is left of the budget, the larger of which one case may take. On two AVX2 cores three cases
+# of 40 s took as long as 35 small ones.
+CASE, CASE_SHARE = {"cpu": 9.0, "cuda": 40.0}, {"cpu": 0.06, "cuda": 0.25}
 # Share of it that a rival may take before it is timed, compilation included.
 RIVAL_SHARE = 0.4
 # Share of the budget that torch.compile may take to compile on a device. On two cores it takes 3 s a call, more than
 # all else about a call that is not large.
-COMPILING = {"cpu": 0.4, "cuda": 1.0}
+COMPILING = {"cpu": 0.15, "cuda": 1.0}
 # Least forward and backward passes of a case: parity's and the fewest samples of ours, eager and torch.compile.
 PASSES = 30
 # On a GPU, calls shorter than this are also timed on the host, whose work a longer one would hide.
@@ -181,30 +182,43 @@ def _floor(cost: Cost, rates: dict[str, float], dtype: str) -> float:
     return max(least / rates["copy"], flops / matrix_rate(rates, dtype))
 
 
-def measure(
-    op: Op, sample: Sample, dtype: str, device: torch.device, rounds: int, only=(), within: float = math.inf,
-    left: float = math.inf, balance: float = math.inf, compiling: Compiling | None = None, **sweep,
-) -> Iterator[Row]:  # fmt: skip
-    """The rows of one call: parity of each provider, then the times of those that have it.
+@dataclass(frozen=True)
+class Effort:
+    """What the measuring of one call may take.
 
-    Args:
+    Attributes:
         rounds: samples of each provider; fewer, but at least ``timing.FEWEST``, where they would take longer than
             ``within`` seconds.
-        only: providers to take beside ours and eager; all if empty.
         left: seconds that it must not exceed; a call whose first run says that it would raises OutOfTime.
         compiling: what torch.compile may take; all that it wants without.
         balance: FLOPs a byte above which matrix products bound a call: on CUDA it is timed with a hot cache too.
+    """
+
+    rounds: int
+    within: float = math.inf
+    left: float = math.inf
+    balance: float = math.inf
+    compiling: Compiling | None = None
+
+
+def measure(
+    op: Op, sample: Sample, dtype: str, device: torch.device, effort: Effort, only: Collection[str] = (), **sweep
+) -> Iterator[Row]:
+    """The rows of one call: parity of each provider, then the times of those that have it.
+
+    Args:
+        only: providers to take beside ours and eager; all if empty.
         sweep: ``axis`` and ``size`` of the rows.
     """
     began = time.monotonic()
     cost = op.cost(*sample.args, **sample.kwargs)
-    entrants = Entrants(op, sample, getattr(torch, dtype), device, only, left=left, compiling=compiling)
+    entrants = Entrants(op, sample, getattr(torch, dtype), device, only, left=effort.left, compiling=effort.compiling)
     common = dict(op=op.name, shape=sample.name, dtype=dtype, **sweep)
     directions = DIRECTIONS if cases.differentiable(sample) else DIRECTIONS[:1]
     states = {}
     for direction in directions:
         least, flops = _least(cost, direction)
-        gemm_bound = flops > balance * least
+        gemm_bound = flops > effort.balance * least
         states[direction] = ["hot"] if device.type != "cuda" else ["cold", "hot"] if gemm_bound else ["cold"]
     turns = [(direction, cache) for direction in directions for cache in states[direction]]
     for at, (direction, cache) in enumerate(turns):
@@ -216,8 +230,8 @@ def measure(
         calls = calls_of(entrants.functions, sample, direction)
         timer = Timer(device, cache == "cold")
         timer.calibrate(next(iter(calls.values())), device)
-        share = (within - (time.monotonic() - began)) / (len(turns) - at)
-        samples = interleaved(calls, rounds, device, timer=timer, within=share)
+        share = (effort.within - (time.monotonic() - began)) / (len(turns) - at)
+        samples = interleaved(calls, effort.rounds, device, timer=timer, within=share)
         least, flops = _least(cost, direction)
         for name, times in samples.items():
             brief = device.type == "cuda" and Quartiles.of(times).median < LAUNCH_BOUND
@@ -247,7 +261,7 @@ class Planned:
 def plan(ops: list[Op], shape: list[str], sweep: bool = False, device: str = "cuda") -> list[Planned]:
     """What to run: the first shape of every op, then the second of every op, and so on; then the sweeps alike.
 
-    On a CPU those that were chosen for CPUs come first, then the others from small to large: time is short there.
+    On a CPU those that were chosen for CPUs come first, then all others from small to large: time is short there.
     """
 
     def columns(calls):
@@ -255,15 +269,23 @@ def plan(ops: list[Op], shape: list[str], sweep: bool = False, device: str = "cu
         return [planned for planned in chain.from_iterable(zip_longest(*found)) if planned is not None]
 
     def shapes(op):
-        found = [Planned(op, name, make) for name, make in cases.shapes_of(op.name, device).items()]
-        first = len(cases.cpu_shapes_of(op.name)) if device == "cpu" else len(found)
-        return found[:first] + sorted(found[first:], key=lambda planned: planned.held_bytes)
+        return [Planned(op, name, make) for name, make in cases.shapes_of(op.name, device).items()]
+
+    def for_cpus(op):
+        return shapes(op)[: len(cases.cpu_shapes_of(op.name))]
+
+    def others(op):
+        return shapes(op)[len(cases.cpu_shapes_of(op.name)) :]
 
     def swept(op):
         axis, calls = cases.sweep_of(op.name)
         return [Planned(op, f"{axis} {size}", make, axis, size) for size, make in calls.items()]
 
-    return columns(shapes) + (columns(swept) if sweep else [])
+    if device == "cpu":
+        found = columns(for_cpus) + sorted(columns(others), key=lambda planned: planned.held_bytes)
+    else:
+        found = columns(shapes)
+    return found + (columns(swept) if sweep else [])
 
 
 def run(
@@ -305,19 +327,17 @@ def run(
         try:
             call = replace(case.make(device, getattr(torch, dtype)), name=case.name)
             # An op's cost may depend on values, which meta tensors do not have.
-            if rates and PASSES * _floor(case.op.cost(*call.args, **call.kwargs), rates, dtype) > left:
-                raise OutOfTime(f"takes longer than the {left:.0f} s that are left of the budget")
+            limit = min(left, max(CASE[device.type], CASE_SHARE[device.type] * left))
+            if rates and PASSES * _floor(case.op.cost(*call.args, **call.kwargs), rates, dtype) > limit:
+                raise OutOfTime(f"takes longer than the {limit:.0f} s that a call may take")
             tell(f"{what} (fastllm serves it by {_serving(case.op, call)})")
-            limit = min(left, max(CASE, CASE_SHARE * left))
             balance = matrix_rate(rates, dtype) / rates["copy"] if rates else math.inf
-            settings = dict(within=left / (len(todo) - i), left=limit, balance=balance, compiling=compiling)
+            effort = Effort(rounds, left / (len(todo) - i), limit, balance, compiling)
             chosen = only
             if compiled is not None and case.op.name not in compiled:
                 chosen = [OURS, *(name for name in only or providers(case.op) if name != COMPILED)]
             with time_limit(limit):
-                for row in measure(
-                    case.op, call, dtype, device, rounds, chosen, **settings, axis=case.axis, size=case.size
-                ):
+                for row in measure(case.op, call, dtype, device, effort, chosen, axis=case.axis, size=case.size):
                     found.rows.append(row)
         except OutOfTime as error:
             found.left_out.append(f"{what}: {error}")

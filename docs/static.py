@@ -5,7 +5,9 @@ they have changed since, and compiles nothing. Kernels that Triton's cache holds
 """
 
 import json
+import os
 import re
+import subprocess
 import sys
 import tempfile
 from itertools import groupby
@@ -13,8 +15,8 @@ from pathlib import Path
 
 import triton
 
-from fastllm.bench import cases, model, static
-from fastllm.kernels.device import GPUS
+from fastllm.bench import cases, model, other_gpus, static
+from fastllm.kernels.device import GPUS, OTHER_GPUS
 
 ROOT = Path(__file__).parent.parent
 PAGE = Path(__file__).parent / "static.md"
@@ -44,6 +46,31 @@ tensor core and MUFU are instruction counts, all of sm_90, or of the one that ha
 """
 
 
+OTHERS = """
+## Compiled for other GPUs
+
+Compiled, never run. Each kernel on a few shapes, in bfloat16, on sm_75 in float16. Numbers are those of {gpus}, a dash
+where a GPU does not have the kernel: attention is PyTorch's own on sm_75, gfx1100 and gfx1201. Registers are a thread's
+(VGPRs on AMD's), spills are instructions on NVIDIA's and registers on AMD's, matrix instructions are HMMA, MFMA and
+WMMA. A warp has 64 threads on gfx942 and gfx950. Every launch keeps within the GPU's threads, registers, shared memory
+and grid. `python -m fastllm.bench.other_gpus` prints this table.
+
+"""
+
+
+def _others(rows: list[other_gpus.OtherRow]) -> str:
+    columns = ("op", "shape", "pass", "kernel", "warps", "registers", "spills", "shared KB", "matrix instructions")
+    kinds: dict[tuple, dict[str, other_gpus.OtherRow]] = {}
+    for row in rows:
+        kinds.setdefault((row.op, row.shape, row.direction, row.kernel), {}).setdefault(row.gpu, row)
+    lines = []
+    for kind, by_gpu in sorted(kinds.items()):
+        values = [other_gpus.cells(by_gpu[gpu])[5:] if gpu in by_gpu else ["-"] * 5 for gpu in OTHER_GPUS]
+        lines.append([*kind, *(" / ".join(column) for column in zip(*values, strict=True))])
+    known = [f"`{kernel}` of {op} on {gpu}: {cost}." for (gpu, op, kernel), cost in other_gpus.SPILLING.items()]
+    return _markdown(columns, lines) + "\nKernels that spill: " + " ".join(known) + "\n"
+
+
 def _markdown(columns, rows) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
@@ -52,7 +79,8 @@ def _markdown(columns, rows) -> str:
 
 def fingerprint() -> str:
     """Of the kernels' code, without comments and empty lines, and of the names of the shapes that they are run on."""
-    shapes = ("\n".join([op.name, *cases.shapes_of(op.name)]) for op in cases.selected([]))
+    ops = [op for op in cases.selected([]) if op.backends != ("eager",)]  # one of PyTorch's operators has no kernel
+    shapes = ("\n".join([op.name, *cases.shapes_of(op.name)]) for op in ops)
     return cases.code_hash(sorted((ROOT / "kernels").rglob("*.py")), *shapes)
 
 
@@ -105,6 +133,12 @@ def main() -> None:
         for module, process in running.items():
             if process.wait():
                 sys.exit(f"fastllm.bench.{module} failed or found problems")
+        others = Path(folder, "other.json")
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+        if subprocess.run([sys.executable, "-m", other_gpus.__name__, "--json", others], env=environment).returncode:
+            sys.exit(f"{other_gpus.__name__} failed or found problems")
+        elsewhere = other_gpus.read_rows(others)
         modelled = json.loads(Path(folder, "model.json").read_text())
         compiled = static.read_rows(Path(folder, "static.json"))
     rates = model.RATES[90]
@@ -113,7 +147,8 @@ def main() -> None:
         launch=model.LAUNCH * 1e6,
     )  # fmt: skip
     times = _markdown(model.COLUMNS, [model.cells(model.Row(**row)) for row in modelled])
-    PAGE.write_text(head + times + COMPILED + _compiled(compiled), encoding="utf-8")
+    tail = OTHERS.format(gpus=" / ".join(OTHER_GPUS)) + _others(elsewhere)
+    PAGE.write_text(head + times + COMPILED + _compiled(compiled) + tail, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from . import quiet_interrupt
 
 quiet_interrupt.install()
 
-from . import functional, nn  # noqa: E402
+from . import functional, losses, nn  # noqa: E402
 from .backends import BackendError, backend  # noqa: E402
 from .drop_in import Report, accelerate, accelerated, revert  # noqa: E402
 from .registry import OPS  # noqa: E402
@@ -20,6 +20,7 @@ __all__ = [
     "backend",
     "functional",
     "info",
+    "losses",
     "nn",
     "revert",
 ]

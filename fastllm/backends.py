@@ -139,8 +139,18 @@ def _not_hopper(device_type: str) -> str | None:
     return f"it is for GPUs of sm_90 (H100, H200), this is {found}"
 
 
+def product_obstacle(device_type: str, index: int | None = None) -> str | None:
+    """Why PyTorch's own attention and matrix products are preferred to kernels' on such a GPU; None where not."""
+    if device_type != "cuda" or not _HAS_TRITON:
+        return None
+    from .kernels.device import device_info
+
+    return device_info(torch.device(device_type, index)).product_obstacle
+
+
 # What torch.compiler.assume_constant_result does; that imports torch._dynamo, which takes longer than all of fastllm.
 _not_hopper._dynamo_marked_constant = True
+product_obstacle._dynamo_marked_constant = True
 
 
 def under_transform() -> bool:
@@ -201,9 +211,10 @@ def _pick(op: str, call: Call) -> Choice:
     record = OPS[op]
     tensors = [t for t in call.tensors() if t is not None]
     foreign = _foreign(tensors)
+    dtypes = {t.dtype for t in tensors}
 
     def obstacle(name: str) -> str | None:
-        reason = why_not(name, tensors[0].device.type, [t.dtype for t in tensors], record)
+        reason = why_not(name, tensors[0].device.type, dtypes, record)
         if reason is None and name != "eager":
             reason = foreign
         return reason or record.refuses(name, call)

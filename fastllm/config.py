@@ -119,6 +119,19 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+def check_encodable(text: str, where: str) -> None:
+    """Refuse a text with half a surrogate pair, which JSON can write and UTF-8 cannot.
+
+    Raises:
+        InputError: names ``where`` and the character.
+        TypeError: ``text`` is no text.
+    """
+    found = re.search("[\ud800-\udfff]", text)
+    if found:
+        raise InputError(f"{where}: half a surrogate pair (U+{ord(found[0]):04X} at character {found.start()}), "
+                         "which is not text")  # fmt: skip
+
+
 def read_plain(path: str | Path) -> bytes:
     """The content of a file, or of a pipe as ``<(command)`` gives one; a device may have no end and is not read.
 

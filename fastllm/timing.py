@@ -10,8 +10,10 @@ import torch
 
 def synchronize(device: torch.device) -> None:
     """Wait for the work queued on ``device``."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type == "mps":
+        torch.mps.synchronize()
+    elif device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -32,18 +32,57 @@ class DeviceInfo(NamedTuple):
         """ "sm_90" or "gfx942"."""
         return self.gfx or f"sm_{self.arch}"
 
+    @property
+    def lanes(self) -> int:
+        """Threads of a warp: 64 on AMD's data-centre GPUs (gfx9), 32 on its others and on NVIDIA's."""
+        return 64 if self.gfx.startswith("gfx9") else 32
+
+    @property
+    def product_obstacle(self) -> str | None:
+        """Why kernels with matrix products are not the choice here; None where they are."""
+        if self.vendor == "nvidia" and self.arch < 80:
+            return f"Triton multiplies without tensor cores on {self.architecture}"
+        if self.vendor == "amd" and self.lanes == 32:
+            # Attention's backward in bfloat16 at head dim 128, compiled for gfx1100: 425 and 1,908 registers spill.
+            return f"a thread has 256 registers on {self.architecture}, and attention's tiles do not fit in them"
+        return None
+
+    @property
+    def has_bfloat16(self) -> bool:
+        """Whether the hardware computes in bfloat16."""
+        return self.vendor != "nvidia" or self.arch >= 80
+
+    @property
+    def has_tf32(self) -> bool:
+        """Whether Triton multiplies float32 as tf32 where less than the highest precision is asked for."""
+        return self.gfx == "gfx942" if self.vendor == "amd" else self.arch >= 80
+
 
 # Triton's interpreter takes what sm_90 takes, but for what a launcher asks of ``vendor``. With 4 processors persistent
 # loops take several turns there too.
 INTERPRETER = DeviceInfo("Triton's interpreter", "interpreter", 90, "", 4, 227 << 10)
 
-# GPUs that kernels are compiled for where there is none, by architecture.
+# GPUs that kernels are compiled for where there is none, by architecture: those that launch tables are chosen for,
 GPUS = {
     gpu.arch: gpu
     for gpu in (
         DeviceInfo("A100", "nvidia", 80, "", 108, 163 << 10),
         DeviceInfo("H100/H200", "nvidia", 90, "", 132, 227 << 10),
         DeviceInfo("B200", "nvidia", 100, "", 148, 227 << 10),
+    )
+}
+# and those that take the same tables.
+OTHER_GPUS = {
+    gpu.architecture: gpu
+    for gpu in (
+        DeviceInfo("T4", "nvidia", 75, "", 40, 64 << 10),
+        DeviceInfo("RTX 3090", "nvidia", 86, "", 82, 99 << 10),
+        DeviceInfo("RTX 4090", "nvidia", 89, "", 128, 99 << 10),
+        DeviceInfo("RTX 5090", "nvidia", 120, "", 170, 99 << 10),
+        DeviceInfo("MI300X", "amd", 0, "gfx942", 304, 64 << 10),
+        DeviceInfo("MI355X", "amd", 0, "gfx950", 256, 160 << 10),
+        DeviceInfo("RX 7900 XTX", "amd", 0, "gfx1100", 48, 64 << 10),
+        DeviceInfo("RX 9070 XT", "amd", 0, "gfx1201", 32, 64 << 10),
     )
 }
 

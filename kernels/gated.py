@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import OPTIONS, RowView, next_power_of_2, tuned
+from .launch import RowView, launch_options, next_power_of_2, tuned
 from .math import starts
 
 # Elements of a tile: 16 of each tensor to a thread of 4 warps. From compiled register counts, not yet from timings.
@@ -117,8 +117,9 @@ def _geometry(kernel: str, tensors, packed: bool) -> _Geometry:
     last = tensors[-1]
     settings = tuned(kernel, last.device, (block_m, block_n, last.element_size()), settings)
     block_m, block_n = settings["BLOCK_M"], settings["BLOCK_N"]
+    tile = dict(BLOCK_M=block_m, BLOCK_N=block_n, **launch_options(last.device, num_warps=settings["num_warps"]))
     grid = (triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, block_n),)
-    return _Geometry([RowView(t, n_cols) for t in tensors], n_rows, n_cols, grid, settings | OPTIONS)
+    return _Geometry([RowView(t, n_cols) for t in tensors], n_rows, n_cols, grid, tile)
 
 
 def _halves(gate, up):

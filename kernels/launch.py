@@ -8,8 +8,20 @@ import triton
 from .device import device_info
 from .tuned import TUNED
 
-# Options of every launch. a * b + c is rounded once, whatever Triton's version or the environment has as its default.
-OPTIONS = {"enable_fp_fusion": True}
+
+def launch_options(device: torch.device, *, num_warps: int, maxnreg: int | None = None, **more) -> dict:
+    """A launch's options on ``device``, of those that an NVIDIA GPU takes.
+
+    a * b + c is rounded once, whatever Triton's version or the environment has as its default. A GPU of AMD has no
+    ``maxnreg``, and where its warps have 64 lanes it takes half as many for as many threads.
+    """
+    info = device_info(device)
+    options = {"enable_fp_fusion": True, **more}
+    if info.vendor != "amd":
+        if maxnreg is not None:
+            options["maxnreg"] = maxnreg
+        return options | {"num_warps": num_warps}
+    return options | {"num_warps": max(1, num_warps * 32 // info.lanes)}
 
 
 def processor_count(device: torch.device) -> int:

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import OPTIONS, next_power_of_2
+from .launch import launch_options, next_power_of_2, tuned
 
 # Features of a head's rows that a program holds: 16 to a thread of 4 warps, as two times 16 bytes. From compiled
 # register counts, not timings.
@@ -156,6 +156,9 @@ def rotary(call, query_out, key_out):
     half = call.cos.shape[-1]
     rest = width - 2 * half
     block_m = max(1, min(TILE // next_power_of_2(width), next_power_of_2(length), 32))
+    settings = dict(BLOCK_M=block_m, num_warps=max(1, min(8, block_m * next_power_of_2(width) // 512)))
+    settings = tuned("rotary", query.device, (block_m, next_power_of_2(width), query.element_size()), settings)
+    block_m = settings["BLOCK_M"]
     blocks = batch * triton.cdiv(length, block_m)
     groups = min(heads, max(1, triton.cdiv(PROGRAMS, blocks)))
     heads_each = triton.cdiv(heads, groups)
@@ -175,5 +178,5 @@ def rotary(call, query_out, key_out):
         tile=RotaryTile(
             call.inverse, call.interleaved, block_m, next_power_of_2(half), next_power_of_2(rest) if rest else 0
         ),
-        num_warps=max(1, min(8, block_m * next_power_of_2(width) // 512)), **OPTIONS, **asserts,
+        **launch_options(query.device, num_warps=settings["num_warps"], **asserts),
     )  # fmt: skip

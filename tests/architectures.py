@@ -15,6 +15,13 @@ DECODER = dict(
     vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, head_dim=8,
 )  # fmt: skip
+MOE = dict(
+    num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+    n_shared_experts=1, first_k_dense_replace=1, n_group=1, topk_group=1,
+)  # fmt: skip
+LATENT = dict(
+    kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, num_key_value_heads=4,
+)  # fmt: skip
 ENCODER = dict(
     vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=0,
@@ -36,6 +43,13 @@ SEQ2SEQ = dict(
 T5 = dict(
     vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
     decoder_start_token_id=0,
+)  # fmt: skip
+
+TWO_TOWERS = dict(
+    text_config=dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                     num_attention_heads=4, max_position_embeddings=32, bos_token_id=1, eos_token_id=2),
+    vision_config=dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                       image_size=16, patch_size=8),
 )  # fmt: skip
 
 
@@ -100,6 +114,48 @@ ARCHITECTURES = {
         "GptOssForCausalLM", "GptOssConfig",
         {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}, _tokens,
     ),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**DECODER, **MOE}, _tokens),
+    "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", {**DECODER, **MOE}, _tokens),
+    "granitemoe": ("GraniteMoeForCausalLM", "GraniteMoeConfig", {**DECODER, **MOE}, _tokens),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeForCausalLM", "Ernie4_5_MoeConfig",
+        {**DECODER, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16}, _tokens,
+    ),
+    "glm4_moe": ("Glm4MoeForCausalLM", "Glm4MoeConfig", {**DECODER, **MOE}, _tokens),
+    "minimax_m2": ("MiniMaxM2ForCausalLM", "MiniMaxM2Config", {**DECODER, **MOE}, _tokens),
+    "llama4": (
+        "Llama4ForCausalLM", "Llama4TextConfig",
+        {**DECODER, "intermediate_size_mlp": 48, "num_local_experts": 4}, _tokens,
+    ),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", "DeepseekV2Config", {**DECODER, **MOE, **LATENT}, _tokens),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", {**DECODER, **MOE, **LATENT}, _tokens),
+    "deepseek_v4": ("DeepseekV4ForCausalLM", "DeepseekV4Config", {**DECODER, **MOE}, _tokens),
+    "hy_v3": ("HYV3ForCausalLM", "HYV3Config", {**DECODER, **MOE}, _tokens),
+    "hy_v4": ("HYV4ForCausalLM", "HYV4Config", {**DECODER, **MOE}, _tokens),
+    "solar_open": ("SolarOpenForCausalLM", "SolarOpenConfig", {**DECODER, **MOE}, _tokens),
+    "mellum": ("MellumForCausalLM", "MellumConfig", {**DECODER, **MOE}, _tokens),
+    "flint": ("FlintForCausalLM", "FlintConfig", {**DECODER, **MOE}, _tokens),
+    "laguna": ("LagunaForCausalLM", "LagunaConfig", {**DECODER, **MOE}, _tokens),
+    "kolibri1": ("Kolibri1ForCausalLM", "Kolibri1Config", {**DECODER, **MOE}, _tokens),
+    "beam": ("BeamForCausalLM", "BeamConfig", {**DECODER, **MOE}, _tokens),
+    "lara_mini": ("LaraMiniForCausalLM", "LaraMiniConfig", {**DECODER, **MOE}, _tokens),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**DECODER, "sliding_window": 4}, _tokens),
+    "gemma4": (
+        "Gemma4ForCausalLM", "Gemma4TextConfig",
+        {**DECODER, "sliding_window": 4, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8},
+        _tokens,
+    ),
+    "olmo3": ("Olmo3ForCausalLM", "Olmo3Config", {**DECODER, "sliding_window": 4}, _tokens),
+    "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", DECODER, _tokens),
+    "lfm2": ("Lfm2ForCausalLM", "Lfm2Config", DECODER, _tokens),
+    "gptj": ("GPTJForCausalLM", "GPTJConfig", {**GPT2, "rotary_dim": 4}, _tokens),
+    "stablelm": ("StableLmForCausalLM", "StableLmConfig", DECODER, _tokens),
+    "mamba2": (
+        "Mamba2ForCausalLM", "Mamba2Config",
+        dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8, state_size=8),
+        _tokens,
+    ),
+    "deberta_v2": ("DebertaV2ForMaskedLM", "DebertaV2Config", ENCODER, _tokens),
     "bert": ("BertForMaskedLM", "BertConfig", ENCODER, _tokens),
     "roberta": ("RobertaForMaskedLM", "RobertaConfig", ENCODER, _tokens),
     "electra": ("ElectraForMaskedLM", "ElectraConfig", {**ENCODER, "embedding_size": 24}, _tokens),
@@ -127,21 +183,25 @@ ARCHITECTURES = {
     ),
     "vit": ("ViTForImageClassification", "ViTConfig", VISION, _classes),
     "dinov2": ("Dinov2ForImageClassification", "Dinov2Config", {**VISION, "mlp_ratio": 2}, _classes),
+    "swin": (
+        "SwinForImageClassification", "SwinConfig",
+        dict(image_size=16, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4,
+             drop_path_rate=0.0), _classes,
+    ),
     "convnextv2": (
         "ConvNextV2ForImageClassification", "ConvNextV2Config",
         dict(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, patch_size=4, image_size=16), _classes,
     ),
-    "clip": (
-        "CLIPModel", "CLIPConfig",
-        dict(
-            text_config=dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                             num_attention_heads=4, max_position_embeddings=32, bos_token_id=1, eos_token_id=2),
-            vision_config=dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                               image_size=16, patch_size=8),
-            projection_dim=16,
-        ), _image_and_text,
-    ),
+    "clip": ("CLIPModel", "CLIPConfig", {**TWO_TOWERS, "projection_dim": 16}, _image_and_text),
+    "siglip": ("SiglipModel", "SiglipConfig", TWO_TOWERS, _image_and_text),
 }  # fmt: skip
+
+
+def there(name: str) -> bool:
+    """Whether the installed transformers has the architecture."""
+    import transformers
+
+    return hasattr(transformers, ARCHITECTURES[name][0])
 
 
 def build(name: str, **changes):

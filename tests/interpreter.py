@@ -10,7 +10,8 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
-def _widen(handle: TensorHandle) -> TensorHandle:
+def widen(handle: TensorHandle) -> TensorHandle:
+    """``handle``, in float32 if it holds the bits of bfloat16."""
     if handle.dtype.scalar != tl.bfloat16:
         return handle
     bits = handle.data.astype(np.uint32) << 16
@@ -39,7 +40,7 @@ def repair() -> None:
     binary = InterpreterBuilder.binary_op
 
     def create_dot(self, a, b, d, *options):
-        return dot(self, _widen(a), _widen(b), d, *options)
+        return dot(self, widen(a), widen(b), d, *options)
 
     def cast_impl(self, source, target):
         if _is_rounding(source, target):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FILE = Path(__file__).parent / "public_names.txt"
-MODULES = ("", ".functional", ".nn", ".models", ".training", ".data", ".generate", ".drop_in", ".search")
+MODULES = ("", ".functional", ".losses", ".nn", ".models", ".training", ".data", ".generate", ".drop_in", ".search")
 
 
 def signature(value) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
 from ..config import InputError, read_plain
 from ..data import Tokenizer
+from ..data.corpus import lines_of
 from ..models import Model, ModelConfig, load_model
 from ..training import RUNS
 from ..training.checkpoints.checkpoint import load_config
+from ..training.config import DEVICES
 from ..training.device import pick_device
 from ..training.setup import model_folder
 
@@ -21,7 +24,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--run", metavar="FOLDER", help="a run's folder (default: the newest in runs)")
     source.add_argument("--model", metavar="FOLDER", help="config.json, model.safetensors and tokenizer.json")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: %(default)s)")
 
 
 def chosen_folder(arguments: argparse.Namespace) -> Path:
@@ -68,6 +71,11 @@ def load_for(folder: Path, device: str, task: str | None = None) -> tuple[Model,
         raise InputError(str(error)) from error
 
 
+def on_a_line(text: str) -> str:
+    """``text`` without line ends; every other character is kept, so that it scores as ``fastllm eval`` scores it."""
+    return re.sub("[\r\n]+", " ", text)
+
+
 def given_texts(texts: list[str], file: str | None) -> list[str]:
     """The texts on the command line, else the lines of ``file`` ("-": standard input); none is empty.
 
@@ -79,7 +87,7 @@ def given_texts(texts: list[str], file: str | None) -> list[str]:
     if file is not None:
         try:
             content = sys.stdin.buffer.read() if file == "-" else read_plain(file)
-            texts = [line for line in content.decode("utf-8-sig").splitlines() if line.strip()]
+            texts = [line for line in lines_of(content.decode("utf-8-sig")) if line.strip()]
         except UnicodeDecodeError as error:
             raise InputError(f"{file}: not UTF-8 text (offset {error.start})") from error
     if not texts or not all(text.strip() for text in texts):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..tasks.classify import classify
-from ._model import add_model_arguments, chosen_folder, given_texts, load_for
+from ._model import add_model_arguments, chosen_folder, given_texts, load_for, on_a_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,5 +19,5 @@ def run(arguments: argparse.Namespace) -> int:
     model, tokenizer = load_for(chosen_folder(arguments), arguments.device, "classify")
     for text, row in zip(texts, classify(model, tokenizer, texts), strict=True):
         best = int(row.argmax())
-        print(f"{model.config.labels[best]}\t{row[best]:.3f}\t{text}")
+        print(f"{model.config.labels[best]}\t{row[best]:.3f}\t{on_a_line(text)}")
     return 0

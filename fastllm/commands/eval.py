@@ -1,11 +1,13 @@
 """Score a model on held-out data: BLEU and chrF of translations, accuracy and F1 of labels, exact match and F1 of
-answers, bits per byte of a language model."""
+answers, bits per byte of a language model and what it makes of BLiMP."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,24 +18,54 @@ from ..data.token_file import open_token_file
 from ..files import folder_to_fill, write_text
 from ..tasks.answer import answers
 from ..tasks.classify import classify
-from ..tasks.metrics import confusion, f1_macro, squad_scores, translation_scores
+from ..tasks.metrics import (
+    TOKENIZERS,
+    confusion,
+    f1_macro,
+    signatures,
+    squad_scores,
+    suggested_tokenizer,
+    translation_scores,
+    wilson_interval,
+)  # fmt: skip
+from ..tasks.minimal_pairs import Paradigm, blimp_scores, read_blimp
 from ..tasks.read import read_labelled, read_pairs, read_questions
 from ..tasks.translate import translate
+from ..training.checkpoints.checkpoint import load_config
 from ..training.evaluate import evaluate
 from ._model import add_model_arguments, chosen_folder, load_for, task_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("data", nargs="+", metavar="FILE", help="data of the form that the model was trained on")
+    parser.add_argument("data", nargs="*", metavar="FILE", help="data of the form that the model was trained on")
+    parser.add_argument(
+        "--blimp", metavar="FOLDER", help="of language models: minimal pairs, a .jsonl file a paradigm, as BLiMP's"
+    )
     parser.add_argument("--beams", type=int, default=4, metavar="N", help="of translations; 1: greedy (%(default)s)")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N examples (default: all)")
+    parser.add_argument(
+        "--tokenize", choices=TOKENIZERS, default="13a",
+        help="sacrebleu's tokens for BLEU; zh, ja-mecab, ko-mecab or char where words have no spaces (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=0,
+        metavar="N",
+        help="only the first N examples, of BLiMP N pairs of each paradigm (default: all)",
+    )
     parser.add_argument("--out", metavar="FOLDER", help="write predictions and the picture of a classifier's confusion")
 
 
 def _translations(model, tokenizer, examples, arguments) -> tuple[dict, list[dict]]:
+    references = [e["target"] for e in examples]
+    named = signatures(arguments.tokenize)
+    better = suggested_tokenizer(references)
+    if better != "13a" and arguments.tokenize in ("13a", "intl"):
+        print(f"hint: for BLEU in the language of these references sacrebleu has --tokenize {better}", file=sys.stderr)
     found = translate(model, tokenizer, [e["source"] for e in examples], beams=arguments.beams)
-    scores = translation_scores([e["target"] for e in examples], found)
+    scores = translation_scores(references, found, arguments.tokenize)
+    scores = {key: part for name in scores for key, part in ((name, scores[name]), (f"{name}_signature", named[name]))}
     return scores, [{**e, "translation": text} for e, text in zip(examples, found, strict=True)]
 
 
@@ -49,7 +81,12 @@ def _labels(model, tokenizer, examples, arguments) -> tuple[dict, list[dict]]:
 
         plot_confusion(confusion(labels, predicted, len(names)), names, Path(arguments.out) / "confusion.png")
     right = sum(a == b for a, b in zip(labels, predicted, strict=True))
-    scores = {"accuracy": right / len(labels), "f1": f1_macro(labels, predicted, len(names))}
+    interval = wilson_interval(right, len(labels))
+    scores = {
+        "accuracy": right / len(labels),
+        "accuracy_interval": interval,
+        "f1": f1_macro(labels, predicted, len(names)),
+    }
     return scores, [{**e, "predicted": names[p]} for e, p in zip(examples, predicted, strict=True)]
 
 
@@ -67,7 +104,7 @@ TASKS = {
 }
 
 
-def _language(model, tokenizer, arguments) -> dict:
+def _text(model, tokenizer, arguments) -> dict:
     import tempfile
 
     corpus = read_corpus(arguments.data, False)
@@ -78,6 +115,21 @@ def _language(model, tokenizer, arguments) -> dict:
     return {"bits_per_byte": result.bits_per_byte, "loss": result.loss, "tokens": result.tokens}
 
 
+def _language(model, tokenizer, arguments, paradigms: list[Paradigm]) -> tuple[dict, list[dict]]:
+    """Scores on the text that is given, and on BLiMP; without a text the bits per byte are BLiMP's."""
+    with torch.inference_mode():
+        text = _text(model, tokenizer, arguments) if arguments.data else {}
+        if not paradigms:
+            return text, []
+        some = [replace(p, pairs=p.pairs[: arguments.limit or None]) for p in paradigms]
+        scores, predictions = blimp_scores(model, tokenizer, some)
+    interval = wilson_interval(scores.pop("right"), scores["pairs"])
+    sentences = "blimp_bits_per_byte" if text else "bits_per_byte"
+    first = {"pairs": scores.pop("pairs"), "blimp": scores.pop("blimp"), "blimp_interval": interval,
+             sentences: scores.pop("bits_per_byte")}  # fmt: skip
+    return {**first, **text, **scores}, predictions
+
+
 def run(arguments: argparse.Namespace) -> int:
     if arguments.beams < 1 or arguments.limit < 0:
         raise InputError(f"beams and limit: expected at least 1 and 0, got {arguments.beams} and {arguments.limit}")
@@ -85,10 +137,26 @@ def run(arguments: argparse.Namespace) -> int:
         return _run(arguments, out)
 
 
+def _shown(name: str, value) -> str:
+    """A score in words: a number, an interval of 95%, a text, or numbers by name."""
+    if isinstance(value, dict):
+        return "\n".join([f"{name}:", *(f"  {_shown(key.replace('_', ' '), part)}" for key, part in value.items())])
+    if isinstance(value, tuple):
+        return f"{name}: {value[0]:.4f} to {value[1]:.4f} (95%)"
+    if isinstance(value, float):
+        return f"{name}: {value:.4f}"
+    return f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}"
+
+
 def _run(arguments: argparse.Namespace, out: Path | None) -> int:
+    if not arguments.data and arguments.blimp is None:
+        raise InputError("data: expected files to score on, or --blimp and a folder")
     folder = chosen_folder(arguments)
+    task = task_of(load_config(folder))
+    if arguments.blimp is not None and task != "generate":
+        raise InputError(f"blimp: {folder}: this model is for fastllm {task}; minimal pairs are for language models")
+    paradigms = [] if arguments.blimp is None else read_blimp(arguments.blimp)
     model, tokenizer = load_for(folder, arguments.device)
-    task = task_of(model.config)
     predictions = []
     if task in TASKS:
         read, score = TASKS[task]
@@ -97,18 +165,13 @@ def _run(arguments: argparse.Namespace, out: Path | None) -> int:
         scores, predictions = score(model, tokenizer, examples, arguments)
         scores = {"examples": len(examples), **scores}
     elif task == "generate":
-        with torch.inference_mode():
-            scores = _language(model, tokenizer, arguments)
+        scores, predictions = _language(model, tokenizer, arguments, paradigms)
     else:
         raise InputError(
             f"{folder}: an encoder without a task has no score of its own; its run's metrics.jsonl has them"
         )
     for name, value in scores.items():
-        print(
-            f"{name.replace('_', ' ')}: {value:,}"
-            if isinstance(value, int)
-            else f"{name.replace('_', ' ')}: {value:.4f}"
-        )
+        print(_shown(name.replace("_", " "), value))
     if out is not None:
         write_text(out / "scores.json", json.dumps(scores, indent=1) + "\n")
         write_text(

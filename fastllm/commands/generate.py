@@ -31,12 +31,10 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise InputError(str(error)) from error
     model, tokenizer = load_for(chosen_folder(arguments), arguments.device, "generate")
-    tokens = generate(
-        model, [tokenizer.end_of_text, *tokenizer.encode(arguments.prompt)],
-        stop_token=tokenizer.end_of_text, **sampling,
-    )  # fmt: skip
+    prompt = tokenizer.encode(arguments.prompt)
+    tokens = generate(model, [tokenizer.end_of_text, *prompt], stop_token=tokenizer.end_of_text, **sampling)
     sys.stdout.write(arguments.prompt)
-    for text in tokenizer.stream(tokens):
+    for text in tokenizer.stream(tokens, after=prompt):
         sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
         sys.stdout.flush()
     sys.stdout.write("\n")

@@ -91,13 +91,13 @@ def _show(arguments: argparse.Namespace) -> int:
     if arguments.text is not None and arguments.file is not None:
         raise InputError("--file: give it or a text, not both")
     tokenizer = _load(arguments.tokenizer)
-    if arguments.file is not None:
-        try:
-            text = read_plain(arguments.file).decode()
-        except UnicodeDecodeError as error:
-            raise InputError(f"{arguments.file}: not UTF-8 text (offset {error.start})") from error
+    if arguments.text is not None:
+        text = arguments.text
     else:
-        text = arguments.text if arguments.text is not None else sys.stdin.read()
+        try:
+            text = (sys.stdin.buffer.read() if arguments.file is None else read_plain(arguments.file)).decode()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{arguments.file or 'input'}: not UTF-8 text (offset {error.start})") from error
     pieces = ShownPieces(tokenizer, text)
     if arguments.ids:
         print(*pieces.ids)

@@ -11,6 +11,7 @@ from ..models import PRESETS, ModelConfig
 from ..training import TrainingConfig, build_run_config, resume, train
 from ..training.config import DEFAULT_PRESET
 from ..training.objectives import ObjectiveConfig
+from ..training.recipes import RECIPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--resume", metavar="RUN", help="go on with this run, or from one of its checkpoints")
     run.add_argument("--config", metavar="FILE.toml", help="settings, as in a run's config.toml; flags override it")
     run.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    run.add_argument("--preset", choices=list(PRESETS), help=f"the model's shape (default: {DEFAULT_PRESET})")
+    run.add_argument(
+        "--preset",
+        choices=[*PRESETS, *RECIPES],
+        help=(f"the model's shape (default: {DEFAULT_PRESET}); {' and '.join(RECIPES)} with all that suits the task"),
+    )
     add_flags(parser, ObjectiveConfig, "objective")
     add_flags(parser, DataConfig, "data")
     add_flags(parser, ModelConfig, "model (override the preset)", PRESETS[DEFAULT_PRESET])

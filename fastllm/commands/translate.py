@@ -6,7 +6,7 @@ import argparse
 
 from ..config import InputError
 from ..tasks.translate import translate
-from ._model import add_model_arguments, chosen_folder, given_texts, load_for
+from ._model import add_model_arguments, chosen_folder, given_texts, load_for, on_a_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,5 +29,5 @@ def run(arguments: argparse.Namespace) -> int:
     model, tokenizer = load_for(chosen_folder(arguments), arguments.device, "translate")
     options = dict(beams=arguments.beams, length_penalty=arguments.length_penalty)
     for text in translate(model, tokenizer, texts, **options):
-        print(" ".join(text.split()))
+        print(on_a_line(text))
     return 0

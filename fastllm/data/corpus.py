@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..config import InputError, read_plain
+from .sources.compressed import SUFFIXES, open_stream
+from .sources.limits import Limits, Unreadable
 
 # One document in ten is held out.
 HELD_OUT = 10
@@ -143,22 +145,51 @@ def _corpus(name: str, documents: list[str], remove_repeated: bool, notes: list[
     return Corpus(name, train, validation, [*notes, rule])
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, *, legacy: Sequence[re.Pattern[str]] = ()) -> str:
     """A text file's content, UTF-8 with or without a mark, its lines ended by a newline alone.
 
+    A file is decompressed as its name says.
+
+    Args:
+        legacy: beginnings of files that are read as Latin-1 where they are not UTF-8.
+
     Raises:
-        InputError: no such file, a folder or device, unreadable, binary, not UTF-8, or empty.
+        InputError: no such file, a folder or device, unreadable, damaged, binary, not UTF-8, or empty.
     """
-    content = read_plain(path)
+    content = _decompressed(path)
     if b"\0" in content:
         raise InputError(f"{path}: a binary file, not text (byte 0 at offset {content.index(0)})")
     try:
-        text = content.decode("utf-8-sig").replace("\r\n", "\n")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (offset {error.start})") from error
+        text = content.decode("latin-1")
+        if not any(beginning.match(text) for beginning in legacy):
+            raise InputError(f"{path}: not UTF-8 text (offset {error.start})") from error
+    text = text.replace("\r\n", "\n")
     if not text.strip():
         raise InputError(f"{path}: an empty file")
     return text
+
+
+def _decompressed(path: Path) -> bytes:
+    if path.suffix.lower() not in SUFFIXES:
+        return read_plain(path)
+    # A folder or a device is refused as it is for a plain file.
+    if not path.is_file():
+        return read_plain(path)
+    try:
+        with open_stream(path, Limits()) as stream:
+            return stream.read()
+    except Unreadable as error:
+        raise InputError(f"{path}: {error.reason}: {error}") from error
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text; they end at newlines, before which a carriage return is none of theirs, and nowhere else.
+
+    ``str.splitlines`` also cuts at ten characters that texts hold: U+0085 and U+2028 among them.
+    """
+    return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
 
 
 def xz_bits_per_byte(corpus: Corpus) -> float | None:

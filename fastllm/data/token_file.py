@@ -37,6 +37,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -109,6 +110,7 @@ class TokenWriter:
         self._digest = hashlib.sha256()
         self._starts = {"document": array("Q"), "sentence": array("Q")}
         self._stack = ExitStack()
+        self._file: BinaryIO | None = None  # from __enter__ to __exit__
 
     def __enter__(self) -> TokenWriter:
         self._file = self._stack.enter_context(whole_file(self.path))

@@ -37,6 +37,7 @@ PIECE = 1 << 18
 # How byte-level tokenizers spell bytes: printable Latin-1 as itself, the others from U+0100 on (Radford et al. 2019).
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 _BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(0x100 + i): b for i, b in enumerate(_OTHERS)}
 
 
@@ -239,15 +240,51 @@ class Tokenizer:
         """Text of ``ids``; end-of-text tokens are left out, bytes that are not UTF-8 become U+FFFD."""
         return self._inner.decode(list(ids), skip_special_tokens=True)
 
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of ``ids``, as it comes: each piece is given out once its characters are complete."""
-        pending: list[int] = []
-        for token in ids:
-            pending.append(token)
-            text = self.decode(pending)
-            # A character of several bytes may be spread over up to four tokens.
-            if text and (not text.endswith("\ufffd") or len(pending) > 4):
-                yield text
-                pending.clear()
-        if pending:
-            yield self.decode(pending)
+    def stream(self, ids: Iterable[int], after: Iterable[int] = ()) -> Iterator[str]:
+        """The text of ``ids``, as it comes; the pieces together are :meth:`decode` of all of them.
+
+        Args:
+            after: the ids of a whole text that ``ids`` continue. The pieces are then what follows its own
+                :meth:`decode`: with the space before the first word, where the tokenizer's decoder puts one.
+
+        A piece is given out once no later token can change it: its characters are complete, and so is the run of
+        tokens that stand for single bytes, which decoders with a byte fallback read as a whole.
+        """
+        # What was last given out is decoded again before what is new: decoders treat a text's first token apart.
+        window = list(self._shown(after))
+        given, complete = self.decode(window), len(window)
+        for token in self._shown(ids):
+            window.append(token)
+            if self._byte_fallback and _BYTE_TOKEN.fullmatch(self.token(token)):
+                continue
+            text = self.decode(window)
+            # The beginning of a character of several bytes is one U+FFFD, at the end.
+            stable = text.removesuffix("\ufffd")
+            if len(stable) > len(given):
+                yield stable[len(given) :]
+                given = stable
+            if stable == text:
+                last = window[complete:]
+                complete = len(window)
+                alone = self.decode(last)
+                if alone and "\ufffd" not in alone:
+                    window, given, complete = last, alone, len(last)
+        rest = self.decode(window)[len(given) :]
+        if rest:
+            yield rest
+
+    def _shown(self, ids: Iterable[int]) -> Iterator[int]:
+        """Those of ``ids`` that :meth:`decode` does not leave out."""
+        for token in map(int, ids):
+            name = self.token(token)
+            if name is not None and name not in self._skipped_names:
+                yield token
+
+    @cached_property
+    def _byte_fallback(self) -> bool:
+        return '"ByteFallback"' in json.dumps(json.loads(self.definition).get("decoder"))
+
+    @cached_property
+    def _skipped_names(self) -> frozenset[str]:
+        """Names of the special tokens."""
+        return frozenset(t.content for t in self._inner.get_added_tokens_decoder().values() if t.special)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from ..functional import cross_entropy, embedding, layer_norm, rms_norm
+from ..functional import cross_entropy, embedding, layer_norm, linear, rms_norm
 from ..ops.attention.multihead import AttentionMasks, multihead_attention
+from ..ops.linear import FEWEST_ROWS
+from ..ops.shared.widened import NARROW, widens
 from .calls import own
 from .deferred import Deferred, value_of
 from .logits import Logits
 from .plain import freed_after_forward, hooked, plain, recorded
 from .rows import Rows
-from .swap import forward_of
+from .swap import forward_of, original_forward
 
 UNFIT = "tensors, dtypes, shapes or devices that it does not take, or vmap, tracing or forward-mode differentiation"
+FEW_ROWS = f"below {FEWEST_ROWS} rows PyTorch's product reads the weight once and is bound by memory"
 ORDINARY_LOGITS = "logits are ordinary in evaluation, without gradients, with hooks, of tensors it does not take"
-NARROW = (torch.bfloat16, torch.float16)
 
 
 def _fits(module, x, *parameters) -> bool:
@@ -84,9 +88,36 @@ def head_forward(module, original, options, input):
         or weight.is_inference()
         or freed_after_forward(module)
     ):
+        if widens(weight):
+            return linear_forward(module, original, options, x)
         own("linear_cross_entropy", ORDINARY_LOGITS)
         return original(module, x)
     return Logits.of(x, weight, bias)
+
+
+def _multiplied(module, original, x, weight):
+    """``linear(x, weight, bias)`` where the tensors are ordinary ones of one dtype, else the forward from before."""
+    if x.dim() and x.numel() < FEWEST_ROWS * x.shape[-1]:
+        own("linear", FEW_ROWS)
+        return original(module, x)
+    bias = module.bias
+    tensors = [t for t in (x, weight, bias) if t is not None]
+    ordinary = plain(*tensors) and all(t.dtype == weight.dtype and t.device == weight.device for t in tensors)
+    if not ordinary or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        own("linear", UNFIT)
+        return original(module, x)
+    return linear(x, weight, bias)
+
+
+@forward_of("linear")
+def linear_forward(module, original, options, input):
+    return _multiplied(module, original, value_of(input), module.weight)
+
+
+@forward_of("conv1d")
+def conv1d_forward(module, original, options, x):
+    """transformers' Conv1D, whose weight is (in_features, out_features)."""
+    return _multiplied(module, original, value_of(x), module.weight.t())
 
 
 @forward_of("cross_entropy")
@@ -113,33 +144,43 @@ def cross_entropy_forward(module, original, options, input, target):
 
 def _is_linear(module) -> bool:
     """Whether torch, which reads its parameters and never calls it, would see the same layer."""
-    return type(module).forward is torch.nn.Linear.forward and not hooked(module) and "forward" not in vars(module)
+    return original_forward(module) is torch.nn.Linear.forward and not hooked(module) and "forward" not in vars(module)
+
+
+class _Asked(NamedTuple):
+    """What the forward of ``torch.nn.MultiheadAttention`` is called with."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    key_padding_mask: torch.Tensor | None = None
+    need_weights: bool = True
+    attn_mask: torch.Tensor | None = None
+    average_attn_weights: bool = True
+    is_causal: bool = False
 
 
 @forward_of("multihead_attention")
-def multihead_attention_forward(
-    module, original, options, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
-    average_attn_weights=True, is_causal=False,
-):  # fmt: skip
-    same = query is key and key is value
-    query, key, value = (value_of(x) for x in (query, key, value))
+def multihead_attention_forward(module, original, options, *args, **kwargs):
+    asked = _Asked(*args, **kwargs)
+    same = asked.query is asked.key and asked.key is asked.value
+    query, key, value = (value_of(x) for x in asked[:3])
     if same:
         key = value = query
+    asked = asked._replace(query=query, key=key, value=value)
     weights = [p for p in module.parameters() if p is not None]
-    ordinary = not need_weights and plain(query, key, value, key_padding_mask, attn_mask, *weights)
+    ordinary = not asked.need_weights and plain(query, key, value, asked.key_padding_mask, asked.attn_mask, *weights)
     ordinary = ordinary and query.is_floating_point() and _is_linear(module.out_proj)
 
     def before():
-        return original(
-            module, query, key, value, key_padding_mask=key_padding_mask, need_weights=need_weights,
-            attn_mask=attn_mask, average_attn_weights=average_attn_weights, is_causal=is_causal,
-        )  # fmt: skip
+        return original(module, **asked._asdict())
 
     if not ordinary:
-        own("attention", "weights are asked for (need_weights)" if need_weights else UNFIT)
+        own("attention", "weights are asked for (need_weights)" if asked.need_weights else UNFIT)
         return before()
     try:
-        return multihead_attention(module, query, key, value, AttentionMasks(key_padding_mask, attn_mask, is_causal))
+        masks = AttentionMasks(asked.key_padding_mask, asked.attn_mask, asked.is_causal)
+        return multihead_attention(module, query, key, value, masks)
     except (TypeError, ValueError) as error:
         own("attention", str(error))
         return before()  # which says so in torch's own words

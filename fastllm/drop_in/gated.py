@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +15,8 @@ from torch import nn
 from ..functional import geglu, swiglu
 from .calls import own
 from .deferred import value_of
-from .plain import hooked, plain
-from .probe import Differs, changed, keeps, run, settings_of, stand_in
+from .plain import plain
+from .probe import Differs, Parts, as_measured, changed, keeps, parts_of, run, settings_of, stand_in
 from .swap import forward_of
 
 FORMULAS = {
@@ -38,7 +40,7 @@ class GatedMLP:
     down: str
     inner: str | None  # the dropout before down
     outer: str | None  # and after it
-    others: tuple[tuple[str, type, tuple[tuple[str, object], ...]], ...]
+    others: Parts
     argument: str
     settings: tuple[tuple[str, object], ...]
 
@@ -61,7 +63,7 @@ def gated_mlp_forward(module, original, mlp: GatedMLP, *args, **kwargs):
         return original(module, *args, **kwargs)
     x = value_of(x)
     down = getattr(module, mlp.down)
-    if changed(module, mlp.settings) or not all(_as_measured(module._modules.get(n), c, s) for n, c, s in mlp.others):
+    if changed(module, mlp.settings) or not as_measured(module, mlp.others):
         own(mlp.op, "its attributes or parts have changed since it was measured")
         return original(module, x)
     if not plain(x) or not x.is_floating_point():
@@ -79,10 +81,6 @@ def gated_mlp_forward(module, original, mlp: GatedMLP, *args, **kwargs):
         y = geglu(gate, up, approximate="tanh" if mlp.formula == "geglu_tanh" else "none")
     y = down(y if mlp.inner is None else getattr(module, mlp.inner)(y))
     return y if mlp.outer is None else getattr(module, mlp.outer)(y)
-
-
-def _as_measured(part, cls: type, settings) -> bool:
-    return type(part) is cls and not hooked(part) and not changed(part, settings)
 
 
 def looks_like_gated(module: nn.Module) -> bool:
@@ -154,19 +152,30 @@ def _recognise(module, argument: str) -> GatedMLP | str:
         small = _small_layers(linears, gate, up, down)
         measured = [(x, *_outputs(module, stages, small, others, x, training)) for x, training in _inputs()]
         for formula, inner, outer in itertools.product(FORMULAS, (None, *dropouts), (None, *dropouts)):
-
-            def truth(x, parts=small, gate=gate, up=up, down=down, act=FORMULAS[formula], inner=inner, outer=outer):
-                first = parts[gate](x)
-                a, b = first.chunk(2, -1) if up is None else (first, parts[up](x))
-                return stages[outer](parts[down](stages[inner](act(a) * b)))
-
+            layers = small[gate], None if up is None else small[up], small[down]
+            truth = _GatedProduct(FORMULAS[formula], *layers, stages[inner], stages[outer])
             if all(_same(truth, *each) for each in measured):
                 return GatedMLP(
                     formula, gate, up, down, inner, outer,
-                    tuple((name, type(p), settings_of(p)) for name, p in others.items()), argument,
-                    settings_of(module),
+                    parts_of(others), argument, settings_of(module),
                 )  # fmt: skip
     return "its forward is none of swiglu, geglu and geglu by tanh between its layers"
+
+
+class _GatedProduct(NamedTuple):
+    """``outer(down(inner(act(gate(x)) * up(x))))``; without ``up``, ``gate`` gives both halves."""
+
+    act: Callable
+    gate: nn.Linear
+    up: nn.Linear | None
+    down: nn.Linear
+    inner: Callable
+    outer: Callable
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        first = self.gate(x)
+        a, b = first.chunk(2, -1) if self.up is None else (first, self.up(x))
+        return self.outer(self.down(self.inner(self.act(a) * b)))
 
 
 def _inputs() -> list[tuple[torch.Tensor, bool]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
-from ..functional import linear_cross_entropy
+from ..functional import linear, linear_cross_entropy
+from ..ops.shared.widened import widens
 from .calls import serve
 from .deferred import Deferred, as_in_the_forward, defer
 from .plain import plain
@@ -26,8 +28,25 @@ class _Values(torch.autograd.Function):
         return grad, None
 
 
+def _widened_product(a, b):
+    """``a @ b`` of 16-bit tensors where the CPU has no such products."""
+    return linear(a, b.t())
+
+
 def _autocast_state(device_type: str):
     return torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+
+
+class _Loss(NamedTuple):
+    """What ``F.cross_entropy`` was asked for after its logits."""
+
+    target: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    size_average: bool | None = None
+    ignore_index: int = -100
+    reduce: bool | None = None
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
 
 
 class Logits:
@@ -47,7 +66,7 @@ class Logits:
         # last: the last factor; pending: the soft cap that tanh has begun.
         self.scale, self.softcap, self.last, self.pending = 1.0, None, 1.0, None
         self.shift = None  # a constant for each class, added since: (V,) and its version
-        self.value = None
+        self.value = self.version = None  # once they were read
         self.consumed = False
         if parent is None:
             self.autocast = _autocast_state(hidden.device.type)
@@ -83,7 +102,7 @@ class Logits:
     def compute(self) -> torch.Tensor:
         self._check_fresh()
         with torch.autocast(self.hidden.device.type, self.autocast[1], enabled=self.autocast[0]):
-            flat = torch.nn.functional.linear(self.hidden.flatten(0, -2), self.weight, self.bias)
+            flat = linear(self.hidden.flatten(0, -2), self.weight, self.bias)
         # Not a view in autograd's eyes: it may then be changed in place outside the node that makes it.
         return torch.ops.aten._unsafe_view(flat, (*self.hidden.shape[:-1], len(self.weight)))
 
@@ -120,10 +139,11 @@ class Logits:
         hidden, weight = (t.to(grad.dtype) for t in inputs[:2])
         flat = grad.reshape(-1, grad.shape[-1])
         grads = [None] * len(inputs)
+        product = _widened_product if widens(grad) else torch.matmul
         if needs[0]:
-            grads[0] = (grad @ weight).to(inputs[0].dtype)
+            grads[0] = product(grad, weight).to(inputs[0].dtype)
         if needs[1]:
-            grads[1] = (flat.t() @ hidden.reshape(-1, hidden.shape[-1])).to(inputs[1].dtype)
+            grads[1] = product(flat.t(), hidden.reshape(-1, hidden.shape[-1])).to(inputs[1].dtype)
         if len(inputs) > 2 and needs[2]:
             grads[2] = flat.sum(0).to(inputs[2].dtype)
         return grads
@@ -169,7 +189,7 @@ class Logits:
         if not self._unread():
             return NotImplemented
         if func is torch.nn.functional.cross_entropy and args and args[0] is tensor:
-            return self._loss(*args[1:], **kwargs)
+            return self._loss(_Loss(*args[1:], **kwargs))
         if args and args[0] is tensor and torch.is_grad_enabled():
             return _step(self, tensor, func, args[1:], kwargs)
         return NotImplemented
@@ -184,11 +204,11 @@ class Logits:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
-    def _loss(
-        self, target=None, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean",
-        label_smoothing=0.0,
-    ):  # fmt: skip
-        if self.class_dim != 1 or self.pending is not None or size_average is not None or reduce is not None:
+    def _loss(self, asked: _Loss):
+        target, weight = asked.target, asked.weight
+        if self.class_dim != 1 or self.pending is not None:
+            return NotImplemented
+        if asked.size_average is not None or asked.reduce is not None:
             return NotImplemented
         if type(target) is not torch.Tensor or target.dtype not in (torch.int64, torch.uint8):
             return NotImplemented
@@ -215,8 +235,8 @@ class Logits:
         with torch.autocast(self.hidden.device.type, narrow, enabled=enabled):
             return serve(
                 None, linear_cross_entropy, self.rows, self.weight, target, linear_bias=bias, weight=weight,
-                reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing, softcap=self.softcap,
-                logit_scale=self.scale,
+                reduction=asked.reduction, ignore_index=asked.ignore_index, label_smoothing=asked.label_smoothing,
+                softcap=self.softcap, logit_scale=self.scale,
             ).to(out)  # fmt: skip
 
 

@@ -22,6 +22,7 @@ ROUTES: dict[Callable, Callable] = {
     torch.rms_norm: functional.rms_norm,
     F.cross_entropy: functional.cross_entropy,
     F.embedding: functional.embedding,
+    F.linear: functional.linear,
     F.scaled_dot_product_attention: functional.scaled_dot_product_attention,
 }
 if hasattr(F, "linear_cross_entropy"):
@@ -53,7 +54,7 @@ def _serves(func, args, kwargs) -> bool:
 
 @contextlib.contextmanager
 def accelerated() -> Iterator[None]:
-    """Within the block, ``F.layer_norm``, ``rms_norm``, ``cross_entropy``, ``embedding``,
+    """Within the block, ``F.layer_norm``, ``rms_norm``, ``linear``, ``cross_entropy``, ``embedding``,
     ``scaled_dot_product_attention`` and ``linear_cross_entropy`` are fastllm's, whoever calls them.
 
     Nothing outside the block changes, nor any other thread. A call that fastllm does not serve goes to torch. Calls

@@ -7,6 +7,8 @@ from collections import OrderedDict, deque
 
 import torch
 
+from .plain import hooked
+
 PLAIN = (bool, int, float, str, type(None), torch.dtype, types.FunctionType, types.BuiltinFunctionType)
 CONTAINERS = (list, dict, set, OrderedDict, deque)
 # What torch.nn.Module keeps for itself, whose parts and hooks are looked at apart, and marks that others leave.
@@ -39,6 +41,24 @@ def changed(module: torch.nn.Module, settings: tuple[tuple[str, object], ...]) -
     """Whether one of the ``settings`` has another value now."""
     state = vars(module)
     return any(name not in state or _frozen(state[name]) != value for name, value in settings)
+
+
+# Of a module's parts: name, class and settings of each.
+Parts = tuple[tuple[str, type, tuple[tuple[str, object], ...]], ...]
+
+
+def parts_of(parts: dict[str, torch.nn.Module]) -> Parts:
+    """What :func:`as_measured` compares later."""
+    return tuple((name, type(part), settings_of(part)) for name, part in parts.items())
+
+
+def as_measured(module: torch.nn.Module, parts: Parts) -> bool:
+    """Whether ``module`` still has these ``parts``, unchanged, and nobody looks at what goes through them."""
+    for name, cls, settings in parts:
+        part = module._modules.get(name)
+        if type(part) is not cls or hooked(part) or changed(part, settings):
+            return False
+    return True
 
 
 def keeps(module: torch.nn.Module) -> str | None:

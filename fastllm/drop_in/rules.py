@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from ..ops.shared.widened import widens
+from .experts import Experts, looks_like_experts, recognise_experts
 from .gated import GatedMLP, looks_like_gated, recognise_gated
 from .norms import Norm, looks_like_norm, recognise
 from .probe import OWN, settings_of
@@ -24,7 +27,15 @@ TORCH_MODULES = {
     nn.MultiheadAttention: "multihead_attention",
 }
 WHOLE_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-OPS_SERVED = (*TORCH_MODULES.values(), "embedding_sum", "linear_cross_entropy", "attention", "swiglu", "geglu")
+OPS_SERVED = (
+    *TORCH_MODULES.values(),
+    "embedding_sum",
+    "linear",
+    "linear_cross_entropy",
+    "attention",
+    "swiglu",
+    "geglu",
+)
 
 UNMEASURED = "a look-alike is swapped only once it is measured, and verify is False"
 
@@ -81,7 +92,7 @@ class Rules:
     def __init__(self, model: nn.Module, verify: bool, sums: Callable[[str, nn.Module], bool]):
         self.verify = verify
         self.sums = sums  # whether sums of this embedding may be one op
-        self.measured: dict[tuple, Norm | GatedMLP | str] = {}
+        self.measured: dict[tuple, Norm | GatedMLP | Experts | str] = {}
         self.heads = dict(find_heads(model))
         self.summed = set(find_summed(model))
 
@@ -89,7 +100,7 @@ class Rules:
         """What becomes of ``module``, or None if it is nothing that we serve."""
         if isinstance(module, Accelerated):
             kind = module.fastllm_kind
-            op = kind.options.op if kind.name in ("norm", "gated_mlp") else kind.name
+            op = kind.options.op if kind.name in ("norm", "gated_mlp", "experts") else _OP_OF.get(kind.name, kind.name)
             return Decision(op, None, "it is accelerated already")
         if type(module).__module__.startswith("fastllm."):
             return None
@@ -103,12 +114,17 @@ class Rules:
             )  # fmt: skip
         if id(module) in self.heads:
             return self._head(path, module)
+        products = _products_of(module)
+        if products is not None:
+            return products
         if type(module).__module__.startswith("torch."):
             return None
         if looks_like_norm(module):
             return self._norm(path, module)
         if looks_like_gated(module):
             return self._gated(module)
+        if looks_like_experts(module):
+            return self._experts(module)
         return None
 
     def _torch_module(self, path: str, module, cls: type, op: str) -> Decision:
@@ -153,6 +169,16 @@ class Rules:
             return Decision("swiglu", None, mlp) if named else None
         return Decision(mlp.op, Kind("gated_mlp", mlp), f"measured: {mlp}")
 
+    def _experts(self, module) -> Decision | None:
+        why = obstacle(module) or odd_tensors(module)
+        if why is not None or not self.verify:
+            return Decision("swiglu", None, why or UNMEASURED)
+        experts = self._measure(module, recognise_experts)
+        if isinstance(experts, str):
+            named = re.search("expert|moe|mixture", type(module).__name__, re.IGNORECASE)
+            return Decision("swiglu", None, experts) if named else None
+        return Decision(experts.op, Kind("experts", experts), f"measured: {experts}")
+
     def _measure(self, module, recognise: Callable):
         key = _fingerprint(module)
         if key not in self.measured:
@@ -170,6 +196,28 @@ class Rules:
             op, Kind(op), f"{self.heads[id(module)]}; in training its logits are computed when somebody reads them",
             _size(module, op, path),
         )  # fmt: skip
+
+
+# A kind -> the op that serves it, where its name is another.
+_OP_OF = {"conv1d": "linear"}
+
+
+def _products_of(module) -> Decision | None:
+    """For a linear layer whose weight is of a dtype that this CPU does not multiply; None for everything else."""
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    conv1d = getattr(pytorch_utils, "Conv1D", nn.Linear)
+    cls = next((cls for cls in (nn.Linear, conv1d) if isinstance(module, cls)), None)
+    weight = None if cls is None else module._parameters.get("weight")
+    if not isinstance(weight, torch.Tensor) or not widens(weight):
+        return None
+    dtype = str(weight.dtype).removeprefix("torch.")
+    why = obstacle(module) or odd_tensors(module)
+    if why is None and original_forward(module) is not cls.forward:
+        why = f"this CPU has no products of {dtype}, and its class has a forward of its own, not {cls.__name__}'s"
+    if why is not None:
+        return Decision("linear", None, why)
+    kind = Kind("linear" if cls is nn.Linear else "conv1d")
+    return Decision("linear", kind, f"{cls.__name__} in {dtype}, of which this CPU has no products")
 
 
 def _fingerprint(module: nn.Module) -> tuple:

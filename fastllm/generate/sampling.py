@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -17,19 +18,29 @@ def filter_logits(
 ) -> torch.Tensor:
     """``logits`` (..., V) in fp32, divided by ``temperature``, -inf outside the ``top_k`` largest and the nucleus.
 
+    Exactly ``top_k`` are kept, also where several are equal to the least of them.
     The nucleus is the smallest set of most likely tokens whose probabilities reach ``top_p`` (Holtzman et al. 2020);
     it always holds the most likely one.
     """
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
-        smallest = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
+        largest = logits.topk(top_k, dim=-1)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, largest.indices, largest.values)
     if top_p is not None and top_p < 1.0:
         ordered, order = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(-1)
         beyond = probabilities.cumsum(-1) - probabilities >= top_p
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
     return logits
+
+
+class Sampling(NamedTuple):
+    """How the next token is drawn; the arguments of :func:`generate` of the same names."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
 
 
 def check_sampling(
@@ -77,17 +88,18 @@ def generate(
     check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
     if len(tokens) == 0:
         raise ValueError("tokens must hold at least one token to continue from")
-    return _stream(model, list(tokens), max_new_tokens, temperature, top_k, top_p, seed, stop_token)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    return _stream(model, list(tokens), max_new_tokens, sampling, stop_token)
 
 
-def _stream(model, tokens, max_new_tokens, temperature, top_k, top_p, seed, stop_token):
+def _stream(model, tokens, max_new_tokens, sampling: Sampling, stop_token):
     context = model.config.context_length
     device = model.head.weight.device
     generator = torch.Generator(device)
-    if seed is None:
+    if sampling.seed is None:
         generator.seed()
     else:
-        generator.manual_seed(seed)
+        generator.manual_seed(sampling.seed)
     training = model.training
     model.eval()
     try:
@@ -101,10 +113,13 @@ def _stream(model, tokens, max_new_tokens, temperature, top_k, top_p, seed, stop
                 logits = model(torch.tensor([fresh], device=device), cache)[0, -1]
                 if not logits.max().isfinite():
                     raise InputError("the model's scores are not finite: nothing can be drawn from them")
-                if temperature < COLDEST:
+                if sampling.temperature < COLDEST:
                     token = int(logits.argmax())
                 else:
-                    probabilities = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p).softmax(-1)
+                    kept = filter_logits(
+                        logits, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
+                    )
+                    probabilities = kept.softmax(-1)
                     token = int(torch.multinomial(probabilities, 1, generator=generator))
             if token == stop_token:
                 return

@@ -12,6 +12,7 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu2", *GATED)
 # Beyond these no machine of today holds the model, and only building it would fill a memory.
 MOST, MOST_LAYERS = 2**31 - 1, 10_000
 KINDS = ("transformer", "lstm", "gru")
+POOLINGS = ("first", "mean", "max")
 # What a head on an encoder gives: tokens, whether two texts follow each other, a class, an answer's ends.
 HEADS = ("mlm", "nsp", "classify", "span")
 
@@ -64,6 +65,10 @@ class ModelConfig:
     logit_scale: float = _field(1.0, "multiplies the logits; hidden_size^-0.5 in the first T5")
     dropout: float = _field(0.0, "dropout probability on embeddings and on each branch, in training")
     zero_init: bool = _field(False, "start the projections back into the residual stream at zero, not at GPT-2's scale")
+    pooling: str = _field(
+        "first", "what of a text the heads nsp and classify read: its first token through a tanh layer, as BERT's, or "
+        "the mean or the maximum of all its states", choices=POOLINGS,
+    )  # fmt: skip
 
     def __post_init__(self):
         for name in ("heads", "labels"):
@@ -78,6 +83,7 @@ class ModelConfig:
             self._require(name, value <= most, f"at most {most}")
         for name, choices in (
             ("positions", POSITIONS), ("norm", NORMS), ("norm_position", NORM_POSITIONS), ("activation", ACTIVATIONS),
+            ("pooling", POOLINGS),
             ("encoder", ("none", *KINDS)), ("decoder", ("none", *KINDS)),
         ):  # fmt: skip
             self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")

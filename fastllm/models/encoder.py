@@ -40,7 +40,7 @@ class Encoder(Pretrained, nn.Module):
 
     ``mlm``: logits of masked tokens; ``nsp``: 2 logits, does the second text follow the first; ``classify``:
     num_classes logits; ``span``: logits of an answer's first and last token. nsp and classify read the first token
-    through a tanh layer, as BERT does (Devlin et al. 2019).
+    through a tanh layer, as BERT does (Devlin et al. 2019), or as ``config.pooling`` says.
     """
 
     @staticmethod
@@ -55,9 +55,9 @@ class Encoder(Pretrained, nn.Module):
             raise ValueError(f"Encoder: not encoder {config.encoder!r} and decoder {config.decoder!r}")
         self.config = config
         self.encoder = make_encoder(config)
-        size, heads = config.hidden_size, config.heads
+        size, heads, first = config.hidden_size, config.heads, config.pooling == "first"
         self.masked = MaskedHead(config) if "mlm" in heads else None
-        self.pooler = nn.Linear(size, size) if {"nsp", "classify"} & set(heads) else None
+        self.pooler = nn.Linear(size, size) if {"nsp", "classify"} & set(heads) and first else None
         self.next = nn.Linear(size, 2) if "nsp" in heads else None
         self.classifier = nn.Linear(size, config.num_classes) if "classify" in heads else None
         self.span = nn.Linear(size, 2) if "span" in heads else None
@@ -97,7 +97,13 @@ class Encoder(Pretrained, nn.Module):
         return head
 
     def _pooled(self, encoded: Encoded) -> torch.Tensor:
-        return self.dropout(torch.tanh(self.pooler(encoded.states[:, 0])))
+        states, mask = encoded
+        if self.config.pooling == "first":
+            return self.dropout(torch.tanh(self.pooler(states[:, 0])))
+        there = torch.ones_like(states[..., :1], dtype=torch.bool) if mask is None else mask[..., None]
+        if self.config.pooling == "max":
+            return self.dropout(states.masked_fill(~there, -torch.inf).amax(1))
+        return self.dropout((states * there).sum(1) / there.sum(1))
 
     def masked_logits(self, states: torch.Tensor) -> torch.Tensor:
         """(..., vocab_size) for states (..., hidden_size)."""

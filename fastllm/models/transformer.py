@@ -17,8 +17,8 @@ class LanguageModel(Pretrained):
 
     config_class = ModelConfig
 
-    def _finish(self) -> None:
-        config = self.config
+    def __init__(self, config: ModelConfig):
+        super().__init__(config, cross=False)  # the decoder's own, which comes after this class
         self.head = Head(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.token_embedding.weight
@@ -94,8 +94,7 @@ class Transformer(LanguageModel, TransformerDecoder):
     def __init__(self, config: ModelConfig):
         if (config.encoder, config.decoder) != ("none", "transformer"):
             raise ValueError(f"Transformer: not encoder {config.encoder!r} and decoder {config.decoder!r}")
-        super().__init__(config, cross=False)
-        self._finish()
+        super().__init__(config)
 
 
 @concrete
@@ -109,5 +108,4 @@ class RNN(LanguageModel, RecurrentDecoder):
     def __init__(self, config: ModelConfig):
         if config.encoder != "none" or config.decoder not in ("lstm", "gru"):
             raise ValueError(f"RNN: not encoder {config.encoder!r} and decoder {config.decoder!r}")
-        super().__init__(config, cross=False)
-        self._finish()
+        super().__init__(config)

@@ -16,7 +16,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from ..config import LARGEST_FLOAT, InputError, check_encodable
 from ..data import Tokenizer
+from ..data.corpus import lines_of
 from ..generate.sampling import check_sampling, generate
 from ..models import Model
 from ..tasks.answer import answers
@@ -42,20 +44,27 @@ class ServedModel:
     tokenizer: Tokenizer
 
 
-def _text(values: dict, name: str) -> str:
-    value = values.get(name)
+def _text(values: dict, name: str, default: str | None = None) -> str:
+    """The text under ``name``; without a ``default`` it may not be empty."""
+    value = values.get(name, default)
     limit = LIMITS.get(name, LIMITS["text"])
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or (default is None and not value.strip()):
         raise BadRequest(f"{name}: expected a text")
     if len(value) > limit:
         raise BadRequest(f"{name}: expected at most {limit:,} characters, got {len(value):,}")
+    try:
+        check_encodable(value, name)
+    except InputError as error:
+        raise BadRequest(str(error)) from error
     return value
 
 
 def _number(values: dict, name: str, default: float, kind: type = float):
     value = values.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and value != int(value)):
-        raise BadRequest(f"{name}: expected a number, got {value!r}")
+    # JSON has no number that is not finite, but 1e999 becomes one.
+    finite = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST_FLOAT
+    if not finite or (kind is int and value != int(value)):
+        raise BadRequest(f"{name}: expected a number{' that is whole' if kind is int else ''}, got {str(value)[:40]!r}")
     if name in LIMITS and value > LIMITS[name]:
         raise BadRequest(f"{name}: expected at most {LIMITS[name]:,}, got {value}")
     return kind(value)
@@ -63,24 +72,19 @@ def _number(values: dict, name: str, default: float, kind: type = float):
 
 def _written(served: ServedModel, values: dict, deadline: float) -> Iterator[str]:
     """The continuation of ``prompt``, piece by piece, until the deadline."""
-    prompt = values.get("prompt", "")
-    if not isinstance(prompt, str) or len(prompt) > LIMITS["text"]:
-        raise BadRequest(f"prompt: expected a text of at most {LIMITS['text']:,} characters")
+    prompt = _text(values, "prompt", "")
     top_p = _number(values, "top_p", 0.95)
     options = dict(
         max_new_tokens=_number(values, "max_new_tokens", 200, int), temperature=_number(values, "temperature", 0.8),
-        top_k=None, top_p=top_p,
+        top_k=None, top_p=top_p, seed=None if values.get("seed") is None else _number(values, "seed", 0, int),
     )  # fmt: skip
     try:
         check_sampling(**options)
     except ValueError as error:
         raise BadRequest(str(error)) from error
     tokenizer = served.tokenizer
-    seed = values.get("seed")
-    tokens = generate(
-        served.model, [tokenizer.end_of_text, *tokenizer.encode(prompt)], stop_token=tokenizer.end_of_text,
-        seed=None if seed is None else _number(values, "seed", 0, int), **options,
-    )  # fmt: skip
+    start = tokenizer.encode(prompt)
+    tokens = generate(served.model, [tokenizer.end_of_text, *start], stop_token=tokenizer.end_of_text, **options)
 
     def in_time() -> Iterator[int]:
         for token in tokens:
@@ -88,14 +92,14 @@ def _written(served: ServedModel, values: dict, deadline: float) -> Iterator[str
                 return
             yield token
 
-    return tokenizer.stream(in_time())
+    return tokenizer.stream(in_time(), after=start)
 
 
 def _translated(served: ServedModel, values: dict) -> dict:
     beams = _number(values, "beams", 4, int)
     if beams < 1:
         raise BadRequest(f"beams: expected at least 1, got {beams}")
-    lines = _text(values, "text").splitlines()
+    lines = lines_of(_text(values, "text"))
     filled = [line for line in lines if line.strip()]
     found = iter(translate(served.model, served.tokenizer, filled, beams=beams))
     return {"translation": "\n".join(next(found) if line.strip() else "" for line in lines)}
@@ -119,6 +123,11 @@ ANSWERS: dict[str, Callable[[ServedModel, dict], dict]] = {
 }  # fmt: skip
 
 
+def _no_constant(name: str):
+    """Python's reader takes NaN and Infinity, which are no JSON."""
+    raise ValueError(f"{name} is no JSON")
+
+
 async def _body(request: Request) -> dict:
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         # A form of another site cannot send JSON without asking first.
@@ -129,7 +138,7 @@ async def _body(request: Request) -> dict:
         if len(content) > LARGEST:
             raise BadRequest(f"expected at most {LARGEST:,} bytes")
     try:
-        values = json.loads(content)
+        values = json.loads(content, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise BadRequest("expected JSON") from error
     if not isinstance(values, dict):

@@ -2,6 +2,9 @@
 
 An example is a dict: ``source`` and ``target``; or ``text`` and ``label``; or ``question``, ``context`` and
 ``answers``, a list of ``text`` and ``start`` (characters), empty where the text has no answer.
+
+A file may be compressed, as its name says (``.gz``, ``.bz2``, ``.xz``, ``.zst``). A line ends at a newline, with or
+without a carriage return before it; every other separator that Unicode has is text.
 """
 
 from __future__ import annotations
@@ -13,13 +16,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..config import InputError
-from ..data.corpus import read_text
+from ..config import InputError, check_encodable
+from ..data.corpus import lines_of, read_text
+from ..data.sources.compressed import SUFFIXES
+from .forms import FORMS
 
 Examples = list[dict]
 # The names under which a table's columns go, in order of preference.
 TEXT_COLUMNS = ("text", "sentence", "review", "content")
 LABEL_COLUMNS = ("label", "sentiment", "class", "target")
+# What separates the fields of a .csv: a comma; a semicolon where a comma is the decimal point; a tab.
+SEPARATORS = (",", ";", "\t")
+# How IMDB's reviews have their line ends.
+BREAK = re.compile(r"<br ?/?>", re.IGNORECASE)
 
 
 def read_pairs(paths: Sequence[str | Path]) -> Examples:
@@ -32,7 +41,7 @@ def read_pairs(paths: Sequence[str | Path]) -> Examples:
     """
     paths = [Path(path) for path in paths]
     if len(paths) == 2:
-        sides = [read_text(path).removesuffix("\n").split("\n") for path in paths]
+        sides = [lines_of(read_text(path)) for path in paths]
         if len(sides[0]) != len(sides[1]):
             raise InputError(
                 f"{paths[1]}: {len(sides[1]):,} lines do not match the {len(sides[0]):,} lines of {paths[0]}"
@@ -40,7 +49,7 @@ def read_pairs(paths: Sequence[str | Path]) -> Examples:
         pairs = list(zip(*sides, strict=True))
     elif len(paths) == 1:
         pairs = []
-        for number, line in enumerate(read_text(paths[0]).removesuffix("\n").split("\n"), 1):
+        for number, line in enumerate(lines_of(read_text(paths[0])), 1):
             fields = line.split("\t")
             if len(fields) < 2:
                 raise InputError(f"{paths[0]}: line {number}: expected source, tab and target, got no tab")
@@ -53,60 +62,83 @@ def read_pairs(paths: Sequence[str | Path]) -> Examples:
     return examples
 
 
-def _tree(line: str, where: str) -> dict:
-    """The Stanford treebank's ``(3 (2 It) (4 works))``: the root's label and the leaves' text."""
-    match = re.match(r"\((\d+) ", line)
-    if match is None or line.count("(") != line.count(")"):
-        raise InputError(f"{where}: expected a labelled tree, got {line[:40]!r}")
-    leaves = re.findall(r"\(\d+ ([^()]+)\)", line)
-    text = " ".join(leaves).replace("-LRB-", "(").replace("-RRB-", ")")
-    return {"text": text, "label": match[1]}
+def _suffix(path: Path) -> str:
+    """What the file's name ends with, in lower case, the suffix of its compression apart."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in SUFFIXES:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _columns(header: list[str]) -> list[int | None]:
+    """Where the text and the label stand."""
+    names = [name.strip().lower() for name in header]
+    return [
+        next((names.index(name) for name in known if name in names), None) for known in (TEXT_COLUMNS, LABEL_COLUMNS)
+    ]
+
+
+def _rows(path: Path, text: str):
+    """(line, fields) of each row of a table; empty where the line is. A TSV's quotes are characters of its text."""
+    lines = lines_of(text)
+    suffix = _suffix(path)
+    if suffix == ".tsv" or (suffix != ".csv" and "\t" in lines[0]):
+        yield from ((number, line.split("\t") if line else []) for number, line in enumerate(lines, 1))
+        return
+    csv.field_size_limit(sys.maxsize)
+    # csv's reader takes a line end from its lines, and none but newlines and carriage returns.
+    ended = [line + "\n" for line in lines]
+    separators = [
+        separator for separator in SEPARATORS if None not in _columns(next(csv.reader(lines[:1], delimiter=separator)))
+    ]
+    rows = csv.reader(ended, delimiter=(separators or SEPARATORS)[0], strict=True)
+    try:
+        for row in rows:
+            yield rows.line_num, row
+    except csv.Error as error:
+        raise InputError(f"{path}: line {rows.line_num}: {error}") from error
 
 
 def _table(path: Path, text: str) -> Examples:
-    csv.field_size_limit(sys.maxsize)
-    first = text.split("\n", 1)[0]
-    tabs = path.suffix.lower() == ".tsv" or (path.suffix.lower() != ".csv" and "\t" in first)
-    # A TSV's quotes are characters of the text.
-    dialect = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else dict(delimiter=",", strict=True)
-    rows = csv.reader(text.splitlines(keepends=True), **dialect)
-    try:
-        header = [name.strip().lower() for name in next(rows)]
-        columns = [
-            next((header.index(name) for name in names if name in header), None)
-            for names in (TEXT_COLUMNS, LABEL_COLUMNS)
-        ]
-        if None in columns:
-            raise InputError(
-                f"{path}: line 1: expected a header with a text column ({', '.join(TEXT_COLUMNS)}) and a label column "
-                f"({', '.join(LABEL_COLUMNS)}), got {', '.join(header)[:80]!r}"
-            )
-        examples = []
-        for row in rows:
-            if not row:
-                continue
-            if len(row) <= max(columns):
-                raise InputError(f"{path}: line {rows.line_num}: expected {len(header)} fields, got {len(row)}")
-            examples.append({"text": row[columns[0]].strip(), "label": row[columns[1]].strip()})
-    except csv.Error as error:
-        raise InputError(f"{path}: line {rows.line_num}: {error}") from error
+    rows = _rows(path, text)
+    _, header = next(rows)
+    columns = _columns(header)
+    if None in columns:
+        raise InputError(
+            f"{path}: line 1: expected a header with a text column ({', '.join(TEXT_COLUMNS)}) and a label column "
+            f"({', '.join(LABEL_COLUMNS)}), or a label before the text of each line, got {', '.join(header)[:80]!r}"
+        )
+    examples = []
+    for number, row in rows:
+        if not row:
+            continue
+        if len(row) <= max(columns):
+            raise InputError(f"{path}: line {number}: expected {len(header)} fields, got {len(row)}")
+        examples.append({"text": row[columns[0]].strip(), "label": row[columns[1]].strip()})
+    if not examples:
+        raise InputError(f"{path}: a header and no example")
     return examples
 
 
 def _folder(path: Path) -> Examples:
     examples = []
-    for folder in sorted(child for child in path.iterdir() if child.is_dir()):
+    for folder in sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")):
         if folder.name == "unsup":  # IMDB's texts without a label
             continue
+        inner = sorted(child.name for child in folder.iterdir() if child.is_dir() and any(child.glob("*.txt")))
+        if inner:
+            raise InputError(f"{folder}: expected the texts of one label, got folders ({', '.join(inner)}): name one "
+                             "that holds a folder for each label, as IMDB's train")  # fmt: skip
         for file in sorted(folder.glob("*.txt")):
-            examples.append({"text": read_text(file).strip().replace("<br />", "\n"), "label": folder.name})
+            examples.append({"text": BREAK.sub("\n", read_text(file).strip()), "label": folder.name})
     if not examples:
         raise InputError(f"{path}: expected a folder for each label with .txt files in it, as IMDB's train/pos")
     return examples
 
 
 def read_labelled(paths: Sequence[str | Path]) -> Examples:
-    """Texts with labels: IMDB's folders (a folder for each label), CSV or TSV with a header, SST's trees.
+    """Texts with labels: IMDB's folders (a folder for each label), CSV or TSV with a header, or a text on each line as
+    SST's trees, ``label text`` or TREC's ``LABEL:fine text`` (whose label is the coarse one).
 
     Raises:
         InputError: a file or folder is missing, empty or malformed, or a text or label in it is empty.
@@ -116,14 +148,9 @@ def read_labelled(paths: Sequence[str | Path]) -> Examples:
         if path.is_dir():
             examples += _folder(path)
             continue
-        text = read_text(path)
-        if re.match(r"\(\d+ \(", text):
-            lines = text.removesuffix("\n").split("\n")
-            here = [_tree(line, f"{path}: line {i}") for i, line in enumerate(lines, 1) if line.strip()]
-        else:
-            here = _table(path, text)
-        if not here:
-            raise InputError(f"{path}: a header and no example")
+        text = read_text(path, legacy=[form.shape for form in FORMS if form.latin])
+        form = next((form for form in FORMS if form.shape.match(text)), None)
+        here = _table(path, text) if form is None else form.read(path, text)
         for number, example in enumerate(here, 1):
             for part in ("text", "label"):
                 if not example[part]:
@@ -134,39 +161,51 @@ def read_labelled(paths: Sequence[str | Path]) -> Examples:
     return examples
 
 
+def _question(entry: dict, context: str, where: str) -> dict:
+    """One of SQuAD's questions about ``context``.
+
+    Raises:
+        InputError: an answer does not stand where it is said to, or a text is empty or cannot be encoded.
+    """
+    where = f"{where}: question {entry['id']}"
+    question = entry["question"].strip()
+    if not question:
+        raise InputError(f"{where}: an empty question")
+    for text in (str(entry["id"]), question, context):
+        check_encodable(text, where)
+    answers = []
+    for answer in [] if entry.get("is_impossible") else entry["answers"]:
+        text, start = answer["text"], answer["answer_start"]
+        check_encodable(text, where)
+        if type(start) is not int or start < 0:
+            raise InputError(f"{where}: answer_start: expected a number of characters, got {start!r}")
+        if not text or context[start : start + len(text)] != text:
+            raise InputError(f"{where}: the answer {text[:40]!r} does not stand at character {start} of its context")
+        answers.append({"text": text, "start": start})
+    return {"id": str(entry["id"]), "question": question, "context": context, "answers": answers}
+
+
 def read_questions(paths: Sequence[str | Path]) -> Examples:
     """Questions with answers in a text, in SQuAD's JSON, version 1.1 or 2.0.
 
     Raises:
-        InputError: a file is missing or malformed, or an answer does not stand where it is said to. Names the question.
+        InputError: a file is missing or malformed, an answer does not stand where it is said to, or a text has half a
+            surrogate pair. Names the question.
     """
     examples: Examples = []
     for path in map(Path, paths):
         text = read_text(path)
         try:
             content = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not JSON: {error}") from error
         try:
-            for article in content["data"]:
-                for paragraph in article["paragraphs"]:
-                    context = paragraph["context"]
-                    for entry in paragraph["qas"]:
-                        answers = [
-                            {"text": a["text"], "start": a["answer_start"]}
-                            for a in ([] if entry.get("is_impossible") else entry["answers"])
-                        ]
-                        for answer in answers:
-                            start = answer["start"]
-                            if context[start : start + len(answer["text"])] != answer["text"] or not answer["text"]:
-                                raise InputError(
-                                    f"{path}: question {entry['id']}: the answer {answer['text'][:40]!r} does not "
-                                    f"stand at character {start} of its context"
-                                )
-                        examples.append(
-                            {"id": str(entry["id"]), "question": entry["question"].strip(), "context": context,
-                             "answers": answers}
-                        )  # fmt: skip
+            examples += [
+                _question(entry, paragraph["context"], str(path))
+                for article in content["data"]
+                for paragraph in article["paragraphs"]
+                for entry in paragraph["qas"]
+            ]
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not SQuAD's JSON (data, paragraphs, context, qas): {error!r}") from error
     if not examples:
@@ -180,5 +219,6 @@ READERS = {"seq2seq": read_pairs, "classify": read_labelled, "answer": read_ques
 def read_examples(objective: str, paths: Sequence[str | Path]) -> Examples:
     """The examples of an objective on tasks, from files of the forms that its reader knows."""
     if not paths:
-        raise InputError(f"data: objective {objective} needs files; {READERS[objective].__doc__.splitlines()[0]}")
+        first = READERS[objective].__doc__.partition("\n\n")[0]
+        raise InputError(f"data: objective {objective} needs files; {' '.join(first.split())}")
     return READERS[objective](paths)

@@ -11,10 +11,13 @@ from ..config import InputError, build_settings, option, read_toml, settings, to
 from ..data import DataConfig
 from ..models import PRESETS, ModelConfig
 from .objectives.choose import ObjectiveConfig, fit_model
+from .recipes import RECIPES
 
 DEFAULT_PRESET = "tiny"
 # Seconds of training when neither steps nor max_seconds is given.
 DEFAULT_SECONDS = 105.0
+# Apple's and Intel's GPUs run PyTorch's own operators; nobody has tried them.
+DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,12 @@ class TrainingConfig:
     decay: float = option(0.3, "part of the run over which wsd decays", above=0, maximum=1)
     min_lr: float = option(0.0, "final learning rate, as a part of the peak", minimum=0, maximum=1)
     seed: int = option(0, "of weights, batches, dropout and samples", minimum=0)
-    device: str = option("auto", "where to train; auto takes CUDA if there", choices=("auto", "cpu", "cuda"))
+    device: str = option("auto", "where to train; auto takes CUDA if there", choices=DEVICES)
     dtype: str = option(
-        "auto", "bfloat16 means autocast over float32 weights; auto times both",
-        choices=("auto", "float32", "bfloat16"),
+        "auto",
+        "bfloat16 means autocast over float32 weights, float16 the same with a scaled loss; auto times float32 and "
+        "what the device has of the two",
+        choices=("auto", "float32", "bfloat16", "float16"),
     )  # fmt: skip
     compile: bool = option(False, "compile the loss with torch.compile")
     checkpoint_activations: bool = option(False, "keep only each block's input for the backward pass")
@@ -100,6 +105,9 @@ class TrainingConfig:
         resume=True,
     )
     max_skipped: int = option(3, "stop after so many skipped steps in a row", minimum=1, resume=True)
+    epochs: float | None = option(
+        None, "stop after so many passes over the training data; steps, if given, decide", above=0
+    )
 
     def __post_init__(self):
         if self.batch_size % self.rows:
@@ -114,7 +122,7 @@ class TrainingConfig:
 
     def with_budget(self) -> TrainingConfig:
         """This, with the default time budget where neither budget is set."""
-        if self.steps is None and self.max_seconds is None:
+        if self.steps is None and self.max_seconds is None and self.epochs is None:
             return replace(self, max_seconds=DEFAULT_SECONDS)
         return self
 
@@ -137,6 +145,8 @@ def build_run_config(tables: Mapping[str, Any], where: str, preset: str | None =
 
     The model gets the parts and heads that the objective needs.
 
+    A preset that is a recipe has settings for all tables; what ``tables`` say goes before it.
+
     Args:
         where: what messages start with.
         preset: overrides the table's own.
@@ -156,10 +166,13 @@ def build_run_config(tables: Mapping[str, Any], where: str, preset: str | None =
     model = dict(tables.get("model", {}))
     name = preset or model.get("preset", DEFAULT_PRESET)
     model.pop("preset", None)
-    if name not in PRESETS:
-        raise InputError(f"{where}: preset: expected one of {', '.join(PRESETS)}; got {name!r}")
+    if name not in (*PRESETS, *RECIPES):
+        raise InputError(f"{where}: preset: expected one of {', '.join((*PRESETS, *RECIPES))}; got {name!r}")
+    recipe = RECIPES.get(name)
+    if recipe is not None:
+        tables = {**tables, **recipe.under(tables, where)}
     objective = build_settings(ObjectiveConfig, tables.get("objective", {}), where)
-    shape = build_settings(ModelConfig, model, where, PRESETS[name])
+    shape = build_settings(ModelConfig, model, where, PRESETS[name] if recipe is None else recipe.model)
     if objective.pretrained is None:
         try:
             shape = fit_model(objective, shape, model)

@@ -71,6 +71,8 @@ def _changes(config: RunConfig, path: Path) -> dict[str, object]:
     """
     before = read_run_config(path)
     given, old = asdict(config.training.with_budget()), asdict(before.training)
+    if config.training.epochs is not None and config.training.steps is None:
+        given["steps"] = old["steps"]  # which that run's data made of its epochs
     fixed = fixed_settings(before.training)
     # The vocabulary and the labels come from the data.
     model = before.model

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import copy
 
-import torch
 from torch import nn
 
-from ..cpu import matmul_dtype
 from ..timing import seconds as seconds_of
-from .device import autocast, keep_random_state
+from .device import autocast, keep_random_state, narrow_dtype
 from .objectives.base import Batch, Objective, to_device
 
 # A precision whose best time is so many times the other's is not tried further (a guess: times in turns on a machine
 # with other work spread by less).
 CLEARLY = 1.5
-# Rounds, of which the first sets things up and does not count where there are others.
-FEWEST, MOST = 2, 21
+# Rounds, of which the first sets things up and does not count where there are others. On a loaded machine one pass of
+# 2 ms took 360: so a choice by fewer than ``ENOUGH`` takes at least ``SHARE`` of the time.
+FEWEST, ENOUGH, MOST = 2, 6, 21
+SHARE = 1 / 3
 
 
 def faster_dtype(
@@ -24,17 +24,19 @@ def faster_dtype(
 ) -> tuple[str, dict[str, float]]:
     """The precision in which a forward and a backward pass on ``batch`` take less time, and the seconds of each.
 
-    A CPU without products of bfloat16 takes float32, and nothing is timed. Elsewhere the two are timed in turns on a
+    A CPU without products of bfloat16 takes float32, and nothing is timed. Elsewhere float32 and the device's 16-bit
+    dtype, bfloat16 or on GPUs without it float16, are timed in turns on a
     copy of ``model``, for about so many ``seconds`` and at most 20 rounds, until one is clearly behind; the shortest
     time counts, so that other work on the machine disturbs the choice as little as possible. ``model`` and torch's
     random state stay as they are.
     """
     device = next(model.parameters()).device
-    if matmul_dtype(device) == torch.float32:
+    narrow = narrow_dtype(device)
+    if narrow is None:
         return "float32", {}
     trial = copy.deepcopy(model).train()
     batch = to_device(batch, device)
-    times: dict[str, list[float]] = {"float32": [], "bfloat16": []}
+    times: dict[str, list[float]] = {"float32": [], narrow: []}
 
     def run(dtype: str) -> None:
         with autocast(device, dtype):
@@ -48,6 +50,7 @@ def faster_dtype(
             best = {dtype: min(taken[1:] or taken) for dtype, taken in times.items()}
             behind = max(best.values()) > CLEARLY * min(best.values())
             spent = sum(map(sum, times.values()))
-            if (done >= FEWEST and (behind or spent > seconds)) or (behind and spent > seconds):
+            sure = behind and (done >= ENOUGH or spent > SHARE * seconds)
+            if (done >= FEWEST and (sure or spent > seconds)) or (behind and spent > seconds):
                 break
     return min(best, key=best.__getitem__), best

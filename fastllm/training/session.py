@@ -20,6 +20,7 @@ from .device import autocast, keep_random_state
 from .evaluate import Evaluation
 from .guard import Diverged, Failed, Guard
 from .loop import Measured, Result, Run
+from .loss_scale import LossScale
 from .reports.meters import Meters, Timer, finite
 from .schedule import lr_scale, progress
 from .step import Step, StepSettings, batch_gradients
@@ -70,6 +71,7 @@ class Session:
         self.guard = Guard(
             run.folder / "skipped" if main else None, state, outlier=config.outlier, limit=config.max_skipped
         )
+        self.loss_scale = LossScale(state)
         self.saver = ranks.saver(
             run.folder / "checkpoints", run.model, run.dataset.tokenizer,
             Keep(config.keep_checkpoints, config.keep_best), run.display.warn,
@@ -121,13 +123,15 @@ class Session:
         timer.mark("data")
         self.ranks.beat(state.step, "step")
         # Dropout is a function of (seed, step, row): it needs no saved state, and nothing else can shift it.
-        settings = StepSettings(config.rows, config.clip, state.dtype, derive_seed(config.seed, "dropout", state.step))
+        seed = derive_seed(config.seed, "dropout", state.step)
+        settings = StepSettings(config.rows, config.clip, state.dtype, seed, self.loss_scale.value)
         step = batch_gradients(
             run.objective, run.model, batch, settings, losses=self.losses, ranks=self.ranks, mark=timer.mark
         )
         reading = self._read(step)
         self.signal, self.agreed_seconds = reading.signal, reading.seconds
-        skipped = self.guard.accept(reading.values["loss"], reading.values["grad_norm"], batch)
+        loss, norm = reading.values["loss"], reading.values["grad_norm"]
+        skipped = self.loss_scale.overflow(loss, norm) or self.guard.accept(loss, norm, batch)
         timer.mark("backward")
         if skipped is None:
             run.optimizers.step()

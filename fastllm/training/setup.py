@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -100,7 +101,7 @@ def reopen_data(config: RunConfig, folder: Path) -> Dataset | TaskDataset:
 
 
 def fitted(config: RunConfig, dataset: Dataset | TaskDataset) -> RunConfig:
-    """``config`` with the vocabulary and the classes that the data turned out to have.
+    """``config`` with the vocabulary and the classes that the data turned out to have, and epochs as steps.
 
     Raises:
         InputError: the tokenizer is larger than the pretrained model's vocabulary.
@@ -110,8 +111,13 @@ def fitted(config: RunConfig, dataset: Dataset | TaskDataset) -> RunConfig:
         raise InputError(
             f"pretrained: {size} tokens of the tokenizer do not match the model's vocab_size {config.model.vocab_size}"
         )
+    training = config.training
+    if training.epochs is not None and training.steps is None:
+        task = config.objective.kind.task
+        seen = training.batch_size * (1 if task else config.model.context_length)
+        training = replace(training, steps=max(1, math.ceil(training.epochs * len(dataset.train) / seen)))
     labels = dataset.labels if config.objective.objective == "classify" else ()
-    return replace(config, model=config.model.replace(vocab_size=size, labels=labels))
+    return replace(config, model=config.model.replace(vocab_size=size, labels=labels), training=training)
 
 
 def new_model(config: RunConfig) -> Model:

@@ -20,14 +20,17 @@ class StepSettings(NamedTuple):
     """How a step is computed.
 
     ``rows``: sequences of a micro-batch. ``clip``: largest global norm of the gradient; 0 or less: any. ``dtype``:
-    "float32", or "bfloat16" by autocast. ``seed``: of dropout; with :func:`fastllm.training.dropout.key_dropout` a
-    row's mask depends on it and on the row alone. None: torch's generator goes on from where it is.
+    "float32", or "bfloat16" or "float16" by autocast. ``seed``: of dropout; with
+    :func:`fastllm.training.dropout.key_dropout` a row's mask depends on it and on the row alone. None: torch's
+    generator goes on from where it is. ``loss_scale``: a power of 2 that the loss is multiplied with and the gradients
+    are divided by, see :mod:`.loss_scale`.
     """
 
     rows: int
     clip: float
     dtype: str
     seed: int | None = None
+    loss_scale: float = 1.0
 
 
 class Step(NamedTuple):
@@ -89,11 +92,15 @@ def batch_gradients(
             with autocast(device, settings.dtype):
                 shares = ranks.shares(losses, model, to_device(rows, device), weights, elsewhere)
                 share = sum(shares.values())
-            share.backward(ranks.upstream(share))
+            (share * settings.loss_scale).backward(ranks.upstream(share))
         loss += share.detach()
         for name in weights:
             terms[name] += shares[name].detach()
     ranks.sum_([loss, *terms.values()])
+    if settings.loss_scale != 1.0:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(1.0 / settings.loss_scale)
     norm = ranks.clip(model, settings.clip if settings.clip > 0 else math.inf)
     return Step(loss, norm, terms)
 

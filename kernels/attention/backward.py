@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import OPTIONS
+from ..launch import launch_options
 from ..math import LOG2E
 from .bias_gradient import attention_dbias
 from .problem import Problem
@@ -279,14 +279,15 @@ def _delta(problem: Problem, forward, upstream):
         _delta_kernel[(tiles * planes,)](
             problem.plane(forward.out), problem.plane(upstream.dout), dlse, statistics,
             tiles, problem.heads, problem.rows, problem.dim_v, ALIGN=problem.align(forward.out, upstream.dout),
-            BLOCK_M=block_m, BLOCK_DV=problem.block_dv, num_warps=4, **register_bound(problem.q.dtype), **OPTIONS,
+            BLOCK_M=block_m, BLOCK_DV=problem.block_dv,
+            **launch_options(problem.q.device, num_warps=4, **register_bound(problem.q.dtype)),
         )  # fmt: skip
     return statistics
 
 
 def _launch_dkdv(problem: Problem, dout, statistics, dk, dv):
     tile = dkdv_tile(problem.widest, problem.q.dtype, problem.arch, problem.pressure)
-    shape, options = problem.launch_of(problem.fit(tile, "BLOCK_N", problem.cols))
+    shape, options = problem.launch_of("attention_bwd_dkdv", tile)
     programs = problem.programs(shape.block_n, problem.cols)
     _attention_bwd_dkdv_kernel[(programs.per_head * problem.heads_kv,)](
         *map(problem.plane, (problem.q, problem.k, problem.v, dout)),
@@ -298,7 +299,7 @@ def _launch_dkdv(problem: Problem, dout, statistics, dk, dv):
 
 def _launch_dq(problem: Problem, dout, statistics, dq):
     tile = dq_tile(problem.widest, problem.q.dtype, problem.arch, problem.pressure)
-    shape, options = problem.launch_of(problem.fit(tile, "BLOCK_M", problem.rows))
+    shape, options = problem.launch_of("attention_bwd_dq", tile)
     programs = problem.programs(shape.block_m, problem.rows)
     _attention_bwd_dq_kernel[(programs.per_head * problem.heads,)](
         *map(problem.plane, (problem.q, problem.k, problem.v, dout)),

@@ -159,12 +159,13 @@ def attention_dbias(problem, dout, statistics):
     bias = problem.bias
     if bias.numel() == 0:
         return bias.new_empty(bias.shape)
-    tile, options = problem.launch_of(dbias_tile(problem.q.dtype, problem.arch))
+    tile, options = problem.launch_of("attention_dbias", dbias_tile(problem.q.dtype, problem.arch))
     b, heads, rows, cols = bias.shape
     over = Broadcast(b == 1, heads == 1, rows == 1, cols == 1)
     row_tiles, col_tiles = triton.cdiv(rows, tile.block_m), triton.cdiv(cols, tile.block_n)
     programs = b * heads * row_tiles * col_tiles
-    wanted = PROGRAMS // programs
+    # A bias of its own for each element of the batch is cut as one alone would be: the pieces order its sums.
+    wanted = PROGRAMS // (programs // b)
     batches, batch_step = _pieces(problem.batch, wanted if over.batch else 1)
     members, head_step = _pieces(problem.heads, wanted // batches if over.head else 1)
     parts, row_step = _pieces(triton.cdiv(problem.rows, tile.block_m), wanted // (batches * members) if over.row else 1)

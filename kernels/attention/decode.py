@@ -1,9 +1,11 @@
 """Attention of few queries over many keys, as in decoding against a cache: split over the keys.
 
-One program per chunk of keys and key head takes all query heads of the group as rows of one tile, so a chunk is read
-once, and leaves (maximum, sum, unnormalised output) of its rows. A second kernel adds the chunks up in their order. A
-chunk has a fixed length and whether to split depends on the sequence alone, not on the batch or the GPU: a row has the
-same bits in any batch. The gradient is attention_bwd's.
+One program per chunk of keys and key head takes all query heads of the group as rows of one tile, so that a decoding
+step reads a chunk once, and leaves (maximum, sum, unnormalised output) of its rows. A second kernel adds the chunks up
+in their order. A chunk has a fixed length, a tile's rows follow from the group, and whether to split depends on the
+sequence alone, not on the batch or the GPU: a row has the same bits in any batch, and beside any number of queries that
+are split too. More queries than a tile holds take further programs, which find the chunk in the cache. The gradient is
+attention_bwd's.
 """
 
 from typing import NamedTuple
@@ -12,13 +14,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import OPTIONS, next_power_of_2
+from ..launch import launch_options, next_power_of_2
 from .online_softmax import forward_tiles, row_results
 from .scores import column_range, load_tile, locate, matrix_of, sheet_of, span_of, store_tile
 from .values import Matrix, TileShape
 
-# Most rows of a tile: queries times heads of a group, as a power of 2. A guess.
+# Most rows of a sequence that is split: queries times heads of a group, as a power of 2. A guess.
 MOST_ROWS = 64
+# Rows of a tile, or the heads of a group if those are more: the fewest that a product takes, since a step of one query
+# waits for memory.
+TILE_ROWS = 16
 
 
 class KeySplit(NamedTuple):
@@ -35,7 +40,7 @@ class KeySplit(NamedTuple):
 class ChunkResults(NamedTuple):
     """What the programs of all chunks leave, in fp32: unnormalised outputs, and each row's maximum and sum.
 
-    Each chunk of each sequence has a tile of rows for every key head.
+    Each chunk of each sequence has tiles of rows for every key head.
     """
 
     out: torch.Tensor
@@ -51,25 +56,35 @@ def _attention_split_kernel(
     BLOCK_M: tl.constexpr = tile.block_m
     BLOCK_DV: tl.constexpr = tile.block_dv
     CHUNK: tl.constexpr = split.chunk
+    QUERIES: tl.constexpr = BLOCK_M // GROUP
     program = tl.program_id(0)
+    first_row = tl.program_id(1) * QUERIES
     head_kv = (program // programs.per_head).to(tl.int64)
     place = program % programs.per_head
     b, chunk, start_k, n_cols, start_q, n_rows = locate(
         place, sizes.cu_k, sizes.cu_q, programs.tiles, sizes.cols, sizes.rows, sizes.sequences, BLOCK=CHUNK
     )
     first_col = chunk * CHUNK
-    if (first_col < n_cols) & (n_cols >= split.least_cols) & (n_rows <= split.rows):
+    splits = (n_cols >= split.least_cols) & (n_rows <= split.rows)
+    if splits & (first_col < n_cols) & (first_row < n_rows):
         member = tl.arange(0, BLOCK_M) % GROUP
-        row = tl.arange(0, BLOCK_M) // GROUP
+        row = first_row + tl.arange(0, BLOCK_M) // GROUP
         in_rows = (member < sizes.group) & (row < n_rows)
         # A row of the tile that is no query's gets the index n_rows, which every mask hides.
         rows = tl.where(in_rows, row, n_rows)
         head = (head_kv * sizes.group + tl.where(in_rows, member, 0).to(tl.int64))[:, None]
-        at = (place.to(tl.int64) * (sizes.heads // sizes.group) + head_kv) * BLOCK_M + tl.arange(0, BLOCK_M)
+        plane = place.to(tl.int64) * (sizes.heads // sizes.group) + head_kv
+        at = (plane * tl.num_programs(1) + tl.program_id(1)) * BLOCK_M + tl.arange(0, BLOCK_M)
         seed = tl.load(dropout.seed) if dropout is not None else 0
         sheet = sheet_of(b, head, n_rows, n_cols, score, seed, sizes.heads, BOTTOM_RIGHT=flags.bottom_right)
         begin, full_begin, full_end, end = column_range(
-            chunk * 0, n_rows - 1, n_cols, sheet.offset, score.left, score.right, BLOCK_N=tile.block_n
+            first_row,
+            tl.minimum(first_row + QUERIES, n_rows) - 1,
+            n_cols,
+            sheet.offset,
+            score.left,
+            score.right,
+            BLOCK_N=tile.block_n,
         )
         last_col = tl.minimum(first_col + CHUNK, n_cols)
         begin = tl.maximum(begin, first_col)
@@ -127,9 +142,10 @@ def _attention_merge_kernel(
         place = start_k // split.chunk + b
     if (row < n_rows) & (n_cols >= split.least_cols) & (n_rows <= split.rows):
         chunks = tl.cdiv(n_cols, split.chunk)
-        # From a row's results in one chunk to those in the next.
-        step = sizes.heads // sizes.group * BLOCK_M
-        first = place * step + head // sizes.group * BLOCK_M + row * GROUP + head % sizes.group
+        # A key head's rows in one chunk, and from a row's results in one chunk to those in the next.
+        places = tl.cdiv(rows_of_sequence * GROUP, BLOCK_M) * BLOCK_M
+        step = sizes.heads // sizes.group * places
+        first = place * step + head // sizes.group * places + row * GROUP + head % sizes.group
         s = tl.arange(0, BLOCK_S)
         highest = tl.full((BLOCK_S,), float("-inf"), tl.float32)
         for chunk in range(0, chunks, BLOCK_S):
@@ -172,15 +188,20 @@ def _attention_merge_kernel(
 def split_tile(dim: int, dtype: torch.dtype) -> dict:
     """Keys of a chunk, from how many keys on a sequence is split, and tiles; by the padded head dim. Not yet timed."""
     if dtype == torch.float32:
-        width, warps, stages = (16, 8, 1) if dim > 128 else (32, 8, 2)
+        # 32 keys of a head dim up to 64 would spill on sm_80 with every feature at once.
+        width, warps, stages = 16, 8, 1 if dim > 128 else 2
     else:
         width, warps, stages = 32 if dim > 128 else 64, 4, 2
     return dict(CHUNK=256, SPLIT_FROM=512, BLOCK_N=width, num_warps=warps, num_stages=stages)
 
 
+def _tile_of(problem) -> dict:
+    return problem.tuned("attention_split", split_tile(problem.widest, problem.q.dtype))
+
+
 def splits(problem) -> KeySplit | None:
     """Which sequences of the call are split; None where none can be."""
-    tile = split_tile(problem.widest, problem.q.dtype)
+    tile = _tile_of(problem)
     rows = MOST_ROWS // next_power_of_2(problem.group)
     # Packed sequences of one cu_seqlens have as many queries as keys.
     sizes = problem.sizes
@@ -192,21 +213,22 @@ def splits(problem) -> KeySplit | None:
 
 def attention_decode(problem, split: KeySplit, out, statistics):
     """Fills ``out`` and ``statistics`` for the sequences that ``split``, from :func:`splits`, names."""
-    tile = split_tile(problem.widest, problem.q.dtype)
+    tile = _tile_of(problem)
     group = next_power_of_2(problem.group)
     rows = min(problem.rows, split.rows)
-    shape = TileShape(max(16, next_power_of_2(rows * group)), tile["BLOCK_N"], problem.block_d, problem.block_dv)
+    shape = TileShape(max(TILE_ROWS, group), tile["BLOCK_N"], problem.block_d, problem.block_dv)
+    row_tiles = triton.cdiv(rows * group, shape.block_m)
     programs = problem.programs(split.chunk, problem.cols)
-    places = programs.per_head * problem.heads_kv * shape.block_m
+    places = programs.per_head * problem.heads_kv * row_tiles * shape.block_m
     outputs = problem.q.new_empty(places * problem.dim_v, dtype=torch.float32)
     partial = ChunkResults(outputs, *problem.q.new_empty((2, places), dtype=torch.float32))
-    _attention_split_kernel[(programs.per_head * problem.heads_kv,)](
+    _attention_split_kernel[(programs.per_head * problem.heads_kv, row_tiles)](
         *map(problem.plane, (problem.q, problem.k, problem.v)), partial, problem.score, problem.dropout, problem.sizes,
         programs, flags=problem.flags(), tile=shape, split=split, GROUP=group,
-        num_warps=tile["num_warps"], num_stages=tile["num_stages"], **OPTIONS,
+        **launch_options(problem.q.device, num_warps=tile["num_warps"], num_stages=tile["num_stages"]),
     )  # fmt: skip
     _attention_merge_kernel[(rows * problem.heads * problem.batch,)](
         partial, problem.plane(out), statistics, problem.sinks, problem.dropout, problem.score.unit, problem.sizes,
         programs.tiles, rows, NATURAL=problem.natural, split=split, tile=shape, GROUP=group, BLOCK_S=16,
-        num_warps=4, num_stages=2, **OPTIONS,
+        **launch_options(problem.q.device, num_warps=4, num_stages=2),
     )  # fmt: skip

@@ -99,10 +99,8 @@ def attention_fwd(call, out):
         attention_decode(problem, split, out, statistics)
         if not problem.packed:
             return lse, stats
-    tile = problem.fit(
-        forward_tile(problem.widest, problem.q.dtype, problem.arch, problem.pressure), "BLOCK_M", problem.rows
-    )
-    shape, options = problem.launch_of(tile)
+    tile = forward_tile(problem.widest, problem.q.dtype, problem.arch, problem.pressure)
+    shape, options = problem.launch_of("attention_fwd", tile)
     programs = problem.programs(shape.block_m, problem.rows)
     _attention_fwd_kernel[(programs.per_head * problem.heads,)](
         *map(problem.plane, (problem.q, problem.k, problem.v)),

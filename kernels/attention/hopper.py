@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..launch import OPTIONS, processor_count
+from ..launch import launch_options, processor_count
 from .decode import splits
 from .forward import attention_fwd
 from .hopper_warps import ROWS, HopperMode, HopperResults, HopperWork, Ring, consume, produce
@@ -152,5 +152,6 @@ def _launch(problem: Problem, results: HopperResults) -> None:
     _attention_hopper_fwd_kernel[(programs,)](
         _descriptor(problem, problem.q, ROWS.value),
         *(_descriptor(problem, x, mode.block_n) for x in (problem.k, problem.v)),
-        results, work, problem.sizes, float(problem.score.unit), mode=mode, num_warps=4, **OPTIONS,
+        results, work, problem.sizes, float(problem.score.unit), mode=mode,
+        **launch_options(problem.q.device, num_warps=4),
     )  # fmt: skip

@@ -5,7 +5,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..device import device_info
-from ..launch import OPTIONS, next_power_of_2
+from ..launch import launch_options, next_power_of_2, tuned
 from ..math import LOG2E
 from .values import CallSizes, KernelFlags, Plane, Programs, Score, ScoreStatistics, TileShape, WeightDropout
 
@@ -45,9 +45,11 @@ class Problem:
         self.sizes = CallSizes(
             self.batch, self.heads, self.group, self.rows, self.cols, self.dim, self.dim_v, call.cu_q, call.cu_k
         )
-        self.precision = "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
+        gpu = device_info(q.device)
+        highest = torch.get_float32_matmul_precision() == "highest"
+        self.precision = "tf32" if gpu.has_tf32 and not highest else "ieee"
         # What the launch tables ask for: the architecture, the wider padded head dim, and the register pressure.
-        self.arch = device_info(q.device).arch
+        self.arch = gpu.arch
         self.pressure = self._pressure()
         self.block_d, self.block_dv = max(16, next_power_of_2(self.dim)), max(16, next_power_of_2(self.dim_v))
         self.widest = max(self.block_d, self.block_dv)
@@ -140,20 +142,17 @@ class Problem:
         tiles = triton.cdiv(length, block)
         return Programs(tiles, length // block + self.batch if self.packed else tiles * self.batch)
 
-    @staticmethod
-    def fit(tile: dict, name: str, length: int) -> dict:
-        """``tile`` with the side that is spread over programs no longer than ``length`` needs, and warps to match.
+    def tuned(self, kernel: str, tile: dict) -> dict:
+        """``tile``, or what was measured to be faster for ``kernel``."""
+        key = (self.widest, self.q.element_size(), self.pressure)
+        return tuned(kernel, self.q.device, key, tile)
 
-        The side that a program walks stays: it sets the order of the sums, which must not depend on the length.
-        """
-        size = min(tile[name], max(16, next_power_of_2(length)))
-        warps = max(4, tile["num_warps"] * size // tile[name])
-        return {**tile, name: size, "num_warps": min(tile["num_warps"], warps)}
-
-    def launch_of(self, tile: dict) -> tuple[TileShape, dict]:
-        """The constants and the launch's options of ``tile``, from :mod:`.tiles`."""
+    def launch_of(self, kernel: str, tile: dict) -> tuple[TileShape, dict]:
+        """The constants and the launch's options of ``kernel`` for ``tile``, from :mod:`.tiles`."""
+        tile = self.tuned(kernel, tile)
         options = {name: value for name, value in tile.items() if name not in ("BLOCK_M", "BLOCK_N")}
-        return TileShape(tile["BLOCK_M"], tile["BLOCK_N"], self.block_d, self.block_dv), {**options, **OPTIONS}
+        shape = TileShape(tile["BLOCK_M"], tile["BLOCK_N"], self.block_d, self.block_dv)
+        return shape, launch_options(self.q.device, **options)
 
     def stats_shape(self):
         return (self.heads, self.rows) if self.packed else (self.batch, self.heads, self.rows)

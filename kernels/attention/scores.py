@@ -138,6 +138,10 @@ def scores(dot, rows, cols, sheet, score, flags: tl.constexpr, MASKED: tl.conste
         if score.left is not None:
             visible = visible & (cols >= rows + (sheet.offset - score.left))
         t = tl.where(visible, t, float("-inf"))
+    elif flags.natural and score.slopes is None and score.bias is None:
+        # Here t is a product, which the compiler would fuse with the difference that follows, but for the select above:
+        # a score would owe its last bit to whether the other rows of the tile see its column.
+        t = tl.where(cols < sheet.n_cols, t, float("-inf"))
     return t, slack
 
 

@@ -7,6 +7,9 @@ on sm_90; ``python -m fastllm.bench.attention_tables`` prints the registers of e
 The pressure says what a score needs registers for besides the products: 0 for the bare product, causal or not; 1 for a
 left window, a soft cap or ALiBi; 2 for several of them, a bias or dropout; 3 where rows cannot be read 16 bytes at a
 time, which takes a pointer for every element. 3 is as 2 where no fourth tile is given.
+
+A tile is as large for a few rows as for many, and lanes may idle: tile and warps order the sums of a row, which has the
+same bits in any batch and packing. AMD's data-centre GPUs take sm_80's tiles.
 """
 
 import torch

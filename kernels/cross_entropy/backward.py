@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import next_power_of_2, processor_count
+from ..launch import launch_options, next_power_of_2, processor_count, tuned
 from .logits import (
     EXACT,
     LogitPlane,
@@ -147,6 +147,9 @@ def cross_entropy_bwd(upstream, labelled, statistics, needs, out=None):
     x3, dx3, t3, dt3 = merge_positions(*views)
     adjacent, block_m, block_n = logit_tile(x3)
     adjacent = adjacent and all(t.stride(1) == 1 for t in (dx3, t3, dt3))
+    settings = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps_for(block_m * block_n))
+    settings = tuned("cross_entropy_bwd", x.device, (adjacent, block_m, block_n, x.element_size()), settings)
+    block_m, block_n = settings["BLOCK_M"], settings["BLOCK_N"]
     if dloss is not None and dloss.dim():
         dloss = dloss.contiguous()
     _backward_kernel[(x3.shape[0] * triton.cdiv(x3.shape[2], block_m), triton.cdiv(x3.shape[1], block_n))](
@@ -158,7 +161,8 @@ def cross_entropy_bwd(upstream, labelled, statistics, needs, out=None):
         LogitPlane(dx3, *dx3.stride()) if need_dx else None, LogitPlane(dt3, *dt3.stride()) if need_dtarget else None,
         LogitSizes(x3.shape[2], n_rows, x3.shape[1]), kernel_loss(loss),
         PROBABILITIES=probabilities, ROUND_FIRST=x.dtype == torch.bfloat16 or x.dtype == torch.float32,
-        ADJACENT=adjacent, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps_for(block_m * block_n), **EXACT,
+        ADJACENT=adjacent, BLOCK_M=block_m, BLOCK_N=block_n, 
+        **launch_options(x.device, num_warps=settings["num_warps"], **EXACT),
     )  # fmt: skip
     return dx, dtarget
 
@@ -168,4 +172,5 @@ def scale_gradient(dx, dloss):
     block = min(SCALE_TILE, next_power_of_2(dx.numel()))
     if dx.numel():
         programs = min(triton.cdiv(dx.numel(), block), 8 * processor_count(dx.device))
-        _scale_kernel[(programs,)](dx, dloss, dx.numel(), BLOCK=block, num_warps=warps_for(block), **EXACT)
+        options = launch_options(dx.device, num_warps=warps_for(block), **EXACT)
+        _scale_kernel[(programs,)](dx, dloss, dx.numel(), BLOCK=block, **options)

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import next_power_of_2
+from ..launch import launch_options, next_power_of_2, tuned
 from .logits import (
     EXACT,
     LogitPlane,
@@ -242,11 +242,12 @@ def _programs(n: int) -> tuple[int, int]:
 def _sum_into(out, x, total=None):
     """The sum of the fp32 vector ``x``, over ``total`` where given, into the scalar ``out``; in a fixed order."""
     programs, block = _programs(x.numel())
+    options = launch_options(x.device, num_warps=warps_for(block), **EXACT)
     if programs > 1:
         parts = x.new_empty(programs)
-        _sum_kernel[(programs,)](x, None, parts, x.numel(), BLOCK=block, num_warps=warps_for(block), **EXACT)
+        _sum_kernel[(programs,)](x, None, parts, x.numel(), BLOCK=block, **options)
         return _sum_into(out, parts, total)
-    _sum_kernel[(1,)](x, total, out, x.numel(), BLOCK=block, num_warps=warps_for(block), **EXACT)
+    _sum_kernel[(1,)](x, total, out, x.numel(), BLOCK=block, **options)
 
 
 def target_mass(target, weight, n_classes: int, ignore_index: int):
@@ -256,7 +257,7 @@ def target_mass(target, weight, n_classes: int, ignore_index: int):
     parts = total if programs == 1 else total.new_empty(programs)
     _mass_kernel[(programs,)](
         target, weight, parts, target.numel(), n_classes, ignore_index,
-        BLOCK=block, num_warps=warps_for(block), **EXACT,
+        BLOCK=block, **launch_options(target.device, num_warps=warps_for(block), **EXACT),
     )  # fmt: skip
     if programs > 1:
         _sum_into(total, parts)
@@ -321,6 +322,10 @@ def forward_rows(labelled, out: RowOutputs, total=None, factor=None, dx=None):
     elements = block_m * block_n
     # 32 elements to a thread, in fp32 16 while there are threads.
     most = min(32, elements // (512 if x.dtype.itemsize > 2 else 1024))
+    settings = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=max(warps_for(elements), most))
+    key = (adjacent, block_m, block_n, x.element_size(), dx is not None)
+    settings = tuned("cross_entropy_fwd", x.device, key, settings)
+    block_m, block_n = settings["BLOCK_M"], settings["BLOCK_N"]
     # Asserts are compiled in for this kernel alone; its integer arithmetic needs none of the overflow checks.
     asserts = dict(debug=True, sanitize_overflow=False) if x.is_cuda else {}
     _forward_kernel[(x3.shape[0] * triton.cdiv(x3.shape[2], block_m),)](
@@ -328,5 +333,5 @@ def forward_rows(labelled, out: RowOutputs, total=None, factor=None, dx=None):
         weight, total, factor, out, None if dx is None else LogitPlane(dx, dx.stride(0), 1, 0),
         LogitSizes(x3.shape[2], out.lse.numel(), n_classes), kernel_loss(loss),
         PROBABILITIES=probabilities, ADJACENT=adjacent, WHOLE=n_classes <= block_n, BLOCK_M=block_m, BLOCK_N=block_n,
-        num_warps=max(warps_for(elements), most), **EXACT, **asserts,
+        **launch_options(x.device, num_warps=settings["num_warps"], **EXACT, **asserts),
     )  # fmt: skip

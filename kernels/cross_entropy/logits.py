@@ -10,15 +10,17 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import OPTIONS, next_power_of_2
+from ..launch import next_power_of_2
 from ..math import tanh
 
 # 16 fp32 values a thread at 8 warps; chosen from compiled register counts (sm_90), not yet from timings.
 TILE = 4096
+# Positions of a tile where they are adjacent in memory, not the classes. A guess.
+ADJACENT_POSITIONS = 32
 # The gradient that the forward leaves and the backward's are the same bits. Both come from dlogits below; but whether
 # the compiler fuses a product with the sum after it depends on the code around them. So it fuses none in these
 # kernels, and what is to be fused says so: tl.fma.
-EXACT = OPTIONS | {"enable_fp_fusion": False}
+EXACT = {"enable_fp_fusion": False}
 
 
 class LogitPlane(NamedTuple):
@@ -133,14 +135,17 @@ def merge_positions(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def logit_tile(x: torch.Tensor) -> tuple[bool, int, int]:
-    """(classes are adjacent in memory, BLOCK_M positions, BLOCK_N classes) for (B, C, S)."""
-    _, n_classes, n_inner = x.shape
+    """(classes are adjacent in memory, BLOCK_M positions, BLOCK_N classes) for (B, C, S).
+
+    Whatever the number of positions: the tile orders a position's sums.
+    """
+    n_classes = x.shape[1]
     if x.stride(1) == 1:
         block_n = min(next_power_of_2(n_classes), TILE)
-        return True, max(1, min(TILE // block_n, next_power_of_2(n_inner), 32)), block_n
-    # Half a tile: with class weights and probabilities 64-bit offsets along both sides would spill.
-    block_m = min(next_power_of_2(n_inner), 64)
-    return False, block_m, min(next_power_of_2(n_classes), TILE // 2 // block_m)
+        return True, max(1, min(TILE // block_n, 32)), block_n
+    # Half a tile: with class weights and probabilities 64-bit offsets along both sides would spill. ADJACENT_POSITIONS
+    # fill 64 bytes in 16 bits, two sectors of memory.
+    return False, ADJACENT_POSITIONS, min(next_power_of_2(n_classes), TILE // 2 // ADJACENT_POSITIONS)
 
 
 def warps_for(elements: int) -> int:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from ..device import device_info
-from ..launch import OPTIONS, cluster_blocks, next_power_of_2, processor_count
+from ..launch import cluster_blocks, launch_options, next_power_of_2, processor_count, tuned
 from ..math import is_kept
 from .arguments import NormBackwardPass, NormGradOutputs, backward_pass, row_starts, tile_warps
 from .forward import BLOCKED_COLS, rows_and_columns
@@ -75,7 +75,7 @@ def _row_means_kernel(
     tl.store(means.gx + row, tl.sum(sum_gx, axis=0) / n_cols)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _norm_bwd_kernel(
     inputs, means, outputs, places, n_rows, n_cols, offset, p,
     CENTER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -192,7 +192,7 @@ def _grid_of(call, n_rows: int, halvings: int) -> _Grid:
     long = whole and (is_long(n_cols) or n_cols > tile // 2)
     if whole:
         one_row = (1, next_power_of_2(n_cols))
-        block_m, block_n = one_row if long else rows_and_columns(n_rows, n_cols, tile)
+        block_m, block_n = one_row if long else rows_and_columns(n_cols, tile)
         return _Grid(whole, long, 0, block_m, block_n, min(triton.cdiv(n_rows, block_m), processors))
     # The blocks of a cluster exchange the row's sums. Without dx there are none.
     if (wanted.input or wanted.residual) and (blocks := cluster_blocks(device, n_cols, row)):
@@ -211,7 +211,7 @@ def _row_means(work: NormBackwardPass) -> _RowMeans:
     )
     _row_means_kernel[(n_rows,)](
         work.inputs, work.places, means, work.n_cols, work.offset, CENTER=work.center,
-        BLOCK_N=BLOCKED_COLS, num_warps=tile_warps(BLOCKED_COLS), maxnreg=128, **OPTIONS,
+        BLOCK_N=BLOCKED_COLS, **launch_options(x.device, num_warps=tile_warps(BLOCKED_COLS), maxnreg=128),
     )  # fmt: skip
     return means
 
@@ -245,17 +245,21 @@ def norm_bwd(call):
         means = None if grid.whole or not (wanted.input or wanted.residual) else _row_means(work)
         elements = grid.block_m * grid.block_n
         n_warps = tile_warps(elements << unaligned, 8) if grid.whole and unaligned else tile_warps(elements)
+        settings = dict(STAGES=n_stages, num_warps=n_warps)
+        key = (grid.block_m, grid.block_n, unaligned, loaded, dropout)
+        settings = tuned("norm_bwd", call.x.device, key, settings)
+        n_warps = settings["num_warps"]
         # One program a multiprocessor, two of wide rows. For more occupancy than that ptxas would spill.
         registers = min(255, 2048 // n_warps) if grid.whole or dropout else 128
         _norm_bwd_kernel[(grid.programs, triton.cdiv(n_cols, grid.block_n))](
             work.inputs, means, partial, work.places, n_rows, n_cols, work.offset, work.dropout_p,
-            CENTER=work.center, BLOCK_M=grid.block_m, BLOCK_N=grid.block_n, STAGES=n_stages,
-            num_warps=n_warps, maxnreg=registers, **OPTIONS,
+            CENTER=work.center, BLOCK_M=grid.block_m, BLOCK_N=grid.block_n, STAGES=settings["STAGES"],
+            **launch_options(call.x.device, num_warps=n_warps, maxnreg=registers),
         )  # fmt: skip
     if wanted.weight or wanted.bias:
         block_m, block_n = (32, 64) if grid.whole else (8, 256)
         _column_sum_kernel[(triton.cdiv(n_cols, block_n),)](
             _ColumnSums(*partial[2:]), _ColumnSums(*gradients[2:]), grid.programs, n_cols,
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, **OPTIONS,
+            BLOCK_M=block_m, BLOCK_N=block_n, **launch_options(call.x.device, num_warps=4),
         )  # fmt: skip
     return gradients

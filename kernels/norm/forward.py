@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import OPTIONS, cluster_blocks, next_power_of_2, tuned
+from ..launch import cluster_blocks, launch_options, next_power_of_2, tuned
 from .arguments import NormForwardPass, NormOutputs, dropped, forward_pass, row_starts, tile_warps
 from .long_row import is_long, norm_fwd_row
 from .packed import norm_fwd_packed, packable
@@ -29,10 +29,13 @@ FWD_TILE = 4096
 BLOCKED_COLS = 4096
 
 
-def rows_and_columns(n_rows: int, n_cols: int, tile: int) -> tuple[int, int]:
-    """(BLOCK_M, BLOCK_N) of a tile of whole rows: several short ones to a program, or one long one."""
+def rows_and_columns(n_cols: int, tile: int) -> tuple[int, int]:
+    """(BLOCK_M, BLOCK_N) of a tile of whole rows: several short ones to a program, or one long one.
+
+    Whatever the number of rows: tile and warps order a row's sums. Fewer rows than BLOCK_M leave lanes idle.
+    """
     block_n = next_power_of_2(n_cols)
-    return max(1, min(tile // block_n, next_power_of_2(n_rows), 32)), block_n
+    return max(1, min(tile // block_n, 32)), block_n
 
 
 @triton.jit
@@ -48,7 +51,7 @@ def _with_residual(x, inputs, outputs, residual_at, h_at, rows, cols, mask, p):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _norm_fwd_kernel(
     inputs, outputs, places, n_rows, n_cols, numbers,
     CENTER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -141,13 +144,14 @@ def _norm_fwd_tile(work: NormForwardPass) -> None:
     # the tile then, for ptxas would rather spill the addresses than lose occupancy.
     x, unaligned = work.inputs.x, work.n_cols % 16 != 0
     bound = dict(maxnreg=128) if unaligned else {}
-    block_m, block_n = rows_and_columns(work.n_rows, work.n_cols, FWD_TILE >> unaligned)
+    block_m, block_n = rows_and_columns(work.n_cols, FWD_TILE >> unaligned)
     settings = dict(BLOCK_M=block_m, num_warps=tile_warps(block_m * block_n << unaligned, 8))
     key = (block_m, block_n, x.element_size(), work.inputs.residual is not None)
     settings = tuned("norm_fwd", x.device, key, settings)
     _norm_fwd_kernel[(triton.cdiv(work.n_rows, settings["BLOCK_M"]),)](
         work.inputs, work.outputs, work.places, work.n_rows, work.n_cols, work.numbers,
-        CENTER=work.center, BLOCK_N=block_n, **settings, **bound, **OPTIONS,
+        CENTER=work.center, BLOCK_M=settings["BLOCK_M"], BLOCK_N=block_n,
+        **launch_options(x.device, num_warps=settings["num_warps"], **bound),
     )  # fmt: skip
 
 
@@ -186,6 +190,6 @@ def norm_fwd(call):
         _norm_fwd_blocked_kernel[(n_rows,)](
             work.inputs, outputs, work.places, n_cols, work.numbers,
             CENTER=call.center, KEEP="evict_last" if call.residual is None else "evict_first",
-            BLOCK_N=BLOCKED_COLS, num_warps=tile_warps(BLOCKED_COLS), maxnreg=128, **OPTIONS,
+            BLOCK_N=BLOCKED_COLS, **launch_options(x.device, num_warps=tile_warps(BLOCKED_COLS), maxnreg=128),
         )  # fmt: skip
     return outputs

@@ -9,7 +9,7 @@ registers, as compiled.
 import triton
 import triton.language as tl
 
-from ..launch import OPTIONS, next_power_of_2, tuned
+from ..launch import launch_options, next_power_of_2, tuned
 from ..math import is_kept
 from .arguments import NormBackwardPass, NormForwardPass, dropped, row_starts
 
@@ -100,7 +100,7 @@ def _norm_fwd_row_kernel(
         tl.store(y_ptr + at, y.to(outputs.y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _norm_bwd_row_kernel(
     inputs, outputs, places, n_rows, n_cols, offset, p,
     CENTER: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr, STAGES: tl.constexpr,
@@ -194,8 +194,9 @@ def norm_fwd_row(work: NormForwardPass, blocks: int) -> None:
     first = 0 if dropout else blocks * (LOADED_FIRST if blocks == 1 else CLUSTER_LOADED_FIRST)
     _norm_fwd_row_kernel[(work.n_rows,)](
         work.inputs, work.outputs, work.places, n_cols, work.numbers, CENTER=work.center,
-        SEGMENTS=triton.cdiv(n_cols, settings["SEGMENT"]), GROUP=max(1, first // settings["SEGMENT"]), **settings,
-        num_ctas=blocks, maxnreg=min(128, 2048 // settings["num_warps"]), **OPTIONS,
+        SEGMENTS=triton.cdiv(n_cols, settings["SEGMENT"]), GROUP=max(1, first // settings["SEGMENT"]),
+        SEGMENT=settings["SEGMENT"], **launch_options(x.device, num_warps=settings["num_warps"], num_ctas=blocks,
+                                                      maxnreg=min(128, 2048 // settings["num_warps"])),
     )  # fmt: skip
 
 
@@ -206,8 +207,13 @@ def norm_bwd_row(work: NormBackwardPass, blocks: int, programs: int, n_stages: i
     segment = segment_columns(n_cols, n_warps) * blocks
     if work.inputs.dy.dtype != work.inputs.x.dtype and n_cols % 16 == 0:
         segment //= 2  # 128 bits a thread of the wider: the same columns of both
+    key = (blocks, next_power_of_2(n_cols), n_cols % 16 == 0, work.inputs.x.element_size())
+    settings = tuned(
+        "norm_bwd_row", work.inputs.x.device, key, dict(SEGMENT=segment, STAGES=n_stages, num_warps=n_warps)
+    )
+    segment, n_warps = settings["SEGMENT"], settings["num_warps"]
     _norm_bwd_row_kernel[(programs,)](
         work.inputs, work.outputs, work.places, work.n_rows, n_cols, work.offset, work.dropout_p, CENTER=work.center,
-        SEGMENTS=triton.cdiv(n_cols, segment), SEGMENT=segment, STAGES=n_stages, num_warps=n_warps, num_ctas=blocks,
-        maxnreg=min(255, 2048 // n_warps), **OPTIONS,
+        SEGMENTS=triton.cdiv(n_cols, segment), SEGMENT=segment, STAGES=settings["STAGES"],
+        **launch_options(work.inputs.x.device, num_warps=n_warps, num_ctas=blocks, maxnreg=min(255, 2048 // n_warps)),
     )  # fmt: skip

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..device import device_info
-from ..launch import OPTIONS, next_power_of_2
+from ..launch import launch_options, next_power_of_2
 from .arguments import NormForwardPass, row_starts
 
 # A row is held in so many segments: few enough words of weight and bias at a time that nothing spills on sm_80, sm_90
@@ -131,5 +131,5 @@ def norm_fwd_packed(work: NormForwardPass) -> None:
     _norm_fwd_packed_kernel[(work.n_rows,)](
         work.inputs, work.outputs, work.places, work.n_cols, work.numbers, 0,
         CENTER=work.center, SEGMENTS=SEGMENTS, BLOCK=block,
-        num_warps=max(1, min(32, block * SEGMENTS // 512)), maxnreg=64, **OPTIONS,
+        **launch_options(work.inputs.x.device, num_warps=max(1, min(32, block * SEGMENTS // 512)), maxnreg=64),
     )  # fmt: skip

@@ -1,5 +1,8 @@
 """The bench's clock on a GPU, with a model of one: a queue of launches, which the host fills and the device empties."""
 
+import platform
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -94,3 +97,23 @@ def test_a_call_that_waits_for_the_device_is_named_and_measured_all_the_same(mac
     before = machine.host
     timer(Call("reads back", lambda: None, run), GPU)
     assert machine.host - before < 1e-3
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
+def test_freed_memory_is_kept_on_glibc():
+    """Page faults of a block of 256 MB that has the size of one freed before."""
+    program = """
+import resource, sys, torch
+from fastllm.bench.timing import keep_freed_memory
+kept = sys.argv[1] == "keep" and keep_freed_memory()
+torch.ones(1 << 26)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(1 << 26)
+print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = {}
+    for word in ("keep", "give"):
+        done = subprocess.run([sys.executable, "-c", program, word], capture_output=True, text=True, check=True)
+        kept, faults[word] = map(int, done.stdout.split())
+        assert kept == (word == "keep")
+    assert 4 * faults["keep"] < faults["give"]

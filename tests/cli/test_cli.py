@@ -164,6 +164,7 @@ def test_flags_override_the_file(capsys):
         file.write(
             '[data]\ndata = ["prose.txt"]\n[model]\npreset = "small"\nnum_layers = 1\nhidden_size = 12\n'
             'vocab_size = 290\ncontext_length = 16\n[training]\nsteps = 2\nlr = 1\ndevice = "cpu"\n'
+            'dtype = "float32"\n'  # "auto" measures, and may choose otherwise the second time
         )
     assert run("train", "--config", "mine.toml", "--out", "run", "--lr", "0.5", "--quiet") == 0
     config = read_run_config("run/config.toml")

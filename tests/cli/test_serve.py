@@ -20,6 +20,7 @@ from starlette.responses import HTMLResponse
 
 from fastllm.models import ModelConfig, build_model
 from fastllm.serving.app import LARGEST, ServedModel, _written, make_app
+from fastllm.tasks.translate import translate
 
 # Chromium is no Python package; a machine without it tests the interface alone.
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -110,6 +111,14 @@ def test_every_task_answers(served):
     assert text[found["start"] : found["end"]] == found["answer"]
 
 
+def test_lines_to_translate_end_at_newlines_alone(models, served):
+    text = "the cat\x85the dog\u2028red\r\n\r\nred cat"
+    translation = json.loads(served.post("translate", {"text": text, "beams": 1})[1])["translation"]
+    model = models["translate"]
+    expected = translate(model.model, model.tokenizer, [text.split("\r\n")[0], "red cat"], beams=1)
+    assert translation == f"{expected[0]}\n\n{expected[1]}"
+
+
 def test_text_comes_piece_by_piece(served):
     request = urllib.request.Request(
         f"{served.url}/generate", json.dumps({"prompt": "the", "max_new_tokens": 60, "temperature": 1.5}).encode(),
@@ -134,6 +143,18 @@ def test_text_comes_piece_by_piece(served):
         ("answer", {"text": "x"}, "question: expected a text"),
         ("classify", [1], "expected a JSON object"),
         ("classify", b"{", "expected JSON"),
+        ("classify", {"text": "a \ud83d b"}, "text: half a surrogate pair (U+D83D at character 2)"),
+        ("translate", {"text": "\udc00", "beams": 1}, "text: half a surrogate pair"),
+        ("answer", {"text": "x", "question": "\ud800?"}, "question: half a surrogate pair"),
+        ("generate", {"prompt": "\ud800"}, "prompt: half a surrogate pair"),
+        ("classify", b'{"text": "x", "y": NaN}', "expected JSON"),
+        ("generate", b'{"temperature": Infinity}', "expected JSON"),
+        ("generate", b'{"max_new_tokens": 1e999}', "max_new_tokens: expected a number"),
+        ("generate", b'{"temperature": -1e999}', "temperature: expected a number"),
+        ("generate", b'{"top_p": ' + b"9" * 400 + b"}", "top_p: expected a number"),
+        ("generate", {"seed": -1}, "seed must be at least 0"),
+        ("generate", {"seed": 1e30}, "seed must be at least 0"),
+        ("translate", b'{"text": "x", "beams": 1e999}', "beams: expected a number"),
         ("classify", b"x" * (LARGEST + 1), f"expected at most {LARGEST:,} bytes"),
     ],
 )

@@ -132,9 +132,29 @@ def test_every_task_predicts_and_is_scored(here, capsys):
         assert run("eval", "--run", name, data, "--out", f"scores-{name}") == 0
         shown = capsys.readouterr().out.replace("_", " ")
         assert all(re.search(rf"^{score}: \d+\.\d{{4}}$", shown, re.MULTILINE) for score in scores), shown
-        assert (here / f"scores-{name}" / "scores.json").exists()
+        written = json.loads((here / f"scores-{name}" / "scores.json").read_text("utf-8"))
+        if name == "translate":
+            assert re.search(r"^bleu signature: nrefs:1\|.*\|tok:13a\|", shown, re.MULTILINE)
+            assert written["chrf_signature"].startswith("nrefs:1|")
+        if name == "classify":
+            low, high = written["accuracy_interval"]
+            assert low < written["accuracy"] < high or high == 1
+            assert f"\naccuracy interval: {low:.4f} to {high:.4f} (95%)\n" in shown
     assert (here / "scores-classify" / "confusion.png").read_bytes().startswith(b"\x89PNG")
     assert len((here / "scores-answer" / "predictions.jsonl").read_text().splitlines()) == 40
+
+
+def test_bleu_by_the_language_of_the_references_is_hinted_at_and_given(here, capsys):
+    (here / "zh.tsv").write_text("red cat\t我喜欢红色的猫\ngreen dog\t绿色的狗\n", "utf-8")
+    scores = ["eval", "--run", "translate", "zh.tsv", "--beams", "1"]
+    assert run(*scores) == 0
+    out, err = capsys.readouterr()
+    assert "|tok:13a|" in out
+    assert err == "hint: for BLEU in the language of these references sacrebleu has --tokenize zh\n"
+    assert run(*scores, "--tokenize", "zh") == 0
+    out, err = capsys.readouterr()
+    assert "|tok:zh|" in out
+    assert err == ""
 
 
 def refused(capsys, pattern, *arguments):

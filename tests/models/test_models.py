@@ -248,6 +248,10 @@ def test_filters_keep_what_they_say():
     assert kept(top_p=0.86) == [True, True, True, True, False]
     assert kept() == [True] * 5
     torch.testing.assert_close(filter_logits(logits, temperature=0.5), logits * 2)
+    tied = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0], [3.0, 3.0, 3.0, 3.0, 3.0]])
+    for k in range(1, 6):
+        assert filter_logits(tied, top_k=k).isfinite().sum(-1).tolist() == [k, k]
+    assert filter_logits(tied, top_k=3)[0, [1, 3]].tolist() == [2.0, 2.0]
 
 
 @pytest.mark.parametrize(

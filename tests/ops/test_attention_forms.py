@@ -113,7 +113,8 @@ def test_a_mask_of_the_lowest_number_over_whole_rows():
 
 
 @pytest.mark.usefixtures("_no_matrix_units")
-def test_without_matrix_units_bf16_on_a_cpu_is_torchs_and_info_says_nothing_of_them():
+def test_without_matrix_units_bf16_on_a_cpu_is_torchs_and_info_says_nothing_of_them(monkeypatch):
+    monkeypatch.setattr("fastllm.ops.shared.widened.multiplies", lambda dtype: True)
     q, k, v = qkv(24, 24, 16, 16, dtype=torch.bfloat16)
     padding = (torch.arange(24) < 9)[None, None, None]
     for function, ours, torchs in (

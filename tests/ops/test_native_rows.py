@@ -16,7 +16,7 @@ from contract import assert_all_as_true, assert_as_true, run
 import fastllm
 from fastllm.extension import load as extension
 from fastllm.functional import add_layer_norm, cross_entropy, linear_cross_entropy, rms_norm
-from fastllm.ops.cross_entropy import chunks as _linear_cross_entropy_chunks
+from fastllm.ops.cross_entropy import products
 from fastllm.registry import OPS, Sample
 
 NEEDS_PRODUCTS = pytest.mark.skipif(
@@ -190,10 +190,8 @@ def _layer_gradients(dtype, backend):
 
 def test_without_products_of_bf16_the_gradient_is_summed_in_fp32_by_torch(monkeypatch):
     monkeypatch.setattr(extension, "_bf16_products", "none")
-    monkeypatch.setattr(_linear_cross_entropy_chunks, "WIDENED", 32)  # whole and broken pieces of the 70 columns
-    monkeypatch.setattr(
-        _linear_cross_entropy_chunks, "_add_bf16_product", lambda *args: pytest.fail("no such product here")
-    )
+    monkeypatch.setattr(products, "WIDENED", 32)  # whole and broken pieces of the 70 columns
+    monkeypatch.setattr(products, "_add_bf16_product", lambda *args: pytest.fail("no such product here"))
     truth, eager = _layer_gradients(torch.float64, None), _layer_gradients(torch.bfloat16, "eager")
     for a, b, c in zip(_layer_gradients(torch.bfloat16, "native"), truth, eager, strict=True):
         assert_as_true(a, b, c, torch.bfloat16, "linear_cross_entropy")

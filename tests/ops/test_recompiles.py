@@ -35,6 +35,7 @@ CALLS = {
     "rms_norm": lambda n: (_leaf(n, 24), (24,), _leaf(24)),
     "add_layer_norm": lambda n: (_leaf(n, 24), _leaf(n, 24), (24,), _leaf(24), _leaf(24)),
     "add_rms_norm": lambda n: (_leaf(n, 24), _leaf(n, 24), (24,), _leaf(24)),
+    "linear": lambda n: (_leaf(n, 24), _leaf(31, 24), _leaf(31)),
     "swiglu": lambda n: (_leaf(n, 24), _leaf(n, 24)),
     "geglu": lambda n: (_leaf(n, 24), _leaf(n, 24)),
     "rotary_embedding": lambda n: (_leaf(2, 3, n, 16), _leaf(2, 3, n, 16), *_angles(n)),
@@ -44,6 +45,8 @@ CALLS = {
     "embedding_sum": lambda n: ([_ids(40, n), _ids(9, n)], [_leaf(40, 16), _leaf(9, 16)]),
     "cross_entropy": lambda n: (_leaf(n, 31), _ids(31, n)),
     "linear_cross_entropy": lambda n: (_leaf(n, 24), _leaf(31, 24), _ids(31, n)),
+    "linear_log_probs": lambda n: (_leaf(n, 24), _leaf(31, 24), _ids(31, n)),
+    "linear_kl_div": lambda n: (_leaf(n, 24), _leaf(31, 24), _leaf(n, 20), _leaf(31, 20)),
 }
 
 

@@ -1,6 +1,7 @@
 """Objectives: what is masked, paired, shifted and batched; every one on every model that serves it."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from fastllm.models import ModelConfig, build_model
 from fastllm.training.config import TrainingConfig, build_run_config
 from fastllm.training.objectives import MaskedLM, ObjectiveConfig, PrefixLM, fit_model, make_objective, rows_of
 from fastllm.training.objectives.examples import POOL, ExampleOrder
-from fastllm.training.objectives.masked import Pieces, Sentences, mask_tokens
+from fastllm.training.objectives.masked import Masking, Pieces, Sentences, mask_tokens
 from fastllm.training.optimizer import Optimizers
 from fastllm.training.step import StepSettings, train_step
 
@@ -93,9 +94,8 @@ def words():
 def drawn(ids, groups, rng, probability=0.15, allowed=None, most=10**6):
     hidden = ids.copy()
     allowed = np.ones(len(ids), bool) if allowed is None else allowed
-    positions, targets = mask_tokens(
-        hidden, groups, allowed, probability, most, 299, np.arange(10, 290), np.random.default_rng(rng)
-    )
+    how = Masking(probability, most, 299, np.arange(10, 290))
+    positions, targets = mask_tokens(hidden, groups, allowed, how, np.random.default_rng(rng))
     return hidden, positions, targets
 
 
@@ -230,6 +230,22 @@ def test_every_example_comes_once_an_epoch_beside_others_of_its_length():
     spread = np.mean([np.ptp(lengths[order(step)]) for step in range(POOL)])
     assert spread < 10
     assert (order(37) == ExampleOrder(lengths, 4, "key")(37)).all()
+
+
+@pytest.mark.parametrize("unanswerable", [False, True])
+def test_no_answer_is_given_where_some_questions_have_none(folder, monkeypatch, unanswerable):
+    objective, model = setting("answer", "transformer", "none", folder)
+    examples = [dict(example) for example in objective.dataset.validation.examples]
+    if unanswerable:
+        examples[0]["answers"] = []
+    held_out = replace(objective.dataset.validation, examples=examples)
+    monkeypatch.setattr(objective, "dataset", replace(objective.dataset, validation=held_out))
+    # Both logits of a window's first token are far above all others.
+    logits = lambda encoded: (encoded.states[..., 0] * 0 - 9.0).index_fill(1, torch.tensor([0]), 9.0)  # noqa: E731
+    monkeypatch.setattr(model, "span_logits", lambda encoded: (logits(encoded), logits(encoded)))
+    scores = objective.evaluate(model, 4, "float32", 0).scores
+    assert scores.get("unanswerable_exact_match") == (1.0 if unanswerable else None)
+    assert scores["exact_match"] == (1 / len(examples) if unanswerable else 0.0)
 
 
 # Settings

@@ -201,8 +201,9 @@ def test_without_products_of_bfloat16_nothing_is_timed(monkeypatch):
 @pytest.mark.parametrize(
     ("seconds", "rounds", "chosen"),
     [
-        ({"float32": 0.1, "bfloat16": 0.2}, 2, "float32"),  # clearly behind
-        ({"float32": 0.2, "bfloat16": 0.1}, 2, "bfloat16"),
+        ({"float32": 0.4, "bfloat16": 0.8}, 2, "float32"),  # clearly behind
+        ({"float32": 0.8, "bfloat16": 0.4}, 2, "bfloat16"),
+        ({"float32": 0.002, "bfloat16": 0.004}, 6, "float32"),  # as clearly, but so short that one of them may be noise
         ({"float32": 0.1, "bfloat16": 30.0}, 1, "float32"),  # the first round has said enough, and cost enough
         ({"float32": 0.01, "bfloat16": 0.011}, 21, "float32"),
         ({"float32": 2.0, "bfloat16": 1.9}, 2, "bfloat16"),  # no time for more

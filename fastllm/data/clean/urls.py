@@ -32,7 +32,7 @@ def blocked(path: str) -> dict[str, tuple[str, ...]]:
         ValueError: the file cannot be read, or a line is no host; names the file, the line and what was expected.
     """
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
+        lines = Path(path).read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"block_urls: {path}: cannot be read: {error}") from error
     found: dict[str, tuple[str, ...]] = {}

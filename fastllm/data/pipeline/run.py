@@ -20,7 +20,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -175,8 +175,7 @@ def _finish(
     """Write the shards without duplicates, the reports, and last the file that makes the folder whole."""
     written, counts = shards.done(), shards.counts()
     duplicates = find_duplicates(shards.work, config.near_duplicates, config.similarity)
-    needed = duplicates.repeated()
-    ids: dict[int, str] = {}
+    remove = WithoutDuplicates(shards, duplicates, counts)
     files: list[dict[str, Any]] = []
     kept_sizes: list[np.ndarray] = []
     (out / "text").mkdir(exist_ok=True)
@@ -186,8 +185,8 @@ def _finish(
         source = shards.work / f"text-{number:05d}.jsonl.gz"
         target = out / "text" / f"{len(files):05d}.jsonl.gz"
         size = written[number]["text_bytes"]
-        if not keep.all() or needed & set(own.tolist()):
-            size = _write_without(source, target, shards, number, duplicates, ids, needed, counts)
+        if not keep.all() or remove.repeated & set(own.tolist()):
+            size = remove.copy(number, source, target)
         elif keep.any():
             with whole_file(target) as file, open(source, "rb") as content:
                 shutil.copyfileobj(content, file)
@@ -207,42 +206,51 @@ def _finish(
     return report
 
 
-def _write_without(
-    source: Path, target: Path, shards: Shards, number: int, duplicates: Duplicates, ids: dict[int, str],
-    needed: set[int], counts: Counter[str],
-) -> int:  # fmt: skip
-    """Copy a shard but for its duplicates, which go to ``rejected``; the bytes of text that were kept.
+@dataclass
+class WithoutDuplicates:
+    """Copies shards but for their duplicates, which go to ``rejected``, and counts those.
 
-    Args:
-        ids: the names of the documents in ``needed`` that came so far, which this adds to.
+    Attributes:
+        ids: the names of documents that others repeat, of the shards copied so far. Shards are copied in order.
     """
-    rejected: dict[str, list[bytes]] = {}
-    size = 0
 
-    def kept() -> Iterator[bytes]:
-        nonlocal size
-        with gzip.open(source, "rb") as lines:
-            for own, line in enumerate(lines, int(duplicates.starts[number])):
-                first = int(duplicates.first[own])
-                if own in needed:
-                    ids[own] = json.loads(line)["id"]
-                if first == own:
-                    size += len(line)
-                    yield line
-                    continue
-                document = json.loads(line)
-                rule = "exact_duplicate" if duplicates.exact[own] else "near_duplicate"
-                found = Rejection(document["id"], rule, {"of": ids[first]}, document["text"][:EXCERPT])
-                rejected.setdefault(rule, []).append(rejection_line(found))
-                counts[f"rule {rule}"] += 1
+    shards: Shards
+    duplicates: Duplicates
+    counts: Counter[str]
+    ids: dict[int, str] = field(default_factory=dict)
 
-    lines = kept()
-    start = next(lines, None)
-    if start is not None:
-        compress(target, itertools.chain([start], lines))
-    for rule, rejects in rejected.items():
-        shards.write_rejected(rule, number, rejects)
-    return size
+    def __post_init__(self):
+        self.repeated = self.duplicates.repeated()
+
+    def copy(self, number: int, source: Path, target: Path) -> int:
+        """Shard ``number``; the bytes of text that were kept."""
+        rejected: dict[str, list[bytes]] = {}
+        size = 0
+
+        def kept() -> Iterator[bytes]:
+            nonlocal size
+            with gzip.open(source, "rb") as lines:
+                for own, line in enumerate(lines, int(self.duplicates.starts[number])):
+                    first = int(self.duplicates.first[own])
+                    if own in self.repeated:
+                        self.ids[own] = json.loads(line)["id"]
+                    if first == own:
+                        size += len(line)
+                        yield line
+                        continue
+                    document = json.loads(line)
+                    rule = "exact_duplicate" if self.duplicates.exact[own] else "near_duplicate"
+                    found = Rejection(document["id"], rule, {"of": self.ids[first]}, document["text"][:EXCERPT])
+                    rejected.setdefault(rule, []).append(rejection_line(found))
+                    self.counts[f"rule {rule}"] += 1
+
+        lines = kept()
+        start = next(lines, None)
+        if start is not None:
+            compress(target, itertools.chain([start], lines))
+        for rule, rejects in rejected.items():
+            self.shards.write_rejected(rule, number, rejects)
+        return size
 
 
 def _sha256(path: Path) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ...backends import pick
+from ...backends import pick, product_obstacle
 from ...registry import Op, register
-from ..shared.autograd import autocasts
+from ..shared.autograd import autocasted
 from ..shared.philox import draw_seed
 from .call import (
     AttentionCall,
@@ -34,15 +34,10 @@ def kernels_refuse(backend: str, request: AttentionRequest) -> str | None:
     return None
 
 
-def autocasted(*tensors):
-    """What torch's autocast does to the arguments of scaled_dot_product_attention."""
-    device_type = tensors[0].device.type
-    if not autocasts(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(
-        x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
-    )
+def attention_prefers_torch(request: AttentionRequest) -> str | None:
+    """Why PyTorch's own operators serve a call without being asked for, or None."""
+    device = request.call.q.device
+    return product_obstacle(device.type, device.index)
 
 
 def _request(
@@ -139,6 +134,7 @@ register(
         backends=("eager", "triton", "hopper"),
         call=_request,
         refuses=kernels_refuse,
+        prefers_torch=attention_prefers_torch,
         form=form_of,
         examples=attention_examples,
     )

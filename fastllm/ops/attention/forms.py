@@ -1,4 +1,4 @@
-"""Which form serves a call whose backend is eager: AMX, PyTorch's operator, or our own chunks of scores."""
+"""Which form serves a call whose backend is eager: AMX, PyTorch's operator, that in fp32, or our chunks of scores."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ...backends import Choice
+from ...backends import Choice, under_transform
+from ..shared.widened import widens
 from .amx import amx_attention, amx_refuses
 from .call import AttentionCall, AttentionRequest
+from .widened import widened_attention
 
 AMX, TORCH, CHUNKS = "AMX", "PyTorch's operator", "chunks of scores"
+WIDENED = "PyTorch's operator in float32, some heads at a time"
 # So few scores go to PyTorch's operator with scaled_dot_product_attention's arguments as they were given, where that
 # keeps all scores: below four dimensions, where it multiplies 16-bit inputs in fp32, and for a mask's gradient.
 FEW_SCORES = 2**16
@@ -20,7 +23,7 @@ SMALLEST = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float64).tiny)
 
 
 class AttentionForm(NamedTuple):
-    """``name``: AMX, TORCH or CHUNKS. ``as_given``: PyTorch's operator takes the arguments as they were given."""
+    """``name``: AMX, TORCH, WIDENED or CHUNKS. ``as_given``: PyTorch's operator takes the arguments as they came."""
 
     name: str
     why: str
@@ -32,10 +35,11 @@ def form_of(request: AttentionRequest, choice: Choice) -> AttentionForm | None:
     if choice.backend != "eager":
         return None
     call = request.call
+    wide = widens(call.q) and not under_transform() and call.q.layout == torch.strided
     if request.given is not None:
-        if _few(request):
+        if not wide and _few(request):
             return AttentionForm(TORCH, f"it has at most {FEW_SCORES} scores", as_given=True)
-        if call.dropout_p > 0:
+        if not wide and call.dropout_p > 0:
             return AttentionForm(TORCH, "PyTorch's generator draws the dropout mask, as without fastllm")
         if call.k.shape[1] != call.v.shape[1]:
             return AttentionForm(TORCH, "key and value have different numbers of heads")
@@ -46,6 +50,10 @@ def form_of(request: AttentionRequest, choice: Choice) -> AttentionForm | None:
         reason = torch_fault(call)
     if reason is not None:
         return AttentionForm(CHUNKS, reason)
+    if wide:
+        if call.dropout_p > 0:
+            return AttentionForm(CHUNKS, "this CPU has no products of that dtype, and they drop scores in float32")
+        return AttentionForm(WIDENED, "this CPU has no products of that dtype")
     return AttentionForm(TORCH, "its fused kernel holds no more than a block of scores")
 
 
@@ -128,6 +136,8 @@ def attention_by_form(request: AttentionRequest, form: AttentionForm) -> torch.T
         return F.scaled_dot_product_attention(*arguments, scale=scale, enable_gqa=enable_gqa)
     if form.name == AMX:
         return amx_attention(call)
+    if form.name == WIDENED:
+        return widened_attention(call)
     mask = call.bias
     if call.right == 0 and call.bottom_right and not call.square:
         rows, cols = call.q.shape[-2], call.k.shape[-2]

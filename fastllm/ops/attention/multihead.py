@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..linear import linear
+from ..shared.widened import widens
 from .sdpa import scaled_dot_product_attention
 
 
@@ -77,14 +79,15 @@ def multihead_attention(module, query, key, value, masks: AttentionMasks):
 
 def _project(module, query, key, value):
     bias = module.in_proj_bias
+    product = linear if widens(module.out_proj.weight) else F.linear
     if not module._qkv_same_embed_dim:
         weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
     elif query is key and key is value:
-        return F.linear(query, module.in_proj_weight, bias).chunk(3, -1)
+        return product(query, module.in_proj_weight, bias).chunk(3, -1)
     else:
         weights = module.in_proj_weight.chunk(3)
     biases = (None,) * 3 if bias is None else bias.chunk(3)
-    return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+    return tuple(product(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
 
 
 def _merge(key_padding_mask, attn_mask, batch: int, dtype, extra: int):

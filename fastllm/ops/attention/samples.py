@@ -13,7 +13,7 @@ def attention_samples(device, dtype):
     def make(*shape, scale=1.0, dtype=dtype):
         return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_()
 
-    def qkv(batch=1, heads=2, rows=20, cols=20, dim=16, heads_kv=None, dim_v=None):
+    def qkv(batch, heads, rows, cols, dim, *, heads_kv=None, dim_v=None):
         heads_kv = heads_kv or heads
         return (
             make(batch, heads, rows, dim),

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 from ...backends import pick
 from ...registry import Op, Sample, register
+from ..shared.autograd import autocasted
 from ..shared.philox import draw_seed
-from .attention import autocasted, kernels_refuse
+from .attention import attention_prefers_torch, kernels_refuse
 from .call import AttentionCall, AttentionRequest, TorchArguments, check_dropout, check_qkv, check_scale
 from .forms import CHUNKS, attention_by_form, form_of
 from .operator import apply_attention
@@ -234,6 +235,7 @@ register(
         backends=("eager", "triton", "hopper"),
         call=_request,
         refuses=_refuses,
+        prefers_torch=attention_prefers_torch,
         form=form_of,
         examples=_examples,
     )

@@ -118,6 +118,7 @@ class LinearCrossEntropyCall(NamedTuple):
     return_lse: bool
     return_accuracy: bool
     return_entropy: bool
+    op: str = "linear_cross_entropy"
 
     def tensors(self):
         return self.input, self.linear_weight, self.linear_bias, self.weight
@@ -139,19 +140,19 @@ class LinearCrossEntropyCall(NamedTuple):
             )  # fmt: skip
         for name, tensor in (("linear_weight", call.linear_weight), ("linear_bias", call.linear_bias)):
             if tensor is not None and tensor.dtype != call.input.dtype:
-                raise TypeError(
-                    f"linear_cross_entropy: {name} is {tensor.dtype}, input {call.input.dtype}; they must agree"
-                )
+                raise TypeError(f"{self.op}: {name} is {tensor.dtype}, input {call.input.dtype}; they must agree")
         return call
 
 
 def linear_cross_entropy_call(
     input, linear_weight, target, *, linear_bias=None, weight=None, token_weight=None, ignore_index=None, options=None,
     shift=0, max_workspace_mb=None, max_targets=None, recompute=False, return_lse=False, return_accuracy=False,
-    return_entropy=False, **more,
+    return_entropy=False, op="linear_cross_entropy", **more,
 ) -> LinearCrossEntropyCall:  # fmt: skip
-    """The arguments of :func:`fastllm.functional.linear_cross_entropy`, checked. ``more``: fields of :class:`Loss`."""
-    op = "linear_cross_entropy"
+    """The arguments of :func:`fastllm.functional.linear_cross_entropy`, checked. ``more``: fields of :class:`Loss`.
+
+    ``op``: the function that was called, for errors.
+    """
     loss = Loss(ignore_index=-100 if ignore_index is None else ignore_index, **more)
     for name, tensor in (("input", input), ("linear_weight", linear_weight)):
         check_floating(op, name, tensor)
@@ -200,7 +201,7 @@ def linear_cross_entropy_call(
             None if max_workspace_mb is None else float(max_workspace_mb), max_targets if skip else None, skip,
             return_entropy,
         ),
-        recompute, return_lse, return_accuracy, return_entropy,
+        recompute, return_lse, return_accuracy, return_entropy, op,
     )  # fmt: skip
 
 

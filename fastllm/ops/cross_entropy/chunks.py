@@ -8,22 +8,13 @@ from typing import NamedTuple
 
 import torch
 
-from ... import extension
-from ...cpu import multiplies
 from .call import Chunking
 from .loss import LOSS_SCHEMA, Labelled, Loss
 from .operator import LossGradients
+from .products import Layer, LayerGradients, logits_into
 from .rows import ROW_LOSSES, Extras
 
 DEFAULT_WORKSPACE_MB = {"cuda": 1200.0, "cpu": 64.0}
-
-
-class Layer(NamedTuple):
-    """A linear layer and the rows (N, D) that it is applied to: what gets a gradient."""
-
-    x: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
 
 
 class LayerLoss(NamedTuple):
@@ -127,14 +118,11 @@ def in_chunks(layer: Layer, call: LayerLoss, upstream: LossGradients, needs, wan
     x, linear_weight, linear_bias = layer
     n, n_classes = x.shape[0], linear_weight.shape[0]
     wide = torch.promote_types(x.dtype, torch.float32)
-    need_dx, need_dw, need_db = needs if upstream.loss is not None else (False, False, False)
     held_rows = [torch.zeros(n, dtype=wide, device=x.device) if want else None for want in (True, True, *wanted)]
     index = rows_to_compute(call.target, call.loss.ignore_index, call.chunking)
     count = n if index is None else len(index)
-    dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_dx else None
-    blank = torch.empty if count else torch.zeros  # the first chunk overwrites it
-    dw = blank(linear_weight.shape, dtype=wide, device=x.device) if need_dw else None
-    db = torch.zeros(n_classes, dtype=wide, device=x.device) if need_db else None
+    needs = needs if upstream.loss is not None else (False, False, False)
+    gradients = LayerGradients.of(layer, needs, call.backend, empty=count == 0)
     # Planned for the most rows that may be computed: on CUDA the host does not know how many are.
     most = n if call.chunking.max_targets is None else min(n, call.chunking.max_targets)
     capped = call.loss.softcap is not None
@@ -150,79 +138,12 @@ def in_chunks(layer: Layer, call: LayerLoss, upstream: LossGradients, needs, wan
             at = slice(start, stop) if index is None else index[start:stop]
             xc = x[at]
             z, mine = logits[: stop - start], held[: stop - start]
-            _logits(xc, linear_weight, linear_bias, z)
+            logits_into(xc, linear_weight, linear_bias, z)
             if mine.dtype != z.dtype:
                 mine.copy_(z)
             labelled = Labelled(mine, call.target[at], call.weight, call.loss)
             for whole, some in zip(held_rows, row_losses(labelled, upstream.of(at), wanted), strict=True):
                 if whole is not None:
                     whole[at] = some
-            if need_dw:
-                _add_product(dw, mine, xc, call.backend, first=start == 0)
-            if need_db:
-                db += mine.sum(0, dtype=wide)
-            if need_dx:
-                if mine.dtype != z.dtype:
-                    z.copy_(mine)
-                if index is None:
-                    _rows_gradient(z, linear_weight, dx[at])
-                else:
-                    dx.index_copy_(0, at, _rows_gradient(z, linear_weight, torch.empty_like(xc)))
-    return *held_rows, dx, dw, db
-
-
-def _multiplies(x: torch.Tensor) -> bool:
-    """Whether the device has products of ``x``'s dtype; else they are taken in fp32, WIDENED classes at a time.
-
-    At 1024 x 256 x 4096, forward and backward, that is 0.25 of their time in bf16 and 0.3 in fp16 (two cores, AVX2).
-    """
-    return x.device.type != "cpu" or multiplies(x.dtype)
-
-
-def _logits(x, weight, bias, out):
-    """``out`` (rows, V) = x @ weight.T + bias, of one dtype."""
-    if _multiplies(x):
-        return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
-    x = x.float()
-    for start in range(0, len(weight), WIDENED):
-        at = slice(start, start + WIDENED)
-        part = torch.mm(x, weight[at].float().t())
-        out[:, at] = part if bias is None else part.add_(bias[at])
-    return out
-
-
-def _rows_gradient(dz, weight, out):
-    """``out`` (rows, D) = dz @ weight, of one dtype."""
-    if _multiplies(dz):
-        return torch.mm(dz, weight, out=out)
-    total = torch.zeros(out.shape, dtype=torch.float32)
-    for start in range(0, len(weight), WIDENED):
-        at = slice(start, start + WIDENED)
-        total.addmm_(dz[:, at].float(), weight[at].float())
-    return out.copy_(total)
-
-
-def _product_fake(total, a, b):
-    return None
-
-
-_add_bf16_product = extension.operator("add_product_", _product_fake)
-# Columns of ``a``, or classes, that are widened at once where products of 16-bit operands are taken in fp32.
-WIDENED = 2048
-
-
-def _add_product(total, a, b, backend: str, first: bool) -> None:
-    """``total += a.T @ b``, summed in total's dtype."""
-    narrow = a.dtype == b.dtype != total.dtype
-    if backend == "native" and narrow and a.dtype == torch.bfloat16 and extension.bf16_products() != "none":
-        if first:
-            total.zero_()
-        _add_bf16_product(total, a, b if b.stride(1) == 1 else b.contiguous())
-    elif narrow and a.is_cuda:
-        torch.addmm(total, a.t(), b, out_dtype=total.dtype, beta=0 if first else 1, out=total)
-    else:
-        # PyTorch's CPU matmuls sum 16-bit operands into 16 bits, which would cost dW its precision over many chunks.
-        b = b.to(total.dtype)
-        step = max(1, a.shape[1] if a.dtype == total.dtype else WIDENED)
-        for some, columns in zip(total.split(step), a.split(step, 1), strict=True):
-            torch.addmm(some, columns.to(total.dtype).t(), b, beta=0 if first else 1, out=some)
+            gradients.add(at, xc, mine, z)
+    return *held_rows, gradients.x, gradients.weight, gradients.bias

@@ -90,13 +90,7 @@ def linear_cross_entropy(
         max_targets=max_targets, recompute=recompute, return_lse=return_lse, return_accuracy=return_accuracy,
         return_entropy=return_entropy,
     )  # fmt: skip
-    choice = pick("linear_cross_entropy", call)
-    dtype = loss_dtype(call.input, target)
-    if plain_eager(choice.backend):
-        loss, *rows = linear_definition(call)
-        loss = loss.to(dtype)
-    else:
-        loss, *rows = _in_chunks(call, dtype, choice.backend)
+    loss, *rows = linear_loss("linear_cross_entropy", call, loss_dtype(call.input, target))
     asked = zip((return_lse, return_accuracy, return_entropy), rows, strict=True)
     others = [values.view(target.shape) for want, values in asked if want]
     return (loss, *others) if others else loss
@@ -104,6 +98,15 @@ def linear_cross_entropy(
 
 def _checked(*args, **options) -> LinearCrossEntropyCall:
     return linear_cross_entropy_call(*args, **options).under_autocast()
+
+
+def linear_loss(op: str, call: LinearCrossEntropyCall, dtype: torch.dtype):
+    """(loss in ``dtype``, lse, accuracy, entropy) by the backend that serves ``op``, the last three a value a row."""
+    choice = pick(op, call)
+    if plain_eager(choice.backend):
+        loss, *rows = linear_definition(call)
+        return loss.to(dtype), *rows
+    return _in_chunks(call, dtype, choice.backend)
 
 
 def _in_chunks(call: LinearCrossEntropyCall, dtype: torch.dtype, backend: str):

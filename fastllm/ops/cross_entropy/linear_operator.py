@@ -9,10 +9,11 @@ import torch
 from ...registry import define
 from ..shared.autograd import gradients, scalable
 from .call import LinearCrossEntropyCall
-from .chunks import LAYER_LOSS_SCHEMA, Layer, LayerLoss, in_chunks
+from .chunks import LAYER_LOSS_SCHEMA, LayerLoss, in_chunks
 from .linear_reference import denominator, linear_definition
 from .loss import out_of_range
 from .operator import LossGradients
+from .products import Layer
 from .rows import Extras
 
 _NOTHING = (False, False, False)
@@ -112,8 +113,8 @@ def _linear_cross_entropy_fwd(x, w, bias, *args):
     return loss.to(dtype), lse, *extras, total, *_given(grads, layer, needs)
 
 
-def _bwd_fake(dloss, dlse, dentropy, total, x, w, bias, *args):
-    return _outputs(Layer(x, w, bias), args[-1])
+def _bwd_fake(dloss, dlse, dentropy, total, *args):
+    return _outputs(Layer(*args[:3]), args[-1])
 
 
 @define(
@@ -134,8 +135,6 @@ def _linear_cross_entropy_bwd(dloss, dlse, dentropy, total, *args):
     if not scale_last:
         factor = factor * dloss.to(wide) if dloss is not None else torch.zeros_like(factor)
     upstream = LossGradients(factor, *(None if t is None else t.to(wide).contiguous() for t in (dlse, dentropy)))
-    if not alone:  # ignored rows have an lse and an entropy too
-        call = call._replace(chunking=call.chunking._replace(skip_ignored=False))
     *_, dx, dw, db = in_chunks(layer, call, upstream, needs, Extras(entropy=dentropy is not None))
     grads = _given((dx, dw, db), layer, needs)
     if scale_last:

@@ -12,9 +12,9 @@ from ... import extension
 from .loss import Labelled
 
 
-def _rows_fake(x, target, weight, factor, dlse, dentropy, dx, dtarget, *options):
-    wide = accumulator(x, target)
-    return tuple(x.new_empty(n, dtype=wide) for n in (len(x), len(x), *(len(x) if on else 0 for on in options[-2:])))
+def _rows_fake(x, target, *others):
+    wide, wanted = accumulator(x, target), others[-2:]
+    return tuple(x.new_empty(n, dtype=wide) for n in (len(x), len(x), *(len(x) if on else 0 for on in wanted)))
 
 
 _rows = extension.operator("cross_entropy_rows", _rows_fake)

@@ -17,6 +17,17 @@ def autocasts(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
+def autocasted(*tensors):
+    """What torch's autocast does to the arguments of an operator that it runs in its dtype; None is passed over."""
+    device_type = tensors[0].device.type
+    if not autocasts(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
+    )
+
+
 def apply(function: type[torch.autograd.Function], *args):
     """``function.apply(*args)``, all arguments given in order.
 

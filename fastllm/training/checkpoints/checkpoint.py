@@ -42,7 +42,8 @@ class State:
     of the training tokens, from which every batch follows. ``settings``: what may not change when it is resumed.
     ``validation``: the loss of an evaluation at this very step. ``skipped`` steps in all, ``in_a_row`` up to now;
     ``losses`` and ``norms`` of the last accepted steps, by which an outlier is known. ``cpu``: what kind the last
-    session trained on, by :func:`fastllm.cpu.kind`; None for another device.
+    session trained on, by :func:`fastllm.cpu.kind`; None for another device. ``loss_scale``: in float16, the factor of
+    the next step's loss, and how many steps it has held; see :mod:`..loss_scale`.
     """
 
     step: int
@@ -57,6 +58,8 @@ class State:
     losses: list[float] | None = None
     norms: list[float] | None = None
     cpu: str | None = None
+    loss_scale: float | None = None
+    scaled_steps: int = 0
 
 
 def read_state(path: Path) -> State:
@@ -79,12 +82,13 @@ def read_state(path: Path) -> State:
     holds = {
         "step": count, "tokens": count, "skipped": count, "in_a_row": count,
         "seconds": lambda value: number(value) and value >= 0,
-        "dtype": lambda value: value in ("auto", "float32", "bfloat16"),
+        "dtype": lambda value: value in ("auto", "float32", "bfloat16", "float16"),
         "data": lambda value: isinstance(value, str),
         "settings": lambda value: value is None or isinstance(value, dict),
         "validation": lambda value: value is None or number(value),
         "losses": history, "norms": history,
         "cpu": lambda value: value is None or isinstance(value, str),
+        "loss_scale": lambda value: value is None or (number(value) and value > 0), "scaled_steps": count,
     }  # fmt: skip
     for name in ("step", "seconds", "tokens", "dtype", "data"):
         if name not in values:

@@ -12,7 +12,7 @@ from ...data.tokenizer import SPECIAL_TOKENS
 from ...models import ModelConfig
 from ...tasks.store import TaskDataset
 from .base import Objective
-from .examples import Answer, Classify, Seq2Seq
+from .examples import SMOOTHING, Answer, Classify, Seq2Seq
 from .masked import MaskedLM
 from .streams import CausalLM, PrefixLM
 
@@ -55,7 +55,11 @@ class ObjectiveConfig:
     objective: str = option("causal", "what is predicted", choices=tuple(OBJECTIVES))
     mask_probability: float = option(0.15, "mlm: part of the tokens to predict", above=0, below=1)
     whole_word: bool = option(True, "mlm: mask all pieces of a word or none")
-    label_smoothing: float = option(0.1, "seq2seq: probability spread over all tokens", minimum=0, below=1)
+    label_smoothing: float | None = option(
+        None, "seq2seq and classify: probability spread over all tokens or labels; 0.1 and 0 if not given",
+        minimum=0, below=1,
+    )  # fmt: skip
+    token_dropout: float = option(0.0, "classify: part of a text's tokens that training masks", minimum=0, below=1)
     pretrained: str | None = option(
         None, "start from this run's or model's weights, shape and tokenizer; heads that it lacks are new"
     )
@@ -72,6 +76,8 @@ class ObjectiveConfig:
             raise InputError("lora_rank: adapters are added to a pretrained model; name one with pretrained")
         if self.lora_rank and find_spec("peft") is None:
             raise InputError("lora_rank: adapters need peft: pip install 'fastllm[lora]'")
+        if self.token_dropout and self.objective != "classify":
+            raise InputError(f"token_dropout: is for objective classify, not for {self.objective}")
         if self.held_out and not OBJECTIVES[self.objective].task:
             raise InputError(f"held_out: objective {self.objective} holds out documents of its data by itself")
 
@@ -127,5 +133,10 @@ def make_objective(
             whole_word=config.whole_word,
         )  # fmt: skip
     if name == "seq2seq":
-        return Seq2Seq(*arguments, label_smoothing=config.label_smoothing)
-    return {"causal": CausalLM, "prefix": PrefixLM, "classify": Classify, "answer": Answer}[name](*arguments)
+        smoothing = SMOOTHING if config.label_smoothing is None else config.label_smoothing
+        return Seq2Seq(*arguments, label_smoothing=smoothing)
+    if name == "classify":
+        return Classify(
+            *arguments, label_smoothing=config.label_smoothing or 0.0, token_dropout=config.token_dropout
+        )  # fmt: skip
+    return {"causal": CausalLM, "prefix": PrefixLM, "answer": Answer}[name](*arguments)

@@ -15,6 +15,8 @@ from ..evaluate import Evaluation, evaluating, mean_losses
 from .base import Batch, to_device
 from .streams import perplexity
 
+# Label smoothing of translation (Vaswani et al. 2017).
+SMOOTHING = 0.1
 # Batches of similar length are made within so many batches' worth of samples.
 POOL = 16
 
@@ -71,7 +73,7 @@ class _Examples:
 class Seq2Seq(_Examples):
     """A target text given a source text. A batch: ``source``, ``lengths``, ``tokens`` and ``targets``."""
 
-    def __init__(self, dataset, context_length: int, batch_size: int, seed: int, *, label_smoothing: float = 0.1):
+    def __init__(self, dataset, context_length: int, batch_size: int, seed: int, *, label_smoothing: float = SMOOTHING):
         super().__init__(dataset, context_length, batch_size, seed)
         self.label_smoothing = label_smoothing
 
@@ -100,7 +102,33 @@ class Seq2Seq(_Examples):
 
 
 class Classify(_Examples):
-    """The label of a text. A batch: ``tokens``, ``segments``, ``lengths``, ``labels``."""
+    """The label of a text. A batch: ``tokens``, ``lengths``, ``labels``.
+
+    Args:
+        token_dropout: part of a text's tokens that are [MASK] in training, drawn anew for every step: a label should
+            not hang on one word (Iyyer et al. 2015).
+    """
+
+    def __init__(
+        self, dataset, context_length: int, batch_size: int, seed: int, *, label_smoothing: float = 0.0,
+        token_dropout: float = 0.0,
+    ):  # fmt: skip
+        super().__init__(dataset, context_length, batch_size, seed)
+        self.label_smoothing, self.token_dropout = label_smoothing, token_dropout
+        self._key = (dataset.train.sha256, seed)
+        self._mask = dataset.tokenizer.special("mask") if token_dropout else None
+
+    def batch(self, step: int) -> Batch:
+        batch = super().batch(step)
+        if self._mask is None:
+            return batch
+        tokens = batch["tokens"]
+        generator = np.random.default_rng(derive_seed("token dropout", *self._key, step))
+        dropped = torch.from_numpy(generator.random(tokens.shape) < self.token_dropout)
+        # [CLS] and [SEP] stay, and what follows a text is nothing of it.
+        place = torch.arange(tokens.shape[1])
+        inside = (place > 0) & (place < batch["lengths"][:, None] - 1)
+        return {**batch, "tokens": tokens.masked_fill(dropped & inside, self._mask)}
 
     def _features(self, examples: list[dict]) -> Features:
         return class_features(examples, self.dataset.tokenizer, self.context_length, self.dataset.labels)
@@ -113,10 +141,10 @@ class Classify(_Examples):
     def tokens(batch: Batch) -> int:
         return int(batch["lengths"].sum())
 
-    @staticmethod
-    def losses(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         logits = model.class_logits(model.encode(batch["tokens"], batch["lengths"]))
-        return {"loss": nn.functional.cross_entropy(logits.float(), batch["labels"])}
+        smoothing = self.label_smoothing if model.training else 0.0
+        return {"loss": nn.functional.cross_entropy(logits.float(), batch["labels"], label_smoothing=smoothing)}
 
     def evaluate(self, model: nn.Module, rows: int, dtype: str, limit: int) -> Evaluation:
         from ...tasks.metrics import f1_macro
@@ -167,6 +195,9 @@ class Answer(_Examples):
             losses, counts = mean_losses(self, model, self._batches(limit, rows), dtype)
         examples = self.dataset.validation.examples
         examples = examples[:limit] if limit else examples
-        found = answers(model, self.dataset.tokenizer, [(e["question"], e["context"]) for e in examples], rows=rows)
+        # As fastllm eval: where some questions have no answer, none may be given.
+        none = any(not e["answers"] for e in self.dataset.validation.examples)
+        asked = [(e["question"], e["context"]) for e in examples]
+        found = answers(model, self.dataset.tokenizer, asked, rows=rows, allow_none=none)
         scores = squad_scores([e["answers"] for e in examples], [answer.text for answer in found])
         return Evaluation(sum(losses.values()), counts["start"], scores, "f1", self._whole(limit))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -59,22 +60,34 @@ class Pieces:
         return np.cumsum(starts)
 
 
+@dataclass(frozen=True)
+class Masking:
+    """How tokens are hidden: BERT's rule.
+
+    Attributes:
+        probability: part of the allowed tokens to choose. most: never more than this many.
+        mask: the id that stands for a hidden token. vocabulary: ids that replace a token now and then.
+    """
+
+    probability: float
+    most: int
+    mask: int
+    vocabulary: np.ndarray
+
+
 def mask_tokens(
-    ids: np.ndarray, words: np.ndarray, allowed: np.ndarray, probability: float, most: int, mask: int,
-    vocab: np.ndarray, rng: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    ids: np.ndarray, words: np.ndarray, allowed: np.ndarray, how: Masking, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """Choose tokens of ``ids`` (changed in place), whole words at a time, and hide them.
 
     Args:
         words: the word that each token belongs to. allowed: where a token may be chosen.
-        probability: part of the allowed tokens to choose. most: never more than this many.
-        vocab: ids to replace with.
 
     Returns:
         The positions chosen, in order, and the ids that were there.
     """
     places = np.flatnonzero(allowed)
-    wanted = min(most, max(1, round(probability * len(places))))
+    wanted = min(how.most, max(1, round(how.probability * len(places))))
     if len(places) == 0:
         return places, ids[places]
     _, word = np.unique(words[places], return_inverse=True)
@@ -90,12 +103,12 @@ def mask_tokens(
             break
     if not total:  # a single word longer than all that was wanted
         chosen[order[0]] = True
-    places = places[chosen[word]][:most]
+    places = places[chosen[word]][: how.most]
     was = ids[places].copy()
     draw = rng.random(len(places))
-    ids[places[draw < MASKED]] = mask
+    ids[places[draw < MASKED]] = how.mask
     swapped = places[(draw >= MASKED) & (draw < MASKED + REPLACED)]
-    ids[swapped] = rng.choice(vocab, len(swapped))
+    ids[swapped] = rng.choice(how.vocabulary, len(swapped))
     return places, was
 
 
@@ -133,16 +146,16 @@ class MaskedLM:
         pairs: bool = False, probability: float = 0.15, whole_word: bool = True,
     ):  # fmt: skip
         self.dataset, self.context_length, self.batch_size, self.seed = dataset, context_length, batch_size, seed
-        self.masking, self.pairs, self.probability, self.whole_word = masking, pairs, probability, whole_word
+        self.masking, self.pairs, self.whole_word = masking, pairs, whole_word
         tokenizer = dataset.tokenizer
         self.pieces = Pieces(tokenizer)
-        self.cls, self.sep, self.mask = (tokenizer.special(role) for role in ("cls", "sep", "mask"))
-        self._vocabulary = np.flatnonzero(~self.pieces.special)
+        self.cls, self.sep, mask = (tokenizer.special(role) for role in ("cls", "sep", "mask"))
         self._room = context_length - (3 if pairs else 2)
         if self._room < 8:
             raise InputError(f"context_length: an encoder's rows need at least 11 tokens, got {context_length}")
         # BERT's max_predictions_per_seq; a last whole word may want one or two more.
         self.most = math.ceil(probability * self._room) if masking else 0
+        self._how = Masking(probability, self.most, mask, np.flatnonzero(~self.pieces.special))
         self._train = Sentences(dataset.train)
         self._validation = Sentences(dataset.validation)
         for part, sentences in (("training", self._train), ("validation", self._validation)):
@@ -189,9 +202,7 @@ class MaskedLM:
         ids = np.concatenate([np.asarray(part, np.int64) for part in parts])
         if self.masking:
             words = self.pieces.words(ids) if self.whole_word else np.arange(len(ids))
-            positions, targets = mask_tokens(
-                ids, words, ~self.pieces.special[ids], self.probability, self.most, self.mask, self._vocabulary, rng
-            )
+            positions, targets = mask_tokens(ids, words, ~self.pieces.special[ids], self._how, rng)
             row |= {"positions": positions, "targets": targets}
         return row | {"tokens": ids, "segments": segments}
 

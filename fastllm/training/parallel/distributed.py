@@ -31,6 +31,7 @@ from ..checkpoints.checkpoint import Keep
 from ..checkpoints.saving import Saver
 from ..checkpoints.sharded import ShardedSaver, read_sharded, whole_model
 from ..config import TrainingConfig
+from ..device import narrow_dtype
 from ..guard import Failed
 from ..objectives import Batch, CausalLM, Objective
 from .meta import on_meta
@@ -123,13 +124,16 @@ class Group(Ranks):
         # The saving thread has a group of its own: its messages cannot meet the step's.
         self.quiet = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
         self._watch = Watch(self.rank, self.size, training.hang_timeout)
+        self._module: nn.Module | None = None  # what torch's engine has put its hooks on, once there is a model
 
     def device(self, device: torch.device) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
 
     def dtype(self, dtype: str) -> str:
         # A trial needs the whole model; all ranks have to choose alike.
-        return {"cuda": "bfloat16", "cpu": "float32"}[self._device_type] if dtype == "auto" else dtype
+        if dtype != "auto":
+            return dtype
+        return "float32" if self._device_type == "cpu" else narrow_dtype(torch.device(self._device_type))
 
     def mine(self, batch: Batch) -> tuple[Batch, int]:
         rows = len(next(iter(batch.values()))) // self.parts
@@ -249,8 +253,8 @@ class FullySharded(Group):
 
     def _shard(self, model: nn.Module, dtype: str) -> None:
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-        if dtype == "bfloat16":
-            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        if dtype != "float32":
+            policy = MixedPrecisionPolicy(getattr(torch, dtype), torch.float32, cast_forward_inputs=False)
         for module in model.modules():
             if isinstance(module, nn.ModuleList):
                 for block in module:

@@ -1,0 +1,283 @@
+"""Losses over pairs of answers, or over single answers that are wanted or not, and the reward model's."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .checks import (
+    check_kind,
+    check_number,
+    check_place,
+    check_smoothing,
+    check_tensor,
+    readable,
+    sequences,
+    wide,
+    with_metrics,
+)
+
+
+def sequence_log_probs(log_probs, mask, *, average=False):
+    """The log-probability of each answer: the sum over its tokens, or their mean.
+
+    Args:
+        log_probs: (B, T), floating point. mask: (B, T), boolean or numbers; tokens where it is not 0 are the answer's.
+        average: the mean over an answer's tokens, as ORPO and SimPO take it.
+
+    Returns:
+        (B,), in at least fp32. What stands under the mask's zeros has no influence, not even NaN.
+
+    Raises:
+        TypeError, ValueError: a dtype or shape does not fit; on CPU, an answer is empty.
+    """
+    name = "sequence_log_probs"
+    kept = token_mask(name, log_probs, mask)
+    if readable(kept):
+        empty = ~kept.any(-1)
+        if empty.any():
+            raise ValueError(f"{name}: the answer of row {int(empty.nonzero()[0])} is empty: its mask is 0 everywhere")
+    total = torch.where(kept, wide(log_probs), 0.0).sum(-1)
+    return total / kept.sum(-1) if average else total
+
+
+def token_mask(loss: str, log_probs, mask) -> torch.Tensor:
+    """The mask as booleans, (B, T); both checked."""
+    check_tensor(loss, "log_probs", log_probs)
+    if log_probs.dim() != 2:
+        raise ValueError(f"{loss}: log_probs must be of shape (B, T), a number a token, got {list(log_probs.shape)}")
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"{loss}: mask must be a tensor, got {type(mask).__name__}")
+    check_place(loss, "mask", mask, log_probs, log_probs.shape)
+    return mask != 0
+
+
+def _pairs(chosen, rejected, margins) -> dict[str, torch.Tensor]:
+    """What is logged of pairs, of their rewards and the differences."""
+    return {
+        "chosen_reward": chosen.mean(),
+        "rejected_reward": rejected.mean(),
+        "margin": margins.mean(),
+        "accuracy": (margins > 0).to(margins.dtype).mean(),
+    }
+
+
+def _logistic(margins, label_smoothing: float):
+    """-log sigmoid of the margins, where a share of the labels may be turned round."""
+    loss = -F.logsigmoid(margins)
+    if label_smoothing:
+        loss = (1 - label_smoothing) * loss - label_smoothing * F.logsigmoid(-margins)
+    return loss
+
+
+def dpo(
+    policy_chosen, policy_rejected, reference_chosen, reference_rejected, *, beta=0.1, kind="sigmoid",
+    label_smoothing=0.0, return_metrics=False,
+):  # fmt: skip
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290, equation 7), and two of its kin.
+
+    With h = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected), a pair's loss is
+
+    - "sigmoid": -log sigmoid(beta h); with label_smoothing e, the probability that a label is turned round, it is
+      -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h) (conservative DPO, Mitchell 2023);
+    - "hinge": max(0, 1 - beta h) (Zhao et al. 2023, SLiC-HF, arXiv:2305.10425; Liu et al. 2023, arXiv:2309.06657);
+    - "ipo": (h - 1 / (2 beta))^2 (Azar et al. 2023, arXiv:2310.12036, equation 17).
+
+    Args:
+        policy_chosen, policy_rejected: the summed log-probabilities (B,) of the answers, which get a gradient.
+        reference_chosen, reference_rejected: those of the reference model. TRL gives "ipo" means over tokens instead of
+            sums; the paper has sums.
+        beta: positive; the strength of the pull toward the reference.
+
+    Returns:
+        The mean loss. Metrics: chosen_reward and rejected_reward, beta times policy less reference; margin, their
+        difference; accuracy, the share of pairs whose margin is positive.
+
+    Raises:
+        TypeError, ValueError: a shape, dtype, device or option does not fit.
+    """
+    chosen, rejected, of_chosen, of_rejected = sequences(
+        "dpo", policy_chosen=policy_chosen, policy_rejected=policy_rejected, reference_chosen=reference_chosen,
+        reference_rejected=reference_rejected,
+    )  # fmt: skip
+    check_number("dpo", "beta", beta)
+    check_kind("dpo", "kind", kind, ("sigmoid", "hinge", "ipo"))
+    check_smoothing("dpo", label_smoothing)
+    if label_smoothing and kind != "sigmoid":
+        raise ValueError(f"dpo: label_smoothing is for kind 'sigmoid', got kind {kind!r}")
+    good, bad = chosen - of_chosen, rejected - of_rejected
+    h = good - bad
+    if kind == "sigmoid":
+        loss = _logistic(beta * h, label_smoothing)
+    else:
+        loss = torch.relu(1 - beta * h) if kind == "hinge" else (h - 1 / (2 * beta)).square()
+    return with_metrics(loss.mean(), _pairs(beta * good, beta * bad, beta * h), return_metrics)
+
+
+def cpo(
+    policy_chosen, policy_rejected, *, beta=0.1, kind="sigmoid", nll=None, nll_weight=1.0, label_smoothing=0.0,
+    return_metrics=False,
+):  # fmt: skip
+    """Contrastive preference optimisation (Xu et al. 2024, arXiv:2401.08417, equation 5): DPO without a reference.
+
+    A pair's loss is -log sigmoid(beta (policy_chosen - policy_rejected)) + nll_weight * nll.
+
+    Args:
+        policy_chosen, policy_rejected: the summed log-probabilities (B,) of the answers.
+        kind: "sigmoid", or "hinge" and "ipo" as in :func:`dpo`.
+        nll: the loss of the chosen answers, a scalar or (B,); None for -policy_chosen, as the paper has it. TRL takes
+            the mean over the tokens.
+
+    Returns:
+        The mean loss. Metrics: as :func:`dpo`'s, of beta times the log-probabilities, and nll.
+
+    Raises:
+        TypeError, ValueError: a shape, dtype, device or option does not fit.
+    """
+    chosen, rejected = sequences("cpo", policy_chosen=policy_chosen, policy_rejected=policy_rejected)
+    check_number("cpo", "nll_weight", nll_weight, open_end=False)
+    check_number("cpo", "beta", beta)
+    check_kind("cpo", "kind", kind, ("sigmoid", "hinge", "ipo"))
+    zero = torch.zeros_like(chosen)
+    loss = dpo(chosen, rejected, zero, zero, beta=beta, kind=kind, label_smoothing=label_smoothing)
+    nll = _mean_nll("cpo", chosen, nll)
+    margins = beta * (chosen - rejected)
+    metrics = {**_pairs(beta * chosen, beta * rejected, margins), "nll": nll}
+    return with_metrics(loss + nll_weight * nll, metrics, return_metrics)
+
+
+def _mean_nll(loss: str, chosen, nll):
+    if nll is None:
+        return -chosen.mean()
+    check_tensor(loss, "nll", nll, chosen)
+    if nll.dim() and nll.shape != chosen.shape:
+        raise ValueError(f"{loss}: nll must be a scalar or of shape {list(chosen.shape)}, got {list(nll.shape)}")
+    return wide(nll).mean()
+
+
+def _log_odds(log_p):
+    """log(p / (1 - p)) of log-probabilities; those within eps of 0 count as -eps, where the odds are not infinite."""
+    log_p = log_p.clamp(max=-torch.finfo(log_p.dtype).eps)
+    return log_p - torch.where(log_p > -0.6931, torch.log(-torch.expm1(log_p)), torch.log1p(-torch.exp(log_p)))
+
+
+def orpo(policy_chosen, policy_rejected, *, beta=0.1, nll=None, return_metrics=False):
+    """Odds-ratio preference optimisation (Hong et al. 2024, arXiv:2403.07691, equations 6 and 7).
+
+    A pair's loss is nll - beta log sigmoid(log odds(chosen) - log odds(rejected)) with odds(p) = p / (1 - p) of the
+    answers' mean probability a token.
+
+    Args:
+        policy_chosen, policy_rejected: the log-probabilities (B,) of the answers, means over their tokens.
+        beta: the paper's lambda, positive.
+        nll: the loss of the chosen answers, a scalar or (B,); None for -policy_chosen, as the paper has it.
+
+    Returns:
+        The mean loss. Metrics: as :func:`dpo`'s, of beta times the log-probabilities; nll; log_odds_ratio.
+
+    Raises:
+        TypeError, ValueError: a shape, dtype, device or option does not fit; on CPU, a log-probability is above 0.
+    """
+    chosen, rejected = sequences("orpo", policy_chosen=policy_chosen, policy_rejected=policy_rejected)
+    check_number("orpo", "beta", beta)
+    for name, log_p in (("policy_chosen", chosen), ("policy_rejected", rejected)):
+        if readable(log_p) and bool((log_p > 0).any()):
+            raise ValueError(f"orpo: {name} must hold log-probabilities, got one above 0, {log_p.max().item()}")
+    ratio = _log_odds(chosen) - _log_odds(rejected)
+    nll = _mean_nll("orpo", chosen, nll)
+    loss = nll - beta * F.logsigmoid(ratio).mean()
+    pairs = _pairs(beta * chosen, beta * rejected, beta * (chosen - rejected))
+    return with_metrics(loss, {**pairs, "nll": nll, "log_odds_ratio": ratio.mean()}, return_metrics)
+
+
+def simpo(policy_chosen, policy_rejected, *, beta=2.0, gamma=1.0, label_smoothing=0.0, return_metrics=False):
+    """Simple preference optimisation (Meng et al. 2024, arXiv:2405.14734, equation 6), without a reference.
+
+    A pair's loss is -log sigmoid(beta (policy_chosen - policy_rejected) - gamma).
+
+    Args:
+        policy_chosen, policy_rejected: the log-probabilities (B,) of the answers, means over their tokens.
+        beta: positive. gamma: the margin that a pair should have, at least 0.
+        label_smoothing: as in :func:`dpo`.
+
+    Returns:
+        The mean loss. Metrics: as :func:`dpo`'s, of beta times the log-probabilities.
+
+    Raises:
+        TypeError, ValueError: a shape, dtype, device or option does not fit.
+    """
+    chosen, rejected = sequences("simpo", policy_chosen=policy_chosen, policy_rejected=policy_rejected)
+    check_number("simpo", "beta", beta)
+    check_number("simpo", "gamma", gamma, open_end=False)
+    check_smoothing("simpo", label_smoothing)
+    margins = beta * (chosen - rejected)
+    loss = _logistic(margins - gamma, label_smoothing).mean()
+    return with_metrics(loss, _pairs(beta * chosen, beta * rejected, margins), return_metrics)
+
+
+def kto(
+    policy, reference, desirable, *, kl=0.0, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0,
+    return_metrics=False,
+):  # fmt: skip
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv:2402.01306, equation 8), of answers without pairs.
+
+    With r = policy - reference, the loss of a desirable answer is desirable_weight (1 - sigmoid(beta (r - z))), of
+    another one undesirable_weight (1 - sigmoid(beta (z - r))), where z = max(0, kl).
+
+    Args:
+        policy, reference: the summed log-probabilities (B,) of the answers. desirable: (B,), boolean.
+        kl: the policy's divergence from the reference: a number or a scalar tensor, which gets no gradient. The paper
+            takes the mean of r over answers that are paired with other prompts of the batch; 0 leaves it out.
+
+    Returns:
+        The mean loss. Metrics: chosen_reward and rejected_reward, the means of beta r over the desirable answers and
+        over the others (NaN without any); margin, their difference; kl.
+
+    Raises:
+        TypeError, ValueError: a shape, dtype, device or option does not fit.
+    """
+    policy, reference = sequences("kto", policy=policy, reference=reference)
+    check_number("kto", "beta", beta)
+    check_number("kto", "desirable_weight", desirable_weight, open_end=False)
+    check_number("kto", "undesirable_weight", undesirable_weight, open_end=False)
+    if not isinstance(desirable, torch.Tensor) or desirable.dtype != torch.bool:
+        got = desirable.dtype if isinstance(desirable, torch.Tensor) else type(desirable).__name__
+        raise TypeError(f"kto: desirable must be a boolean tensor, got {got}")
+    check_place("kto", "desirable", desirable, policy, policy.shape)
+    z = torch.as_tensor(kl, dtype=policy.dtype, device=policy.device).detach().clamp(min=0)
+    if z.dim():
+        raise ValueError(f"kto: kl must be a number or a scalar, got shape {list(z.shape)}")
+    r = policy - reference
+    is_good = desirable.to(r.dtype)
+    weight = desirable_weight * is_good + undesirable_weight * (1 - is_good)
+    loss = weight * (1 - torch.sigmoid(beta * (2 * is_good - 1) * (r - z)))
+    good, bad = (torch.where(which, beta * r, 0).sum() / which.sum() for which in (desirable, ~desirable))
+    metrics = {"chosen_reward": good, "rejected_reward": bad, "margin": good - bad, "kl": z}
+    return with_metrics(loss.mean(), metrics, return_metrics)
+
+
+def reward_model(chosen, rejected, *, margin=None, center=0.0, return_metrics=False):
+    """The Bradley-Terry loss of a reward model (Ouyang et al. 2022, arXiv:2203.02155, equation 1).
+
+    A pair's loss is -log sigmoid(chosen - rejected - margin) + center (chosen + rejected)^2.
+
+    Args:
+        chosen, rejected: the model's rewards (B,). margin: (B,), how much better the chosen one is (Touvron et al.
+            2023, arXiv:2307.09288, equation 2), or None for 0.
+        center: at least 0; draws the rewards toward a mean of 0 (Eisenstein et al. 2023, arXiv:2312.09244).
+
+    Returns:
+        The mean loss. Metrics: chosen_reward, rejected_reward, margin and accuracy, as :func:`dpo`'s.
+
+    Raises:
+        TypeError, ValueError: a shape, dtype, device or option does not fit.
+    """
+    chosen, rejected = sequences("reward_model", chosen=chosen, rejected=rejected)
+    check_number("reward_model", "center", center, open_end=False)
+    difference = chosen - rejected
+    if margin is not None:
+        check_tensor("reward_model", "margin", margin, chosen, chosen.shape)
+    loss = -F.logsigmoid(difference if margin is None else difference - margin)
+    if center:
+        loss = loss + center * (chosen + rejected).square()
+    return with_metrics(loss.mean(), _pairs(chosen, rejected, difference), return_metrics)

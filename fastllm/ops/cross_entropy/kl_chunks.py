@@ -1,0 +1,106 @@
+"""linear_kl_div's computation: the logits of some rows at a time, and of those a slice that stays in the cache."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .chunks import chunk_plan
+from .kl_call import LinearKLDivCall
+from .kl_rows import dense, divergence_and_slopes, kept_positions, log_softmax_of
+from .products import Layer, LayerGradients, logits_into
+
+# Twice linear_cross_entropy's on a CPU: two models' logits are held.
+DEFAULT_WORKSPACE_MB = {"cuda": 1200.0, "cpu": 128.0}
+# Logits of one model whose divergence is taken at once; it takes about ten tensors of as many fp32 numbers.
+SLICE = {"cpu": 2**18, "cuda": 2**24}  # guesses
+
+
+def _rows_to_compute(call: LinearKLDivCall):
+    """The rows that count on a CPU, or None for all; a GPU's host does not wait to know how many there are."""
+    kept = kept_positions(call)
+    if kept is None or kept.device.type != "cpu":
+        return None
+    index = kept.nonzero().squeeze(1)
+    return None if len(index) == len(kept) else index
+
+
+class _Chunk(NamedTuple):
+    """Some rows: the student's logits, the teacher's logits or probabilities, which classes these are of."""
+
+    logits: torch.Tensor
+    teacher: torch.Tensor
+    indices: torch.Tensor | None
+    factor: torch.Tensor | None
+
+
+def _divergences(chunk: _Chunk, call: LinearKLDivCall, out) -> torch.Tensor:
+    """A value a row, (rows,). ``out``: where the gradients of the student's and of the teacher's logits go, or Nones.
+
+    They may be the logits themselves.
+    """
+    how, wide, (rows, n_classes) = call.divergence, call.wide, chunk.logits.shape
+    values = torch.empty(rows, dtype=wide, device=chunk.logits.device)
+    step = max(1, SLICE.get(values.device.type, SLICE["cpu"]) // n_classes)
+    for first in range(0, rows, step):
+        at = slice(first, min(first + step, rows))
+        log_q, slope_q = log_softmax_of(chunk.logits[at].to(wide), how.softcap, how.temperature)
+        slope_p = None
+        if chunk.indices is not None:
+            log_p = dense(chunk.teacher[at], chunk.indices[at], n_classes, wide)
+        else:
+            log_p, slope_p = log_softmax_of(chunk.teacher[at].to(wide), how.teacher_softcap, how.temperature)
+        values[at], *slopes = divergence_and_slopes(log_p, log_q, how, tuple(t is not None for t in out))
+        for into, slope, bend in zip(out, slopes, (slope_q, slope_p), strict=True):
+            if into is not None:
+                # T^2 of the loss over the T that the logits are divided by.
+                factor = (chunk.factor[at] * how.temperature).unsqueeze(1)
+                into[at] = (slope if bend is None else slope.mul_(bend)).mul_(factor)
+    return values.mul_(how.temperature**2)
+
+
+def kl_in_chunks(call: LinearKLDivCall, factor: torch.Tensor | None, needs: tuple[bool, ...]):
+    """(the rows' losses (N,) in at least fp32, six gradients), a chunk of rows at a time. ``call``: of rows.
+
+    ``factor`` (N,): the derivative by each row's loss, or None for no gradient. ``needs``: which of the six in
+    ``call.layers()`` have one; the others are None.
+    """
+    x, teacher = call.input, call.teacher_input
+    n, n_classes = len(x), len(call.linear_weight)
+    needs = needs if factor is not None else (False,) * 6
+    of_student, of_teacher, has_head = any(needs[:3]), any(needs[3:]), call.teacher_weight is not None
+    losses = torch.zeros(n, dtype=call.wide, device=x.device)
+    index = _rows_to_compute(call)
+    count = n if index is None else len(index)
+    mine = LayerGradients.of(Layer(*call[:3]), needs[:3], "eager", empty=count == 0)
+    theirs = LayerGradients.of(Layer(*call[3:6]), needs[3:], "eager", empty=count == 0) if has_head else None
+    by_logits = torch.zeros_like(teacher, memory_format=torch.contiguous_format) if needs[3] and not has_head else None
+    row_bytes = n_classes * (x.element_size() + (teacher.element_size() if has_head or of_teacher else 0))
+    workspace = call.divergence.max_workspace_mb or DEFAULT_WORKSPACE_MB.get(x.device.type, 128.0)
+    rows = chunk_plan(count, row_bytes, workspace).rows
+    logits = x.new_empty(min(rows, count), n_classes)
+    beside = teacher.new_empty(min(rows, count), n_classes) if has_head or of_teacher else None
+    # Autocast would narrow the fp32 sums again.
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, count, rows):
+            stop = min(start + rows, count)
+            at = slice(start, stop) if index is None else index[start:stop]
+            xc, tc, z = x[at], teacher[at], logits[: stop - start]
+            z_teacher = None if beside is None else beside[: stop - start]
+            logits_into(xc, call.linear_weight, call.linear_bias, z)
+            if has_head:
+                logits_into(tc, call.teacher_weight, call.teacher_bias, z_teacher)
+            indices = None if call.teacher_indices is None else call.teacher_indices[at]
+            chunk = _Chunk(z, z_teacher if has_head else tc, indices, None if factor is None else factor[at])
+            losses[at] = _divergences(chunk, call, (z if of_student else None, z_teacher if of_teacher else None))
+            if of_student:
+                mine.add(at, xc, z, z)
+            if has_head and of_teacher:
+                theirs.add(at, tc, z_teacher, z_teacher)
+            elif by_logits is not None:
+                by_logits[at] = z_teacher
+    kept = kept_positions(call)
+    losses = losses if kept is None else torch.where(kept, losses, 0.0)
+    of_theirs = (theirs.x, theirs.weight, theirs.bias) if has_head else (by_logits, None, None)
+    return losses, mine.x, mine.weight, mine.bias, *of_theirs

@@ -1,0 +1,126 @@
+"""Log-probabilities of targets under a linear layer: linear_cross_entropy's row losses with the sign turned."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ...registry import Op, Sample, register
+from .call import LinearCrossEntropyCall, linear_cross_entropy_call
+from .linear import linear_loss
+from .linear_reference import linear_definition, shifted
+from .samples import linear_cross_entropy_cost
+
+_NAME = "linear_log_probs"
+
+
+def linear_log_probs(
+    input, linear_weight, target, *, linear_bias=None, temperature=1.0, softcap=None, return_entropy=False,
+    token_weight=None, shift=0, ignore_index=-100, max_workspace_mb=None,
+):  # fmt: skip
+    """The log-probability of each target under ``softmax(linear(input) / temperature)``, never all the logits.
+
+    What preference and policy-gradient losses (:mod:`fastllm.losses`) are made of. The logits are computed a chunk of
+    rows at a time by :func:`fastllm.functional.linear_cross_entropy`'s own code, and once more in the backward: four
+    matrix multiplications in all, and a workspace of one chunk.
+
+    Args:
+        input: (..., D), floating point: the hidden states under the output layer.
+        linear_weight: (V, D), in the same dtype. linear_bias: (V,) or None. Gradients go to each of the three that
+            requires one.
+        target: class indices of the input's leading shape, int64 or uint8.
+        temperature: the logits are divided by it, after the soft cap; positive.
+        softcap: the logits are ``softcap * tanh(logits / softcap)``, or None.
+        return_entropy: also return the entropy of each target's distribution.
+        token_weight: factors on the log-probabilities, of the target's shape, or None. No gradient of its own.
+        shift: each input is held against the target ``shift`` positions further on along the last dimension; 1 for
+            next-token prediction from unshifted tokens. The last ``shift`` positions count as ignored.
+        ignore_index: targets of this value are ignored: log-probability and entropy 0, no gradient. On CPU their logits
+            are not computed.
+        max_workspace_mb: MiB of workspace that decide the chunk; None for 1200 on CUDA, 64 elsewhere. One row at the
+            least.
+
+    Returns:
+        The log-probabilities in nats, of the target's shape, in fp32 at least: a ratio of two policies is lost in 16
+        bits. With ``return_entropy`` a pair of them and the entropies, likewise in nats; both are differentiable.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or option does not fit.
+        IndexError: on CPU, a class index is neither in [0, V) nor ignore_index.
+        BackendError: the backend asked for cannot serve the call.
+    """
+    call = _checked(
+        input, linear_weight, target, linear_bias=linear_bias, temperature=temperature, softcap=softcap,
+        return_entropy=return_entropy, token_weight=token_weight, shift=shift, ignore_index=ignore_index,
+        max_workspace_mb=max_workspace_mb,
+    )  # fmt: skip
+    wide = torch.promote_types(call.input.dtype, torch.float32)
+    loss, _, _, entropy = linear_loss(_NAME, call, wide)
+    return _turned(call, loss, entropy)
+
+
+def _turned(call: LinearCrossEntropyCall, loss, entropy):
+    """The public function's outputs, of the row losses and the entropies."""
+    log_probs = 0.0 - loss  # an ignored target's is 0, not -0
+    if not call.return_entropy:
+        return log_probs
+    kept = shifted(call.target.long(), call.loss.ignore_index, call.shift) != call.loss.ignore_index
+    return log_probs, torch.where(kept, entropy.view(call.target.shape), 0.0)
+
+
+def _checked(input, linear_weight, target, *, temperature=1.0, softcap=None, **options) -> LinearCrossEntropyCall:
+    if isinstance(temperature, torch.Tensor | str) or not 0.0 < temperature < math.inf:
+        raise ValueError(f"{_NAME}: temperature must be a number, positive and finite; got {temperature!r}")
+    # softcap * tanh(x / softcap) / temperature, as the loss has it: the cap is taken of scaled logits there.
+    capped = softcap if softcap is None or not softcap > 0 else softcap / temperature
+    call = linear_cross_entropy_call(
+        input, linear_weight, target, softcap=capped, logit_scale=1.0 / temperature, reduction="none", op=_NAME,
+        **options,
+    ).under_autocast()  # fmt: skip
+    return call._replace(chunking=call.chunking._replace(skip_ignored=call.input.device.type == "cpu"))
+
+
+def linear_log_probs_reference(*args, **options):
+    """The definition, with all the logits, in at least fp32; takes linear_log_probs's arguments."""
+    call = _checked(*args, **options)
+    loss, _, _, entropy = linear_definition(call)
+    return _turned(call, loss, entropy)
+
+
+def _samples(device, dtype):
+    def make(*shape, scale=1.0):
+        return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_()
+
+    def classes(n, *shape, ignored=0.25):
+        y = torch.randint(0, n, shape, device=device)
+        return torch.where(torch.rand(shape, device=device) < ignored, -100, y)
+
+    tiny = 1e-4  # MiB: a few rows at a time
+    yield Sample(
+        "every_option",
+        (make(2, 5, 8), make(21, 8), classes(21, 2, 5)),
+        dict(
+            linear_bias=make(21), temperature=0.7, softcap=4.0, return_entropy=True, shift=1, max_workspace_mb=tiny,
+            token_weight=torch.rand(2, 5, device=device),
+        ),
+    )  # fmt: skip
+    yield Sample("frozen_head", (make(6, 8), make(21, 8).detach(), classes(21, 6)))
+
+
+def _cost(input, linear_weight, target, **options):
+    return linear_cross_entropy_cost(input, linear_weight, target, linear_bias=options.get("linear_bias"))
+
+
+register(
+    Op(
+        name=_NAME,
+        summary="log-probability of each target under a linear layer, and entropy, in chunks, never all the logits",
+        function=linear_log_probs,
+        reference=linear_log_probs_reference,
+        samples=_samples,
+        cost=_cost,
+        backends=("eager", "triton", "native"),
+        call=_checked,
+    )
+)

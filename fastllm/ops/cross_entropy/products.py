@@ -1,0 +1,103 @@
+"""The products of a linear layer with a chunk of its rows: logits, and the gradients of rows and weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ... import extension
+from ..shared.widened import widened_input_grad, widened_linear, widens
+
+# Columns of ``a`` that are widened at once where products of 16-bit operands are taken in fp32.
+WIDENED = 2048
+
+
+class Layer(NamedTuple):
+    """A linear layer and the rows (N, D) that it is applied to: what gets a gradient."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+def logits_into(x, weight, bias, out):
+    """``out`` (rows, V) = x @ weight.T + bias, of one dtype."""
+    if widens(x):
+        return widened_linear(x, weight, bias, out)
+    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+
+
+def rows_gradient_into(dz, weight, out):
+    """``out`` (rows, D) = dz @ weight, of one dtype."""
+    return widened_input_grad(dz, weight, out) if widens(dz) else torch.mm(dz, weight, out=out)
+
+
+def _product_fake(total, a, b):
+    return None
+
+
+_add_bf16_product = extension.operator("add_product_", _product_fake)
+
+
+def add_product(total, a, b, backend: str, first: bool) -> None:
+    """``total += a.T @ b``, summed in total's dtype."""
+    narrow = a.dtype == b.dtype != total.dtype
+    if backend == "native" and narrow and a.dtype == torch.bfloat16 and extension.bf16_products() != "none":
+        if first:
+            total.zero_()
+        _add_bf16_product(total, a, b if b.stride(1) == 1 else b.contiguous())
+    elif narrow and a.is_cuda:
+        torch.addmm(total, a.t(), b, out_dtype=total.dtype, beta=0 if first else 1, out=total)
+    else:
+        # PyTorch's CPU matmuls sum 16-bit operands into 16 bits, which would cost dW its precision over many chunks.
+        b = b.to(total.dtype)
+        step = max(1, a.shape[1] if a.dtype == total.dtype else WIDENED)
+        for some, columns in zip(total.split(step), a.split(step, 1), strict=True):
+            torch.addmm(some, columns.to(total.dtype).t(), b, beta=0 if first else 1, out=some)
+
+
+@dataclass
+class LayerGradients:
+    """The gradients of a layer, added up over chunks of its rows; None for one that is not needed.
+
+    ``x`` in its own dtype. ``weight`` and ``bias`` in at least fp32.
+    """
+
+    layer: Layer
+    backend: str
+    x: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    begun: bool = False
+
+    @classmethod
+    def of(cls, layer: Layer, needs, backend: str, empty: bool) -> LayerGradients:
+        """Of no rows yet. ``needs``: which are wanted, in the order of ``layer``. ``empty``: no chunk will come."""
+        x, weight, _ = layer
+        wide = torch.promote_types(x.dtype, torch.float32)
+        blank = torch.zeros if empty else torch.empty  # the first chunk overwrites it
+        need_dx, need_dw, need_db = needs
+        return cls(
+            layer, backend,
+            torch.zeros_like(x, memory_format=torch.contiguous_format) if need_dx else None,
+            blank(weight.shape, dtype=wide, device=x.device) if need_dw else None,
+            torch.zeros(len(weight), dtype=wide, device=x.device) if need_db else None,
+        )  # fmt: skip
+
+    def add(self, at, rows, dlogits, narrow) -> None:
+        """Those of the rows ``x[at] = rows`` for ``dlogits``; ``narrow``: of its shape in x's dtype, overwritten."""
+        if self.weight is not None:
+            add_product(self.weight, dlogits, rows, self.backend, first=not self.begun)
+            self.begun = True
+        if self.bias is not None:
+            self.bias += dlogits.sum(0, dtype=self.bias.dtype)
+        if self.x is None:
+            return
+        if dlogits.dtype != narrow.dtype:
+            narrow.copy_(dlogits)
+        if isinstance(at, slice):
+            rows_gradient_into(narrow, self.layer.weight, self.x[at])
+        else:
+            self.x.index_copy_(0, at, rows_gradient_into(narrow, self.layer.weight, torch.empty_like(rows)))

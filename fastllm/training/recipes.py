@@ -1,0 +1,51 @@
+"""Presets of a whole run: a model's shape with the objective and the training that suit it, chosen by measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import InputError
+from ..models import ModelConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """``objective`` and ``training``: the settings that differ from their defaults."""
+
+    summary: str
+    model: ModelConfig
+    objective: Mapping[str, Any]
+    training: Mapping[str, Any]
+
+    def under(self, tables: Mapping[str, Any], where: str) -> dict[str, dict]:
+        """The tables ``objective`` and ``training`` with this recipe's settings where ``tables`` have none.
+
+        Raises:
+            InputError: another objective is asked for.
+        """
+        own, asked = self.objective["objective"], tables.get("objective", {}).get("objective")
+        if asked not in (None, own):
+            raise InputError(f"{where}: preset: this one is for objective {own}, not for {asked}")
+        given = tables.get("training", {})
+        training = dict(self.training)
+        if {"steps", "max_seconds", "epochs"} & set(given):
+            training.pop("epochs", None)
+        return {"objective": {**self.objective, **tables.get("objective", {})}, "training": {**training, **given}}
+
+
+RECIPES = {
+    "classify-small": Recipe(
+        "labels of short texts, from some thousand examples",
+        ModelConfig(
+            encoder="gru", decoder="none", heads=("classify",), pooling="max", vocab_size=6000, context_length=256,
+            num_layers=1, num_heads=4, hidden_size=256, dropout=0.5,
+        ),
+        {"objective": "classify", "label_smoothing": 0.1, "token_dropout": 0.25},
+        {
+            "epochs": 5.0, "batch_size": 64, "lr": 1.5e-3, "muon_lr": 0.01, "weight_decay": 0.01,
+            "eval_interval": 200, "eval_windows": 0, "dtype": "float32",
+        },
+    ),
+}  # fmt: skip

@@ -1,0 +1,102 @@
+"""What is launched is legal on every GPU: threads, registers, shared memory, grids, options; compiled for a few."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from launch_limits import _box, wrong
+from thorough import IS_THOROUGH
+
+from fastllm.backends import product_obstacle
+from fastllm.bench.other_gpus import SPILLING, OtherRow, breaches
+from fastllm.kernels import device
+from fastllm.kernels.device import GPUS, OTHER_GPUS
+from fastllm.kernels.launch import launch_options
+
+TESTS = Path(__file__).parent.parent
+EVERY = [f"sm_{arch}" for arch in GPUS] + list(OTHER_GPUS)
+
+
+def _run(*argv):
+    """Output of Python where kernels compile: the interpreter off."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTLLM_BACKEND")}
+    environment |= {"TRITON_DEFAULT_FP_FUSION": "1", "PYTHONPATH": str(TESTS)}
+    process = subprocess.run([sys.executable, *argv], env=environment, capture_output=True, text=True, timeout=3600)
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
+    return process.stdout.splitlines()
+
+
+def test_every_launch_of_the_samples_is_legal():
+    step, gpus = ("1", EVERY) if IS_THOROUGH else ("20", ["sm_75", "sm_90", "gfx942"])
+    lines = _run(str(TESTS / "launch_limits.py"), step, *gpus)
+    counts = [line for line in lines if line.endswith(" launches")]
+    assert [line.split()[0] for line in counts] == gpus
+    assert all(int(line.split()[1]) >= (800 if IS_THOROUGH else 40) for line in counts), counts
+    assert [line for line in lines if line.startswith("WRONG")] == []
+
+
+def test_kernels_compile_for_other_gpus():
+    arguments = () if IS_THOROUGH else ("rotary_embedding", "--gpu", "sm_75", "gfx942")
+    assert _run("-m", "fastllm.bench.other_gpus", *arguments)[-1].endswith(", 0 break a limit")
+
+
+def _row(gpu, **more):
+    row = dict(
+        gpu=gpu, op="op", shape="", dtype="bfloat16", direction="forward", kernel="k", grid=(1,), warps=8, registers=64,
+        spills=0, shared=0, matrix=0,
+    )  # fmt: skip
+    return OtherRow(**(row | more))
+
+
+def test_what_breaks_a_limit():
+    t4, mi300, rdna = (OTHER_GPUS[name] for name in ("sm_75", "gfx942", "gfx1100"))
+    assert breaches(t4, _row("sm_75")) == []
+    assert breaches(t4, _row("sm_75", shared=65 << 10)) == ["66560 bytes of shared memory, of 65536"]
+    assert breaches(t4, _row("sm_75", warps=16, registers=129)) == ["129 registers for each of 512 threads"]
+    assert breaches(mi300, _row("gfx942", warps=32)) == ["2048 threads"]
+    assert breaches(rdna, _row("gfx1100", warps=32, registers=256)) == []
+    assert breaches(rdna, _row("gfx1100", spills=3)) == ["3 spills"]
+    assert breaches(t4, _row("sm_75", grid=(1, 65536))) == ["a grid of (1, 65536)"]
+    (gpu, op, kernel), *_ = SPILLING
+    assert breaches(OTHER_GPUS[gpu], _row(gpu, op=op, kernel=kernel, spills=4)) == []
+
+
+def test_what_a_launch_may_not_ask_for():
+    options = SimpleNamespace(num_warps=8, maxnreg=255)
+    assert wrong(GPUS[90], options, (1,), [[1, 1, 64, 128]]) == []
+    assert wrong(GPUS[80], options, (1,), [[1, 1, 64, 128]]) == ["bulk copies"]
+    assert wrong(OTHER_GPUS["gfx942"], options, (1,), [[64, 64]]) == [
+        "255 registers for each of 512 threads",
+        "bulk copies",
+    ]
+    assert wrong(GPUS[90], SimpleNamespace(num_warps=64), (0,), [[512]]) == [
+        "2048 threads", "a grid of (0,)", "a box of [512]",
+    ]  # fmt: skip
+    assert _box("tensordesc<bf16[1, 1, 64, 128], shared>") == [1, 1, 64, 128]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "expected"),
+    [
+        ("sm_75", {"num_warps": 8, "maxnreg": 64}),
+        ("gfx942", {"num_warps": 4}),
+        ("gfx1100", {"num_warps": 8}),
+    ],
+)
+def test_options_are_the_gpus(monkeypatch, gpu, expected):
+    monkeypatch.setattr(device, "_gpu", lambda index: OTHER_GPUS[gpu])
+    found = launch_options(torch.device("cuda", 0), num_warps=8, maxnreg=64)
+    assert found == {"enable_fp_fusion": True, **expected}
+
+
+def test_who_multiplies_with_pytorchs_own(monkeypatch):
+    preferred = {}
+    for name, gpu in {**OTHER_GPUS, "sm_90": GPUS[90]}.items():
+        monkeypatch.setattr(device, "_gpu", lambda index, gpu=gpu: gpu)
+        preferred[name] = product_obstacle("cuda", 0) is not None
+    assert {name for name, torchs in preferred.items() if torchs} == {"sm_75", "gfx1100", "gfx1201"}
+    assert product_obstacle("cpu") is product_obstacle("mps") is None

@@ -1,0 +1,101 @@
+"""Every launch of the ops' samples, by Triton's own binder for a pretended GPU, held to what the GPU can launch.
+
+    python tests/launch_limits.py STEP GPU...
+
+takes each STEP-th sample, forward and backward, and compiles nothing: threads, the registers that a launch bounds, the
+sides of the grid, options that the GPU's compiler does not know, boxes of bulk copies. Prints how many launches there
+were, and a line for each that breaks a limit. What is known of a kernel only when it is compiled, shared memory and
+spills, bench/other_gpus.py and bench/static.py look at.
+"""
+
+import sys
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from triton.runtime.jit import JITFunction
+
+from fastllm.backends import backend
+from fastllm.bench import cases
+from fastllm.bench.capture import pretend
+from fastllm.bench.other_gpus import GRID, REGISTERS, THREADS
+from fastllm.kernels.device import GPUS, OTHER_GPUS
+from fastllm.registry import OPS
+
+ALL = {**{f"sm_{arch}": gpu for arch, gpu in GPUS.items()}, **OTHER_GPUS}
+# Elements along a side of the box that a bulk copy brings.
+BOX = 256
+
+
+def _like(t):
+    """``t`` on the pretended GPU, with its strides and its offset, and no values."""
+    base = torch.empty(max(1, t.untyped_storage().nbytes() // t.element_size()), dtype=t.dtype, device="cuda")
+    return base.as_strided(t.shape, t.stride(), t.storage_offset()).detach().requires_grad_(t.requires_grad)
+
+
+def wrong(gpu, options, grid, descriptors):
+    """What a launch asks of ``gpu`` that it has not."""
+    found, threads = [], options.num_warps * gpu.lanes
+    if threads > THREADS:
+        found.append(f"{threads} threads")
+    if (getattr(options, "maxnreg", None) or 0) * threads > REGISTERS:
+        found.append(f"{options.maxnreg} registers for each of {threads} threads")
+    sides = (*grid, 1, 1)[:3]
+    if min(sides) < 1 or any(n > most for n, most in zip(sides, GRID, strict=True)):
+        found.append(f"a grid of {grid}")
+    if descriptors and not (gpu.vendor == "nvidia" and gpu.arch >= 90):
+        found.append("bulk copies")
+    return found + [f"a box of {box}" for box in descriptors if max(box) > BOX]
+
+
+def launches_of(gpu, step):
+    """(kernel, sample, what is wrong) of every launch."""
+    found, current = [], {}
+
+    def do_compile(self, key, signature, device, constexprs, options, attrs, warmup):
+        boxes = [text for text in map(str, signature.values()) if "tensordesc" in text]
+        made = SimpleNamespace(options=options, boxes=[_box(text) for text in boxes])
+        self.device_caches[device][0][key] = made
+        return made
+
+    def on_launch(kernel, grid, made):
+        found.append((kernel, current["sample"], wrong(gpu, made.options, grid, made.boxes)))
+
+    dtypes = (torch.float32, torch.bfloat16 if gpu.has_bfloat16 else torch.float16)
+    for op in OPS.values():
+        if "triton" not in op.backends or (gpu.product_obstacle and "attention" in op.name):
+            continue
+        for dtype in dtypes:
+            samples = list(op.samples(torch.device("cpu"), dtype))[::step]
+            with mock.patch.object(JITFunction, "_do_compile", do_compile), pretend(gpu, on_launch), backend("triton"):
+                for sample in samples:
+                    current["sample"] = f"{op.name}/{sample.name}"
+                    args, kwargs = torch.utils._pytree.tree_map_only(
+                        torch.Tensor, _like, (sample.args, dict(sample.kwargs))
+                    )
+                    sample = type(sample)(sample.name, args, kwargs)
+                    outs = list(cases.forward(op.function, sample))
+                    leaves = cases.differentiable(sample)
+                    if leaves and any(y.requires_grad for y in outs):
+                        cases.backward(outs, leaves, [torch.empty_like(y) for y in outs])
+    return found
+
+
+def _box(text):
+    """The box of ``tensordesc<bf16[1, 1, 64, 128]>``."""
+    inside = text.partition("[")[2].partition("]")[0]
+    return [int(n) for n in inside.split(",") if n.strip().isdigit()]
+
+
+def main():
+    step = int(sys.argv[1])
+    for name in sys.argv[2:]:
+        found = launches_of(ALL[name], step)
+        print(name, len(found), "launches")
+        for kernel, sample, problems in found:
+            for problem in problems:
+                print("WRONG", name, sample, kernel, problem)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""What is peculiar to linear_log_probs: options against the formula, ignored rows, adapters, precision, errors."""
+
+import pytest
+import torch
+from conftest import DEVICE
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+import fastllm
+from fastllm.functional import linear_log_probs
+from fastllm.ops.cross_entropy import rows
+
+pytestmark = [pytest.mark.cpu_level, pytest.mark.runs_on("gpu", "interpreter")]
+
+
+def _call(n=9, d=8, v=33, dtype=torch.float32):
+    x = torch.randn(n, d, device=DEVICE, dtype=dtype, requires_grad=True)
+    w = torch.randn(v, d, device=DEVICE, dtype=dtype, requires_grad=True)
+    return x, w, torch.randint(0, v, (n,), device=DEVICE)
+
+
+def _formula(x, w, y, *, linear_bias, temperature, softcap, shift, ignore_index):
+    """log softmax(softcap * tanh(z / softcap) / temperature) at the targets, and its entropy, in fp64."""
+    z = x.double() @ w.double().t()
+    if linear_bias is not None:
+        z = z + linear_bias.double()
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    log_p = torch.log_softmax(z / temperature, -1)
+    y = torch.cat((y[..., shift:], torch.full_like(y[..., :shift], ignore_index)), -1)
+    kept = y != ignore_index
+    own = log_p.gather(-1, torch.where(kept, y, 0).unsqueeze(-1)).squeeze(-1)
+    return torch.where(kept, own, 0), torch.where(kept, -(log_p.exp() * log_p).sum(-1), 0)
+
+
+OPTIONS = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([1.0, 0.3, 4, 1.7]),
+        "softcap": st.sampled_from([None, 2.0, 5]),
+        "shift": st.integers(0, 2),
+        "ignore_index": st.sampled_from([-100, 2]),
+    }
+)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton", "native"] if DEVICE.type == "cpu" else ["eager", "triton"])
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(options=OPTIONS, bias=st.booleans(), workspace=st.sampled_from([None, 1e-4]), v=st.sampled_from([1, 33]))
+def test_it_is_the_formula(backend, options, bias, workspace, v):
+    torch.manual_seed(3)
+    x, w, y = _call(n=8, v=v)
+    y = torch.where(torch.rand(8, device=DEVICE) < 0.3, options["ignore_index"], y).view(2, 4)
+    x = x.detach().view(2, 4, -1).requires_grad_()
+    b = torch.randn(v, device=DEVICE, requires_grad=True) if bias else None
+    leaves = [t for t in (x, w, b) if t is not None]
+    with fastllm.backend(backend):
+        got = linear_log_probs(x, w, y, linear_bias=b, return_entropy=True, max_workspace_mb=workspace, **options)
+        alone = linear_log_probs(x, w, y, linear_bias=b, max_workspace_mb=workspace, **options)
+        expected = _formula(x, w, y, linear_bias=b, **options)
+        factors = [torch.randn(2, 4, device=DEVICE) for _ in got]
+        mine = torch.autograd.grad([(g * f).sum() for g, f in zip(got, factors, strict=True)], leaves)
+    truth = torch.autograd.grad([(e * f).sum() for e, f in zip(expected, factors, strict=True)], leaves)
+    # The entropy is taken beside.
+    torch.testing.assert_close(alone, got[0], rtol=1e-6, atol=1e-6)
+    for a, e in zip((*got, *mine), (*expected, *truth), strict=True):
+        torch.testing.assert_close(a.double(), e.double(), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.runs_on("interpreter")
+def test_ignored_rows_are_left_out_on_a_cpu_with_the_entropy_too(monkeypatch):
+    x, w, y = _call(n=12)
+    y[::3] = -100
+    seen = []
+
+    def counted(labelled, *rest):
+        seen.append(len(labelled.logits))
+        return rows.eager_row_losses(labelled, *rest)
+
+    monkeypatch.setitem(rows.ROW_LOSSES, "eager", counted)
+    with fastllm.backend("eager"):
+        log_probs, entropy = linear_log_probs(x, w, y, return_entropy=True)
+        (log_probs + entropy).sum().backward()
+    assert seen == [8, 8]
+    assert (log_probs[::3] == 0).all()
+    assert not torch.signbit(log_probs[::3]).any()
+    assert (entropy[::3] == 0).all()
+    assert (x.grad[::3] == 0).all()
+
+
+def test_16_bit_hidden_states_give_fp32_log_probs_under_autocast_too():
+    x, w, y = _call(dtype=torch.bfloat16)
+    truth = torch.log_softmax(x.double() @ w.double().t(), -1).gather(-1, y[:, None]).squeeze(-1)
+    got = linear_log_probs(x, w, y)
+    assert got.dtype == torch.float32
+    # The logits are rounded to bf16, at most 2**-8 of 16; the log-probabilities are not rounded again.
+    torch.testing.assert_close(got.double(), truth, rtol=0, atol=2**-3)
+    assert (got != got.bfloat16()).any()
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        torch.testing.assert_close(linear_log_probs(x.float(), w.float(), y), got, rtol=0, atol=0)
+
+
+def test_an_adapter_on_a_frozen_head_and_a_tied_weight_get_their_gradients():
+    x, w, y = _call()
+    frozen = w.detach()
+    a, b = (torch.randn(s, device=DEVICE, requires_grad=True) for s in ((33, 2), (2, 8)))
+
+    def both(head):
+        return torch.autograd.grad(head(x @ torch.eye(8, device=DEVICE), frozen + a @ b, y).sum(), (x, a, b))
+
+    def all_logits(x, w, y):
+        return torch.log_softmax(x @ w.t(), -1).gather(-1, y[:, None])
+
+    for mine, theirs in zip(both(linear_log_probs), both(all_logits), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+    def tied(head):
+        return torch.autograd.grad(head(torch.nn.functional.embedding(y, w), w, y).sum(), w)[0]
+
+    torch.testing.assert_close(tied(linear_log_probs), tied(all_logits), rtol=1e-4, atol=1e-4)
+
+
+def test_checkpointing_gives_the_same_bits():
+    x, w, y = _call()
+    plain = torch.autograd.grad(linear_log_probs(x, w, y).exp().sum(), (x, w))
+    again = checkpoint(linear_log_probs, x, w, y, use_reentrant=False)
+    for a, b in zip(torch.autograd.grad(again.exp().sum(), (x, w)), plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, float("inf"), float("nan"), "1", torch.tensor(1.0)])
+def test_temperatures_out_of_range_are_refused(temperature):
+    with pytest.raises(ValueError, match="linear_log_probs: temperature must be"):
+        linear_log_probs(*_call(), temperature=temperature)
+
+
+def test_errors_name_the_function_and_the_argument():
+    x, w, y = _call()
+    for message, call in (
+        ("linear_log_probs: input must end in", lambda: linear_log_probs(x[:, :5], w, y)),
+        ("linear_log_probs: target must be of shape", lambda: linear_log_probs(x, w, y[:5])),
+        ("linear_log_probs: softcap must be positive", lambda: linear_log_probs(x, w, y, softcap=-1.0)),
+        ("linear_log_probs: shift must not be negative", lambda: linear_log_probs(x, w, y, shift=-1)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(TypeError, match=r"linear_log_probs: linear_weight is torch\.float16"):
+        linear_log_probs(x, w.half(), y)
