@@ -20,7 +20,7 @@ from ..clean.document import EXCERPT
 from ..clean.words import words_of
 from .config import PipelineConfig
 from .duplicates import Duplicates
-from .passages import Ranges, RepeatedSentences, RepeatedSubstrings, without_overlaps, sentence_ranges
+from .passages import Ranges, RepeatedSentences, RepeatedSubstrings, sentence_ranges, without_overlaps
 from .shards import Shards, compress, rejection_line
 from .work import document_line
 
