@@ -12,6 +12,7 @@ from .html import EXTRACTORS
 from .pii import mask
 from .quality import RULES
 from .text import repair, tidy
+from .unigram import like_reference, reference_model
 from .urls import blocked, not_blocked
 from .wikitext import extract_wikitext
 
@@ -30,6 +31,12 @@ class CleanConfig:
     language: tuple[str, ...] = option((), "keep only documents in these languages (ISO 639-1, such as en de)")
     language_probability: float = option(0.65, "least probability of the language", minimum=0.0, maximum=1.0)
     block_urls: str | None = option(None, "leave out documents from the hosts, or host/path, in this file, one a line")
+    quality_reference: str | None = option(
+        None, "keep only texts whose words are as usual as in this file or folder of text or JSON lines (unigram model)"
+    )
+    quality_share: float = option(
+        0.95, "share of the reference's own passages that the bound of --quality-reference keeps", above=0.0, below=1.0
+    )
     mask_pii: bool = option(False, "mask mail and IP addresses, telephone, card and bank account numbers")
     repair: bool = option(True, "undo mojibake and normalise Unicode (ftfy, NFC)")
 
@@ -39,6 +46,8 @@ class CleanConfig:
                 raise ValueError(f"rules: expected some of {', '.join(RULES)}, or none alone; got {rule!r}")
         if self.block_urls is not None:
             blocked(self.block_urls)
+        if self.quality_reference is not None:
+            reference_model(self.quality_reference, self.quality_share)
         if self.language:
             language.check_languages(self.language)
 
@@ -65,6 +74,8 @@ def clean(document: Document, config: CleanConfig) -> tuple[Document | Rejection
             return result, masked
         if rule != "none":
             result = RULES[rule](result)
+    if isinstance(result, Document) and config.quality_reference is not None:
+        result = like_reference(result, config.quality_reference, config.quality_share)
     if isinstance(result, Document) and config.mask_pii:
         text, masked = mask(result.text)
         result = Document(result.id, text, result.kind, result.metadata)

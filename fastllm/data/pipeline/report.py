@@ -26,7 +26,8 @@ RULES = {
     "url": "from a host or address in --block-urls",
     "gopher_repetition": "repeated lines, paragraphs or runs of words (Gopher)",
     "gopher_quality": "words, symbols, stop words (Gopher)", "fineweb": "line ends and lengths (FineWeb)",
-    "c4": "place-holders, braces, too few sentences (C4)", "exact_duplicate": "the same text as an earlier document",
+    "c4": "place-holders, braces, too few sentences (C4)", "quality": "words less usual than in --quality-reference",
+    "exact_duplicate": "the same text as an earlier document",
     "near_duplicate": "nearly the same text as an earlier document (MinHash)",
     "too_short": "fewer words than --min-doc-words were left without repeated passages",
 }  # fmt: skip
