@@ -37,8 +37,7 @@ def test_the_page_has_all_calls_of_these_kernels_and_shows_no_spills():
         for row in rows
         if {spills.strip() for spills in row[8].split("/")} - {"0", ""}
     }
-    # One kernel keeps 16 bytes of stack on sm_80: fp32 decoding with every feature, which a plain call does not launch.
-    assert spilling == {("float32", "64", "decode everything", "attention_split", "7 / 0 / 0")}
+    assert not spilling
 
 
 def test_a_changed_kernel_makes_the_page_stale(tmp_path, monkeypatch):
