@@ -19,12 +19,12 @@ def load(name: str):
 @pytest.mark.parametrize("name", ["custom_model", "nanogpt_loop"])
 def test_a_loop_of_ones_own_learns(name):
     losses = load(name).main(["--steps", "6"])
-    assert losses[-1] < 0.95 * losses[0]
+    assert losses[-1] < 0.85 * losses[0]  # 0.74 and 0.69 of it
 
 
 def test_hugging_face_learns():
-    # 5.545 is what equal chances for 256 bytes cost.
-    assert load("hugging_face").main(["--steps", "4"]) < 5.54
+    # The mean over the steps; 5.545 is what equal chances for 256 bytes cost. It was 5.08.
+    assert load("hugging_face").main(["--steps", "6"]) < 5.3
 
 
 def test_lightning_learns():
