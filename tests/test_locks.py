@@ -68,7 +68,7 @@ def test_an_interrupt_while_torch_is_imported_is_one_line(tmp_path):
     script.write_text("import sys\nfrom fastllm.cli import main\nsys.exit(main())\n")
     for command in (("-m", "fastllm", "info"), (str(script), "info")):
         done = interrupted(tmp_path, *command)
-        assert done.stderr == "fastllm: error: interrupted\n"
+        assert done.stderr == "fastllm info: error: interrupted\n"
         assert done.returncode in (-2, 130)
 
 

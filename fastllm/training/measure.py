@@ -25,10 +25,9 @@ def faster_dtype(
     """The precision in which a forward and a backward pass on ``batch`` take less time, and the seconds of each.
 
     A CPU without products of bfloat16 takes float32, and nothing is timed. Elsewhere float32 and the device's 16-bit
-    dtype, bfloat16 or on GPUs without it float16, are timed in turns on a
-    copy of ``model``, for about so many ``seconds`` and at most 20 rounds, until one is clearly behind; the shortest
-    time counts, so that other work on the machine disturbs the choice as little as possible. ``model`` and torch's
-    random state stay as they are.
+    dtype, bfloat16 or on GPUs without it float16, are timed in turns on a copy of ``model``, for about so many
+    ``seconds`` and at most 20 rounds, until one is clearly behind. The shortest time counts, so that other work on the
+    machine disturbs the choice as little as possible. ``model`` and torch's random state stay as they are.
     """
     device = next(model.parameters()).device
     narrow = narrow_dtype(device)

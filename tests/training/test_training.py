@@ -193,7 +193,7 @@ def test_an_orthogonal_factor_is_computed_in_what_the_device_multiplies(dtype, m
 
 
 def test_without_products_of_bfloat16_nothing_is_timed(monkeypatch):
-    monkeypatch.setattr(measure, "matmul_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(measure, "narrow_dtype", lambda device: None)
     monkeypatch.setattr(measure, "seconds_of", lambda run, device: pytest.fail("nothing is to be timed"))
     assert faster_dtype(CausalLM, Transformer(TOY), {}) == ("float32", {})
 
@@ -216,14 +216,14 @@ def test_measuring_stops_when_one_precision_is_clearly_behind(seconds, rounds, c
         turns.append(("float32", "bfloat16")[len(turns) % 2])
         return seconds[turns[-1]]
 
-    monkeypatch.setattr(measure, "matmul_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(measure, "narrow_dtype", lambda device: "bfloat16")
     monkeypatch.setattr(measure, "seconds_of", fake)
     assert faster_dtype(CausalLM, Transformer(TOY), {}) == (chosen, seconds)
     assert len(turns) == 2 * rounds
 
 
 def test_measuring_leaves_model_and_random_state_alone(monkeypatch):
-    monkeypatch.setattr(measure, "matmul_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(measure, "narrow_dtype", lambda device: "bfloat16")
     model = Transformer(TOY)
     before = [p.clone() for p in model.parameters()]
     batch = as_batch(torch.randint(300, (2, 32)), torch.randint(300, (2, 32)))
