@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from thorough import IS_THOROUGH
 
 TESTS = Path(__file__).parent
 UNMARKED = """
@@ -59,7 +60,7 @@ def outside(tmp_path):
 
 def test_every_gpu_test_reaches_the_gpu_and_fails_nowhere_before():
     """Nothing puts CPU tensors on a kernel, and what never asks for the device is not selected: see ``as_if_gpu``."""
-    run = run_pytest("-p", "as_if_gpu", "-m", "gpu", "tests")
+    run = run_pytest("-p", "as_if_gpu", *([] if IS_THOROUGH else ["--first-cases"]), "-m", "gpu", "tests")
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr
     assert "deselected" in run.stdout
 
