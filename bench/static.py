@@ -210,6 +210,7 @@ def rows(
     arches: Iterable[int] = tuple(GPUS),
     dtype: torch.dtype = torch.bfloat16,
     shapes: Sequence[str] = ("",),
+    *,
     budget: float = math.inf,
     workers: int = 1,
     left_out: list[str] | None = None,
@@ -370,7 +371,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     left_out: list[str] = []
     dtype = getattr(torch, options.dtype)
-    found = list(rows(ops, options.arch, dtype, options.shape, options.budget, max(1, options.workers), left_out))
+    workers = max(1, options.workers)
+    found = list(
+        rows(ops, options.arch, dtype, options.shape, budget=options.budget, workers=workers, left_out=left_out)
+    )
     order = {op.name: i for i, op in enumerate(ops)}
     found.sort(key=lambda row: (order[row.op], row.shape, row.direction, row.kernel, row.arch))
     if options.json:
