@@ -122,9 +122,12 @@ class Rules:
         if looks_like_norm(module):
             return self._norm(path, module)
         if looks_like_gated(module):
-            return self._gated(module)
+            return self._product(
+                module, obstacle(module), "gated_mlp", recognise_gated, "mlp|ffn|feed_?forward|glu|gated"
+            )
         if looks_like_experts(module):
-            return self._experts(module)
+            why = obstacle(module) or odd_tensors(module)
+            return self._product(module, why, "experts", recognise_experts, "expert|moe|mixture")
         return None
 
     def _torch_module(self, path: str, module, cls: type, op: str) -> Decision:
@@ -158,26 +161,19 @@ class Rules:
             return Decision("rms_norm", None, norm)
         return Decision(norm.op, Kind("norm", norm), f"measured: {norm}", _size(module, norm.op, path))
 
-    def _gated(self, module) -> Decision | None:
-        why = obstacle(module)
-        if why is not None or not self.verify:
-            return Decision("swiglu", None, why or UNMEASURED)
-        mlp = self._measure(module, recognise_gated)
-        if isinstance(mlp, str):
-            # Attention has projections of such shapes, too: only what calls itself an MLP is worth a line.
-            named = re.search("mlp|ffn|feed_?forward|glu|gated", type(module).__name__, re.IGNORECASE)
-            return Decision("swiglu", None, mlp) if named else None
-        return Decision(mlp.op, Kind("gated_mlp", mlp), f"measured: {mlp}")
+    def _product(self, module, why: str | None, kind: str, recognise: Callable, names: str) -> Decision | None:
+        """A product with a gate that ``recognise`` finds, unless there is a reason ``why`` not to look for one.
 
-    def _experts(self, module) -> Decision | None:
-        why = obstacle(module) or odd_tensors(module)
+        Other modules have weights of such shapes, attention for instance: what is not recognised is worth a line only
+        where its class's name matches ``names``.
+        """
         if why is not None or not self.verify:
             return Decision("swiglu", None, why or UNMEASURED)
-        experts = self._measure(module, recognise_experts)
-        if isinstance(experts, str):
-            named = re.search("expert|moe|mixture", type(module).__name__, re.IGNORECASE)
-            return Decision("swiglu", None, experts) if named else None
-        return Decision(experts.op, Kind("experts", experts), f"measured: {experts}")
+        found = self._measure(module, recognise)
+        if isinstance(found, str):
+            named = re.search(names, type(module).__name__, re.IGNORECASE)
+            return Decision("swiglu", None, found) if named else None
+        return Decision(found.op, Kind(kind, found), f"measured: {found}")
 
     def _measure(self, module, recognise: Callable):
         key = _fingerprint(module)
