@@ -80,7 +80,7 @@ class TrainingConfig:
     checkpoint_interval: int = option(500, "steps between checkpoints; 0: only at the end", minimum=0, resume=True)
     keep_checkpoints: int = option(2, "how many of the newest checkpoints to keep", minimum=1, resume=True)
     keep_best: int = option(
-        0, "how many checkpoints to keep besides for their validation loss; only a step with both has one",
+        0, "how many checkpoints to keep besides for their validation score; only a step with both has one",
         minimum=0, resume=True,
     )  # fmt: skip
     background_saving: bool = option(True, "write checkpoints while training goes on", resume=True)
@@ -108,10 +108,23 @@ class TrainingConfig:
     epochs: float | None = option(
         None, "stop after so many passes over the training data; steps, if given, decide", above=0
     )
+    ema_decay: float = option(
+        0.0, "decay of the exponential moving average of the weights, which then is what is scored and kept; 0: none",
+        minimum=0, below=1,
+    )  # fmt: skip
+    patience: int = option(
+        0, "stop after so many evaluations in a row without a better score, and keep the weights of the best one; "
+        "0: neither", minimum=0, resume=True,
+    )  # fmt: skip
 
     def __post_init__(self):
         if self.batch_size % self.rows:
             raise InputError(f"micro_batch_size: {self.rows} does not divide batch_size {self.batch_size}")
+        if self.patience and (self.parallel != "ddp" or self.tensor_parallel > 1):
+            raise InputError("patience: the best weights are taken back by one process or ddp, not by sharded ranks")
+        if self.patience and not (self.eval_interval and self.eval_windows == 0):
+            raise InputError("patience: needs evaluations during the run (eval_interval) of the whole split "
+                             "(eval_windows 0)")  # fmt: skip
         if self.warmup + (self.decay if self.schedule == "wsd" else 0) > 1:
             raise InputError(f"decay: {self.decay} and warmup {self.warmup} are together more than the run")
 

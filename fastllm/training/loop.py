@@ -16,9 +16,20 @@ from ..config import InputError, settings
 from ..data import Dataset, derive_seed
 from ..files import whole_folder
 from ..matmul import matmul_flops
-from ..models import build_model
+from ..models import build_model, load_model
 from ..version import __version__
-from .checkpoints.checkpoint import State, check_settings, load_config, read_state, save_model, write_manifest
+from .average import WeightAverage
+from .checkpoints.checkpoint import (
+    State,
+    best_first,
+    check,
+    check_settings,
+    checkpoints,
+    load_config,
+    read_state,
+    save_model,
+    write_manifest,
+)
 from .config import RunConfig, TrainingConfig
 from .device import keep_random_state, pick_device
 from .dropout import key_dropout
@@ -84,6 +95,7 @@ class Run:
                 dtype = ranks.dtype(training.dtype)
                 self.model = ranks.build(lambda: new_model(config), self.device, dtype)
             self.optimizers = Optimizers(self.model, training)
+            self.average = WeightAverage(self.model, training.ema_decay)
             self.state = State(step=0, seconds=0.0, tokens=0, dtype=dtype, data=dataset.train.sha256)
         else:
             self.state = read_state(checkpoint)
@@ -99,8 +111,9 @@ class Run:
                     self.model = new_model(config).to(self.device)
                 load_adapter(self.model, checkpoint / ADAPTER)
             self.optimizers = Optimizers(self.model, training)
+            self.average = WeightAverage(self.model, training.ema_decay)
             try:
-                self.optimizers.load_state_dict(tensors)
+                self.optimizers.load_state_dict(self.average.load(tensors))
             except ValueError as error:
                 raise InputError(f"{checkpoint}: {error}") from error
         self.state.settings = fixed_settings(training)
@@ -180,6 +193,29 @@ class Run:
         if self.config.objective.kind.task:
             return self.state.step * self.config.training.batch_size / len(self.dataset.train)
         return self.state.tokens / len(self.dataset.train)
+
+    @torch.no_grad()
+    def take_best(self) -> Evaluation | None:
+        """Take the weights of the best checkpoint back and score them; None where they are those of now.
+
+        Only the first rank does, for it alone writes the model.
+
+        Raises:
+            InputError: that checkpoint is damaged.
+        """
+        best = next(iter(best_first(checkpoints(self.folder / "checkpoints"))), None)
+        if best is None or self.ranks.rank or read_state(best).step == self.state.step:
+            return None
+        check(best)
+        if self.config.objective.lora_rank:
+            load_adapter(self.model, best / ADAPTER)
+        else:
+            saved = dict(load_model(best).named_parameters())
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(saved[name])
+        step = read_state(best).step
+        self.display.say(f"model: step {step} of {self.state.step}, the best in validation")
+        return self.objective.evaluate(self.model, self.config.training.rows, self.state.dtype, 0)
 
     def finish(self, validation: Evaluation) -> None:
         """The model's folder, the picture, the samples, and the result in words."""

@@ -74,7 +74,7 @@ class Session:
         self.loss_scale = LossScale(state)
         self.saver = ranks.saver(
             run.folder / "checkpoints", run.model, run.dataset.tokenizer,
-            Keep(config.keep_checkpoints, config.keep_best), run.display.warn,
+            Keep(config.keep_checkpoints, max(config.keep_best, min(config.patience, 1))), run.display.warn,
         )  # fmt: skip
         self.sizes = {path: os.stat(path).st_size for path in run.dataset.train.path.parent.glob("*.bin")}
 
@@ -89,7 +89,7 @@ class Session:
         try:
             with self.stop, self.run.display, keep_random_state(self.run.device):
                 try:
-                    while (done := progress(self.config, self.state.step, self.now())) < 1.0 and not self.signal:
+                    while not self._over(done := progress(self.config, self.state.step, self.now())):
                         self._one_step(done)
                         self.saver.poll()
                 except (Diverged, DataChanged):
@@ -135,13 +135,14 @@ class Session:
         timer.mark("backward")
         if skipped is None:
             run.optimizers.step()
+            run.average.update(state.step)
         else:
             run.optimizers.zero_grad()
         timer.mark("update")
         state.step += 1
         state.tokens += run.objective.tokens(batch)
         state.seconds = self.now()
-        state.validation = None
+        state.validation = state.score = None
         self.meters.step(scale, reading.values, timer, skipped, reading.own)
         self.ranks.beat(state.step, "evaluation or checkpoint")
         if config.eval_interval and state.step % config.eval_interval == 0:
@@ -186,11 +187,27 @@ class Session:
     def _evaluate(self, limit: int) -> None:
         """Score the validation split, or ``limit`` windows of it; the clock stands meanwhile."""
         run, state = self.run, self.state
-        with self.clock.pause(), self.ranks.evaluating():
+        with self.clock.pause(), run.average.applied(), self.ranks.evaluating():
             result = run.objective.evaluate(run.model, self.config.rows, state.dtype, limit)
         self.validation, self.evaluated = result, (state.step, result.whole)
-        state.validation = finite(result.loss)
+        state.validation, state.score = finite(result.loss), finite(result.signed_score)
+        if self.config.patience:
+            self._compare()
         self.meters.evaluation(result)
+
+    def _compare(self) -> None:
+        """Save the state of now where its score is the best up to now, and count the evaluations since it."""
+        state = self.state
+        if state.score is not None and (state.best is None or state.score > state.best):
+            state.best, state.waited = state.score, 0
+            self._save()
+        else:
+            state.waited += 1
+
+    def _over(self, done: float) -> bool:
+        """Whether training ends here: the part ``done`` of the budget is spent, patience is at its end, or a signal."""
+        patience = self.config.patience
+        return done >= 1.0 or bool(self.signal) or 0 < patience <= self.state.waited
 
     def _save(self, final: bool = False) -> None:
         """Begin to save what there is now; wait for it at the end, or where training is not to go on meanwhile."""
@@ -198,7 +215,8 @@ class Session:
         self.meters.flush(self.now())
         with self.clock.pause():
             if self.saver.saved != self.state.step and self.saver.saving != self.state.step:
-                self.saver.save(self.state, self.run.optimizers.state_dict())
+                with self.run.average.applied() as trained:
+                    self.saver.save(self.state, {**self.run.optimizers.state_dict(), **trained})
             if final or not self.config.background_saving:
                 self.saver.wait(final)
 
@@ -216,6 +234,9 @@ def train_run(run: Run, measured: Measured) -> Result:
         run.display.say(f"{signal.Signals(session.signal).name}: saved after step {state.step}; to go on:")
         run.display.say(f"  fastllm train --resume {shlex.quote(str(run.folder))}")
     else:
+        run.average.take()
+        if run.config.training.patience:
+            validation = run.take_best() or validation
         run.finish(validation)
     return Result(
         folder=run.folder, steps=state.step, seconds=state.seconds, validation_loss=validation and validation.loss,

@@ -163,7 +163,8 @@ def test_the_newest_and_the_best_are_kept(config, tmp_path, monkeypatch):
 
     def scored(self, *args):
         result = evaluate(self, *args)
-        return replace(result, loss=next(losses))
+        loss = next(losses)
+        return replace(result, loss=loss, scores={"bits_per_byte": loss / 2})
 
     evaluate = CausalLM.evaluate
     monkeypatch.setattr(CausalLM, "evaluate", scored)
@@ -171,6 +172,7 @@ def test_the_newest_and_the_best_are_kept(config, tmp_path, monkeypatch):
     kept = checkpoints(tmp_path / "run" / "checkpoints")
     assert [path.name[-1] for path in kept] == ["2", "3", "6"]
     assert [read_state(path).validation for path in kept] == [1.0, 2.0, 2.8]
+    assert [read_state(path).score for path in kept] == [-0.5, -1.0, -1.4]
 
 
 @pytest.mark.parametrize("background", [True, False])

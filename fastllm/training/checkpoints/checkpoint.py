@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -40,10 +40,12 @@ class State:
 
     ``seconds`` of training, ``tokens`` seen, the ``dtype`` it trains in (measured once, then kept), and the SHA-256
     of the training tokens, from which every batch follows. ``settings``: what may not change when it is resumed.
-    ``validation``: the loss of an evaluation at this very step. ``skipped`` steps in all, ``in_a_row`` up to now;
-    ``losses`` and ``norms`` of the last accepted steps, by which an outlier is known. ``cpu``: what kind the last
-    session trained on, by :func:`fastllm.cpu.kind`; None for another device. ``loss_scale``: in float16, the factor of
-    the next step's loss, and how many steps it has held; see :mod:`..loss_scale`.
+    ``validation``: the loss of an evaluation at this very step; ``score``: its main score, negative where less is
+    better. With patience ``best`` is the best of these up to now and ``waited`` the number of evaluations since it.
+    ``skipped`` steps in all, ``in_a_row`` up to now; ``losses`` and ``norms`` of the last accepted steps, by which an
+    outlier is known. ``cpu``: what kind the last session trained on, by :func:`fastllm.cpu.kind`; None for another
+    device. ``loss_scale``: in float16, the factor of the next step's loss, and how many steps it has held; see
+    :mod:`..loss_scale`.
     """
 
     step: int
@@ -53,6 +55,9 @@ class State:
     data: str
     settings: dict[str, Any] | None = None
     validation: float | None = None
+    score: float | None = None
+    best: float | None = None
+    waited: int = 0
     skipped: int = 0
     in_a_row: int = 0
     losses: list[float] | None = None
@@ -80,12 +85,12 @@ def read_state(path: Path) -> State:
         return value is None or (isinstance(value, list) and all(map(number, value)))
 
     holds = {
-        "step": count, "tokens": count, "skipped": count, "in_a_row": count,
+        "step": count, "tokens": count, "skipped": count, "in_a_row": count, "waited": count,
         "seconds": lambda value: number(value) and value >= 0,
         "dtype": lambda value: value in ("auto", "float32", "bfloat16", "float16"),
         "data": lambda value: isinstance(value, str),
         "settings": lambda value: value is None or isinstance(value, dict),
-        "validation": lambda value: value is None or number(value),
+        **dict.fromkeys(("validation", "score", "best"), lambda value: value is None or number(value)),
         "losses": history, "norms": history,
         "cpu": lambda value: value is None or isinstance(value, str),
         "loss_scale": lambda value: value is None or (number(value) and value > 0), "scaled_steps": count,
@@ -138,7 +143,7 @@ def _sha256(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay: the ``newest`` ones, and the ``best`` ones by validation loss."""
+    """Which checkpoints stay: the ``newest`` ones, and the ``best`` ones by validation score."""
 
     newest: int
     best: int = 0
@@ -172,16 +177,21 @@ def _prune(folder: Path, newest: Path, keep: Keep) -> None:
     every = checkpoints(folder)
     here = every.index(newest) + 1
     before = every[:here]
-    scores = {}
-    for path in before if keep.best else ():
-        with contextlib.suppress(InputError):  # a damaged one is nobody's best
-            validation = read_state(path).validation
-            if validation is not None:
-                scores[path] = validation
-    stay = {*before[-keep.newest :], *sorted(scores, key=scores.__getitem__)[: keep.best]}
+    stay = {*before[-keep.newest :], *(best_first(before)[: keep.best] if keep.best else ())}
     for path in every:
         if path not in stay:
             remove(path)
+
+
+def best_first(paths: Iterable[Path]) -> list[Path]:
+    """Those of the checkpoints ``paths`` that have a validation score, the best one first, of equals the earlier."""
+    scores = {}
+    for path in paths:
+        with contextlib.suppress(InputError):  # a damaged one is nobody's best
+            score = read_state(path).score
+            if score is not None:
+                scores[path] = score
+    return sorted(scores, key=lambda path: -scores[path])
 
 
 def checkpoints(folder: Path) -> list[Path]:

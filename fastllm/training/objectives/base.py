@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 Batch = dict[str, torch.Tensor]
+# How the names of scores end of which less is better.
+LESS = ("bits_per_byte", "perplexity", "loss")
 # What follows a score's number where its name would not do.
 UNITS = {"bits_per_byte": "bits/byte"}
 
@@ -33,6 +35,12 @@ class Evaluation:
     @property
     def bits_per_byte(self) -> float | None:
         return self.scores.get("bits_per_byte")
+
+    @property
+    def signed_score(self) -> float:
+        """The main score, negative where less is better: more of it is always better."""
+        score = self.scores[self.main]
+        return -score if self.main.endswith(LESS) else score
 
     def describe(self) -> str:
         """All of it, in a line."""
