@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import lzma
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from ..config import InputError, read_plain
 from .sources.compressed import SUFFIXES, open_stream
@@ -145,13 +146,14 @@ def _corpus(name: str, documents: list[str], remove_repeated: bool, notes: list[
     return Corpus(name, train, validation, [*notes, rule])
 
 
-def read_text(path: Path, *, legacy: Sequence[re.Pattern[str]] = ()) -> str:
+def read_text(path: Path, *, legacy: Mapping[re.Pattern[str], float] = MappingProxyType({})) -> str:
     """A text file's content, UTF-8 with or without a mark, its lines ended by a newline alone.
 
     A file is decompressed as its name says.
 
     Args:
-        legacy: beginnings of files that are read as Latin-1 where they are not UTF-8.
+        legacy: beginnings of files that are read as Latin-1 where they are not UTF-8 -> the largest part of their bytes
+            that may be Latin-1's own.
 
     Raises:
         InputError: no such file, a folder or device, unreadable, damaged, binary, not UTF-8, or empty.
@@ -163,7 +165,8 @@ def read_text(path: Path, *, legacy: Sequence[re.Pattern[str]] = ()) -> str:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         text = content.decode("latin-1")
-        if not any(beginning.match(text) for beginning in legacy):
+        part = sum(byte > 127 for byte in content) / len(content)
+        if not any(beginning.match(text) and part <= most for beginning, most in legacy.items()):
             raise InputError(f"{path}: not UTF-8 text (offset {error.start})") from error
     text = text.replace("\r\n", "\n")
     if not text.strip():

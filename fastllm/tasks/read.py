@@ -148,7 +148,7 @@ def read_labelled(paths: Sequence[str | Path]) -> Examples:
         if path.is_dir():
             examples += _folder(path)
             continue
-        text = read_text(path, legacy=[form.shape for form in FORMS if form.latin])
+        text = read_text(path, legacy={form.shape: form.latin for form in FORMS if form.latin})
         form = next((form for form in FORMS if form.shape.match(text)), None)
         here = _table(path, text) if form is None else form.read(path, text)
         for number, example in enumerate(here, 1):

@@ -65,6 +65,7 @@ def test_quoted_fields_hold_line_ends(tmp_path):
         (b"HUM:ind Who was Galileo ?\nNUM:dist How far ?\n", [("Who was Galileo ?", "HUM"), ("How far ?", "NUM")]),
         (b"LOC:city a sister\xf0city ?\nABBR:exp NASA ?\n", [("a sister\xf0city ?", "LOC"), ("NASA ?", "ABBR")]),
         ("LOC:city a sister\xf0city ?\n".encode(), [("a sister\xf0city ?", "LOC")]),
+        (b"4 a sister\xf0city ?\n" + b"0 Who ?\n" * 2000, [("a sister\xf0city ?", "4"), *[("Who ?", "0")] * 2000]),
         (b"(3 Yes)\n(1 (2 -LRB-) (1 (2 and\\/or) (1 x\\*)))\n", [("Yes", "3"), ("( and/or x*", "1")]),
         ("(2 (2 a) (2 4\xa01\u2028b))\n".encode(), [("a 4\xa01\u2028b", "2")]),
     ],
