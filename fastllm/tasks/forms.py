@@ -28,7 +28,7 @@ class LineForm(NamedTuple):
     """A form of file without a header.
 
     ``shape`` matches the beginning of a file of this form; ``line`` makes an example of a line, None where it is not
-    of the form; ``expected``: what a line should be, in words. ``latin``: the largest part of the bytes beyond ASCII with
+    of the form; ``expected``: what a line should be, in words. ``latin``: the largest part of bytes beyond ASCII with
     which a file that is not UTF-8 is read as Latin-1; 0: it is refused.
     """
 
