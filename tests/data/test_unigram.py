@@ -13,10 +13,14 @@ from fastllm.data.clean.unigram import Unigram, reference_model
 from fastllm.data.pipeline import prepare_text
 
 
+def reference_lines(begin):
+    return "".join(json.dumps({"text": article(i)}) + "\n" for i in range(begin, 60))
+
+
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     path = tmp_path_factory.mktemp("reference") / "reference.jsonl"
-    path.write_text("".join(json.dumps({"text": article(i)}) + "\n" for i in range(60)))
+    path.write_text(reference_lines(0))
     return str(path)
 
 
@@ -59,3 +63,31 @@ def test_a_run_counts_it_and_a_bad_reference_is_refused_before_any_work(path, tm
     ):  # fmt: skip
         with pytest.raises(InputError, match=f"quality_reference: .*{message}"):
             build_settings(CleanConfig, {"quality_reference": str(tmp_path / name)}, "command line")
+
+
+def test_a_run_with_a_file_that_has_changed_is_another_run(tmp_path):
+    (tmp_path / "in.txt").write_text(article(500))
+    reference, hosts = tmp_path / "reference.jsonl", tmp_path / "hosts.txt"
+    for name, path, contents in (
+        ("quality_reference", reference, [reference_lines(0), reference_lines(1)]),
+        ("block_urls", hosts, ["one.example\n", "two.example\n"]),
+    ):  # fmt: skip
+        out = tmp_path / name
+        path.write_text(contents[0])
+        prepare_text([tmp_path / "in.txt"], out, CleanConfig(rules=("none",), **{name: str(path)}), workers=0)
+        again = prepare_text([tmp_path / "in.txt"], out, CleanConfig(rules=("none",), **{name: str(path)}), workers=0)
+        assert again["documents_kept"] == 1
+        path.write_text(contents[1])
+        changed = CleanConfig(rules=("none",), **{name: str(path)})
+        with pytest.raises(InputError, match="other settings"):
+            prepare_text([tmp_path / "in.txt"], out, changed, workers=0)
+
+
+def test_a_new_configuration_reads_its_reference_anew(tmp_path):
+    path = tmp_path / "reference.txt"
+    bounds = []
+    for number in (1, 100):
+        path.write_text("\n\n".join(article(number + i) for i in range(40)))
+        CleanConfig(rules=("none",), quality_reference=str(path))
+        bounds.append(reference_model(str(path), 0.95)[0].total)
+    assert bounds[0] != bounds[1]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass
 
 from ...config import option
+from ..digest import file_sha256
 from . import language
 from .document import Document, Rejection
 from .html import EXTRACTORS
 from .pii import mask
 from .quality import RULES
 from .text import repair, tidy
-from .unigram import like_reference, reference_model
+from .unigram import like_reference, reference_files, reference_model
 from .urls import blocked, not_blocked
 from .wikitext import extract_wikitext
 
@@ -44,12 +46,30 @@ class CleanConfig:
         for rule in self.rules:
             if rule not in (*RULES, "none") or (rule == "none" and len(self.rules) > 1):
                 raise ValueError(f"rules: expected some of {', '.join(RULES)}, or none alone; got {rule!r}")
+        # A new configuration reads its files anew.
         if self.block_urls is not None:
+            blocked.cache_clear()
             blocked(self.block_urls)
         if self.quality_reference is not None:
+            reference_model.cache_clear()
             reference_model(self.quality_reference, self.quality_share)
         if self.language:
             language.check_languages(self.language)
+
+    def contents(self) -> dict[str, str]:
+        """Of each setting that names files the SHA-256 of what they hold: with other contents it is another run.
+
+        Of several files it is the SHA-256 of theirs, a line each.
+        """
+        named = {
+            "block_urls": [] if self.block_urls is None else [self.block_urls],
+            "quality_reference": [] if self.quality_reference is None else reference_files(self.quality_reference),
+        }
+        digests = {name: [file_sha256(path) for path in paths] for name, paths in named.items() if paths}
+        return {
+            f"{name}_sha256": found[0] if len(found) == 1 else hashlib.sha256("\n".join(found).encode()).hexdigest()
+            for name, found in digests.items()
+        }
 
 
 def clean(document: Document, config: CleanConfig) -> tuple[Document | Rejection, Counter[str]]:

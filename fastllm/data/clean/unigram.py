@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from ...config import InputError
-from ..sources import Limits, Raw, plan_sources, read
+from ..sources import Limits, Raw, SourceEntry, plan_sources, read
 from .document import Document, Rejection
 from .words import words_of
 
@@ -45,6 +45,22 @@ class Unigram:
         return count / len(words) - math.log(self.total + len(self.counts) + 1)
 
 
+def _entries(path: str) -> list[SourceEntry]:
+    try:
+        return plan_sources([path])[0]
+    except InputError as error:
+        raise ValueError(f"quality_reference: {error}") from error
+
+
+def reference_files(path: str) -> list[str]:
+    """The files that the reference at ``path`` is read from, in order.
+
+    Raises:
+        ValueError: there is nothing at ``path``.
+    """
+    return list(dict.fromkeys(entry.path for entry in _entries(path)))
+
+
 @cache
 def reference_model(path: str, share: float) -> tuple[Unigram, float]:
     """The model of the reference text at ``path``, and the score that ``share`` of it reaches.
@@ -57,12 +73,8 @@ def reference_model(path: str, share: float) -> tuple[Unigram, float]:
     Raises:
         ValueError: it cannot be read, or holds fewer than 20 pieces; names it.
     """
-    try:
-        entries, _ = plan_sources([path])
-    except InputError as error:
-        raise ValueError(f"quality_reference: {error}") from error
     words: list[str] = []
-    for entry in entries:
+    for entry in _entries(path):
         if entry.format not in ("text", "jsonl"):
             raise ValueError(f"quality_reference: {entry.path}: expected text or JSON lines, got {entry.format}")
         for item in read(entry, Limits()):

@@ -28,6 +28,7 @@ from ...config import InputError
 from ...files import read_json, write_text
 from ...locks import lock as take_lock
 from ..clean import CleanConfig
+from ..digest import file_sha256
 from ..prepared import PREPARED
 from ..sources import Failure, SourceEntry, plan_sources
 from .config import MIB, PipelineConfig
@@ -68,7 +69,8 @@ def prepare_text(
         raise InputError(f"engine: expected local or ray, got {engine!r}")
     if workers is not None and not 0 <= workers <= MOST_WORKERS:
         raise InputError(f"workers: expected 0 to {MOST_WORKERS}, got {workers}")
-    settings = {"sources": [str(source) for source in sources], **asdict(cleaning), **asdict(config)}
+    named = [str(source) for source in sources]
+    settings = {"sources": named, **asdict(cleaning), **cleaning.contents(), **asdict(config)}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     if (out / PREPARED).exists():
         if read_json(out / PREPARED, 1 << 30).get("key") != key:
@@ -185,7 +187,7 @@ def _finish(
             kept_sizes.append(characters)
     sizes = np.concatenate(kept_sizes) if kept_sizes else np.zeros(0, np.int64)
     for file in files:
-        file["sha256"] = _sha256(out / file["name"])
+        file["sha256"] = file_sha256(out / file["name"])
     report = write_report(out, settings, counts, sizes)
     manifest = {
         "key": key, "documents": len(sizes), "characters": int(sizes.sum()),
@@ -194,11 +196,3 @@ def _finish(
     write_text(out / PREPARED, json.dumps(manifest, indent=1) + "\n")
     shutil.rmtree(shards.work)
     return report
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while content := file.read(1 << 20):
-            digest.update(content)
-    return digest.hexdigest()
