@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import launch_options
+from ..launch import cdiv, launch_options
 from ..math import LOG2E
 from .bias_gradient import attention_dbias
 from .problem import Problem
@@ -270,7 +270,7 @@ def _delta(problem: Problem, forward, upstream):
     statistics = problem.statistics(forward.stats, delta=delta)
     if delta.numel() > 0:
         block_m = max(1, min(64, 8192 // (problem.block_dv * problem.q.element_size())))
-        tiles = triton.cdiv(problem.rows, block_m)
+        tiles = cdiv(problem.rows, block_m)
         planes = delta.numel() // problem.rows
         dlse = None
         if upstream.dlse is not None:

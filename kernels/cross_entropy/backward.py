@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import launch_options, next_power_of_2, processor_count, tuned
+from ..launch import cdiv, launch_options, next_power_of_2, processor_count, tuned
 from .logits import (
     EXACT,
     LogitPlane,
@@ -152,7 +152,7 @@ def cross_entropy_bwd(upstream, labelled, statistics, needs, out=None):
     block_m, block_n = settings["BLOCK_M"], settings["BLOCK_N"]
     if dloss is not None and dloss.dim():
         dloss = dloss.contiguous()
-    _backward_kernel[(x3.shape[0] * triton.cdiv(x3.shape[2], block_m), triton.cdiv(x3.shape[1], block_n))](
+    _backward_kernel[(x3.shape[0] * cdiv(x3.shape[2], block_m), cdiv(x3.shape[1], block_n))](
         RowGradients(
             dloss, 0 if dloss is None or not dloss.dim() else 1, None if dlse is None else dlse.contiguous(), dentropy
         ),
@@ -171,6 +171,6 @@ def scale_gradient(dx, dloss):
     """``dx``, contiguous, times the scalar ``dloss``, in place."""
     block = min(SCALE_TILE, next_power_of_2(dx.numel()))
     if dx.numel():
-        programs = min(triton.cdiv(dx.numel(), block), 8 * processor_count(dx.device))
+        programs = min(cdiv(dx.numel(), block), 8 * processor_count(dx.device))
         options = launch_options(dx.device, num_warps=warps_for(block), **EXACT)
         _scale_kernel[(programs,)](dx, dloss, dx.numel(), BLOCK=block, **options)

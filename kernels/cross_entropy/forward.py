@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import launch_options, next_power_of_2, tuned
+from ..launch import cdiv, launch_options, next_power_of_2, tuned
 from .logits import (
     EXACT,
     LogitPlane,
@@ -236,7 +236,7 @@ def _sum_kernel(x_ptr, total_ptr, sums_ptr, n, BLOCK: tl.constexpr):
 def _programs(n: int) -> tuple[int, int]:
     """(programs, block) of a sum over n elements: few enough that one program can add up what they leave."""
     block = min(next_power_of_2(n), SUM_BLOCK)
-    return max(1, min(triton.cdiv(n, block), 128)), block
+    return max(1, min(cdiv(n, block), 128)), block
 
 
 def _sum_into(out, x, total=None):
@@ -328,7 +328,7 @@ def forward_rows(labelled, out: RowOutputs, total=None, factor=None, dx=None):
     block_m, block_n = settings["BLOCK_M"], settings["BLOCK_N"]
     # Asserts are compiled in for this kernel alone; its integer arithmetic needs none of the overflow checks.
     asserts = dict(debug=True, sanitize_overflow=False) if x.is_cuda else {}
-    _forward_kernel[(x3.shape[0] * triton.cdiv(x3.shape[2], block_m),)](
+    _forward_kernel[(x3.shape[0] * cdiv(x3.shape[2], block_m),)](
         LogitPlane(x3, *x3.stride()), LogitPlane(t3, *(t3.stride() if probabilities else (0, 0, 0))),
         weight, total, factor, out, None if dx is None else LogitPlane(dx, dx.stride(0), 1, 0),
         LogitSizes(x3.shape[2], out.lse.numel(), n_classes), kernel_loss(loss),

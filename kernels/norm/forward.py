@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import cluster_blocks, launch_options, next_power_of_2, tuned
+from ..launch import cdiv, cluster_blocks, launch_options, next_power_of_2, tuned
 from .arguments import NormForwardPass, NormOutputs, dropped, forward_pass, row_starts, tile_warps
 from .long_row import is_long, norm_fwd_row
 from .packed import norm_fwd_packed, packable
@@ -148,7 +148,7 @@ def _norm_fwd_tile(work: NormForwardPass) -> None:
     settings = dict(BLOCK_M=block_m, num_warps=tile_warps(block_m * block_n << unaligned, 8))
     key = (block_m, block_n, x.element_size(), work.inputs.residual is not None)
     settings = tuned("norm_fwd", x.device, key, settings)
-    _norm_fwd_kernel[(triton.cdiv(work.n_rows, settings["BLOCK_M"]),)](
+    _norm_fwd_kernel[(cdiv(work.n_rows, settings["BLOCK_M"]),)](
         work.inputs, work.outputs, work.places, work.n_rows, work.n_cols, work.numbers,
         CENTER=work.center, BLOCK_M=settings["BLOCK_M"], BLOCK_N=block_n,
         **launch_options(x.device, num_warps=settings["num_warps"], **bound),
