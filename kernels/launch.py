@@ -43,8 +43,7 @@ def tuned(kernel: str, device: torch.device, key: tuple, settings: dict[str, int
     return TUNED.get((kernel, arch, *key), settings)
 
 
-# Triton 3.8 is the first that compiles a reduction across a cluster's blocks.
-_REDUCES_ACROSS_CLUSTERS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 def cluster_blocks(device: torch.device, n_cols: int, most: int) -> int:
@@ -54,7 +53,8 @@ def cluster_blocks(device: torch.device, n_cols: int, most: int) -> int:
     takes.
     """
     info = device_info(device)
-    if info.vendor != "interpreter" and not (_REDUCES_ACROSS_CLUSTERS and info.arch >= 90):
+    # Triton 3.8 is the first that compiles a reduction across a cluster's blocks.
+    if info.vendor != "interpreter" and not (TRITON >= (3, 8) and info.arch >= 90):
         return 0
     blocks = next_power_of_2(cdiv(n_cols, max(most, 1)))
     return blocks if blocks <= 8 else 0

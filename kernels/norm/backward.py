@@ -23,7 +23,7 @@ from ..device import device_info
 from ..launch import cdiv, cluster_blocks, launch_options, next_power_of_2, processor_count, tuned
 from ..math import is_kept
 from .arguments import NormBackwardPass, NormGradOutputs, backward_pass, row_starts, tile_warps
-from .forward import BLOCKED_COLS, rows_and_columns
+from .forward import blocked_launch, rows_and_columns
 from .long_row import is_long, norm_bwd_row
 
 # The backward holds x, dy, weight and two fp32 sums of a row. Its tiles fill a multiprocessor's registers (16 warps x
@@ -209,9 +209,9 @@ def _row_means(work: NormBackwardPass) -> _RowMeans:
     means = _RowMeans(
         x.new_empty(n_rows if work.center else 0, dtype=torch.float32), x.new_empty(n_rows, dtype=torch.float32)
     )
+    block_n, options = blocked_launch("norm_row_means", x)
     _row_means_kernel[(n_rows,)](
-        work.inputs, work.places, means, work.n_cols, work.offset, CENTER=work.center,
-        BLOCK_N=BLOCKED_COLS, **launch_options(x.device, num_warps=tile_warps(BLOCKED_COLS), maxnreg=128),
+        work.inputs, work.places, means, work.n_cols, work.offset, CENTER=work.center, BLOCK_N=block_n, **options
     )  # fmt: skip
     return means
 
@@ -258,8 +258,11 @@ def norm_bwd(call):
         )  # fmt: skip
     if wanted.weight or wanted.bias:
         block_m, block_n = (32, 64) if grid.whole else (8, 256)
-        _column_sum_kernel[(cdiv(n_cols, block_n),)](
+        settings = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4)
+        settings = tuned("norm_column_sum", call.x.device, (grid.whole,), settings)
+        _column_sum_kernel[(cdiv(n_cols, settings["BLOCK_N"]),)](
             _ColumnSums(*partial[2:]), _ColumnSums(*gradients[2:]), grid.programs, n_cols,
-            BLOCK_M=block_m, BLOCK_N=block_n, **launch_options(call.x.device, num_warps=4),
+            BLOCK_M=settings["BLOCK_M"], BLOCK_N=settings["BLOCK_N"],
+            **launch_options(call.x.device, num_warps=settings["num_warps"]),
         )  # fmt: skip
     return gradients

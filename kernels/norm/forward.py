@@ -38,6 +38,13 @@ def rows_and_columns(n_cols: int, tile: int) -> tuple[int, int]:
     return max(1, min(tile // block_n, 32)), block_n
 
 
+def blocked_launch(kernel: str, x: torch.Tensor, *key) -> tuple[int, dict]:
+    """(BLOCK_N, options) of a kernel that walks rows in blocks; what it decides by beside the dtype is ``key``."""
+    settings = dict(BLOCK_N=BLOCKED_COLS, num_warps=tile_warps(BLOCKED_COLS))
+    settings = tuned(kernel, x.device, (x.element_size(), *key), settings)
+    return settings["BLOCK_N"], launch_options(x.device, num_warps=settings["num_warps"], maxnreg=128)
+
+
 @triton.jit
 def _with_residual(x, inputs, outputs, residual_at, h_at, rows, cols, mask, p):
     """h in fp32, stored where there is a residual; else ``x``."""
@@ -187,9 +194,9 @@ def norm_fwd(call):
     elif not slow and (blocks := cluster_blocks(x.device, n_cols, FWD_ROW)):
         norm_fwd_row(work, blocks)
     else:
+        block_n, options = blocked_launch("norm_fwd_blocked", x, call.residual is not None)
         _norm_fwd_blocked_kernel[(n_rows,)](
-            work.inputs, outputs, work.places, n_cols, work.numbers,
-            CENTER=call.center, KEEP="evict_last" if call.residual is None else "evict_first",
-            BLOCK_N=BLOCKED_COLS, **launch_options(x.device, num_warps=tile_warps(BLOCKED_COLS), maxnreg=128),
+            work.inputs, outputs, work.places, n_cols, work.numbers, CENTER=call.center,
+            KEEP="evict_last" if call.residual is None else "evict_first", BLOCK_N=block_n, **options,
         )  # fmt: skip
     return outputs
