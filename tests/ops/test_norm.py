@@ -37,7 +37,6 @@ def test_rows_past_what_registers_hold(name, dtype, monkeypatch, poisoned_memory
     monkeypatch.setattr(_norm, "FWD_ROW", 0)
     monkeypatch.setattr(_norm, "BLOCKED_COLS", 32)
     monkeypatch.setattr(_norm_backward, "BWD_ROW", 0)
-    monkeypatch.setattr(_norm_backward, "BLOCKED_COLS", 32)
     monkeypatch.setattr(_norm_backward, "WIDE_TILE", (2, 32))
     for sample in samples:
         yardstick = run(op.function, copy(sample), "eager")
