@@ -67,8 +67,7 @@ def _others(rows: list[other_gpus.OtherRow]) -> str:
     for kind, by_gpu in sorted(kinds.items()):
         values = [other_gpus.cells(by_gpu[gpu])[5:] if gpu in by_gpu else ["-"] * 5 for gpu in OTHER_GPUS]
         lines.append([*kind, *(" / ".join(column) for column in zip(*values, strict=True))])
-    known = [f"`{kernel}` of {op} on {gpu}: {cost}." for (gpu, op, kernel), cost in other_gpus.SPILLING.items()]
-    return _markdown(columns, lines) + "\nKernels that spill: " + " ".join(known) + "\n"
+    return _markdown(columns, lines)
 
 
 def _markdown(columns, rows) -> str:

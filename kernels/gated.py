@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import RowView, launch_options, next_power_of_2, tuned
+from .launch import RowView, cdiv, launch_options, next_power_of_2, tuned
 from .math import starts
 
 # Elements of a tile: 16 of each tensor to a thread of 4 warps. From compiled register counts, not yet from timings.
@@ -110,7 +110,6 @@ def _geometry(kernel: str, tensors, packed: bool) -> _Geometry:
     n_rows = tensors[0].numel() // n_cols
     if not packed and all(t.is_contiguous() for t in tensors):
         n_rows, n_cols = 1, tensors[0].numel()
-        tensors = [t.view(1, n_cols) for t in tensors]
     block_n = min(next_power_of_2(n_cols), TILE if n_rows == 1 else BLOCK_COLS)
     block_m = max(1, min(TILE // block_n, next_power_of_2(n_rows)))
     settings = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=max(1, block_m * block_n // 512))
@@ -118,7 +117,7 @@ def _geometry(kernel: str, tensors, packed: bool) -> _Geometry:
     settings = tuned(kernel, last.device, (block_m, block_n, last.element_size()), settings)
     block_m, block_n = settings["BLOCK_M"], settings["BLOCK_N"]
     tile = dict(BLOCK_M=block_m, BLOCK_N=block_n, **launch_options(last.device, num_warps=settings["num_warps"]))
-    grid = (triton.cdiv(n_rows, block_m) * triton.cdiv(n_cols, block_n),)
+    grid = (cdiv(n_rows, block_m) * cdiv(n_cols, block_n),)
     return _Geometry([RowView(t, n_cols) for t in tensors], n_rows, n_cols, grid, tile)
 
 

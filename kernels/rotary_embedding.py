@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import launch_options, next_power_of_2, tuned
+from .launch import cdiv, launch_options, next_power_of_2, tuned
 
 # Features of a head's rows that a program holds: 16 to a thread of 4 warps, as two times 16 bytes. From compiled
 # register counts, not timings.
@@ -159,14 +159,14 @@ def rotary(call, query_out, key_out):
     settings = dict(BLOCK_M=block_m, num_warps=max(1, min(8, block_m * next_power_of_2(width) // 512)))
     settings = tuned("rotary", query.device, (block_m, next_power_of_2(width), query.element_size()), settings)
     block_m = settings["BLOCK_M"]
-    blocks = batch * triton.cdiv(length, block_m)
-    groups = min(heads, max(1, triton.cdiv(PROGRAMS, blocks)))
-    heads_each = triton.cdiv(heads, groups)
+    blocks = batch * cdiv(length, block_m)
+    groups = min(heads, max(1, cdiv(PROGRAMS, blocks)))
+    heads_each = cdiv(heads, groups)
     sources = [None if t is None else t if t.stride(3) == 1 else t.contiguous() for t in (query, key)]
     tables = [t if t.dim() == 3 else t.expand(batch, *t.shape) for t in (call.cos, call.sin)]
     # Asserts are compiled in for ids alone; the integer arithmetic needs none of the overflow checks.
     asserts = dict(debug=True, sanitize_overflow=False) if query.is_cuda and ids is not None else {}
-    _rotary_kernel[(blocks, triton.cdiv(heads, heads_each))](
+    _rotary_kernel[(blocks, cdiv(heads, heads_each))](
         *(None if key is None and i % 2 else HeadPlanes(t, *t.stride()[:3])
           for i, t in enumerate((*sources, query_out, key_out))),
         *(AngleTable(t, *t.stride()) for t in tables),

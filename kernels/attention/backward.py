@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import launch_options
+from ..launch import cdiv, launch_options
 from ..math import LOG2E
 from .bias_gradient import attention_dbias
 from .problem import Problem
@@ -270,7 +270,8 @@ def _delta(problem: Problem, forward, upstream):
     statistics = problem.statistics(forward.stats, delta=delta)
     if delta.numel() > 0:
         block_m = max(1, min(64, 8192 // (problem.block_dv * problem.q.element_size())))
-        tiles = triton.cdiv(problem.rows, block_m)
+        settings = problem.tuned("attention_delta", dict(BLOCK_M=block_m, num_warps=4))
+        tiles = cdiv(problem.rows, settings["BLOCK_M"])
         planes = delta.numel() // problem.rows
         dlse = None
         if upstream.dlse is not None:
@@ -279,8 +280,8 @@ def _delta(problem: Problem, forward, upstream):
         _delta_kernel[(tiles * planes,)](
             problem.plane(forward.out), problem.plane(upstream.dout), dlse, statistics,
             tiles, problem.heads, problem.rows, problem.dim_v, ALIGN=problem.align(forward.out, upstream.dout),
-            BLOCK_M=block_m, BLOCK_DV=problem.block_dv,
-            **launch_options(problem.q.device, num_warps=4, **register_bound(problem.q.dtype)),
+            BLOCK_M=settings["BLOCK_M"], BLOCK_DV=problem.block_dv,
+            **launch_options(problem.q.device, num_warps=settings["num_warps"], **register_bound(problem.q.dtype)),
         )  # fmt: skip
     return statistics
 

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..launch import cdiv
 from .scores import kept, load_tile, matrix_of, probabilities, scores, sheet_of, span_of
 from .tiles import dbias_tile
 from .values import Matrix
@@ -150,8 +151,8 @@ STEP_BYTES = 128
 
 def _pieces(count: int, wanted: int) -> tuple[int, int]:
     """(pieces, length of each): ``count`` in at most ``wanted`` pieces."""
-    step = triton.cdiv(max(count, 1), max(min(wanted, count), 1))
-    return triton.cdiv(max(count, 1), step), step
+    step = cdiv(max(count, 1), max(min(wanted, count), 1))
+    return cdiv(max(count, 1), step), step
 
 
 def attention_dbias(problem, dout, statistics):
@@ -162,13 +163,13 @@ def attention_dbias(problem, dout, statistics):
     tile, options = problem.launch_of("attention_dbias", dbias_tile(problem.q.dtype, problem.arch))
     b, heads, rows, cols = bias.shape
     over = Broadcast(b == 1, heads == 1, rows == 1, cols == 1)
-    row_tiles, col_tiles = triton.cdiv(rows, tile.block_m), triton.cdiv(cols, tile.block_n)
+    row_tiles, col_tiles = cdiv(rows, tile.block_m), cdiv(cols, tile.block_n)
     programs = b * heads * row_tiles * col_tiles
     # A bias of its own for each element of the batch is cut as one alone would be: the pieces order its sums.
     wanted = PROGRAMS // (programs // b)
     batches, batch_step = _pieces(problem.batch, wanted if over.batch else 1)
     members, head_step = _pieces(problem.heads, wanted // batches if over.head else 1)
-    parts, row_step = _pieces(triton.cdiv(problem.rows, tile.block_m), wanted // (batches * members) if over.row else 1)
+    parts, row_step = _pieces(cdiv(problem.rows, tile.block_m), wanted // (batches * members) if over.row else 1)
     grid = BiasGrid(
         planes=b * heads,
         heads=heads,

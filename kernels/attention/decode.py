@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import launch_options, next_power_of_2
+from ..launch import cdiv, launch_options, next_power_of_2
 from .online_softmax import forward_tiles, row_results
 from .scores import column_range, load_tile, locate, matrix_of, sheet_of, span_of, store_tile
 from .values import Matrix, TileShape
@@ -217,7 +217,7 @@ def attention_decode(problem, split: KeySplit, out, statistics):
     group = next_power_of_2(problem.group)
     rows = min(problem.rows, split.rows)
     shape = TileShape(max(TILE_ROWS, group), tile["BLOCK_N"], problem.block_d, problem.block_dv)
-    row_tiles = triton.cdiv(rows * group, shape.block_m)
+    row_tiles = cdiv(rows * group, shape.block_m)
     programs = problem.programs(split.chunk, problem.cols)
     places = programs.per_head * problem.heads_kv * row_tiles * shape.block_m
     outputs = problem.q.new_empty(places * problem.dim_v, dtype=torch.float32)

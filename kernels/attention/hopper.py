@@ -10,13 +10,12 @@ warpgroups that take turns. kernels/attention/hopper_warps.py has the parts.
 """
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..launch import launch_options, processor_count
+from ..launch import cdiv, launch_options, processor_count
 from .decode import splits
 from .forward import attention_fwd
 from .hopper_warps import ROWS, HopperMode, HopperResults, HopperWork, Ring, consume, produce
@@ -137,9 +136,9 @@ def _launch(problem: Problem, results: HopperResults) -> None:
     held = 2 * problem.cols * problem.dim * problem.q.element_size()
     # Without a causal mask all tiles are alike: those of one head are side by side.
     bits = (min(planes, problem.group * max(1, L2 // held)) - 1).bit_length() if causal else 0
-    items = tiles * (triton.cdiv(planes, 1 << bits) << bits)
+    items = tiles * (cdiv(planes, 1 << bits) << bits)
     programs = min(items, processor_count(problem.q.device))
-    work = HopperWork(triton.cdiv(items, programs), items, tiles, planes, bits)
+    work = HopperWork(cdiv(items, programs), items, tiles, planes, bits)
     mode = HopperMode(
         packed=problem.packed,
         causal=causal,

@@ -1,11 +1,10 @@
 """One attention call as the launchers see it: sizes, strides and constants derived once."""
 
 import torch
-import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..device import device_info
-from ..launch import launch_options, next_power_of_2, tuned
+from ..launch import cdiv, launch_options, next_power_of_2, tuned
 from ..math import LOG2E
 from .values import CallSizes, KernelFlags, Plane, Programs, Score, ScoreStatistics, TileShape, WeightDropout
 
@@ -139,7 +138,7 @@ class Problem:
 
     def programs(self, block: int, length: int) -> Programs:
         """How ``length`` is split in tiles of ``block``; packed: an upper bound, see :func:`.scores.locate`."""
-        tiles = triton.cdiv(length, block)
+        tiles = cdiv(length, block)
         return Programs(tiles, length // block + self.batch if self.packed else tiles * self.batch)
 
     def tuned(self, kernel: str, tile: dict) -> dict:

@@ -14,6 +14,8 @@ same bits in any batch and packing. AMD's data-centre GPUs take sm_80's tiles.
 
 import torch
 
+from ..launch import TRITON
+
 # Padded head dims up to 64, 128 and 256 -> tiles by pressure. Keys: sm_80 (and sm_86, sm_89, sm_120), sm_90, sm_100.
 FORWARD = {
     80: {
@@ -66,6 +68,9 @@ DQ = {
         256: ((128, 32, 8, 2), (64, 32, 8, 1), (32, 16, 8, 1)),
     },
 }
+# Triton 3.6 spills 80 bytes a thread with 128 rows, 3.9 none; those between have not been tried.
+if TRITON < (3, 9):
+    DQ[90][256] = ((64, 32, 8, 2), *DQ[90][256][1:])
 # A product of dbias walks the head dim: one tile serves all of them.
 DBIAS = {80: (64, 32, 8, 2), 90: (64, 64, 8, 2), 100: (64, 64, 8, 2)}
 # fp32: products of the scalar units, whose code is the same on all of them.

@@ -6,12 +6,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import launch_options, next_power_of_2, processor_count, tuned
+from ..launch import cdiv, launch_options, processor_count, tuned
 from .logits import (
     EXACT,
     LogitPlane,
     LogitSizes,
     along,
+    block_launch,
     class_weights,
     dlogits,
     effective,
@@ -152,7 +153,7 @@ def cross_entropy_bwd(upstream, labelled, statistics, needs, out=None):
     block_m, block_n = settings["BLOCK_M"], settings["BLOCK_N"]
     if dloss is not None and dloss.dim():
         dloss = dloss.contiguous()
-    _backward_kernel[(x3.shape[0] * triton.cdiv(x3.shape[2], block_m), triton.cdiv(x3.shape[1], block_n))](
+    _backward_kernel[(x3.shape[0] * cdiv(x3.shape[2], block_m), cdiv(x3.shape[1], block_n))](
         RowGradients(
             dloss, 0 if dloss is None or not dloss.dim() else 1, None if dlse is None else dlse.contiguous(), dentropy
         ),
@@ -169,8 +170,7 @@ def cross_entropy_bwd(upstream, labelled, statistics, needs, out=None):
 
 def scale_gradient(dx, dloss):
     """``dx``, contiguous, times the scalar ``dloss``, in place."""
-    block = min(SCALE_TILE, next_power_of_2(dx.numel()))
     if dx.numel():
-        programs = min(triton.cdiv(dx.numel(), block), 8 * processor_count(dx.device))
-        options = launch_options(dx.device, num_warps=warps_for(block), **EXACT)
+        block, options = block_launch("cross_entropy_scale", dx, SCALE_TILE)
+        programs = min(cdiv(dx.numel(), block), 8 * processor_count(dx.device))
         _scale_kernel[(programs,)](dx, dloss, dx.numel(), BLOCK=block, **options)

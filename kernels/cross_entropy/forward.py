@@ -19,12 +19,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import launch_options, next_power_of_2, tuned
+from ..device import device_info
+from ..launch import cdiv, launch_options, next_power_of_2, tuned
 from .logits import (
     EXACT,
     LogitPlane,
     LogitSizes,
     along,
+    block_launch,
     class_weights,
     dlogits,
     effective,
@@ -188,8 +190,10 @@ def _forward_kernel(
             d = tl.where(keep[:, None], dlogits(p, q, z, slope[:, None], weight, factor, n_classes, loss), 0.0)
             tl.store(dx.ptr + dx_rows[:, None] + cols[None, :], d.to(dx.ptr.dtype.element_ty), mask=mask)
         else:
-            for start in range(0, n_classes, BLOCK_N):
-                cols = start + tl.arange(0, BLOCK_N)
+            # From the end, which the cache still holds where it does not hold the whole row.
+            last = tl.cdiv(n_classes, BLOCK_N) - 1
+            for turn in range(0, last + 1):
+                cols = (last - turn) * BLOCK_N + tl.arange(0, BLOCK_N)
                 in_cols = cols < n_classes
                 mask = in_rows[:, None] & in_cols[None, :]
                 logits = tl.load(
@@ -233,32 +237,28 @@ def _sum_kernel(x_ptr, total_ptr, sums_ptr, n, BLOCK: tl.constexpr):
     tl.store(sums_ptr + tl.program_id(0), result.to(sums_ptr.dtype.element_ty))
 
 
-def _programs(n: int) -> tuple[int, int]:
-    """(programs, block) of a sum over n elements: few enough that one program can add up what they leave."""
-    block = min(next_power_of_2(n), SUM_BLOCK)
-    return max(1, min(triton.cdiv(n, block), 128)), block
+def _sum_launch(kernel: str, x: torch.Tensor) -> tuple[int, dict]:
+    """(programs, constants and options) of a sum over ``x``: so few that one program can add up what they leave."""
+    block, options = block_launch(kernel, x, SUM_BLOCK)
+    return max(1, min(cdiv(x.numel(), block), 128)), dict(BLOCK=block, **options)
 
 
 def _sum_into(out, x, total=None):
     """The sum of the fp32 vector ``x``, over ``total`` where given, into the scalar ``out``; in a fixed order."""
-    programs, block = _programs(x.numel())
-    options = launch_options(x.device, num_warps=warps_for(block), **EXACT)
+    programs, options = _sum_launch("cross_entropy_sum", x)
     if programs > 1:
         parts = x.new_empty(programs)
-        _sum_kernel[(programs,)](x, None, parts, x.numel(), BLOCK=block, **options)
+        _sum_kernel[(programs,)](x, None, parts, x.numel(), **options)
         return _sum_into(out, parts, total)
-    _sum_kernel[(1,)](x, total, out, x.numel(), BLOCK=block, **options)
+    _sum_kernel[(1,)](x, total, out, x.numel(), **options)
 
 
 def target_mass(target, weight, n_classes: int, ignore_index: int):
     """() fp32: the sum of the class weights of targets that are not ignored, which a mean divides by."""
     total = torch.empty((), dtype=torch.float32, device=target.device)
-    programs, block = _programs(target.numel())
+    programs, options = _sum_launch("cross_entropy_mass", target)
     parts = total if programs == 1 else total.new_empty(programs)
-    _mass_kernel[(programs,)](
-        target, weight, parts, target.numel(), n_classes, ignore_index,
-        BLOCK=block, **launch_options(target.device, num_warps=warps_for(block), **EXACT),
-    )  # fmt: skip
+    _mass_kernel[(programs,)](target, weight, parts, target.numel(), n_classes, ignore_index, **options)
     if programs > 1:
         _sum_into(total, parts)
     return total
@@ -320,15 +320,17 @@ def forward_rows(labelled, out: RowOutputs, total=None, factor=None, dx=None):
     if dx is not None and n_classes <= (min(ROW, ROW_BESIDE) if beside else ROW):
         block_n = next_power_of_2(n_classes)
     elements = block_m * block_n
-    # 32 elements to a thread, in fp32 16 while there are threads.
-    most = min(32, elements // (512 if x.dtype.itemsize > 2 else 1024))
+    # 32 elements to a thread, in fp32 16 while there are threads. On sm_120 64 elements to each of half the threads: 32
+    # to a thread of 32 warps spill 4, in fp32 6.
+    limit = 16 if device_info(x.device).arch >= 120 else 32
+    most = min(limit, elements // (512 if x.dtype.itemsize > 2 else 1024))
     settings = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=max(warps_for(elements), most))
     key = (adjacent, block_m, block_n, x.element_size(), dx is not None)
     settings = tuned("cross_entropy_fwd", x.device, key, settings)
     block_m, block_n = settings["BLOCK_M"], settings["BLOCK_N"]
     # Asserts are compiled in for this kernel alone; its integer arithmetic needs none of the overflow checks.
     asserts = dict(debug=True, sanitize_overflow=False) if x.is_cuda else {}
-    _forward_kernel[(x3.shape[0] * triton.cdiv(x3.shape[2], block_m),)](
+    _forward_kernel[(x3.shape[0] * cdiv(x3.shape[2], block_m),)](
         LogitPlane(x3, *x3.stride()), LogitPlane(t3, *(t3.stride() if probabilities else (0, 0, 0))),
         weight, total, factor, out, None if dx is None else LogitPlane(dx, dx.stride(0), 1, 0),
         LogitSizes(x3.shape[2], out.lse.numel(), n_classes), kernel_loss(loss),

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import next_power_of_2
+from ..launch import launch_options, next_power_of_2, tuned
 from ..math import tanh
 
 # 16 fp32 values a thread at 8 warps; chosen from compiled register counts (sm_90), not yet from timings.
@@ -146,6 +146,13 @@ def logit_tile(x: torch.Tensor) -> tuple[bool, int, int]:
     # Half a tile: with class weights and probabilities 64-bit offsets along both sides would spill. ADJACENT_POSITIONS
     # fill 64 bytes in 16 bits, two sectors of memory.
     return False, ADJACENT_POSITIONS, min(next_power_of_2(n_classes), TILE // 2 // ADJACENT_POSITIONS)
+
+
+def block_launch(kernel: str, x: torch.Tensor, most: int) -> tuple[int, dict]:
+    """(BLOCK, options) of a kernel that takes ``x`` as one row, up to ``most`` elements at a time."""
+    block = min(next_power_of_2(x.numel()), most)
+    settings = tuned(kernel, x.device, (block, x.element_size()), dict(BLOCK=block, num_warps=warps_for(block)))
+    return settings["BLOCK"], launch_options(x.device, num_warps=settings["num_warps"], **EXACT)
 
 
 def warps_for(elements: int) -> int:

@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 
 from ..device import device_info
-from ..launch import cluster_blocks, launch_options, next_power_of_2, processor_count, tuned
+from ..launch import cdiv, cluster_blocks, launch_options, next_power_of_2, processor_count, tuned
 from ..math import is_kept
 from .arguments import NormBackwardPass, NormGradOutputs, backward_pass, row_starts, tile_warps
-from .forward import BLOCKED_COLS, rows_and_columns
+from .forward import blocked_launch, rows_and_columns
 from .long_row import is_long, norm_bwd_row
 
 # The backward holds x, dy, weight and two fp32 sums of a row. Its tiles fill a multiprocessor's registers (16 warps x
@@ -193,15 +193,15 @@ def _grid_of(call, n_rows: int, halvings: int) -> _Grid:
     if whole:
         one_row = (1, next_power_of_2(n_cols))
         block_m, block_n = one_row if long else rows_and_columns(n_cols, tile)
-        return _Grid(whole, long, 0, block_m, block_n, min(triton.cdiv(n_rows, block_m), processors))
+        return _Grid(whole, long, 0, block_m, block_n, min(cdiv(n_rows, block_m), processors))
     # The blocks of a cluster exchange the row's sums. Without dx there are none.
     if (wanted.input or wanted.residual) and (blocks := cluster_blocks(device, n_cols, row)):
         programs = min(n_rows, max(1, processors // blocks))
         return _Grid(whole, long, blocks, 1, next_power_of_2(n_cols), programs)
     block_m, block_n = WIDE_TILE
     # Two programs a multiprocessor, over the column blocks and the rows.
-    programs = max(1, 2 * processors // triton.cdiv(n_cols, block_n))
-    return _Grid(whole, long, 0, block_m, block_n, min(triton.cdiv(n_rows, block_m), programs))
+    programs = max(1, 2 * processors // cdiv(n_cols, block_n))
+    return _Grid(whole, long, 0, block_m, block_n, min(cdiv(n_rows, block_m), programs))
 
 
 def _row_means(work: NormBackwardPass) -> _RowMeans:
@@ -209,9 +209,9 @@ def _row_means(work: NormBackwardPass) -> _RowMeans:
     means = _RowMeans(
         x.new_empty(n_rows if work.center else 0, dtype=torch.float32), x.new_empty(n_rows, dtype=torch.float32)
     )
+    block_n, options = blocked_launch("norm_row_means", x)
     _row_means_kernel[(n_rows,)](
-        work.inputs, work.places, means, work.n_cols, work.offset, CENTER=work.center,
-        BLOCK_N=BLOCKED_COLS, **launch_options(x.device, num_warps=tile_warps(BLOCKED_COLS), maxnreg=128),
+        work.inputs, work.places, means, work.n_cols, work.offset, CENTER=work.center, BLOCK_N=block_n, **options
     )  # fmt: skip
     return means
 
@@ -251,15 +251,18 @@ def norm_bwd(call):
         n_warps = settings["num_warps"]
         # One program a multiprocessor, two of wide rows. For more occupancy than that ptxas would spill.
         registers = min(255, 2048 // n_warps) if grid.whole or dropout else 128
-        _norm_bwd_kernel[(grid.programs, triton.cdiv(n_cols, grid.block_n))](
+        _norm_bwd_kernel[(grid.programs, cdiv(n_cols, grid.block_n))](
             work.inputs, means, partial, work.places, n_rows, n_cols, work.offset, work.dropout_p,
             CENTER=work.center, BLOCK_M=grid.block_m, BLOCK_N=grid.block_n, STAGES=settings["STAGES"],
             **launch_options(call.x.device, num_warps=n_warps, maxnreg=registers),
         )  # fmt: skip
     if wanted.weight or wanted.bias:
         block_m, block_n = (32, 64) if grid.whole else (8, 256)
-        _column_sum_kernel[(triton.cdiv(n_cols, block_n),)](
+        settings = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4)
+        settings = tuned("norm_column_sum", call.x.device, (grid.whole,), settings)
+        _column_sum_kernel[(cdiv(n_cols, settings["BLOCK_N"]),)](
             _ColumnSums(*partial[2:]), _ColumnSums(*gradients[2:]), grid.programs, n_cols,
-            BLOCK_M=block_m, BLOCK_N=block_n, **launch_options(call.x.device, num_warps=4),
+            BLOCK_M=settings["BLOCK_M"], BLOCK_N=settings["BLOCK_N"],
+            **launch_options(call.x.device, num_warps=settings["num_warps"]),
         )  # fmt: skip
     return gradients

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import cluster_blocks, launch_options, next_power_of_2, tuned
+from ..launch import cdiv, cluster_blocks, launch_options, next_power_of_2, tuned
 from .arguments import NormForwardPass, NormOutputs, dropped, forward_pass, row_starts, tile_warps
 from .long_row import is_long, norm_fwd_row
 from .packed import norm_fwd_packed, packable
@@ -36,6 +36,13 @@ def rows_and_columns(n_cols: int, tile: int) -> tuple[int, int]:
     """
     block_n = next_power_of_2(n_cols)
     return max(1, min(tile // block_n, 32)), block_n
+
+
+def blocked_launch(kernel: str, x: torch.Tensor, *key) -> tuple[int, dict]:
+    """(BLOCK_N, options) of a kernel that walks rows in blocks; what it decides by beside the dtype is ``key``."""
+    settings = dict(BLOCK_N=BLOCKED_COLS, num_warps=tile_warps(BLOCKED_COLS))
+    settings = tuned(kernel, x.device, (x.element_size(), *key), settings)
+    return settings["BLOCK_N"], launch_options(x.device, num_warps=settings["num_warps"], maxnreg=128)
 
 
 @triton.jit
@@ -148,7 +155,7 @@ def _norm_fwd_tile(work: NormForwardPass) -> None:
     settings = dict(BLOCK_M=block_m, num_warps=tile_warps(block_m * block_n << unaligned, 8))
     key = (block_m, block_n, x.element_size(), work.inputs.residual is not None)
     settings = tuned("norm_fwd", x.device, key, settings)
-    _norm_fwd_kernel[(triton.cdiv(work.n_rows, settings["BLOCK_M"]),)](
+    _norm_fwd_kernel[(cdiv(work.n_rows, settings["BLOCK_M"]),)](
         work.inputs, work.outputs, work.places, work.n_rows, work.n_cols, work.numbers,
         CENTER=work.center, BLOCK_M=settings["BLOCK_M"], BLOCK_N=block_n,
         **launch_options(x.device, num_warps=settings["num_warps"], **bound),
@@ -187,9 +194,9 @@ def norm_fwd(call):
     elif not slow and (blocks := cluster_blocks(x.device, n_cols, FWD_ROW)):
         norm_fwd_row(work, blocks)
     else:
+        block_n, options = blocked_launch("norm_fwd_blocked", x, call.residual is not None)
         _norm_fwd_blocked_kernel[(n_rows,)](
-            work.inputs, outputs, work.places, n_cols, work.numbers,
-            CENTER=call.center, KEEP="evict_last" if call.residual is None else "evict_first",
-            BLOCK_N=BLOCKED_COLS, **launch_options(x.device, num_warps=tile_warps(BLOCKED_COLS), maxnreg=128),
+            work.inputs, outputs, work.places, n_cols, work.numbers, CENTER=call.center,
+            KEEP="evict_last" if call.residual is None else "evict_first", BLOCK_N=block_n, **options,
         )  # fmt: skip
     return outputs

@@ -9,7 +9,7 @@ registers, as compiled.
 import triton
 import triton.language as tl
 
-from ..launch import launch_options, next_power_of_2, tuned
+from ..launch import cdiv, launch_options, next_power_of_2, tuned
 from ..math import is_kept
 from .arguments import NormBackwardPass, NormForwardPass, dropped, row_starts
 
@@ -194,7 +194,7 @@ def norm_fwd_row(work: NormForwardPass, blocks: int) -> None:
     first = 0 if dropout else blocks * (LOADED_FIRST if blocks == 1 else CLUSTER_LOADED_FIRST)
     _norm_fwd_row_kernel[(work.n_rows,)](
         work.inputs, work.outputs, work.places, n_cols, work.numbers, CENTER=work.center,
-        SEGMENTS=triton.cdiv(n_cols, settings["SEGMENT"]), GROUP=max(1, first // settings["SEGMENT"]),
+        SEGMENTS=cdiv(n_cols, settings["SEGMENT"]), GROUP=max(1, first // settings["SEGMENT"]),
         SEGMENT=settings["SEGMENT"], **launch_options(x.device, num_warps=settings["num_warps"], num_ctas=blocks,
                                                       maxnreg=min(128, 2048 // settings["num_warps"])),
     )  # fmt: skip
@@ -214,6 +214,6 @@ def norm_bwd_row(work: NormBackwardPass, blocks: int, programs: int, n_stages: i
     segment, n_warps = settings["SEGMENT"], settings["num_warps"]
     _norm_bwd_row_kernel[(programs,)](
         work.inputs, work.outputs, work.places, work.n_rows, n_cols, work.offset, work.dropout_p, CENTER=work.center,
-        SEGMENTS=triton.cdiv(n_cols, segment), SEGMENT=segment, STAGES=settings["STAGES"],
+        SEGMENTS=cdiv(n_cols, segment), SEGMENT=segment, STAGES=settings["STAGES"],
         **launch_options(work.inputs.x.device, num_warps=n_warps, num_ctas=blocks, maxnreg=min(255, 2048 // n_warps)),
     )  # fmt: skip

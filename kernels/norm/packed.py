@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..device import device_info
-from ..launch import launch_options, next_power_of_2
+from ..launch import launch_options, next_power_of_2, tuned
 from .arguments import NormForwardPass, row_starts
 
 # A row is held in so many segments: few enough words of weight and bias at a time that nothing spills on sm_80, sm_90
@@ -127,9 +127,12 @@ def packable(work: NormForwardPass) -> bool:
 
 def norm_fwd_packed(work: NormForwardPass) -> None:
     """As the launches in forward.py: one row to a program, without dropout, which would spill."""
-    block = max(1, next_power_of_2(work.n_cols) // (2 * SEGMENTS))
+    x, width = work.inputs.x, next_power_of_2(work.n_cols)
+    settings = dict(SEGMENTS=SEGMENTS, num_warps=max(1, min(32, width // 1024)))
+    settings = tuned("norm_fwd_packed", x.device, (width, work.inputs.residual is not None), settings)
+    segments, n_warps = settings["SEGMENTS"], settings["num_warps"]
     _norm_fwd_packed_kernel[(work.n_rows,)](
         work.inputs, work.outputs, work.places, work.n_cols, work.numbers, 0,
-        CENTER=work.center, SEGMENTS=SEGMENTS, BLOCK=block,
-        **launch_options(work.inputs.x.device, num_warps=max(1, min(32, block * SEGMENTS // 512)), maxnreg=64),
+        CENTER=work.center, SEGMENTS=segments, BLOCK=max(1, width // (2 * segments)),
+        **launch_options(x.device, num_warps=n_warps, maxnreg=min(255, 2048 // n_warps)),
     )  # fmt: skip

@@ -48,15 +48,22 @@ def test_the_table_is_rewritten_with_where_and_when():
 def test_launchers_take_what_the_table_says(device):
     table = tune.Table()
     gate, up, x = (torch.randn(8, 64, device=device) for _ in range(3))
+    target = torch.arange(8, device=device)
+
+    def results():
+        F = fastllm.functional
+        return F.swiglu(gate, up), F.layer_norm(x, (64,)), F.cross_entropy(x, target)
+
     with mock.patch.object(_launch, "TUNED", table), fastllm.backend("triton"):
-        expected = fastllm.functional.swiglu(gate, up), fastllm.functional.layer_norm(x, (64,))
+        expected = results()
         asked = dict(table.asked)
-        assert {key[0] for key in asked} == {"gated_fwd", "norm_fwd"}
+        assert {key[0] for key in asked} == {
+            "gated_fwd", "norm_fwd", "cross_entropy_fwd", "cross_entropy_mass", "cross_entropy_sum",
+        }  # fmt: skip
         for key, settings in asked.items():
             for trial in tune.neighbours(settings):
                 table.trial = {key: trial}
-                found = fastllm.functional.swiglu(gate, up), fastllm.functional.layer_norm(x, (64,))
-                torch.testing.assert_close(found, expected)
+                torch.testing.assert_close(results(), expected)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU here: there is nothing to refuse")

@@ -7,13 +7,20 @@ from conftest import DEVICE
 from contract import assert_as_true
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fastllm
 from fastllm.bench.memory import peak
 from fastllm.functional import cross_entropy, linear_cross_entropy, linear_cross_entropy_plan
 from fastllm.ops.cross_entropy import chunks
 from fastllm.ops.cross_entropy.call import Chunking
+from fastllm.ops.cross_entropy.chunks import LayerLoss, in_chunks
 from fastllm.ops.cross_entropy.linear import linear_cross_entropy_reference
+from fastllm.ops.cross_entropy.loss import Loss
+from fastllm.ops.cross_entropy.operator import LossGradients
+from fastllm.ops.cross_entropy.products import WIDENED, Layer
+from fastllm.ops.cross_entropy.rows import Extras
 
 pytestmark = [pytest.mark.cpu_level, pytest.mark.runs_on("gpu", "interpreter")]
 
@@ -171,6 +178,30 @@ def test_dw_over_many_chunks_is_as_good_as_over_one(backend):
             (dw,) = torch.autograd.grad(linear_cross_entropy(x, w, y, max_workspace_mb=megabytes), w)
             errors.append((dw.double() - truth).norm() / truth.norm())
     assert errors[1] <= 1.2 * errors[0]
+
+
+class _Sizes(TorchDispatchMode):
+    """Notes the (shape, dtype) of every tensor that an operator returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.seen |= {(tuple(t.shape), t.dtype) for t in tree_leaves(result) if isinstance(t, torch.Tensor)}
+        return result
+
+
+@pytest.mark.parametrize(("workspace", "held"), [(None, False), (0.3, True)])
+def test_one_chunk_holds_no_second_dw_in_fp32(backend, workspace, held):
+    x, w, y = _call(n=64, d=8, v=2 * WIDENED, dtype=torch.bfloat16)
+    call = LayerLoss(y, None, None, Loss(), Chunking(workspace, None, False, False), backend)
+    upstream = LossGradients(torch.full((64,), 1 / 64, device=DEVICE))
+    with torch.no_grad(), _Sizes() as sizes:
+        *_, dw, _ = in_chunks(Layer(x, w, None), call, upstream, (False, True, False), Extras())
+    assert dw.dtype == (torch.float32 if held else torch.bfloat16)
+    assert ((tuple(w.shape), torch.float32) in sizes.seen) == held
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="measures the process on CPU")

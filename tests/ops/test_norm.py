@@ -37,7 +37,6 @@ def test_rows_past_what_registers_hold(name, dtype, monkeypatch, poisoned_memory
     monkeypatch.setattr(_norm, "FWD_ROW", 0)
     monkeypatch.setattr(_norm, "BLOCKED_COLS", 32)
     monkeypatch.setattr(_norm_backward, "BWD_ROW", 0)
-    monkeypatch.setattr(_norm_backward, "BLOCKED_COLS", 32)
     monkeypatch.setattr(_norm_backward, "WIDE_TILE", (2, 32))
     for sample in samples:
         yardstick = run(op.function, copy(sample), "eager")
@@ -125,12 +124,12 @@ def test_long_rows_segment_by_segment(name, dtype, monkeypatch, poisoned_memory)
 @pytest.mark.runs_on("anywhere")
 def test_clusters_are_for_gpus_that_have_them(monkeypatch):
     cuda = torch.device("cuda", 0)
-    monkeypatch.setattr(_launch, "_REDUCES_ACROSS_CLUSTERS", True)
+    monkeypatch.setattr(_launch, "TRITON", (3, 8))
     for arch, blocks in ((80, 0), (90, 2), (100, 2)):
         monkeypatch.setattr(kernels_device, "_gpu", lambda index, arch=arch: kernels_device.GPUS[arch])
         assert _launch.cluster_blocks(cuda, 12288, 8192) == blocks
     assert [_launch.cluster_blocks(cuda, n, 8192) for n in (8193, 32768, 65536, 65537)] == [2, 4, 8, 0]
-    monkeypatch.setattr(_launch, "_REDUCES_ACROSS_CLUSTERS", False)
+    monkeypatch.setattr(_launch, "TRITON", (3, 7))
     assert _launch.cluster_blocks(cuda, 12288, 8192) == 0
 
 

@@ -112,8 +112,8 @@ def in_chunks(layer: Layer, call: LayerLoss, upstream: LossGradients, needs, wan
     """(loss, lse, accuracy, entropy, dx, dlinear_weight, dlinear_bias), a chunk of logits at a time.
 
     The first four are (N,) in at least fp32; accuracy and entropy None where not ``wanted``. Gradients only where
-    ``upstream`` has one for the rows' losses and ``needs`` asks, else None; the linear layer's are summed over the
-    chunks in at least fp32 and returned so. A row that is left out has 0 everywhere, as its lse too.
+    ``upstream`` has one for the rows' losses and ``needs`` asks, else None; :class:`.products.LayerGradients` says in
+    what dtype they come. A row that is left out has 0 everywhere, as its lse too.
     """
     x, linear_weight, linear_bias = layer
     n, n_classes = x.shape[0], linear_weight.shape[0]
@@ -122,12 +122,12 @@ def in_chunks(layer: Layer, call: LayerLoss, upstream: LossGradients, needs, wan
     index = rows_to_compute(call.target, call.loss.ignore_index, call.chunking)
     count = n if index is None else len(index)
     needs = needs if upstream.loss is not None else (False, False, False)
-    gradients = LayerGradients.of(layer, needs, call.backend, empty=count == 0)
     # Planned for the most rows that may be computed: on CUDA the host does not know how many are.
     most = n if call.chunking.max_targets is None else min(n, call.chunking.max_targets)
     capped = call.loss.softcap is not None
     row_bytes = bytes_per_row(n_classes, x.dtype, call.backend, capped, call.chunking.for_entropy)
     chunk = chunk_plan(most, row_bytes, workspace_mb(call.chunking, x.device.type)).rows
+    gradients = LayerGradients.of(layer, needs, call.backend, math.ceil(count / chunk))
     logits = x.new_empty(min(chunk, count), n_classes)
     held = logits.to(wide) if keeps_wide(x.dtype, call.backend) else logits
     row_losses = ROW_LOSSES[call.backend]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -73,12 +74,13 @@ def kl_in_chunks(call: LinearKLDivCall, factor: torch.Tensor | None, needs: tupl
     losses = torch.zeros(n, dtype=call.wide, device=x.device)
     index = _rows_to_compute(call)
     count = n if index is None else len(index)
-    mine = LayerGradients.of(Layer(*call[:3]), needs[:3], "eager", empty=count == 0)
-    theirs = LayerGradients.of(Layer(*call[3:6]), needs[3:], "eager", empty=count == 0) if has_head else None
     by_logits = torch.zeros_like(teacher, memory_format=torch.contiguous_format) if needs[3] and not has_head else None
     row_bytes = n_classes * (x.element_size() + (teacher.element_size() if has_head or of_teacher else 0))
     workspace = call.divergence.max_workspace_mb or DEFAULT_WORKSPACE_MB.get(x.device.type, 128.0)
     rows = chunk_plan(count, row_bytes, workspace).rows
+    chunks = math.ceil(count / rows)
+    mine = LayerGradients.of(Layer(*call[:3]), needs[:3], "eager", chunks)
+    theirs = LayerGradients.of(Layer(*call[3:6]), needs[3:], "eager", chunks) if has_head else None
     logits = x.new_empty(min(rows, count), n_classes)
     beside = teacher.new_empty(min(rows, count), n_classes) if has_head or of_teacher else None
     # Autocast would narrow the fp32 sums again.

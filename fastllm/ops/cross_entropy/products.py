@@ -42,27 +42,35 @@ _add_bf16_product = extension.operator("add_product_", _product_fake)
 
 
 def add_product(total, a, b, backend: str, first: bool) -> None:
-    """``total += a.T @ b``, summed in total's dtype."""
-    narrow = a.dtype == b.dtype != total.dtype
+    """``total += a.T @ b``, summed in at least fp32. A total of 16 bits is the product alone, rounded once."""
+    wide = torch.promote_types(total.dtype, torch.float32)
+    narrow = a.dtype == b.dtype != wide
     if backend == "native" and narrow and a.dtype == torch.bfloat16 and extension.bf16_products() != "none":
         if first:
             total.zero_()
         _add_bf16_product(total, a, b if b.stride(1) == 1 else b.contiguous())
+    elif narrow and a.is_cuda and total.dtype == a.dtype:
+        torch.mm(a.t(), b, out=total)
     elif narrow and a.is_cuda:
         torch.addmm(total, a.t(), b, out_dtype=total.dtype, beta=0 if first else 1, out=total)
     else:
         # PyTorch's CPU matmuls sum 16-bit operands into 16 bits, which would cost dW its precision over many chunks.
-        b = b.to(total.dtype)
-        step = max(1, a.shape[1] if a.dtype == total.dtype else WIDENED)
+        b = b.to(wide)
+        step = max(1, a.shape[1] if a.dtype == total.dtype == wide else WIDENED)
         for some, columns in zip(total.split(step), a.split(step, 1), strict=True):
-            torch.addmm(some, columns.to(total.dtype).t(), b, beta=0 if first else 1, out=some)
+            columns = columns.to(wide).t()
+            if some.dtype == wide:
+                torch.addmm(some, columns, b, beta=0 if first else 1, out=some)
+            else:
+                some.copy_(columns @ b)
 
 
 @dataclass
 class LayerGradients:
     """The gradients of a layer, added up over chunks of its rows; None for one that is not needed.
 
-    ``x`` in its own dtype. ``weight`` and ``bias`` in at least fp32.
+    ``x`` in its own dtype. ``bias`` in at least fp32. ``weight`` too, but in its own dtype where one chunk is all: the
+    sum in fp32 need not be kept then. The extension's product adds to fp32 alone.
     """
 
     layer: Layer
@@ -73,16 +81,17 @@ class LayerGradients:
     begun: bool = False
 
     @classmethod
-    def of(cls, layer: Layer, needs, backend: str, empty: bool) -> LayerGradients:
-        """Of no rows yet. ``needs``: which are wanted, in the order of ``layer``. ``empty``: no chunk will come."""
+    def of(cls, layer: Layer, needs, backend: str, chunks: int) -> LayerGradients:
+        """Of no rows yet. ``needs``: which are wanted, in the order of ``layer``. ``chunks``: how many will come."""
         x, weight, _ = layer
         wide = torch.promote_types(x.dtype, torch.float32)
-        blank = torch.zeros if empty else torch.empty  # the first chunk overwrites it
+        dtype = weight.dtype if chunks == 1 and backend != "native" else wide
+        blank = torch.empty if chunks else torch.zeros  # the first chunk overwrites it
         need_dx, need_dw, need_db = needs
         return cls(
             layer, backend,
             torch.zeros_like(x, memory_format=torch.contiguous_format) if need_dx else None,
-            blank(weight.shape, dtype=wide, device=x.device) if need_dw else None,
+            blank(weight.shape, dtype=dtype, device=x.device) if need_dw else None,
             torch.zeros(len(weight), dtype=wide, device=x.device) if need_db else None,
         )  # fmt: skip
 
