@@ -5,12 +5,16 @@ The metadata is in pyproject.toml, the build itself in fastllm/extension/compile
 
 import importlib.util
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+# The extension uses Python's stable API alone: one wheel of a platform serves every Python from 3.10 on, but those
+# without the global lock, which have no such API.
+STABLE = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 
 def _load_build():
@@ -50,6 +54,7 @@ setup(
         "fastllm.bench": ["personal_lines.txt"],
         "fastllm.csrc": ["*.h", "*.cpp", "*/*.h", "*/*.cpp", "*/*.cu", "*/*.cuh", "*/*/*.h", "*/*/*.cpp"],
     },
-    ext_modules=[Extension("fastllm._C", sources=[], optional=True)],
+    ext_modules=[Extension("fastllm._C", sources=[], optional=True, py_limited_api=STABLE)],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if STABLE else {},
     cmdclass={"build_ext": BuildExtension},
 )

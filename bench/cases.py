@@ -1,9 +1,10 @@
-"""The shapes of an op, and one call of it with its gradients."""
+"""The shapes of an op, and one call of it with its gradients, as providers are timed on it."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..registry import OPS, Op, Sample
+from .timing import Call, synchronize
 
 
 def shapes_of(op: str, device: str = "cuda") -> dict[str, Callable[[torch.device, torch.dtype], Sample]] | None:
@@ -119,3 +121,52 @@ def backward(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], ou
     """Gradients of ``inputs``; outputs that are not differentiable are passed over with their gradient."""
     pairs = [(y, dy) for y, dy in zip(outputs, outputs_grad, strict=True) if y.requires_grad]
     return torch.autograd.grad([y for y, _ in pairs], inputs, [dy for _, dy in pairs], allow_unused=True)
+
+
+def calls_of(functions: dict[str, Callable], sample: Sample, direction: str) -> dict[str, Call]:
+    """Each provider's work in one direction. A backward has its own forward's graph, made before the clock starts."""
+    grads = upstream(forward(next(iter(functions.values())), sample))
+
+    def call(name: str) -> Call:
+        function = functions[name]
+
+        def own():
+            return own_tensors(function, sample)
+
+        def there(sample):
+            return forward(function, sample)
+
+        def graph():
+            sample = own()
+            return there(sample), sample
+
+        def back(ready):
+            outputs, sample = ready
+            return backward(outputs, differentiable(sample), grads)
+
+        if direction == "forward":
+            return Call(name, own, there)
+        if direction == "backward":
+            return Call(name, graph, back)
+        return Call(name, own, lambda sample: back((there(sample), sample)))
+
+    return {name: call(name) for name in functions}
+
+
+def first_calls(function: Callable, sample: Sample, device: torch.device) -> dict[str, float]:
+    """Direction -> seconds of a provider's first call, with what it compiles."""
+    sample = own_tensors(function, sample)
+    start = time.perf_counter()
+    outputs = forward(function, sample)
+    synchronize(device)
+    found = {"forward": time.perf_counter() - start}
+    leaves = differentiable(sample)
+    if leaves:
+        grads = upstream(outputs)
+        synchronize(device)
+        start = time.perf_counter()
+        backward(outputs, leaves, grads)
+        synchronize(device)
+        found["backward"] = time.perf_counter() - start
+        found["both"] = found["forward"] + found["backward"]
+    return found

@@ -16,10 +16,12 @@ from .. import cpu
 from ..commands.parser import Parser
 from ..config import path
 from ..matmul import matmul_flops
+from ..registry import Op
 from . import cases
 from .environment import environment
 from .results import Run, read_run
-from .run import ROUNDS, plan, run
+from .rival import Rival
+from .run import ROUNDS, Planned, plan, run
 from .timing import copy_bandwidth, keep_freed_memory
 
 # Seconds kept for the table, the plots and the page.
@@ -51,6 +53,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", nargs="+", default=[""], help="only shapes whose name contains one of these")
     parser.add_argument("--sweep", action="store_true", help="after the shapes, sizes for GB/s and TFLOP/s over them")
     parser.add_argument("--provider", nargs="+", default=[], help="beside fastllm and eager, only these")
+    parser.add_argument(
+        "--rival", action="append", default=[], metavar="MODULE:FUNCTION",
+        help="a function of yours with OP's arguments, or FILE.py:FUNCTION, as one more provider; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--compile", nargs="+", metavar="OP", help="torch.compile only beside these ops (beside all)")
     parser.add_argument("--rounds", type=int, help="samples of each provider")
     parser.add_argument("--budget", type=float, default=240.0, metavar="SECONDS", help="for everything (%(default)g)")
@@ -92,6 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         planned = plan(ops, options.shape, options.sweep, device.type)
         if not planned:
             raise ValueError(f"--shape: no shape of these ops has {' or '.join(map(repr, options.shape))} in its name")
+        rivals = _rivals(options.rival, ops, planned, device)
         if options.tune:
             from .tune import main as tune
 
@@ -117,11 +124,29 @@ def main(argv: list[str] | None = None) -> int:
         found = run(
             planned, device, dtypes=options.dtype, rounds=options.rounds or ROUNDS[device.type],
             budget=left, only=options.provider, compiled=compiled, environment=where,
-            keep=lambda found: found.write(file),
+            rivals=rivals, keep=lambda found: found.write(file),
         )  # fmt: skip
+    for rival in rivals:
+        rival.stop()
     found.write(file)
     print("written:", file, *_shown(found, folder))
-    return 0 if any(row.samples for row in found.rows) else 1
+    refused = {row.provider: row.problem for row in found.rows if row.provider in options.rival and row.problem}
+    for name, problem in refused.items():
+        print(f"fastllm bench: {name} has no time in some calls: {problem}", file=sys.stderr)
+    return 0 if any(row.samples for row in found.rows) and not refused else 1
+
+
+def _rivals(targets: list[str], ops: list[Op], planned: list[Planned], device: torch.device) -> list[Rival]:
+    """One for each of ``targets``, which has been imported and takes some of the calls."""
+    if targets and len(ops) != 1:
+        raise ValueError(f"--rival: expected one OP, whose arguments it takes, got {len(ops)} ops")
+    if len(set(targets)) != len(targets):
+        raise ValueError("--rival: the same function is named twice")
+    samples = [case.make(torch.device("meta"), torch.float32) for case in planned]
+    found = [Rival(target, device) for target in targets]
+    for rival in found:
+        rival.check(ops[0], samples)
+    return found
 
 
 def _device(name: str) -> torch.device:

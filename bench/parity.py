@@ -159,7 +159,10 @@ class Judge:
 
     def problem(self, function: Callable) -> str | None:
         """Why ``function`` is wrong, or None."""
-        got = results(function, self.sample)
+        return self.problem_of(results(function, self.sample))
+
+    def problem_of(self, got: Tensors) -> str | None:
+        """Why ``got``, outputs and gradients of one call as :func:`results` gives them, are wrong, or None."""
         if len(got) != len(self.truth):
             return f"gives {len(got)} outputs and gradients, expected {len(self.truth)}"
         for i, (value, truth, allowed) in enumerate(zip(got, self.truth, self.allowed, strict=True)):

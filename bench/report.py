@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .results import OURS, Row, Run, in_cases, matrix_rate, read_run
+from .scores import fast_p
 from .timing import Quartiles
 
 
@@ -57,6 +58,9 @@ def show(run: Run) -> None:
     out = console()
     if run.rows:
         out.print(table(run.rows, run.environment))
+    for provider, score in fast_p(run.rows).items():
+        shares = ", ".join(f"{share:.2f} (p = {p})" for p, share in score["fast_p"].items())
+        out.print(f"fast_p of {provider} over eager: {shares}; {score['right']} of {score['calls']} calls right")
     for provider, problem in sorted({(row.provider, row.problem) for row in run.rows if row.missing}):
         out.print(f"{provider}: {problem}", highlight=False)
     unbegun = [line for line in run.left_out if line.endswith("was spent")]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
 
 from .timing import Quartiles
 
 OURS, EAGER, COMPILED = "fastllm", "eager", "torch.compile"
+# Of what a run writes; the number grows when a field goes or means something else, not when one comes.
+FORMAT = "fastllm-bench/1"
 NOT_INSTALLED = "not installed"
 NOT_COMPILED = "not compiled: the share of the budget for compiling was spent"
 
@@ -64,8 +66,18 @@ class Run:
     rows: list[Row] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
+    def document(self) -> dict:
+        """As docs/bench.schema.json has it: what the samples come to beside them."""
+        from .scores import CONFIDENCE, derived, fast_p
+
+        more = derived(self.rows)
+        rows = [asdict(row) | more.get(id(row), {}) for row in self.rows]
+        found = {"format": FORMAT, **asdict(self), "rows": rows}
+        return found | {"confidence": CONFIDENCE, "scores": fast_p(self.rows)}
+
     def write(self, file: Path) -> None:
-        file.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        # Strict JSON: Python's own NaN and Infinity are none.
+        file.write_text(json.dumps(self.document(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def matrix_rate(rates: Mapping[str, float], dtype: str) -> float:
@@ -85,7 +97,9 @@ def read_run(file: Path) -> Run:
         rates = found["environment"]["rates"]
         if not (rates["copy"] > 0 and rates["matrix"] > 0 and found["environment"]["device"]):
             raise ValueError("no rates")
-        return Run(found["environment"], [Row(**row) for row in found["rows"]], list(found["left_out"]))
+        known = {field.name for field in fields(Row)}
+        rows = [Row(**{name: value for name, value in row.items() if name in known}) for row in found["rows"]]
+        return Run(found["environment"], rows, list(found["left_out"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: not a bench.json ({error})") from error
 

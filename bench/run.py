@@ -10,9 +10,10 @@ beside the copy bandwidth and the matrix rate measured at the start.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import time
-from collections.abc import Callable, Collection, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 
@@ -21,9 +22,11 @@ import torch
 from ..backends import backend, pick
 from ..registry import Cost, Op, Sample
 from . import cases
+from .cases import calls_of, first_calls
 from .parity import Judge
 from .results import COMPILED, EAGER, NOT_COMPILED, NOT_INSTALLED, OURS, Row, Run, matrix_rate
-from .timing import Call, OutOfTime, Quartiles, Timer, host_seconds, interleaved, synchronize, time_limit
+from .rival import Rival, first_line, settled
+from .timing import OutOfTime, Quartiles, Timer, host_seconds, interleaved, time_limit
 
 DIRECTIONS = ("forward", "backward", "both")
 # Largest call, in bytes of its tensors, that is run: a CPU takes seconds for more, and its gradients as much again.
@@ -63,55 +66,6 @@ def providers(op: Op) -> dict[str, Callable[[], Callable]]:
     return {OURS: lambda: op.function, EAGER: lambda: eager, COMPILED: compiled, **cases.rivals_of(op.name)}
 
 
-def calls_of(functions: dict[str, Callable], sample: Sample, direction: str) -> dict[str, Call]:
-    """Each provider's work in one direction. A backward has its own forward's graph, made before the clock starts."""
-    grads = cases.upstream(cases.forward(next(iter(functions.values())), sample))
-
-    def call(name: str) -> Call:
-        function = functions[name]
-
-        def own():
-            return cases.own_tensors(function, sample)
-
-        def forward(sample):
-            return cases.forward(function, sample)
-
-        def graph():
-            sample = own()
-            return forward(sample), sample
-
-        def backward(ready):
-            outputs, sample = ready
-            return cases.backward(outputs, cases.differentiable(sample), grads)
-
-        if direction == "forward":
-            return Call(name, own, forward)
-        if direction == "backward":
-            return Call(name, graph, backward)
-        return Call(name, own, lambda sample: backward((forward(sample), sample)))
-
-    return {name: call(name) for name in functions}
-
-
-def _first_calls(function: Callable, sample: Sample, device: torch.device) -> dict[str, float]:
-    """Direction -> seconds of a provider's first call, with what it compiles."""
-    sample = cases.own_tensors(function, sample)
-    start = time.perf_counter()
-    outputs = cases.forward(function, sample)
-    synchronize(device)
-    found = {"forward": time.perf_counter() - start}
-    leaves = cases.differentiable(sample)
-    if leaves:
-        grads = cases.upstream(outputs)
-        synchronize(device)
-        start = time.perf_counter()
-        cases.backward(outputs, leaves, grads)
-        synchronize(device)
-        found["backward"] = time.perf_counter() - start
-        found["both"] = found["forward"] + found["backward"]
-    return found
-
-
 @dataclass
 class Compiling:
     """The seconds that torch.compile may still take, over all calls of a run, until it has been judged."""
@@ -133,7 +87,7 @@ class Entrants:
 
     def __init__(
         self, op: Op, sample: Sample, dtype: torch.dtype, device: torch.device, only=(), *, left=math.inf,
-        compiling: Compiling | None = None,
+        compiling: Compiling | None = None, rivals: Sequence[Rival] = (),
     ):  # fmt: skip
         compiling = compiling or Compiling()
         self.functions: dict[str, Callable] = {}
@@ -151,7 +105,7 @@ class Entrants:
             try:
                 with spending, time_limit(math.inf if name in (OURS, EAGER) else RIVAL_SHARE * left):
                     function = setup()
-                    self.first[name] = _first_calls(function, sample, device)
+                    self.first[name] = first_calls(function, sample, device)
                     if name == EAGER and PASSES * sum(self.first[name].values()) / 2 > left:
                         raise OutOfTime(f"a call takes {sum(self.first[name].values()):.1f} s, {left:.0f} s are left")
                     judge = judge or Judge(op, function if name == EAGER else op.reference, sample, dtype)
@@ -163,11 +117,18 @@ class Entrants:
             except ModuleNotFoundError as error:
                 problem = f"{NOT_INSTALLED} ({error.name})"
             except Exception as error:
-                problem = _first_line(error)
+                problem = first_line(error)
             if problem is None:
                 self.functions[name] = function
             else:
                 self.problems[name] = problem
+        for rival in rivals:
+            try:
+                with time_limit(RIVAL_SHARE * left):
+                    rival.enter(judge or Judge(op, op.reference, sample, dtype))
+            except OutOfTime as error:
+                rival.problem = str(error)
+            self.first[rival.name] = rival.first
 
 
 def _least(cost: Cost, direction: str) -> tuple[int, int]:
@@ -192,6 +153,7 @@ class Effort:
         left: seconds that it must not exceed; a call whose first run says that it would raises OutOfTime.
         compiling: what torch.compile may take; all that it wants without.
         balance: FLOPs a byte above which matrix products bound a call: on CUDA it is timed with a hot cache too.
+        rivals: those in processes of their own.
     """
 
     rounds: int
@@ -199,6 +161,7 @@ class Effort:
     left: float = math.inf
     balance: float = math.inf
     compiling: Compiling | None = None
+    rivals: Sequence[Rival] = ()
 
 
 def measure(
@@ -212,7 +175,10 @@ def measure(
     """
     began = time.monotonic()
     cost = op.cost(*sample.args, **sample.kwargs)
-    entrants = Entrants(op, sample, getattr(torch, dtype), device, only, left=effort.left, compiling=effort.compiling)
+    entrants = Entrants(
+        op, sample, getattr(torch, dtype), device, only, left=effort.left, compiling=effort.compiling,
+        rivals=effort.rivals,
+    )  # fmt: skip
     common = dict(op=op.name, shape=sample.name, dtype=dtype, **sweep)
     directions = DIRECTIONS if cases.differentiable(sample) else DIRECTIONS[:1]
     states = {}
@@ -231,15 +197,29 @@ def measure(
         timer = Timer(device, cache == "cold")
         timer.calibrate(next(iter(calls.values())), device)
         share = (effort.within - (time.monotonic() - began)) / (len(turns) - at)
-        samples = interleaved(calls, effort.rounds, device, timer=timer, within=share)
+        for rival in effort.rivals:
+            rival.prepare(direction, cache == "cold")
+        calls |= {rival.name: rival for rival in effort.rivals if rival.problem is None}
+        clock = settled(timer) if effort.rivals else timer
+        samples = interleaved(calls, effort.rounds, device, timer=clock, within=share)
         least, flops = _least(cost, direction)
         for name, times in samples.items():
+            call = calls[name]
+            if isinstance(call, Rival):
+                peak, waits = call.outcome()
+                if call.problem is not None:
+                    continue
+            else:
+                peak, waits = timer.peaks.get(name), name in timer.behind
             brief = device.type == "cuda" and Quartiles.of(times).median < LAUNCH_BOUND
+            host = [] if not brief else call.host() if isinstance(call, Rival) else host_seconds(call, device)
             yield Row(
                 **common, provider=name, samples=times, least_bytes=least, flops=flops,
-                first_call=entrants.first[name].get(direction), peak_bytes=timer.peaks.get(name),
-                host=host_seconds(calls[name], device) if brief else [], waits=name in timer.behind,
+                first_call=entrants.first[name].get(direction), peak_bytes=peak, host=host, waits=waits,
             )  # fmt: skip
+        for rival in effort.rivals:
+            if rival.problem is not None:
+                yield Row(**common, provider=rival.name, problem=rival.problem)
 
 
 @dataclass(frozen=True)
@@ -305,6 +285,7 @@ def run(
     only=(),
     compiled: Container[str] | None = None,
     environment: dict | None = None,
+    rivals: Sequence[Rival] = (),
     tell: Callable[[str], None] = print,
     keep: Callable[[Run], None] = lambda run: None,
 ) -> Run:
@@ -313,8 +294,11 @@ def run(
     Each case has an equal share of what is left of ``budget`` seconds, takes fewer samples rather than more time, and
     is stopped where it takes the time of many others.
     torch.compile serves the ops whose names ``compiled`` contains, or all.
-    ``keep`` is given what there is after every case. ``environment`` may have the device's ``rates``.
+    ``rivals`` are providers in processes of their own. ``keep`` is given what there is after every case.
+    ``environment`` may have the device's ``rates``.
     """
+    # Some calls import it. An import that a time limit stops leaves a module that cannot be used.
+    importlib.import_module("torch._dynamo")
     found = Run(environment or {})
     rates = found.environment.get("rates")
     end = time.monotonic() + budget
@@ -342,24 +326,21 @@ def run(
                 raise OutOfTime(f"takes longer than the {limit:.0f} s that a call may take")
             tell(f"{what} (fastllm serves it by {_serving(case.op, call)})")
             balance = matrix_rate(rates, dtype) / rates["copy"] if rates else math.inf
-            effort = Effort(rounds, left / (len(todo) - i), limit, balance, compiling)
+            effort = Effort(rounds, left / (len(todo) - i), limit, balance, compiling, rivals)
             chosen = only
             if compiled is not None and case.op.name not in compiled:
                 chosen = [OURS, *(name for name in only or providers(case.op) if name != COMPILED)]
+            for rival in rivals:
+                rival.start()
             with time_limit(limit):
                 for row in measure(case.op, call, dtype, device, effort, chosen, axis=case.axis, size=case.size):
                     found.rows.append(row)
         except OutOfTime as error:
             found.left_out.append(f"{what}: {error}")
         except Exception as error:  # what it was is in the results; the other cases go on
-            found.left_out.append(f"{what}: {_first_line(error)}")
+            found.left_out.append(f"{what}: {first_line(error)}")
         keep(found)
     return found
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def _serving(op: Op, call: Sample) -> str:

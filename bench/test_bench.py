@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastllm.bench import run
+from fastllm.bench import cases, run
 from fastllm.bench.results import NOT_INSTALLED, OURS
 from fastllm.bench.timing import synchronize
 
@@ -30,7 +30,7 @@ def test_op(planned, provider, direction, device, dtype, benchmark):
     if problem is not None and provider != OURS and problem.startswith((NOT_INSTALLED, "NotImplementedError")):
         pytest.skip(problem)
     assert problem is None
-    call = run.calls_of({provider: entrants.functions[provider]}, sample, direction)[provider]
+    call = cases.calls_of({provider: entrants.functions[provider]}, sample, direction)[provider]
     benchmark.group = f"{planned.op.name}, {planned.name}, {dtype}, {direction}"
     benchmark.extra_info["first call s"] = entrants.first[provider].get(direction)
 

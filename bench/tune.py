@@ -21,9 +21,10 @@ from ..kernels import launch as _launch
 from ..kernels import tuned as _tuned
 from ..registry import Op
 from . import cases
+from .cases import calls_of
 from .parity import Judge
 from .report import verdict
-from .run import LARGEST, calls_of, plan
+from .run import LARGEST, plan
 from .timing import Quartiles, Timer, interleaved
 
 Settings = dict[str, int]

@@ -8,7 +8,7 @@ the standard library and looks for torch's headers among the installed packages.
 ``FORCE_CUDA``           ``1`` is FASTLLM_CUDA=1
 ``TORCH_CUDA_ARCH_LIST`` as PyTorch reads it, "8.0;9.0+PTX"; the default is 9.0+PTX. No GPU is asked for
 ``CUDA_HOME``            the toolkit; otherwise nvcc from PATH, then /usr/local/cuda
-``MAX_JOBS``             compilers that run at once
+``MAX_JOBS``             compilers that run at once; the default is the number of cores that this process may use
 ``DEBUG``                ``1``: no optimisation, debug symbols, assertions
 ``CXX``, ``CXXFLAGS``, ``LDFLAGS``, ``NVCC_FLAGS``   as usual
 =======================  ============================================================================================
@@ -36,6 +36,8 @@ HERE = Path(__file__).resolve().parent.parent
 NAMED_ARCHITECTURES = {"Ampere": "8.0;8.6+PTX", "Ada": "8.9+PTX", "Hopper": "9.0+PTX", "Blackwell": "10.0;12.0+PTX"}
 # The oldest stable ABI that the operators may use: that of torch 2.10.
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+# The oldest Python whose stable API the module uses, and the end of such a module's name.
+PYTHON_API, STABLE = "0x030a0000", ".abi3.so"
 X86_VARIANTS = {
     "default": [],
     "avx2": ["-mavx2"],
@@ -198,7 +200,10 @@ def _jobs() -> int:
     wish = os.environ.get("MAX_JOBS", "")
     if wish and (not wish.isdigit() or int(wish) < 1):
         raise ValueError(f"MAX_JOBS: expected a positive number, got {wish!r}")
-    return int(wish) if wish else max(1, os.cpu_count() or 1)
+    if wish:
+        return int(wish)
+    # A container or a batch system may allow fewer cores than there are.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _common_flags(torch: Torch, work: Path) -> list[str]:
@@ -254,17 +259,22 @@ def _steps(compiler: list[str], torch: Torch, cuda: Cuda | None, work: Path, tar
         f'#define FASTLLM_BUILD_CUDA "{cuda.version if cuda else ""}"\n'
         f"#define FASTLLM_BUILD_ARCHITECTURES {{{quoted}}}\n",
     )
-    headers = sorted([*csrc.rglob("*.h"), *csrc.rglob("*.cuh"), work / "fastllm_build.h"])
+    headers = sorted([*csrc.rglob("*.h"), *csrc.rglob("*.cuh")])
 
-    def compile_cxx(source: Path, name: str, extra: list[str]) -> BuildStep:
+    def compile_cxx(source: Path, name: str, extra: list[str], *more: Path) -> BuildStep:
         out = work / f"{name}.o"
-        return BuildStep([*compiler, *common, *cxx, *extra, "-c", str(source), "-o", str(out)], out, [source, *headers])
+        command = [*compiler, *common, *cxx, TARGET, *extra, "-c", str(source), "-o", str(out)]
+        return BuildStep(command, out, [source, *headers, *more])
 
     steps = []
     for source in sorted([*csrc.glob("*.cpp"), *(csrc / "cpu").glob("*.cpp")]):
-        # The pybind11 inside torch 2.11 refuses to be compiled beside TORCH_TARGET_VERSION.
+        if source.name == "module.cpp":
+            # It alone knows of Python, and of the fingerprint, which changes with every source.
+            api = [f"-DPy_LIMITED_API={PYTHON_API}"] if extension_name().endswith(STABLE) else []
+            steps.append(compile_cxx(source, source.stem, api, work / "fastllm_build.h"))
+            continue
         extra = AMX if source.stem.endswith("_amx") and "-DFASTLLM_AMX" in cxx else []
-        steps.append(compile_cxx(source, source.stem, extra if source.name == "module.cpp" else [TARGET, *extra]))
+        steps.append(compile_cxx(source, source.stem, extra))
     variants = X86_VARIANTS if "-DFASTLLM_X86_VARIANTS" in cxx else {"default": []}
     for source in sorted((csrc / "cpu" / "vector").glob("*.cpp")):
         for name, extra in variants.items():
@@ -338,7 +348,8 @@ def _execute(steps: list[BuildStep], work: Path) -> None:
 
 
 def extension_name() -> str:
-    return "_C" + EXTENSION_SUFFIXES[0]
+    """``_C.abi3.so``, which every Python from 3.10 on loads; another for a Python without the stable API."""
+    return "_C" + (STABLE if STABLE in EXTENSION_SUFFIXES else EXTENSION_SUFFIXES[0])
 
 
 def build(target: Path, work: Path) -> str:
@@ -376,6 +387,11 @@ def build(target: Path, work: Path) -> str:
             raise
         cuda, without = None, f"compiling it failed: {error}"
         _execute(_steps(compiler, torch, cuda, work, target), work)
+    # An extension by another of Python's names, from an older build: Python would prefer the one for itself alone.
+    for suffix in EXTENSION_SUFFIXES:
+        other = target.with_name("_C" + suffix)
+        if target.name.startswith("_C.") and other != target:
+            other.unlink(missing_ok=True)
     device = f"CUDA {cuda.version} code for {', '.join(cuda.architectures)}" if cuda else f"no CUDA code: {without}"
     return f"fastllm: built {target.name} (C++ with {compiler[0]}, torch {torch.version} headers; {device})"
 

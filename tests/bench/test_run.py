@@ -169,7 +169,7 @@ def test_a_call_that_the_budget_has_no_room_for_is_left_out(small, monkeypatch):
     _, left_out = _run(small, budget=1e-2, environment={"rates": {"copy": 1.0, "matrix": 1.0}})
     assert len(left_out) == 2
     assert "longer than the 0 s that a call may take" in left_out[0]
-    monkeypatch.setattr(run, "_first_calls", lambda *args: {"forward": 5.0})
+    monkeypatch.setattr(run, "first_calls", lambda *args: {"forward": 5.0})
     monkeypatch.setitem(run.CASE, "cpu", 10.0)
     monkeypatch.setitem(run.CASE_SHARE, "cpu", 0.0)
     rows, left_out = _run(small, shape=["first"], environment={"rates": rates})
