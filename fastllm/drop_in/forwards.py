@@ -12,9 +12,10 @@ from ..ops.linear import FEWEST_ROWS
 from ..ops.shared.widened import NARROW, widens
 from .calls import own
 from .deferred import Deferred, value_of
+from .fused import fused_inference
 from .logits import Logits
 from .plain import freed_after_forward, hooked, plain, recorded
-from .rows import Rows
+from .rows import ALWAYS, IN_TRAINING, Rows
 from .swap import forward_of, original_forward
 
 UNFIT = "tensors, dtypes, shapes or devices that it does not take, or vmap, tracing or forward-mode differentiation"
@@ -53,7 +54,7 @@ def rms_norm_forward(module, original, options, x):
 
 
 @forward_of("embedding")
-def embedding_forward(module, original, may_defer: bool, input):
+def embedding_forward(module, original, may_defer: str | None, input):
     weight = module.weight
     if not plain(input, weight) or input.dtype not in (torch.int64, torch.int32) or not weight.is_floating_point():
         own("embedding", UNFIT)
@@ -62,7 +63,8 @@ def embedding_forward(module, original, may_defer: bool, input):
         own("embedding", "ids and table are on two devices")
         return original(module, input)
     simple = module.max_norm is None and not module.sparse and not module.scale_grad_by_freq
-    if may_defer and simple and not recorded() and not weight.is_inference() and not hooked(module):
+    when = may_defer == ALWAYS or (may_defer == IN_TRAINING and module.training)
+    if when and simple and not recorded() and not weight.is_inference() and not hooked(module):
         return Rows.of(input, weight, module.padding_idx)
     return embedding(
         input, weight, module.padding_idx, module.max_norm, module.norm_type, module.scale_grad_by_freq, module.sparse
@@ -173,7 +175,7 @@ def multihead_attention_forward(module, original, options, *args, **kwargs):
     ordinary = ordinary and query.is_floating_point() and _is_linear(module.out_proj)
 
     def before():
-        return original(module, **asked._asdict())
+        return fused_inference(original, module, **asked._asdict())
 
     if not ordinary:
         own("attention", "weights are asked for (need_weights)" if asked.need_weights else UNFIT)

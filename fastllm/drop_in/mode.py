@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .. import functional
 from ..backends import BackendError
 from .deferred import Deferred
+from .fused import SteppingAside, stepping_aside
 from .plain import plain
 
 ROUTES: dict[Callable, Callable] = {
@@ -29,7 +29,7 @@ if hasattr(F, "linear_cross_entropy"):
     ROUTES[F.linear_cross_entropy] = functional.linear_cross_entropy
 
 
-class _Accelerated(TorchFunctionMode):
+class _Accelerated(SteppingAside):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         ours = ROUTES.get(func)
@@ -59,8 +59,9 @@ def accelerated() -> Iterator[None]:
 
     Nothing outside the block changes, nor any other thread. A call that fastllm does not serve goes to torch. Calls
     that torch makes inside another overridable function (the attention within ``F.multi_head_attention_forward``) stay
-    torch's: :func:`fastllm.accelerate` serves that module. A backend that was chosen explicitly and cannot run raises
+    torch's: :func:`fastllm.accelerate` serves that module. So does the fused inference of ``nn.TransformerEncoder``,
+    its layers and ``nn.MultiheadAttention``. A backend that was chosen explicitly and cannot run raises
     :class:`fastllm.BackendError`.
     """
-    with _Accelerated():
+    with stepping_aside(_Accelerated()):
         yield

@@ -8,6 +8,9 @@ from ..functional import embedding, embedding_sum
 from .calls import serve
 from .deferred import Deferred, as_in_the_forward, defer
 
+# When the rows of a table may wait until they are read.
+ALWAYS, IN_TRAINING = "always", "in training"
+
 
 def _own(ids: torch.Tensor) -> torch.Tensor:
     """A copy of ``ids``, which their owner may change before the rows are read; expanded dimensions stay expanded."""

@@ -16,6 +16,7 @@ from .gated import GatedMLP, looks_like_gated, recognise_gated
 from .norms import Norm, looks_like_norm, recognise
 from .probe import OWN, settings_of
 from .report import Size
+from .rows import ALWAYS, IN_TRAINING
 from .swap import Accelerated, Kind, original_forward
 
 # torch's class -> the op that serves it, with the same name as the forward's kind.
@@ -95,6 +96,10 @@ class Rules:
         self.measured: dict[tuple, Norm | GatedMLP | Experts | str] = {}
         self.heads = dict(find_heads(model))
         self.summed = set(find_summed(model))
+        # torch's fused inference of encoder layers takes no tensor that is still to be computed.
+        self.sums_when = (
+            IN_TRAINING if any(isinstance(m, nn.TransformerEncoderLayer) for m in model.modules()) else ALWAYS
+        )
 
     def decide(self, path: str, module: nn.Module) -> Decision | None:
         """What becomes of ``module``, or None if it is nothing that we serve."""
@@ -145,7 +150,7 @@ class Rules:
         options = None
         why = f"torch.nn.{cls.__name__}"
         if op == "embedding":
-            options = id(module) in self.summed and self.sums(path, module)
+            options = self.sums_when if id(module) in self.summed and self.sums(path, module) else None
             if options:
                 why = "torch.nn.Embedding; sums with its neighbours become one embedding_sum"
         return Decision(op, Kind(op, options), why, _size(module, op, path))
