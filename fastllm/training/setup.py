@@ -14,30 +14,11 @@ from ..data import Dataset, Tokenizer, load_dataset, open_dataset
 from ..models import Model, build_model
 from ..tasks.read import read_examples
 from ..tasks.store import TaskDataset, open_examples, prepare_examples, split_examples, texts
-from .checkpoints.checkpoint import MANIFEST, check, find_checkpoint, load_config
+from .checkpoints.checkpoint import load_config
+from .checkpoints.model_folder import model_folder
 from .config import RunConfig
 from .lora import add_lora
 from .objectives.choose import ObjectiveConfig, fit_model
-
-
-def model_folder(path: str | Path) -> Path:
-    """The folder with weights and tokenizer that ``path`` names: a run's, a checkpoint, or one that holds just these.
-
-    A folder that is none of these is given back as it is: what reads it names the file that is missing.
-
-    Raises:
-        InputError: there is none, or its manifest does not fit it.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
-    if (folder / "model").is_dir():
-        folder = folder / "model"
-    elif (folder / "checkpoints").is_dir() or (folder / "config.toml").exists():
-        return find_checkpoint(folder)
-    if (folder / MANIFEST).exists():
-        check(folder)
-    return folder
 
 
 def with_pretrained(config: RunConfig) -> RunConfig:
