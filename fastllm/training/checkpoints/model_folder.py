@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...config import InputError
-from .checkpoint import MANIFEST, check, find_checkpoint
+from ...models import LanguageModel, ModelConfig, load_model
+from .checkpoint import MANIFEST, check, find_checkpoint, load_config
 
 
 def model_folder(path: str | Path) -> Path:
@@ -26,3 +27,30 @@ def model_folder(path: str | Path) -> Path:
     if (folder / MANIFEST).exists():
         check(folder)
     return folder
+
+
+def language_model_folder(path: str | Path, argument: str) -> tuple[Path, ModelConfig]:
+    """The folder that ``path`` names and its model's shape; ``argument`` is what messages begin with.
+
+    Raises:
+        InputError: there is none, or its model is no decoder alone.
+    """
+    folder = model_folder(path)
+    shape = load_config(folder)
+    if (shape.encoder, shape.decoder != "none") != ("none", True):
+        raise InputError(f"{argument}: {folder} is no language model: its encoder is {shape.encoder} and its decoder "
+                         f"{shape.decoder}")  # fmt: skip
+    return folder, shape
+
+
+def load_language_model(path: str | Path, argument: str) -> LanguageModel:
+    """The language model that ``path`` names, in evaluation mode.
+
+    Raises:
+        InputError: as :func:`language_model_folder`; or the model's files do not fit each other.
+    """
+    folder, _ = language_model_folder(path, argument)
+    try:
+        return load_model(folder)
+    except (ValueError, FileNotFoundError) as error:
+        raise InputError(f"{argument}: {error}") from error
