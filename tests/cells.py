@@ -8,6 +8,7 @@ import torch
 from fastllm.config import InputError
 from fastllm.data import Corpus, Tokenizer, prepare
 from fastllm.models import ModelConfig, build_model
+from fastllm.tasks.prompts import rendered
 from fastllm.tasks.store import prepare_examples, split_examples, texts
 from fastllm.training.config import TrainingConfig
 from fastllm.training.objectives import OBJECTIVES, ObjectiveConfig, fit_model, make_objective
@@ -56,6 +57,10 @@ def examples(objective: str) -> list[dict]:
         elif objective == "classify":
             label = ("bad", "good")[number % 2]
             made.append({"text": f"{text} {label} {sentence(source, 2)}", "label": label})
+        elif objective == "instruct":
+            made.append({"prompt": f"{text} =", "answer": f" {text.split()[0]}"})
+        elif objective == "dpo":
+            made.append({"prompt": text, "chosen": f" {sentence(source, 3)}.", "rejected": f" {sentence(source, 3)}!"})
         else:
             context = f"{text} the key is K{number}. {sentence(source)}"
             answer = {"text": f"K{number}", "start": context.index(f"K{number}")}
@@ -66,14 +71,35 @@ def examples(objective: str) -> list[dict]:
 @cache
 def dataset(objective: str, folder):
     kind = OBJECTIVES[objective]
-    config = ObjectiveConfig(objective)
+    config = config_for(objective, folder)
     if kind.task:
         train, validation = split_examples(examples(objective))
         tokenizer = Tokenizer.train(texts(train), 300, special_tokens=config.special_tokens)
+        if kind.asks:
+            train, validation = ([rendered(e, tokenizer) for e in part] for part in (train, validation))
+        if objective == "dpo":
+            even = {"reference": {"chosen": -20.0, "rejected": -20.0}}
+            train, validation = ([{**e, **even} for e in part] for part in (train, validation))
         return prepare_examples(folder / objective, objective, "toy", train, validation, tokenizer)
     source = random.Random(0)
     corpus = Corpus("toy", [document(source) for _ in range(6)], [document(source) for _ in range(2)])
     return prepare(corpus, folder / objective, vocab_size=300, special_tokens=config.special_tokens)
+
+
+def config_for(objective: str, folder) -> ObjectiveConfig:
+    """The settings of an objective, with a teacher in ``folder`` where it needs one."""
+    if objective == "dpo":
+        return ObjectiveConfig("dpo", pretrained=str(folder))
+    if objective != "distill":
+        return ObjectiveConfig(objective)
+    teacher = folder / "teacher"
+    if not teacher.exists():
+        data, state = dataset("causal", folder), torch.get_rng_state()
+        torch.manual_seed(1)
+        build_model(SHAPE.replace(vocab_size=data.tokenizer.vocab_size)).save_pretrained(teacher)
+        torch.set_rng_state(state)
+        data.tokenizer.save_pretrained(teacher)
+    return ObjectiveConfig("distill", teacher=str(teacher))
 
 
 def cells() -> list[tuple[str, str, str]]:
@@ -82,8 +108,11 @@ def cells() -> list[tuple[str, str, str]]:
     for name, kind in OBJECTIVES.items():
         for encoder in KINDS if kind.encoder else ("none",):
             for decoder in KINDS if kind.decoder else ("none",):
+                needs = {"dpo": {"pretrained": "x"}, "distill": {"teacher": "x"}}.get(name, {})
                 try:
-                    fit_model(ObjectiveConfig(name), SHAPE.replace(encoder=encoder, decoder=decoder), ("decoder",))
+                    fit_model(
+                        ObjectiveConfig(name, **needs), SHAPE.replace(encoder=encoder, decoder=decoder), ("decoder",)
+                    )
                 except InputError:
                     continue
                 found.append((name, encoder, decoder))
@@ -93,7 +122,7 @@ def cells() -> list[tuple[str, str, str]]:
 def setting(name: str, encoder: str, decoder: str, folder):
     """The objective on a toy, and a model for it."""
     torch.manual_seed(0)
-    config, data = ObjectiveConfig(name), dataset(name, folder)
+    config, data = config_for(name, folder), dataset(name, folder)
     shape = fit_model(config, SHAPE.replace(encoder=encoder, decoder=decoder))
     labels = data.labels if name == "classify" else ()
     model = build_model(shape.replace(vocab_size=data.tokenizer.vocab_size, labels=labels))

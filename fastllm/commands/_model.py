@@ -14,9 +14,9 @@ from ..data.corpus import lines_of
 from ..models import Model, ModelConfig, load_model
 from ..training import RUNS
 from ..training.checkpoints.checkpoint import load_config
+from ..training.checkpoints.model_folder import model_folder
 from ..training.config import DEVICES
 from ..training.device import pick_device
-from ..training.setup import model_folder
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,5 +1,6 @@
 """Score a model on held-out data: BLEU and chrF of translations, accuracy and F1 of labels, exact match and F1 of
-answers, bits per byte of a language model and what it makes of BLiMP."""
+answers; bits per byte of a language model, its divergence from a teacher, what it makes of BLiMP, of prompts with
+answers and of preferences."""
 
 from __future__ import annotations
 
@@ -33,12 +34,29 @@ from ..tasks.read import read_labelled, read_pairs, read_questions
 from ..tasks.translate import translate
 from ..training.checkpoints.checkpoint import load_config
 from ..training.evaluate import evaluate
+from ..training.objectives.distill import student_scores
 from ._model import add_model_arguments, chosen_folder, load_for, task_of
+from ._prompts import beside, form_asked, scores_of_prompts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("data", nargs="*", metavar="FILE", help="data of the form that the model was trained on")
+    parser.add_argument(
+        "data", nargs="*", metavar="FILE",
+        help="data of the form that the model was trained on; of language models text, or JSON lines of prompts with "
+        "answers or of prompt, chosen and rejected",
+    )  # fmt: skip
+    parser.add_argument(
+        "--reference", metavar="RUN",
+        help="of preferences: the run or model that margins are over (default: the one that the run started from)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--beta", type=float, metavar="X", help="of preferences: the margins' factor (default: the run's, else 0.1)"
+    )
+    parser.add_argument(
+        "--teacher", metavar="RUN",
+        help="of language models: also the divergence from this run or model, in nats a token",
+    )  # fmt: skip
     parser.add_argument(
         "--blimp", metavar="FOLDER", help="of language models: minimal pairs, a .jsonl file a paradigm, as BLiMP's"
     )
@@ -111,8 +129,14 @@ def _text(model, tokenizer, arguments) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "held-out.bin"
         write_token_file(path, [*corpus.train, *corpus.validation], tokenizer)
-        result = evaluate(model, open_token_file(path, tokenizer), model.config.context_length, 8, "float32")
-    return {"bits_per_byte": result.bits_per_byte, "loss": result.loss, "tokens": result.tokens}
+        held_out, context = open_token_file(path, tokenizer), model.config.context_length
+        if arguments.teacher is None:
+            result = evaluate(model, held_out, context, 8, "float32")
+        else:
+            teacher = beside(arguments.teacher, "teacher", tokenizer).to(model.head.weight.device)
+            context = min(context, teacher.config.context_length)
+            result = student_scores(model, teacher, held_out, context, 8)
+    return {**result.scores, "loss": result.loss, "tokens": result.tokens}
 
 
 def _language(model, tokenizer, arguments, paradigms: list[Paradigm]) -> tuple[dict, list[dict]]:
@@ -158,7 +182,10 @@ def _run(arguments: argparse.Namespace, out: Path | None) -> int:
     paradigms = [] if arguments.blimp is None else read_blimp(arguments.blimp)
     model, tokenizer = load_for(folder, arguments.device)
     predictions = []
-    if task in TASKS:
+    form = form_asked(arguments, task, folder)
+    if form is not None:
+        scores, predictions = scores_of_prompts(model, tokenizer, form, arguments)
+    elif task in TASKS:
         read, score = TASKS[task]
         examples = read(arguments.data)
         examples = examples[: arguments.limit] if arguments.limit else examples

@@ -14,7 +14,7 @@ from ..files import folder_to_fill, whole_folder
 from ..models import build_model, load_model
 from ..models.to_gguf import write_gguf
 from ..training.checkpoints.checkpoint import SHARDED, load_config, write_manifest
-from ..training.setup import model_folder
+from ..training.checkpoints.model_folder import model_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

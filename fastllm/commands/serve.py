@@ -7,8 +7,8 @@ import socket
 from pathlib import Path
 
 from ..config import InputError
+from ..training.checkpoints.model_folder import model_folder
 from ..training.config import DEVICES
-from ..training.setup import model_folder
 from ._model import load_for, task_of
 
 

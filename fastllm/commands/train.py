@@ -12,6 +12,7 @@ from ..training import TrainingConfig, build_run_config, resume, train
 from ..training.config import DEFAULT_PRESET
 from ..training.objectives import ObjectiveConfig
 from ..training.recipes import RECIPES
+from ..training.setup import with_teacher
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,11 +62,10 @@ def run(arguments: argparse.Namespace) -> int:
         if config.objective.pretrained and merged["model"]:
             flag = next(iter(merged["model"])).replace("_", "-")
             raise InputError(f"--{flag}: the model's shape comes from --pretrained {config.objective.pretrained}")
-        if config.data.tokenizer and "vocab_size" in merged["model"]:
-            available = Tokenizer.load(config.data.tokenizer).vocab_size
+        tokenizer = with_teacher(config).data.tokenizer
+        if tokenizer and "vocab_size" in merged["model"]:
+            available = Tokenizer.load(tokenizer).vocab_size
             if available != config.model.vocab_size:
-                raise InputError(
-                    f"{config.data.tokenizer}: {available} tokens do not match vocab_size {config.model.vocab_size}"
-                )
+                raise InputError(f"{tokenizer}: {available} tokens do not match vocab_size {config.model.vocab_size}")
         result = train(config, arguments.out, quiet=arguments.quiet, auto_resume=arguments.auto_resume)
     return 128 + result.signal if result.signal else 0

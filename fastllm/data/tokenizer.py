@@ -57,13 +57,31 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
+def _chat_template(folder: Path) -> str | None:
+    """The chat template in ``folder``, as transformers writes it: a file of its own, or in tokenizer_config.json."""
+    alone, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if alone.is_file():
+        return read_plain(alone).decode()
+    if not config.is_file():
+        return None
+    try:
+        found = json.loads(read_plain(config)).get("chat_template")
+        if isinstance(found, list):  # several, by name
+            found = next((entry["template"] for entry in found if entry["name"] == "default"), None)
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise InputError(f"{config}: not a tokenizer's configuration: {error!r}") from error
+    return found
+
+
 class Tokenizer:
     """Text to token ids and back; without loss for any Unicode text, where its kind can.
 
-    Text never encodes to a special token's id, not even the literal ``<|endoftext|>``.
+    Text never encodes to a special token's id, not even the literal ``<|endoftext|>``; :meth:`encode_template` alone
+    reads special tokens. ``chat_template`` is a Jinja template as transformers has it, or None.
     """
 
-    def __init__(self, definition: str):
+    def __init__(self, definition: str, chat_template: str | None = None):
+        self.chat_template = chat_template
         self._inner = tokenizers.Tokenizer.from_str(definition)
         self._inner.encode_special_tokens = True
         self._inner.no_truncation()
@@ -98,13 +116,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a ``tokenizer.json``.
+        """Read a ``tokenizer.json``, and the chat template of the files beside it, if they have one.
 
         Raises:
             InputError: the file is missing, is not one, or has no token that separates documents.
         """
         try:
-            tokenizer = cls(read_plain(path).decode())
+            tokenizer = cls(read_plain(path).decode(), _chat_template(Path(path).parent))
         except InputError:
             raise
         except BaseException as error:
@@ -127,6 +145,8 @@ class Tokenizer:
         self.save(folder / "tokenizer.json")
         roles = {f"{role}_token": self.token(index) for role, index in self.special_tokens.items()}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **roles}
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
         write_text(folder / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
 
     @property
@@ -190,6 +210,21 @@ class Tokenizer:
             ids += self._inner.encode(piece, add_special_tokens=False).ids
         return ids
 
+    def encode_template(self, text: str) -> list[int]:
+        """Token ids of a chat template's ``text``, in which the names of special tokens stand for these."""
+        return self._reads_special.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _reads_special(self) -> tokenizers.Tokenizer:
+        inner = tokenizers.Tokenizer.from_str(self.definition)
+        inner.no_truncation()
+        inner.no_padding()
+        return inner
+
+    def special_in(self, text: str) -> str | None:
+        """The name of a special token that stands in ``text`` literally, None where there is none."""
+        return next((name for name in sorted(self._skipped_names) if name in text), None)
+
     def encode_batch(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each text its ids, uint32, and where among them its sentences begin, int64 and ascending.
 
@@ -231,7 +266,7 @@ class Tokenizer:
             return self
         inner = tokenizers.Tokenizer.from_str(self.definition)
         inner.add_special_tokens(missing)
-        return Tokenizer(inner.to_str())
+        return Tokenizer(inner.to_str(), self.chat_template)
 
     def _pieces(self, text: str) -> Iterable[str]:
         return _pieces(text) if self._cuts else (text,)

@@ -129,3 +129,57 @@ def span_features(examples: list[dict], tokenizer: Tokenizer, context: int) -> F
                     first, last = inside[0], inside[-1]
             rows.append({**window, "start": first, "end": last})
     return Features(rows, {"tokens": tokenizer.special("sep"), "segments": 1}, {"lengths": "tokens"})
+
+
+def answer_ids(example: dict, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """The tokens of an example to learn from, and which of them are an answer's, its end included."""
+    end = tokenizer.end_of_text
+    ids, learned = ([], []) if example["templated"] else ([end], [False])
+    for text, answer in example["parts"]:
+        if example["templated"]:
+            some = tokenizer.encode_template(text)
+        else:
+            some = [*tokenizer.encode(text), *([end] if answer else [])]
+        ids += some
+        learned += [bool(answer)] * len(some)
+    return ids, learned
+
+
+def pair_parts(example: dict, name: str) -> dict:
+    """The side ``name`` of a pair as an example to learn from."""
+    return {"parts": [[example["prompt"], False], [example[name], True]], "templated": example["templated"]}
+
+
+def _predicting(example: dict, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Tokens, and the one that follows each, which counts where it is an answer's."""
+    ids, learned = answer_ids(example, tokenizer)
+    return ids[:-1], [token if counts else IGNORE for token, counts in zip(ids[1:], learned[1:], strict=True)]
+
+
+def answer_features(examples: list[dict], tokenizer: Tokenizer, context: int) -> Features:
+    """``tokens`` and ``targets`` of prompts with answers. Those of more than ``context`` tokens are left out."""
+    rows = []
+    for example in examples:
+        tokens, targets = _predicting(example, tokenizer)
+        if len(tokens) <= context:
+            rows.append({"tokens": tokens, "targets": targets})
+    return Features(rows, {"tokens": tokenizer.end_of_text, "targets": IGNORE}, {"lengths": "tokens"})
+
+
+def preference_features(examples: list[dict], tokenizer: Tokenizer, context: int) -> Features:
+    """``chosen``, ``rejected`` and the targets of both, with the reference's log-probabilities where there are some.
+
+    Pairs with an answer that makes more than ``context`` tokens are left out.
+    """
+    end, rows, fillers = tokenizer.end_of_text, [], {}
+    for name in ("chosen", "rejected"):
+        fillers |= {name: end, f"{name}_targets": IGNORE}
+    for example in examples:
+        row = {}
+        for name in ("chosen", "rejected"):
+            row[name], row[f"{name}_targets"] = _predicting(pair_parts(example, name), tokenizer)
+            if "reference" in example:
+                row[f"reference_{name}"] = float(example["reference"][name])
+        if max(len(row["chosen"]), len(row["rejected"])) <= context:
+            rows.append(row)
+    return Features(rows, fillers, {f"{name}_lengths": name for name in ("chosen", "rejected")})

@@ -20,6 +20,7 @@ from ..config import InputError, check_encodable
 from ..data.corpus import lines_of, read_text
 from ..data.sources.compressed import SUFFIXES
 from .forms import FORMS
+from .prompts import read_instructions, read_preferences
 
 Examples = list[dict]
 # The names under which a table's columns go, in order of preference.
@@ -213,7 +214,10 @@ def read_questions(paths: Sequence[str | Path]) -> Examples:
     return examples
 
 
-READERS = {"seq2seq": read_pairs, "classify": read_labelled, "answer": read_questions}
+READERS = {
+    "seq2seq": read_pairs, "classify": read_labelled, "answer": read_questions, "instruct": read_instructions,
+    "dpo": read_preferences,
+}  # fmt: skip
 
 
 def read_examples(objective: str, paths: Sequence[str | Path]) -> Examples:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from ..models import Encoder, EncoderDecoder, Model
+from ..generate.sampling import generate
+from ..models import Encoder, EncoderDecoder, LanguageModel, Model
 from .answer import answers
 from .classify import classify
+from .features import answer_ids
 from .store import TaskDataset
 from .translate import translate
 
@@ -14,6 +16,22 @@ def marked(context: str, start: int, end: int, around: int = 80) -> str:
     before, after = context[max(0, start - around) : start], context[end : end + around]
     shown = f"{'...' if start > around else ''}{before}[{context[start:end]}]{after}"
     return " ".join((shown + ("..." if end + around < len(context) else "")).split())
+
+
+# Of an answer to a prompt, at most so many tokens.
+ANSWER_TOKENS = 100
+
+
+def _answered(model: LanguageModel, tokenizer, example: dict) -> str:
+    """A prompt, the answer that it came with, and the model's likeliest one."""
+    parts = example.get("parts") or [[example["prompt"], False], [example["chosen"], True]]
+    # What stands before the last answer.
+    asked = {"parts": parts[:-1], "templated": example["templated"]}
+    ids = answer_ids(asked, tokenizer)[0]
+    room = min(ANSWER_TOKENS, model.config.context_length - len(ids))
+    found = generate(model, ids, max_new_tokens=room, temperature=0.0, stop_token=tokenizer.end_of_text) if room else []
+    shown = "".join(text for text, _ in parts[:-1])
+    return f"prompt:   {shown}\nexpected: {parts[-1][0]}\nanswer:   {tokenizer.decode(found)}\n"
 
 
 def show(model: Model, dataset, count: int) -> str:
@@ -38,4 +56,6 @@ def show(model: Model, dataset, count: int) -> str:
             expected = example["answers"][0]["text"] if example["answers"] else "(none)"
             blocks.append(f"{example['question']}\n  {marked(example['context'], span.start, span.end)}\n"
                           f"  expected: {' '.join(expected.split())}\n")  # fmt: skip
+    elif isinstance(model, LanguageModel):
+        blocks = [_answered(model, dataset.tokenizer, example) for example in examples]
     return "\n".join(blocks)

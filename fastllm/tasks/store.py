@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -105,14 +106,23 @@ def label_names(train: list[dict], validation: list[dict]) -> tuple[str, ...]:
 
 def texts(examples: list[dict]) -> list[str]:
     """All text in ``examples``, each once: what a tokenizer is trained on."""
-    names = ("source", "target", "text", "question", "context")
-    return list(dict.fromkeys(example[name] for example in examples for name in names if name in example))
+    names = ("source", "target", "text", "question", "context", "prompt", "answer", "chosen", "rejected")
+    found = []
+    for example in examples:
+        for value in (example[name] for name in names if name in example):
+            found += [value] if isinstance(value, str) else [message["content"] for message in value]
+        found += [message["content"] for message in example.get("messages", ())]
+    return list(dict.fromkeys(found))
 
 
 def prepare_examples(
-    folder: str | Path, objective: str, name: str, train: list[dict], validation: list[dict], tokenizer: Tokenizer
-) -> TaskDataset:
+    folder: str | Path, objective: str, name: str, train: list[dict], validation: list[dict], tokenizer: Tokenizer,
+    *, notes: Sequence[str] = (),
+) -> TaskDataset:  # fmt: skip
     """Write the examples and the tokenizer into ``folder``, and open it.
+
+    Args:
+        notes: what people are told of the examples.
 
     Raises:
         InputError: the labels do not serve.
@@ -122,7 +132,7 @@ def prepare_examples(
     labels = label_names(train, validation) if objective == "classify" else ()
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
-    digests, notes, before = {}, [], len(train)
+    digests, notes, before = {}, list(notes), len(train)
     train = unique(train)
     # What is trained on must not be scored on.
     seen = {json.dumps(example, sort_keys=True) for example in train}

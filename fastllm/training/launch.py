@@ -18,7 +18,7 @@ from .loop import CONFIG, SESSIONS, Result, Run, fixed_settings
 from .parallel.ranks import ALONE, Ranks, launched
 from .reports.progress import METRICS, Display, find_wandb
 from .session import train_run
-from .setup import fitted, open_data, reopen_data, with_pretrained
+from .setup import fitted, open_data, reopen_data, with_pretrained, with_teacher
 
 RUNS = Path("runs")
 # The first that a run writes, and what follows.
@@ -42,7 +42,7 @@ def train(
     """
     if launched() and folder is None:
         raise InputError("--out: under torchrun the run needs a name, by which a restart finds it")
-    config = with_pretrained(config)
+    config = with_teacher(with_pretrained(config))
     if folder is not None and checkpoints(Path(folder) / "checkpoints"):
         if not (auto_resume or launched()):
             raise InputError(f"{folder}: holds a run already; go on with --resume {folder}, or choose another --out")

@@ -14,34 +14,56 @@ from ..data import Dataset, Tokenizer, load_dataset, open_dataset
 from ..models import Model, build_model
 from ..tasks.read import read_examples
 from ..tasks.store import TaskDataset, open_examples, prepare_examples, split_examples, texts
-from .checkpoints.checkpoint import MANIFEST, check, find_checkpoint, load_config
+from .checkpoints.checkpoint import load_config
+from .checkpoints.model_folder import language_model_folder, model_folder
 from .config import RunConfig
 from .lora import add_lora
 from .objectives.choose import ObjectiveConfig, fit_model
+from .prompts import prepare_prompts
 
 
-def model_folder(path: str | Path) -> Path:
-    """The folder with weights and tokenizer that ``path`` names: a run's, a checkpoint, or one that holds just these.
+def _with_tokenizer(config: RunConfig, folder: Path, argument: str) -> RunConfig:
+    """``config`` with the tokenizer in ``folder``, which must be the one that it names already, if any.
 
-    A folder that is none of these is given back as it is: what reads it names the file that is missing.
+    ``argument``: what names the folder.
 
     Raises:
-        InputError: there is none, or its manifest does not fit it.
+        InputError: there is none, or another one is asked for.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
-    if (folder / "model").is_dir():
-        folder = folder / "model"
-    elif (folder / "checkpoints").is_dir() or (folder / "config.toml").exists():
-        return find_checkpoint(folder)
-    if (folder / MANIFEST).exists():
-        check(folder)
-    return folder
+    tokenizer, given = folder / "tokenizer.json", config.data.tokenizer
+    mine = Tokenizer.load(tokenizer)
+    if given and Tokenizer.load(given).fingerprint != mine.fingerprint:
+        raise InputError(f"tokenizer: {given} is not the one that {folder} was trained with, which {argument} names")
+    return config if given else replace(config, data=replace(config.data, tokenizer=str(tokenizer)))
+
+
+def with_teacher(config: RunConfig) -> RunConfig:
+    """``config`` with the teacher's tokenizer, where there is a teacher.
+
+    Raises:
+        InputError: there is no such model, its vocabulary or its context does not serve, or the vocabulary is split.
+    """
+    objective = config.objective
+    if config.training.tensor_parallel > 1 and objective.objective in ("dpo", "distill"):
+        raise InputError(f"tensor_parallel: objective {objective.objective} needs the whole vocabulary on each rank")
+    if objective.teacher is None:
+        return config
+    folder, shape = language_model_folder(objective.teacher, "teacher")
+    config = _with_tokenizer(config, folder, "teacher")
+    if shape.context_length < config.model.context_length:
+        raise InputError(f"context_length: the teacher {folder} reads {shape.context_length} tokens, the student "
+                         f"{config.model.context_length}")  # fmt: skip
+    size = Tokenizer.load(folder / "tokenizer.json").vocab_size
+    if shape.vocab_size != size:
+        raise InputError(f"teacher: {folder}: {size} tokens of the tokenizer do not match the model's vocab_size "
+                         f"{shape.vocab_size}")  # fmt: skip
+    return config
 
 
 def with_pretrained(config: RunConfig) -> RunConfig:
     """``config`` with the shape of the model that ``pretrained`` names, fitted to the objective, and its tokenizer.
+
+    The reference of dpo is the model without dropout, so dpo trains without it.
 
     Raises:
         InputError: there is no such model, it does not serve the objective, or another tokenizer is asked for.
@@ -51,13 +73,10 @@ def with_pretrained(config: RunConfig) -> RunConfig:
         return config
     folder = model_folder(objective.pretrained)
     shape = load_config(folder)
-    tokenizer = folder / "tokenizer.json"
-    given = config.data.tokenizer
-    if given and Tokenizer.load(given).fingerprint != Tokenizer.load(tokenizer).fingerprint:
-        raise InputError(f"tokenizer: {given} is not the one that {folder} was trained with")
+    config = _with_tokenizer(config, folder, "pretrained")
     # What the weights' shape is, the objective cannot change; only heads are added or left out.
-    model = fit_model(objective, shape.replace(heads=()), given=("encoder", "decoder", "segments"))
-    return replace(config, model=model, data=replace(config.data, tokenizer=str(tokenizer)))
+    shape = shape.replace(heads=(), **({"dropout": 0.0} if objective.objective == "dpo" else {}))
+    return replace(config, model=fit_model(objective, shape, given=("encoder", "decoder", "segments")))
 
 
 def open_data(config: RunConfig, folder: Path, say: Callable[[str], None]) -> Dataset | TaskDataset:
@@ -89,6 +108,8 @@ def open_data(config: RunConfig, folder: Path, say: Callable[[str], None]) -> Da
             texts(train), config.model.vocab_size, objective.tokenizer_kind, special_tokens=objective.special_tokens
         )
     name = " ".join(Path(path).name for path in config.data.data)
+    if objective.kind.asks:
+        return prepare_prompts(config, folder, name, (train, validation), tokenizer, say)
     return prepare_examples(folder, objective.objective, name, train, validation, tokenizer)
 
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from cells import cells, dataset, setting, tiny_run
+from cells import cells, config_for, dataset, setting, tiny_run
+from thorough import THOROUGH
 
 import fastllm
 from fastllm.config import InputError
@@ -15,7 +16,15 @@ from fastllm.data.batches import IGNORE
 from fastllm.data.tokenizer import SPECIAL_TOKENS
 from fastllm.models import ModelConfig, build_model
 from fastllm.training.config import TrainingConfig, build_run_config
-from fastllm.training.objectives import MaskedLM, ObjectiveConfig, PrefixLM, fit_model, make_objective, rows_of
+from fastllm.training.objectives import (
+    OBJECTIVES,
+    MaskedLM,
+    ObjectiveConfig,
+    PrefixLM,
+    fit_model,
+    make_objective,
+    rows_of,
+)
 from fastllm.training.objectives.examples import POOL, ExampleOrder
 from fastllm.training.objectives.masked import Masking, Pieces, Sentences, mask_tokens
 from fastllm.training.optimizer import Optimizers
@@ -36,8 +45,15 @@ def test_every_objective_learns_on_every_model_that_serves_it(cell, folder):
     assert last < 0.9 * first
 
 
+def of_kernels():
+    """The cells; by default without those whose kernels other cells run in the same way."""
+    for cell in cells():
+        alike = cell[0] == "instruct" or (cell[0] in ("dpo", "distill") and cell[2] != "transformer")
+        yield pytest.param(cell, marks=[THOROUGH] if alike else [], id=" ".join(cell))
+
+
 @pytest.mark.runs_on("interpreter")
-@pytest.mark.parametrize("cell", cells(), ids=" ".join)
+@pytest.mark.parametrize("cell", list(of_kernels()))
 def test_gradients_on_the_kernels_are_those_on_the_eager_backend(cell, folder):
     objective, model = setting(*cell, folder)
     batch, results = rows_of(objective.batch(0), 2)[0], {}
@@ -51,10 +67,10 @@ def test_gradients_on_the_kernels_are_those_on_the_eager_backend(cell, folder):
         torch.testing.assert_close(a, b, rtol=5e-4, atol=5e-6)
 
 
-@pytest.mark.parametrize("name", ["causal", "prefix", "mlm", "nsp", "mlm+nsp", "seq2seq", "classify", "answer"])
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_batch_is_a_function_of_seed_and_step_and_losses_of_parts_add_up(name, folder):
     data = dataset(name, folder)
-    make = lambda seed, size: make_objective(ObjectiveConfig(name), data, 32, size, seed)  # noqa: E731
+    make = lambda seed, size: make_objective(config_for(name, folder), data, 32, size, seed)  # noqa: E731
     objective, again, other = make(3, 4), make(3, 4), make(4, 4)
     state = torch.get_rng_state()
     for step in (7, 0, 7):

@@ -2,16 +2,21 @@
 
 from .base import Batch, Objective, rows_of, to_device
 from .choose import OBJECTIVES, ObjectiveConfig, fit_model, make_objective
+from .distill import Distill
 from .examples import Answer, Classify, Seq2Seq
 from .masked import MaskedLM
+from .prompts import DPO, Instruct
 from .streams import CausalLM, PrefixLM
 
 __all__ = [
+    "DPO",
     "OBJECTIVES",
     "Answer",
     "Batch",
     "CausalLM",
     "Classify",
+    "Distill",
+    "Instruct",
     "MaskedLM",
     "Objective",
     "ObjectiveConfig",

@@ -6,14 +6,17 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from ...config import InputError, option
+from ...config import InputError, option, settings
 from ...data import Dataset
 from ...data.tokenizer import KINDS, SPECIAL_TOKENS
 from ...models import ModelConfig
 from ...tasks.store import TaskDataset
+from ..checkpoints.model_folder import load_language_model
 from .base import Objective
+from .distill import Distill, TeacherTerm
 from .examples import SMOOTHING, Answer, Classify, Seq2Seq
 from .masked import MaskedLM
+from .prompts import DPO, Instruct
 from .streams import CausalLM, PrefixLM
 
 
@@ -22,6 +25,7 @@ class ObjectiveKind:
     """What an objective needs: ``encoder`` and ``decoder`` in the model, ``heads`` on the encoder.
 
     ``task``: it reads examples, not a stream of text. ``tokens``: the tokenizer's special tokens, as in SPECIAL_TOKENS.
+    ``asks``: its examples are prompts.
     """
 
     summary: str
@@ -30,6 +34,7 @@ class ObjectiveKind:
     heads: tuple[str, ...] = ()
     task: bool = False
     tokens: str = "masked"
+    asks: bool = False
 
 
 OBJECTIVES = {
@@ -45,7 +50,18 @@ OBJECTIVES = {
     "seq2seq": ObjectiveKind("a text in another language", True, True, task=True, tokens="causal"),
     "classify": ObjectiveKind("the label of a text", True, False, ("classify",), task=True),
     "answer": ObjectiveKind("where in a text the answer to a question stands", True, False, ("span",), task=True),
+    "instruct": ObjectiveKind("the answer to a prompt", False, True, task=True, tokens="causal", asks=True),
+    "dpo": ObjectiveKind(
+        "which of two answers is preferred, by a pretrained model", False, True, task=True, tokens="causal", asks=True
+    ),
+    "distill": ObjectiveKind("the next token, as the text and a teacher have it", False, True, tokens="causal"),
 }
+# Settings of one objective, which are refused for the others.
+OWN = {
+    "mask_probability": ("mlm", "mlm+nsp"), "whole_word": ("mlm", "mlm+nsp"), "token_dropout": ("classify",),
+    "beta": ("dpo",), "dpo_loss": ("dpo",), "teacher": ("distill",), "teacher_share": ("distill",),
+    "temperature": ("distill",), "direction": ("distill",), "jsd_beta": ("distill",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,13 +90,38 @@ class ObjectiveConfig:
         None, "tasks: a file or folder to score on; without it one example in ten of the data"
     )
 
+    beta: float = option(0.1, "dpo: how strongly the model is held to the one that it starts from", above=0)
+    dpo_loss: str = option(
+        "sigmoid", "dpo: the loss of a pair; ipo's is the difference from 1 / (2 beta), squared",
+        choices=("sigmoid", "hinge", "ipo"),
+    )  # fmt: skip
+    teacher: str | None = option(None, "distill: the run or model to learn from; its tokenizer is taken")
+    teacher_share: float = option(0.5, "distill: the teacher's part of the loss, the text has the rest",
+                                  above=0, maximum=1)  # fmt: skip
+    temperature: float = option(
+        1.0, "distill: divides the logits of both; the divergence is multiplied by its square", above=0
+    )
+    direction: str = option(
+        "forward", "distill: KL(teacher || student), KL(student || teacher), or the Jensen-Shannon divergence",
+        choices=("forward", "reverse", "jsd"),
+    )  # fmt: skip
+    jsd_beta: float = option(0.5, "distill: the teacher's share of the mixture in jsd", above=0, below=1)
+
     def __post_init__(self):
+        for setting in settings(type(self)):
+            home = OWN.get(setting.name, (self.objective,))
+            if self.objective not in home and getattr(self, setting.name) != setting.default:
+                raise InputError(f"{setting.name}: is for objective {' and '.join(home)}, not for {self.objective}")
+        if self.label_smoothing and self.kind.asks:
+            raise InputError(f"label_smoothing: is for seq2seq and classify, not for {self.objective}")
+        if self.objective == "dpo" and self.pretrained is None:
+            raise InputError("pretrained: objective dpo needs a model to start from, which is its reference; name one")
+        if self.objective == "distill" and self.teacher is None:
+            raise InputError("teacher: objective distill needs one; name a run or a model")
         if self.lora_rank and self.pretrained is None:
             raise InputError("lora_rank: adapters are added to a pretrained model; name one with pretrained")
         if self.lora_rank and find_spec("peft") is None:
             raise InputError("lora_rank: adapters need peft: pip install 'fastllm[lora]'")
-        if self.token_dropout and self.objective != "classify":
-            raise InputError(f"token_dropout: is for objective classify, not for {self.objective}")
         if self.tokenizer_kind != "bpe" and not OBJECTIVES[self.objective].task:
             raise InputError(f"tokenizer_kind: objective {self.objective} is no task; train a tokenizer with "
                              "fastllm tokenizer train and name it")  # fmt: skip
@@ -145,4 +186,9 @@ def make_objective(
         return Classify(
             *arguments, label_smoothing=config.label_smoothing or 0.0, token_dropout=config.token_dropout
         )  # fmt: skip
-    return {"causal": CausalLM, "prefix": PrefixLM, "answer": Answer}[name](*arguments)
+    if name == "dpo":
+        return DPO(*arguments, beta=config.beta, kind=config.dpo_loss)
+    if name == "distill":
+        divergence = TeacherTerm(config.teacher_share, config.direction, config.temperature, config.jsd_beta)
+        return Distill(*arguments, teacher=load_language_model(config.teacher, "teacher"), divergence=divergence)
+    return {"causal": CausalLM, "prefix": PrefixLM, "answer": Answer, "instruct": Instruct}[name](*arguments)

@@ -44,7 +44,7 @@ class ExampleOrder:
         return numbers[permute(np.array([place]), POOL, derive_seed("pool", *self._key, pool))[0]]
 
 
-class _Examples:
+class ExampleObjective:
     """What the objectives on examples share; ``_features`` makes the arrays of examples."""
 
     def __init__(self, dataset: TaskDataset, context_length: int, batch_size: int, seed: int):
@@ -61,16 +61,20 @@ class _Examples:
     def _whole(self, limit: int) -> bool:
         return not limit or limit >= len(self.validation)
 
-    def _batches(self, limit: int, rows: int):
+    def _numbers(self, limit: int) -> np.ndarray:
+        """Which held-out examples are scored: all, or ``limit`` of them, spread evenly."""
         count = len(self.validation)
-        numbers = np.arange(count) if not limit or limit >= count else np.arange(limit) * count // limit
+        return np.arange(count) if not limit or limit >= count else np.arange(limit) * count // limit
+
+    def _batches(self, limit: int, rows: int):
+        numbers = self._numbers(limit)
         # The longest first: what does not fit into memory shows at once, and little is padding.
         numbers = numbers[np.argsort(-self.validation.sizes()[numbers], kind="stable")]
         for first in range(0, len(numbers), rows):
             yield self.validation.batch(numbers[first : first + rows])
 
 
-class Seq2Seq(_Examples):
+class Seq2Seq(ExampleObjective):
     """A target text given a source text. A batch: ``source``, ``lengths``, ``tokens`` and ``targets``."""
 
     def __init__(self, dataset, context_length: int, batch_size: int, seed: int, *, label_smoothing: float = SMOOTHING):
@@ -101,7 +105,7 @@ class Seq2Seq(_Examples):
         return Evaluation(losses["loss"], counts["loss"], scores, "perplexity", self._whole(limit))
 
 
-class Classify(_Examples):
+class Classify(ExampleObjective):
     """The label of a text. A batch: ``tokens``, ``lengths``, ``labels``.
 
     Args:
@@ -163,7 +167,7 @@ class Classify(_Examples):
         return Evaluation(loss / len(labels), len(labels), scores, "accuracy", self._whole(limit))
 
 
-class Answer(_Examples):
+class Answer(ExampleObjective):
     """Where in a text the answer to a question begins and ends; at the first token where there is none.
 
     A text that is too long is read in windows that overlap. A batch: ``tokens``, ``segments``, ``lengths``, ``start``

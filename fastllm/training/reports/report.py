@@ -92,7 +92,7 @@ def plot_loss(run: Path, dataset: Dataset | TaskDataset, title: str) -> Path:
 
 def write_samples(run: Path, model: Model, dataset: Dataset | TaskDataset, seed: int) -> str:
     """Write ``run/samples.txt``: from nothing, and from the first words of held-out documents; or held-out examples."""
-    if not isinstance(model, LanguageModel):
+    if isinstance(dataset, TaskDataset) or not isinstance(model, LanguageModel):
         text = show(model, dataset, SAMPLES)
         write_text(run / "samples.txt", text)
         return text

@@ -1,0 +1,82 @@
+"""How likely a language model finds the two answers of a pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import pad
+
+from ..data import Tokenizer
+from ..data.batches import IGNORE
+from ..functional import linear_log_probs
+from ..losses import sequence_log_probs
+from .features import Features, preference_features
+
+SIDES = ("chosen", "rejected")
+
+
+def pair_log_probs(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed log-probabilities (B,) of the chosen and of the rejected answers, fp32, differentiable.
+
+    Args:
+        model: a :class:`fastllm.models.LanguageModel`.
+        batch: of :func:`preference_features`, on the model's device. Both answers take one forward pass.
+    """
+    width = max(batch[name].shape[1] for name in SIDES)
+    tokens, targets = (
+        torch.cat([pad(batch[name + end], (0, width - batch[name].shape[1]), value=value) for name in SIDES])
+        for end, value in (("", 0), ("_targets", IGNORE))
+    )
+    log_probs = linear_log_probs(
+        model.hidden(tokens), model.head.weight, targets, temperature=1.0 / model.config.logit_scale
+    )
+    return sequence_log_probs(log_probs, targets != IGNORE).chunk(2)
+
+
+def score_pairs(model: nn.Module, features: Features, rows: int) -> dict[str, torch.Tensor]:
+    """``chosen`` and ``rejected``: the log-probabilities of all pairs, (N,) on the CPU, in the order of ``features``.
+
+    In evaluation mode and without gradients.
+    """
+    device = next(model.parameters()).device
+    found = {name: torch.empty(len(features)) for name in SIDES}
+    training = model.training
+    model.eval()
+    # The longest first: what does not fit into memory shows at once, and little is padding.
+    numbers = np.argsort(-features.sizes(), kind="stable")
+    with torch.no_grad():
+        for first in range(0, len(numbers), rows):
+            some = numbers[first : first + rows]
+            batch = {name: tensor.to(device) for name, tensor in features.batch(some).items()}
+            for name, values in zip(SIDES, pair_log_probs(model, batch), strict=True):
+                found[name][torch.from_numpy(some)] = values.cpu()
+    model.train(training)
+    return found
+
+
+def with_reference(examples: list[dict], score: Callable[[Features], dict], tokenizer: Tokenizer, context: int):
+    """``examples``, which all fit into ``context``, each with its answers' log-probabilities under the reference."""
+    scores = score(preference_features(examples, tokenizer, context))
+    chosen, rejected = (scores[name].tolist() for name in SIDES)
+    return [
+        {**example, "reference": {"chosen": a, "rejected": b}}
+        for example, a, b in zip(examples, chosen, rejected, strict=True)
+    ]
+
+
+def preference_scores(scores: dict[str, torch.Tensor], reference: dict[str, torch.Tensor] | None, beta: float) -> dict:
+    """Of the answers' log-probabilities: how often the chosen one is the likelier, and more so than for a reference.
+
+    ``preference_accuracy``: the share of pairs whose chosen answer is the likelier one, ``right`` their number.
+    ``reward_accuracy`` and ``margin``, with a reference: of beta times the gain in log-probability over it, the share
+    of pairs in which the chosen answer's is the larger one, and the mean difference.
+    """
+    right = int((scores["chosen"] > scores["rejected"]).sum())
+    found = {"preference_accuracy": right / len(scores["chosen"]), "right": right}
+    if reference is not None:
+        gain = (scores["chosen"] - reference["chosen"]) - (scores["rejected"] - reference["rejected"])
+        found |= {"reward_accuracy": (gain > 0).float().mean().item(), "margin": beta * gain.mean().item()}
+    return found

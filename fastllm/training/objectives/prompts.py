@@ -1,0 +1,85 @@
+"""Objectives on prompts: answers to give, and answers of which one is preferred."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ...data.batches import IGNORE
+from ...losses import dpo
+from ...tasks.features import Features, answer_features, preference_features
+from ...tasks.preferences import SIDES, pair_log_probs, preference_scores, score_pairs
+from ..device import autocast
+from ..evaluate import Evaluation, evaluating, mean_losses
+from .base import Batch
+from .examples import ExampleObjective
+from .streams import perplexity
+
+
+class Instruct(ExampleObjective):
+    """Answers given their prompts; a prompt's tokens are read and not learnt. A batch: ``tokens``, ``targets``,
+    ``lengths``."""
+
+    def _features(self, examples: list[dict]) -> Features:
+        return answer_features(examples, self.dataset.tokenizer, self.context_length)
+
+    @staticmethod
+    def counts(batch: Batch) -> dict[str, int]:
+        return {"loss": int((batch["targets"] != IGNORE).sum())}
+
+    @staticmethod
+    def tokens(batch: Batch) -> int:
+        return int(batch["lengths"].sum())
+
+    @staticmethod
+    def losses(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        return {"loss": model.loss(batch["tokens"], batch["targets"])}
+
+    def evaluate(self, model: nn.Module, rows: int, dtype: str, limit: int) -> Evaluation:
+        with evaluating(model):
+            losses, counts = mean_losses(self, model, self._batches(limit, rows), dtype)
+        scores = {"perplexity": perplexity(losses["loss"])}
+        return Evaluation(losses["loss"], counts["loss"], scores, "perplexity", self._whole(limit))
+
+
+class DPO(ExampleObjective):
+    """Direct preference optimisation of pairs whose reference log-probabilities stand with them.
+
+    A batch: ``chosen``, ``rejected``, the targets and lengths of both, and of the reference ``reference_chosen`` and
+    ``reference_rejected`` (B,), fp32.
+
+    Args:
+        beta, kind: as in :func:`fastllm.losses.dpo`.
+    """
+
+    def __init__(self, dataset, context_length: int, batch_size: int, seed: int, *, beta: float, kind: str):
+        super().__init__(dataset, context_length, batch_size, seed)
+        self.beta, self.kind = beta, kind
+
+    def _features(self, examples: list[dict]) -> Features:
+        return preference_features(examples, self.dataset.tokenizer, self.context_length)
+
+    @staticmethod
+    def counts(batch: Batch) -> dict[str, int]:
+        return {"loss": len(batch["chosen"])}
+
+    @staticmethod
+    def tokens(batch: Batch) -> int:
+        return int(sum(batch[f"{name}_lengths"].sum() for name in SIDES))
+
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        reference = (batch[f"reference_{name}"] for name in SIDES)
+        return {"loss": dpo(*pair_log_probs(model, batch), *reference, beta=self.beta, kind=self.kind)}
+
+    def evaluate(self, model: nn.Module, rows: int, dtype: str, limit: int) -> Evaluation:
+        chosen = self._numbers(limit)
+        features = Features([self.validation.rows[number] for number in chosen], self.validation.fillers,
+                            self.validation.measures)  # fmt: skip
+        with autocast(next(model.parameters()).device, dtype):
+            scores = score_pairs(model, features, rows)
+        reference = {name: torch.tensor([row[f"reference_{name}"] for row in features.rows]) for name in SIDES}
+        loss = dpo(*(scores[name] for name in SIDES), *(reference[name] for name in SIDES), beta=self.beta,
+                   kind=self.kind)  # fmt: skip
+        found = preference_scores(scores, reference, self.beta)
+        del found["right"]
+        return Evaluation(loss.item(), len(features), found, "preference_accuracy", self._whole(limit))
