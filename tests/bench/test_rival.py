@@ -104,9 +104,7 @@ def test_one_that_takes_no_call_is_refused_with_what_the_op_takes(monkeypatch):
     monkeypatch.setattr(theirs, "_asked", lambda *arguments: next(answers))
     sample = _call("", (1, 8), True, False, "meta", torch.float32)
     theirs.check(OPS["layer_norm"], [sample, sample])
-    with pytest.raises(
-        rival.Refused, match=r"module:function: no; layer_norm takes \(input, normalized_shape,"
-    ):
+    with pytest.raises(rival.Refused, match=r"module:function: no; layer_norm takes \(input, normalized_shape,"):
         theirs.check(OPS["layer_norm"], [sample, sample])
 
 
