@@ -1,6 +1,7 @@
 #include "cross_entropy.h"
 #include "gated.h"
 #include "level.h"
+#include "linear_rows.h"
 #include "norm.h"
 #include "rotary.h"
 #include "rows.h"
@@ -11,6 +12,7 @@ namespace fastllm {
   extern const RowKernels kernels;                        \
   extern const CrossEntropyKernels cross_entropy_kernels; \
   extern const GatedKernels gated_kernels;                \
+  extern const LinearKernels linear_kernels;              \
   extern const NormKernels norm_kernels;                  \
   extern const RotaryKernels rotary_kernels;
 namespace isa_default {
@@ -37,6 +39,7 @@ FASTLLM_DECLARE
 const RowKernels& row_kernels() { return FASTLLM_CHOSEN(kernels); }
 const CrossEntropyKernels& cross_entropy_kernels() { return FASTLLM_CHOSEN(cross_entropy_kernels); }
 const GatedKernels& gated_kernels() { return FASTLLM_CHOSEN(gated_kernels); }
+const LinearKernels& linear_kernels() { return FASTLLM_CHOSEN(linear_kernels); }
 const NormKernels& norm_kernels() { return FASTLLM_CHOSEN(norm_kernels); }
 const RotaryKernels& rotary_kernels() { return FASTLLM_CHOSEN(rotary_kernels); }
 

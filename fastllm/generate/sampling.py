@@ -110,7 +110,7 @@ def _stream(model, tokens, max_new_tokens, sampling: Sampling, stop_token):
                 cache.length = 0
                 fresh = tokens[-max(1, context // 2) :]
             with torch.inference_mode():
-                logits = model(torch.tensor([fresh], device=device), cache)[0, -1]
+                logits = model.last_logits(torch.tensor([fresh], device=device), cache)[0]
                 if not logits.max().isfinite():
                     raise InputError("the model's scores are not finite: nothing can be drawn from them")
                 if sampling.temperature < COLDEST:

@@ -32,7 +32,7 @@ def _deciding(model) -> Iterator[None]:
 def _logits(model, tokens: torch.Tensor, memory: Encoded | None, cache: DecoderCache) -> torch.Tensor:
     """fp32 logits (B, V) of the token after the last of ``tokens`` (B, T)."""
     arguments = (tokens, memory, cache) if isinstance(model, EncoderDecoder) else (tokens, cache)
-    return model(*arguments)[:, -1].float()
+    return model.last_logits(*arguments).float()
 
 
 def _check(model, start: torch.Tensor, max_new_tokens: int) -> int:

@@ -31,8 +31,11 @@ class DecoderCache:
     def _check(self, *tensors: torch.Tensor) -> None:
         if any(tensor.requires_grad for tensor in tensors):
             raise RuntimeError("a key/value cache keeps no gradient: call the model under torch.no_grad()")
-        if tensors[0].shape[0] != self.batch_size:
-            raise ValueError(f"the cache was made for {self.batch_size} sequences, got {tensors[0].shape[0]}")
+        self._check_batch(len(tensors[0]))
+
+    def _check_batch(self, got: int) -> None:
+        if got != self.batch_size:
+            raise ValueError(f"the cache was made for {self.batch_size} sequences, got {got}")
 
     def read(self, memory: Encoded | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """States and mask for cross-attention: ``memory``'s, whose mask is kept for the calls that give none."""
@@ -50,11 +53,13 @@ class DecoderCache:
 class KVCache(DecoderCache):
     """Room for the keys and values of ``batch_size`` sequences, (B, kv_heads, context_length, head_dim) per layer.
 
-    The model moves ``length`` on after its last layer; setting it back drops tokens from the end.
+    The model moves ``length`` on after its last layer; setting it back drops tokens from the end. ``step`` is what the
+    decoder that made the cache calls for one more token of each sequence (:mod:`.next_token`), or None.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, *, dtype: torch.dtype, device: torch.device):
         super().__init__(batch_size)
+        self.step = None
         shape = (2, config.num_layers, batch_size, config.kv_heads, config.context_length, config.head_dim)
         self._store = torch.empty(shape, dtype=dtype, device=device)
 
@@ -71,6 +76,16 @@ class KVCache(DecoderCache):
             held[layer, :, :, self.length : end] = new
         keys, values = self._store[:, layer, :, :, :end].to(key.dtype)
         return keys, values
+
+    def room(self, batch_size: int) -> tuple[tuple[torch.Tensor, ...], ...]:
+        """By layer: where the next token's key and value go, (2, B, kv_heads, head_dim), and all keys and values to it.
+
+        Raises:
+            ValueError: another number of sequences than the cache was made for.
+        """
+        self._check_batch(batch_size)
+        keys, values = self._store[:, :, :, :, : self.length + 1]
+        return self._store[:, :, :, :, self.length].unbind(1), keys.unbind(0), values.unbind(0)
 
     def select(self, index: torch.Tensor) -> None:
         super().select(index)

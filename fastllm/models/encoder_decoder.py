@@ -9,6 +9,7 @@ from .cache import DecoderCache, Encoded
 from .config import ModelConfig
 from .encoder import make_encoder
 from .head import Head
+from .next_token import last_logits
 from .pretrained import Pretrained, concrete
 from .rnn import RecurrentDecoder
 from .stack import TransformerDecoder
@@ -69,9 +70,18 @@ class EncoderDecoder(Pretrained, nn.Module):
         With a ``cache`` from :meth:`new_cache`, ``tokens`` follow those that it holds and ``memory`` is needed at the
         first call only.
         """
+        return self.logits(self._decode(tokens, memory, cache))
+
+    def last_logits(
+        self, tokens: torch.Tensor, memory: Encoded | None = None, cache: DecoderCache | None = None
+    ) -> torch.Tensor:
+        """Logits (B, vocab_size) of the token after the last of ``tokens`` (B, T); arguments as :meth:`forward`'s."""
+        return last_logits(self, self._decode(tokens, memory, cache)[:, -1])
+
+    def _decode(self, tokens: torch.Tensor, memory: Encoded | None, cache: DecoderCache | None) -> torch.Tensor:
         if memory is None and (cache is None or not cache.memory):
             raise ValueError("memory: a decoder needs the encoder's states, or a cache that has read them")
-        return self.logits(self.decoder.decode(tokens, memory, cache))
+        return self.decoder.decode(tokens, memory, cache)
 
     def loss(
         self, source: torch.Tensor, lengths: torch.Tensor | None, tokens: torch.Tensor, targets: torch.Tensor,

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import nn as fast
+from . import next_token
 from .blocks import Block, Context, relative_bucket, rotary_tables
 from .cache import Encoded, KVCache
 from .config import ModelConfig
@@ -133,7 +134,11 @@ class TransformerDecoder(TransformerStack):
             seen = (key <= torch.arange(start, end, device=tokens.device)[:, None]) | (key < prefix[:, None, None])
             seen = seen[:, None]
             context.bias = seen if context.bias is None else context.bias.masked_fill(~seen, -torch.inf)
-        x = self._blocks(self.embed(tokens, positions), context)
+        x = self.embed(tokens, positions)
+        if start and end == start + 1 and prefix is None and cache.step is not None and next_token.allowed(self):
+            x = cache.step(x, context)
+        else:
+            x = self._blocks(x, context)
         if cache is not None:
             cache.length = end
         return x
@@ -141,4 +146,7 @@ class TransformerDecoder(TransformerStack):
     def new_cache(self, batch_size: int = 1) -> KVCache:
         """An empty key/value cache for ``batch_size`` sequences of up to context_length tokens."""
         weight = self.token_embedding.weight
-        return KVCache(self.config, batch_size, dtype=weight.dtype, device=weight.device)
+        cache = KVCache(self.config, batch_size, dtype=weight.dtype, device=weight.device)
+        if next_token.applies(self):
+            cache.step = next_token.NextToken(self)
+        return cache

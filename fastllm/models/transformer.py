@@ -7,6 +7,7 @@ import torch
 from .cache import DecoderCache
 from .config import ModelConfig
 from .head import Head
+from .next_token import last_logits
 from .pretrained import Pretrained, concrete
 from .rnn import RecurrentDecoder
 from .stack import TransformerDecoder
@@ -47,6 +48,14 @@ class LanguageModel(Pretrained):
         """
         logits = self.head(self.hidden(tokens, cache, prefix))
         return logits if self.config.logit_scale == 1.0 else logits * self.config.logit_scale
+
+    def last_logits(self, tokens: torch.Tensor, cache: DecoderCache | None = None) -> torch.Tensor:
+        """Logits (B, vocab_size) of the token after the last of ``tokens`` (B, T); arguments as :meth:`forward`'s.
+
+        Raises:
+            ValueError, IndexError: as :meth:`forward`.
+        """
+        return last_logits(self, self.hidden(tokens, cache)[:, -1])
 
     def loss(self, tokens: torch.Tensor, targets: torch.Tensor, prefix: torch.Tensor | None = None) -> torch.Tensor:
         """Mean cross-entropy in nats (fp32 scalar) of ``targets`` (B, T) given ``tokens``; -100 is ignored."""

@@ -114,7 +114,7 @@ def _rotary(*args):
 
 
 # On a CPU, by csrc/cpu/rotary.cpp.
-_rotary_rows = extension.operator("rotary_rows", _fake)
+rotary_rows = extension.operator("rotary_rows", _fake)
 
 
 class _Turn(NamedTuple):
@@ -129,7 +129,7 @@ class _Turn(NamedTuple):
     backend: str
 
     def __call__(self, query, key):
-        operator = _rotary_rows if self.backend == "native" else _rotary
+        operator = rotary_rows if self.backend == "native" else _rotary
         return operator(query, key, *self[:-1])
 
 

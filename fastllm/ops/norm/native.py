@@ -38,7 +38,9 @@ def _norm_grad_rows_fake(*args):
     )
 
 
-_rows = extension.operator("norm_rows", _norm_rows_fake)
+# (x, residual, weight, bias, seed, eps, dropout_p, center) -> (y, h, mean, rstd); weight and bias in the accumulator's
+# dtype.
+norm_of_rows = extension.operator("norm_rows", _norm_rows_fake)
 _grad_rows = extension.operator("norm_grad_rows", _norm_grad_rows_fake)
 
 
@@ -55,7 +57,7 @@ def norm_rows(call: NormForward):
     wide = _wide(call.x, call.residual)
     weight = _shifted_weight(call.weight, call.offset, wide)
     bias = None if call.bias is None else call.bias.to(wide).contiguous()
-    return _rows(call.x, call.residual, weight, bias, call.seed, call.eps, call.dropout_p, call.center)
+    return norm_of_rows(call.x, call.residual, weight, bias, call.seed, call.eps, call.dropout_p, call.center)
 
 
 def norm_grad_rows(call: NormBackward):

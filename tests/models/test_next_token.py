@@ -1,0 +1,154 @@
+"""One more token through a decoder by the lean step: the same numbers as the modules, and only where it may serve."""
+
+import contextlib
+
+import pytest
+import torch
+
+import fastllm
+from fastllm import extension
+from fastllm.models import ModelConfig, build_model
+from fastllm.ops.linear_rows import MOST_ROWS, linear_rows
+
+pytestmark = [
+    pytest.mark.cpu_level,
+    pytest.mark.skipif(extension.missing() is not None, reason="no extension here: no C++ compiler"),
+]
+
+SHAPE = dict(vocab_size=61, context_length=16, num_layers=2, num_heads=4, hidden_size=24)
+LLAMA = dict(num_kv_heads=2, positions="rotary", norm="rms", activation="swiglu", bias=False, tie_embeddings=False)
+STYLES = {
+    "gpt": dict(activation="gelu_tanh"),
+    "llama": LLAMA,
+    "tiny": dict(LLAMA, num_kv_heads=4, qk_norm=True, activation="relu2", embedding_norm=True),
+    "translates": dict(encoder="transformer", norm_position="post", positions="sinusoidal", activation="relu"),
+    "t5": dict(encoder="gru", positions="relative", norm="rms", activation="geglu_tanh", scale_attention=False),
+    "groups": dict(encoder="lstm", num_kv_heads=1, positions="relative", logit_scale=0.5, activation="geglu"),
+}
+
+
+def built(**changes):
+    torch.manual_seed(3)
+    model = build_model(ModelConfig(**{**SHAPE, **changes})).eval()
+    for p in model.parameters():
+        p.data.mul_(3).add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def logits(model, tokens, memory, taken):
+    """Of the last token, which follows the others on a cache; ``taken`` counts the steps."""
+    cache = model.new_cache(len(tokens))
+    given = () if memory is None else (memory,)
+    model(tokens[:, :-2], *given, cache=cache)
+    if cache.step is not None:
+        inner = cache.step
+        cache.step = lambda *args: taken.append(1) or inner(*args)
+    model(tokens[:, -2:-1], cache=cache)
+    return model.last_logits(tokens[:, -1:], cache=cache)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("rows", [1, MOST_ROWS + 1])
+def test_a_step_gives_what_the_modules_give(style, rows):
+    model = built(**STYLES[style])
+    tokens = torch.randint(61, (rows, 7))
+    taken = []
+    with torch.inference_mode():
+        memory = (
+            model.encode(tokens.flip(1), torch.tensor([3, *[7] * (rows - 1)])) if hasattr(model, "encode") else None
+        )
+        whole = model(tokens, *([] if memory is None else [memory]))[:, -1]
+        got = logits(model, tokens, memory, taken)
+        exact = model.double()
+        wide = None if memory is None else type(memory)(memory.states.double(), memory.mask)
+        truth = exact(tokens, *([] if memory is None else [wide]))[:, -1]
+    assert len(taken) == 2
+    error, usual = (got - truth).abs().max(), (whole - truth).abs().max()
+    assert error <= 2 * usual + 4 * torch.finfo(torch.float32).eps * truth.abs().max()
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def _subclass(model):
+    model.blocks[1].mlp.up.__class__ = Doubled
+
+
+def _hook(model):
+    model.blocks[1].mlp.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def _own_weight(model):
+    torch.nn.utils.parametrize.register_parametrization(model.blocks[0].mlp.up, "weight", torch.nn.Tanh())
+
+
+@pytest.mark.parametrize("change", [_subclass, _hook, _own_weight, lambda model: model.double()])
+def test_what_is_not_known_goes_through_the_modules(change):
+    model = built()
+    change(model)
+    tokens = torch.randint(61, (1, 7))
+    with torch.no_grad():
+        assert model.new_cache().step is None
+        got = logits(model, tokens, None, [])
+        torch.testing.assert_close(got, model(tokens)[:, -1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "state", [lambda: fastllm.backend("eager"), torch.enable_grad, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_what_only_the_modules_know_of_goes_through_them(state):
+    model = built().requires_grad_(False)
+    taken = []
+    with torch.no_grad(), state():
+        logits(model, torch.randint(61, (1, 7)), None, taken)
+    assert not taken
+    model.train()
+    with torch.no_grad():
+        logits(model, torch.randint(61, (1, 7)), None, taken)
+    assert not taken
+
+
+def test_another_number_of_sequences_is_refused():
+    model = built()
+    with torch.inference_mode():
+        cache = model.new_cache(2)
+        model(torch.ones(2, 3, dtype=torch.long), cache)
+        with pytest.raises(ValueError, match="made for 2 sequences, got 1"):
+            model(torch.ones(1, 1, dtype=torch.long), cache)
+
+
+@pytest.mark.parametrize("depth", [1, 7, 64, 100, 513])
+def test_rows_times_a_matrix(depth):
+    """Whole and broken runs, strides, no bias, no rows; the same bits alone and beside others, and with two threads."""
+    torch.manual_seed(depth)
+    x, weight, bias = torch.randn(3, 5, depth), torch.randn(301, depth + 3)[:, 1:-2], torch.randn(602)[::2]
+    truth = x.double() @ weight.double().t() + bias.double()
+    got = linear_rows(x, weight, bias)
+    usual = (torch.nn.functional.linear(x, weight, bias) - truth).abs().max()
+    assert (got - truth).abs().max() <= 2 * usual + 4 * torch.finfo(torch.float32).eps * truth.abs().max()
+    assert torch.equal(linear_rows(x[1, 2], weight, bias), got[1, 2])
+    assert torch.equal(linear_rows(x.transpose(0, 1), weight, bias), got.transpose(0, 1))
+    torch.testing.assert_close(linear_rows(x, weight, None) + bias, got)
+    assert linear_rows(x[:0], weight, bias).shape == (0, 5, 301)
+    before = torch.get_num_threads()
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, before)
+        torch.set_num_threads(2)
+        assert torch.equal(linear_rows(x, weight, bias), got)
+
+
+def test_what_does_not_fit_is_refused():
+    x, weight = torch.ones(2, 4), torch.ones(3, 4)
+    for args in ((x, torch.ones(3, 5), None), (x, weight, torch.ones(2)), (x.double(), weight, None), (x, x[0], None)):
+        with pytest.raises((ValueError, RuntimeError), match="linear_rows"):
+            linear_rows(*args)
+
+
+def test_its_fake_has_the_shape():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        y = linear_rows(torch.empty(2, 3, 8), torch.empty(5, 8), None)
+    assert y.shape == (2, 3, 5)
