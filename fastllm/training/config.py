@@ -9,8 +9,8 @@ from typing import Any
 
 from ..config import InputError, build_settings, option, read_toml, settings, to_toml, unknown
 from ..data import DataConfig
-from ..models import PRESETS, ModelConfig
-from .objectives.choose import ObjectiveConfig, fit_model
+from ..models.config import PRESETS, ModelConfig
+from .objective import ObjectiveConfig, fit_model
 from .recipes import RECIPES
 
 DEFAULT_PRESET = "tiny"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import InputError
-from ..models import ModelConfig
+from ..models.config import ModelConfig
 
 
 @dataclass(frozen=True)

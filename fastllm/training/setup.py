@@ -18,7 +18,7 @@ from .checkpoints.checkpoint import load_config
 from .checkpoints.model_folder import language_model_folder, model_folder
 from .config import RunConfig
 from .lora import add_lora
-from .objectives.choose import ObjectiveConfig, fit_model
+from .objective import ObjectiveConfig, fit_model
 from .prompts import prepare_prompts
 
 

@@ -1,7 +1,8 @@
 """What a run learns: which batches it sees, what it minimises, and how the result is scored."""
 
+from ..objective import OBJECTIVES, ObjectiveConfig, fit_model
 from .base import Batch, Objective, rows_of, to_device
-from .choose import OBJECTIVES, ObjectiveConfig, fit_model, make_objective
+from .choose import make_objective
 from .distill import Distill
 from .examples import Answer, Classify, Seq2Seq
 from .masked import MaskedLM

@@ -1,167 +1,17 @@
-"""Which objective a run has: its settings, the model that it asks for, the data that it reads."""
+"""The objective that the settings name, on its data."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
-from importlib.util import find_spec
-
-from ...config import InputError, option, settings
 from ...data import Dataset
-from ...data.tokenizer import KINDS, SPECIAL_TOKENS
-from ...models import ModelConfig
 from ...tasks.store import TaskDataset
 from ..checkpoints.model_folder import load_language_model
+from ..objective import ObjectiveConfig
 from .base import Objective
 from .distill import Distill, TeacherTerm
 from .examples import SMOOTHING, Answer, Classify, Seq2Seq
 from .masked import MaskedLM
 from .prompts import DPO, Instruct
 from .streams import CausalLM, PrefixLM
-
-
-@dataclass(frozen=True)
-class ObjectiveKind:
-    """What an objective needs: ``encoder`` and ``decoder`` in the model, ``heads`` on the encoder.
-
-    ``task``: it reads examples, not a stream of text. ``tokens``: the tokenizer's special tokens, as in SPECIAL_TOKENS.
-    ``asks``: its examples are prompts.
-    """
-
-    summary: str
-    encoder: bool
-    decoder: bool
-    heads: tuple[str, ...] = ()
-    task: bool = False
-    tokens: str = "masked"
-    asks: bool = False
-
-
-OBJECTIVES = {
-    "causal": ObjectiveKind("the next token", False, True, tokens="causal"),
-    "prefix": ObjectiveKind(
-        "the next token, given a beginning that is read in both directions", False, True, tokens="causal"
-    ),
-    "mlm": ObjectiveKind("masked tokens", True, False, ("mlm",)),
-    "nsp": ObjectiveKind("whether two texts follow each other", True, False, ("nsp",)),
-    "mlm+nsp": ObjectiveKind(
-        "masked tokens and whether two texts follow each other, as BERT", True, False, ("mlm", "nsp")
-    ),
-    "seq2seq": ObjectiveKind("a text in another language", True, True, task=True, tokens="causal"),
-    "classify": ObjectiveKind("the label of a text", True, False, ("classify",), task=True),
-    "answer": ObjectiveKind("where in a text the answer to a question stands", True, False, ("span",), task=True),
-    "instruct": ObjectiveKind("the answer to a prompt", False, True, task=True, tokens="causal", asks=True),
-    "dpo": ObjectiveKind(
-        "which of two answers is preferred, by a pretrained model", False, True, task=True, tokens="causal", asks=True
-    ),
-    "distill": ObjectiveKind("the next token, as the text and a teacher have it", False, True, tokens="causal"),
-}
-# Settings of one objective, which are refused for the others.
-OWN = {
-    "mask_probability": ("mlm", "mlm+nsp"), "whole_word": ("mlm", "mlm+nsp"), "token_dropout": ("classify",),
-    "beta": ("dpo",), "dpo_loss": ("dpo",), "teacher": ("distill",), "teacher_share": ("distill",),
-    "temperature": ("distill",), "direction": ("distill",), "jsd_beta": ("distill",),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """What to learn."""
-
-    objective: str = option("causal", "what is predicted", choices=tuple(OBJECTIVES))
-    mask_probability: float = option(0.15, "mlm: part of the tokens to predict", above=0, below=1)
-    whole_word: bool = option(True, "mlm: mask all pieces of a word or none")
-    label_smoothing: float | None = option(
-        None, "seq2seq and classify: probability spread over all tokens or labels; 0.1 and 0 if not given",
-        minimum=0, below=1,
-    )  # fmt: skip
-    token_dropout: float = option(0.0, "classify: part of a text's tokens that training masks", minimum=0, below=1)
-    pretrained: str | None = option(
-        None, "start from this run's or model's weights, shape and tokenizer; heads that it lacks are new"
-    )
-    lora_rank: int = option(
-        0, "with pretrained: train adapters of this rank (LoRA) and new heads, the rest stays as it is; 0: train all",
-        minimum=0,
-    )  # fmt: skip
-    tokenizer_kind: str = option(
-        "bpe", "tasks: the kind of the tokenizer that is trained on the examples where none is given", choices=KINDS
-    )
-    held_out: str | None = option(
-        None, "tasks: a file or folder to score on; without it one example in ten of the data"
-    )
-
-    beta: float = option(0.1, "dpo: how strongly the model is held to the one that it starts from", above=0)
-    dpo_loss: str = option(
-        "sigmoid", "dpo: the loss of a pair; ipo's is the difference from 1 / (2 beta), squared",
-        choices=("sigmoid", "hinge", "ipo"),
-    )  # fmt: skip
-    teacher: str | None = option(None, "distill: the run or model to learn from; its tokenizer is taken")
-    teacher_share: float = option(0.5, "distill: the teacher's part of the loss, the text has the rest",
-                                  above=0, maximum=1)  # fmt: skip
-    temperature: float = option(
-        1.0, "distill: divides the logits of both; the divergence is multiplied by its square", above=0
-    )
-    direction: str = option(
-        "forward", "distill: KL(teacher || student), KL(student || teacher), or the Jensen-Shannon divergence",
-        choices=("forward", "reverse", "jsd"),
-    )  # fmt: skip
-    jsd_beta: float = option(0.5, "distill: the teacher's share of the mixture in jsd", above=0, below=1)
-
-    def __post_init__(self):
-        for setting in settings(type(self)):
-            home = OWN.get(setting.name, (self.objective,))
-            if self.objective not in home and getattr(self, setting.name) != setting.default:
-                raise InputError(f"{setting.name}: is for objective {' and '.join(home)}, not for {self.objective}")
-        if self.label_smoothing and self.kind.asks:
-            raise InputError(f"label_smoothing: is for seq2seq and classify, not for {self.objective}")
-        if self.objective == "dpo" and self.pretrained is None:
-            raise InputError("pretrained: objective dpo needs a model to start from, which is its reference; name one")
-        if self.objective == "distill" and self.teacher is None:
-            raise InputError("teacher: objective distill needs one; name a run or a model")
-        if self.lora_rank and self.pretrained is None:
-            raise InputError("lora_rank: adapters are added to a pretrained model; name one with pretrained")
-        if self.lora_rank and find_spec("peft") is None:
-            raise InputError("lora_rank: adapters need peft: pip install 'fastllm[lora]'")
-        if self.tokenizer_kind != "bpe" and not OBJECTIVES[self.objective].task:
-            raise InputError(f"tokenizer_kind: objective {self.objective} is no task; train a tokenizer with "
-                             "fastllm tokenizer train and name it")  # fmt: skip
-        if self.held_out and not OBJECTIVES[self.objective].task:
-            raise InputError(f"held_out: objective {self.objective} holds out documents of its data by itself")
-
-    @property
-    def kind(self) -> ObjectiveKind:
-        return OBJECTIVES[self.objective]
-
-    @property
-    def special_tokens(self) -> tuple[str, ...]:
-        """What the tokenizer must have."""
-        return SPECIAL_TOKENS[self.kind.tokens]
-
-
-def fit_model(config: ObjectiveConfig, model: ModelConfig, given: Collection[str] = ()) -> ModelConfig:
-    """``model`` with the parts and heads that the objective needs, where ``given`` does not name them.
-
-    Raises:
-        InputError: what is given does not serve the objective.
-    """
-    kind, changes = config.kind, {}
-    for part, needed in (("encoder", kind.encoder), ("decoder", kind.decoder)):
-        value = getattr(model, part)
-        if needed == (value != "none"):
-            continue
-        if part in given:
-            wanted = "transformer, lstm or gru" if needed else "none"
-            raise InputError(f"{part}: objective {config.objective} needs {wanted}, got {value}")
-        changes[part] = "transformer" if needed else "none"
-    if config.objective == "prefix" and model.decoder != "transformer":
-        raise InputError(f"decoder: objective prefix needs transformer, got {model.decoder}")
-    changes["heads"] = kind.heads
-    # Two segments tell A from B, the question from the text.
-    if (set(kind.heads) & {"nsp", "span"} or (kind.heads and not kind.task)) and not model.segments:
-        if "segments" in given and "mlm" not in kind.heads:
-            raise InputError(f"segments: objective {config.objective} needs at least 2, got 0")
-        changes["segments"] = 2
-    return model.replace(**changes)
 
 
 def make_objective(
