@@ -13,7 +13,7 @@ from torch import nn
 from ..data import TokenFile, evaluation_batches
 from ..data.batches import IGNORE
 from .device import autocast
-from .objectives.base import Batch, Evaluation, Objective, to_device
+from .objective_base import Batch, Evaluation, Objective, to_device
 
 
 def bits_per_byte(loss: float, tokens: TokenFile) -> float:

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..timing import seconds as seconds_of
 from .device import autocast, keep_random_state, narrow_dtype
-from .objectives.base import Batch, Objective, to_device
+from .objective_base import Batch, Objective, to_device
 
 # A precision whose best time is so many times the other's is not tried further (a guess: times in turns on a machine
 # with other work spread by less).

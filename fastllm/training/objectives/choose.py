@@ -6,7 +6,7 @@ from ...data import Dataset
 from ...tasks.store import TaskDataset
 from ..checkpoints.model_folder import load_language_model
 from ..objective import ObjectiveConfig
-from .base import Objective
+from ..objective_base import Objective
 from .distill import Distill, TeacherTerm
 from .examples import SMOOTHING, Answer, Classify, Seq2Seq
 from .masked import MaskedLM

@@ -12,7 +12,7 @@ from ...data.batches import IGNORE
 from ...functional import linear_kl_div
 from ..device import autocast
 from ..evaluate import Evaluation, bits_per_byte, evaluating
-from .base import Batch
+from ..objective_base import Batch
 from .streams import CausalLM
 
 

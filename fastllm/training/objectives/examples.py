@@ -12,7 +12,7 @@ from ...data.batches import IGNORE, permute
 from ...tasks.features import Features, class_features, pair_features, span_features
 from ...tasks.store import TaskDataset
 from ..evaluate import Evaluation, evaluating, mean_losses
-from .base import Batch, to_device
+from ..objective_base import Batch, to_device
 from .streams import perplexity
 
 # Label smoothing of translation (Vaswani et al. 2017).

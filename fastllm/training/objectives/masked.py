@@ -18,7 +18,7 @@ from ...config import InputError
 from ...data import Dataset, TokenFile, Tokenizer, derive_seed
 from ...data.batches import IGNORE, permute
 from ..evaluate import Evaluation, evaluating, mean_losses
-from .base import Batch, to_device
+from ..objective_base import Batch, to_device
 
 # Of the tokens chosen for prediction: replaced with the mask, replaced with any token; the rest stay.
 MASKED, REPLACED = 0.8, 0.1

@@ -11,7 +11,7 @@ from ...tasks.features import Features, answer_features, preference_features
 from ...tasks.preferences import SIDES, pair_log_probs, preference_scores, score_pairs
 from ..device import autocast
 from ..evaluate import Evaluation, evaluating, mean_losses
-from .base import Batch
+from ..objective_base import Batch
 from .examples import ExampleObjective
 from .streams import perplexity
 

@@ -11,7 +11,7 @@ from torch import nn
 from ...data import Batches, Dataset, derive_seed, evaluation_batches
 from ...data.batches import IGNORE
 from ..evaluate import Evaluation, evaluate, evaluating, mean_losses
-from .base import Batch
+from ..objective_base import Batch
 
 
 def perplexity(nats: float) -> float:
