@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 
-from .commands import COMMANDS
+from .commands import COMMANDS, WITHOUT_TORCH
 from .commands.parser import Parser
 from .config import InputError
 from .version import __version__
@@ -36,7 +36,8 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text in COMMANDS.items():
         if name == command:
-            import_module(".api", __package__)  # the ops register themselves
+            if name not in WITHOUT_TORCH:
+                import_module(".api", __package__)  # the ops register themselves
             module = import_module(f".commands.{name}", __package__)
             chosen = commands.add_parser(name, help=text, description=module.__doc__)
             module.add_arguments(chosen)
@@ -149,6 +150,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def _check_backend() -> None:
+    from .backends import chosen_backend
+
+    try:
+        chosen_backend()
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
 def _execute(argv: list[str]) -> int:
     if argv[:1] == ["bench"]:
         import_module(".api", __package__)
@@ -157,11 +167,7 @@ def _execute(argv: list[str]) -> int:
         return bench(argv[1:])
     arguments = _parser(argv[0] if argv else None).parse_args(argv)
     _check_values(arguments)
-    from .backends import chosen_backend
-
     with _one_line_warnings():
-        try:
-            chosen_backend()
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        if arguments.command not in WITHOUT_TORCH:
+            _check_backend()
         return arguments.execute(arguments)

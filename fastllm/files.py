@@ -14,14 +14,15 @@ import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from .config import InputError
 from .locks import lock as take_lock
+
+if TYPE_CHECKING:
+    import torch
 
 # A JSON file that describes a run or a checkpoint has a few KiB; reading a longer one would only serve to fill memory.
 JSON_LIMIT = 1 << 20
@@ -167,6 +168,8 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     Raises:
         OSError: it cannot be written; safetensors has an error of its own for that.
     """
+    from safetensors.torch import save_file
+
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(contiguous, path, metadata={"format": "pt"})
@@ -180,6 +183,8 @@ def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     Raises:
         InputError: missing, cut short, or not a safetensors file; names it.
     """
+    from safetensors.torch import load_file
+
     try:
         return load_file(path)
     except OSError as error:

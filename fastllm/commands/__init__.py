@@ -4,6 +4,10 @@
 ``run(arguments)``, which returns the exit code. Only the command that is called gets imported.
 """
 
+# Of these neither the parser nor a refusal imports torch. Nor does their work, but for plan's, which counts what a
+# model's forward pass keeps.
+WITHOUT_TORCH = ("prepare", "tokenizer", "plan", "report")
+
 # Name and what ``fastllm --help`` says of it, in the order in which people meet them.
 COMMANDS = {
     "prepare": "make clean text out of web pages, dumps, books and JSON lines",

@@ -7,8 +7,7 @@ import re
 from dataclasses import replace
 
 from ..config import InputError
-from ..models import PRESETS
-from ..models.config import MOST
+from ..models.config import MOST, PRESETS
 from ..training.parallel.planner import GIB, GPUS, TooLarge, plan, shape_of
 
 LARGEST = 1e18

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from ..config import InputError
 from .token_file import TokenFile
+
+if TYPE_CHECKING:
+    import torch
 
 IGNORE = -100
 
@@ -82,6 +85,8 @@ class Batches:
 
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         rows = self.starts(step)[:, None] + np.arange(self.context_length + 1)
+        import torch
+
         batch = torch.from_numpy(self._tokens[rows].astype(np.int64))
         return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
@@ -118,6 +123,8 @@ def evaluation_batches(
 
     ``limit``: where there are more windows, only so many, evenly spread and always the same; 0: all.
     """
+    import torch
+
     windows = evaluation_windows(len(tokens), context_length, stride)
     if 0 < limit < len(windows):
         windows = [windows[i * len(windows) // limit] for i in range(limit)]

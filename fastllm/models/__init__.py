@@ -1,44 +1,6 @@
 """Decoders, encoders and both together, of attention or recurrent; their configuration and presets."""
 
-import json
-from pathlib import Path
-
-from .cache import DecoderCache, Encoded, KVCache, RecurrentCache
-from .config import PRESETS, ModelConfig, TransformerConfig
-from .encoder import Encoder
-from .encoder_decoder import EncoderDecoder
-from .pretrained import CLASSES, model_class
-from .transformer import RNN, LanguageModel, Transformer
-
-Model = LanguageModel | Encoder | EncoderDecoder
-
-
-def build_model(config: ModelConfig) -> Model:
-    """A new model of this shape, with the weights that torch's default generator gives."""
-    return model_class(config)(config)
-
-
-def load_model(folder: str | Path, *, device="cpu") -> Model:
-    """The model that ``save_pretrained`` wrote into ``folder``, whichever it is, in evaluation mode; or transformers.
-
-    Raises:
-        FileNotFoundError: config.json or model.safetensors is missing.
-        ValueError: one of them cannot be read, or they do not fit each other.
-    """
-    classes = {cls.__name__: cls for cls in CLASSES}
-    path = Path(folder) / "config.json"
-    try:
-        values = json.loads(path.read_text("utf-8"))
-        # Of transformers' folders Transformer reads every one that can be read.
-        name = values.get("architecture", "Transformer" if "model_type" in values else None)
-    except FileNotFoundError:
-        name = "Transformer"  # whose loader says what is missing
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not a model's configuration: {error}") from error
-    if name not in classes:
-        raise ValueError(f"{path}: architecture: expected one of {', '.join(classes)}; got {name!r}")
-    return classes[name].from_pretrained(folder, device=device)
-
+from .. import quiet_interrupt
 
 __all__ = [
     "PRESETS",
@@ -58,3 +20,32 @@ __all__ = [
     "load_model",
     "model_class",
 ]
+
+if quiet_interrupt.is_command():
+    # As in the package fastllm: what needs only the settings imports no torch.
+    def __getattr__(name: str):
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from . import api
+
+        return getattr(api, name)
+
+else:
+    from .api import (
+        PRESETS,
+        RNN,
+        DecoderCache,
+        Encoded,
+        Encoder,
+        EncoderDecoder,
+        KVCache,
+        LanguageModel,
+        Model,
+        ModelConfig,
+        RecurrentCache,
+        Transformer,
+        TransformerConfig,
+        build_model,
+        load_model,
+        model_class,
+    )

@@ -1,10 +1,6 @@
 """From text to a trained model: settings, optimisers, checkpoints, the loop."""
 
-from .config import RunConfig, TrainingConfig, build_run_config, read_run_config
-from .evaluate import Evaluation, evaluate
-from .guard import Diverged, Failed
-from .launch import RUNS, resume, train
-from .loop import Result
+from .. import quiet_interrupt
 
 __all__ = [
     "RUNS",
@@ -20,3 +16,28 @@ __all__ = [
     "resume",
     "train",
 ]
+
+if quiet_interrupt.is_command():
+    # As in the package fastllm: what needs only the settings imports no torch.
+    def __getattr__(name: str):
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from . import api
+
+        return getattr(api, name)
+
+else:
+    from .api import (
+        RUNS,
+        Diverged,
+        Evaluation,
+        Failed,
+        Result,
+        RunConfig,
+        TrainingConfig,
+        build_run_config,
+        evaluate,
+        read_run_config,
+        resume,
+        train,
+    )

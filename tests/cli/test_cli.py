@@ -19,7 +19,7 @@ from fastllm.cli import main
 from fastllm.config import InputError, settings
 from fastllm.data import DataConfig, Tokenizer
 from fastllm.models import PRESETS, TransformerConfig
-from fastllm.training import TrainingConfig, build_run_config, read_run_config
+from fastllm.training import RunConfig, TrainingConfig, build_run_config, read_run_config
 from fastllm.training.reports import report
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -396,6 +396,33 @@ def test_what_needs_no_torch_imports_none(argument, code):
     result = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True)
     assert result.returncode == code, result.stderr
     assert result.stdout.splitlines()[-1] == "False False"
+
+
+@pytest.mark.runs_on("anywhere")
+def test_commands_that_need_no_torch_import_none(tmp_path):
+    """All their work in one process, then what it imported; plan counts on tensors, so only its refusals are free."""
+    (tmp_path / "page.txt").write_text("The import statement finds a module and binds its name. " * 40)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.toml").write_text(RunConfig().to_toml())
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5, "tokens": 9, "seconds": 1.0}\n' * 3)
+    calls = [
+        ["prepare", "page.txt", "--out", "clean", "--workers", "1", "--quiet"],
+        ["tokenizer", "train", "page.txt", "--out", "tok", "--vocab-size", "300", "--quiet"],
+        ["tokenizer", "show", "a module", "--tokenizer", "tok"],
+        ["tokenizer", "encode", "page.txt", "--tokenizer", "tok", "--out", "encoded", "--quiet"],
+        ["report", "run"],
+    ]
+    look = (
+        "import sys; sys.argv = ['fastllm']; from fastllm.cli import main; import contextlib, io\n"
+        f"for call in {calls!r}:\n"
+        "    with contextlib.redirect_stdout(io.StringIO()):\n"
+        "        assert main(call) == 0, call\n"
+        "print(main(['plan', '--gpus', '0']), [m for m in ('torch', 'transformers', 'sympy') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, cwd=tmp_path)
+    assert result.stdout == "2 []\n", result.stderr
+    assert {path.name for path in tmp_path.iterdir()} >= {"clean", "tok", "encoded", "report.html"}
 
 
 @pytest.mark.runs_on("anywhere")

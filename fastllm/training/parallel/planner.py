@@ -9,11 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from ...config import InputError
-from ...models import Transformer, TransformerConfig
+from ...models.config import TransformerConfig
 
 GIB = 2**30
 
@@ -135,6 +132,11 @@ def kept_bytes(
 
 
 def _kept_by(config: TransformerConfig, layers: int, rows: int, dtype: str, recompute: bool, narrow: bool) -> int:
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from ...models import Transformer
+
     with FakeTensorMode():
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16 if narrow else torch.float32)
