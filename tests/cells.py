@@ -37,6 +37,7 @@ SHAPE = ModelConfig(vocab_size=300, context_length=32, num_layers=1, num_heads=2
 STEPS = 12
 # Reads with, writes with. A recurrent decoder cannot see a prefix in both directions.
 KINDS = ("transformer", "lstm", "gru")
+ENCODERS = (*KINDS, "conv")
 
 
 def sentence(source: random.Random, length: int = 5) -> str:
@@ -106,7 +107,7 @@ def cells() -> list[tuple[str, str, str]]:
     """(objective, encoder, decoder), "none" for a part that the objective has no use for."""
     found = []
     for name, kind in OBJECTIVES.items():
-        for encoder in KINDS if kind.encoder else ("none",):
+        for encoder in ENCODERS if kind.encoder else ("none",):
             for decoder in KINDS if kind.decoder else ("none",):
                 needs = {"dpo": {"pretrained": "x"}, "distill": {"teacher": "x"}}.get(name, {})
                 try:

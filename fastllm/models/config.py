@@ -12,6 +12,8 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu2", *GATED)
 # Beyond these no machine of today holds the model, and only building it would fill a memory.
 MOST, MOST_LAYERS = 2**31 - 1, 10_000
 KINDS = ("transformer", "lstm", "gru")
+# What reads may also be convolutional.
+ENCODERS = (*KINDS, "conv")
 POOLINGS = ("first", "mean", "max")
 # What a head on an encoder gives: tokens, whether two texts follow each other, a class, an answer's ends.
 HEADS = ("mlm", "nsp", "classify", "span")
@@ -26,13 +28,13 @@ class ModelConfig:
     """Everything that decides a model's parameters and its function.
 
     ``decoder`` alone is a language model, ``encoder`` alone reads (BERT's shape and its kin), both translate. Either
-    may be a Transformer or recurrent: they meet in hidden_size only.
+    may be a Transformer or recurrent, the encoder also convolutional: they meet in hidden_size only.
 
     Raises:
         ValueError: a field is out of range or two fields do not fit; the message names them.
     """
 
-    encoder: str = _field("none", "what reads", choices=("none", *KINDS))
+    encoder: str = _field("none", "what reads", choices=("none", *ENCODERS))
     decoder: str = _field("transformer", "what writes", choices=("none", *KINDS))
     heads: tuple[str, ...] = _field((), "heads on an encoder", choices=HEADS)
     labels: tuple[str, ...] = _field((), "names of the classes; training takes them from its data")
@@ -84,7 +86,7 @@ class ModelConfig:
         for name, choices in (
             ("positions", POSITIONS), ("norm", NORMS), ("norm_position", NORM_POSITIONS), ("activation", ACTIVATIONS),
             ("pooling", POOLINGS),
-            ("encoder", ("none", *KINDS)), ("decoder", ("none", *KINDS)),
+            ("encoder", ("none", *ENCODERS)), ("decoder", ("none", *KINDS)),
         ):  # fmt: skip
             self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
         self._require("decoder", self.encoder != "none" or self.decoder != "none", "given where there is no encoder")

@@ -8,6 +8,7 @@ from torch import nn
 
 from .cache import Encoded
 from .config import ModelConfig
+from .conv import ConvEncoder
 from .embedding import make_norm
 from .head import Head
 from .pretrained import Pretrained, concrete
@@ -16,9 +17,9 @@ from .stack import TransformerEncoder
 from .transformer import flops_per_token
 
 
-def make_encoder(config: ModelConfig) -> TransformerEncoder | RecurrentEncoder:
+def make_encoder(config: ModelConfig) -> TransformerEncoder | RecurrentEncoder | ConvEncoder:
     """The encoder that ``config.encoder`` names, not initialised."""
-    return TransformerEncoder(config) if config.encoder == "transformer" else RecurrentEncoder(config)
+    return {"transformer": TransformerEncoder, "conv": ConvEncoder}.get(config.encoder, RecurrentEncoder)(config)
 
 
 class MaskedHead(nn.Module):

@@ -142,7 +142,8 @@ def fit_model(config: ObjectiveConfig, model: ModelConfig, given: Collection[str
             continue
         if part in given:
             wanted = "transformer, lstm or gru" if needed else "none"
-            raise InputError(f"{part}: objective {config.objective} needs {wanted}, got {value}")
+            also = "; an encoder may be conv too" if needed and part == "encoder" else ""
+            raise InputError(f"{part}: objective {config.objective} needs {wanted}, got {value}{also}")
         changes[part] = "transformer" if needed else "none"
     if config.objective == "prefix" and model.decoder != "transformer":
         raise InputError(f"decoder: objective prefix needs transformer, got {model.decoder}")

@@ -36,6 +36,19 @@ class Recipe:
 
 
 RECIPES = {
+    "translate-small": Recipe(
+        "pairs of sentences, some ten thousand of them",
+        ModelConfig(
+            encoder="transformer", decoder="transformer", vocab_size=4000, context_length=128, num_layers=2,
+            num_heads=4, hidden_size=256, positions="rotary", norm="rms", embedding_norm=True, qk_norm=True,
+            activation="relu2", bias=False, dropout=0.2, zero_init=True,
+        ),
+        {"objective": "seq2seq", "label_smoothing": 0.1},
+        {
+            "epochs": 20.0, "batch_size": 128, "lr": 3e-3, "muon_lr": 0.02, "weight_decay": 0.1, "ema_decay": 0.998,
+            "eval_interval": 200, "eval_windows": 0, "patience": 6, "dtype": "float32",
+        },
+    ),
     "classify-small": Recipe(
         "labels of short texts, from some thousand examples",
         ModelConfig(
@@ -45,7 +58,7 @@ RECIPES = {
         {"objective": "classify", "tokenizer_kind": "word", "label_smoothing": 0.1, "token_dropout": 0.25},
         {
             "epochs": 2.0, "batch_size": 64, "lr": 1.5e-3, "muon_lr": 0.01, "weight_decay": 0.01,
-            "eval_interval": 200, "eval_windows": 0, "dtype": "float32",
+            "eval_interval": 200, "eval_windows": 0, "dtype": "float32", "ema_decay": 0.998,
         },
     ),
 }  # fmt: skip

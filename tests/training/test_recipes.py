@@ -6,11 +6,15 @@ import torch
 from cells import dataset
 
 from fastllm.config import InputError
-from fastllm.models import ModelConfig, build_model
+from fastllm.data import Tokenizer
+from fastllm.models import ModelConfig, build_model, load_model
 from fastllm.models.cache import Encoded
+from fastllm.tasks.translate import translate
+from fastllm.training import train
 from fastllm.training.config import RunConfig, TrainingConfig, build_run_config
 from fastllm.training.objectives import ObjectiveConfig, make_objective
 from fastllm.training.recipes import RECIPES
+from fastllm.training.reports.progress import read_metrics
 from fastllm.training.setup import fitted, open_data
 
 SHAPE = dict(encoder="gru", decoder="none", heads=("classify",), context_length=32, num_layers=1, num_heads=2,
@@ -22,12 +26,39 @@ def data(tmp_path_factory):
     return dataset("classify", tmp_path_factory.mktemp("recipes"))
 
 
-def test_a_recipe_is_under_what_is_asked_for():
-    config = build_run_config({}, "f", "classify-small")
-    recipe = RECIPES["classify-small"]
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_a_recipe_is_a_whole_run(name):
+    config, recipe = build_run_config({}, "f", name), RECIPES[name]
     assert config.model == recipe.model
     assert config.training == TrainingConfig(**recipe.training)
     assert config.objective == ObjectiveConfig(**recipe.objective)
+    # Its budget goes where another one is given, and nothing else of it does.
+    shorter = build_run_config({"training": {"steps": 3}}, "f", name)
+    assert shorter.training == TrainingConfig(**{**recipe.training, "epochs": None, "steps": 3})
+
+
+@pytest.mark.usefixtures("short_runs")
+def test_a_recipe_trains_and_translates(tmp_path):
+    for side, case in (("en", str.lower), ("de", str.upper)):
+        lines = [case(f"the {a} {b} sees {c}") for a in ("big", "red") for b in ("cat", "dog") for c in "abcdefgh"]
+        for part, some in (("train", lines[2:]), ("val", lines[:2])):
+            (tmp_path / f"{part}.{side}").write_text("\n".join(some) + "\n")
+    held_out = f"{tmp_path / 'val.en'},{tmp_path / 'val.de'}"
+    tables = {
+        "data": {"data": [str(tmp_path / "train.en"), str(tmp_path / "train.de")]},
+        "model": {"hidden_size": 32, "vocab_size": 320}, "objective": {"held_out": held_out},
+        "training": {"steps": 20, "batch_size": 16, "eval_interval": 5},
+    }  # fmt: skip
+    result = train(build_run_config(tables, "f", "translate-small"), tmp_path / "run", quiet=True)
+    scores = [line["validation_loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")
+              if "validation_loss" in line]  # fmt: skip
+    assert result.validation_loss == min(scores) < scores[0]
+    model, tokenizer = load_model(tmp_path / "run" / "model"), Tokenizer.load(tmp_path / "run" / "model/tokenizer.json")
+    assert len(translate(model, tokenizer, ["the big cat sees a"], beams=2)) == 1
+
+
+def test_a_recipe_is_under_what_is_asked_for():
+    recipe = RECIPES["classify-small"]
     tables = {
         "model": {"preset": "classify-small", "hidden_size": 64}, "training": {"lr": 1e-3, "steps": 7},
         "objective": {"token_dropout": 0.0},
