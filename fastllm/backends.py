@@ -210,38 +210,37 @@ def pick(op: str, call: Call) -> Choice:
 def _pick(op: str, call: Call) -> Choice:
     record = OPS[op]
     tensors = [t for t in call.tensors() if t is not None]
-    foreign = _foreign(tensors)
-    dtypes = {t.dtype for t in tensors}
-
-    def obstacle(name: str) -> str | None:
-        reason = why_not(name, tensors[0].device.type, dtypes, record)
-        if reason is None and name != "eager":
-            reason = foreign
-        return reason or record.refuses(name, call)
-
-    asked = chosen_backend()
+    device_type, asked = tensors[0].device.type, chosen_backend()
     if "native" in record.backends and asked in ("auto", "native") and not torch.compiler.is_compiling():
         extension.build_at_first_use()
     if asked != "auto" and asked in record.backends:
-        reason = obstacle(asked)
+        reason = _obstacle(asked, record, call, tensors, None if asked == "eager" else _foreign(tensors))
         if reason is not None:
             raise BackendError(
                 f"{op}: the {asked} backend was asked for (FASTLLM_BACKEND or fastllm.backend) and cannot serve this "
                 f"call: {reason}; or choose the eager or auto backend"
             )
         return Choice(asked, "asked for", True)
-    reason = foreign or record.prefers_torch(call)
+    names = [name for name in PREFERENCE.get(device_type, ()) if name in record.backends]
+    if not names:
+        return Choice("eager", f"PyTorch's own operators are the choice on {device_type}")
+    reason = _foreign(tensors) or record.prefers_torch(call)
     if reason is not None:
         return Choice("eager", reason)
-    device_type, refusals = tensors[0].device.type, []
-    for name in PREFERENCE.get(device_type, ()):
-        if name in record.backends:
-            reason = obstacle(name)
-            if reason is None:
-                return Choice(name, f"first choice on {device_type}")
-            _tell_once(f"{op}: eager instead of {name}: {reason}")
-            refusals.append(f"{name}: {reason}")
-    return Choice("eager", "; ".join(refusals) or f"PyTorch's own operators are the choice on {device_type}")
+    refusals = []
+    for name in names:
+        reason = _obstacle(name, record, call, tensors)
+        if reason is None:
+            return Choice(name, f"first choice on {device_type}")
+        _tell_once(f"{op}: eager instead of {name}: {reason}")
+        refusals.append(f"{name}: {reason}")
+    return Choice("eager", "; ".join(refusals))
+
+
+def _obstacle(name: str, record: Op, call: Call, tensors: list[torch.Tensor], foreign: str | None = None) -> str | None:
+    """Why the backend ``name`` cannot serve ``call``, or None. ``foreign``: why no kernel can take such tensors."""
+    reason = why_not(name, tensors[0].device.type, {t.dtype for t in tensors}, record)
+    return reason or foreign or record.refuses(name, call)
 
 
 def _foreign(tensors: Iterable[torch.Tensor]) -> str | None:

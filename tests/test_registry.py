@@ -91,26 +91,55 @@ def test_an_implicit_fallback_is_said_once(monkeypatch):
     assert picked("layer_norm", x, (3,)) == "triton"
 
 
-def test_the_package_works_without_triton():
-    code = """
+WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
-import importlib.util
+import importlib.util, pkgutil, random
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == "triton" else find(name, *a)
 import torch, fastllm
-x = torch.randn(4, 8, requires_grad=True)
-fastllm.functional.rms_norm(x, (8,)).sum().backward()
+from fastllm.cli import main
+from fastllm.registry import OPS
+from fastllm.training import loop
+
+for found in pkgutil.walk_packages(fastllm.__path__, "fastllm."):
+    # The bench's parts that compile are imported where they are asked for.
+    if not found.name.startswith(("fastllm.kernels", "fastllm.bench.")) and not found.name.endswith("__main__"):
+        importlib.import_module(found.name)
+import fastllm.bench.command
 print(fastllm.info())
+for op in OPS.values():
+    sample = next(iter(op.samples(torch.device("cpu"), torch.float32)))
+    outputs = op.function(*sample.args, **sample.kwargs)
+    outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y.requires_grad]
+    torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+x = torch.randn(4, 8, requires_grad=True)
 with fastllm.backend("triton"):
     try:
         fastllm.functional.rms_norm(x, (8,))
     except fastllm.BackendError as error:
         print(error)
+model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.RMSNorm(8))
+expected = model(x)
+print(fastllm.accelerate(model))
+torch.testing.assert_close(model(x), expected)
+with fastllm.accelerated():
+    torch.nn.functional.layer_norm(x, (8,)).sum().backward()
+words = random.Random(1).choices("a few words of no great length".split(), k=4000)
+open("prose.txt", "w").write(" ".join(words))
+loop.plot_loss, loop.write_samples, loop.matmul_flops = lambda *args: None, lambda *args: "", lambda *args: 1e11
+flags = "--vocab-size 300 --context-length 32 --num-layers 1 --num-heads 2 --hidden-size 16 --batch-size 2 --steps 2"
+assert main(["train", "--data", "prose.txt", "--device", "cpu", "--dtype", "float32", "--quiet", *flags.split()]) == 0
 """
-    result = python(code)
+
+
+def test_the_package_works_without_triton(tmp_path, monkeypatch):
+    """All imports, every op both ways, accelerated models and a training run."""
+    monkeypatch.chdir(tmp_path)
+    result = python(WITHOUT_TRITON)
     assert result.returncode == 0, result.stderr
     assert "Triton is not installed (pip install 'triton>=3.6', Linux only)" in result.stdout
+    assert (tmp_path / "runs").exists()
 
 
 def test_importing_loads_neither_kernels_nor_cuda():

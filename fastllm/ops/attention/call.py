@@ -212,15 +212,14 @@ def check_attention(op: str, call: AttentionCall, longest: tuple[int | None, int
     query, key, value, bias, sinks, slopes, _, cu_q, cu_k = call[:9]
     check_qkv(op, query, key, value)
     packed = cu_q is not None or cu_k is not None
-    shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     dims, layout = (3, "(total, heads, dim) with cu_seqlens") if packed else (4, "(batch, heads, length, dim)")
     if not query.dim() == key.dim() == value.dim() == dims:
-        raise ValueError(f"{op}: expected {layout}, got {shapes}")
+        raise ValueError(f"{op}: expected {layout}, got {_shapes(call)}")
     heads, heads_kv = query.shape[-2 if packed else 1], key.shape[-2 if packed else 1]
     if key.shape[:-1] != value.shape[:-1] or (not packed and query.shape[0] != key.shape[0]):
-        raise ValueError(f"{op}: key and value must agree but for dim, and all in batch; got {shapes}")
+        raise ValueError(f"{op}: key and value must agree but for dim, and all in batch; got {_shapes(call)}")
     if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"{op}: query and key must have one head dim, got {shapes}")
+        raise ValueError(f"{op}: query and key must have one head dim, got {_shapes(call)}")
     if (heads_kv == 0 and heads > 0) or (heads_kv > 0 and heads % heads_kv):
         raise ValueError(f"{op}: query's heads must be a multiple of key's, got {heads} and {heads_kv}")
     if packed:
@@ -263,6 +262,10 @@ def _check_packing(op: str, call: AttentionCall) -> tuple[torch.Tensor, torch.Te
             f"{cu_q.numel() - 1} and {cu_k.numel() - 1}"
         )
     return (cu_q, cu_k) if cu_q.dtype == cu_k.dtype else (cu_q.long(), cu_k.long())
+
+
+def _shapes(call: AttentionCall) -> str:
+    return f"query {list(call.q.shape)}, key {list(call.k.shape)}, value {list(call.v.shape)}"
 
 
 def _say(x) -> str:

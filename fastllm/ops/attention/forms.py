@@ -30,6 +30,9 @@ class AttentionForm(NamedTuple):
     as_given: bool = False
 
 
+_PLAIN = AttentionForm(TORCH, "its fused kernel holds no more than a block of scores")
+
+
 def form_of(request: AttentionRequest, choice: Choice) -> AttentionForm | None:
     """The form that serves a call which ``choice`` leaves to eager, and why; None where another backend serves."""
     if choice.backend != "eager":
@@ -54,7 +57,7 @@ def form_of(request: AttentionRequest, choice: Choice) -> AttentionForm | None:
         if call.dropout_p > 0:
             return AttentionForm(CHUNKS, "this CPU has no products of that dtype, and they drop scores in float32")
         return AttentionForm(WIDENED, "this CPU has no products of that dtype")
-    return AttentionForm(TORCH, "its fused kernel holds no more than a block of scores")
+    return _PLAIN
 
 
 def _few(request: AttentionRequest) -> bool:

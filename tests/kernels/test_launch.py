@@ -1,0 +1,37 @@
+"""What launchers share: options, rounding, and tensors seen as rows."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastllm import kernels
+from fastllm.kernels.launch import RowView, cdiv, launch_options, next_power_of_2
+
+
+def test_what_a_launch_chooses_is_made_once():
+    cpu = torch.device("cpu")
+    assert launch_options(cpu, num_warps=4, maxnreg=64) is launch_options(cpu, num_warps=4, maxnreg=64)
+    assert launch_options(cpu, num_warps=4) == {"enable_fp_fusion": True, "num_warps": 4}
+    assert [next_power_of_2(n) for n in (-1, 0, 1, 2, 3, 65536, 65537)] == [1, 1, 1, 2, 4, 65536, 131072]
+    assert [cdiv(n, 4) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]
+
+
+def test_launchers_round_by_plain_integers():
+    """Triton's own cdiv and next_power_of_2 are for kernels' constants: a call takes 2 us of a launch's host time."""
+    for path in Path(kernels.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            slow = isinstance(node, ast.Attribute) and node.attr in ("cdiv", "next_power_of_2")
+            assert not (slow and isinstance(node.value, ast.Name) and node.value.id == "triton"), (path, node.lineno)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 8), (1, 1, 8), (5, 8)])
+def test_rows_without_gaps_are_seen_at_once(shape):
+    """As the walk over dimensions finds them, which a stride of the first dimension asks for."""
+    x = torch.arange(float(torch.Size(shape).numel())).view(shape)
+    padded = torch.zeros(*shape[:-1], 12)[..., :8].copy_(x)
+    for view in (RowView(x, 8), RowView(padded, 8)):
+        inner, outer_stride, inner_stride = view.layout
+        starts = [(i // inner) * outer_stride + (i % inner) * inner_stride for i in range(view.count)]
+        assert torch.equal(torch.stack([view.data.as_strided((8,), (1,), at) for at in starts]), x.view(-1, 8))
