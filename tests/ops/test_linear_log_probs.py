@@ -146,3 +146,6 @@ def test_errors_name_the_function_and_the_argument():
             call()
     with pytest.raises(TypeError, match=r"linear_log_probs: linear_weight is torch\.float16"):
         linear_log_probs(x, w.half(), y)
+    if DEVICE.type == "cpu":
+        with pytest.raises(IndexError, match=r"^linear_log_probs: target \d+ at position \[0\] is out of range"):
+            linear_log_probs(x, w, y + 33)

@@ -123,7 +123,7 @@ def _in_chunks(call: LinearCrossEntropyCall, dtype: torch.dtype, backend: str):
             shifted(target.long(), loss.ignore_index, call.shift).reshape(-1),
             None if call.weight is None else call.weight.contiguous(),
             None if call.token_weight is None else call.token_weight.reshape(-1).to(wide),
-            loss, call.chunking, backend,
+            loss, call.chunking, backend, call.op,
         ),
         dtype, with_gradient, needs, call.return_accuracy, call.return_entropy,
     )  # fmt: skip

@@ -96,7 +96,7 @@ def _linear_cross_entropy_fwd(x, w, bias, *args):
     call, (dtype, with_gradient, needs, *wanted) = LayerLoss.of(args)
     layer, reduction = Layer(x, w, bias), call.loss.reduction
     if x.device.type == "cpu":
-        error = out_of_range(call.target, call.loss.ignore_index, w.shape[0], "linear_cross_entropy")
+        error = out_of_range(call.target, call.loss.ignore_index, w.shape[0], call.op)
         if error is not None:
             raise error
     needs = needs if with_gradient else _NOTHING
