@@ -52,7 +52,8 @@ class LinearCrossEntropyPlan:
     """How a call will run: ``rows`` of logits at a time in ``chunks`` turns, ``workspace_bytes`` beside the gradients.
 
     ``lane`` says what the gradients cost: "3 matmuls, no recompute" computes them with the loss; "4 matmuls, recompute"
-    keeps nothing and computes the logits again in the backward; "1 matmul, loss only" where nothing needs a gradient.
+    keeps nothing and computes the logits again in the backward; one less each where the layer or its input is frozen;
+    "1 matmul, loss only" where nothing needs a gradient.
     """
 
     rows: int
