@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 import fastllm
-from fastllm.functional import linear_log_probs
+from fastllm.functional import linear_cross_entropy, linear_cross_entropy_plan, linear_log_probs
 from fastllm.ops.cross_entropy import rows
 
 pytestmark = [pytest.mark.cpu_level, pytest.mark.runs_on("gpu", "interpreter")]
@@ -120,6 +120,23 @@ def test_an_adapter_on_a_frozen_head_and_a_tied_weight_get_their_gradients():
     torch.testing.assert_close(tied(linear_log_probs), tied(all_logits), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_heads_logits_are_computed_once_with_the_bits_of_computing_them_twice(dtype):
+    x, w, y = _call(dtype=dtype)
+    # The loss is in the dtype of x, and its upstream gradient so too.
+    head, upstream = w.detach(), torch.randn(len(y), device=DEVICE).to(dtype).float()
+    y = torch.where(torch.arange(len(y), device=DEVICE) == 1, -100, y)
+    upstream[1] = float("nan")  # of an ignored target, which has no influence
+    twice = linear_cross_entropy(x, head, y, reduction="none", recompute=True)
+    (expected,) = torch.autograd.grad(twice, x, -upstream.to(dtype))
+    log_probs = linear_log_probs(x, head, y)
+    for _ in range(2):  # the second time they are computed again
+        (got,) = torch.autograd.grad(log_probs, x, upstream, retain_graph=True)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert linear_cross_entropy_plan(x, head, reduction="none").lane == "2 matmuls, no recompute"
+    assert linear_cross_entropy_plan(x, w, reduction="none").lane == "4 matmuls, recompute"
+
+
 def test_checkpointing_gives_the_same_bits():
     x, w, y = _call()
     plain = torch.autograd.grad(linear_log_probs(x, w, y).exp().sum(), (x, w))
@@ -146,3 +163,6 @@ def test_errors_name_the_function_and_the_argument():
             call()
     with pytest.raises(TypeError, match=r"linear_log_probs: linear_weight is torch\.float16"):
         linear_log_probs(x, w.half(), y)
+    if DEVICE.type == "cpu":
+        with pytest.raises(IndexError, match=r"^linear_log_probs: target \d+ at position \[0\] is out of range"):
+            linear_log_probs(x, w, y + 33)

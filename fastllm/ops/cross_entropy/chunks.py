@@ -18,7 +18,7 @@ DEFAULT_WORKSPACE_MB = {"cuda": 1200.0, "cpu": 64.0}
 
 
 class LayerLoss(NamedTuple):
-    """The loss of the layer's outputs (N, V), and how it is computed."""
+    """The loss of the layer's outputs (N, V), and how it is computed. ``op``: which function messages name."""
 
     target: torch.Tensor
     weight: torch.Tensor | None
@@ -26,23 +26,24 @@ class LayerLoss(NamedTuple):
     loss: Loss
     chunking: Chunking
     backend: str
+    op: str
 
     def flat(self) -> tuple:
         """The arguments of an operator, in the order of :data:`LAYER_LOSS_SCHEMA`."""
-        return *self[:3], *self.loss, *self.chunking, self.backend
+        return *self[:3], *self.loss, *self.chunking, self.backend, self.op
 
     @staticmethod
     def of(args: tuple) -> tuple[LayerLoss, tuple]:
         """What begins an operator's arguments, and the rest of them."""
         loss = 3 + len(Loss._fields)
         chunking = loss + len(Chunking._fields)
-        values = Loss(*args[3:loss]), Chunking(*args[loss:chunking]), args[chunking]
-        return LayerLoss(*args[:3], *values), args[chunking + 1 :]
+        values = Loss(*args[3:loss]), Chunking(*args[loss:chunking]), *args[chunking : chunking + 2]
+        return LayerLoss(*args[:3], *values), args[chunking + 2 :]
 
 
 LAYER_LOSS_SCHEMA = (
     f"Tensor target, Tensor? class_weight, Tensor? token_weight, {LOSS_SCHEMA},"
-    " float? max_workspace_mb, int? max_targets, bool skip_ignored, bool for_entropy, str backend"
+    " float? max_workspace_mb, int? max_targets, bool skip_ignored, bool for_entropy, str backend, str op"
 )
 
 
@@ -51,7 +52,8 @@ class LinearCrossEntropyPlan:
     """How a call will run: ``rows`` of logits at a time in ``chunks`` turns, ``workspace_bytes`` beside the gradients.
 
     ``lane`` says what the gradients cost: "3 matmuls, no recompute" computes them with the loss; "4 matmuls, recompute"
-    keeps nothing and computes the logits again in the backward; "1 matmul, loss only" where nothing needs a gradient.
+    keeps nothing and computes the logits again in the backward; one less each where the layer or its input is frozen;
+    "1 matmul, loss only" where nothing needs a gradient.
     """
 
     rows: int

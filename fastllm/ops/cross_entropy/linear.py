@@ -13,7 +13,7 @@ from ..shared.signature import keyword_options, keywords_of
 from .call import LinearCrossEntropyCall, check_whole, is_whole, linear_cross_entropy_call
 from .chunks import LayerLoss, LinearCrossEntropyPlan, bytes_per_row, chunk_plan, workspace_mb
 from .cross_entropy import cross_entropy
-from .linear_operator import LinearCrossEntropy, LinearLossNode
+from .linear_operator import LinearCrossEntropy, LinearLossNode, scales_rows
 from .linear_reference import linear_cross_entropy_reference, linear_definition, shifted, whole_logits
 from .loss import loss_dtype
 from .samples import linear_cross_entropy_cost, linear_cross_entropy_samples
@@ -113,9 +113,10 @@ def _in_chunks(call: LinearCrossEntropyCall, dtype: torch.dtype, backend: str):
     """(loss, lse, accuracy, entropy), the last three (N,), by the backend's rows of logits."""
     x, target, loss = call.input, call.target, call.loss
     needs = tuple(t is not None and t.requires_grad and torch.is_grad_enabled() for t in call.layer())
+    alone = not (call.return_lse or call.return_entropy)
     with_gradient = (
-        any(needs) and loss.reduction != "none" and not call.recompute and x.dtype != torch.float16
-        and not torch.compiler.is_compiling()
+        any(needs) and (loss.reduction != "none" or (alone and scales_rows(needs))) and not call.recompute
+        and x.dtype != torch.float16 and not torch.compiler.is_compiling()
     )  # fmt: skip
     wide = torch.promote_types(x.dtype, torch.float32)
     node = LinearLossNode(
@@ -123,7 +124,7 @@ def _in_chunks(call: LinearCrossEntropyCall, dtype: torch.dtype, backend: str):
             shifted(target.long(), loss.ignore_index, call.shift).reshape(-1),
             None if call.weight is None else call.weight.contiguous(),
             None if call.token_weight is None else call.token_weight.reshape(-1).to(wide),
-            loss, call.chunking, backend,
+            loss, call.chunking, backend, call.op,
         ),
         dtype, with_gradient, needs, call.return_accuracy, call.return_entropy,
     )  # fmt: skip
@@ -143,12 +144,13 @@ def linear_cross_entropy_plan(
         max_targets=max_targets, recompute=recompute, return_entropy=return_entropy,
     )  # fmt: skip
     backend = pick("linear_cross_entropy", call).backend
-    if not torch.is_grad_enabled() or not (input.requires_grad or linear_weight.requires_grad):
+    needs = (input.requires_grad, linear_weight.requires_grad, False)
+    if not torch.is_grad_enabled() or not any(needs):
         lane = "1 matmul, loss only"
-    elif reduction == "none" or recompute or input.dtype == torch.float16:
-        lane = "4 matmuls, recompute"
     else:
-        lane = "3 matmuls, no recompute"
+        by_row = reduction == "none" and (return_entropy or not scales_rows(needs))
+        again = by_row or recompute or input.dtype == torch.float16
+        lane = f"{1 + again + sum(needs)} matmuls, {'recompute' if again else 'no recompute'}"
     tokens, most = target.numel(), call.chunking.max_targets
     row_bytes = bytes_per_row(len(linear_weight), input.dtype, backend, softcap is not None, return_entropy)
     workspace = workspace_mb(call.chunking, input.device.type)

@@ -65,9 +65,20 @@ def _unit_factor(call: LayerLoss, total, dtype):
     return call.token_weight * share
 
 
+def scales_rows(needs) -> bool:
+    """Whether the gradients of row losses, for upstream gradients of 1, need only be multiplied row by row.
+
+    So it is where the rows alone get one: the weight's is a sum over them.
+    """
+    return tuple(needs) == (True, False, False)
+
+
 def _scale(grad, factor, backend: str) -> None:
-    """``grad`` times a scalar in place, where that is not 1."""
+    """``grad`` times a scalar in place, where that is not 1, or times a factor a row (N,)."""
     if grad.numel() == 0:
+        return
+    if factor.dim():
+        grad.mul_(factor.unsqueeze(1))
         return
     if backend == "triton":
         from ...kernels.cross_entropy.backward import scale_gradient
@@ -75,6 +86,11 @@ def _scale(grad, factor, backend: str) -> None:
         scale_gradient(grad, factor)
     elif grad.is_cuda or factor != 1:
         grad.mul_(factor)
+
+
+def _of_kept(dloss, call: LayerLoss):
+    """The upstream gradient; of row losses 0 for ignored ones, which it has no influence on, not even as NaN."""
+    return dloss if call.loss.reduction != "none" else torch.where(call.target == call.loss.ignore_index, 0, dloss)
 
 
 @define(
@@ -96,7 +112,7 @@ def _linear_cross_entropy_fwd(x, w, bias, *args):
     call, (dtype, with_gradient, needs, *wanted) = LayerLoss.of(args)
     layer, reduction = Layer(x, w, bias), call.loss.reduction
     if x.device.type == "cpu":
-        error = out_of_range(call.target, call.loss.ignore_index, w.shape[0], "linear_cross_entropy")
+        error = out_of_range(call.target, call.loss.ignore_index, w.shape[0], call.op)
         if error is not None:
             raise error
     needs = needs if with_gradient else _NOTHING
@@ -130,7 +146,7 @@ def _linear_cross_entropy_bwd(dloss, dlse, dentropy, total, *args):
     # As the forward's own gradients: for a loss of 1, rounded, then scaled. So both lanes agree bit for bit. In fp16
     # the upstream gradient, a loss scale, comes first.
     alone = dlse is None and dentropy is None
-    scale_last = alone and call.loss.reduction != "none" and x.dtype != torch.float16
+    scale_last = alone and (call.loss.reduction != "none" or scales_rows(needs)) and x.dtype != torch.float16
     factor = _unit_factor(call, total, wide)
     if not scale_last:
         factor = factor * dloss.to(wide) if dloss is not None else torch.zeros_like(factor)
@@ -139,7 +155,7 @@ def _linear_cross_entropy_bwd(dloss, dlse, dentropy, total, *args):
     grads = _given((dx, dw, db), layer, needs)
     if scale_last:
         for grad in grads:
-            _scale(grad, dloss, call.backend)
+            _scale(grad, _of_kept(dloss, call), call.backend)
     return grads
 
 
@@ -175,7 +191,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             # Handed out once, scaled in place, as in cross_entropy; a second backward computes them again.
             ctx.has_gradient = False
             grads = [grad.data for grad in ready]
-            _linear_cross_entropy_scale_(*grads, dloss, call.backend)
+            _linear_cross_entropy_scale_(*grads, _of_kept(dloss, call), call.backend)
             return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None
 
         def launch(inputs, outputs_grad, extras, needs):
