@@ -426,6 +426,22 @@ def test_commands_that_need_no_torch_import_none(tmp_path):
 
 
 @pytest.mark.runs_on("anywhere")
+def test_info_imports_what_it_uses():
+    """A model's first pass as well: an embedding sum of learned positions is what a GPT begins with."""
+    heavy = ("sympy", "transformers", "torch._dynamo", "triton", "scipy")
+    look = (
+        "import contextlib, io, sys; sys.argv = ['fastllm']; from fastllm.cli import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()): main(['info'])\n"
+        "import torch; from fastllm.models import *\n"
+        "model = build_model(ModelConfig(vocab_size=9, num_layers=1, num_heads=1, hidden_size=8))\n"
+        "model(torch.ones(1, 3, dtype=torch.long)).sum().backward()\n"
+        f"print([name for name in {heavy!r} if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True)
+    assert result.stdout == "[]\n", result.stderr
+
+
+@pytest.mark.runs_on("anywhere")
 def test_the_package_has_its_names_in_the_command_line_too():
     look = (
         "import sys; sys.argv = ['fastllm']; import fastllm; "

@@ -225,7 +225,8 @@ def _call(indices, weights, *, padding_idx=None, scale=1.0, dropout_p=0.0) -> Em
     for t in range(tables):
         check_indices("embedding_sum", f"indices[{t}]", indices[t], weights[t])
     try:
-        shape = tuple(torch.broadcast_shapes(*[i.shape for i in indices]))
+        # torch.broadcast_shapes imports torch._refs and sympy the first time: 1 to 2 s of a command's start.
+        shape = tuple(torch.broadcast_tensors(*indices)[0].shape)
     except RuntimeError:
         shapes = [list(i.shape) for i in indices]
         raise ValueError(f"embedding_sum: the shapes of indices do not broadcast together: {shapes}") from None
