@@ -38,7 +38,7 @@ NAMED_ARCHITECTURES = {"Ampere": "8.0;8.6+PTX", "Ada": "8.9+PTX", "Hopper": "9.0
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 X86_VARIANTS = {
     "default": [],
-    "avx2": ["-mavx2"],
+    "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"],
 }
 # For what runs on matrix units; compilers before GCC 11 and Clang 12 do not know them.
