@@ -18,11 +18,11 @@ from .forms import CHUNKS, TORCH, WIDENED, form_of
 
 # The least batch * heads * rows * columns * head dim for which it is taken before PyTorch's operator, under a causal
 # edge and without one. One core of an AMD EPYC, forward and backward in float32, times as fast at AVX2 and at AVX-512:
-# causal, 8 heads of 128 x 64 (2^23) 1.30 and 1.28, 1 of 128 x 64 (2^20) 0.67 and 0.64; full, 64 heads of 128 x 32 (2^25)
-# 1.02 and 1.41, 1 head of 512 x 64 (2^24) 0.97 and 1.35.
+# causal, 8 heads of 128 x 64 (2^23) 1.30 and 1.28, one of 128 x 64 (2^20) 0.67 and 0.64; full, 64 heads of 128 x 32
+# (2^25) 1.02 and 1.41, one of 512 x 64 (2^24) 0.97 and 1.35.
 LEAST_CAUSAL, LEAST = 2**23, 2**25
-# Fewer rows of queries do not pay for packing the keys: 12 full heads of 512 columns took 1.01 and 1.45 times as long in
-# PyTorch with 64 rows, 0.69 and 1.36 with 16.
+# Fewer rows of queries do not pay for packing the keys: 12 full heads of 512 columns took 1.01 and 1.45 times as long
+# in PyTorch with 64 rows, 0.69 and 1.36 with 16.
 LEAST_ROWS = 64
 _TOO_SMALL = f"PyTorch's fused kernel is faster for fewer than {LEAST_ROWS} queries and for small calls"
 _IN_FLOAT32 = "the extension computes in float32, for float32, float16 and bfloat16"
