@@ -24,9 +24,8 @@ struct Philox4 {
   uint32_t word[4];
 };
 
-FASTLLM_HD Philox4 philox(uint64_t key, uint64_t counter) {
-  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-  uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = 0, c3 = 0;
+FASTLLM_HD Philox4 philox_at(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2) {
+  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32), c3 = 0;
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * c0;
     const uint64_t p1 = static_cast<uint64_t>(0xCD9E8D57u) * c2;
@@ -40,6 +39,9 @@ FASTLLM_HD Philox4 philox(uint64_t key, uint64_t counter) {
     k1 += 0xBB67AE85u;
   }
   return {{c0, c1, c2, c3}};
+}
+FASTLLM_HD Philox4 philox(uint64_t key, uint64_t counter) {
+  return philox_at(key, static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0);
 }
 
 // Dropout keeps element e of a flat tensor when word e % 4 of philox(seed, e / 4) is at least this.

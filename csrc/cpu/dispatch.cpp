@@ -1,3 +1,4 @@
+#include "attention_rows.h"
 #include "cross_entropy.h"
 #include "gated.h"
 #include "level.h"
@@ -9,6 +10,8 @@
 namespace fastllm {
 
 #define FASTLLM_DECLARE                                   \
+  extern const AttentionKernels attention_kernels;        \
+  extern const AttentionGradKernels attention_grad_kernels; \
   extern const RowKernels kernels;                        \
   extern const CrossEntropyKernels cross_entropy_kernels; \
   extern const GatedKernels gated_kernels;                \
@@ -37,6 +40,8 @@ FASTLLM_DECLARE
 #endif
 
 const RowKernels& row_kernels() { return FASTLLM_CHOSEN(kernels); }
+const AttentionKernels& attention_kernels() { return FASTLLM_CHOSEN(attention_kernels); }
+const AttentionGradKernels& attention_grad_kernels() { return FASTLLM_CHOSEN(attention_grad_kernels); }
 const CrossEntropyKernels& cross_entropy_kernels() { return FASTLLM_CHOSEN(cross_entropy_kernels); }
 const GatedKernels& gated_kernels() { return FASTLLM_CHOSEN(gated_kernels); }
 const LinearKernels& linear_kernels() { return FASTLLM_CHOSEN(linear_kernels); }

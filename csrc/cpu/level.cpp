@@ -28,7 +28,7 @@ Level torchs_cap() {
 
 Level machine() {
 #if defined(FASTLLM_X86_VARIANTS)
-  const bool avx2 = __builtin_cpu_supports("avx2");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (!avx2) return Level::kBaseline;

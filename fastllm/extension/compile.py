@@ -40,7 +40,7 @@ TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 PYTHON_API, STABLE = "0x030a0000", ".abi3.so"
 X86_VARIANTS = {
     "default": [],
-    "avx2": ["-mavx2"],
+    "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"],
 }
 # For what runs on matrix units; compilers before GCC 11 and Clang 12 do not know them.

@@ -44,6 +44,7 @@ _missing: str | None = None
 _may_build = False
 _matrix_units = False
 _bf16_products = "none"
+_level = "baseline"
 _fakes: dict[str, Callable] = {}
 _operators: dict[str, Callable] = {}
 
@@ -71,6 +72,11 @@ def has_matrix_units() -> bool:
 def bf16_products() -> str:
     """What sums products of bfloat16 in fp32 here, for ``add_product_``: "amx", "avx512_bf16" or "none"."""
     return _bf16_products
+
+
+def cpu_level() -> str:
+    """The highest of :data:`fastllm.cpu.LEVELS` that the extension uses here; "baseline" without one."""
+    return _level
 
 
 def operator(name: str, fake: Callable) -> Callable:
@@ -153,7 +159,7 @@ def _bind(name: str) -> None:
 
 def _load(path: Path | None = None) -> None:
     """Import the extension, from ``path`` or as installed; sets what the functions above tell."""
-    global _module, _missing, _matrix_units, _bf16_products
+    global _module, _missing, _matrix_units, _bf16_products, _level
     rebuild = "python -m fastllm.build rebuilds it"
     try:
         if path is None:
@@ -172,7 +178,8 @@ def _load(path: Path | None = None) -> None:
             _missing = f"the extension {NAME} was built from other sources than those here ({rebuild})"
             return
         _module, _missing = found, None
-        _matrix_units, _bf16_products = (found.build_info()[key] for key in ("matrix_units", "bf16_products"))
+        info = found.build_info()
+        _matrix_units, _bf16_products, _level = (info[key] for key in ("matrix_units", "bf16_products", "cpu_level"))
         for name in _fakes:
             _bind(name)
 

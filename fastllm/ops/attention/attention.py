@@ -18,6 +18,7 @@ from .call import (
     check_window,
 )
 from .forms import CHUNKS, attention_by_form, form_of
+from .native import native_loses, native_refuses
 from .operator import apply_attention
 from .reference import reference
 from .samples import attention_cost, attention_examples, attention_samples
@@ -29,6 +30,8 @@ def kernels_refuse(backend: str, request: AttentionRequest) -> str | None:
     """Why the attention kernels cannot take a call, or None."""
     call = request.call
     widest = max(call.q.shape[-1], call.v.shape[-1])
+    if backend == "native" and (reason := native_refuses(call)) is not None:
+        return reason
     if backend != "eager" and widest > MAX_HEAD_DIM:
         return f"the kernels take head dims up to {MAX_HEAD_DIM}, got {widest}"
     return None
@@ -37,7 +40,10 @@ def kernels_refuse(backend: str, request: AttentionRequest) -> str | None:
 def attention_prefers_torch(request: AttentionRequest) -> str | None:
     """Why PyTorch's own operators serve a call without being asked for, or None."""
     device = request.call.q.device
-    return product_obstacle(device.type, device.index)
+    if device.type != "cpu":
+        return product_obstacle(device.type, device.index)
+    # Asked here too: what the extension refuses is PyTorch's without a warning.
+    return kernels_refuse("native", request) or native_loses(request)
 
 
 def _request(
@@ -131,7 +137,7 @@ register(
         reference=attention_reference,
         samples=attention_samples,
         cost=attention_cost,
-        backends=("eager", "triton", "hopper"),
+        backends=("eager", "triton", "native", "hopper"),
         call=_request,
         refuses=kernels_refuse,
         prefers_torch=attention_prefers_torch,

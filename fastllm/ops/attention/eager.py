@@ -234,7 +234,7 @@ class _Dense:
             grad[(*plane, cols)] = product.to(grad.dtype)
 
 
-class _Sequence(NamedTuple):
+class Sequence(NamedTuple):
     """A sequence of a packed call, or a whole dense call, and where its rows lie in the call's tensors."""
 
     dense: _Dense
@@ -261,14 +261,15 @@ class _Sequence(NamedTuple):
         return sequence_bias(x, self.index, self.dense.rows, self.dense.cols)
 
 
-def _sequences(call: AttentionCall) -> Iterator[_Sequence]:
+def each_sequence(call: AttentionCall) -> Iterator[Sequence]:
+    """The sequences of a packed call, or the dense call as it is."""
     if not call.packed:
-        yield _Sequence(_Dense(call, 0))
+        yield Sequence(_Dense(call, 0))
         return
     bounds_q, bounds_k = call.cu_q.tolist(), call.cu_k.tolist()
     for b in range(len(bounds_q) - 1):
         at_q, at_k = slice(*bounds_q[b : b + 2]), slice(*bounds_k[b : b + 2])
-        yield _Sequence(_Dense(sequence_call(call, b, at_q, at_k), b * call.q.shape[1]), b, at_q, at_k)
+        yield Sequence(_Dense(sequence_call(call, b, at_q, at_k), b * call.q.shape[1]), b, at_q, at_k)
 
 
 def eager_attention_fwd(call: AttentionCall, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -283,7 +284,7 @@ def eager_attention_fwd(call: AttentionCall, out: torch.Tensor) -> tuple[torch.T
     stats = q.new_zeros((2, *shape), dtype=wide)
     stats[1] = torch.inf
     if out.numel() or lse.numel():
-        for sequence in _sequences(call):
+        for sequence in each_sequence(call):
             sequence.dense.forward(sequence.of_q(out), sequence.of_row(lse), sequence.of_row(stats))
     return lse, stats
 
@@ -298,7 +299,7 @@ def eager_attention_bwd(
     for grad in wanted[:3]:
         if grad is not None and (call.packed or not upstream.dout.numel()):
             grad.zero_()
-    for sequence in _sequences(call):
+    for sequence in each_sequence(call):
         sequence.dense.backward(
             ForwardResult(sequence.of_q(forward.out), sequence.of_row(forward.stats)),
             OutputGradients(sequence.of_q(upstream.dout), sequence.of_row(upstream.dlse)),

@@ -11,6 +11,7 @@ from ...registry import define
 from ..shared.autograd import apply, gradients
 from .call import AttentionCall, ForwardResult, OutputGradients, Wanted
 from .eager import eager_attention_bwd, eager_attention_fwd
+from .native import native_attention_bwd, native_attention_fwd
 from .reference import reference
 
 # The fields of AttentionCall, in their order.
@@ -60,7 +61,7 @@ def _forward_of(backend: str):
         from ...kernels.attention.forward import attention_fwd
 
         return attention_fwd
-    return eager_attention_fwd
+    return native_attention_fwd if backend == "native" else eager_attention_fwd
 
 
 def _buffers(call: AttentionCall, needs) -> Wanted:
@@ -97,8 +98,8 @@ def _attention_bwd(dout, dlse, out, stats, needs, *values):
 
 def _backward_of(backend: str):
     """The backward of a backend: ``(call, forward, upstream, wanted) -> (dbias, dsinks)``."""
-    if backend == "eager":
-        return eager_attention_bwd
+    if backend in ("eager", "native"):
+        return eager_attention_bwd if backend == "eager" else native_attention_bwd
     from ...kernels.attention.backward import attention_bwd
 
     return attention_bwd

@@ -139,6 +139,12 @@ def _refuses(backend: str, request: AttentionRequest) -> str | None:
     return kernels_refuse(backend, request)
 
 
+def _prefers_torch(request: AttentionRequest) -> str | None:
+    """Why PyTorch's own operators serve a call without being asked for, or None."""
+    on_cpu = request.call.q.device.type == "cpu"
+    return (_refuses("native", request) if on_cpu else None) or attention_prefers_torch(request)
+
+
 def scaled_dot_product_attention_reference(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):  # fmt: skip
@@ -232,10 +238,10 @@ register(
         reference=scaled_dot_product_attention_reference,
         samples=_samples,
         cost=_cost,
-        backends=("eager", "triton", "hopper"),
+        backends=("eager", "triton", "native", "hopper"),
         call=_request,
         refuses=_refuses,
-        prefers_torch=attention_prefers_torch,
+        prefers_torch=_prefers_torch,
         form=form_of,
         examples=_examples,
     )

@@ -1,0 +1,135 @@
+"""Attention on a CPU in float32 by the extension (csrc/cpu/attention_rows.cpp), with every feature, both ways.
+
+Tensors of 16 bits are widened a block at a time; products and sums are in float32. A forward's thread holds 384 rows of
+one head, a backward's a whole head, and neither more than a block of scores.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ... import extension
+from ...backends import KERNEL_DTYPES, Choice
+from .call import AttentionCall, AttentionRequest, ForwardResult, OutputGradients, Wanted
+from .eager import Sequence, each_sequence
+from .forms import CHUNKS, TORCH, WIDENED, form_of
+
+# The least batch * heads * rows * columns * head dim for which it is taken before PyTorch's operator, under a causal
+# edge and without one. One core of an AMD EPYC, forward and backward in float32, times as fast at AVX2 and at AVX-512:
+# causal, 8 heads of 128 x 64 (2^23) 1.30 and 1.28, one of 128 x 64 (2^20) 0.67 and 0.64; full, 64 heads of 128 x 32
+# (2^25) 1.02 and 1.41, one of 512 x 64 (2^24) 0.97 and 1.35.
+LEAST_CAUSAL, LEAST = 2**23, 2**25
+# Fewer rows of queries do not pay for packing the keys: 12 full heads of 512 columns took 1.01 and 1.45 times as long
+# in PyTorch with 64 rows, 0.69 and 1.36 with 16.
+LEAST_ROWS = 64
+_TOO_SMALL = f"PyTorch's fused kernel is faster for fewer than {LEAST_ROWS} queries and for small calls"
+_IN_FLOAT32 = "the extension computes in float32, for float32, float16 and bfloat16"
+_UNMEASURED = "the extension is measured on CPUs with AVX2"
+_UNITS = "in 16 bits PyTorch's fused kernel has this CPU's matrix units"
+
+_rows = extension.operator("attention_rows", lambda *args: None)
+_grad_rows = extension.operator("attention_grad_rows", lambda *args: None)
+
+
+def native_refuses(call: AttentionCall) -> str | None:
+    """Why the extension cannot take a call, or None."""
+    return None if call.q.dtype in KERNEL_DTYPES else _IN_FLOAT32
+
+
+def native_loses(request: AttentionRequest) -> str | None:
+    """Why a call on a CPU that the extension can take is left to eager where nobody asked for a backend; or None.
+
+    What eager's chunks of scores would serve, the extension serves 1.2 to 12 times as fast.
+    """
+    call = request.call
+    form = form_of(request, Choice("eager", ""))
+    if form.name not in (TORCH, WIDENED, CHUNKS):
+        return form.why
+    if request.given is not None and call.dropout_p > 0 and form.name == TORCH:
+        return form.why
+    level = extension.cpu_level()
+    if level == "baseline":
+        return _UNMEASURED
+    if form.name == CHUNKS:
+        return None
+    if level == "amx" and call.q.dtype != torch.float32 and form.name == TORCH:
+        return _UNITS
+    batch, heads, rows, dim = call.q.shape
+    if call.right == 0:
+        return _TOO_SMALL if batch * heads * rows * call.k.shape[2] * dim < LEAST_CAUSAL else None
+    return _TOO_SMALL if rows < LEAST_ROWS or batch * heads * rows * call.k.shape[2] * dim < LEAST else None
+
+
+class _Operands(NamedTuple):
+    """What both operators take, as they take it."""
+
+    bias: torch.Tensor | None
+    slopes: torch.Tensor | None
+    numbers: tuple
+
+
+def _operands(sequence: Sequence) -> _Operands:
+    call = sequence.dense.call
+    batch, heads, rows, _ = call.q.shape
+    cols = call.k.shape[2]
+    bias, slopes = call.bias, call.slopes
+    if bias is not None:
+        bias = (bias if bias.dtype == torch.bool else bias.float()).expand(batch, heads, rows, cols)
+    if slopes is not None:
+        slopes = slopes.float().expand(batch, heads)
+    offset = cols - rows if call.bottom_right else 0
+    numbers = (call.scale, call.softcap, call.left, call.right, offset, call.dropout_p, sequence.dense.first_plane)
+    return _Operands(bias, slopes, numbers)
+
+
+def native_attention_fwd(call: AttentionCall, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`fastllm.ops.attention.eager.eager_attention_fwd`, the statistics included."""
+    q = call.q
+    shape = (q.shape[1], q.shape[0]) if call.packed else q.shape[:3]
+    lse = q.new_full(shape, -torch.inf, dtype=torch.float32)
+    stats = q.new_zeros((2, *shape), dtype=torch.float32)
+    stats[1] = torch.inf
+    sinks = None if call.sinks is None else call.sinks.float().contiguous()
+    for sequence in each_sequence(call):
+        dense = sequence.dense.call
+        bias, slopes, numbers = _operands(sequence)
+        written = (sequence.of_q(out), *(sequence.of_row(x) for x in (lse, stats[0], stats[1])))
+        _rows(dense.q, dense.k, dense.v, bias, sinks, slopes, call.seed, *written, *numbers)
+    return lse, stats
+
+
+def native_attention_bwd(
+    call: AttentionCall, forward: ForwardResult, upstream: OutputGradients, wanted: Wanted
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """As :func:`fastllm.ops.attention.eager.eager_attention_bwd`."""
+    dbias = call.bias.new_zeros(call.bias.shape, dtype=torch.float32) if wanted.bias else None
+    delta = torch.zeros_like(forward.stats[0])
+    for sequence in each_sequence(call):
+        dense = sequence.dense.call
+        bias, slopes, numbers = _operands(sequence)
+        of_planes = None
+        if wanted.bias:
+            # One for each plane of scores, as wide as the bias is: planes are summed by several threads.
+            of_planes = delta.new_zeros(*dense.q.shape[:2], *dense.bias.shape[2:])
+        _grad_rows(
+            sequence.of_q(upstream.dout), sequence.of_row(upstream.dlse), sequence.of_q(forward.out),
+            *(sequence.of_row(x) for x in forward.stats), dense.q, dense.k, dense.v, bias, slopes, call.seed,
+            sequence.of_q(wanted.dq), sequence.of_k(wanted.dk), sequence.of_k(wanted.dv),
+            None if of_planes is None else of_planes.expand(*dense.q.shape[:3], dense.k.shape[2]),
+            sequence.of_row(delta), *numbers,
+        )  # fmt: skip
+        if wanted.bias:
+            total = sequence.of_bias(dbias)
+            total += of_planes.sum_to_size(total.shape)
+    return None if dbias is None else dbias.to(call.bias.dtype), _dsinks(call, forward, delta) if wanted.sinks else None
+
+
+def _dsinks(call: AttentionCall, forward: ForwardResult, delta: torch.Tensor) -> torch.Tensor:
+    """The gradient of the sinks, whose probabilities have no value to weigh."""
+    sinks = call.sinks.float().unsqueeze(-1)
+    most, log = forward.stats
+    by_head = (torch.exp(sinks - most - log) * delta).sum(-1)
+    by_head = by_head if call.packed else by_head.sum(0)
+    return by_head.neg().to(call.sinks.dtype)
