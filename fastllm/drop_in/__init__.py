@@ -15,10 +15,11 @@ from .mode import accelerated
 from .report import Entry, Estimate, Report
 from .rules import OPS_SERVED, Decision, Rules
 from .swap import restore_forward, swap_forward
+from .trl import ServedTrainer, serve_trl
 
 torch_switch.register_switch()
 
-__all__ = ["Entry", "Estimate", "Report", "accelerate", "accelerated", "revert"]
+__all__ = ["Entry", "Estimate", "Report", "ServedTrainer", "accelerate", "accelerated", "revert", "serve_trl"]
 
 
 class _Filter:

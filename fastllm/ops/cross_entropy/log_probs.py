@@ -56,9 +56,25 @@ def linear_log_probs(
         return_entropy=return_entropy, token_weight=token_weight, shift=shift, ignore_index=ignore_index,
         max_workspace_mb=max_workspace_mb,
     )  # fmt: skip
+    log_probs, _, entropy = _rows(call)
+    return (log_probs, entropy) if call.return_entropy else log_probs
+
+
+def log_prob_rows(input, linear_weight, target, **options):
+    """(log_probs, accuracy, entropy), None for one that is not asked for: :func:`linear_log_probs` for callers within.
+
+    Args:
+        options: linear_log_probs's, and ``return_accuracy``, as :func:`fastllm.functional.linear_cross_entropy` has it.
+    """
+    return _rows(_checked(input, linear_weight, target, **options))
+
+
+def _rows(call: LinearCrossEntropyCall):
     wide = torch.promote_types(call.input.dtype, torch.float32)
-    loss, _, _, entropy = linear_loss(_NAME, call, wide)
-    return _turned(call, loss, entropy)
+    loss, _, accuracy, entropy = linear_loss(_NAME, call, wide)
+    outputs = _turned(call, loss, entropy)
+    log_probs, entropy = outputs if call.return_entropy else (outputs, None)
+    return log_probs, accuracy.view(call.target.shape) if call.return_accuracy else None, entropy
 
 
 def _turned(call: LinearCrossEntropyCall, loss, entropy):
