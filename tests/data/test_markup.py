@@ -13,6 +13,8 @@ from fastllm.data.clean.block_model import Trees, block_model
 from fastllm.data.clean.features import features
 from fastllm.data.clean.main_text import best_set, extract_fast, visible_text
 from fastllm.data.clean.markup import read_markup
+from fastllm.data.clean.page_words import PageWords, repeated
+from fastllm.data.clean.streamed import in_place
 
 
 def blocks(source):
@@ -132,11 +134,11 @@ def test_the_model_that_ships_fits_the_features_and_survives_saving(tmp_path):
     source = page(article(6))
     markup = read_markup(source)
     model = block_model()
-    rows = features(source, markup, model.lexicon)
+    words = PageWords.of(markup.texts)
+    rows = features(source, markup, words, model.lexicon)
     assert np.isfinite(rows).all()
     assert model.first.columns.max() < rows.shape[1]
     model.save(tmp_path / "model.npz")
-    words = np.ones(len(markup.texts))
     again = type(model).load(tmp_path / "model.npz")
     assert np.array_equal(again.probabilities(source, markup, words), model.probabilities(source, markup, words))
 
@@ -152,3 +154,34 @@ def test_the_best_set_is_the_best_of_all_sets():
 
         best = max(expected(np.asarray([(bits >> i) & 1 for i in range(8)], bool)) for bits in range(1, 256))
         assert expected(best_set(probabilities, words)) == pytest.approx(best)
+
+
+def test_words_of_blocks_are_numbered_and_runs_that_occur_again_are_found():
+    words = PageWords.of(["One two three four.", "", "zero one TWO three", "x", "five six seven"])
+    assert words.counts.tolist() == [4, 0, 4, 1, 3]
+    assert words.shares(words.numbers == words.known["two"]).tolist() == [0.25, 0, 0.25, 0, 0]
+    assert words.first_sums({"one": 1.5, "three": 1.0}).tolist() == [2.5, 0, 2.5, 0, 0]
+    expected = [[0, 0.75, 0], [0, 0, 0], [0.75, 0, 0], [0, 0, 0], [0, 0, 1]]
+    assert repeated(words, "Here five six seven.").tolist() == expected
+    assert repeated(PageWords.of(["a", "b c"]), "a").tolist() == [[0, 0, 0]] * 2
+
+
+def test_parts_of_a_page_that_come_late_are_read_where_they_belong():
+    source = (
+        '<body><main><p>first</p><template id="B:0"></template><p>third</p></main><footer>last</footer>'
+        '<div hidden id="S:0"><p>second <template id="P:1"></template></p></div><script>$RC("B:0","S:0")</script>'
+        '<div hidden id="S:1"><b>and more</b></div><script>x();$RS("S:1","P:1")</script>'
+        '<div hidden id="S:2">lost</div><script>$RC("B:2","S:2")</script>'
+    )
+    markup = read_markup(source)
+    assert markup.texts == ["first", "second and more", "third", "last", "lost"]
+    assert not any(markup.unshown)
+    for piece in (
+        '<div hidden id="S:0">',
+        '<template id="B:0"></template>',
+        "</div><script>$RC(",
+        '<div hidden id="S:1">a</div><script>$RC(',
+    ):
+        begin = time.process_time()
+        assert len(in_place(piece * 20_000 + '<div hidden id="S:0">')) <= len(piece) * 20_000 + 100
+        assert time.process_time() - begin < 1

@@ -13,6 +13,7 @@ import numpy as np
 
 from .features import Lexicon, context, features
 from .markup import Markup
+from .page_words import PageWords
 
 WEIGHTS = Path(__file__).with_name("block_model.npz")
 # Rows that are evaluated at once: with 400 trees of six levels 2.4 million comparisons.
@@ -57,19 +58,15 @@ class BlockModel:
     first: Trees
     second: Trees
 
-    def probabilities(self, page: str, markup: Markup, words: np.ndarray) -> np.ndarray:
-        """Of each block of ``markup`` the probability that it is main text.
-
-        Args:
-            words: of each block the number of its words.
-        """
-        first = self.first.probabilities(features(page, markup, self.lexicon))
-        second = self.second.probabilities(context(first, words + 0.5, markup))
+    def probabilities(self, page: str, markup: Markup, words: PageWords) -> np.ndarray:
+        """Of each block of ``markup``, whose words are ``words``, the probability that it is main text."""
+        first = self.first.probabilities(features(page, markup, words, self.lexicon))
+        second = self.second.probabilities(context(first, words.counts + 0.5, markup))
         return (first + second) / 2
 
     def save(self, path: Path) -> None:
         arrays: dict[str, np.ndarray] = {}
-        for name in ("names", "words"):
+        for name in ("names", "words", "headings"):
             weights = getattr(self.lexicon, name)
             arrays[name] = np.frombuffer("\n".join(weights).encode(), np.uint8)
             arrays[f"{name}_weights"] = np.asarray(list(weights.values()), np.float16)
@@ -93,7 +90,7 @@ class BlockModel:
                             strict=True,
                         )
                     )
-                    for name in ("names", "words")
+                    for name in ("names", "words", "headings")
                 )
             )
             trees = [

@@ -9,7 +9,9 @@ from html import unescape
 
 import numpy as np
 
+from .body import body_columns, last_headings, nearest
 from .markup import Markup
+from .page_words import FIRST_WORDS, WORD, PageWords, repeated
 
 _ATTRIBUTE = re.compile(
     r"""(?:^|[\s"'])(class|id|role|itemprop|itemtype|aria-label|data-testid|data-component)\s*=\s*"""
@@ -17,7 +19,6 @@ _ATTRIBUTE = re.compile(
     re.IGNORECASE,
 )
 _PART = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
-_WORD = re.compile(r"\w+")
 _TITLE = re.compile(r"<title[^>]*>([^<]{0,1000})", re.IGNORECASE)
 _OPEN_GRAPH = re.compile(
     r"""<meta\b(?=[^>]{0,500}?property\s*=\s*["']?og:type["'\s])[^>]{0,500}?content\s*=\s*["']?([\w.:]+)""",
@@ -90,17 +91,23 @@ def name_tokens(tag: str, attributes: str) -> tuple[str, ...]:
 
 
 def text_tokens(text: str) -> list[str]:
-    """The words of a block that may tell what it is: its first ones and its last ones."""
-    words = _WORD.findall(text[:400].lower())
-    return words[:24]
+    """The words of a block that may tell what it is: its first ones."""
+    return WORD.findall(text.lower())[:FIRST_WORDS]
 
 
 @dataclass(frozen=True)
 class Lexicon:
-    """What single words weigh, as log-odds of being main text: in elements' names and in texts."""
+    """What single words weigh, as log-odds of being main text.
+
+    Attributes:
+        names: in the names of the elements around a block.
+        words: among a block's first words.
+        headings: in the last heading before a block.
+    """
 
     names: Mapping[str, float]
     words: Mapping[str, float]
+    headings: Mapping[str, float]
 
 
 class _Sums:
@@ -149,7 +156,7 @@ def _shares(counts: np.ndarray) -> list[np.ndarray]:
     ]  # fmt: skip
 
 
-def features(page: str, markup: Markup, lexicon: Lexicon) -> np.ndarray:
+def features(page: str, markup: Markup, page_words: PageWords, lexicon: Lexicon) -> np.ndarray:
     """(blocks, :data:`COUNT`) float32."""
     texts = markup.texts
     count = len(texts)
@@ -186,9 +193,8 @@ def features(page: str, markup: Markup, lexicon: Lexicon) -> np.ndarray:
     own.append(np.asarray([markup.unshown[at] for at in markup.places]))
 
     # Words, repetition of the same text, and the title.
-    weights = lexicon.words
-    scores = np.asarray([sum(weights.get(word, 0.0) for word in text_tokens(text)) for text in texts])
-    own += [scores, scores / np.sqrt(np.minimum(words, 24))]
+    scores = page_words.first_sums(lexicon.words)
+    own += [scores, scores / np.sqrt(np.clip(page_words.counts, 1, FIRST_WORDS))]
     numbers: dict[str, int] = {}
     which = np.asarray([numbers.setdefault(text, len(numbers)) for text in texts])
     times = np.bincount(which)[which]
@@ -197,14 +203,19 @@ def features(page: str, markup: Markup, lexicon: Lexicon) -> np.ndarray:
     own += [np.log(times), seen_first]
     title = _TITLE.search(page)
     title_text = " ".join(unescape(title[1]).lower().split()) if title else ""
-    title_words = frozenset(_WORD.findall(title_text))
-    in_title = [
-        len(title_words.intersection(_WORD.findall(text.lower()))) / max(1, len(title_words))
-        if len(text) < 300
-        else 0.0
-        for text in texts
-    ]
-    own += [np.asarray(in_title), np.asarray([len(text) > 5 and text.lower() in title_text for text in texts])]
+    title_words = [page_words.known[word] for word in set(WORD.findall(title_text)) if word in page_words.known]
+    own.append(page_words.shares(np.isin(page_words.numbers, title_words)) * (length < 300))
+    own.append(np.asarray([5 < len(text) < 300 and text.lower() in title_text for text in texts]))
+    own += list(repeated(page_words, markup.carried).T)
+
+    # The part of the page: its heading, and where the running text is.
+    heading, level = last_headings(markup)
+    sections = page_words.first_sums(lexicon.headings)
+    own += [
+        np.where(heading >= 0, sections[np.maximum(heading, 0)], 0.0), level, np.log1p(np.arange(count) - heading),
+        np.where(heading >= 0, link_share[np.maximum(heading, 0)], 0.0), sections,
+    ]  # fmt: skip
+    own += body_columns(markup, length, link_share, np.asarray(depth))
 
     # Where in the page, by blocks and by characters.
     position = np.cumsum(length)
@@ -280,14 +291,6 @@ def _kinds(markup: Markup) -> np.ndarray:
 def _class_of(attributes: str) -> str:
     begin = attributes.find("class=")
     return attributes[begin + 6 : begin + 60] if begin >= 0 else ""
-
-
-def nearest(parents: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Of each element the nearest one at or above it that is ``chosen``; the body where there is none."""
-    result: list[int] = []
-    for number, (parent, yes) in enumerate(zip(parents.tolist(), chosen.tolist(), strict=True)):
-        result.append(number if yes or parent < 0 else result[parent])
-    return np.asarray(result)
 
 
 def context(first: np.ndarray, words: np.ndarray, markup: Markup) -> np.ndarray:

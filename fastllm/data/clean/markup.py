@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from html import unescape
 
 from .page_data import carried
+from .streamed import in_place
 
 # A page's own control characters are removed; this one then stands for a line break.
 _CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f]")
@@ -66,6 +67,7 @@ _UNSHOWN = re.compile(
     r"""\shidden(?=[\s>=/]|$)|display\s*:\s*none|[\s"'](?:sr-only|visually-?hidden|screen-reader-text)[\s"']""",
     re.IGNORECASE,
 )
+_ANY_TAG = re.compile(r"<[^<>]*>")
 _KEPT_SPACE = re.compile(r"white-space\s*:\s*(?:pre|break-spaces)\b(?!-line)", re.IGNORECASE)
 
 
@@ -82,6 +84,7 @@ class Markup:
         places: of each block the element that it lies in.
         linked: of each block how many of its characters are in links, about.
         links: of each block how many links begin in it.
+        carried: what the page carries as data, as text.
     """
 
     tags: list[str] = field(default_factory=list)
@@ -98,6 +101,7 @@ class Markup:
     places: list[int] = field(default_factory=list)
     linked: list[int] = field(default_factory=list)
     links: list[int] = field(default_factory=list)
+    carried: str = ""
 
 
 class _Walk:
@@ -298,16 +302,16 @@ def _unescape_lines(text: str) -> str:
 
 def read_markup(page: str, with_carried: bool = True) -> Markup:
     """Walk over ``page``, then over what it carries as data, in elements ``carried-...`` of their own."""
-    page = _CONTROLS.sub("", page)
+    page = in_place(_CONTROLS.sub("", page))
     walk = _Walk()
     body = _BODY.search(page)
     walk.push("body", body[1] if body else "")
     walk.read(page)
-    shown = None
-    for name, markup in carried(page) if with_carried else ():
-        if shown is None:
-            shown = "\n".join(walk.page.texts)
+    found = carried(page) if with_carried else []
+    for name, markup in found:
+        shown = "\n".join(walk.page.texts)
         walk.push(name, "")
         walk.read(_CONTROLS.sub("", markup), shown)
     walk.pop_to(0)
+    walk.page.carried = unescape(_ANY_TAG.sub(" ", "\n".join(markup for _, markup in found)))
     return walk.page

@@ -95,6 +95,6 @@ def carried(page: str) -> list[tuple[str, str]]:
     """(name of the source, markup) for each source of text that ``page`` carries as data."""
     found = [("carried-posts", "".join(_posts(page))), ("carried-schema", "".join(_schema(page)))]
     head = page[:200_000]
-    descriptions = dict.fromkeys(m[1] or m[2] or "" for m in _DESCRIPTION.finditer(head))
+    descriptions = dict.fromkeys(" ".join((m[1] or m[2] or "").split()) for m in _DESCRIPTION.finditer(head))
     found.append(("carried-description", "".join(f"<p>{text}</p>" for text in descriptions)))
     return [(name, markup) for name, markup in found if markup]

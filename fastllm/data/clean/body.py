@@ -1,0 +1,72 @@
+"""Where on a page the running text is: the element that holds most of it, and where each block lies by that."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .markup import Markup
+
+# Of how many characters a block is running text, and at most what share of them is in links.
+LONG, LINKED = 80, 0.3
+_HEADINGS = {"h1": 1, "h2": 2, "h3": 3, "h4": 4, "h5": 5, "h6": 6}
+
+
+def nearest(parents: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Of each element the nearest one at or above it that is ``chosen``; the body where there is none."""
+    result: list[int] = []
+    for number, (parent, yes) in enumerate(zip(parents.tolist(), chosen.tolist(), strict=True)):
+        result.append(number if yes or parent < 0 else result[parent])
+    return np.asarray(result)
+
+
+def body_columns(markup: Markup, length: np.ndarray, link_share: np.ndarray, depth: np.ndarray) -> list[np.ndarray]:
+    """Of each block where it lies by the element with the most running text among its children and theirs.
+
+    Args:
+        length, link_share: of each block its characters, and the share of them in links.
+        depth: of each element.
+    """
+    place, parents = np.asarray(markup.places), np.asarray(markup.parents)
+    starts, ends = np.asarray(markup.starts), np.asarray(markup.ends)
+    count, size = len(place), len(parents)
+    running = length * (1 - link_share) * ((length > LONG) & (link_share < LINKED))
+    above = np.maximum(parents[place], 0)
+    score = np.bincount(above, running, size) + np.bincount(place, running, size) * 0.5
+    score += np.bincount(np.maximum(parents[above], 0), running, size) * 0.5
+    best = int(np.argmax(score))
+    over = np.zeros(size, bool)
+    at = best
+    while at >= 0:
+        over[at] = True
+        at = int(parents[at])
+    common = nearest(parents, over)[place]
+    total = np.concatenate([[0.0], np.cumsum(running)])
+    inside = total[ends] - total[starts]
+    outside = (ends <= starts[best]) | (starts >= ends[best])
+    second = float((score * outside).max(initial=0.0))
+    index = np.arange(count)
+    before, after = starts[best] - index, index - ends[best] + 1
+    whole = max(total[-1], 1.0)
+    return [
+        depth[best] - depth[common], depth[place] - depth[common], inside[common] / whole,
+        np.log1p(np.maximum(before, 0)), np.log1p(np.maximum(after, 0)),
+        np.full(count, inside[best] / whole), np.full(count, second / max(score[best], 1.0)),
+        np.full(count, score[best] / whole), np.full(count, np.log1p(score[best])),
+        score[place] / max(score[best], 1.0), score[above] / max(score[best], 1.0),
+        # Running text before this block, and from here to the next heading's like.
+        total[:-1] / whole,
+    ]  # fmt: skip
+
+
+def last_headings(markup: Markup) -> tuple[np.ndarray, np.ndarray]:
+    """Of each block the block of the last heading before it, or -1, and that heading's level, or 0."""
+    levels = np.asarray([_HEADINGS.get(tag, 0) for tag in markup.tags])
+    parents = np.asarray(markup.parents)
+    places = np.asarray(markup.places)
+    above = np.maximum(parents[places], 0)
+    level = np.maximum(levels[places], levels[above])
+    index = np.arange(len(places))
+    latest = np.maximum.accumulate(np.where(level > 0, index, -1))
+    # A heading's own heading is the one before it.
+    shifted = np.concatenate([[-1], latest[:-1]])
+    return shifted, np.where(shifted >= 0, level[np.maximum(shifted, 0)], 0)
