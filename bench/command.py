@@ -22,6 +22,7 @@ from .environment import environment
 from .results import Run, read_run
 from .rival import Rival
 from .run import ROUNDS, Planned, plan, run
+from .scores import write
 from .timing import copy_bandwidth, keep_freed_memory
 
 # Seconds kept for the table, the plots and the page.
@@ -124,11 +125,11 @@ def main(argv: list[str] | None = None) -> int:
         found = run(
             planned, device, dtypes=options.dtype, rounds=options.rounds or ROUNDS[device.type],
             budget=left, only=options.provider, compiled=compiled, environment=where,
-            rivals=rivals, keep=lambda found: found.write(file),
+            rivals=rivals, keep=lambda found: write(found, file),
         )  # fmt: skip
     for rival in rivals:
         rival.stop()
-    found.write(file)
+    write(found, file)
     print("written:", file, *_shown(found, folder))
     refused = {row.provider: row.problem for row in found.rows if row.provider in options.rival and row.problem}
     for name, problem in refused.items():

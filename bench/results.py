@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
 
 from .timing import Quartiles
 
 OURS, EAGER, COMPILED = "fastllm", "eager", "torch.compile"
-# Of what a run writes; the number grows when a field goes or means something else, not when one comes.
-FORMAT = "fastllm-bench/1"
 NOT_INSTALLED = "not installed"
 NOT_COMPILED = "not compiled: the share of the budget for compiling was spent"
 
@@ -60,24 +58,11 @@ class Row:
 
 @dataclass
 class Run:
-    """What ``fastllm bench`` writes: where it ran, every row, and what was left out and why."""
+    """What ``fastllm bench`` finds: where it ran, every row, and what was left out and why."""
 
     environment: dict
     rows: list[Row] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
-
-    def document(self) -> dict:
-        """As docs/bench.schema.json has it: what the samples come to beside them."""
-        from .scores import CONFIDENCE, derived, fast_p
-
-        more = derived(self.rows)
-        rows = [asdict(row) | more.get(id(row), {}) for row in self.rows]
-        found = {"format": FORMAT, **asdict(self), "rows": rows}
-        return found | {"confidence": CONFIDENCE, "scores": fast_p(self.rows)}
-
-    def write(self, file: Path) -> None:
-        # Strict JSON: Python's own NaN and Infinity are none.
-        file.write_text(json.dumps(self.document(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def matrix_rate(rates: Mapping[str, float], dtype: str) -> float:

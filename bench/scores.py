@@ -1,4 +1,4 @@
-"""What a run's samples come to: intervals of medians and of speed-ups over eager PyTorch, and fast_p.
+"""What a run writes: its rows, and intervals of medians and of speed-ups over eager PyTorch, and fast_p.
 
 A median's interval is free of any distribution: between which order statistics it lies is a matter of a fair coin's
 throws (H. A. David, H. N. Nagaraja, Order Statistics, 2003, 7.1). fast_p is KernelBench's (A. Ouyang et al., 2025).
@@ -6,13 +6,18 @@ throws (H. A. David, H. N. Nagaraja, Order Statistics, 2003, 7.1). fast_p is Ker
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from itertools import groupby
+from pathlib import Path
 
-from .results import EAGER, Row, in_cases
+from .results import EAGER, Row, Run, in_cases
 from .timing import Quartiles
 
+# The number grows when a field goes or means something else, not when one comes.
+FORMAT = "fastllm-bench/1"
 CONFIDENCE = 0.95
 # Those at which KernelBench's papers and this library's tables give fast_p.
 FAST = (1.0, 1.2, 1.5, 2.0)
@@ -80,3 +85,17 @@ def fast_p(rows: Iterable[Row]) -> dict[str, dict]:
         }
         for provider, leads in sorted(calls.items())
     }
+
+
+def document(run: Run) -> dict:
+    """What docs/bench.schema.json describes: the run, and what its samples come to beside them."""
+    more = derived(run.rows)
+    rows = [asdict(row) | more.get(id(row), {}) for row in run.rows]
+    found = {"format": FORMAT, **asdict(run), "rows": rows}
+    return found | {"confidence": CONFIDENCE, "scores": fast_p(run.rows)}
+
+
+def write(run: Run, file: Path) -> None:
+    """Writes ``run`` to a bench.json."""
+    # Strict JSON has no NaN and no Infinity.
+    file.write_text(json.dumps(document(run), indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -89,7 +89,37 @@ def bench() -> str:
     return "\n\n".join(parts) or "No run is in bench/results yet."
 
 
+def fields() -> str:
+    """A table for each object of docs/bench.schema.json."""
+    schema = json.loads((ROOT / "docs" / "bench.schema.json").read_text(encoding="utf-8"))
+    parts = []
+
+    def described(field: dict) -> dict:
+        return field if "$ref" not in field else schema["$defs"][field["$ref"].rpartition("/")[2]]
+
+    def table(title: str, part: dict) -> None:
+        lines = [f"### {title}", "", "| field | type | what it is |", "|---|---|---|"]
+        inner = []
+        for name, field in part["properties"].items():
+            found = described(field)
+            kind = found.get("type", "string")
+            kinds = " or ".join([kind] if isinstance(kind, str) else kind)
+            lines.append(f"| `{name}` | {kinds} | {found.get('description', 'See below.')} |")
+            item = described(found["items"]) if "items" in found else found
+            if isinstance(found.get("additionalProperties"), dict) and "$ref" in found["additionalProperties"]:
+                item = described(found["additionalProperties"])
+            if "properties" in item:
+                inner.append((f"{title}, {name}", item))
+        parts.append("\n".join(lines))
+        for found in inner:
+            table(*found)
+
+    table("bench.json", schema)
+    return "\n\n".join(parts)
+
+
 GENERATED = {
+    "docs/bench-json.md": {"fields": fields},
     "README.md": {"ops": ops},
     "docs/benchmarks.md": {
         "bench": bench,

@@ -1,9 +1,13 @@
 """The scripts of examples/, run as they are, for a few steps of their tiny models."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
+import torch
+
+from fastllm.bench.command import _parser as bench_parser
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
@@ -27,6 +31,26 @@ def test_hugging_face_learns():
     assert load("hugging_face").main(["--steps", "6"]) < 5.3
 
 
+def test_the_notebook_runs_on_a_cpu(monkeypatch, capsys):
+    """Its cells in order, on a tiny model. What it hands to a shell is parsed only."""
+    cells = json.loads((EXAMPLES / "free_gpu.ipynb").read_text("utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    shell = [line for cell in code for line in cell["source"] if line.startswith(("%", "!"))]
+    assert [line.split()[0] for line in shell] == ["%pip", "!fastllm"]
+    bench_parser().parse_args(shell[1].split()[2:])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    names = {}
+    for cell in code:
+        exec("".join(line for line in cell["source"] if not line.startswith(("%", "!"))), names)
+        if "parameters" in cell["metadata"].get("tags", ()):
+            names.update(STEPS=4, BATCH=2, LENGTH=16, WIDTH=64, LAYERS=1)
+    (plain, _), (fast, _) = names["results"].values()
+    torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-4)
+    assert plain[-1] < plain[0]
+    assert "tokens a second" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:lightning")  # its own use of torch's pytree
 def test_lightning_learns():
     pytest.importorskip("lightning", reason="lightning is not installed: it is no part of the test extra")
     losses = load("lightning_module").main(["--steps", "6"])

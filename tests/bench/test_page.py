@@ -11,6 +11,7 @@ import pytest
 from fastllm.bench import command, plots
 from fastllm.bench.page import page
 from fastllm.bench.results import COMPILED, EAGER, OURS, Row, Run, read_run
+from fastllm.bench.scores import write
 
 RATES = {"copy": 1e12, "matrix": 1e14}
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -129,7 +130,7 @@ def test_what_has_no_time_shows_none(found):
 
 def test_report_draws_a_run_again(found, tmp_path, capsys):
     file = tmp_path / "bench.json"
-    found.write(file)
+    write(found, file)
     assert read_run(file) == found
     assert command.main(["report", str(file), "--out", str(tmp_path / "new")]) == 0
     names = {path.name for path in (tmp_path / "new").iterdir()}

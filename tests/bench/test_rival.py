@@ -1,9 +1,11 @@
 """``fastllm bench --rival``: a function of a stranger's, judged and timed in a process of its own."""
 
+import json
 import os
 
 import pytest
 import torch
+from json_schema import BENCH, problems
 
 from fastllm import OPS
 from fastllm.bench import cases, command, rival, run
@@ -51,6 +53,7 @@ def test_right_wrong_and_dead(target, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "copy_bandwidth", lambda device: 1e9)
     monkeypatch.setattr(command, "matmul_flops", lambda device, dtype: 1e9)
     assert command.main([*arguments, "--out", str(tmp_path)]) == 1
+    assert not problems(json.loads((tmp_path / "bench.json").read_text()), BENCH)
     found = command.read_run(tmp_path / "bench.json")
     assert not found.left_out
     theirs = {(row.shape, row.direction): row for row in found.rows if row.provider == target}

@@ -1,5 +1,6 @@
 """fastllm report: one page, self-contained, whatever the runs hold."""
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -7,6 +8,7 @@ import pytest
 
 from fastllm.cli import main
 from fastllm.training import train
+from fastllm.training.reports.page import make_page
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 
@@ -25,6 +27,29 @@ def test_a_page_has_curves_results_samples_and_what_differs(config, tmp_path, ca
     differing = re.findall(r'<tr class="differs"><td>([^<]*)', text)
     assert differing == ["training.batch_size", "training.seed"]
     HTMLParser().feed(text)
+
+
+def test_many_runs_and_one_that_failed(config, tmp_path):
+    """Each of twenty can be told apart, a loss that was not finite is named, and one without a step stops nothing."""
+    train(config(steps=1), tmp_path / "run", quiet=True)
+    text = (tmp_path / "run" / "config.toml").read_text()
+    for number in range(20):
+        folder = tmp_path / "sweep" / f"number-{number}"
+        folder.mkdir(parents=True)
+        (folder / "config.toml").write_text(text)
+        loss = None if number == 3 else 1.0 + number
+        (folder / "metrics.jsonl").write_text("" if number == 7 else json.dumps({"step": 1, "lr": 0.1, "loss": loss}))
+    runs = sorted((tmp_path / "sweep").iterdir(), key=lambda folder: int(folder.name.partition("-")[2]))
+    make_page(runs, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    looks = re.findall(r'class="key" style="([^"]*)"></span>([^<]*)<', page)
+    assert [name for _, name in looks] == [f"number-{number}" for number in range(20)]
+    assert len({look for look, _ in looks}) == 20
+    rows = dict(re.findall(r"<tr class=\"same\"><td>(number-\d+)</td>((?:<td>[^<]*</td>)+)", page))
+    cells = {name: re.findall(r"<td>([^<]*)", row) for name, row in rows.items()}
+    assert (cells["number-2"][3], cells["number-3"][3]) == ("3.0000", "not finite")
+    assert set(cells["number-7"]) == {"-"}
+    assert 'name="viewport"' in page
 
 
 def test_what_is_no_run_is_refused(config, tmp_path, capsys):

@@ -20,14 +20,18 @@ from .curves import smooth
 from .progress import read_metrics
 
 COLOURS = ("#2a78b5", "#d9662b", "#3a9d5d", "#8a5fb0", "#b5862a", "#c2487a", "#4d4d4d", "#2aa5a5")
+# One after the other as the colours run out: matplotlib's name, and the legend's in CSS.
+DASHES = (("solid", "solid"), ("dashed", "dashed"), ("dotted", "dotted"))
+# Of which a step's own value says little.
+SMOOTHED = ("loss", "grad_norm", "tokens_per_second")
 # Quantities that have a picture where a run has them: key, title, whether the axis is logarithmic.
 CURVES = (
     ("loss", "training loss (nats per token, smoothed)", False),
     ("validation_loss", "validation loss (nats per token)", False),
     ("validation_bits_per_byte", "validation (bits per byte)", False),
-    ("grad_norm", "gradient norm before clipping", True),
+    ("grad_norm", "gradient norm before clipping (smoothed)", True),
     ("lr", "learning rate of AdamW", False),
-    ("tokens_per_second", "tokens per second", False),
+    ("tokens_per_second", "tokens per second (smoothed)", False),
     ("mfu", "model FLOPs utilisation", False),
     ("skipped", "skipped steps so far", False),
     ("rank_skew_seconds", "slowest rank minus fastest, seconds", False),
@@ -38,11 +42,12 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; mar
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #eee }
-.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 1rem }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); gap: 1rem }
 .curves svg { width: 100%; height: auto } .runs { display: flex; gap: 1.5rem; flex-wrap: wrap }
-.samples { flex: 1 1 400px; min-width: 0 } pre { white-space: pre-wrap; background: #f6f6f6; padding: .8rem;
-max-height: 24rem; overflow: auto; overflow-wrap: anywhere } .key { display: inline-block; width: 1.6em; height: .25em;
-vertical-align: middle; margin-right: .4em } tr.differs td { background: #fff6e5 }
+.samples { flex: 1 1 min(400px, 100%); min-width: 0 } pre { white-space: pre-wrap; background: #f6f6f6; padding: .8rem;
+max-height: 24rem; overflow: auto; overflow-wrap: anywhere } .key { display: inline-block; width: 1.8em; height: 0;
+vertical-align: middle; margin-right: .4em; border-top: .2em solid } .wide { overflow-x: auto }
+td:first-child { white-space: nowrap } tr.differs td { background: #fff6e5 }
 """
 
 
@@ -53,10 +58,10 @@ def _curve(lines: list[dict[str, Any]], key: str) -> tuple[list[float], list[flo
         if isinstance(line.get(key), int | float) and math.isfinite(line[key]) and isinstance(line.get("step"), int)
     ]
     steps, values = [step for step, _ in points], [float(value) for _, value in points]
-    return steps, smooth(values, len(values) // 50) if key == "loss" else values
+    return steps, smooth(values, len(values) // 50) if key in SMOOTHED else values
 
 
-def _picture(title: str, curves: list[tuple[str, list[float], list[float]]], logarithmic: bool) -> str:
+def _picture(title: str, curves: list[tuple[tuple[str, str], list[float], list[float]]], logarithmic: bool) -> str:
     """An SVG of one quantity over the steps, a line for each run."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -64,8 +69,16 @@ def _picture(title: str, curves: list[tuple[str, list[float], list[float]]], log
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.subplots()
-    for colour, steps, values in curves:
-        axes.plot(steps, values, color=colour, linewidth=1.4, marker="o" if len(steps) < 30 else None, markersize=3)
+    for (colour, dash), steps, values in curves:
+        axes.plot(
+            steps,
+            values,
+            color=colour,
+            linestyle=dash,
+            linewidth=1.4,
+            marker="o" if len(steps) < 30 else None,
+            markersize=3,
+        )
     if logarithmic and all(value > 0 for _, _, values in curves for value in values):
         axes.set_yscale("log")
     shown = sorted(value for _, _, values in curves for value in values[len(values) // 50 :])
@@ -91,7 +104,7 @@ def _table(header: list[str], rows: list[list[str]], marked: set[int] = frozense
         + "</tr>"
         for number, row in enumerate(rows)
     )
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def _result(lines: list[dict[str, Any]]) -> list[str]:
@@ -104,9 +117,11 @@ def _result(lines: list[dict[str, Any]]) -> list[str]:
     def shown(value: object, form: str) -> str:
         return format(value, form) if isinstance(value, int | float) else "-"
 
+    # JSON has no NaN: a loss that was not finite is written as null.
+    loss = "not finite" if "loss" in last and last["loss"] is None else shown(last.get("loss"), ".4f")
     return [
-        shown(last.get("step"), ","), shown(last.get("tokens"), ","), shown(last.get("seconds"), ",.1f"),
-        shown(last.get("loss"), ".4f"), shown(scores[-1]["validation_loss"] if scores else None, ".4f"),
+        shown(last.get("step"), ","), shown(last.get("tokens"), ","), shown(last.get("seconds"), ",.1f"), loss,
+        shown(scores[-1]["validation_loss"] if scores else None, ".4f"),
         shown(scores[-1].get("validation_bits_per_byte") if scores else None, ".4f"),
         shown(last.get("tokens_per_second"), ",.0f"), shown(last.get("mfu"), ".1%"), shown(last.get("skipped"), ","),
         " / ".join(f"{part / total:.0%}" for part in spent) if total else "-",
@@ -116,8 +131,10 @@ def _result(lines: list[dict[str, Any]]) -> list[str]:
 def make_page(runs: list[Path], out: Path) -> None:
     """Write the page about ``runs`` (folders) to ``out``.
 
+    One that ended before its first step has a row without numbers.
+
     Raises:
-        InputError: one is no run, or has no metrics yet; names it.
+        InputError: one is no run, or none has metrics yet; names it.
         OSError: ``out`` cannot be written.
     """
     metrics, configs = [], []
@@ -125,20 +142,20 @@ def make_page(runs: list[Path], out: Path) -> None:
         if not (run / "config.toml").is_file():
             raise InputError(f"{run}: no run: config.toml is missing")
         lines = [line for line in read_metrics(run / "metrics.jsonl") if isinstance(line, dict)]
-        if not lines:
-            raise InputError(f"{run}: metrics.jsonl has nothing to show yet")
         metrics.append(lines)
         tables = asdict(read_run_config(run / "config.toml"))
         configs.append({f"{table}.{key}": value for table, part in tables.items() for key, value in part.items()})
-    names = [str(run) for run in runs]
-    colours = [COLOURS[number % len(COLOURS)] for number in range(len(runs))]
+    if not any(metrics):
+        raise InputError(f"{runs[0]}: metrics.jsonl has nothing to show yet")
+    names = _names(runs)
+    looks = [(COLOURS[n % len(COLOURS)], *DASHES[n // len(COLOURS) % len(DASHES)]) for n in range(len(runs))]
     legend = "".join(
-        f'<div><span class="key" style="background:{colour}"></span>{html.escape(name)}</div>'
-        for name, colour in zip(names, colours, strict=True)
+        f'<div><span class="key" style="border-color:{colour};border-top-style:{css}"></span>{html.escape(name)}</div>'
+        for name, (colour, _, css) in zip(names, looks, strict=True)
     )
     pictures = []
     for key, title, logarithmic in CURVES:
-        curves = [(colour, *_curve(lines, key)) for colour, lines in zip(colours, metrics, strict=True)]
+        curves = [(look[:2], *_curve(lines, key)) for look, lines in zip(looks, metrics, strict=True)]
         curves = [curve for curve in curves if curve[1]]
         if curves and not (key == "skipped" and not any(max(values) for _, _, values in curves)):
             pictures.append(_picture(title, curves, logarithmic))
@@ -158,12 +175,22 @@ def make_page(runs: list[Path], out: Path) -> None:
     settings = _table(["setting", *names], rows, set(range(len(differs))))
     write_text(
         out,
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(", ".join(names))}</title>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width"><title>{html.escape(", ".join(names))}</title>'
         f'<style>{_STYLE}</style><h1>Training runs</h1><div class="runs">{legend}</div><h2>Results</h2>{results}'
         f'<h2>Curves</h2><div class="curves">{"".join(pictures)}</div>'
         f'<h2>Samples</h2><div class="runs">{samples}</div>'
         f"<h2>Settings{'; those that differ come first' if differs else ''}</h2>{settings}</html>\n",
     )
+
+
+def _names(runs: list[Path]) -> list[str]:
+    """What the runs are called: their paths, without the folders that all of them are in."""
+    parts = [run.parts for run in runs]
+    common = 0
+    while len({part[: common + 1] for part in parts}) == 1 and common + 1 < min(map(len, parts)):
+        common += 1
+    return [str(Path(*part[common:])) for part in parts]
 
 
 def _samples(run: Path) -> str:
