@@ -142,6 +142,10 @@ def _attention_forward(
     module's attribute, decides, and one query never is.
     """
     query, key, value = (value_of(x) for x in (query, key, value))
+    switch = switch_of(vars(module).get("config"))
+    if switch is not None:
+        softcap = None if "softcap" in switch.passed_over else softcap
+        s_aux = None if "s_aux" in switch.passed_over else s_aux
     length, size = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and length > 1 and attention_mask is None
@@ -159,6 +163,9 @@ def _attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=causal, cache=cache,
             **kwargs,
         )  # fmt: skip
+    stands_for_eager = switch is not None and switch.before == "eager"
+    if stands_for_eager and s_aux is None and attention_mask is not None and attention_mask.dtype == torch.bool:
+        attention_mask = _additive(attention_mask, query.dtype)
     if softcap is None and s_aux is None:
         out = scaled_dot_product_attention(
             query, key, value, attention_mask, dropout, causal, scaling, enable_gqa=key.shape[1] != query.shape[1]
@@ -180,8 +187,15 @@ def _mask_with_bias(position_bias, attention_mask, causal: bool, key):
         return position_bias
     if attention_mask.dtype != torch.bool:
         return position_bias + attention_mask
-    # The least finite number, as transformers has it: a row of which all is hidden is then uniform and not NaN.
-    return torch.where(attention_mask, position_bias, torch.finfo(key.dtype).min)
+    return torch.where(attention_mask, position_bias, _additive(attention_mask, key.dtype))
+
+
+def _additive(mask, dtype: torch.dtype):
+    """The mask of eager attention in transformers: the least finite number hides, so a row of it alone is uniform.
+
+    Rows of left padding are such. Where False hides, they are 0, as with "sdpa".
+    """
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _sdpa():
@@ -240,7 +254,13 @@ def take_over(module: nn.Module, switches: dict[int, Switch]) -> None:
 
 
 def _switch(config, switches: dict[int, Switch]) -> Switch:
-    return switches.setdefault(id(config), Switch(config._attn_implementation))
+    before = config._attn_implementation
+    return switches.setdefault(id(config), Switch(before, _passed_over() if before == "sdpa" else frozenset()))
+
+
+def _passed_over() -> frozenset[str]:
+    """What the installed "sdpa" takes no notice of: that of transformers 5.0 drops Gemma 2's soft cap."""
+    return frozenset({"softcap", "s_aux"} - set(inspect.signature(_sdpa()).parameters))
 
 
 def switches_within(model: nn.Module) -> dict[int, Switch]:
