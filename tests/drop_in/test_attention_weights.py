@@ -257,3 +257,44 @@ def test_what_sdpa_passes_over_is_passed_over(taken, monkeypatch):
     assert torch.equal(capped, plain) is not taken
     other.set_attn_implementation("sdpa")
     torch.testing.assert_close(plain, transformers.AttentionInterface()["sdpa"](part, query, key, value, None)[0])
+
+
+def _vmapped(model, inputs):
+    return torch.vmap(lambda s: _scaled(model, inputs, s))(torch.tensor([1.0, 0.5]))
+
+
+def _differentiated(model, inputs):
+    return torch.func.jvp(lambda s: _scaled(model, inputs, s), (torch.tensor(1.0),), (torch.tensor(1.0),))[1]
+
+
+def _on_meta(model, inputs):
+    logits = model.to("meta")(**{name: value.to("meta") for name, value in inputs.items()}).logits
+    return torch.zeros(logits.shape)
+
+
+def _scaled(model, inputs, s):
+    weights = {name: p * s for name, p in model.named_parameters() if "q_proj.weight" in name}
+    return torch.func.functional_call(model, weights, (), {**inputs, "use_cache": False}).logits
+
+
+# gpt-oss's experts have no jvp and nothing on meta.
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [(name, _vmapped) for name in NEED_EAGER]
+    + [(name, how) for name in NEED_EAGER if name != "gpt_oss" for how in (_differentiated, _on_meta)],
+)
+def test_tensors_that_ours_does_not_take_take_the_models_own_attention(name, how):
+    model, other, inputs = pair(name, only="attention")
+    del inputs["labels"]
+    inputs["attention_mask"] = inputs["attention_mask"].flip(1)
+    with torch.no_grad():
+        torch.testing.assert_close(how(model, inputs), how(other, inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", *NEED_EAGER])
+def test_a_mask_of_another_shape_raises_what_it_raised(name):
+    model, other, inputs = pair(name, only="attention")
+    inputs["attention_mask"] = torch.ones(2, 1, 7, 5, dtype=torch.bool)
+    for each in (model, other):
+        with pytest.raises(RuntimeError):
+            each(**inputs)
