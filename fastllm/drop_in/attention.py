@@ -9,6 +9,7 @@ what they need, do give them. So a call of such a model in which somebody looks 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import sys
@@ -142,6 +143,10 @@ def _attention_forward(
     module's attribute, decides, and one query never is.
     """
     query, key, value = (value_of(x) for x in (query, key, value))
+    switch = switch_of(vars(module).get("config"))
+    if switch is not None:
+        softcap = None if "softcap" in switch.passed_over else softcap
+        s_aux = None if "s_aux" in switch.passed_over else s_aux
     length, size = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and length > 1 and attention_mask is None
@@ -151,24 +156,51 @@ def _attention_forward(
         position_bias = None if position_bias is None else position_bias[..., :length]
     if position_bias is not None:
         attention_mask, causal = _mask_with_bias(position_bias, attention_mask, causal, key), False
+    stands_for_eager = switch is not None and switch.before == "eager"
+    before = functools.partial(_eager if stands_for_eager else _sdpa_alone, module, query, key, value)
+    rest = dict(dropout=dropout, scaling=scaling, is_causal=causal, softcap=softcap, s_aux=s_aux)
     if cache is not None or not plain(query, key, value, attention_mask, s_aux):
-        if softcap is not None or s_aux is not None:
-            raise NotImplementedError('attention "fastllm": no soft cap or sinks with a paged cache or such tensors')
         own("attention", "a paged cache, or tensors that are not plain dense ones on a CPU or GPU")
-        return _sdpa()(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=causal, cache=cache,
-            **kwargs,
-        )  # fmt: skip
-    if softcap is None and s_aux is None:
-        out = scaled_dot_product_attention(
-            query, key, value, attention_mask, dropout, causal, scaling, enable_gqa=key.shape[1] != query.shape[1]
-        )
-    else:
-        out = attention(
-            query, key, value, causal=causal, scale=scaling, softcap=softcap, sinks=s_aux, bias=attention_mask,
-            dropout_p=dropout,
-        )  # fmt: skip
+        return before(attention_mask, **rest, cache=cache, **kwargs)
+    bias = attention_mask
+    if stands_for_eager and s_aux is None and bias is not None and bias.dtype == torch.bool:
+        bias = _additive(bias, query.dtype)
+    try:
+        if softcap is None and s_aux is None:
+            out = scaled_dot_product_attention(
+                query, key, value, bias, dropout, causal, scaling, enable_gqa=key.shape[1] != query.shape[1]
+            )
+        else:
+            out = attention(
+                query, key, value, causal=causal, scale=scaling, softcap=softcap, sinks=s_aux, bias=bias,
+                dropout_p=dropout,
+            )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        own("attention", str(error))
+        return before(attention_mask, **rest, **kwargs)  # which says so in its own words
     return out.transpose(1, 2).contiguous(), None
+
+
+def _sdpa_alone(module, query, key, value, attention_mask, *, softcap, s_aux, **kwargs):
+    """What transformers calls for "sdpa", which has no soft cap and no sinks."""
+    if softcap is not None or s_aux is not None:
+        raise NotImplementedError('attention "fastllm": no soft cap or sinks with a paged cache or such tensors')
+    return _sdpa()(module, query, key, value, attention_mask, **kwargs)
+
+
+def _eager(module, query, key, value, attention_mask, *, is_causal, softcap, s_aux, cache=None, **kwargs):
+    """The attention of ``module``'s own code, which takes additive masks and knows nothing of ``is_causal``."""
+    if is_causal and attention_mask is None:
+        shape = (query.shape[2], key.shape[2])
+        attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        attention_mask = _additive(attention_mask, query.dtype)
+    given = dict(cache=cache, softcap=softcap, s_aux=s_aux)
+    kwargs |= {name: value for name, value in given.items() if value is not None}
+    out, _ = sys.modules[type(module).__module__].eager_attention_forward(
+        module, query, key, value, attention_mask, **kwargs
+    )
+    return out, None
 
 
 def _mask_with_bias(position_bias, attention_mask, causal: bool, key):
@@ -180,8 +212,15 @@ def _mask_with_bias(position_bias, attention_mask, causal: bool, key):
         return position_bias
     if attention_mask.dtype != torch.bool:
         return position_bias + attention_mask
-    # The least finite number, as transformers has it: a row of which all is hidden is then uniform and not NaN.
-    return torch.where(attention_mask, position_bias, torch.finfo(key.dtype).min)
+    return torch.where(attention_mask, position_bias, _additive(attention_mask, key.dtype))
+
+
+def _additive(mask, dtype: torch.dtype):
+    """The mask of eager attention in transformers: the least finite number hides, so a row of it alone is uniform.
+
+    Rows of left padding are such. Where False hides, they are 0, as with "sdpa".
+    """
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _sdpa():
@@ -240,7 +279,13 @@ def take_over(module: nn.Module, switches: dict[int, Switch]) -> None:
 
 
 def _switch(config, switches: dict[int, Switch]) -> Switch:
-    return switches.setdefault(id(config), Switch(config._attn_implementation))
+    before = config._attn_implementation
+    return switches.setdefault(id(config), Switch(before, _passed_over() if before == "sdpa" else frozenset()))
+
+
+def _passed_over() -> frozenset[str]:
+    """What the installed "sdpa" takes no notice of: that of transformers 5.0 drops Gemma 2's soft cap."""
+    return frozenset({"softcap", "s_aux"} - set(inspect.signature(_sdpa()).parameters))
 
 
 def switches_within(model: nn.Module) -> dict[int, Switch]:
@@ -254,7 +299,9 @@ def model_forward(module, original, options, *args, **kwargs):
     switch = switch_of(vars(module).get("config"))
     if switch is None:
         return original(module, *args, **kwargs)
-    takes_own = _looks_for_weights(module, original, args, kwargs)
+    # Masks for ours look at the values of the padding mask.
+    meta = any(isinstance(t, torch.Tensor) and t.is_meta for t in (*args, *kwargs.values()))
+    takes_own = meta or _looks_for_weights(module, original, args, kwargs)
     if takes_own:
         own("attention", OWN_PATH)
     if torch.compiler.is_compiling():

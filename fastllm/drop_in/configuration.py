@@ -24,12 +24,14 @@ class Switch:
     """Whether the faces of one configuration name our attention now.
 
     ``before`` is the attention that was named when they were made: as soon as the configuration names another, that is
-    the answer. ``own`` has a value for each thread with a call at work: whether it takes the model's own path.
-    ``last`` is that of the last call: activation checkpointing runs layers again when no call is at work.
+    the answer. ``passed_over`` are arguments that it took no notice of. ``own`` has a value for each thread with a call
+    at work: whether it takes the model's own path. ``last`` is that of the last call: activation checkpointing runs
+    layers again when no call is at work.
     """
 
-    def __init__(self, before: str):
+    def __init__(self, before: str, passed_over: frozenset[str] = frozenset()):
         self.before = before
+        self.passed_over = passed_over
         self.active = True
         self.own: dict[int, bool] = {}
         self.last = False
@@ -56,7 +58,7 @@ class Switch:
         return not self.own.get(threading.get_ident(), only_in_a_call or self.last)
 
     def __getstate__(self):
-        return {"before": self.before, "active": self.active, "own": {}, "last": False}
+        return {"before": self.before, "passed_over": self.passed_over, "active": self.active, "own": {}, "last": False}
 
 
 class _SameClass(type):

@@ -14,8 +14,8 @@ from fastllm.drop_in.attention import attending_within
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-# Of models whose own attention is eager, since sdpa cannot do what they need.
-NEED_EAGER = ["gemma2", "gpt_oss"]
+# Of models whose own attention is eager, since sdpa cannot do what they need: transformers 5.0 gives Gemma 2 sdpa.
+NEED_EAGER = ["gemma2", "gpt_oss"] if not transformers.Gemma2PreTrainedModel._supports_sdpa else ["gpt_oss"]
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def ours(monkeypatch):
 
 def assert_same_weights(got, want):
     names = [name for name in want if "attentions" in name]
-    assert names
+    assert names == [name for name in got if "attentions" in name]
     for name in names:
         assert len(got[name]) == len(want[name]), name
         for a, b in zip(got[name], want[name], strict=True):
@@ -130,7 +130,7 @@ def test_two_threads_one_of_which_asks(name):
 
 
 def test_a_report_says_which_calls_are_the_models_own():
-    why = {entry.path: entry.why for entry in fastllm.accelerate(build("gemma2")[0]).swapped}[""]
+    why = {entry.path: entry.why for entry in fastllm.accelerate(build(NEED_EAGER[0])[0]).swapped}[""]
     for part in ("attention weights", "head mask", "hook"):
         assert part in why
 
@@ -211,7 +211,7 @@ def test_another_model_of_an_accelerated_models_configuration(name):
 
 def test_generating_with_weights_from_a_static_cache():
     """generate() makes masks outside the forward, for the attention that the configuration names there."""
-    model, other, inputs = pair("gemma2", only="attention")
+    model, other, inputs = pair(NEED_EAGER[0], only="attention")
     model.eval()
     other.eval()
     options = dict(
@@ -223,3 +223,78 @@ def test_generating_with_weights_from_a_static_cache():
     for a, b in zip(got.attentions, want.attentions, strict=True):
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("changes", [{}, {"attn_logit_softcapping": None}], ids=["capped", "not_capped"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "llama"])
+def test_rows_of_left_padding_are_what_they_were(name, changes):
+    """Eager attention gives them the mean of all values, and the first token's loss is made of the last of them."""
+    model, inputs = build(name, **(changes if name == "gemma2" else {}))
+    other = copy.deepcopy(model)
+    inputs["attention_mask"] = inputs["attention_mask"].flip(1)
+    fastllm.accelerate(model, only="attention")
+    got, want = model(**inputs), other(**inputs)
+    torch.testing.assert_close(got.logits + 0, want.logits, rtol=1e-4, atol=1e-5)
+    got.loss.backward()
+    want.loss.backward()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        if q.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_what_sdpa_passes_over_is_passed_over(taken, monkeypatch):
+    """The "sdpa" of transformers 5.0 drops Gemma 2's soft cap, and its models are trained without."""
+
+    def sdpa(module, query, key, value, attention_mask, softcap=None, **kwargs): ...
+
+    if taken:
+        monkeypatch.setattr(module, "_sdpa", lambda: sdpa)
+    model, other, _ = pair("llama", only="attention")
+    part = next(attending_within(model))
+    query, key, value = (10 * torch.randn(1, heads, 5, 8) for heads in (4, 2, 2))
+    capped, plain = (module.attention_forward(part, query, key, value, None, softcap=cap)[0] for cap in (1.0, None))
+    assert torch.equal(capped, plain) is not taken
+    other.set_attn_implementation("sdpa")
+    torch.testing.assert_close(plain, transformers.AttentionInterface()["sdpa"](part, query, key, value, None)[0])
+
+
+def _vmapped(model, inputs):
+    return torch.vmap(lambda s: _scaled(model, inputs, s))(torch.tensor([1.0, 0.5]))
+
+
+def _differentiated(model, inputs):
+    return torch.func.jvp(lambda s: _scaled(model, inputs, s), (torch.tensor(1.0),), (torch.tensor(1.0),))[1]
+
+
+def _on_meta(model, inputs):
+    logits = model.to("meta")(**{name: value.to("meta") for name, value in inputs.items()}).logits
+    return torch.zeros(logits.shape)
+
+
+def _scaled(model, inputs, s):
+    weights = {name: p * s for name, p in model.named_parameters() if "q_proj.weight" in name}
+    return torch.func.functional_call(model, weights, (), {**inputs, "use_cache": False}).logits
+
+
+# gpt-oss's experts have no jvp and nothing on meta.
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [(name, _vmapped) for name in NEED_EAGER]
+    + [(name, how) for name in NEED_EAGER if name != "gpt_oss" for how in (_differentiated, _on_meta)],
+)
+def test_tensors_that_ours_does_not_take_take_the_models_own_attention(name, how):
+    model, other, inputs = pair(name, only="attention")
+    del inputs["labels"]
+    inputs["attention_mask"] = inputs["attention_mask"].flip(1)
+    with torch.no_grad():
+        torch.testing.assert_close(how(model, inputs), how(other, inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", *NEED_EAGER])
+def test_a_mask_of_another_shape_raises_what_it_raised(name):
+    model, other, inputs = pair(name, only="attention")
+    inputs["attention_mask"] = torch.ones(2, 1, 7, 5, dtype=torch.bool)
+    for each in (model, other):
+        with pytest.raises(RuntimeError):
+            each(**inputs)

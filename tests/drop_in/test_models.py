@@ -104,6 +104,6 @@ def test_every_kind_of_architecture_is_there():
     assert len(ARCHITECTURES) >= 50
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        left = {name: fastllm.accelerate(build(name)[0], dry_run=True).left for name in ("gemma2", "bloom")}
-    assert any("forward of its own" in entry.why for entry in left["gemma2"])
+        left = {name: fastllm.accelerate(build(name)[0], dry_run=True).left for name in ("opt", "bloom")}
+    assert any("forward of its own" in entry.why for entry in left["opt"])
     assert any("AttentionInterface" in entry.why for entry in left["bloom"])
