@@ -1,4 +1,4 @@
-"""``fastllm bench --cpu avx2,avx512,amx``: the same calls at several levels of one CPU, each in a process of its own."""
+"""``fastllm bench --cpu avx2,avx512,amx``: the same calls at several levels of one CPU, each in its own process."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def without(arguments: Sequence[str], *options: str) -> list[str]:
 
 
 def table(runs: dict[str, Run | str]) -> list[str]:
-    """Lines: geometric means of forward and backward together, op by op and level by level; a level's problem as it is."""
+    """Lines: geometric means of forward and backward together, by op and level; after them each level's problem."""
     found = {
         level: leads(in_cases([row for row in run.rows if row.direction == "both"]))
         for level, run in runs.items() if isinstance(run, Run)
@@ -59,6 +59,16 @@ def table(runs: dict[str, Run | str]) -> list[str]:
                 calls = max(len(some) for some in values if some)
                 lines.append(f"{op:<30}{level:<9}{calls:>6}" + "".join(f"{cell:>21}" for cell in cells))
     return lines + [f"{level}: {problem}" for level, problem in runs.items() if isinstance(problem, str)]
+
+
+def outcome(code: int, folder: Path) -> Run | str:
+    """What a level's process left in ``folder``; or why there are no times."""
+    file = folder / "bench.json"
+    run = read_run(file) if file.is_file() else None
+    if code == 0 and run is not None:
+        return run
+    why = f": {run.left_out[0]}" if run is not None and run.left_out else ""
+    return f"no times, code {code}{why} (all that it said is in {folder / 'bench.log'})"
 
 
 def main(names: Sequence[str], arguments: Sequence[str], budget: float, folder: Path) -> int:
@@ -77,15 +87,10 @@ def main(names: Sequence[str], arguments: Sequence[str], budget: float, folder: 
         command = [sys.executable, "-m", "fastllm", "bench", *without(arguments, "--cpu", "--budget", "--out")]
         command += ["--budget", f"{budget / len(reached):g}", "--out", str(to)]
         held = os.environ | dict(zip(VARIABLES, HELD[name], strict=True))
-        done = subprocess.run(
-            command, env=held, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-        )
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        done = subprocess.run(command, env=held, text=True, check=False, **output)
         to.mkdir(parents=True, exist_ok=True)
         (to / "bench.log").write_text(done.stdout, "utf-8")
-        if done.returncode != 0:
-            last = done.stdout.strip().rpartition("\n")[2]
-            runs[name] = f"failed with code {done.returncode}: {last} (all of it in {to / 'bench.log'})"
-        else:
-            runs[name] = read_run(to / "bench.json")
+        runs[name] = outcome(done.returncode, to)
     print(*table(runs), f"written: {folder}", sep="\n")
     return 0 if reached and all(isinstance(runs[name], Run) for name in reached) else 1

@@ -18,9 +18,9 @@ from .forms import CHUNKS, TORCH, WIDENED, form_of
 
 # The least heads * rows * columns * head dim for which it is taken before PyTorch's operator, under a causal edge and
 # without one. One core of an AMD EPYC, forward and backward in float32, times as fast at AVX2 and at AVX-512: causal, 8
-# heads of 128 x 64 (2^23) 1.30 and 1.28, 2 of 256 x 64 (2^23) 1.28 and 1.57, one of 128 x 64 (2^20) 0.67 and 0.64; full,
-# 4 of 256 x 64 (2^24) in a batch of 8 1.11 and 1.80, one of 512 x 64 (2^24) 0.97 and 1.35. The batch has no part in it:
-# what serves a row does not depend on the rows beside it.
+# heads of 128 x 64 (2^23) 1.30 and 1.28, 2 of 256 x 64 (2^23) 1.28 and 1.57, one of 128 x 64 (2^20) 0.67 and 0.64;
+# full, 4 of 256 x 64 (2^24) in a batch of 8 1.11 and 1.80, one of 512 x 64 (2^24) 0.97 and 1.35. The batch has no part
+# in it: what serves a row does not depend on the rows beside it.
 LEAST_CAUSAL, LEAST = 2**22, 2**24
 # Fewer rows of queries do not pay for packing the keys: 12 full heads of 512 columns took 1.01 and 1.45 times as long
 # in PyTorch with 64 rows, 0.69 and 1.36 with 16.
