@@ -17,7 +17,7 @@ from ..commands.parser import Parser
 from ..config import path
 from ..matmul import matmul_flops
 from ..registry import Op
-from . import cases
+from . import cases, levels
 from .environment import environment
 from .results import Run, read_run
 from .rival import Rival
@@ -62,6 +62,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, help="samples of each provider")
     parser.add_argument("--budget", type=float, default=240.0, metavar="SECONDS", help="for everything (%(default)g)")
     parser.add_argument(
+        "--cpu", metavar="LEVELS",
+        help="one table of several levels of this CPU, each in a process of its own: avx2,avx512,amx",
+    )  # fmt: skip
+    parser.add_argument(
         "--fresh-caches", action="store_true",
         help="nothing that Triton and Inductor have compiled before, so that the first calls compile",
     )  # fmt: skip
@@ -95,6 +99,10 @@ def main(argv: list[str] | None = None) -> int:
         if not options.budget > 0:
             raise ValueError(f"--budget: expected a positive number of seconds, got {options.budget:g}")
         device = _device(options.device)
+        if options.cpu is not None:
+            names = levels.levels(options.cpu)
+            if device.type != "cpu" or options.static or options.tune:
+                raise ValueError("--cpu: it times the ops on a CPU; leave out --static and --tune, take --device cpu")
         options.dtype = options.dtype or [cpu.precision(device)]
         planned = plan(ops, options.shape, options.sweep, device.type)
         if not planned:
@@ -111,6 +119,9 @@ def main(argv: list[str] | None = None) -> int:
 
         return both_tables([op.name for op in ops], options.shape, options.budget)
     began = time.monotonic()
+    if options.cpu is not None:
+        folder = options.out or Path("runs") / f"bench-{datetime.now():%Y%m%d-%H%M%S}"
+        return levels.main(names, argv, options.budget, folder)
     folder = options.out or Path("runs") / f"bench-{datetime.now():%Y%m%d-%H%M%S}"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "bench.json"

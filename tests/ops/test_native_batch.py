@@ -57,6 +57,16 @@ def _embedding_sum(name, tensors):
     return lambda rows, x: functional.embedding_sum([ids[rows], ids[rows] // 2, ids[rows] // 3], tables, scale=0.3) + x
 
 
+def _attention(name, tensors):
+    causal = {"attention": "causal", "scaled_dot_product_attention": "is_causal"}[name]
+
+    def call(rows, *leaves):
+        q, k, v = (x.view(len(x), 1, 7, WIDTH // 7) for x in leaves)
+        return getattr(functional, name)(q, k, v, **{causal: True}).flatten(1)
+
+    return call
+
+
 # Op -> what makes its call of some rows, and how many tensors of rows it takes.
 CALLS = {
     "rms_norm": (_norm, 1),
@@ -68,6 +78,8 @@ CALLS = {
     "rotary_embedding": (_rotary, 1),
     "embedding": (_embedding, 1),
     "embedding_sum": (_embedding_sum, 1),
+    "attention": (_attention, 3),
+    "scaled_dot_product_attention": (_attention, 3),
 }
 # Its products are PyTorch's, whose library orders sums by the shape of the matrix.
 OF_PYTORCH = {"linear_cross_entropy", "linear_log_probs"}

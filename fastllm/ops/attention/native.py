@@ -16,11 +16,12 @@ from .call import AttentionCall, AttentionRequest, ForwardResult, OutputGradient
 from .eager import Sequence, each_sequence
 from .forms import CHUNKS, TORCH, WIDENED, form_of
 
-# The least batch * heads * rows * columns * head dim for which it is taken before PyTorch's operator, under a causal
-# edge and without one. One core of an AMD EPYC, forward and backward in float32, times as fast at AVX2 and at AVX-512:
-# causal, 8 heads of 128 x 64 (2^23) 1.30 and 1.28, one of 128 x 64 (2^20) 0.67 and 0.64; full, 64 heads of 128 x 32
-# (2^25) 1.02 and 1.41, one of 512 x 64 (2^24) 0.97 and 1.35.
-LEAST_CAUSAL, LEAST = 2**23, 2**25
+# The least heads * rows * columns * head dim for which it is taken before PyTorch's operator, under a causal edge and
+# without one. One core of an AMD EPYC, forward and backward in float32, times as fast at AVX2 and at AVX-512: causal, 8
+# heads of 128 x 64 (2^23) 1.30 and 1.28, 2 of 256 x 64 (2^23) 1.28 and 1.57, one of 128 x 64 (2^20) 0.67 and 0.64;
+# full, 4 of 256 x 64 (2^24) in a batch of 8 1.11 and 1.80, one of 512 x 64 (2^24) 0.97 and 1.35. The batch has no part
+# in it: what serves a row does not depend on the rows beside it.
+LEAST_CAUSAL, LEAST = 2**22, 2**24
 # Fewer rows of queries do not pay for packing the keys: 12 full heads of 512 columns took 1.01 and 1.45 times as long
 # in PyTorch with 64 rows, 0.69 and 1.36 with 16.
 LEAST_ROWS = 64
@@ -56,10 +57,11 @@ def native_loses(request: AttentionRequest) -> str | None:
         return None
     if level == "amx" and call.q.dtype != torch.float32 and form.name == TORCH:
         return _UNITS
-    batch, heads, rows, dim = call.q.shape
+    heads, rows, dim = call.q.shape[1:]
+    work = heads * rows * call.k.shape[2] * dim
     if call.right == 0:
-        return _TOO_SMALL if batch * heads * rows * call.k.shape[2] * dim < LEAST_CAUSAL else None
-    return _TOO_SMALL if rows < LEAST_ROWS or batch * heads * rows * call.k.shape[2] * dim < LEAST else None
+        return _TOO_SMALL if work < LEAST_CAUSAL else None
+    return _TOO_SMALL if rows < LEAST_ROWS or work < LEAST else None
 
 
 class _Operands(NamedTuple):
