@@ -137,7 +137,7 @@ def beam_search(
             # A log-probability only falls; divided by the greatest length it is the most that a beam can reach.
             if (live.max(1).values / steps**length_penalty <= done_scores.min(1).values).all():
                 break
-            cache.select((first[:, None] * beams + parent).flatten())
+            cache.select((first[:, None] * beams + parent).flatten(), same_memory=True)
             logits = _logits(model, token.view(-1, 1), None, cache)
     rows = zip(done_paths.tolist(), done_lengths.tolist(), done_scores.tolist(), strict=True)
     return [[Hypothesis(p[:n], s) for p, n, s in zip(*row, strict=True) if s > -float("inf")] for row in rows]

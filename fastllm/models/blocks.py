@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -153,6 +154,29 @@ class MLP(nn.Module):
         return self.down(x)
 
 
+class Stream(NamedTuple):
+    """The residual stream between two branches: ``branch`` + ``residual``, not added yet; ``residual`` None is 0.
+
+    So that the next norm adds while it reads.
+    """
+
+    branch: torch.Tensor
+    residual: torch.Tensor | None = None
+
+    def normed(self, norm: nn.Module) -> Stream:
+        """(norm of the sum, the sum)."""
+        branch, residual = self
+        if residual is None:
+            return Stream(norm(branch), branch)
+        if isinstance(norm, fast.RMSNorm):
+            return Stream(*add_rms_norm(branch, residual, norm.normalized_shape, norm.weight, norm.eps))
+        return Stream(*add_layer_norm(branch, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
+
+    def whole(self) -> torch.Tensor:
+        """The sum."""
+        return self.branch if self.residual is None else self.branch + self.residual
+
+
 class Residual(nn.Module):
     """Branches around the residual stream, each with its norm before it or after the sum."""
 
@@ -161,14 +185,13 @@ class Residual(nn.Module):
         self.post = config.norm_position == "post"
         self.dropout = nn.Dropout(config.dropout)
 
-    def add(self, x: torch.Tensor, norm: nn.Module, branch) -> torch.Tensor:
-        """x + dropout(branch(norm(x))), or norm(x + dropout(branch(x)))."""
+    def add(self, stream: Stream, norm: nn.Module, branch) -> Stream:
+        """x + dropout(branch(norm(x))) of the stream's sum x, or norm(x + dropout(branch(x)))."""
         if not self.post:
-            return x + self.dropout(branch(norm(x)))
-        branch_out = self.dropout(branch(x))
-        if isinstance(norm, fast.RMSNorm):
-            return add_rms_norm(branch_out, x, norm.normalized_shape, norm.weight, norm.eps)[0]
-        return add_layer_norm(branch_out, x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)[0]
+            x, residual = stream.normed(norm)
+            return Stream(self.dropout(branch(x)), residual)
+        x = stream.branch
+        return Stream(Stream(self.dropout(branch(x)), x).normed(norm).branch)
 
 
 class Block(Residual):
@@ -189,8 +212,8 @@ class Block(Residual):
         """What writes into the residual stream."""
         return [self.attention.out, *([self.cross_attention.out] if self.cross else []), self.mlp.down]
 
-    def forward(self, x: torch.Tensor, context: Context, layer: int) -> torch.Tensor:
-        x = self.add(x, self.attention_norm, lambda x: self.attention(x, context, layer))
+    def forward(self, stream: Stream, context: Context, layer: int) -> Stream:
+        stream = self.add(stream, self.attention_norm, lambda x: self.attention(x, context, layer))
         if self.cross:
-            x = self.add(x, self.cross_norm, lambda x: self.cross_attention(x, context, layer))
-        return self.add(x, self.mlp_norm, self.mlp)
+            stream = self.add(stream, self.cross_norm, lambda x: self.cross_attention(x, context, layer))
+        return self.add(stream, self.mlp_norm, self.mlp)

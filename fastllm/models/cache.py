@@ -43,9 +43,15 @@ class DecoderCache:
             self.memory_mask = memory.mask
         return None if memory is None else memory.states, self.memory_mask
 
-    def select(self, index: torch.Tensor) -> None:
-        """Go on with the sequences ``index`` (any number, repeats allowed), as a beam search does."""
+    def select(self, index: torch.Tensor, *, same_memory: bool = False) -> None:
+        """Go on with the sequences ``index`` (any number, repeats allowed), as a beam search does.
+
+        ``same_memory``: each of them takes the place of one that read the same encoder's states, which stay where they
+        are.
+        """
         self.batch_size = len(index)
+        if same_memory:
+            return
         self.memory = {layer: tuple(t[index] for t in held) for layer, held in self.memory.items()}
         self.memory_mask = None if self.memory_mask is None else self.memory_mask[index]
 
@@ -87,9 +93,13 @@ class KVCache(DecoderCache):
         keys, values = self._store[:, :, :, :, : self.length + 1]
         return self._store[:, :, :, :, self.length].unbind(1), keys.unbind(0), values.unbind(0)
 
-    def select(self, index: torch.Tensor) -> None:
-        super().select(index)
-        self._store = self._store[:, :, index]
+    def select(self, index: torch.Tensor, *, same_memory: bool = False) -> None:
+        super().select(index, same_memory=same_memory)
+        # The tokens held alone, and where they are if as many sequences go on: most of the room is empty.
+        held = self._store[:, :, :, :, : self.length][:, :, index]
+        if len(index) != self._store.shape[2]:
+            self._store = self._store.new_empty((*self._store.shape[:2], len(index), *self._store.shape[3:]))
+        self._store[:, :, :, :, : self.length] = held
 
 
 class RecurrentCache(DecoderCache):
@@ -113,6 +123,6 @@ class RecurrentCache(DecoderCache):
         self._check(*(tensor[0] for tensor in state))
         self._states[layer] = state
 
-    def select(self, index: torch.Tensor) -> None:
-        super().select(index)
+    def select(self, index: torch.Tensor, *, same_memory: bool = False) -> None:
+        super().select(index, same_memory=same_memory)
         self._states = {layer: tuple(t[:, index] for t in state) for layer, state in self._states.items()}

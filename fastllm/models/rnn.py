@@ -10,13 +10,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-from torch.utils.checkpoint import checkpoint
 
-from .blocks import Context, CrossAttention, Residual
+from .blocks import Context, CrossAttention, Residual, Stream
 from .cache import Encoded, RecurrentCache
 from .config import ModelConfig
 from .embedding import Embedded, make_norm
-from .stack import length_mask
+from .stack import length_mask, through
 
 
 class RecurrentBlock(Residual):
@@ -82,11 +81,11 @@ class RecurrentBlock(Residual):
             cache.store(layer, state if isinstance(state, tuple) else (state,))
         return self.out(out)
 
-    def forward(self, x: torch.Tensor, context: Context, layer: int, lengths: torch.Tensor | None = None):
-        x = self.add(x, self.recurrence_norm, lambda x: self._recur(x, lengths, context.cache, layer))
+    def forward(self, stream: Stream, context: Context, lengths: torch.Tensor | None, layer: int) -> Stream:
+        stream = self.add(stream, self.recurrence_norm, lambda x: self._recur(x, lengths, context.cache, layer))
         if self.cross:
-            x = self.add(x, self.cross_norm, lambda x: self.cross_attention(x, context, layer))
-        return x
+            stream = self.add(stream, self.cross_norm, lambda x: self.cross_attention(x, context, layer))
+        return stream
 
 
 class RecurrentStack(Embedded):
@@ -96,14 +95,6 @@ class RecurrentStack(Embedded):
         super().__init__(config, positions=False)
         self.blocks = nn.ModuleList(RecurrentBlock(config, kind, bidirectional, cross) for _ in range(layers))
         self.norm = make_norm(config) if config.norm_position == "pre" else nn.Identity()
-
-    def _blocks(self, x: torch.Tensor, context: Context, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        for layer, block in enumerate(self.blocks):
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, context, layer, lengths, use_reentrant=False)
-            else:
-                x = block(x, context, layer, lengths)
-        return self.norm(x)
 
 
 class RecurrentEncoder(RecurrentStack):
@@ -119,7 +110,7 @@ class RecurrentEncoder(RecurrentStack):
         self.check_tokens(tokens)
         mask = None if lengths is None else length_mask(tokens, lengths)
         x = self.embed(tokens, None, segments)
-        states = self._blocks(x, Context(causal=False), None if lengths is None else lengths.cpu())
+        states = through(self, x, Context(causal=False), None if lengths is None else lengths.cpu())
         return Encoded(states if mask is None else states * mask[..., None], mask)
 
 
@@ -144,7 +135,7 @@ class RecurrentDecoder(RecurrentStack):
         self.check_tokens(tokens, start)
         context = Context(causal=True, cache=cache)
         context.memory, context.memory_mask = (memory or (None, None)) if cache is None else cache.read(memory)
-        x = self._blocks(self.embed(tokens), context)
+        x = through(self, self.embed(tokens), context, None)
         if cache is not None:
             cache.length = start + tokens.shape[1]
         return x

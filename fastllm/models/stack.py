@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import nn as fast
 from . import next_token
-from .blocks import Block, Context, relative_bucket, rotary_tables
+from .blocks import Block, Context, Stream, relative_bucket, rotary_tables
 from .cache import Encoded, KVCache
 from .config import ModelConfig
 from .embedding import Embedded, make_norm
@@ -19,6 +19,18 @@ def length_mask(tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     if lengths.shape != tokens.shape[:1]:
         raise ValueError(f"lengths must be ({len(tokens)},), one for each sequence, got {list(lengths.shape)}")
     return torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+
+
+def through(stack: Embedded, x: torch.Tensor, *arguments) -> torch.Tensor:
+    """``x`` through ``stack.blocks``, each of which also takes ``arguments``, and the last norm."""
+    stream = Stream(x)
+    for layer, block in enumerate(stack.blocks):
+        if stack.checkpoint_activations and torch.is_grad_enabled():
+            # One tensor is kept of a block, not two.
+            stream = checkpoint(block, Stream(stream.whole()), *arguments, layer, use_reentrant=False)
+        else:
+            stream = block(stream, *arguments, layer)
+    return stream.normed(stack.norm).branch
 
 
 class TransformerStack(Embedded):
@@ -43,14 +55,6 @@ class TransformerStack(Embedded):
         config = self.config
         bucket = relative_bucket(distance, config.relative_buckets, config.relative_distance, self.causal)
         return self.relative_bias(bucket).permute(2, 0, 1)[None]
-
-    def _blocks(self, x: torch.Tensor, context: Context) -> torch.Tensor:
-        for layer, block in enumerate(self.blocks):
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, context, layer, use_reentrant=False)
-            else:
-                x = block(x, context, layer)
-        return self.norm(x)
 
 
 class TransformerEncoder(TransformerStack):
@@ -86,7 +90,7 @@ class TransformerEncoder(TransformerStack):
                 visible = mask[:, None, None, :]
                 bias = visible if bias is None else bias.masked_fill(~visible, -torch.inf)
             rotary = (self.rotary_cos[:length], self.rotary_sin[:length]) if self.positions == "rotary" else None
-            states = self._blocks(self.embed(tokens, None, segments), Context(False, rotary, bias))
+            states = through(self, self.embed(tokens, None, segments), Context(False, rotary, bias))
             return Encoded(states if mask is None else states * mask[..., None], mask)
         there = mask.flatten().nonzero()[:, 0]
         positions = there % length
@@ -96,7 +100,7 @@ class TransformerEncoder(TransformerStack):
             rotary = tuple(table[positions] for table in (self.rotary_cos, self.rotary_sin))
         segments = None if segments is None else segments.flatten()[there]
         x = self.embed(tokens.flatten()[there], positions, segments)
-        x = self._blocks(x, Context(False, rotary, bias, (starts, length)))
+        x = through(self, x, Context(False, rotary, bias, (starts, length)))
         states = x.new_zeros(mask.numel(), x.shape[-1]).index_copy(0, there, x)
         return Encoded(states.view(*mask.shape, -1), mask)
 
@@ -138,7 +142,7 @@ class TransformerDecoder(TransformerStack):
         if start and end == start + 1 and prefix is None and cache.step is not None and next_token.allowed(self):
             x = cache.step(x, context)
         else:
-            x = self._blocks(x, context)
+            x = through(self, x, context)
         if cache is not None:
             cache.length = end
         return x
