@@ -49,8 +49,20 @@ RECIPES = {
             "eval_interval": 200, "eval_windows": 0, "patience": 6, "dtype": "float32",
         },
     ),
+    "classify-tiny": Recipe(
+        "labels of short texts, from a few thousand examples",
+        ModelConfig(
+            encoder="conv", decoder="none", heads=("classify",), pooling="max", vocab_size=16000, context_length=256,
+            num_layers=1, num_heads=4, hidden_size=432, dropout=0.4,
+        ),
+        {"objective": "classify", "tokenizer_kind": "word", "label_smoothing": 0.1, "token_dropout": 0.1},
+        {
+            "epochs": 5.0, "batch_size": 64, "lr": 1.5e-3, "muon_lr": 0.01, "weight_decay": 0.01,
+            "eval_interval": 50, "eval_windows": 0, "dtype": "float32", "ema_decay": 0.98,
+        },
+    ),
     "classify-small": Recipe(
-        "labels of short texts, from some thousand examples",
+        "labels of short texts, from some ten thousand examples",
         ModelConfig(
             encoder="gru", decoder="none", heads=("classify",), pooling="max", vocab_size=16000, context_length=256,
             num_layers=1, num_heads=4, hidden_size=256, dropout=0.5,
