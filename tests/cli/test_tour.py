@@ -145,8 +145,10 @@ def test_instructions_and_preferences_come_from_sentences_that_follow_each_other
     follows = dict(zip(sentences[:5] + sentences[6:8], sentences[1:6] + sentences[7:], strict=True))
     assert [e["answer"] for e in found["instructions"]] == list(follows.values())
     for pair in found["preferences"]:
-        assert pair["chosen"] == follows[pair["prompt"].strip()] != pair["rejected"]
-        assert pair["rejected"] in follows.values()
+        chosen, rejected = pair["chosen"].split(), pair["rejected"].split()
+        assert pair["chosen"] == follows[pair["prompt"].strip()]
+        assert len(rejected) == len(chosen) - 1
+        assert (rejected[0], rejected[-1]) == (chosen[0], chosen[-1])
 
 
 def test_pairs_that_teach_no_translation_are_dropped():
