@@ -3,8 +3,8 @@
 python docs/prompts.py FOLDER    text/ and held/ (a file for each module), instructions and preferences of both
 
 The instructions and preferences are synthetic, made by a rule from sentences that follow each other. The prompt is a
-sentence of a paragraph, the answer is the one that follows it. The rejected answer is the answer to another prompt,
-drawn from the 20 that are nearest in length. One module in ten is held out.
+sentence of a paragraph, the answer is the one that follows it. The rejected answer is the same with one of its inner
+words left out. One module in ten is held out.
 """
 
 from __future__ import annotations
@@ -57,17 +57,14 @@ def followers(documents: list[str]) -> list[tuple[str, str]]:
 
 def examples(documents: list[str], seed: int = 0) -> dict[str, list[dict]]:
     """``instructions`` and ``preferences`` of ``documents``."""
-    pairs, draw = followers(documents), random.Random(seed)
-    order = sorted(range(len(pairs)), key=lambda index: len(pairs[index][1]))
-    place = {index: position for position, index in enumerate(order)}
+    draw = random.Random(seed)
     made: dict[str, list[dict]] = {"instructions": [], "preferences": []}
-    for index, (prompt, answer) in enumerate(pairs):
-        near = order[max(0, place[index] - 10) : place[index] + 11]
-        others = [pairs[other][1] for other in near if pairs[other][1] != answer]
+    for prompt, answer in followers(documents):
         made["instructions"].append({"prompt": f"What follows: {prompt}\nAnswer: ", "answer": answer})
-        if others:
-            rejected = draw.choice(others)
-            made["preferences"].append({"prompt": f"{prompt} ", "chosen": answer, "rejected": rejected})
+        words = answer.split(" ")
+        if len(words) > 2:
+            del words[draw.randrange(1, len(words) - 1)]
+            made["preferences"].append({"prompt": f"{prompt} ", "chosen": answer, "rejected": " ".join(words)})
     return made
 
 

@@ -47,6 +47,10 @@ def test_the_tours_commands_work(tmp_path, monkeypatch, capsys):
         for e in examples("answer")
     ]  # fmt: skip
     Path("questions.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    pairs = [{"prompt": f"Is {n} a number?", "chosen": " Yes.", "rejected": " No."} for n in range(20)]
+    instructions = [{"prompt": pair["prompt"], "answer": pair["chosen"]} for pair in pairs]
+    for name, lines in (("instructions", instructions), ("preferences", pairs)):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for program, *arguments in commands():
         assert program == "fastllm"
         try:
@@ -130,6 +134,21 @@ def test_the_dictionary_finds_what_goes_with_what():
     pairs = [("red cat", "rote katze"), ("red dog", "rote hund"), ("cat", "katze"), ("big dog", "grosse hund")]
     known = dictionary([{"source": a, "target": b} for a, b in pairs])
     assert known == {"red": "rote", "cat": "katze", "dog": "hund", "big": "grosse"}
+
+
+def test_instructions_and_preferences_come_from_sentences_that_follow_each_other():
+    import runpy
+
+    made = runpy.run_path(str(DOCS / "prompts.py"))["examples"]
+    sentences = [f"Sentence number {n} of this text says {n}." for n in range(9)]
+    found = made([" ".join(sentences[:6]), " ".join(sentences[6:]) + "\n\nToo short. This one stands alone here."])
+    follows = dict(zip(sentences[:5] + sentences[6:8], sentences[1:6] + sentences[7:], strict=True))
+    assert [e["answer"] for e in found["instructions"]] == list(follows.values())
+    for pair in found["preferences"]:
+        chosen, rejected = pair["chosen"].split(), pair["rejected"].split()
+        assert pair["chosen"] == follows[pair["prompt"].strip()]
+        assert len(rejected) == len(chosen) - 1
+        assert (rejected[0], rejected[-1]) == (chosen[0], chosen[-1])
 
 
 def test_pairs_that_teach_no_translation_are_dropped():
