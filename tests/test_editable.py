@@ -1,6 +1,8 @@
 """An editable install, as ``pip install -e .`` makes it, from wherever Python is started: a clone is called fastllm."""
 
+import importlib
 import importlib.util
+import re
 import site
 import subprocess
 import venv
@@ -91,6 +93,44 @@ def test_python_m_beside_the_clone(beside):
 def test_pytest_beside_the_clone(beside, mode):
     (beside[0] / "test_it.py").write_text(f"def test_it():\n    {WHERE}\n    assert find_spec('fastllm').origin")
     output(beside, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode", mode, "test_it.py")
+
+
+EVERYWHERE = """
+import os, pickle, sys
+
+# A notebook has no file, and its folder comes first on sys.path.
+sys.path.insert(0, "")
+from fastllm import cli, functional
+from fastllm.bench import results
+from fastllm.kernels import tuned
+from fastllm.models import ModelConfig
+
+assert not hasattr(sys.modules["__main__"], "__file__")
+# What pickles name is found again: a class, a function, and one of a package that lies beside fastllm.
+for value in (ModelConfig, functional.layer_norm, results.Row, results.Row("a", "b", "c", "d", "e")):
+    assert pickle.loads(pickle.dumps(value)) == value
+where = {name: os.path.dirname(module.__file__) for name, module in sys.modules.items() if name.startswith("fastllm.")}
+# One module for one file, whatever name it was imported by.
+files = [module.__file__ for module in sys.modules.values() if getattr(module, "__file__", None)]
+mine = [os.path.realpath(file) for file in files if "fastllm" in file]
+assert len(mine) == len(set(mine)), sorted(file for file in set(mine) if mine.count(file) > 1)
+print(where["fastllm.bench.results"], where["fastllm.kernels.tuned"])
+"""
+
+
+def test_a_notebook_in_the_clone_and_what_it_pickles(beside):
+    """kernels/ and bench/ are folders on its path too."""
+    found = output(beside, "-c", EVERYWHERE, cwd=beside[0] / "fastllm")
+    assert [Path(folder).resolve() for folder in found] == [ROOT / "bench", ROOT / "kernels"]
+
+
+def test_every_entry_point_is_there():
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    scripts = dict(re.findall(r'^(\w+) = "([\w.]+:\w+)"$', text.partition("[project.scripts]")[2], re.MULTILINE))
+    assert scripts == {"fastllm": "fastllm.cli:main"}
+    assert callable(importlib.import_module("fastllm.cli").main)
+    for name in ("fastllm.__main__", "fastllm.build", "fastllm.bench.memory"):
+        assert importlib.util.find_spec(name).origin.startswith(str(ROOT))
 
 
 def test_another_checkout_on_the_path_is_taken_whole(beside, tmp_path):

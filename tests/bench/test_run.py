@@ -1,6 +1,5 @@
 """``fastllm bench``: parity before times, one failure stops nothing, the budget holds, runs compare."""
 
-import json
 import time
 
 import pytest
@@ -8,42 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from fastllm import OPS
-from fastllm.bench import cases, command, parity, report, run
-from fastllm.bench.norms import _call
-from fastllm.bench.results import NOT_COMPILED, Case, Row, Run, in_cases, read_run
-from fastllm.bench.timing import Call, OutOfTime, Quartiles, Timer, host_seconds, time_limit
-from fastllm.cli import main
+from fastllm.bench import cases, parity, run
+from fastllm.bench.results import NOT_COMPILED
+from fastllm.bench.timing import Call, OutOfTime, Timer, host_seconds, time_limit
 from fastllm.registry import Cost
 
 CPU = torch.device("cpu")
-
-
-def _wrong():
-    return lambda x, shape, weight, bias: F.layer_norm(x, shape, weight * 1.1, bias)
-
-
-def _failing():
-    def layer_norm(*args, **kwargs):
-        raise RuntimeError("no kernel image\nis available")
-
-    return layer_norm
-
-
-def _missing():
-    import a_package_that_nobody_has  # noqa: F401
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """layer_norm with two small shapes and three bad rivals."""
-    shapes = {
-        name: lambda device, dtype, name=name, rows=rows: _call(name, (rows, 24), True, False, device, dtype)
-        for name, rows in (("first", 3), ("second", 5))
-    }
-    module = cases.importlib.import_module("fastllm.bench.layer_norm")
-    monkeypatch.setattr(module, "shapes", shapes)
-    monkeypatch.setattr(module, "rivals", {"wrong": _wrong, "failing": _failing, "missing": _missing})
-    return OPS["layer_norm"]
 
 
 def _run(op, **options):
@@ -99,7 +68,7 @@ def test_where_eager_fails_the_rest_is_still_timed(small, monkeypatch):
     real = run.providers
 
     def without_eager(op):
-        return real(op) | {run.EAGER: _failing}
+        return real(op) | {run.EAGER: cases.rivals_of("layer_norm")["failing"]}
 
     monkeypatch.setattr(run, "providers", without_eager)
     rows, _ = _run(small, shape=["first"])
@@ -146,22 +115,6 @@ def test_first_shapes_of_all_ops_come_first():
     assert sizes == sorted(sizes) == [case.size for case in swept[-len(sizes) :]]
     assert {(case.op.name, case.axis) for case in swept if case.size} == {("layer_norm", "columns")}
     assert [case.name for case in run.plan([OPS["layer_norm"]], ["columns 1024"], sweep=True)] == ["columns 1024"]
-
-
-def test_the_command_writes_shows_and_compares(small, tmp_path, capsys):
-    arguments = ["layer_norm", "--provider", "wrong", "missing", "--rounds", "2", "--shape", "first"]
-    assert command.main([*arguments, "--out", str(tmp_path)]) == 0
-    shown = capsys.readouterr().out
-    assert "no time" in shown
-    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.html", "roofline.png", "speedup.png"}
-    assert "missing: not installed" in shown
-    file = tmp_path / "bench.json"
-    found = json.loads(file.read_text())
-    assert found["environment"]["rates"]["copy"] > 0
-    rows = read_run(file).rows
-    assert all(len(row.samples) == 2 for row in rows if row.problem is None)
-    assert command.main(["compare", str(file), str(file)]) == 0
-    assert "within the noise" in capsys.readouterr().out
 
 
 def test_a_call_that_the_budget_has_no_room_for_is_left_out(small, monkeypatch):
@@ -273,44 +226,6 @@ def test_time_limits_nest():
     time.sleep(0.05)
 
 
-def test_the_budget_covers_the_whole_command(small, tmp_path, monkeypatch):
-    budgets = []
-    monkeypatch.setattr(command, "copy_bandwidth", lambda device: time.sleep(1.5) or 1e9)
-    monkeypatch.setattr(command, "run", lambda planned, device, budget, **more: budgets.append(budget) or Run({}))
-    monkeypatch.setattr(command, "_shown", lambda found, folder: [])
-    assert command.main(["layer_norm", "--budget", "40", "--out", str(tmp_path)]) == 1
-    assert 20 < budgets[0] < 40 - 10 - 1.5
-
-
-def test_a_budget_that_measuring_has_spent_is_no_negative_one(small, tmp_path, monkeypatch):
-    budgets = []
-    monkeypatch.setattr(command, "copy_bandwidth", lambda device: time.sleep(0.5) or 1e9)
-    monkeypatch.setattr(command, "run", lambda planned, device, budget, **more: budgets.append(budget) or Run({}))
-    monkeypatch.setattr(command, "_shown", lambda found, folder: [])
-    assert command.main(["layer_norm", "--budget", "0.1", "--out", str(tmp_path)]) == 1
-    assert budgets == [0.0]
-
-
-@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
-def test_the_default_precision_is_one_that_the_device_multiplies(small, tmp_path, monkeypatch, default):
-    asked = []
-    monkeypatch.setattr(command.cpu, "matmul_dtype", lambda device: default)
-    monkeypatch.setattr(command, "copy_bandwidth", lambda device: 1e9)
-    monkeypatch.setattr(command, "matmul_flops", lambda device, dtype: {torch.float32: 1e9}.get(dtype, 2e9))
-    monkeypatch.setattr(command, "_shown", lambda found, folder: [])
-
-    def no_run(planned, device, dtypes, environment, **more):
-        asked.append((dtypes, environment["rates"]["matrix"]))
-        assert environment["cpu"]
-        return Run(environment)
-
-    monkeypatch.setattr(command, "run", no_run)
-    command.main(["layer_norm", "--out", str(tmp_path)])
-    command.main(["layer_norm", "--dtype", "float16", "float32", "--out", str(tmp_path)])
-    name = str(default).removeprefix("torch.")
-    assert asked == [([name], 1e9 if default == torch.float32 else 2e9), (["float16", "float32"], 2e9)]
-
-
 def test_a_calls_floor_takes_the_matrix_rate_of_its_precision():
     rates = {"copy": 1.0, "matrix": 8.0, "matrix float32": 8.0, "matrix bfloat16": 2.0}
     cost = Cost(1, 1, 16, 16)
@@ -385,78 +300,3 @@ def test_attention_is_judged_by_one_head_at_a_time():
                 assert a is b is None
             else:
                 torch.testing.assert_close(a, b, equal_nan=True)
-
-
-def _row(provider, *samples, direction="forward"):
-    return Row("op", "shape", "bfloat16", direction, provider, None, list(samples), first_call=0.0)
-
-
-def test_losses_are_seen_first():
-    rows = [
-        _row(run.OURS, 1.0, 1.0), _row(run.EAGER, 3.0, 3.0),
-        _row(run.OURS, 2.0, 2.0, direction="backward"), _row(run.EAGER, 1.0, 1.0, direction="backward"),
-    ]  # fmt: skip
-    found = in_cases(rows)
-    assert [(case.rows[0].direction, case.lead) for case in found] == [("backward", 0.5), ("forward", 3.0)]
-
-
-def test_a_case_names_the_best_other():
-    case = Case([_row(run.OURS, 2.0), _row(run.EAGER, 3.0), _row("rival", 1.0), _row("none")])
-    assert case.best_rival.provider == "rival"
-    assert case.lead == 0.5
-    assert case.lead_over(case.of(run.EAGER)) == 1.5
-    assert case.lead_over(case.of("none")) is None
-
-
-def test_verdicts_need_quartiles_that_do_not_meet():
-    assert report.verdict(Quartiles(2, 3, 4), Quartiles(0.5, 1, 1.9)) == "faster"
-    assert report.verdict(Quartiles(2, 3, 4), Quartiles(4.1, 5, 6)) == "slower"
-    assert report.verdict(Quartiles(2, 3, 4), Quartiles(1, 2, 2.5)) == "within the noise"
-    before = [_row("a", 1.0, 1.0), _row("b", 2.0, 2.0), _row("gone", 1.0)]
-    after = [_row("a", 3.0, 3.0), _row("b", 1.0, 1.0), _row("new", 1.0)]
-    found = [((a or b).provider, words) for a, b, words in report.comparison(before, after)]
-    assert found[:2] == [("a", "slower"), ("b", "faster")]
-    assert sorted(found[2:]) == [("gone", "only in one"), ("new", "only in one")]
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["no_such_op"], "no op 'no_such_op'"),
-        (["--rounds", "1"], "--rounds: expected at least 2"),
-        (["--budget", "0"], "--budget: expected a positive"),
-        (["compare", "one.json"], "expected two files"),
-        (["compare", "/nowhere/a.json", "/nowhere/b.json"], "/nowhere/a.json"),
-        (["--dtype", "int8"], "invalid choice: 'int8'"),
-        (["--budget", "nan"], "--budget: expected a positive"),
-        (["--shape", "no such"], "no shape of these ops has 'no such' in its name"),
-        (["--device", "meta"], "--device: expected cpu or cuda, got 'meta'"),
-        (["--device", "nothing"], "--device: "),
-        (["report"], "expected one file"),
-        (["report", "/nowhere/a.json"], "/nowhere/a.json"),
-    ],
-)
-def test_bad_options_are_refused_before_any_work(argv, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        command.main(argv)
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_a_file_that_is_no_run_is_named(tmp_path, capsys):
-    file = tmp_path / "other.json"
-    file.write_text('{"environment": {"device": "x", "rates": {"copy": 1, "matrix": 1}}, "rows": [{"a": 1}]}')
-    with pytest.raises(SystemExit):
-        command.main(["compare", str(file), str(file)])
-    assert "other.json: not a bench.json" in capsys.readouterr().err
-
-
-def test_the_command_line_hands_over(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["bench", "no_such_op"])
-    assert stop.value.code == 2
-    assert "no op 'no_such_op'; the ops are" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:
-        main(["bench", "train", "--rounds", "0"])
-    assert stop.value.code == 2
-    assert "--rounds: expected at least 1" in capsys.readouterr().err

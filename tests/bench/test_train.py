@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fastllm.bench import train
+from fastllm.bench import train, train_steps
 from fastllm.bench.plain import PlainTransformer
 from fastllm.bench.timing import FEWEST, Quartiles, interleaved, ratios
 from fastllm.models import Transformer, TransformerConfig
@@ -33,7 +33,7 @@ SHAPES = {
 def _setting(config=SMALL, dtype="float32", **more):
     torch.manual_seed(0)
     training = TrainingConfig(batch_size=3, optimizer="adamw", lr=3e-4)
-    return train.Setting(Transformer(config), training, dtype, torch.device("cpu"), **more)
+    return train_steps.Setting(Transformer(config), training, dtype, torch.device("cpu"), **more)
 
 
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
@@ -66,7 +66,7 @@ def test_providers_agree_and_are_timed(dtype):
 
 def test_a_wrong_or_failing_provider_gets_no_time_and_stops_nothing(monkeypatch):
     def wrong(setting):
-        step = train.eager(setting)
+        step = train_steps.eager(setting)
         return lambda batch: step(batch) * 1.001
 
     def failing(setting):
@@ -112,13 +112,13 @@ class NanoGPT(nn.Module):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_nanogpt_takes_our_weights(bias):
-    renamed = train.nanogpt_weights(_setting(SMALL.replace(bias=bias)).model.state_dict())
+    renamed = train_steps.nanogpt_weights(_setting(SMALL.replace(bias=bias)).model.state_dict())
     NanoGPT(50, 24, 2, 32, bias).load_state_dict(renamed, strict=True)
 
 
 def test_nanogpt_refuses_a_model_that_it_has_not(tmp_path):
     with pytest.raises(ValueError, match="nanoGPT has only positions='learned'"):
-        train.nanogpt(_setting(SHAPES["llama"], nanogpt=tmp_path))
+        train_steps.nanogpt(_setting(SHAPES["llama"], nanogpt=tmp_path))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -129,7 +129,7 @@ def test_transformers_takes_our_weights_and_has_our_losses(bias):
     assert [row.problem for row in rows] == [None, None]
     assert rows[1].losses == pytest.approx(rows[0].losses, rel=1e-5)
     with pytest.raises(ValueError, match="transformers' GPT-2 has only positions='learned'"):
-        train.hugging_face(_setting(SHAPES["llama"]))
+        train_steps.hugging_face(_setting(SHAPES["llama"]))
 
 
 def test_the_command_writes_every_sample(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,36 @@
+"""What the tests of the bench share: an op with small shapes and three bad rivals."""
+
+import pytest
+import torch.nn.functional as F
+
+from fastllm import OPS
+from fastllm.bench import cases
+from fastllm.bench.norms import _call
+
+
+def _wrong():
+    return lambda x, shape, weight, bias: F.layer_norm(x, shape, weight * 1.1, bias)
+
+
+def _failing():
+    def layer_norm(*args, **kwargs):
+        raise RuntimeError("no kernel image\nis available")
+
+    return layer_norm
+
+
+def _missing():
+    import a_package_that_nobody_has  # noqa: F401
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """layer_norm with two small shapes and three bad rivals."""
+    shapes = {
+        name: lambda device, dtype, name=name, rows=rows: _call(name, (rows, 24), True, False, device, dtype)
+        for name, rows in (("first", 3), ("second", 5))
+    }
+    module = cases.importlib.import_module("fastllm.bench.layer_norm")
+    monkeypatch.setattr(module, "shapes", shapes)
+    monkeypatch.setattr(module, "rivals", {"wrong": _wrong, "failing": _failing, "missing": _missing})
+    return OPS["layer_norm"]
