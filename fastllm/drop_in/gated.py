@@ -30,6 +30,7 @@ FORMULAS = {
 class GatedMLP:
     """Names of the parts: ``gate`` is all of a packed projection where ``up`` is None.
 
+    ``limit`` bounds the gate from above, and the other factor from both sides, before the product (DeepSeek V4).
     ``others`` are the parts beside linear layers and dropouts, an activation, with the class and the attributes that
     each had when it was measured; ``settings`` are the module's own.
     """
@@ -40,6 +41,7 @@ class GatedMLP:
     down: str
     inner: str | None  # the dropout before down
     outer: str | None  # and after it
+    limit: float | None
     others: Parts
     argument: str
     settings: tuple[tuple[str, object], ...]
@@ -50,7 +52,8 @@ class GatedMLP:
 
     def __str__(self):
         inner = f"{self.gate}(x)" if self.up is None else f"{self.gate}(x), {self.up}(x)"
-        return f"{self.down}({self.formula}({inner}))"
+        clamped = "" if self.limit is None else ", clamped"
+        return f"{self.down}({self.formula}({inner}{clamped}))"
 
 
 @forward_of("gated_mlp")
@@ -75,12 +78,22 @@ def gated_mlp_forward(module, original, mlp: GatedMLP, *args, **kwargs):
     if weight is not None and weight.dtype != gate.dtype and not torch.is_autocast_enabled(x.device.type):
         own(mlp.op, "its projections give another dtype than the last one takes")
         return original(module, x)
+    gate, up = _bounded(gate, up, mlp.limit)
     if mlp.formula == "swiglu":
         y = swiglu(gate, up)
     else:
         y = geglu(gate, up, approximate="tanh" if mlp.formula == "geglu_tanh" else "none")
     y = down(y if mlp.inner is None else getattr(module, mlp.inner)(y))
     return y if mlp.outer is None else getattr(module, mlp.outer)(y)
+
+
+def _bounded(gate, up, limit: float | None):
+    """The two factors between their bounds; ``up`` is None where ``gate`` is both and nothing bounds them."""
+    if limit is None:
+        return gate, up
+    if up is None:
+        gate, up = gate.chunk(2, -1)
+    return gate.clamp(max=limit), up.clamp(-limit, limit)
 
 
 def looks_like_gated(module: nn.Module) -> bool:
@@ -151,15 +164,24 @@ def _recognise(module, argument: str) -> GatedMLP | str:
     for gate, up, down in _roles(linears):
         small = _small_layers(linears, gate, up, down)
         measured = [(x, *_outputs(module, stages, small, others, x, training)) for x, training in _inputs()]
-        for formula, inner, outer in itertools.product(FORMULAS, (None, *dropouts), (None, *dropouts)):
+        for limit, formula, inner, outer in itertools.product(
+            _limits(module), FORMULAS, (None, *dropouts), (None, *dropouts)
+        ):
             layers = small[gate], None if up is None else small[up], small[down]
-            truth = _GatedProduct(FORMULAS[formula], *layers, stages[inner], stages[outer])
+            truth = _GatedProduct(FORMULAS[formula], *layers, stages[inner], stages[outer], limit)
             if all(_same(truth, *each) for each in measured):
                 return GatedMLP(
-                    formula, gate, up, down, inner, outer,
+                    formula, gate, up, down, inner, outer, limit,
                     parts_of(others), argument, settings_of(module),
                 )  # fmt: skip
-    return "its forward is none of swiglu, geglu and geglu by tanh between its layers"
+    return "its forward is none of swiglu, geglu and geglu by tanh, clamped or not, between its layers"
+
+
+def _limits(module) -> list[float | None]:
+    """What may bound the factors: None, and the module's own numbers that are no sizes of its layers."""
+    sizes = {size for part in module.children() for p in part.parameters() for size in p.shape}
+    given = [v for v in vars(module).values() if type(v) is float or (type(v) is int and v not in sizes)]
+    return [None, *dict.fromkeys(float(v) for v in given if 0 < v < 1e4)]
 
 
 class _GatedProduct(NamedTuple):
@@ -171,17 +193,19 @@ class _GatedProduct(NamedTuple):
     down: nn.Linear
     inner: Callable
     outer: Callable
+    limit: float | None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         first = self.gate(x)
         a, b = first.chunk(2, -1) if self.up is None else (first, self.up(x))
+        a, b = _bounded(a, b, self.limit)
         return self.outer(self.down(self.inner(self.act(a) * b)))
 
 
 def _inputs() -> list[tuple[torch.Tensor, bool]]:
     """Inputs and modes: what is random in training, depends on dimensions or bounds large values is found out."""
     generator = torch.Generator().manual_seed(0)
-    shapes = ((1.0, (3, 5, 6), True), (1.0, (4, 6), False), (1e5, (2, 1, 3, 6), True))
+    shapes = ((1.0, (3, 5, 6), True), (1.0, (4, 6), False), (4.0, (5, 6), True), (1e5, (2, 1, 3, 6), True))
     return [(s * torch.randn(*n, generator=generator, dtype=torch.float64), training) for s, n, training in shapes]
 
 

@@ -232,3 +232,39 @@ def test_gated_mlps_are_measured():
     for mlp, other in zip(several, others, strict=True):
         torch.testing.assert_close(mlp(x), other(x))
     assert fastllm.accelerate(ClampedMLP(F.silu)).left[0].why.startswith("its forward is none of swiglu")
+
+
+class Limited(nn.Module):
+    """As DeepSeek V4's; each wish is a forward that differs from it."""
+
+    def __init__(self, limit, wish=""):
+        super().__init__()
+        self.packed = wish == "packed"
+        self.gate, self.up, self.down = nn.Linear(8, 12 * (1 + self.packed)), nn.Linear(8, 12), nn.Linear(12, 8)
+        if self.packed:
+            del self.up
+        self.limit, self.wish = limit, wish
+
+    def forward(self, x):
+        gate, up = self.gate(x).chunk(2, -1) if self.packed else (self.gate(x), self.up(x))
+        gate = F.silu(gate).clamp(max=self.limit) if self.wish == "late" else F.silu(gate.clamp(max=self.limit))
+        if self.wish == "both":
+            gate = F.silu(self.gate(x).clamp(-self.limit, self.limit))
+        return self.down(
+            gate * (up.clamp(max=self.limit) if self.wish == "above" else up.clamp(-self.limit, self.limit))
+        )
+
+
+@pytest.mark.parametrize("wish", ["", "packed", "late", "both", "above"])
+@pytest.mark.parametrize("limit", [0.5, 7])
+def test_gated_mlps_between_bounds(limit, wish):
+    mlp = Limited(limit, wish)
+    other = copy.deepcopy(mlp)
+    assert [e.by for e in fastllm.accelerate(mlp).swapped] == (["swiglu"] if wish in ("", "packed") else [])
+    x = 4 * limit * torch.randn(5, 8)
+    for each in (mlp, other):
+        each(x).square().sum().backward()
+    torch.testing.assert_close(mlp(x), other(x))
+    same_gradients(mlp, other)
+    mlp.limit = other.limit = 2 * limit
+    torch.testing.assert_close(mlp(x), other(x))
