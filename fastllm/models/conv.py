@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from .blocks import Residual
+from .blocks import Residual, Stream
 from .cache import Encoded
 from .config import ModelConfig
 from .embedding import Embedded, make_norm
-from .stack import length_mask
+from .stack import length_mask, through
 
 # Tokens that the filters see; each width has its share of the filters.
 WIDTHS = (2, 3, 4)
@@ -47,8 +46,8 @@ class ConvBlock(Residual):
             found.append(filters(torch.cat([padded[:, i : i + length] for i in range(width)], -1)))
         return self.out(F.relu(torch.cat(found, -1)))
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        return self.add(x, self.conv_norm, lambda x: self._filtered(x, mask))
+    def forward(self, stream: Stream, mask: torch.Tensor | None, layer: int) -> Stream:
+        return self.add(stream, self.conv_norm, lambda x: self._filtered(x, mask))
 
 
 class ConvEncoder(Embedded):
@@ -66,11 +65,5 @@ class ConvEncoder(Embedded):
         """As :meth:`fastllm.models.stack.TransformerEncoder.encode`."""
         self.check_tokens(tokens)
         mask = None if lengths is None else length_mask(tokens, lengths)
-        x = self.embed(tokens, None, segments)
-        for block in self.blocks:
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask, use_reentrant=False)
-            else:
-                x = block(x, mask)
-        states = self.norm(x)
+        states = through(self, self.embed(tokens, None, segments), mask)
         return Encoded(states if mask is None else states * mask[..., None], mask)
