@@ -31,7 +31,11 @@ def test_no_function_of_transformers_is_imported_at_a_forward(name, monkeypatch)
     """A name that another version may lack: gone from its module once the model's own code has got it."""
     model, inputs = build(name)
     expected = copy.deepcopy(model)(**inputs).loss
-    assert any(entry.by == "attention" for entry in fastllm.accelerate(model, only="attention").swapped)
+    report = fastllm.accelerate(model, only="attention")
+    if any("does not call attention through AttentionInterface" in entry.why for entry in report.left):
+        assert name == "t5"
+        pytest.skip("T5 of transformers 5.0 has an attention of its own")
+    assert any(entry.by == "attention" for entry in report.swapped)
     looked_up = []
 
     class Watched(type(sys)):
