@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 
+from . import other_work
 from .commands import COMMANDS, WITHOUT_TORCH
 from .commands.parser import Parser
 from .config import InputError
@@ -165,6 +166,8 @@ def _execute(argv: list[str]) -> int:
         from .bench.command import main as bench
 
         return bench(argv[1:])
+    if "torch" not in sys.modules:  # later it changes nothing here, only what this process starts
+        other_work.wait_asleep(os.environ)
     arguments = _parser(argv[0] if argv else None).parse_args(argv)
     _check_values(arguments)
     with _one_line_warnings():

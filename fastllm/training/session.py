@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..data import derive_seed
+from ..other_work import OtherWork
 from .checkpoints.checkpoint import Keep
 from .checkpoints.saving import NotFinite
 from .clock import Clock, StopRequest
@@ -76,6 +77,8 @@ class Session:
             run.folder / "checkpoints", run.model, run.dataset.tokenizer,
             Keep(config.keep_checkpoints, max(config.keep_best, min(config.patience, 1))), run.display.warn,
         )  # fmt: skip
+        # Several ranks on one machine would take one another for others.
+        self.other_work = OtherWork(torch.get_num_threads()) if ranks.size == 1 and run.device.type == "cpu" else None
         self.sizes = {path: os.stat(path).st_size for path in run.dataset.train.path.parent.glob("*.bin")}
 
     def train(self) -> None:
@@ -91,6 +94,9 @@ class Session:
                 try:
                     while not self._over(done := progress(self.config, self.state.step, self.now())):
                         self._one_step(done)
+                        complaint = self.other_work and self.other_work.complaint()
+                        if complaint:
+                            self.run.display.warn(complaint)
                         self.saver.poll()
                 except (Diverged, DataChanged):
                     # The weights are those of the last step that was taken: nothing need be lost.
