@@ -128,6 +128,10 @@ def test_trees_say_what_walking_down_them_says():
         for columns, borders, leaves in zip(trees.columns, trees.borders, trees.leaves, strict=True):
             total += leaves[sum(1 << level for level in range(4) if row[columns[level]] > borders[level])]
         assert value == pytest.approx(1 / (1 + np.exp(-total)), rel=1e-5)
+    other = Trees(trees.columns[:5], trees.borders[:5], trees.leaves[:5], -0.5)
+    odds = [np.log(p / (1 - p)) for p in (found, other.probabilities(rows))]
+    both = Trees.mean([trees, other]).probabilities(rows)
+    assert np.log(both / (1 - both)) == pytest.approx(sum(odds) / 2, abs=1e-4)
 
 
 def test_the_model_that_ships_fits_the_features_and_survives_saving(tmp_path):

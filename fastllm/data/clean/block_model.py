@@ -5,19 +5,24 @@ The numbers in ``block_model.npz`` were learned by ``python -m fastllm.bench.mai
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
+from .beside import comment_odds
+from .body import Running
 from .features import Lexicon, context, features
 from .markup import Markup
+from .page_types import TYPES, PageTypes
 from .page_words import PageWords
+from .small_pages import log_odds
 
 WEIGHTS = Path(__file__).with_name("block_model.npz")
-# Rows that are evaluated at once: with 400 trees of six levels 2.4 million comparisons.
-_ROWS = 1024
+# Rows that are evaluated at once: of 64 to 512 all are as fast.
+_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -35,19 +40,35 @@ class Trees:
     leaves: np.ndarray
     bias: float
 
+    @classmethod
+    def mean(cls, ensembles: Sequence[Trees]) -> Trees:
+        """Trees whose log-odds are the mean of those of ``ensembles``."""
+        joined = [np.concatenate([getattr(trees, name) for trees in ensembles]) for name in ("columns", "borders")]
+        leaves = np.concatenate([trees.leaves for trees in ensembles]) / np.float32(len(ensembles))
+        return cls(*joined, leaves, float(np.mean([trees.bias for trees in ensembles])))
+
     def probabilities(self, rows: np.ndarray) -> np.ndarray:
         """Of (n, features) rows, (n,)."""
         trees, levels = self.columns.shape
-        powers = (1 << np.arange(levels)).astype(np.float32)
-        offsets = np.arange(trees) * self.leaves.shape[1]
-        flat, columns, borders = self.leaves.ravel(), self.columns.ravel(), self.borders.ravel()
+        offsets = (np.arange(trees) * self.leaves.shape[1]).astype(np.int32)
+        flat = self.leaves.ravel()
         result = np.empty(len(rows))
         for begin in range(0, len(rows), _ROWS):
-            part = rows[begin : begin + _ROWS]
-            above = (part[:, columns] > borders).astype(np.float32).reshape(len(part), trees, levels)
-            leaf = (above @ powers).astype(np.int64)
-            result[begin : begin + _ROWS] = flat[leaf + offsets].sum(1, dtype=np.float64)
+            # Features first, so that a question to all rows reads what lies together.
+            part = np.ascontiguousarray(rows[begin : begin + _ROWS].T)
+            leaf = np.repeat(offsets[:, None], part.shape[1], axis=1)
+            for level in range(levels):
+                above = part[self.columns[:, level]] > self.borders[:, level, None]
+                leaf += above.astype(np.int32) << level
+            result[begin : begin + _ROWS] = flat[leaf].sum(0, dtype=np.float64)
         return 1 / (1 + np.exp(-np.clip(result + self.bias, -30, 30)))
+
+
+def combine(markup: Markup, rows: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """The probabilities of both ensembles as one, with what a rule says of comments; ``rows`` are the features."""
+    forum = TYPES[int(np.argmax(rows[0, -len(TYPES) :]))] == "forum"
+    odds = log_odds((first + second) / 2) + comment_odds(markup, Running.of(markup), forum)
+    return 1 / (1 + np.exp(-odds))
 
 
 @dataclass(frozen=True)
@@ -60,9 +81,10 @@ class BlockModel:
 
     def probabilities(self, page: str, markup: Markup, words: PageWords) -> np.ndarray:
         """Of each block of ``markup``, whose words are ``words``, the probability that it is main text."""
-        first = self.first.probabilities(features(page, markup, words, self.lexicon))
+        rows = features(page, markup, words, self.lexicon)
+        first = self.first.probabilities(rows)
         second = self.second.probabilities(context(first, words.counts + 0.5, markup))
-        return (first + second) / 2
+        return combine(markup, rows, first, second)
 
     def save(self, path: Path) -> None:
         arrays: dict[str, np.ndarray] = {}
@@ -70,6 +92,10 @@ class BlockModel:
             weights = getattr(self.lexicon, name)
             arrays[name] = np.frombuffer("\n".join(weights).encode(), np.uint8)
             arrays[f"{name}_weights"] = np.asarray(list(weights.values()), np.float16)
+        types = self.lexicon.types
+        arrays["types"] = np.frombuffer("\n".join(types.tokens).encode(), np.uint8)
+        for name in ("weights", "counts", "count_weights", "bias"):
+            arrays[f"types_{name}"] = getattr(types, name).astype(np.float16 if name == "weights" else np.float32)
         for name in ("first", "second"):
             trees = getattr(self, name)
             arrays |= {
@@ -81,6 +107,11 @@ class BlockModel:
     @classmethod
     def load(cls, path: Path) -> BlockModel:
         with np.load(path, allow_pickle=False) as found:
+            tokens = found["types"].tobytes().decode().split("\n")
+            types = PageTypes(
+                dict(zip(tokens, range(len(tokens)), strict=True)),
+                *(found[f"types_{name}"].astype(np.float64) for name in ("weights", "counts", "count_weights", "bias")),
+            )
             lexicon = Lexicon(
                 *(
                     dict(
@@ -91,7 +122,8 @@ class BlockModel:
                         )
                     )
                     for name in ("names", "words", "headings")
-                )
+                ),
+                types,
             )
             trees = [
                 Trees(

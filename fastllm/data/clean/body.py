@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from .markup import Markup
@@ -19,21 +21,39 @@ def nearest(parents: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     return np.asarray(result)
 
 
-def body_columns(markup: Markup, length: np.ndarray, link_share: np.ndarray, depth: np.ndarray) -> list[np.ndarray]:
-    """Of each block where it lies by the element with the most running text among its children and theirs.
+@dataclass(frozen=True)
+class Running:
+    """Where running text is.
 
-    Args:
-        length, link_share: of each block its characters, and the share of them in links.
-        depth: of each element.
+    Attributes:
+        characters: of each block its characters of running text.
+        scores: of each element those of its children, half of its own and half of its grandchildren's.
+        best: the element with the highest score.
     """
+
+    characters: np.ndarray
+    scores: np.ndarray
+    best: int
+
+    @classmethod
+    def of(cls, markup: Markup) -> Running:
+        length, linked = np.fromiter(map(len, markup.texts), np.float64), np.asarray(markup.linked, np.float64)
+        running = (length - linked) * ((length > LONG) & (linked < LINKED * length))
+        place, parents = np.asarray(markup.places), np.asarray(markup.parents)
+        size, above = len(parents), np.maximum(parents[place], 0)
+        scores = np.bincount(above, running, size) + np.bincount(place, running, size) * 0.5
+        scores += np.bincount(np.maximum(parents[above], 0), running, size) * 0.5
+        return cls(running, scores, int(np.argmax(scores)))
+
+
+def body_columns(markup: Markup, depth: np.ndarray) -> list[np.ndarray]:
+    """Of each block where it lies by the element with the most running text; ``depth`` is of each element."""
     place, parents = np.asarray(markup.places), np.asarray(markup.parents)
     starts, ends = np.asarray(markup.starts), np.asarray(markup.ends)
     count, size = len(place), len(parents)
-    running = length * (1 - link_share) * ((length > LONG) & (link_share < LINKED))
+    found = Running.of(markup)
+    running, score, best = found.characters, found.scores, found.best
     above = np.maximum(parents[place], 0)
-    score = np.bincount(above, running, size) + np.bincount(place, running, size) * 0.5
-    score += np.bincount(np.maximum(parents[above], 0), running, size) * 0.5
-    best = int(np.argmax(score))
     over = np.zeros(size, bool)
     at = best
     while at >= 0:
@@ -53,7 +73,6 @@ def body_columns(markup: Markup, length: np.ndarray, link_share: np.ndarray, dep
         np.full(count, inside[best] / whole), np.full(count, second / max(score[best], 1.0)),
         np.full(count, score[best] / whole), np.full(count, np.log1p(score[best])),
         score[place] / max(score[best], 1.0), score[above] / max(score[best], 1.0),
-        # Running text before this block, and from here to the next heading's like.
         total[:-1] / whole,
     ]  # fmt: skip
 

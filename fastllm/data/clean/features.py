@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import unescape
 
 import numpy as np
 
-from .body import body_columns, last_headings, nearest
+from .body import LINKED, LONG, body_columns, last_headings, nearest
 from .markup import Markup
+from .page_types import PageTypes, page_tokens
 from .page_words import FIRST_WORDS, WORD, PageWords, repeated
 
 _ATTRIBUTE = re.compile(
@@ -103,11 +105,13 @@ class Lexicon:
         names: in the names of the elements around a block.
         words: among a block's first words.
         headings: in the last heading before a block.
+        types: of pages.
     """
 
     names: Mapping[str, float]
     words: Mapping[str, float]
     headings: Mapping[str, float]
+    types: PageTypes
 
 
 class _Sums:
@@ -120,18 +124,18 @@ class _Sums:
         return self._total[ends] - self._total[starts]
 
 
-def _element_columns(markup: Markup, lexicon: Lexicon):
-    """Of each element: bits of landmarks, depth, and its names' weights: its own, the chain's sum, least and most."""
-    cache: dict[tuple[str, str], float] = {}
-    weights = lexicon.names
-    bits, depth, own, total, least, most = [], [], [], [], [], []
-    for tag, attributes, parent in zip(markup.tags, markup.attributes, markup.parents, strict=True):
-        key = (tag, attributes)
-        weight = cache.get(key)
-        if weight is None:
-            weight = cache[key] = sum(weights.get(token, 0.0) for token in name_tokens(tag, attributes))
+def element_names(markup: Markup) -> tuple[list[tuple[str, ...]], list[int]]:
+    """What the names of elements say, each once, and of each element which of them are its own."""
+    numbers: dict[tuple[str, str], int] = {}
+    own = [numbers.setdefault(key, len(numbers)) for key in zip(markup.tags, markup.attributes, strict=True)]
+    return [name_tokens(*key) for key in numbers], own
+
+
+def _element_columns(markup: Markup, weights: list[float]):
+    """Of each element, whose names have ``weights``: landmarks' bits, depth, and the chain's sum, least and most."""
+    bits, depth, total, least, most = [], [], [], [], []
+    for tag, weight, parent in zip(markup.tags, weights, markup.parents, strict=True):
         bit = _BITS.get(tag, 0)
-        own.append(weight)
         if parent < 0:
             bits.append(bit)
             depth.append(0)
@@ -144,7 +148,7 @@ def _element_columns(markup: Markup, lexicon: Lexicon):
         total.append(total[parent] + weight)
         least.append(min(least[parent], weight))
         most.append(max(most[parent], weight))
-    return bits, depth, own, total, least, most
+    return bits, depth, total, least, most
 
 
 def _shares(counts: np.ndarray) -> list[np.ndarray]:
@@ -156,23 +160,27 @@ def _shares(counts: np.ndarray) -> list[np.ndarray]:
     ]  # fmt: skip
 
 
+def character_classes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each block how many of its characters are of each class, (blocks, classes), and its first and last one's."""
+    cut = [text[:_LONGEST] for text in texts]
+    codes = np.frombuffer("".join(cut).encode("utf-32-le", "surrogatepass"), np.uint32)
+    sizes = np.fromiter(map(len, cut), np.int64, len(cut))
+    ends = np.cumsum(sizes)
+    classes = _TABLE[np.minimum(codes, (1 << 16) - 1)]
+    # One count for each pair of block and class.
+    owner = np.repeat(np.arange(len(cut)), sizes)
+    counted = np.bincount(owner * _CLASSES + classes, minlength=len(cut) * _CLASSES).reshape(len(cut), _CLASSES)
+    return counted.astype(np.float64), classes[ends - sizes], classes[ends - 1]
+
+
 def features(page: str, markup: Markup, page_words: PageWords, lexicon: Lexicon) -> np.ndarray:
     """(blocks, :data:`COUNT`) float32."""
     texts = markup.texts
     count = len(texts)
     place = np.asarray(markup.places)
-    cut = [text[:_LONGEST] for text in texts]
     length = np.fromiter(map(len, texts), np.float64, count)
     cut_length = np.minimum(length, _LONGEST)
-    codes = np.frombuffer("".join(cut).encode("utf-32-le", "surrogatepass"), np.uint32)
-    ends = np.cumsum(cut_length).astype(np.int64)
-    starts = ends - cut_length.astype(np.int64)
-    classes = _TABLE[np.minimum(codes, (1 << 16) - 1)]
-    # One count for each pair of block and class.
-    owner = np.repeat(np.arange(count), ends - starts)
-    counted = np.bincount(owner * _CLASSES + classes, minlength=count * _CLASSES).reshape(count, _CLASSES)
-    counted = counted.astype(np.float64)
-    last, first = classes[ends - 1], classes[starts]
+    counted, first, last = character_classes(texts)
     words = counted[:, 1] + 1
     linked = np.asarray(markup.linked, np.float64)
     links = np.asarray(markup.links, np.float64)
@@ -183,7 +191,10 @@ def features(page: str, markup: Markup, page_words: PageWords, lexicon: Lexicon)
         last == 2, last == 3, first == 5, first == 4, (counted[:, 2] + counted[:, 3]) > 1,
     ]  # fmt: skip
 
-    bits, depth, name, chain, least, most = _element_columns(markup, lexicon)
+    names, which = element_names(markup)
+    weights = [sum(lexicon.names.get(token, 0.0) for token in tokens) for tokens in names]
+    name = [weights[number] for number in which]
+    bits, depth, chain, least, most = _element_columns(markup, name)
     bits = np.asarray(bits, np.int64)
     parents = np.asarray(markup.parents)
     columns = np.asarray([name, chain, least, most, depth], np.float64).T
@@ -215,7 +226,7 @@ def features(page: str, markup: Markup, page_words: PageWords, lexicon: Lexicon)
         np.where(heading >= 0, sections[np.maximum(heading, 0)], 0.0), level, np.log1p(np.arange(count) - heading),
         np.where(heading >= 0, link_share[np.maximum(heading, 0)], 0.0), sections,
     ]  # fmt: skip
-    own += body_columns(markup, length, link_share, np.asarray(depth))
+    own += body_columns(markup, np.asarray(depth))
 
     # Where in the page, by blocks and by characters.
     position = np.cumsum(length)
@@ -263,19 +274,26 @@ def features(page: str, markup: Markup, page_words: PageWords, lexicon: Lexicon)
                 moved[-step:] = beside[:step]
         own += list(moved.T)
 
-    # The page.
-    types = set(_TYPES.findall(page)) | set(_OPEN_GRAPH.findall(page[:200_000])[:1])
-    tags = set(markup.tags)
-    long = (length > 80) & (link_share < 0.3)
-    general = [
-        np.log1p(count), np.log1p(whole[0]), whole[1] / max(1, whole[0]), whole[2] / whole[0] * 100,
-        (length * long).sum() / whole[0], np.log1p((length * long).sum()), np.log1p(long.sum()),
-        "main" in tags, np.log1p(markup.tags.count("article")), np.log1p(markup.tags.count("p")),
-        np.log1p(markup.tags.count("li")), np.log1p(markup.tags.count("pre")), np.log1p(markup.tags.count("form")),
-        np.log1p(counted[:, 7].sum()), *(bool(types & some) for some in _PAGE_KINDS),
-    ]  # fmt: skip
-    own += [np.full(count, value, np.float64) for value in general]
+    counts = page_counts(page, markup, counted)
+    types = lexicon.types.scores(page_tokens(names, page_words), counts)
+    own += [np.full(count, value) for value in (*counts, *types)]
     return np.stack(own, 1).astype(np.float32)
+
+
+def page_counts(page: str, markup: Markup, counted: np.ndarray) -> np.ndarray:
+    """What the page is as a whole, in numbers; ``counted`` are its blocks' :func:`character_classes`."""
+    declared = set(_TYPES.findall(page)) | set(_OPEN_GRAPH.findall(page[:200_000])[:1])
+    tags = Counter(markup.tags)
+    length, linked = np.fromiter(map(len, markup.texts), np.float64), np.asarray(markup.linked, np.float64)
+    long = (length > LONG) & (linked < LINKED * length)
+    whole = length.sum()
+    numbers = [
+        np.log1p(len(length)), np.log1p(whole), linked.sum() / whole, counted[:, 2:4].sum() / whole * 100,
+        (length * long).sum() / whole, np.log1p((length * long).sum()), np.log1p(long.sum()), "main" in tags,
+        *(np.log1p(tags[tag]) for tag in ("article", "p", "li", "pre", "form")),
+        np.log1p(counted[:, 7].sum()), *(bool(declared & some) for some in _PAGE_KINDS),
+    ]  # fmt: skip
+    return np.asarray(numbers, np.float64)
 
 
 def _kinds(markup: Markup) -> np.ndarray:

@@ -12,6 +12,8 @@ WORD = re.compile(r"\w+")
 # A page's own control characters are removed, so that this one stands between blocks.
 _BETWEEN = "\x02"
 _WORD_OR_END = re.compile(rf"\w+|{_BETWEEN}")
+# Characters whose words are strings at once.
+_AT_ONCE = 1 << 20
 # What tells a block's kind are its first words.
 FIRST_WORDS = 24
 # Odd numbers, so that a run of three words has a key of 64 bits.
@@ -35,8 +37,15 @@ class PageWords:
     @classmethod
     def of(cls, texts: Sequence[str]) -> PageWords:
         known: dict[str, int] = {_BETWEEN: 0}
-        found = _WORD_OR_END.findall(_BETWEEN.join([*texts, ""]).lower())
-        numbers = np.asarray([known.setdefault(word, len(known)) for word in found], np.int64)
+        parts: list[np.ndarray] = []
+        begin, size = 0, 0
+        for end, text in enumerate(texts, 1):
+            size += len(text)
+            if size >= _AT_ONCE or end == len(texts):
+                found = _WORD_OR_END.findall(_BETWEEN.join([*texts[begin:end], ""]).lower())
+                parts.append(np.asarray([known.setdefault(word, len(known)) for word in found], np.int32))
+                begin, size = end, 0
+        numbers = np.concatenate(parts) if parts else np.zeros(0, np.int32)
         ends = np.flatnonzero(numbers == 0)
         starts = np.concatenate([[0], ends + 1 - np.arange(1, len(ends) + 1)])
         return cls(known, numbers[numbers > 0], starts)

@@ -11,7 +11,7 @@ from .markup import Markup
 # From so many words and blocks on the model alone decides; at so few of either the rules alone do. Of the 511 pages
 # that the model was learned from 39 have fewer than 500 words, 5 fewer than 100.
 MODEL_ALONE, RULES_ALONE = (500, 60), (100, 25)
-_FURNITURE = {"nav", "form", "button", "dialog", "menu", "select", "label", "aside", "footer", "noscript"}
+_FURNITURE = {"nav", "form", "button", "dialog", "menu", "select", "label", "aside", "footer"}
 _NAMED = re.compile(
     r"""(?:class|id|role|aria-label)\s*=\s*["']?[^"'>]*(?<![a-z])(?:nav(?:bar|igation)?|menu|breadcrumbs?|sidebar|footer|"""
     r"""cookies?|consent|shar(?:e|ing)|social|advert\w*|ads?|banner|promo|related|newsletter|skip|pagination|pager|toc|"""
@@ -20,26 +20,35 @@ _NAMED = re.compile(
 )
 # Blocks of so many characters, mostly outside links, are text.
 _LONG, _LINKED, _MENU, _MUCH = 70, 0.8, 3, 0.5
+# What the model leaves out with less than these log-odds stays out: a guess.
+_SURELY_OUT = -4.0
 # Log-odds. Guesses: they say what goes first, and are checked by tests alone.
 _OUT, _MENU_ITEM, _TEXT, _SHORT, _LONELY_LINK = -4.0, -3.0, 3.0, 2.0, 1.5
 
 
 def rule_odds(markup: Markup) -> np.ndarray:
-    """Of each block the log-odds that simple rules give it; NaN for text that a page carries as data."""
+    """Of each block the log-odds that simple rules give it.
+
+    NaN for text that a page carries as data, except an article's body where the page shows no text.
+    """
     total = np.cumsum([0, *map(len, markup.texts)])
     outside: list[bool] = []
     carried: list[bool] = []
+    bodies: list[bool] = []
     for number, (tag, attributes, parent) in enumerate(
         zip(markup.tags, markup.attributes, markup.parents, strict=True)
     ):
         out = parent >= 0 and outside[parent]
         if not out and parent >= 0:
             out = tag in _FURNITURE or markup.unshown[number]
-            # A name on what holds much of the page says how it looks, not what it is.
+            # A name on what holds much of the page says how it looks, not what it is. Some pages are a script and, in
+            # noscript, their text for who runs none.
             few = total[markup.ends[number]] - total[markup.starts[number]] < _MUCH * total[-1]
-            out = out or (few and len(attributes) > 8 and bool(_NAMED.search(attributes)))
+            out = out or (few and (tag == "noscript" or (len(attributes) > 8 and bool(_NAMED.search(attributes)))))
         outside.append(out)
         carried.append(tag.startswith("carried-") or (parent >= 0 and carried[parent]))
+        body = carried[number] and (tag == "carried-posts" or 'itemprop="articleBody"' in attributes)
+        bodies.append(body or (parent >= 0 and bodies[parent]))
     odds = np.empty(len(markup.texts))
     run: list[int] = []
     for block, (text, place, linked) in enumerate(zip(markup.texts, markup.places, markup.linked, strict=True)):
@@ -49,13 +58,18 @@ def rule_odds(markup: Markup) -> np.ndarray:
         elif carried[place]:
             odds[block] = np.nan
         elif link_alone:
-            odds[block] = _LONELY_LINK
+            # Several links in a block are a menu in a line; more of them than letters are links that nobody closed.
+            menu = _MENU <= markup.links[block] <= len(text) // 2
+            odds[block] = _MENU_ITEM if menu else _LONELY_LINK
         else:
             odds[block] = _TEXT if len(text) >= _LONG or markup.preformatted[place] else _SHORT
         alike = run and markup.tags[markup.places[run[-1]]] == markup.tags[place]
         run = ([*run[1 - _MENU :], block] if alike else [block]) if link_alone else []
         if len(run) == _MENU:
             odds[run] = np.minimum(odds[run], _MENU_ITEM)
+    long = np.fromiter(map(len, markup.texts), np.int64) >= _LONG
+    if not (long & (odds > 0)).any():
+        odds[np.asarray([bodies[place] for place in markup.places])] = _TEXT
     return odds
 
 
@@ -76,5 +90,5 @@ def blend(probabilities: np.ndarray, markup: Markup, words: np.ndarray) -> np.nd
     if not share:
         return probabilities
     learned, rules = log_odds(probabilities), rule_odds(markup)
-    odds = (1 - share) * learned + share * np.where(np.isnan(rules), learned, rules)
+    odds = (1 - share) * learned + share * np.where(np.isnan(rules) | (learned < _SURELY_OUT), learned, rules)
     return 1 / (1 + np.exp(-odds))
