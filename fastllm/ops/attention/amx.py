@@ -36,7 +36,7 @@ def amx_refuses(call: AttentionCall) -> str | None:
         return "this CPU has none, or the extension was not built"
     if under_transform() or q.layout != torch.strided:
         return "the extension takes dense tensors outside vmap and forward-mode differentiation"
-    causal = call.right == 0
+    causal = call.causal
     if mask is not None:
         if mask.dtype != torch.bool or causal:
             return "a mask must be boolean, without a causal edge"
@@ -112,7 +112,7 @@ def amx_attention(call: AttentionCall) -> torch.Tensor:
     A mask of keys is one more column of the heads: 1 in the queries; in the keys 0, or a number that no score reaches.
     """
     q, k, v = call.q, call.k, call.v
-    edge = _Edge(call.scale, call.right == 0)
+    edge = _Edge(call.scale, call.causal)
     if call.bias is None:
         return apply(_AmxAttention, q, k, v, edge)
     hidden = k.new_zeros(()).where(call.bias, math.copysign(HIDDEN, -edge.scale)).transpose(2, 3)

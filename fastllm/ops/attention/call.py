@@ -48,6 +48,11 @@ class AttentionCall(NamedTuple):
         """Whether there are as many rows as columns, so that both diagonals are one."""
         return self.q.shape[-2] == self.k.shape[-2]
 
+    @property
+    def causal(self) -> bool:
+        """Whether a causal edge hides anything: from the bottom right, one row of a dense call sees every column."""
+        return self.right == 0 and not (self.bottom_right and self.q.shape[-2] == 1 and self.cu_q is None)
+
     def sizes(self) -> tuple[int, int, int, int]:
         """(heads of the query, heads of the key, rows, columns); packed: rows and columns of all sequences."""
         if self.packed:

@@ -104,9 +104,9 @@ def _feature(request: AttentionRequest) -> str | None:
         return "a dropout mask that every backend agrees on"
     if request.return_lse:
         return "the log-sum-exp as an output"
-    if call.right == 0 and call.bias is not None:
+    if call.causal and call.bias is not None:
         return "a causal edge beside a mask"
-    if call.right == 0 and call.bottom_right and not call.square:
+    if call.causal and call.bottom_right and not call.square:
         return "a bottom-right causal edge"
     if call.q.shape[-1] != call.v.shape[-1]:
         return "a value of another head dim"
@@ -142,10 +142,10 @@ def attention_by_form(request: AttentionRequest, form: AttentionForm) -> torch.T
     if form.name == WIDENED:
         return widened_attention(call)
     mask = call.bias
-    if call.right == 0 and call.bottom_right and not call.square:
+    if call.causal and call.bottom_right and not call.square:
         rows, cols = call.q.shape[-2], call.k.shape[-2]
         mask = torch.ones(rows, cols, dtype=torch.bool, device=call.q.device).tril(cols - rows)
-    causal = call.right == 0 and mask is None
+    causal = call.causal and mask is None
     # A plain bool even where the shapes are symbolic.
     gqa = True if not call.q.shape[1] == call.k.shape[1] == call.v.shape[1] else False  # noqa: SIM210
     return F.scaled_dot_product_attention(

@@ -59,7 +59,7 @@ def native_loses(request: AttentionRequest) -> str | None:
         return _UNITS
     heads, rows, dim = call.q.shape[1:]
     work = heads * rows * call.k.shape[2] * dim
-    if call.right == 0:
+    if call.causal:
         return _TOO_SMALL if work < LEAST_CAUSAL else None
     return _TOO_SMALL if rows < LEAST_ROWS or work < LEAST else None
 

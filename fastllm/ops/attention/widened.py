@@ -146,5 +146,5 @@ class _WidenedAttention(torch.autograd.Function):
 
 def widened_attention(call: AttentionCall) -> torch.Tensor:
     """(B, H, Sq, D) attention of 16-bit tensors with a causal edge or a mask without a gradient."""
-    out, _ = apply(_WidenedAttention, call.q, call.k, call.v, call.bias, Edge(call.scale, call.right == 0))
+    out, _ = apply(_WidenedAttention, call.q, call.k, call.v, call.bias, Edge(call.scale, call.causal))
     return out
