@@ -133,8 +133,8 @@ def test_levels_that_were_not_measured_are_torchs(monkeypatch):
     assert "AVX2" in native_loses(request)
     monkeypatch.setattr(extension, "_level", "amx")
     assert native_loses(request) is None
-    half = OPS["attention"].call(*(torch.zeros(1, 8, 512, 64).half() for _ in range(3)), causal=True)
     monkeypatch.setattr("fastllm.ops.shared.widened.multiplies", lambda dtype: True)
+    half = OPS["attention"].call(*(torch.zeros(1, 8, 512, 64).half() for _ in range(3)), causal=True)
     assert "matrix units" in native_loses(half)
 
 

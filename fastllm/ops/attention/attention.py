@@ -17,7 +17,7 @@ from .call import (
     check_softcap,
     check_window,
 )
-from .forms import CHUNKS, attention_by_form, form_of
+from .forms import CHUNKS, attention_by_form, form_of, formed
 from .native import native_loses, native_refuses
 from .operator import apply_attention
 from .reference import reference
@@ -43,7 +43,7 @@ def attention_prefers_torch(request: AttentionRequest) -> str | None:
     if device.type != "cpu":
         return product_obstacle(device.type, device.index)
     # Asked here too: what the extension refuses is PyTorch's without a warning.
-    return kernels_refuse("native", request) or native_loses(request)
+    return native_loses(request) or kernels_refuse("native", request)
 
 
 def _request(
@@ -64,7 +64,7 @@ def _request(
     call = AttentionCall(
         query, key, value, bias, sinks, slopes, seed, cu_q, cu_k, scale, softcap, left, right, True, dropout_p
     )
-    return AttentionRequest(call, bool(return_lse))
+    return formed(AttentionRequest(call, bool(return_lse)))
 
 
 def attention_reference(query, key, value, **options):

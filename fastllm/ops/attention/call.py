@@ -73,17 +73,27 @@ class TorchArguments(NamedTuple):
     enable_gqa: bool
 
 
+class AttentionForm(NamedTuple):
+    """``name``: AMX, TORCH, WIDENED or CHUNKS. ``as_given``: PyTorch's operator takes the arguments as they came."""
+
+    name: str
+    why: str
+    as_given: bool = False
+
+
 class AttentionRequest(NamedTuple):
     """What picks a backend looks at: the call, and what the public function that took it adds.
 
     ``given``: scaled_dot_product_attention's own arguments, which PyTorch's operator may take as they are, and
-    ``leading``: the dimensions that its output has before the last two. ``attention`` has neither.
+    ``leading``: the dimensions that its output has before the last two. ``attention`` has neither. ``form``: the form
+    in which eager would serve the call, where that is known.
     """
 
     call: AttentionCall
     return_lse: bool = False
     given: TorchArguments | None = None
     leading: tuple[int, ...] = ()
+    form: AttentionForm | None = None
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         return self.call.tensors()

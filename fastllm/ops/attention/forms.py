@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 
 from ...backends import Choice, under_transform
 from ..shared.widened import widens
 from .amx import amx_attention, amx_refuses
-from .call import AttentionCall, AttentionRequest
+from .call import AttentionCall, AttentionForm, AttentionRequest
 from .widened import widened_attention
 
 AMX, TORCH, CHUNKS = "AMX", "PyTorch's operator", "chunks of scores"
@@ -22,21 +20,26 @@ FEW_SCORES = 2**16
 SMALLEST = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float64).tiny)
 
 
-class AttentionForm(NamedTuple):
-    """``name``: AMX, TORCH, WIDENED or CHUNKS. ``as_given``: PyTorch's operator takes the arguments as they came."""
-
-    name: str
-    why: str
-    as_given: bool = False
-
-
 _PLAIN = AttentionForm(TORCH, "its fused kernel holds no more than a block of scores")
+
+
+def formed(request: AttentionRequest) -> AttentionRequest:
+    """``request`` with its form, on a CPU, where the choice of a backend asks for it: it takes 2 us to find."""
+    return request._replace(form=_eager_form(request, True)) if request.call.q.device.type == "cpu" else request
 
 
 def form_of(request: AttentionRequest, choice: Choice) -> AttentionForm | None:
     """The form that serves a call which ``choice`` leaves to eager, and why; None where another backend serves."""
     if choice.backend != "eager":
         return None
+    form = request.form
+    if form is None or (choice.asked and form.name == AMX):
+        return _eager_form(request, not choice.asked)
+    return form
+
+
+def _eager_form(request: AttentionRequest, units: bool) -> AttentionForm:
+    """The form in which eager serves a call, and why. ``units``: AMX is one of the forms."""
     call = request.call
     wide = widens(call.q) and not under_transform() and call.q.layout == torch.strided
     if request.given is not None:
@@ -48,7 +51,7 @@ def form_of(request: AttentionRequest, choice: Choice) -> AttentionForm | None:
             return AttentionForm(TORCH, "key and value have different numbers of heads")
     reason = _only_chunks(request)
     if reason is None:
-        if not choice.asked and amx_refuses(call) is None:
+        if units and amx_refuses(call) is None:
             return AttentionForm(AMX, "the extension multiplies bfloat16 on this CPU's matrix units")
         reason = torch_fault(call)
     if reason is not None:

@@ -26,6 +26,7 @@ LEAST_CAUSAL, LEAST = 2**22, 2**24
 # in PyTorch with 64 rows, 0.69 and 1.36 with 16.
 LEAST_ROWS = 64
 _TOO_SMALL = f"PyTorch's fused kernel is faster for fewer than {LEAST_ROWS} queries and for small calls"
+_EAGER = Choice("eager", "")
 _IN_FLOAT32 = "the extension computes in float32, for float32, float16 and bfloat16"
 _UNMEASURED = "the extension is measured on CPUs with AVX2"
 _UNITS = "in 16 bits PyTorch's fused kernel has this CPU's matrix units"
@@ -45,7 +46,7 @@ def native_loses(request: AttentionRequest) -> str | None:
     What eager's chunks of scores would serve, the extension serves 1.2 to 12 times as fast.
     """
     call = request.call
-    form = form_of(request, Choice("eager", ""))
+    form = form_of(request, _EAGER)
     if form.name not in (TORCH, WIDENED, CHUNKS):
         return form.why
     if request.given is not None and call.dropout_p > 0 and form.name == TORCH:

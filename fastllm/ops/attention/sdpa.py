@@ -13,7 +13,7 @@ from ..shared.autograd import autocasted
 from ..shared.philox import draw_seed
 from .attention import attention_prefers_torch, kernels_refuse
 from .call import AttentionCall, AttentionRequest, TorchArguments, check_dropout, check_qkv, check_scale
-from .forms import CHUNKS, attention_by_form, form_of
+from .forms import CHUNKS, attention_by_form, form_of, formed
 from .operator import apply_attention
 from .reference import reference
 from .samples import attention_cost, attention_examples
@@ -115,7 +115,7 @@ def _request(
         right=0 if is_causal or variant is not None else -1, bottom_right=variant == "LOWER_RIGHT",
         dropout_p=dropout_p,
     )  # fmt: skip
-    return AttentionRequest(call, False, given, tuple(leading))
+    return formed(AttentionRequest(call, False, given, tuple(leading)))
 
 
 def _cast(query, key, value, attn_mask):
@@ -149,7 +149,8 @@ def scaled_dot_product_attention_reference(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):  # fmt: skip
     """The definition: all scores at once, in at least fp32."""
-    call, _, _, leading = _request(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    request = _request(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    call, leading = request.call, request.leading
     k, v = call.k, call.v
     v = v.repeat_interleave(k.shape[1] // v.shape[1], 1) if v.shape[1] < k.shape[1] else v
     k = k.repeat_interleave(v.shape[1] // k.shape[1], 1) if k.shape[1] < v.shape[1] else k
