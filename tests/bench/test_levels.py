@@ -9,6 +9,7 @@ from fastllm import cpu
 from fastllm.bench import levels
 from fastllm.bench.command import main
 from fastllm.bench.results import EAGER, OURS, Row, Run
+from fastllm.bench.scores import write
 
 ENVIRONMENT = {"device": "a CPU", "rates": {"copy": 1e9, "matrix": 1e9}}
 
@@ -40,7 +41,7 @@ def test_each_level_is_a_process_with_four_caps(monkeypatch, tmp_path, capsys):
         started.append((command, [env[name] for name in levels.VARIABLES]))
         folder = Path(command[command.index("--out") + 1])
         folder.mkdir(parents=True)
-        _run(1.5 if "avx2" in str(folder.name) else 1.0, ENVIRONMENT).write(folder / "bench.json")
+        write(_run(1.5 if "avx2" in str(folder.name) else 1.0, ENVIRONMENT), folder / "bench.json")
         return subprocess.CompletedProcess(command, 0, "said", "")
 
     monkeypatch.setattr(levels.subprocess, "run", start)

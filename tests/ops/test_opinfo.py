@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE, HAS_GPU
-from contract import DTYPES, assert_as_true, case_id, cases
+from contract import DTYPES, Roundings, assert_as_true, case_id, cases
 from thorough import IS_THOROUGH
 from torch.testing._internal.common_methods_invocations import op_db
 
@@ -135,9 +135,16 @@ def test_samples(op, backend, dtype):
         served += 1
         what = f"{op.name}/{backend} {tuple(sample.input.shape)} {sample.args} {sample.kwargs}"
         assert got[0].dtype == yardstick[0].dtype, what
-        assert_as_true(got[0], truth[0], yardstick[0], dtype, what)
-        for mine, true, stick in zip(got[1], truth[1], yardstick[1], strict=True):
-            assert_as_true(mine, true, stick, dtype, what)
+        # Scores of some hundreds in fp32: how near one order of sums comes to the truth is luck.
+        definition = PLAIN.get(op.name, (theirs,))[0]
+        roundings = Roundings(lambda definition=definition, sample=sample: _run(definition, sample, torch.float64))
+
+        def drawn(pick, roundings=roundings):
+            return lambda truth: roundings.error(pick, truth)
+
+        assert_as_true(got[0], truth[0], yardstick[0], dtype, what, roundings=drawn(lambda run: run[0]))
+        for i, (mine, true, stick) in enumerate(zip(got[1], truth[1], yardstick[1], strict=True)):
+            assert_as_true(mine, true, stick, dtype, what, roundings=drawn(lambda run, i=i: run[1][i]))
     assert served >= 3
 
 

@@ -83,15 +83,18 @@ void norm_of_floats(const NormOptions& o, NormRow& row) {
   if (o.center) {
     mean = first(false) / count;
     const float* __restrict from = residual != nullptr ? h : x;
+    const auto beside_mean = [&](bool squared) {
+      float sum;
+      const float m = mean;
+      sums_over<1>(n, &sum, [=](int64_t c, int64_t some) {
+        const Vector v = keep_some(load_some(from + c, some) - m, some);
+        return Terms<1>{{squared ? v * v : v}};
+      });
+      return sum;
+    };
     // The first sum's rounding error grows with the mean, and beside a small spread it would be all of h - mean.
-    float sums[2];
-    sums_over<2>(n, sums, [=](int64_t c, int64_t some) {
-      const Vector v = keep_some(load_some(from + c, some) - mean, some);
-      return Terms<2>{{v, v * v}};
-    });
-    mean += sums[0] / count;
-    square = sums[1] - sums[0] * sums[0] / count;
-    square = square < 0.0f ? 0.0f : square;
+    mean += beside_mean(false) / count;
+    square = beside_mean(true);
   } else {
     square = first(true);
   }
