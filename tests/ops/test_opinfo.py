@@ -140,7 +140,7 @@ def test_samples(op, backend, dtype):
         roundings = Roundings(lambda definition=definition, sample=sample: _run(definition, sample, torch.float64))
 
         def drawn(pick, roundings=roundings):
-            return lambda truth: roundings.error(pick, truth)
+            return lambda exact: roundings.error(pick, exact)
 
         assert_as_true(got[0], truth[0], yardstick[0], dtype, what, roundings=drawn(lambda run: run[0]))
         for i, (mine, true, stick) in enumerate(zip(got[1], truth[1], yardstick[1], strict=True)):
