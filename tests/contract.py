@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from thorough import IS_THOROUGH
 from torch.utils import _pytree as pytree
 
 import fastllm
@@ -25,6 +26,15 @@ def cases(device: torch.device, *, kernels_only: bool = False) -> list[tuple[Op,
         for backend in op.backends
         if not (kernels_only and backend == "eager") and why_not(backend, device.type, op=op) is None
     ]
+
+
+# Ops that call another's operator with the same kernels: compiled, their graphs differ in the arguments' checks alone.
+TWINS = {"scaled_dot_product_attention", "linear_log_probs", "geglu"}
+
+
+def graph_cases(device: torch.device) -> list[tuple[Op, str]]:
+    """:func:`cases` for tests that compile, which takes seconds each: twins on eager, FASTLLM_TESTS=thorough all."""
+    return [(op, backend) for op, backend in cases(device) if IS_THOROUGH or backend == "eager" or op.name not in TWINS]
 
 
 def case_id(value) -> str:

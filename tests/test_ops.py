@@ -4,7 +4,19 @@ import contract
 import pytest
 import torch
 from conftest import DEVICE, HAS_GPU
-from contract import DTYPES, assert_all_as_true, case_id, cases, copy, leaves, outputs, run, truth_of, upstream
+from contract import (
+    DTYPES,
+    assert_all_as_true,
+    case_id,
+    cases,
+    copy,
+    graph_cases,
+    leaves,
+    outputs,
+    run,
+    truth_of,
+    upstream,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastllm
@@ -13,6 +25,7 @@ from fastllm.registry import OPS
 pytestmark = pytest.mark.runs_on("gpu", "interpreter")
 
 CASES = cases(DEVICE)
+GRAPHS = graph_cases(DEVICE)
 KERNELS = cases(DEVICE, kernels_only=True)
 
 
@@ -178,7 +191,7 @@ def test_opcheck(op, backend):
     assert seen >= 2, "no registered operator was called"
 
 
-@pytest.mark.parametrize(("op", "backend"), CASES, ids=case_id)
+@pytest.mark.parametrize(("op", "backend"), GRAPHS, ids=case_id)
 def test_compiles_whole_with_dynamic_shapes(op, backend):
     torch._dynamo.reset()
     compiled = torch.compile(op.function, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -192,7 +205,7 @@ def test_compiles_whole_with_dynamic_shapes(op, backend):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize(("op", "backend"), CASES, ids=case_id)
+@pytest.mark.parametrize(("op", "backend"), GRAPHS, ids=case_id)
 def test_compiles_whole_where_nothing_is_differentiated(op, backend):
     torch._dynamo.reset()
     compiled = torch.compile(op.function, fullgraph=True, dynamic=True, backend="aot_eager")

@@ -195,7 +195,7 @@ class _Sizes(TorchDispatchMode):
 
 @pytest.mark.parametrize(("workspace", "held"), [(None, False), (0.3, True)])
 def test_one_chunk_holds_no_second_dw_in_fp32(backend, workspace, held):
-    x, w, y = _call(n=64, d=8, v=2 * WIDENED, dtype=torch.bfloat16)
+    x, w, y = _call(n=64, d=128, v=2 * WIDENED, dtype=torch.bfloat16)
     call = LayerLoss(y, None, None, Loss(), Chunking(workspace, None, False, False), backend, "linear_cross_entropy")
     upstream = LossGradients(torch.full((64,), 1 / 64, device=DEVICE))
     with torch.no_grad(), _Sizes() as sizes:

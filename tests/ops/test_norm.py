@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DEVICE
 from contract import assert_all_as_true, assert_as_true, copy, leaves, outputs, run, truth_of
+from thorough import THOROUGH
 
 import fastllm
 from fastllm import OPS
@@ -91,7 +92,7 @@ def test_rows_shared_by_a_cluster(name, dtype, monkeypatch, poisoned_memory):
     assert {("norm_fwd_row", 8), ("norm_bwd_row", 8), ("norm_bwd_row", 2)} <= set(seen)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=THOROUGH)])
 @pytest.mark.parametrize("name", NORMS)
 def test_long_rows_segment_by_segment(name, dtype, monkeypatch, poisoned_memory):
     op, add, seen = OPS[name], name.startswith("add"), []

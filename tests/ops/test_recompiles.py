@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE
-from contract import case_id, cases, outputs
+from contract import case_id, graph_cases, outputs
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastllm
@@ -74,7 +74,7 @@ def test_every_op_has_a_call():
     assert set(CALLS) == set(OPS)
 
 
-@pytest.mark.parametrize(("op", "backend"), cases(DEVICE), ids=case_id)
+@pytest.mark.parametrize(("op", "backend"), graph_cases(DEVICE), ids=case_id)
 def test_a_graph_serves_every_size(op, backend):
     theirs = further_graphs_of_torch(op.name)
     with fastllm.backend(backend):

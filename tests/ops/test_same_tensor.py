@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 from conftest import DEVICE
-from contract import case_id, cases, copy, outputs, upstream
+from contract import case_id, copy, graph_cases, outputs, upstream
 from torch.utils import _pytree as pytree
 
 import fastllm
@@ -75,7 +75,7 @@ def run(op, sample, i, j, how, compiled=False):
     return outs, grads
 
 
-@pytest.mark.parametrize(("op", "backend"), cases(DEVICE), ids=case_id)
+@pytest.mark.parametrize(("op", "backend"), graph_cases(DEVICE), ids=case_id)
 def test_one_tensor_for_two_arguments(op, backend):
     with fastllm.backend(backend):
         for names, sample, i, j in pairs(op):
