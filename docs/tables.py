@@ -172,7 +172,7 @@ def draw_picture() -> None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter("")
         axes.set_xlabel("times as fast")
-        axes.set_title(_measured(run.environment), fontsize=9)
+        axes.set_title(_measured(run.environment).replace(", commit", "\ncommit"), fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=8, frameon=False, loc="lower right")
     figure.savefig(PICTURE, metadata={"Sources": picture_sources()})
