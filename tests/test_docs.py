@@ -75,7 +75,7 @@ def test_python_blocks_run(tmp_path):
     documents = ["One document. Two sentences.", "Another."]
     write_token_file(tmp_path / "tokens/train-00000.bin", documents, Tokenizer.train(documents, 260))
     # What docs/bench-json.md reads.
-    shutil.copy(ROOT / "bench" / "results" / "cpu" / "bench.json", tmp_path)
+    shutil.copy(ROOT / "bench" / "results" / "cpu-avx2" / "bench.json", tmp_path)
     (tmp_path / "blocks.json").write_text(json.dumps(pages))
     result = subprocess.run(
         [sys.executable, "-c", RUN, "blocks.json"], cwd=tmp_path, capture_output=True, text=True, timeout=300

@@ -142,7 +142,7 @@ def _refuses(backend: str, request: AttentionRequest) -> str | None:
 def _prefers_torch(request: AttentionRequest) -> str | None:
     """Why PyTorch's own operators serve a call without being asked for, or None."""
     on_cpu = request.call.q.device.type == "cpu"
-    return (_refuses("native", request) if on_cpu else None) or attention_prefers_torch(request)
+    return attention_prefers_torch(request) or (_refuses("native", request) if on_cpu else None)
 
 
 def scaled_dot_product_attention_reference(
