@@ -22,13 +22,6 @@ __all__ = [
 ]
 
 if quiet_interrupt.is_command():
-    # Importing torch takes seconds: the command line (cli.py) imports it for the commands that need it.
-    def __getattr__(name: str):
-        if name not in __all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from . import api
-
-        return getattr(api, name)
-
+    __getattr__ = quiet_interrupt.late_names(__name__, __all__)
 else:
     from .api import OPS, BackendError, Report, accelerate, accelerated, backend, functional, info, losses, nn, revert

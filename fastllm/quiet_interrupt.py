@@ -6,6 +6,8 @@ Nothing here imports torch: the package imports this first. The command's own ha
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Collection
+from importlib import import_module
 from pathlib import PurePath
 
 
@@ -15,6 +17,20 @@ def is_command() -> bool:
         return True
     arguments = sys.orig_argv
     return "-m" in arguments and arguments[arguments.index("-m") + 1 :][:1] == ["fastllm"]
+
+
+def late_names(package: str, names: Collection[str]) -> Callable[[str], object]:
+    """A package's ``__getattr__``: its ``names`` come from its module ``api``, imported at the first use of one.
+
+    Importing torch takes seconds, and the command line imports it for the commands that need it alone.
+    """
+
+    def find(name: str) -> object:
+        if name not in names:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"{package}.api"), name)
+
+    return find
 
 
 def install() -> None:

@@ -184,7 +184,10 @@ def _attention_forward(
 def _sdpa_alone(module, query, key, value, attention_mask, *, softcap, s_aux, **kwargs):
     """What transformers calls for "sdpa", which has no soft cap and no sinks."""
     if softcap is not None or s_aux is not None:
-        raise NotImplementedError('attention "fastllm": no soft cap or sinks with a paged cache or such tensors')
+        raise NotImplementedError(
+            'attention "fastllm": softcap and s_aux (sinks) need dense tensors, no paged cache and a mask that fits; '
+            'set_attn_implementation("eager") takes the others'
+        )
     return _sdpa()(module, query, key, value, attention_mask, **kwargs)
 
 

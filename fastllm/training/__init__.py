@@ -18,14 +18,7 @@ __all__ = [
 ]
 
 if quiet_interrupt.is_command():
-    # As in the package fastllm: what needs only the settings imports no torch.
-    def __getattr__(name: str):
-        if name not in __all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from . import api
-
-        return getattr(api, name)
-
+    __getattr__ = quiet_interrupt.late_names(__name__, __all__)
 else:
     from .api import (
         RUNS,

@@ -1,11 +1,11 @@
 """``fastllm bench --rival``: a function of a stranger's, judged and timed in a process of its own."""
 
 import json
-import os
 
 import pytest
 import torch
 from json_schema import BENCH, problems
+from thorough import THOROUGH
 
 from fastllm import OPS
 from fastllm.bench import cases, command, rival, run
@@ -68,7 +68,7 @@ def test_right_wrong_and_dead(target, tmp_path, monkeypatch, capsys):
     assert "theirs.py:layer_norm has no time in some calls" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(os.environ.get("FASTLLM_TESTS") != "thorough", reason="thorough: starts two processes")
+@THOROUGH  # starts two processes
 def test_one_that_hangs_is_ended_and_started_anew(target, monkeypatch):
     _shapes(monkeypatch, 9, 3)
     monkeypatch.setattr(run, "RIVAL_SHARE", 0.1)

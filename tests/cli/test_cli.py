@@ -12,10 +12,10 @@ import warnings
 from pathlib import Path
 
 import pytest
+from command_line import run
 from prose import prose
 
 from fastllm import __version__
-from fastllm.cli import main
 from fastllm.config import InputError, settings
 from fastllm.data import DataConfig, Tokenizer
 from fastllm.models import PRESETS, TransformerConfig
@@ -34,14 +34,6 @@ def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(report, "SAMPLE_TOKENS", 6)
     (tmp_path / "prose.txt").write_text(prose(80))
-
-
-def run(*arguments):
-    """The exit code of ``fastllm`` with these arguments."""
-    try:
-        return main([str(a) for a in arguments])
-    except SystemExit as exit_:
-        return exit_.code
 
 
 def train(*arguments):

@@ -8,8 +8,8 @@ import socket
 import pytest
 import torch
 from cells import examples
+from command_line import run
 
-from fastllm.cli import main
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.models import Encoder, EncoderDecoder, load_model
 from fastllm.training.reports.progress import read_metrics
@@ -20,13 +20,6 @@ SMALL = [
     "--vocab-size", "300", "--batch-size", "4", "--dtype", "float32", "--device", "cpu", "--quiet",
     "--eval-interval", "0",
 ]  # fmt: skip
-
-
-def run(*arguments):
-    try:
-        return main([str(a) for a in arguments])
-    except SystemExit as exit_:
-        return exit_.code
 
 
 @pytest.fixture(scope="module")

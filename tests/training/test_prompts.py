@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from cells import SHAPE, config_for, dataset, examples, setting
+from command_line import run
 
 from fastllm import losses
-from fastllm.cli import main
 from fastllm.config import InputError
 from fastllm.data import Tokenizer
 from fastllm.data.batches import IGNORE
@@ -243,29 +243,11 @@ def test_a_student_minimises_the_texts_loss_and_the_teachers_divergence(share, t
     assert scores["kl_to_teacher"] == pytest.approx(0.0, abs=1e-5)
 
 
-# Runs
-
 QUICK = [
-    "--steps",
-    "2",
-    "--batch-size",
-    "4",
-    "--dtype",
-    "float32",
-    "--device",
-    "cpu",
-    "--quiet",
-    "--eval-interval",
-    "0",
-]
+    "--steps", "2", "--batch-size", "4", "--dtype", "float32", "--device", "cpu", "--quiet",
+    "--eval-interval", "0",
+]  # fmt: skip
 SMALL = ["--context-length", "48", "--num-layers", "1", "--hidden-size", "16", "--num-heads", "2"]
-
-
-def run(*arguments):
-    try:
-        return main([str(a) for a in arguments])
-    except SystemExit as exit_:
-        return exit_.code
 
 
 @pytest.fixture(scope="module")
