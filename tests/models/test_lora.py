@@ -45,14 +45,16 @@ def test_adapters_are_trained_saved_read_again_and_merged(place):
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in name for name in trained - {"masked.transform.weight"})
     assert len(trained) == 1 + 2 * 4  # qkv, out, up and down of one block
-    for name in trained:
+    for name in sorted(trained):  # a set's own order is another in each process
         torch.nn.init.normal_(model.get_parameter(name), std=0.3)
     states = model.encode(tokens).states
     assert not torch.allclose(states, base.encode(tokens).states, atol=1e-2)
     plain = merged(model)
     assert has_lora(model)
     assert plain.state_dict().keys() == base.state_dict().keys()
-    torch.testing.assert_close(plain.encode(tokens).states, states)
+    # In fp64: how far fp32 rounds the two orders of products apart is luck.
+    wide = copy.deepcopy(model).double()
+    torch.testing.assert_close(merged(wide).encode(tokens).states, wide.encode(tokens).states)
     save_adapter(model, place / ADAPTER)
     again = add_lora(load_model(place / "encoder"), 2, {"masked.transform.weight"})
     load_adapter(again, place / ADAPTER)
