@@ -106,9 +106,9 @@ def test_broken_data_is_passed_over(data):
 )  # fmt: skip
 def test_hostile_pages_take_linear_time(piece):
     def seconds(count):
-        begin = time.process_time()
+        begin = time.thread_time()
         read_markup(piece * count)
-        return time.process_time() - begin
+        return time.thread_time() - begin
 
     few = max(seconds(10_000), 0.02)
     # Ten times the page may take ten times the time; with the square it would be a hundred.
@@ -186,6 +186,6 @@ def test_parts_of_a_page_that_come_late_are_read_where_they_belong():
         "</div><script>$RC(",
         '<div hidden id="S:1">a</div><script>$RC(',
     ):
-        begin = time.process_time()
+        begin = time.thread_time()
         assert len(in_place(piece * 20_000 + '<div hidden id="S:0">')) <= len(piece) * 20_000 + 100
-        assert time.process_time() - begin < 1
+        assert time.thread_time() - begin < 1

@@ -55,6 +55,6 @@ def test_cards_are_masked_in_all_groupings(digits, sizes, sign):
     "piece", ["1 ", "12 ", "4111 ", "+49 ", "(212) ", "tel ", "tel: 0", "00 1 ", "4-", "4.", "phone is "]
 )
 def test_masking_takes_linear_time(piece):
-    begin = time.process_time()
+    begin = time.thread_time()
     mask(piece * (300_000 // len(piece)))
-    assert time.process_time() - begin < 10
+    assert time.thread_time() - begin < 10

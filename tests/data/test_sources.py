@@ -139,12 +139,12 @@ def test_a_decompression_bomb_costs_little_and_is_refused(tmp_path, name, suffix
     path.write_bytes(
         dict(compressors())[suffix](start + bytes(16 * MIB) if name == "a.tar" else start + b"a" * 16 * MIB)
     )
-    begin = time.monotonic()
+    begin = time.thread_time()
     items = documents(path)
     assert items
     assert all(isinstance(item, Failure) for item in items)
     assert {item.reason for item in items} <= {"bomb", "too_large", "damaged", "unknown_format"}
-    assert time.monotonic() - begin < 5
+    assert time.thread_time() - begin < 5
 
 
 def test_a_bomb_inside_a_warc_record_is_refused(tmp_path):

@@ -70,22 +70,22 @@ class _Zstandard:
         self._file = file
         self._library = require("zstandard", "zstandard", "reading .zst files")
         self._object = None
-        self._waiting = b""
+        self._waiting = memoryview(b"")
 
     def read(self, size: int) -> bytes:
         while not self._waiting:
             rest = self._object.unused_data if self._object is not None and self._object.eof else b""
-            # Little is read at once: a bomb's few bytes may give gigabytes.
-            given = rest or self._file.read(4096)
+            # 1 KB at once: each block of 4 bytes may give 128 KB, so that a bomb gives 32 MB at most.
+            given = rest or self._file.read(1024)
             if not given:
                 if self._object is not None and not self._object.eof:
                     raise EOFError("compressed file ended before the end of a frame")
                 return b""
             if self._object is None or self._object.eof:
                 self._object = self._library.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
-            self._waiting = self._object.decompress(given)
+            self._waiting = memoryview(self._object.decompress(given))
         content, self._waiting = self._waiting[:size], self._waiting[size:]
-        return content
+        return bytes(content)
 
 
 @contextlib.contextmanager
