@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..config import InputError
+from ..models.mode import evaluation_mode
 
 # Below it the division could overflow, and only the likeliest token is left anyway.
 COLDEST = 1e-30
@@ -100,9 +101,7 @@ def _stream(model, tokens, max_new_tokens, sampling: Sampling, stop_token):
         generator.seed()
     else:
         generator.manual_seed(sampling.seed)
-    training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         cache = model.new_cache()
         fresh = tokens[-context:]
         for _ in range(max_new_tokens):
@@ -126,5 +125,3 @@ def _stream(model, tokens, max_new_tokens, sampling: Sampling, stop_token):
             tokens.append(token)
             fresh = [token]
             yield token
-    finally:
-        model.train(training)

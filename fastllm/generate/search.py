@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
 from ..models import DecoderCache, Encoded, EncoderDecoder
+from ..models.mode import evaluation_mode
 
 
 class Hypothesis(NamedTuple):
@@ -16,17 +15,6 @@ class Hypothesis(NamedTuple):
 
     tokens: list[int]
     score: float
-
-
-@contextlib.contextmanager
-def _deciding(model) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(training)
 
 
 def _logits(model, tokens: torch.Tensor, memory: Encoded | None, cache: DecoderCache) -> torch.Tensor:
@@ -59,7 +47,7 @@ def greedy(
         ValueError: an argument is out of its range.
     """
     steps = _check(model, start, max_new_tokens)
-    with _deciding(model):
+    with evaluation_mode(model), torch.inference_mode():
         cache = model.new_cache(len(start))
         tokens, result = start, []
         ended = torch.zeros(len(start), dtype=torch.bool, device=start.device)
@@ -99,7 +87,7 @@ def beam_search(
     if not 0.0 <= length_penalty < float("inf"):
         raise ValueError(f"length_penalty must be at least 0, got {length_penalty}")
     batch, device = len(start), start.device
-    with _deciding(model):
+    with evaluation_mode(model), torch.inference_mode():
         cache = model.new_cache(batch)
         logits = _logits(model, start, memory, cache)
         first = torch.arange(batch, device=device)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..data import Tokenizer
+from ..models.mode import evaluation_mode
 from .features import Features, windows
 
 # An answer has at most so many tokens.
@@ -57,9 +58,7 @@ def answers(
     ]
     best: dict[int, tuple[float, int, int, list]] = {}
     none: dict[int, float] = {}
-    training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for begin in range(0, len(todo), rows):
             part = todo[begin : begin + rows]
             fillers = {"tokens": tokenizer.special("sep"), "segments": 1}
@@ -74,8 +73,6 @@ def answers(
                     best[number] = (score, first, last, window["_offsets"])
                 nothing = float(start.log_softmax(-1)[0] + end.log_softmax(-1)[0])
                 none[number] = min(none.get(number, 0.0), nothing)
-    finally:
-        model.train(training)
     result = []
     for number, (_, text) in enumerate(questions):
         score, first, last, offsets = best[number]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..data import Tokenizer
+from ..models.mode import evaluation_mode
 from .features import text_ids
 
 
@@ -15,10 +16,8 @@ def classify(model, tokenizer: Tokenizer, texts: Sequence[str], *, rows: int = 3
     """Probabilities (texts, classes) in fp32 on the CPU; the model is run in evaluation mode and left as it was."""
     device = next(model.parameters()).device
     ids = [text_ids(text, tokenizer, model.config.context_length) for text in texts]
-    training = model.training
-    model.eval()
     result = []
-    try:
+    with evaluation_mode(model):
         for begin in range(0, len(ids), rows):
             part = ids[begin : begin + rows]
             lengths = torch.tensor([len(row) for row in part])
@@ -27,6 +26,4 @@ def classify(model, tokenizer: Tokenizer, texts: Sequence[str], *, rows: int = 3
                 row[: len(values)] = torch.tensor(values)
             encoded = model.encode(tokens.to(device), lengths.to(device))
             result.append(model.class_logits(encoded).float().softmax(-1).cpu())
-    finally:
-        model.train(training)
     return torch.cat(result) if result else torch.zeros(0, model.config.num_classes)

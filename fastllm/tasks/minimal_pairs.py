@@ -13,6 +13,7 @@ import torch
 from ..config import InputError, check_encodable
 from ..data import Tokenizer, evaluation_windows
 from ..data.corpus import lines_of, read_text
+from ..models.mode import evaluation_mode
 
 # Logits held at once: 2^24 are 64 MiB in fp32.
 LOGITS = 1 << 24
@@ -83,9 +84,7 @@ def log_probabilities(model, tokenizer: Tokenizer, sentences: Sequence[str]) -> 
             rows.append((number, ids[window.start : window.start + window.length + 1], window.skip))
     rows.sort(key=lambda row: len(row[1]))
     result = [0.0] * len(sentences)
-    training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         while rows:
             # The longest of a part is its last; the part is as large as LOGITS allows.
             part = rows[-max(1, LOGITS // (len(rows[-1][1]) * model.config.vocab_size)) :]
@@ -102,8 +101,6 @@ def log_probabilities(model, tokenizer: Tokenizer, sentences: Sequence[str]) -> 
             sums = chosen.double().masked_fill(~scored.to(device), 0.0).sum(-1).tolist()
             for (number, *_), value in zip(part, sums, strict=True):
                 result[number] += value
-    finally:
-        model.train(training)
     return result
 
 
