@@ -153,6 +153,11 @@ _not_hopper._dynamo_marked_constant = True
 product_obstacle._dynamo_marked_constant = True
 
 
+def device_type_of(tensor: torch.Tensor) -> str:
+    """``tensor.device.type``, which takes 0.23 us; ``is_cpu`` takes 0.04 of the 5 us that a small op takes on a CPU."""
+    return "cpu" if tensor.is_cpu else tensor.device.type
+
+
 def under_transform() -> bool:
     """Whether vmap or forward-mode differentiation is at work: PyTorch's own operators take them, kernels do not."""
     if torch.compiler.is_compiling():
@@ -197,9 +202,9 @@ def _tell(op: str, choice: Choice) -> Choice:
 def pick(op: str, call: Call) -> Choice:
     """The backend that serves ``call`` of the op ``op``, and why.
 
-    A backend that was asked for serves the call or raises. Otherwise PyTorch's operators serve what kernels cannot
-    take (vmap, forward mode, sparse and nested tensors) and what the op prefers to leave to them; then the first
-    backend of :data:`PREFERENCE` that takes the call. That a preferred one refuses is said once, as a warning.
+    A backend that was asked for serves the call or raises. Otherwise PyTorch's operators serve what the op prefers to
+    leave to them and what kernels cannot take (vmap, forward mode, sparse and nested tensors). The first backend of
+    :data:`PREFERENCE` that takes the call serves all others. That a preferred one refuses is said once, as a warning.
 
     Raises:
         BackendError: the backend asked for cannot serve the call.
@@ -210,11 +215,12 @@ def pick(op: str, call: Call) -> Choice:
 def _pick(op: str, call: Call) -> Choice:
     record = OPS[op]
     tensors = [t for t in call.tensors() if t is not None]
-    device_type, asked = tensors[0].device.type, chosen_backend()
+    device_type, asked = device_type_of(tensors[0]), chosen_backend()
     if "native" in record.backends and asked in ("auto", "native") and not torch.compiler.is_compiling():
         extension.build_at_first_use()
     if asked != "auto" and asked in record.backends:
-        reason = _obstacle(asked, record, call, tensors, None if asked == "eager" else _foreign(tensors))
+        reason = why_not(asked, device_type, {t.dtype for t in tensors}, record)
+        reason = reason or (None if asked == "eager" else _foreign(tensors)) or record.refuses(asked, call)
         if reason is not None:
             raise BackendError(
                 f"{op}: the {asked} backend was asked for (FASTLLM_BACKEND or fastllm.backend) and cannot serve this "
@@ -224,23 +230,17 @@ def _pick(op: str, call: Call) -> Choice:
     names = [name for name in PREFERENCE.get(device_type, ()) if name in record.backends]
     if not names:
         return Choice("eager", f"PyTorch's own operators are the choice on {device_type}")
-    reason = _foreign(tensors) or record.prefers_torch(call)
+    reason = record.prefers_torch(call) or _foreign(tensors)
     if reason is not None:
         return Choice("eager", reason)
     refusals = []
     for name in names:
-        reason = _obstacle(name, record, call, tensors)
+        reason = why_not(name, device_type, {t.dtype for t in tensors}, record) or record.refuses(name, call)
         if reason is None:
             return Choice(name, f"first choice on {device_type}")
         _tell_once(f"{op}: eager instead of {name}: {reason}")
         refusals.append(f"{name}: {reason}")
     return Choice("eager", "; ".join(refusals))
-
-
-def _obstacle(name: str, record: Op, call: Call, tensors: list[torch.Tensor], foreign: str | None = None) -> str | None:
-    """Why the backend ``name`` cannot serve ``call``, or None. ``foreign``: why no kernel can take such tensors."""
-    reason = why_not(name, tensors[0].device.type, {t.dtype for t in tensors}, record)
-    return reason or foreign or record.refuses(name, call)
 
 
 def _foreign(tensors: Iterable[torch.Tensor]) -> str | None:

@@ -28,7 +28,7 @@ else:
 
 
 # What a float32 tensor and a 64-bit counter hold.
-LARGEST_FLOAT, LARGEST_INT = 3.4028234663852886e38, 2**63 - 1
+MAX_FLOAT, MAX_INT = 3.4028234663852886e38, 2**63 - 1
 
 
 class InputError(ValueError):
@@ -178,7 +178,7 @@ def _convert(setting: Setting, value: Any, where: str) -> Any:
         return None
     # A TOML integer is a good float; a bool is an int to Python and to nobody else.
     if setting.type is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if abs(value) <= LARGEST_FLOAT else float("inf")
+        value = float(value) if abs(value) <= MAX_FLOAT else float("inf")
     if not isinstance(value, setting.type) or (setting.type is int and isinstance(value, bool)):
         raise InputError(f"{where}: {setting.name}: expected {setting.type.__name__}, got {value!r}")
     _check_range(setting, value, where)
@@ -194,10 +194,10 @@ def _check_range(setting: Setting, value: Any, where: str) -> None:
     wanted = None
     if isinstance(value, str) and (not value or re.search("[\0\ud800-\udfff]", value)):
         raise InputError(f"{where}: {setting.name}: expected UTF-8 text that is not empty, got {value!r}")
-    if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:
+    if isinstance(value, float) and not abs(value) <= MAX_FLOAT:
         wanted = "a finite number (of float32)"
-    elif isinstance(value, int) and not -LARGEST_INT <= value <= LARGEST_INT:
-        wanted = f"at most {LARGEST_INT}"
+    elif isinstance(value, int) and not -MAX_INT <= value <= MAX_INT:
+        wanted = f"at most {MAX_INT}"
     elif "minimum" in limits and value < limits["minimum"]:
         wanted = f"at least {limits['minimum']}"
     elif "above" in limits and value <= limits["above"]:

@@ -39,8 +39,8 @@ _PRODUCTS = {
     torch.bfloat16: ("AVX512_CORE_BF16", {"avx512": "avx512_bf16", "amx": "amx_bf16"}),
     torch.float16: ("AVX512_CORE_FP16", {"avx512": "avx512_fp16", "amx": "amx_fp16"}),
 }
-# A 16-bit product that takes longer than so many of float32 is not the hardware's. Measured with 128 x 128 on two cores
-# of an AMD EPYC: 0.9 where it is, 43 where it is not.
+# A 16-bit product that takes longer than this many of float32 is not the hardware's. Measured with 128 x 128 on two
+# cores of an AMD EPYC: 0.9 where it is, 43 where it is not.
 _SLOWER = 3.0
 _SIZE = 128
 

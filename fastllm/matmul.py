@@ -11,7 +11,7 @@ from .timing import seconds
 
 # Sizes of the square products: they double up to a CPU's largest, as far as time allows. A GPU takes one size at once.
 SMALLEST = 128
-LARGEST = {torch.float32: 1024, torch.float64: 1024}  # 16-bit products, several times as fast, need 2048
+MAX_SIZE = {torch.float32: 1024, torch.float64: 1024}  # 16-bit products are several times as fast and need 2048
 GPU_SIZE = 8192
 PRODUCTS = 6
 
@@ -27,7 +27,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, within: float = 1.0) 
     fit into what is left. A CPU without products of ``dtype`` (:func:`fastllm.cpu.multiplies`) stops at small ones.
     """
     end = time.perf_counter() + within
-    largest = GPU_SIZE if device.type == "cuda" else LARGEST.get(dtype, 2048)
+    largest = GPU_SIZE if device.type == "cuda" else MAX_SIZE.get(dtype, 2048)
     if device.type == "cpu" and not cpu.multiplies(dtype):
         largest = 2 * SMALLEST  # 40 ms at 0.9 GFLOP/s; smaller ones are faster than what a model has
     n = largest if device.type == "cuda" else SMALLEST

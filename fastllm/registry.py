@@ -52,12 +52,13 @@ class Op:
     with ``requires_grad``. ``cost(*args, **kwargs)`` gives the :class:`Cost` of such a call. ``native_on`` names the
     types of device that the backend ``native`` has code for.
 
-    What serves a call is decided by :func:`fastllm.backends.pick`, which asks the op three things. ``call`` takes the
-    function's arguments, checks them and returns them as one :class:`Call`. ``refuses(backend, call)`` is why that
-    backend cannot take it, beyond devices and dtypes, or None. ``prefers_torch(call)`` is why PyTorch's own operators
-    serve it where nobody asked for a backend, or None. Where a backend has several ways, ``form(call, choice)`` is the
-    :class:`Form` that serves a call which got that :class:`fastllm.backends.Choice`, or None. ``examples(device)``
-    yields the samples that ``fastllm info`` asks about; without it these are the first sample in each dtype.
+    :func:`fastllm.backends.pick` decides what serves a call. ``call`` takes the function's arguments, checks them and
+    returns them as one :class:`Call`, about which ``pick`` asks the op two things. ``refuses(backend, call)`` is why
+    that backend cannot take it, beyond devices and dtypes, or None. ``prefers_torch(call)`` is why PyTorch's own
+    operators serve it where nobody asked for a backend, or None. Where a backend has several ways, ``form(call,
+    choice)`` is the :class:`Form` that serves a call which got that :class:`fastllm.backends.Choice`, or None.
+    ``examples(device)`` yields the samples that ``fastllm info`` asks about; without it these are the first sample in
+    each dtype.
     """
 
     name: str

@@ -62,7 +62,7 @@ class DeviceInfo(NamedTuple):
 # loops take several turns there too.
 INTERPRETER = DeviceInfo("Triton's interpreter", "interpreter", 90, "", 4, 227 << 10)
 
-# GPUs that kernels are compiled for where there is none, by architecture: those that launch tables are chosen for,
+# Where there is no GPU, kernels are compiled for these, by architecture. Launch tables are chosen for them.
 GPUS = {
     gpu.arch: gpu
     for gpu in (
@@ -71,7 +71,7 @@ GPUS = {
         DeviceInfo("B200", "nvidia", 100, "", 148, 227 << 10),
     )
 }
-# and those that take the same tables.
+# Kernels are compiled for these too. They take the same launch tables.
 OTHER_GPUS = {
     gpu.architecture: gpu
     for gpu in (

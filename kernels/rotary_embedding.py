@@ -15,10 +15,10 @@ import triton.language as tl
 
 from .launch import cdiv, launch_options, next_power_of_2, tuned
 
-# Features of a head's rows that a program holds: 16 to a thread of 4 warps, as two times 16 bytes. From compiled
+# Features of a head's rows that a program holds: 16 for each thread of 4 warps, as two loads of 16 bytes. From compiled
 # register counts, not timings.
 TILE = 2048
-# Where a program for all heads of some positions gives fewer programs, the heads are divided among more: a guess.
+# Programs to aim for: where one for all heads of some positions gives fewer, the heads are divided. A guess.
 PROGRAMS = 1024
 
 

@@ -181,7 +181,7 @@ def test_info_names_level_caps_and_products():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_matrix_rate_is_measured_in_bounded_time(dtype, monkeypatch):
-    """As at 0.2 GFLOP/s, although the flags promise products, by a clock that only products move."""
+    """The flags promise products, which run at 0.2 GFLOP/s by a clock that only products move."""
     sizes, clock = [], [0.0]
 
     def slow(a, b):

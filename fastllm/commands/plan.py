@@ -7,10 +7,10 @@ import re
 from dataclasses import replace
 
 from ..config import InputError
-from ..models.config import MOST, PRESETS
+from ..models.config import MAX_SIZE, PRESETS
 from ..training.parallel.planner import GIB, GPUS, TooLarge, plan, shape_of
 
-LARGEST = 1e18
+MAX_NUMBER = 1e18
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 
@@ -19,14 +19,16 @@ def _number(text: str) -> float:
     if not match or not float(match[1]):
         raise argparse.ArgumentTypeError(f"expected a number above 0 such as 70b or 4m, got {text!r}")
     value = float(match[1]) * _UNITS[match[2]]
-    if value > LARGEST:
-        raise argparse.ArgumentTypeError(f"expected at most {LARGEST:g}, got {text[:40]}")
+    if value > MAX_NUMBER:
+        raise argparse.ArgumentTypeError(f"expected at most {MAX_NUMBER:g}, got {text[:40]}")
     return value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape = parser.add_mutually_exclusive_group()
-    shape.add_argument("--params", type=_number, metavar="N", help="a Llama-shaped decoder of about so many, e.g. 70b")
+    shape.add_argument(
+        "--params", type=_number, metavar="N", help="a Llama-shaped decoder of about N parameters, e.g. 70b"
+    )
     shape.add_argument("--preset", choices=list(PRESETS), help="a model's shape by name (default: gpt2)")
     parser.add_argument("--context-length", type=int, metavar="N", help="(default: the model's)")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="(default: %(default)s)")
@@ -59,8 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     for name in ("gpus", "gpus_per_node", "context_length", "micro_batch_size"):
         value = getattr(arguments, name)
-        if value is not None and not 1 <= value <= MOST:
-            raise InputError(f"--{name.replace('_', '-')}: expected at least 1 and at most {MOST}, got {value}")
+        if value is not None and not 1 <= value <= MAX_SIZE:
+            raise InputError(f"--{name.replace('_', '-')}: expected at least 1 and at most {MAX_SIZE}, got {value}")
     if not 0 < arguments.efficiency <= 1 or not 0 <= arguments.overlap <= 1:
         raise InputError("--efficiency and --overlap: expected parts of 1")
     given = {
@@ -68,8 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
         "between": (arguments.between, 1e9),
     }  # fmt: skip
     for name, (value, _) in given.items():
-        if value is not None and not 0 < value <= LARGEST:
-            raise InputError(f"--{name}: expected more than 0 and at most {LARGEST:g}, got {value}")
+        if value is not None and not 0 < value <= MAX_NUMBER:
+            raise InputError(f"--{name}: expected more than 0 and at most {MAX_NUMBER:g}, got {value}")
     gpu = replace(
         GPUS[arguments.gpu], **{name: value * unit for name, (value, unit) in given.items() if value is not None}
     )

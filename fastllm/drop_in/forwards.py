@@ -8,7 +8,7 @@ import torch
 
 from ..functional import cross_entropy, embedding, layer_norm, linear, rms_norm
 from ..ops.attention.multihead import AttentionMasks, multihead_attention
-from ..ops.linear import FEWEST_ROWS
+from ..ops.linear import MIN_ROWS
 from ..ops.shared.widened import NARROW, widens
 from .calls import own
 from .deferred import Deferred, value_of
@@ -19,7 +19,7 @@ from .rows import ALWAYS, IN_TRAINING, Rows
 from .swap import forward_of, original_forward
 
 UNFIT = "tensors, dtypes, shapes or devices that it does not take, or vmap, tracing or forward-mode differentiation"
-FEW_ROWS = f"below {FEWEST_ROWS} rows PyTorch's product reads the weight once and is bound by memory"
+FEW_ROWS = f"below {MIN_ROWS} rows PyTorch's product reads the weight once and is bound by memory"
 ORDINARY_LOGITS = "logits are ordinary in evaluation, without gradients, with hooks, of tensors it does not take"
 
 
@@ -99,7 +99,7 @@ def head_forward(module, original, options, input):
 
 def _multiplied(module, original, x, weight):
     """``linear(x, weight, bias)`` where the tensors are ordinary ones of one dtype, else the forward from before."""
-    if x.dim() and x.numel() < FEWEST_ROWS * x.shape[-1]:
+    if x.dim() and x.numel() < MIN_ROWS * x.shape[-1]:
         own("linear", FEW_ROWS)
         return original(module, x)
     bias = module.bias

@@ -19,7 +19,7 @@ def build_model(config: ModelConfig) -> Model:
 
 
 def load_model(folder: str | Path, *, device="cpu") -> Model:
-    """The model that ``save_pretrained`` wrote into ``folder``, whichever it is, in evaluation mode; or transformers.
+    """The model in ``folder``, of whichever class, in evaluation mode. save_pretrained or transformers wrote it.
 
     Raises:
         FileNotFoundError: config.json or model.safetensors is missing.
@@ -29,7 +29,7 @@ def load_model(folder: str | Path, *, device="cpu") -> Model:
     path = Path(folder) / "config.json"
     try:
         values = json.loads(path.read_text("utf-8"))
-        # Of transformers' folders Transformer reads every one that can be read.
+        # Transformer reads every folder of transformers' that can be read.
         name = values.get("architecture", "Transformer" if "model_type" in values else None)
     except FileNotFoundError:
         name = "Transformer"  # whose loader says what is missing

@@ -27,8 +27,8 @@ def rotary_tables(length: int, head_dim: int, base: float, device=None) -> tuple
 def relative_bucket(distance: torch.Tensor, buckets: int, furthest: int, causal: bool) -> torch.Tensor:
     """The bucket of key position minus query position (Raffel et al. 2020, 2.1).
 
-    Half of the buckets hold one distance each, the others ranges that grow logarithmically up to ``furthest``; not
-    ``causal``, the upper half of all buckets is for keys after the query.
+    Half of the buckets hold one distance each. The others hold ranges that grow logarithmically up to ``furthest``.
+    Without ``causal`` the upper half of all buckets is for keys after the query.
     """
     if causal:
         offset, distance = 0, (-distance).clamp(min=0)
@@ -47,7 +47,7 @@ class Context:
 
     ``causal``: hide later tokens. ``rotary``: cos and sin of each position. ``bias``: added to the scores, or boolean.
     ``sequences``: where packed sequences start, (sequences + 1,), and the longest's length. ``memory`` (B, S,
-    hidden_size) and ``memory_mask`` (B, S), True for what is there: what cross-attention reads.
+    hidden_size) and ``memory_mask`` (B, S), True for tokens: what cross-attention reads.
     """
 
     causal: bool
@@ -157,7 +157,7 @@ class MLP(nn.Module):
 class Stream(NamedTuple):
     """The residual stream between two branches: ``branch`` + ``residual``, not added yet; ``residual`` None is 0.
 
-    So that the next norm adds while it reads.
+    The next norm adds the two while it reads them.
     """
 
     branch: torch.Tensor

@@ -46,8 +46,8 @@ class DecoderCache:
     def select(self, index: torch.Tensor, *, same_memory: bool = False) -> None:
         """Go on with the sequences ``index`` (any number, repeats allowed), as a beam search does.
 
-        ``same_memory``: each of them takes the place of one that read the same encoder's states, which stay where they
-        are.
+        ``same_memory``: each of them takes the place of one that read the same encoder's states, so that these are not
+        copied.
         """
         self.batch_size = len(index)
         if same_memory:
@@ -95,7 +95,7 @@ class KVCache(DecoderCache):
 
     def select(self, index: torch.Tensor, *, same_memory: bool = False) -> None:
         super().select(index, same_memory=same_memory)
-        # The tokens held alone, and where they are if as many sequences go on: most of the room is empty.
+        # Only the tokens held are copied, and no new room is taken where the number of sequences stays.
         held = self._store[:, :, :, :, : self.length][:, :, index]
         if len(index) != self._store.shape[2]:
             self._store = self._store.new_empty((*self._store.shape[:2], len(index), *self._store.shape[3:]))

@@ -9,10 +9,10 @@ NORMS = ("layer", "rms")
 NORM_POSITIONS = ("pre", "post")
 GATED = ("swiglu", "geglu", "geglu_tanh")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu2", *GATED)
-# Beyond these no machine of today holds the model, and only building it would fill a memory.
-MOST, MOST_LAYERS = 2**31 - 1, 10_000
+# No machine of today holds a larger model, and even building it would fill the memory.
+MAX_SIZE, MAX_LAYERS = 2**31 - 1, 10_000
 KINDS = ("transformer", "lstm", "gru")
-# What reads may also be convolutional.
+# An encoder may also be convolutional.
 ENCODERS = (*KINDS, "conv")
 POOLINGS = ("first", "mean", "max")
 # What a head on an encoder gives: tokens, whether two texts follow each other, a class, an answer's ends.
@@ -27,7 +27,7 @@ def _field(default, help: str, **metadata):
 class ModelConfig:
     """Everything that decides a model's parameters and its function.
 
-    ``decoder`` alone is a language model, ``encoder`` alone reads (BERT's shape and its kin), both translate. Either
+    ``decoder`` alone is a language model, ``encoder`` alone reads (BERT and similar models), both translate. Either
     may be a Transformer or recurrent, the encoder also convolutional: they meet in hidden_size only.
 
     Raises:
@@ -80,7 +80,7 @@ class ModelConfig:
             value = getattr(self, name)
             if value is None and name in optional:
                 continue
-            least, most = int(name != "segments"), MOST_LAYERS if name.endswith("layers") else MOST
+            least, most = int(name != "segments"), MAX_LAYERS if name.endswith("layers") else MAX_SIZE
             self._require(name, isinstance(value, int) and value >= least, f"at least {least}")
             self._require(name, value <= most, f"at most {most}")
         for name, choices in (

@@ -19,7 +19,7 @@ WIDTHS = (2, 3, 4)
 class ConvBlock(Residual):
     """Filters over the places around each token, ReLU, and a projection back into the stream.
 
-    A filter is a row of a matrix over the windows of its width, so that Muon takes it for what it is.
+    A filter is a row of a matrix over the windows of its width, so that Muon updates it as a matrix.
     """
 
     def __init__(self, config: ModelConfig):
@@ -51,8 +51,7 @@ class ConvBlock(Residual):
 
 
 class ConvEncoder(Embedded):
-    """Embeddings, convolutional blocks and the last norm. A block sees so far as its widest filter; there are no
-    positions."""
+    """Embeddings, convolutional blocks and the last norm, without positions."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config, positions=False)

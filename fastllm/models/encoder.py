@@ -114,7 +114,7 @@ class Encoder(Pretrained, nn.Module):
     def masked_loss(self, encoded: Encoded, positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy of ``targets`` (B, M) at ``positions`` (B, M); -100 is ignored.
 
-        Only these rows reach the head and the vocabulary; of them on a CPU only those that count.
+        Only these rows reach the head and the vocabulary, and on a CPU only those whose target is not -100.
         """
         head = self._head("masked")
         rows = encoded.states.gather(1, positions[..., None].expand(-1, -1, encoded.states.shape[-1]))

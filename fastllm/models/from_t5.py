@@ -9,7 +9,7 @@ import torch
 from .config import ModelConfig
 
 _ACTIVATIONS = {"relu": "relu", "gated-gelu": "geglu_tanh", "gated-silu": "swiglu"}
-# T5 knows no longest sequence; a cache needs one.
+# T5 has no maximum length; a cache needs one.
 CONTEXT = 512
 
 

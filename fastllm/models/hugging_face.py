@@ -74,7 +74,7 @@ def _from_gpt2(values: Mapping) -> dict:
     )  # fmt: skip
 
 
-# What neither architecture has; the settings of ours that their decoders leave alone.
+# Neither architecture has what these settings of ours turn on, so their configurations leave them at these values.
 _NEITHER = dict(
     encoder="none", decoder="transformer", embedding_norm=False, qk_norm=False, norm_position="pre", segments=0,
     scale_embeddings=False, scale_attention=True, logit_scale=1.0,

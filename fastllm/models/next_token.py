@@ -19,7 +19,7 @@ from torch.nn.modules import module as torch_modules
 from .. import extension
 from .. import nn as fast
 from ..backends import chosen_backend, under_transform
-from ..ops.linear_rows import MOST_ROWS, linear_rows
+from ..ops.linear_rows import MAX_ROWS, linear_rows
 from ..ops.norm.native import norm_of_rows
 from ..ops.rotary_embedding import rotary_rows
 from .blocks import MLP, Attention, Block, Context, CrossAttention
@@ -66,7 +66,7 @@ def allowed(model: nn.Module) -> bool:
 def last_logits(model: nn.Module, states: torch.Tensor) -> torch.Tensor:
     """Logits (B, vocab_size) by ``model.head`` of ``states`` (B, hidden_size)."""
     head = model.head
-    if len(states) <= MOST_ROWS and _plain([head]) and allowed(model):
+    if len(states) <= MAX_ROWS and _plain([head]) and allowed(model):
         logits = linear_rows(states, head.weight, head.bias)
     else:
         logits = head(states)
@@ -194,7 +194,7 @@ class NextToken:
         """
         rows, cache = len(x), context.cache
         mask = None if context.memory_mask is None else context.memory_mask[:, None, None, :]
-        product = linear_rows if rows <= MOST_ROWS else F.linear
+        product = linear_rows if rows <= MAX_ROWS else F.linear
         now = Now(*cache.room(rows), product, context.rotary, context.bias, cache.memory, mask)
         x, branch = x[:, 0], None
         for norm, branch_of in self.branches:

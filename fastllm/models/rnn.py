@@ -34,7 +34,8 @@ class RecurrentBlock(Residual):
             self.cross_norm = make_norm(config)
             self.cross_attention = CrossAttention(config)
         if kind == "lstm":
-            # What is seen is kept at first (Jozefowicz et al. 2015). The order of gates: input, forget, cell, output.
+            # A forget gate that starts open keeps what was seen (Jozefowicz et al. 2015). The order of gates: input,
+            # forget, cell, output.
             with torch.no_grad():
                 for name, bias in self.recurrence.named_parameters():
                     if name.startswith("bias_hh"):
@@ -124,7 +125,7 @@ class RecurrentDecoder(RecurrentStack):
         self, tokens: torch.Tensor, memory: Encoded | None = None, cache: RecurrentCache | None = None,
         prefix: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """As :meth:`fastllm.models.stack.TransformerDecoder.decode`; a ``prefix`` cannot be: it reads in one direction.
+        """As :meth:`fastllm.models.stack.TransformerDecoder.decode`, but without a prefix: it reads in one direction.
 
         Raises:
             ValueError: ``prefix`` is given, or an argument does not fit.

@@ -1,4 +1,4 @@
-"""Decoders of GPT-2's and Llama's shapes as GGUF, the file that llama.cpp and its kin run.
+"""Decoders of GPT-2's and Llama's shapes as GGUF, the file that llama.cpp and related programs run.
 
 The file format and the names are the package gguf's (by llama.cpp's authors; extra ``gguf``).
 """

@@ -68,7 +68,7 @@ class LanguageModel(Pretrained):
     def flops_per_token(self, context_length: int | None = None) -> int:
         """Training FLOPs per token: 6 N + 12 layers x hidden x context (PaLM's, and nanoGPT's, formula).
 
-        N counts the weights that take part in products (the head too, the embedding look-ups not). Attention is
+        N counts the weights that take part in products: the head's, but not the embedding tables'. Attention is
         counted as if it were not causal, as the formula's other users do; a recurrent model has none.
         """
         return flops_per_token(self, context_length or self.config.context_length)
@@ -89,7 +89,7 @@ def flops_per_token(model: torch.nn.Module, length: int) -> int:
 
 @concrete
 class Transformer(LanguageModel, TransformerDecoder):
-    """A decoder-only Transformer: tokens in, logits of the next token out. GPT-2's shape, Llama's, what lies between.
+    """A decoder-only Transformer: tokens in, logits of the next token out. GPT-2's shape, Llama's and those between.
 
     Set ``checkpoint_activations = True`` to keep only each block's input for the backward and compute the rest again.
     """

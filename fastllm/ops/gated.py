@@ -14,7 +14,7 @@ from .. import extension
 from ..backends import KERNEL_DTYPES, pick
 from ..registry import Cost, Op, Sample, define, register
 from .shared.autograd import apply, gradients
-from .shared.check import check_floating
+from .shared.check import IN_FLOAT32, beyond_float32, check_floating
 
 _ACTIVATIONS = {
     "silu": F.silu,
@@ -132,13 +132,10 @@ NATIVE_FROM = {"silu": 768, "gelu": 768, "gelu_tanh": 64}
 # The reasons are made once: a call of 8 x 64 elements takes PyTorch 20 us, forward and backward.
 _FASTER = {kind: f"PyTorch's {kind} is faster in rows below {least} columns" for kind, least in NATIVE_FROM.items()}
 _AS_FAST = {kind: f"PyTorch's {kind} is as fast in 16 bits, at any size" for kind in NATIVE_FROM}
-_IN_FLOAT32 = "the extension computes in float32, for float32, float16 and bfloat16"
 
 
 def _refuses(backend: str, call: GatedCall) -> str | None:
-    if backend == "native" and any(t is not None and t.dtype not in KERNEL_DTYPES for t in call.tensors()):
-        return _IN_FLOAT32
-    return None
+    return beyond_float32(call.tensors()) if backend == "native" else None
 
 
 def _prefers_torch(call: GatedCall) -> str | None:
@@ -149,7 +146,7 @@ def _prefers_torch(call: GatedCall) -> str | None:
         return "torch.compile makes one loop of PyTorch's two operators"
     dtypes = (gate.dtype, gate.dtype if up is None else up.dtype)
     if dtypes[0] not in KERNEL_DTYPES or dtypes[1] not in KERNEL_DTYPES:
-        return _IN_FLOAT32
+        return IN_FLOAT32
     if kind != "gelu_tanh" and torch.float32 not in dtypes:
         return _AS_FAST[kind]
     columns = (gate.shape[-1] if gate.dim() else 1) // (2 if up is None else 1)

@@ -1,4 +1,4 @@
-"""A linear layer, x @ weight.T + bias, that is fast in 16 bits on CPUs without 16-bit products too."""
+"""A linear layer, x @ weight.T + bias. In 16 bits it is fast also on CPUs without 16-bit products."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TORCH, WIDENED = "PyTorch's operator", "blocks in float32"
 # One core of an AMD EPYC held to AVX2, weights of 512 x 512 / 2048 x 2048 / 2048 x 5504, ms: 2 rows 0.045 / 0.54 / 1.5
 # by PyTorch and 0.049 / 0.72 / 2.8 in blocks, 4 rows 0.088 / 1.10 / 3.2 and 0.063 / 0.98 / 3.3, 16 rows 0.35 / 7.8 / 26
 # and 0.12 / 2.0 / 5.8.
-FEWEST_ROWS = 4
+MIN_ROWS = 4
 
 
 class LinearCall(NamedTuple):
@@ -61,7 +61,7 @@ def _call(input, weight, bias=None) -> LinearCall:
 
 
 _OWN = LinearForm(TORCH, "its products are the device's own")
-_FEW = LinearForm(TORCH, f"below {FEWEST_ROWS} rows it reads the weight once and is bound by memory")
+_FEW = LinearForm(TORCH, f"below {MIN_ROWS} rows it reads the weight once and is bound by memory")
 _FOREIGN = LinearForm(TORCH, "a transform is at work, a tensor is sparse or nested, or the weight is a vector")
 _BLOCKS = LinearForm(WIDENED, "this CPU has no products of that dtype")
 
@@ -77,7 +77,7 @@ def linear_form(call: LinearCall, choice: Choice) -> LinearForm:
         or any(t is not None and (t.layout != torch.strided or t.is_nested) for t in call)
     ):
         return _FOREIGN
-    if x.numel() < FEWEST_ROWS * x.shape[-1] or weight.numel() == 0:
+    if x.numel() < MIN_ROWS * x.shape[-1] or weight.numel() == 0:
         return _FEW
     return _BLOCKS
 
@@ -153,7 +153,7 @@ def linear(input, weight, bias=None):
         result, with its bias, is rounded once.
 
     Raises:
-        TypeError: a tensor is no floating-point one, or dtypes differ.
+        TypeError: a tensor is not floating-point, or dtypes differ.
         ValueError: shapes or devices do not fit.
     """
     call = _call(input, weight, bias)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .. import extension
 
-MOST_ROWS = 5
+MAX_ROWS = 5
 
 
 def _fake(x, weight, bias):

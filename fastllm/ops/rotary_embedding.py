@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 
 from .. import extension
-from ..backends import KERNEL_DTYPES, pick, under_transform
+from ..backends import pick, under_transform
 from ..registry import Cost, Op, Sample, define, register
 from .shared.autograd import apply
-from .shared.check import check_floating
+from .shared.check import beyond_float32, check_floating
 
 
 def _rows(cos, sin, position_ids, offset: int, length: int):
@@ -220,14 +220,11 @@ def _check(query, key, cos, sin, position_ids, offset) -> None:
         raise ValueError(f"{op}: position_ids are rows of 2-D cos and sin, without an offset")
 
 
-_IN_FLOAT32 = "the extension computes in float32, for float32, float16 and bfloat16"
-
-
 def _refuses(backend: str, call: RotaryCall) -> str | None:
     if backend == "eager":
         return None
-    if backend == "native" and any(t is not None and t.dtype not in KERNEL_DTYPES for t in call.tensors()):
-        return _IN_FLOAT32
+    if backend == "native" and (reason := beyond_float32(call.tensors())) is not None:
+        return reason
     if call.cos.requires_grad or call.sin.requires_grad:
         return "the kernel gives no gradient for cos and sin, and they require one"
     return None

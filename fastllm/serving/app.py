@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from ..config import LARGEST_FLOAT, InputError, check_encodable
+from ..config import MAX_FLOAT, InputError, check_encodable
 from ..data import Tokenizer
 from ..data.corpus import lines_of
 from ..generate.sampling import check_sampling, generate
@@ -27,7 +27,7 @@ from ..tasks.translate import translate
 
 TASKS = ("generate", "translate", "classify", "answer")
 # Bytes of a request's body, and seconds that one may take.
-LARGEST, LONGEST = 64 << 10, 60.0
+MAX_BODY_BYTES, MAX_SECONDS = 64 << 10, 60.0
 # Characters of a text, tokens written, beams.
 LIMITS = {"text": 20_000, "question": 1_000, "max_new_tokens": 1_000, "beams": 16}
 
@@ -62,7 +62,7 @@ def _text(values: dict, name: str, default: str | None = None) -> str:
 def _number(values: dict, name: str, default: float, kind: type = float):
     value = values.get(name, default)
     # JSON has no number that is not finite, but 1e999 becomes one.
-    finite = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST_FLOAT
+    finite = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_FLOAT
     if not finite or (kind is int and value != int(value)):
         raise BadRequest(f"{name}: expected a number{' that is whole' if kind is int else ''}, got {str(value)[:40]!r}")
     if name in LIMITS and value > LIMITS[name]:
@@ -135,8 +135,8 @@ async def _body(request: Request) -> dict:
     content = b""
     async for chunk in request.stream():
         content += chunk
-        if len(content) > LARGEST:
-            raise BadRequest(f"expected at most {LARGEST:,} bytes")
+        if len(content) > MAX_BODY_BYTES:
+            raise BadRequest(f"expected at most {MAX_BODY_BYTES:,} bytes")
     try:
         values = json.loads(content, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -146,7 +146,7 @@ async def _body(request: Request) -> dict:
     return values
 
 
-def make_app(models: dict[str, ServedModel], hosts: tuple[str, ...], seconds: float = LONGEST) -> Starlette:
+def make_app(models: dict[str, ServedModel], hosts: tuple[str, ...], seconds: float = MAX_SECONDS) -> Starlette:
     """The application for ``models`` by task, a subset of :data:`TASKS`.
 
     Args:

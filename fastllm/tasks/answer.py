@@ -11,8 +11,8 @@ from ..data import Tokenizer
 from ..models.mode import evaluation_mode
 from .features import Features, windows
 
-# An answer has at most so many tokens.
-LONGEST = 30
+# An answer has at most this many tokens.
+MAX_TOKENS = 30
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Span:
 
 
 def _best(starts: torch.Tensor, ends: torch.Tensor, offsets: list) -> tuple[float, int, int]:
-    """The likeliest (first, last) among the text's tokens, at most :data:`LONGEST`, and its log-probability."""
+    """The likeliest (first, last) among the text's tokens, at most :data:`MAX_TOKENS`, and its log-probability."""
     inside = torch.tensor([o is not None for o in offsets])
     first = starts.log_softmax(-1)[: len(offsets)].masked_fill(~inside, -torch.inf)
     last = ends.log_softmax(-1)[: len(offsets)].masked_fill(~inside, -torch.inf)
     scores = first[:, None] + last[None, :]
     ones = torch.ones_like(scores, dtype=torch.bool)
-    scores = scores.masked_fill(~(ones.triu() & ones.tril(LONGEST - 1)), -torch.inf)
+    scores = scores.masked_fill(~(ones.triu() & ones.tril(MAX_TOKENS - 1)), -torch.inf)
     place = int(scores.argmax())
     return float(scores.max()), place // len(offsets), place % len(offsets)
 

@@ -18,7 +18,7 @@ def marked(context: str, start: int, end: int, around: int = 80) -> str:
     return " ".join((shown + ("..." if end + around < len(context) else "")).split())
 
 
-# Of an answer to a prompt, at most so many tokens.
+# An answer to a prompt is shown up to this many tokens.
 ANSWER_TOKENS = 100
 
 

@@ -13,7 +13,7 @@ from ..data import Tokenizer
 from ..files import write_text
 
 SUMMARY = "examples.json"
-# Without a held-out file, one in so many examples (of questions: texts) is held out.
+# Without a held-out file, one in this many examples is held out; for questions, one in this many texts.
 HELD_OUT = 10
 
 

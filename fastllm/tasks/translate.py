@@ -11,7 +11,7 @@ from ..generate.search import beam_search, greedy
 from ..models.mode import evaluation_mode
 from .features import source_ids
 
-# A translation has at most so many times the source's tokens, these rounded up to a multiple of BUCKET.
+# A translation has at most this many times the source's tokens, whose number is rounded up to a multiple of BUCKET.
 RATIO, BUCKET = 2, 8
 
 

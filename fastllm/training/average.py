@@ -31,7 +31,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, steps: int) -> None:
-        """Take the weights of now in; ``steps`` were made before this one."""
+        """Add the current weights to the average; ``steps`` were made before this one."""
         weight = 1.0 - min(self._decay, (1 + steps) / (10 + steps))
         for name, p in self._parameters.items():
             self._others[name].lerp_(p.detach(), weight)

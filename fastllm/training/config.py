@@ -104,16 +104,16 @@ class TrainingConfig:
         above=0,
         resume=True,
     )
-    max_skipped: int = option(3, "stop after so many skipped steps in a row", minimum=1, resume=True)
+    max_skipped: int = option(3, "stop after this many skipped steps in a row", minimum=1, resume=True)
     epochs: float | None = option(
-        None, "stop after so many passes over the training data; steps, if given, decide", above=0
+        None, "stop after this many passes over the training data; steps, if given, decide", above=0
     )
     ema_decay: float = option(
         0.0, "decay of the exponential moving average of the weights, which then is what is scored and kept; 0: none",
         minimum=0, below=1,
     )  # fmt: skip
     patience: int = option(
-        0, "stop after so many evaluations in a row without a better score, and keep the weights of the best one; "
+        0, "stop after this many evaluations in a row without a better score, and keep the weights of the best one; "
         "0: neither", minimum=0, resume=True,
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ import torch
 from ..files import save_tensors, write_text
 from .checkpoints.checkpoint import State
 
-# Accepted steps by which an outlier is judged; fewer than a quarter of them judge nothing.
+# An outlier is judged by this many accepted steps. With fewer than a quarter of them nothing is judged.
 HISTORY = 128
 # Batches of skipped steps that are kept for study.
 KEPT = 100
@@ -43,7 +43,7 @@ class Guard:
     Args:
         folder: where to put ``step-<step>.safetensors`` (the batch) and ``.json`` (why); None: nowhere.
         outlier: the largest :func:`deviation` of loss and gradient norm that is accepted; None: any.
-        limit: so many skipped steps in a row raise :class:`Diverged`.
+        limit: this many skipped steps in a row raise :class:`Diverged`.
     """
 
     def __init__(self, folder: Path | None, state: State, *, outlier: float | None, limit: int):

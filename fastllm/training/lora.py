@@ -22,11 +22,22 @@ ADAPTER = "adapter.safetensors"
 ALPHA_PER_RANK = 2
 
 
+class Adapted(nn.Module):
+    """What :func:`add_lora` did to a model, whose child ``adapted`` it becomes. It has no parameters and no buffers.
+
+    ``trained``: the names of the trained parameters. ``frozen``: the hash of the others. Both stay with a copy of the
+    model in which nothing is trained any more.
+    """
+
+    def __init__(self, trained: list[str], frozen: torch.Tensor):
+        super().__init__()
+        self.trained, self.frozen = trained, frozen
+
+
 def add_lora(model: nn.Module, rank: int, trained: Collection[str] = ()) -> nn.Module:
     """``model`` with adapters of ``rank`` on every linear layer of its blocks, in place.
 
-    Trainable are the adapters, which begin as no change, and the parameters named in ``trained``. ``lora_trained`` has
-    all their names, ``lora_frozen`` the hash of the others: both stay with a copy in which nothing is trained any more.
+    The adapters, which change nothing at first, and the parameters named in ``trained`` are trainable.
     """
     import peft
 
@@ -36,8 +47,8 @@ def add_lora(model: nn.Module, rank: int, trained: Collection[str] = ()) -> nn.M
     for name, parameter in model.named_parameters():
         if name in trained:
             parameter.requires_grad_()
-    model.lora_trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    model.lora_frozen = _frozen_sha256(model)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    model.add_module("adapted", Adapted(names, _frozen_sha256(model)))
     return model
 
 
@@ -76,7 +87,7 @@ def save_adapter(model: nn.Module, path: Path) -> None:
         OSError: it cannot be written.
     """
     own = dict(model.named_parameters())
-    save_tensors({name: own[name].detach() for name in model.lora_trained} | {"frozen": model.lora_frozen}, path)
+    save_tensors({name: own[name].detach() for name in model.adapted.trained} | {"frozen": model.adapted.frozen}, path)
 
 
 @torch.no_grad()
@@ -89,9 +100,9 @@ def load_adapter(model: nn.Module, path: Path) -> None:
     tensors = read_tensors(path)
     frozen = tensors.pop("frozen", None)
     own = dict(model.named_parameters())
-    if sorted(tensors) != sorted(model.lora_trained) or any(own[n].shape != t.shape for n, t in tensors.items()):
+    if sorted(tensors) != sorted(model.adapted.trained) or any(own[n].shape != t.shape for n, t in tensors.items()):
         raise InputError(f"{path}: adapters of another model or rank")
-    if frozen is None or not torch.equal(frozen, model.lora_frozen):
+    if frozen is None or not torch.equal(frozen, model.adapted.frozen):
         raise InputError(f"{path}: trained on other weights than those that pretrained names now")
     for name, tensor in tensors.items():
         own[name].copy_(tensor)

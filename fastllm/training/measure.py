@@ -10,12 +10,12 @@ from ..timing import seconds as seconds_of
 from .device import autocast, keep_random_state, narrow_dtype
 from .objective_base import Batch, Objective, to_device
 
-# A precision whose best time is so many times the other's is not tried further (a guess: times in turns on a machine
-# with other work spread by less).
+# A precision whose best time is this many times the other's is not tried further. A guess: on a machine with other
+# work, times that are taken in turns spread by less.
 CLEARLY = 1.5
-# Rounds, of which the first sets things up and does not count where there are others. On a loaded machine one pass of
-# 2 ms took 360: so a choice by fewer than ``ENOUGH`` takes at least ``SHARE`` of the time.
-FEWEST, ENOUGH, MOST = 2, 6, 21
+# The first round sets things up and counts only where it is the only one. On a loaded machine one pass of 2 ms took 360
+# ms. So a choice by fewer than SURE_ROUNDS rounds takes at least SHARE of the time.
+MIN_ROUNDS, SURE_ROUNDS, MAX_ROUNDS = 2, 6, 21
 SHARE = 1 / 3
 
 
@@ -25,9 +25,9 @@ def faster_dtype(
     """The precision in which a forward and a backward pass on ``batch`` take less time, and the seconds of each.
 
     A CPU without products of bfloat16 takes float32, and nothing is timed. Elsewhere float32 and the device's 16-bit
-    dtype, bfloat16 or on GPUs without it float16, are timed in turns on a copy of ``model``, for about so many
-    ``seconds`` and at most 20 rounds, until one is clearly behind. The shortest time counts, so that other work on the
-    machine disturbs the choice as little as possible. ``model`` and torch's random state stay as they are.
+    dtype, bfloat16 or on GPUs without it float16, are timed in turns on a copy of ``model``, for about ``seconds`` and
+    at most 20 rounds, until one is clearly behind. The shortest time counts, so that other work on the machine disturbs
+    the choice as little as possible. ``model`` and torch's random state stay as they are.
     """
     device = next(model.parameters()).device
     narrow = narrow_dtype(device)
@@ -43,13 +43,13 @@ def faster_dtype(
         loss.backward()
 
     with keep_random_state(device):
-        for done in range(1, MOST + 1):
+        for done in range(1, MAX_ROUNDS + 1):
             for dtype, taken in times.items():
                 taken.append(seconds_of(lambda dtype=dtype: run(dtype), device))
             best = {dtype: min(taken[1:] or taken) for dtype, taken in times.items()}
             behind = max(best.values()) > CLEARLY * min(best.values())
             spent = sum(map(sum, times.values()))
-            sure = behind and (done >= ENOUGH or spent > SHARE * seconds)
-            if (done >= FEWEST and (sure or spent > seconds)) or (behind and spent > seconds):
+            sure = behind and (done >= SURE_ROUNDS or spent > SHARE * seconds)
+            if (done >= MIN_ROUNDS and (sure or spent > seconds)) or (behind and spent > seconds):
                 break
     return min(best, key=best.__getitem__), best

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 Batch = dict[str, torch.Tensor]
-# How the names of scores end of which less is better.
+# Endings of the names of those scores for which less is better.
 LESS = ("bits_per_byte", "perplexity", "loss")
-# What follows a score's number where its name would not do.
+# What follows a score's number in place of its name.
 UNITS = {"bits_per_byte": "bits/byte"}
 
 

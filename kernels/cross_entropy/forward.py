@@ -39,8 +39,9 @@ from .logits import (
     warps_for,
 )
 
-# Widest row that is held in registers, and the widest where something is held beside it (class weights, the soft cap's
-# slope, the entropy's terms). Elements a sum's program takes at a time. No spills on sm_80, sm_90, sm_100.
+# ROW: columns of the widest row that is held in registers. ROW_BESIDE: the same where something else is held too (class
+# weights, the soft cap's slope, the entropy's terms). SUM_BLOCK: elements that a sum's program takes at a time. Nothing
+# spills on sm_80, sm_90 and sm_100.
 ROW = 32768
 ROW_BESIDE = 8192
 SUM_BLOCK = 4096

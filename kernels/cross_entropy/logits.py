@@ -17,9 +17,9 @@ from ..math import tanh
 TILE = 4096
 # Positions of a tile where they are adjacent in memory, not the classes. A guess.
 ADJACENT_POSITIONS = 32
-# The gradient that the forward leaves and the backward's are the same bits. Both come from dlogits below; but whether
-# the compiler fuses a product with the sum after it depends on the code around them. So it fuses none in these
-# kernels, and what is to be fused says so: tl.fma.
+# The gradient that the forward leaves and the backward's are the same bits. Both come from dlogits below. Whether the
+# compiler fuses a product with the sum after it would depend on the code around them. So it fuses none in these
+# kernels, except where the code says tl.fma.
 EXACT = {"enable_fp_fusion": False}
 
 

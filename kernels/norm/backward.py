@@ -27,10 +27,10 @@ from .forward import blocked_launch, rows_and_columns
 from .long_row import is_long, norm_bwd_row
 
 # The backward holds x, dy, weight and two fp32 sums of a row. Its tiles fill a multiprocessor's registers (16 warps x
-# 128), so one program runs on each: the partial rows stay below 5% of the bytes of 8192 rows. Philox takes as many
-# registers again with dropout, a second gradient of another dtype some, and so do the addresses of rows that do not
-# begin at multiples of 16 elements: either halves the tile, both quarter it. Of wide rows a program takes WIDE_TILE of
-# columns. From compiled register counts (no spills on sm_80, sm_90, sm_100), not yet from timings.
+# 128), so one program runs on each, and the partial rows stay below 5% of the bytes of 8192 rows. Dropout's random
+# numbers, or a second gradient of another dtype, halve the tile. The addresses of rows that do not begin at multiples
+# of 16 elements halve it too; both together quarter it. A program takes tiles of WIDE_TILE (rows, columns) from wide
+# rows. From compiled register counts (no spills on sm_80, sm_90, sm_100), not yet from timings.
 BWD_ROW = 8192
 BWD_TILE = 8192
 WIDE_TILE = (4, 1024)

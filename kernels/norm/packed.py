@@ -12,8 +12,7 @@ from ..device import device_info
 from ..launch import launch_options, next_power_of_2, tuned
 from .arguments import NormForwardPass, row_starts
 
-# A row is held in so many segments: few enough words of weight and bias at a time that nothing spills on sm_80, sm_90
-# and sm_100.
+# Segments of a row. With so few words of weight and bias at a time nothing spills on sm_80, sm_90 and sm_100.
 SEGMENTS = 8
 
 

@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
 from fastllm.models import ModelConfig, build_model
-from fastllm.serving.app import LARGEST, ServedModel, _written, make_app
+from fastllm.serving.app import MAX_BODY_BYTES, ServedModel, _written, make_app
 from fastllm.tasks.translate import translate
 
 # Chromium is no Python package; a machine without it tests the interface alone.
@@ -155,7 +155,7 @@ def test_text_comes_piece_by_piece(served):
         ("generate", {"seed": -1}, "seed must be at least 0"),
         ("generate", {"seed": 1e30}, "seed must be at least 0"),
         ("translate", b'{"text": "x", "beams": 1e999}', "beams: expected a number"),
-        ("classify", b"x" * (LARGEST + 1), f"expected at most {LARGEST:,} bytes"),
+        ("classify", b"x" * (MAX_BODY_BYTES + 1), f"expected at most {MAX_BODY_BYTES:,} bytes"),
     ],
 )
 def test_what_cannot_be_served_is_said(served, task, values, message):

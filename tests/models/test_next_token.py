@@ -8,7 +8,7 @@ import torch
 import fastllm
 from fastllm import extension
 from fastllm.models import ModelConfig, build_model
-from fastllm.ops.linear_rows import MOST_ROWS, linear_rows
+from fastllm.ops.linear_rows import MAX_ROWS, linear_rows
 
 pytestmark = [
     pytest.mark.cpu_level,
@@ -48,7 +48,7 @@ def logits(model, tokens, memory, taken):
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("rows", [1, MOST_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, MAX_ROWS + 1])
 def test_a_step_gives_what_the_modules_give(style, rows):
     model = built(**STYLES[style])
     tokens = torch.randint(61, (rows, 7))

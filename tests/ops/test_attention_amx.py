@@ -10,7 +10,7 @@ import fastllm
 from fastllm.backends import Choice
 from fastllm.extension import load as extension
 from fastllm.functional import attention, scaled_dot_product_attention
-from fastllm.ops.attention.amx import LONGEST
+from fastllm.ops.attention.amx import MAX_TOKENS
 from fastllm.ops.attention.call import AttentionCall, AttentionRequest
 from fastllm.ops.attention.forms import AMX, form_of
 
@@ -180,7 +180,7 @@ def test_what_it_leaves_to_torch():
     assert not any(amx_serves(q, q, q, padding, False, scale=scale) for scale in (0.0, -1e-30, 1e30))
     assert amx_serves(q, q, q, None, True, scale=0.0)
     assert not amx_serves(q, q, q, padding.expand(1, 2, 8, 8), False)
-    long = q.new_empty(1, 1, LONGEST + 1, 16)
+    long = q.new_empty(1, 1, MAX_TOKENS + 1, 16)
     assert not amx_serves(long, long, long, None, False)
     empty = q[:, :, :0]
     assert attention(empty, q, q).shape == (1, 2, 0, 16)

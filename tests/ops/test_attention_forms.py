@@ -142,5 +142,5 @@ def test_info_says_which_form_serves_which_call():
     with fastllm.backend("eager"):
         said = _said()
     assert said.count(f"{TORCH}, since its fused kernel") == 2
-    assert "float32 windowed, bfloat16 windowed: chunks of scores, since PyTorch's fused kernel has no such" in said
+    assert "float32 windowed, bfloat16 windowed: chunks of scores, since PyTorch's fused kernel does not take" in said
     assert said.count("float32 with a negative scale: chunks of scores, since") == 2

@@ -14,7 +14,7 @@ from fastllm.backends import BackendError, pick
 from fastllm.extension import load as extension
 from fastllm.functional import attention
 from fastllm.ops.attention.attention import attention_reference
-from fastllm.ops.attention.native import LEAST_ROWS, native_loses
+from fastllm.ops.attention.native import MIN_ROWS, native_loses
 from fastllm.registry import OPS, Sample
 
 pytestmark = [
@@ -118,7 +118,7 @@ def choice(name="attention", batch=1, heads=8, rows=512, cols=512, dtype=torch.f
 def test_what_is_served_without_being_asked_for():
     for options in ({}, {"causal": True}, {"causal": True, "dtype": torch.bfloat16}, {"rows": 64, "cols": 4096}):
         assert choice(**options).backend == "native", options
-    for options in ({"heads": 1, "rows": 128, "cols": 128, "causal": True}, {"rows": LEAST_ROWS - 1, "cols": 10000}):
+    for options in ({"heads": 1, "rows": 128, "cols": 128, "causal": True}, {"rows": MIN_ROWS - 1, "cols": 10000}):
         assert "faster for" in choice(**options).why, options
         # Beside chunks of scores it is always faster.
         assert choice(**options, softcap=2.0).backend == "native"

@@ -43,7 +43,7 @@ def _no_products(monkeypatch):
 def _small_blocks(monkeypatch):
     """Several blocks, whole and broken, of every matrix."""
     monkeypatch.setattr(widened, "BLOCK", 64)
-    monkeypatch.setattr(widened, "FEWEST", 3)
+    monkeypatch.setattr(widened, "MIN_ROWS", 3)
     monkeypatch.setattr(widened_attention, "BLOCK", 500)
 
 
@@ -82,7 +82,7 @@ def test_the_capability_decides(dtype, monkeypatch):
         assert form(x, weight) == linear_op.TORCH
     with _multiplying(monkeypatch):
         assert form(x, weight) == linear_op.WIDENED
-        assert form(x[: linear_op.FEWEST_ROWS - 1], weight) == linear_op.TORCH
+        assert form(x[: linear_op.MIN_ROWS - 1], weight) == linear_op.TORCH
         assert form(x.float(), weight.float()) == linear_op.TORCH
         assert form(x, weight[0]) == linear_op.TORCH
         assert torch.func.vmap(FF.linear, (0, None))(x.expand(3, 8, 16), weight).shape == (3, 8, 4)

@@ -36,7 +36,7 @@ def test_the_scale_halves_on_overflow_and_doubles_after_quiet(monkeypatch):
     assert scale.value == 2.0**16
     # The loss itself is the guard's business, and so is a gradient that no scale makes finite.
     assert scale.overflow(float("nan"), float("nan")) is None
-    state.loss_scale = loss_scale.LEAST
+    state.loss_scale = loss_scale.MIN_SCALE
     assert scale.overflow(1.0, float("nan")) is None
     assert LossScale(_state(dtype="bfloat16")).value == 1.0
     assert LossScale(_state(loss_scale=8.0)).value == 8.0
@@ -66,7 +66,7 @@ def _metrics(folder):
 
 
 def test_a_run_learns_skips_what_overflows_and_resumes_exactly(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(loss_scale, "FIRST", 2.0**40)  # so that the first steps overflow
+    monkeypatch.setattr(loss_scale, "INITIAL", 2.0**40)  # so that the first steps overflow
     monkeypatch.setattr(loss_scale, "GROWTH_STEPS", 2)
     settings = config(steps=40, dtype="float16", checkpoint_interval=25, keep_checkpoints=5)
     launch.train(settings, tmp_path / "whole", quiet=True)

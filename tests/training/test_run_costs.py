@@ -109,7 +109,7 @@ def test_saving_costs_less_than_two_percent(tmp_path):
     saves, stalls = 0, []
 
     def seconds(save: bool) -> float:
-        """Of two steps, and of one save beside them, until it is on the disk."""
+        """The time of two steps and of one save beside them, until it is on the disk."""
         nonlocal saves
         begin = time.process_time()
         if save:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-
 from ...backends import pick, product_obstacle
 from ...registry import Op, register
-from ..shared.autograd import autocasted
+from ..shared.check import beyond_float32
 from ..shared.philox import draw_seed
 from .call import (
     AttentionCall,
     AttentionRequest,
+    cast_qkv,
     check_attention,
     check_dropout,
     check_scale,
@@ -18,7 +17,7 @@ from .call import (
     check_window,
 )
 from .forms import CHUNKS, attention_by_form, form_of, formed
-from .native import native_loses, native_refuses
+from .native import native_loses
 from .operator import apply_attention
 from .reference import reference
 from .samples import attention_cost, attention_examples, attention_samples
@@ -30,7 +29,7 @@ def kernels_refuse(backend: str, request: AttentionRequest) -> str | None:
     """Why the attention kernels cannot take a call, or None."""
     call = request.call
     widest = max(call.q.shape[-1], call.v.shape[-1])
-    if backend == "native" and (reason := native_refuses(call)) is not None:
+    if backend == "native" and (reason := beyond_float32((call.q,))) is not None:
         return reason
     if backend != "eager" and widest > MAX_HEAD_DIM:
         return f"the kernels take head dims up to {MAX_HEAD_DIM}, got {widest}"
@@ -39,9 +38,9 @@ def kernels_refuse(backend: str, request: AttentionRequest) -> str | None:
 
 def attention_prefers_torch(request: AttentionRequest) -> str | None:
     """Why PyTorch's own operators serve a call without being asked for, or None."""
-    device = request.call.q.device
-    if device.type != "cpu":
-        return product_obstacle(device.type, device.index)
+    q = request.call.q
+    if not q.is_cpu:
+        return product_obstacle(q.device.type, q.device.index)
     # Asked here too: what the extension refuses is PyTorch's without a warning.
     return native_loses(request) or kernels_refuse("native", request)
 
@@ -52,12 +51,13 @@ def _request(
     return_lse=False,
 ):  # fmt: skip
     """The arguments of :func:`attention` as one value, after all checks."""
-    if all(isinstance(x, torch.Tensor) for x in (query, key, value)):
-        query, key, value = autocasted(query, key, value)
+    query, key, value = cast_qkv(query, key, value)
     call = AttentionCall(query, key, value, bias, sinks, alibi_slopes, None, cu_seqlens_q, cu_seqlens_k)
     bias, sinks, slopes, cu_q, cu_k = check_attention("attention", call, (max_seqlen_q, max_seqlen_k))
     dropout_p = check_dropout("attention", dropout_p)
     left, right = check_window("attention", window, causal)
+    if right == 0 and cu_q is None and query.shape[2] == 1:
+        right = -1  # The last row sees every column: a causal edge hides nothing from it.
     scale = check_scale("attention", scale, query.shape[-1])
     softcap = check_softcap("attention", softcap)
     seed = draw_seed(query.device) if dropout_p > 0 else None

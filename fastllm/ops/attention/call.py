@@ -3,7 +3,8 @@
 The normal form, which the operators and backends take, has query (B, H, Sq, D), key (B, Hkv, Sk, D) and value
 (B, Hkv, Sk, Dv), or packed (total, H, D) with both cu_seqlens. The bias is bool or floating, of four dimensions, each
 full or 1. The window is given as its left and right distance from the diagonal, -1 where it is unbounded. With
-``bottom_right`` the diagonal ends in the last row and column; otherwise it starts in the first.
+``bottom_right`` the diagonal ends in the last row and column; otherwise it starts in the first. A causal edge has the
+right distance 0.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import numbers
 from typing import NamedTuple
 
 import torch
+
+from ..shared.autograd import autocasted
 
 
 class AttentionCall(NamedTuple):
@@ -50,8 +53,7 @@ class AttentionCall(NamedTuple):
 
     @property
     def causal(self) -> bool:
-        """Whether a causal edge hides anything: from the bottom right, one row of a dense call sees every column."""
-        return self.right == 0 and not (self.bottom_right and self.q.shape[-2] == 1 and self.cu_q is None)
+        return self.right == 0
 
     def sizes(self) -> tuple[int, int, int, int]:
         """(heads of the query, heads of the key, rows, columns); packed: rows and columns of all sequences."""
@@ -99,6 +101,16 @@ class AttentionRequest(NamedTuple):
         return self.call.tensors()
 
 
+class Edge(NamedTuple):
+    """The options of the operators that have no feature but a causal edge from the top left."""
+
+    scale: float
+    causal: bool
+
+    def call_of(self, q, k, v, mask=None) -> AttentionCall:
+        return AttentionCall(q, k, v, mask, scale=self.scale, right=0 if self.causal else -1, bottom_right=False)
+
+
 class ForwardResult(NamedTuple):
     """What the backward takes from the forward: the output and the statistics of its rows."""
 
@@ -142,6 +154,19 @@ def sequence_bias(bias: torch.Tensor, index: int, rows: int, cols: int) -> torch
     """The slice of a packed call's bias that belongs to the sequence ``index``."""
     bias = bias if bias.shape[0] == 1 else bias[index : index + 1]
     return bias[:, :, : rows if bias.shape[2] > 1 else 1, : cols if bias.shape[3] > 1 else 1]
+
+
+def cast_qkv(query, key, value, *others) -> tuple:
+    """The arguments as autocast casts them; as they are where query, key or value is no tensor, which is an error."""
+    if isinstance(query, torch.Tensor) and isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor):
+        return autocasted(query, key, value, *others)
+    return query, key, value, *others
+
+
+def new_by_token(x: torch.Tensor) -> torch.Tensor:
+    """Uninitialised, of x's shape (B, H, S, D); the heads of one token are side by side in memory."""
+    batch, heads, rows, columns = x.shape
+    return x.new_empty(batch, rows, heads, columns).transpose(1, 2)
 
 
 def check_qkv(op: str, query, key, value) -> None:
@@ -231,7 +256,8 @@ def check_attention(op: str, call: AttentionCall, longest: tuple[int | None, int
     if not query.dim() == key.dim() == value.dim() == dims:
         raise ValueError(f"{op}: expected {layout}, got {_shapes(call)}")
     heads, heads_kv = query.shape[-2 if packed else 1], key.shape[-2 if packed else 1]
-    if key.shape[:-1] != value.shape[:-1] or (not packed and query.shape[0] != key.shape[0]):
+    alike = key.shape == value.shape or key.shape[:-1] == value.shape[:-1]
+    if not alike or (not packed and query.shape[0] != key.shape[0]):
         raise ValueError(f"{op}: key and value must agree but for dim, and all in batch; got {_shapes(call)}")
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(f"{op}: query and key must have one head dim, got {_shapes(call)}")

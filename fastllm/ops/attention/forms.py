@@ -13,11 +13,11 @@ from .widened import widened_attention
 
 AMX, TORCH, CHUNKS = "AMX", "PyTorch's operator", "chunks of scores"
 WIDENED = "PyTorch's operator in float32, some heads at a time"
-# So few scores go to PyTorch's operator with scaled_dot_product_attention's arguments as they were given, where that
-# keeps all scores: below four dimensions, where it multiplies 16-bit inputs in fp32, and for a mask's gradient.
+# Where PyTorch's operator keeps all scores, it still serves a call of at most FEW_SCORES, with the arguments as they
+# were given. It keeps them below four dimensions, where it multiplies 16-bit inputs in fp32, and for a mask's gradient.
 FEW_SCORES = 2**16
-# The smallest normal number of what scores are computed in: fp32, and fp64 for tensors in fp64.
-SMALLEST = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float64).tiny)
+# The smallest normal number of the dtype that scores are computed in: fp32, and fp64 for tensors in fp64.
+MIN_NORMAL = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float64).tiny)
 
 
 _PLAIN = AttentionForm(TORCH, "its fused kernel holds no more than a block of scores")
@@ -25,7 +25,9 @@ _PLAIN = AttentionForm(TORCH, "its fused kernel holds no more than a block of sc
 
 def formed(request: AttentionRequest) -> AttentionRequest:
     """``request`` with its form, on a CPU, where the choice of a backend asks for it: it takes 2 us to find."""
-    return request._replace(form=_eager_form(request, True)) if request.call.q.device.type == "cpu" else request
+    if not request.call.q.is_cpu:
+        return request
+    return AttentionRequest(*request[:-1], _eager_form(request, True))
 
 
 def form_of(request: AttentionRequest, choice: Choice) -> AttentionForm | None:
@@ -38,8 +40,8 @@ def form_of(request: AttentionRequest, choice: Choice) -> AttentionForm | None:
     return form
 
 
-def _eager_form(request: AttentionRequest, units: bool) -> AttentionForm:
-    """The form in which eager serves a call, and why. ``units``: AMX is one of the forms."""
+def _eager_form(request: AttentionRequest, amx: bool) -> AttentionForm:
+    """The form in which eager serves a call, and why. ``amx``: whether AMX is one of the forms."""
     call = request.call
     wide = widens(call.q) and not under_transform() and call.q.layout == torch.strided
     if request.given is not None:
@@ -51,7 +53,7 @@ def _eager_form(request: AttentionRequest, units: bool) -> AttentionForm:
             return AttentionForm(TORCH, "key and value have different numbers of heads")
     reason = _only_chunks(request)
     if reason is None:
-        if units and amx_refuses(call) is None:
+        if amx and amx_refuses(call) is None:
             return AttentionForm(AMX, "the extension multiplies bfloat16 on this CPU's matrix units")
         reason = torch_fault(call)
     if reason is not None:
@@ -79,10 +81,10 @@ def _has_gradient(x: torch.Tensor | None) -> bool:
 
 
 def _only_chunks(request: AttentionRequest) -> str | None:
-    """What only our chunks can do, of the things that the call asks for; or None."""
+    """What the call asks for that only our chunks can do, or None."""
     feature = _feature(request)
     if feature is not None:
-        return f"PyTorch's fused kernel has no such thing as {feature}"
+        return f"PyTorch's fused kernel does not take {feature}"
     call = request.call
     if call.q.numel() == 0 or call.k.numel() == 0:
         return "the call is empty"
@@ -109,7 +111,7 @@ def _feature(request: AttentionRequest) -> str | None:
         return "the log-sum-exp as an output"
     if call.causal and call.bias is not None:
         return "a causal edge beside a mask"
-    if call.causal and call.bottom_right and not call.square:
+    if call.bottom_right and call.causal and not call.square:
         return "a bottom-right causal edge"
     if call.q.shape[-1] != call.v.shape[-1]:
         return "a value of another head dim"
@@ -124,10 +126,10 @@ def torch_fault(call: AttentionCall) -> str | None:
     probability as exp(t - lse). Where a mask adds -1e38 to a whole row, lse has no digit left for the sum, and each of
     n keys gets a probability of 1 instead of 1 / n.
     """
-    if call.q.device.type != "cpu":
+    if not call.q.is_cpu:
         return None
-    least = SMALLEST[call.q.dtype == torch.float64]
-    if not least <= call.scale <= 1 / least:
+    smallest = MIN_NORMAL[call.q.dtype == torch.float64]
+    if not smallest <= call.scale <= 1 / smallest:
         return f"PyTorch's fused kernel is wrong for a scale of {call.scale:.3g}"
     if call.bias is not None and call.bias.is_floating_point() and any(map(_has_gradient, (call.q, call.k, call.v))):
         return "PyTorch's fused backward is wrong for rows that an added mask hides without -inf"
@@ -145,7 +147,7 @@ def attention_by_form(request: AttentionRequest, form: AttentionForm) -> torch.T
     if form.name == WIDENED:
         return widened_attention(call)
     mask = call.bias
-    if call.causal and call.bottom_right and not call.square:
+    if call.bottom_right and call.causal and not call.square:
         rows, cols = call.q.shape[-2], call.k.shape[-2]
         mask = torch.ones(rows, cols, dtype=torch.bool, device=call.q.device).tril(cols - rows)
     causal = call.causal and mask is None

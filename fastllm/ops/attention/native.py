@@ -11,23 +11,23 @@ from typing import NamedTuple
 import torch
 
 from ... import extension
-from ...backends import KERNEL_DTYPES, Choice
+from ...backends import Choice
 from .call import AttentionCall, AttentionRequest, ForwardResult, OutputGradients, Wanted
 from .eager import Sequence, each_sequence
 from .forms import CHUNKS, TORCH, WIDENED, form_of
 
-# The least heads * rows * columns * head dim for which it is taken before PyTorch's operator, under a causal edge and
-# without one. One core of an AMD EPYC, forward and backward in float32, times as fast at AVX2 and at AVX-512: causal, 8
-# heads of 128 x 64 (2^23) 1.30 and 1.28, 2 of 256 x 64 (2^23) 1.28 and 1.57, one of 128 x 64 (2^20) 0.67 and 0.64;
-# full, 4 of 256 x 64 (2^24) in a batch of 8 1.11 and 1.80, one of 512 x 64 (2^24) 0.97 and 1.35. The batch has no part
-# in it: what serves a row does not depend on the rows beside it.
-LEAST_CAUSAL, LEAST = 2**22, 2**24
-# Fewer rows of queries do not pay for packing the keys: 12 full heads of 512 columns took 1.01 and 1.45 times as long
-# in PyTorch with 64 rows, 0.69 and 1.36 with 16.
-LEAST_ROWS = 64
-_TOO_SMALL = f"PyTorch's fused kernel is faster for fewer than {LEAST_ROWS} queries and for small calls"
+# Work is heads * rows * columns * head dim. From this much on the extension serves a call that PyTorch's operator could
+# serve too, under a causal edge and without one. PyTorch's time over the extension's, forward and backward in float32
+# on one core of an AMD EPYC, at AVX2 and at AVX-512: causal, 8 heads of 128 x 64 (2^23) 1.30 and 1.28, 2 of 256 x 64
+# (2^23) 1.28 and 1.57, one of 128 x 64 (2^20) 0.67 and 0.64; full, 4 of 256 x 64 (2^24) in a batch of 8 1.11 and 1.80,
+# one of 512 x 64 (2^24) 0.97 and 1.35. The size of the batch is left out, so that the same backend serves a row in any
+# batch.
+MIN_CAUSAL_WORK, MIN_WORK = 2**22, 2**24
+# With fewer rows of queries, packing the keys costs more than it saves. The same ratio for 12 full heads of 512
+# columns: 1.01 and 1.45 with 64 rows, 0.69 and 1.36 with 16.
+MIN_ROWS = 64
+_TOO_SMALL = f"PyTorch's fused kernel is faster for fewer than {MIN_ROWS} queries and for small calls"
 _EAGER = Choice("eager", "")
-_IN_FLOAT32 = "the extension computes in float32, for float32, float16 and bfloat16"
 _UNMEASURED = "the extension is measured on CPUs with AVX2"
 _UNITS = "in 16 bits PyTorch's fused kernel has this CPU's matrix units"
 
@@ -35,15 +35,10 @@ _rows = extension.operator("attention_rows", lambda *args: None)
 _grad_rows = extension.operator("attention_grad_rows", lambda *args: None)
 
 
-def native_refuses(call: AttentionCall) -> str | None:
-    """Why the extension cannot take a call, or None."""
-    return None if call.q.dtype in KERNEL_DTYPES else _IN_FLOAT32
-
-
 def native_loses(request: AttentionRequest) -> str | None:
-    """Why a call on a CPU that the extension can take is left to eager where nobody asked for a backend; or None.
+    """Why eager serves a call on a CPU that the extension could take, where nobody asked for a backend; or None.
 
-    What eager's chunks of scores would serve, the extension serves 1.2 to 12 times as fast.
+    The extension is 1.2 to 12 times as fast as eager's chunks of scores.
     """
     call = request.call
     form = form_of(request, _EAGER)
@@ -61,12 +56,12 @@ def native_loses(request: AttentionRequest) -> str | None:
     heads, rows, dim = call.q.shape[1:]
     work = heads * rows * call.k.shape[2] * dim
     if call.causal:
-        return _TOO_SMALL if work < LEAST_CAUSAL else None
-    return _TOO_SMALL if rows < LEAST_ROWS or work < LEAST else None
+        return _TOO_SMALL if work < MIN_CAUSAL_WORK else None
+    return _TOO_SMALL if rows < MIN_ROWS or work < MIN_WORK else None
 
 
 class _Operands(NamedTuple):
-    """What both operators take, as they take it."""
+    """The operands that both operators take."""
 
     bias: torch.Tensor | None
     slopes: torch.Tensor | None
@@ -114,7 +109,7 @@ def native_attention_bwd(
         bias, slopes, numbers = _operands(sequence)
         of_planes = None
         if wanted.bias:
-            # One for each plane of scores, as wide as the bias is: planes are summed by several threads.
+            # One sum for each plane of scores, of the bias's rows and columns: several threads sum the planes.
             of_planes = delta.new_zeros(*dense.q.shape[:2], *dense.bias.shape[2:])
         _grad_rows(
             sequence.of_q(upstream.dout), sequence.of_row(upstream.dlse), sequence.of_q(forward.out),

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 
 from ...backends import pick
 from ...registry import Op, Sample, register
-from ..shared.autograd import autocasted
 from ..shared.philox import draw_seed
 from .attention import attention_prefers_torch, kernels_refuse
-from .call import AttentionCall, AttentionRequest, TorchArguments, check_dropout, check_qkv, check_scale
+from .call import AttentionCall, AttentionRequest, TorchArguments, cast_qkv, check_dropout, check_qkv, check_scale
 from .forms import CHUNKS, attention_by_form, form_of, formed
 from .operator import apply_attention
 from .reference import reference
@@ -46,12 +45,15 @@ def _leading(query, key, value, enable_gqa: bool):
     return [(*common, h) for h in heads] if enable_gqa else [common] * 3
 
 
-def _four(x, leading, last):
-    """``x`` broadcast to (*leading, *last) as (B, H, *last), where leading has any length."""
-    x = x.expand(*leading, *last)
+def _four(x, leading):
+    """``x`` with its leading dimensions broadcast to ``leading``, of any number, and these as two: (B, H, S, D)."""
+    shape = (*leading, *x.shape[-2:])
+    if len(leading) == 2 and x.shape == shape:
+        return x  # A view of it would be one more node of the graph.
+    x = x.expand(shape)
     if len(leading) > 2:
         # The product rather than -1, which is ambiguous in an empty tensor.
-        return x.reshape(math.prod(leading[:-1]), leading[-1], *last)
+        return x.reshape(math.prod(leading[:-1]), *shape[-3:])
     return x[(None,) * (2 - len(leading))]
 
 
@@ -69,7 +71,7 @@ def _mask(attn_mask, query, leading, rows: int, cols: int):
     if not fits:
         raise ValueError(f"{OP}: attn_mask must broadcast to {list(full)}, got shape {list(attn_mask.shape)}")
     if len(leading) > 2:
-        return _four(attn_mask, leading, attn_mask.shape[-2:])
+        return _four(attn_mask, leading)
     return attn_mask[(None,) * (4 - attn_mask.dim())]
 
 
@@ -87,11 +89,14 @@ def _request(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):  # fmt: skip
     """The arguments of :func:`scaled_dot_product_attention` as one value, after all checks."""
-    query, key, value, attn_mask = _cast(query, key, value, attn_mask)
+    variant = _variant(attn_mask)
+    if attn_mask is None or variant is not None:
+        query, key, value = cast_qkv(query, key, value)
+    else:
+        query, key, value, attn_mask = cast_qkv(query, key, value, attn_mask)
     given = TorchArguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     check_qkv(OP, query, key, value)
-    variant = _variant(attn_mask)
-    if min(x.dim() for x in (query, key, value)) < 2:
+    if min(query.dim(), key.dim(), value.dim()) < 2:
         raise ValueError(f"{OP}: query, key and value need at least 2 dimensions, got {_got(query, key, value)}")
     if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
         raise ValueError(
@@ -109,21 +114,14 @@ def _request(
             raise ValueError(f"{OP}: attn_mask is for lengths {list(attn_mask.shape)}, got {_got(query, key, value)}")
     elif attn_mask is not None:
         mask = _mask(attn_mask, query, leading, rows, cols)
+    # With LOWER_RIGHT the last row sees every column.
+    causal = is_causal or variant == "UPPER_LEFT" or (variant == "LOWER_RIGHT" and rows > 1)
     call = AttentionCall(
-        _four(query, leading, query.shape[-2:]), _four(key, of_key, key.shape[-2:]),
-        _four(value, of_value, value.shape[-2:]), mask, scale=scale,
-        right=0 if is_causal or variant is not None else -1, bottom_right=variant == "LOWER_RIGHT",
+        _four(query, leading), _four(key, of_key), _four(value, of_value), mask, scale=scale,
+        right=0 if causal else -1, bottom_right=variant == "LOWER_RIGHT",
         dropout_p=dropout_p,
     )  # fmt: skip
     return formed(AttentionRequest(call, False, given, tuple(leading)))
-
-
-def _cast(query, key, value, attn_mask):
-    if not all(isinstance(x, torch.Tensor) for x in (query, key, value)):
-        return query, key, value, attn_mask
-    if attn_mask is None or _variant(attn_mask) is not None:
-        return *autocasted(query, key, value), attn_mask
-    return autocasted(query, key, value, attn_mask)
 
 
 def _seeded(call: AttentionCall) -> AttentionCall:
@@ -141,15 +139,12 @@ def _refuses(backend: str, request: AttentionRequest) -> str | None:
 
 def _prefers_torch(request: AttentionRequest) -> str | None:
     """Why PyTorch's own operators serve a call without being asked for, or None."""
-    on_cpu = request.call.q.device.type == "cpu"
-    return attention_prefers_torch(request) or (_refuses("native", request) if on_cpu else None)
+    return attention_prefers_torch(request) or (_refuses("native", request) if request.call.q.is_cpu else None)
 
 
-def scaled_dot_product_attention_reference(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-):  # fmt: skip
-    """The definition: all scores at once, in at least fp32."""
-    request = _request(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+def scaled_dot_product_attention_reference(*args, **options):
+    """The definition, all scores at once, in at least fp32; takes scaled_dot_product_attention's arguments."""
+    request = _request(*args, **options)
     call, leading = request.call, request.leading
     k, v = call.k, call.v
     v = v.repeat_interleave(k.shape[1] // v.shape[1], 1) if v.shape[1] < k.shape[1] else v
@@ -191,7 +186,9 @@ def scaled_dot_product_attention(
         out, _ = apply_attention(_seeded(request.call), choice.backend)
     else:
         out = attention_by_form(request, form)
-    return out if form is not None and form.as_given else out.reshape(*request.leading, *out.shape[-2:])
+    if len(request.leading) == 2 or (form is not None and form.as_given):
+        return out
+    return out.reshape(*request.leading, *out.shape[-2:])
 
 
 def _samples(device, dtype):

@@ -193,7 +193,7 @@ def linear_cross_entropy_call(
         raise ValueError(f"{op}: max_targets must be positive, got {max_targets}")
     _check_class_weights(op, input, weight, linear_weight.shape[0])
     if weight is not None and weight.requires_grad:
-        raise ValueError("linear_cross_entropy: weight requires a gradient, which class weights get nowhere")
+        raise ValueError("linear_cross_entropy: weight requires a gradient, and class weights get none")
     skip = not (return_lse or return_entropy) and (max_targets is not None or input.device.type == "cpu")
     return LinearCrossEntropyCall(
         input, linear_weight, target, linear_bias, weight, token_weight, loss.checked(op), shift,
@@ -206,13 +206,13 @@ def linear_cross_entropy_call(
 
 
 def is_whole(linear_weight, target) -> bool:
-    """Whether the call is of torch's other forms, of which all the logits are held: probabilities, weights in 3-D."""
+    """Whether the call has one of torch's other forms, for which all logits are held: probabilities, a 3-D weight."""
     tensors = isinstance(linear_weight, torch.Tensor) and isinstance(target, torch.Tensor)
     return tensors and (target.is_floating_point() or linear_weight.dim() > 2)
 
 
 def check_whole(input, linear_weight, target, linear_bias, ignore_index, refused):
-    """For torch's other forms; cross_entropy checks the rest.
+    """Checks a call in one of torch's other forms; cross_entropy checks the rest.
 
     ``refused``: names of options that are for class indices and a weight (V, D) -> whether they were given.
     """

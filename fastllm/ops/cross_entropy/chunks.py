@@ -84,7 +84,7 @@ def chunk_plan(tokens: int, row_bytes: int, workspace_mb: float, lane: str = "")
     if 128 <= rows < tokens:
         rows -= rows % 128  # whole tiles of the matmuls
     chunks = math.ceil(tokens / rows) if tokens else 0
-    rows = math.ceil(tokens / chunks) if chunks else rows  # all chunks alike, where that takes no more of them
+    rows = math.ceil(tokens / chunks) if chunks else rows  # as many chunks, of one size
     return LinearCrossEntropyPlan(rows, chunks, rows * row_bytes, lane)
 
 
@@ -101,7 +101,7 @@ def rows_to_compute(y, ignore_index: int, chunking: Chunking):
         return None
     keep, most = y != ignore_index, chunking.max_targets
     if most is not None and y.is_cuda:
-        # Which rows they are need not be known here: the ones to compute come first, and the host does not wait.
+        # The host does not wait to learn which rows they are: a stable sort puts them first.
         torch._assert_async(keep.sum() <= most, "linear_cross_entropy: more targets count than max_targets")
         return torch.argsort((~keep).to(torch.uint8), stable=True)[:most]
     index = keep.nonzero().squeeze(1)
@@ -115,7 +115,7 @@ def in_chunks(layer: Layer, call: LayerLoss, upstream: LossGradients, needs, wan
 
     The first four are (N,) in at least fp32; accuracy and entropy None where not ``wanted``. Gradients only where
     ``upstream`` has one for the rows' losses and ``needs`` asks, else None; :class:`.products.LayerGradients` says in
-    what dtype they come. A row that is left out has 0 everywhere, as its lse too.
+    what dtype they come. A row that is left out has 0 in all of them, lse included.
     """
     x, linear_weight, linear_bias = layer
     n, n_classes = x.shape[0], linear_weight.shape[0]
@@ -124,7 +124,7 @@ def in_chunks(layer: Layer, call: LayerLoss, upstream: LossGradients, needs, wan
     index = rows_to_compute(call.target, call.loss.ignore_index, call.chunking)
     count = n if index is None else len(index)
     needs = needs if upstream.loss is not None else (False, False, False)
-    # Planned for the most rows that may be computed: on CUDA the host does not know how many are.
+    # Planned for the most rows that may be computed: on CUDA the host does not know the number.
     most = n if call.chunking.max_targets is None else min(n, call.chunking.max_targets)
     capped = call.loss.softcap is not None
     row_bytes = bytes_per_row(n_classes, x.dtype, call.backend, capped, call.chunking.for_entropy)

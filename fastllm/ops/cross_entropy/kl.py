@@ -50,7 +50,8 @@ def linear_kl_div(
         temperature: positive.
         reduction: "mean" over the positions that count, "sum" or "none".
         max_workspace_mb: MiB for the logits of a chunk, the student's and those of a teacher's layer; None for 1200 on
-            CUDA, 128 elsewhere. One row at the least. Beside them about ten fp32 tensors of 2^18 numbers, 2^24 on CUDA.
+            CUDA, 128 elsewhere. A chunk has at least one row. About ten fp32 tensors of 2^18 numbers, 2^24 on CUDA,
+            come on top.
         softcap, teacher_softcap: the logits are ``softcap * tanh(logits / softcap)``, or None.
 
     Returns:

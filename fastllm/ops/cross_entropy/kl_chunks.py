@@ -1,4 +1,4 @@
-"""linear_kl_div's computation: the logits of some rows at a time, and of those a slice that stays in the cache."""
+"""linear_kl_div's computation: the logits of a chunk of rows at a time, in slices that stay in the cache."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .products import Layer, LayerGradients, logits_into
 
 # Twice linear_cross_entropy's on a CPU: two models' logits are held.
 DEFAULT_WORKSPACE_MB = {"cuda": 1200.0, "cpu": 128.0}
-# Logits of one model whose divergence is taken at once; it takes about ten tensors of as many fp32 numbers.
-SLICE = {"cpu": 2**18, "cuda": 2**24}  # guesses
+# Logits of one model in a slice. A divergence takes about ten fp32 tensors of a slice's size. Guesses.
+SLICE = {"cpu": 2**18, "cuda": 2**24}
 
 
 def _rows_to_compute(call: LinearKLDivCall):
@@ -62,7 +62,7 @@ def _divergences(chunk: _Chunk, call: LinearKLDivCall, out) -> torch.Tensor:
 
 
 def kl_in_chunks(call: LinearKLDivCall, factor: torch.Tensor | None, needs: tuple[bool, ...]):
-    """(the rows' losses (N,) in at least fp32, six gradients), a chunk of rows at a time. ``call``: of rows.
+    """(the rows' losses (N,) in at least fp32, six gradients), a chunk at a time. ``call`` has one leading dimension.
 
     ``factor`` (N,): the derivative by each row's loss, or None for no gradient. ``needs``: which of the six in
     ``call.layers()`` have one; the others are None.

@@ -151,7 +151,8 @@ class LinearKLDiv(torch.autograd.Function):
         if dloss is None:
             return (None,) * 7
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:6]
-        (*layers, indices, target, total), ready = saved[:9], saved[9:]
+        # The last six are the gradients of the first six.
+        (*layers, indices, target, total), ready = saved[: -len(needs)], saved[-len(needs) :]
         if ctx.has_gradient and not torch.is_grad_enabled() and scalable(dloss):
             # Handed out once, scaled in place, as in cross_entropy; a second backward computes them again.
             ctx.has_gradient = False

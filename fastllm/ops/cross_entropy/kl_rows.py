@@ -3,7 +3,7 @@
 With p the teacher's distribution and q the student's: forward KL(p || q), reverse KL(q || p), and the generalised
 Jensen-Shannon divergence beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (Agarwal et al. 2024,
 arXiv:2306.13649, equation 1). By the logits of q, KL(p || q) has the slope q - p and KL(q || r) the slope
-q (log(q / r) - KL(q || r)); what m depends on q for adds nothing, since the two terms' shares of it cancel.
+q (log(q / r) - KL(q || r)). That m depends on q adds nothing: its shares in the two terms cancel.
 """
 
 from __future__ import annotations

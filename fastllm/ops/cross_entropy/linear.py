@@ -27,8 +27,8 @@ def linear_cross_entropy(
 ):  # fmt: skip
     """``cross_entropy(linear(input, linear_weight, linear_bias), target)`` without ever holding all the logits.
 
-    Rows of logits are computed a chunk at a time, turned into their gradient where they stand, and multiplied into the
-    gradients of the input and the layer: three matrix multiplications in all, and a workspace of one chunk.
+    The logits of a chunk of rows are computed, overwritten with their gradient, and multiplied into the gradients of
+    the input and the layer, chunk by chunk: three matrix multiplications in all, and a workspace of one chunk.
 
     Args:
         input: (..., D), floating point. linear_weight: (V, D), in the same dtype. linear_bias: (V,) or None.
@@ -46,14 +46,14 @@ def linear_cross_entropy(
         token_weight: factors on the losses, of the target's shape, or None. No gradient of its own.
         shift: each input is held against the target ``shift`` positions further on along the last dimension; 1 for
             next-token prediction from unshifted tokens. The last ``shift`` positions count as ignored.
-        max_workspace_mb: MiB of workspace that decide the chunk; None for 1200 on CUDA, 64 elsewhere. One row at the
-            least. See :func:`linear_cross_entropy_plan`.
-        recompute: keep no gradients between forward and backward; the logits are computed again there, a fourth
-            matrix multiplication. So it is anyway for "none", in fp16 (whose gradients of a mean would underflow before
-            a loss scale reaches them), in compiled code and in a second backward.
+        max_workspace_mb: MiB of workspace, which decide the rows of a chunk, at least one; None for 1200 on CUDA, 64
+            elsewhere. See :func:`linear_cross_entropy_plan`.
+        recompute: keep no gradients between forward and backward. The backward computes the logits again, a fourth
+            matrix multiplication. "none", fp16 (whose gradients of a mean would underflow before a loss scale reaches
+            them), compiled code and a second backward always do so.
         return_lse: also return logsumexp of every position's logits, those of ignored targets too.
-        return_accuracy: also return 1 for each target that no other class has a larger logit than, else 0; 0 for
-            ignored ones. Not differentiable.
+        return_accuracy: also return 1 for each target whose logit no other class exceeds, else 0; 0 for ignored
+            targets. Not differentiable.
         return_entropy: also return the entropy of every position's softmax, in nats, those of ignored targets too.
 
     Returns:

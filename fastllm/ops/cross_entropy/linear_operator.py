@@ -68,7 +68,7 @@ def _unit_factor(call: LayerLoss, total, dtype):
 def scales_rows(needs) -> bool:
     """Whether the gradients of row losses, for upstream gradients of 1, need only be multiplied row by row.
 
-    So it is where the rows alone get one: the weight's is a sum over them.
+    This holds where the input alone gets a gradient: the weight's is a sum over the rows.
     """
     return tuple(needs) == (True, False, False)
 
@@ -89,7 +89,7 @@ def _scale(grad, factor, backend: str) -> None:
 
 
 def _of_kept(dloss, call: LayerLoss):
-    """The upstream gradient; of row losses 0 for ignored ones, which it has no influence on, not even as NaN."""
+    """The upstream gradient. For row losses it is 0 at ignored targets, so that a NaN there has no effect."""
     return dloss if call.loss.reduction != "none" else torch.where(call.target == call.loss.ignore_index, 0, dloss)
 
 

@@ -39,8 +39,8 @@ def linear_log_probs(
             next-token prediction from unshifted tokens. The last ``shift`` positions count as ignored.
         ignore_index: targets of this value are ignored: log-probability and entropy 0, no gradient. On CPU their logits
             are not computed.
-        max_workspace_mb: MiB of workspace that decide the chunk; None for 1200 on CUDA, 64 elsewhere. One row at the
-            least.
+        max_workspace_mb: MiB of workspace, which decide the rows of a chunk, at least one; None for 1200 on CUDA, 64
+            elsewhere.
 
     Returns:
         The log-probabilities in nats, of the target's shape, in fp32 at least: a ratio of two policies is lost in 16

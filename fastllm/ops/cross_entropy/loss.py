@@ -7,6 +7,7 @@ from typing import NamedTuple, get_type_hints
 
 import torch
 
+from ...backends import device_type_of
 from ..shared.autograd import autocasts
 from ..shared.check import check_integer
 
@@ -50,7 +51,7 @@ class Loss(NamedTuple):
     @property
     def is_torchs(self) -> bool:
         """Whether PyTorch's own cross-entropy has all of it."""
-        return self.softcap is None and self.logit_scale == 1.0 and self.z_loss == 0.0
+        return self.softcap is None and self.logit_scale == 1.0 and not self.has_penalty
 
     def of_logits(self, x: torch.Tensor) -> torch.Tensor:
         """The logits that the loss is taken of, scaled and soft-capped, in at least fp32."""
@@ -58,6 +59,11 @@ class Loss(NamedTuple):
         if self.logit_scale != 1.0:
             z = z * self.logit_scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether :meth:`penalty` adds anything."""
+        return self.z_loss != 0.0
 
     def penalty(self, mass: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
         """What the z-loss adds to rows whose targets have the class weight ``mass``."""
@@ -108,7 +114,7 @@ def loss_dtype(input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor |
     if target.is_floating_point():
         dtype = torch.promote_types(dtype, target.dtype)
         dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
-    if autocasts(input.device.type):
+    if autocasts(device_type_of(input)):
         dtype = torch.promote_types(dtype, torch.float32)
     return dtype
 

@@ -9,6 +9,7 @@ import torch
 from ...registry import define
 from ..shared.autograd import gradients, scalable
 from .loss import LABELLED_SCHEMA, LOSS_SCHEMA, Labelled, Loss, out_of_range
+from .native import native_cross_entropy_bwd, native_cross_entropy_fwd, native_scale_gradient
 from .reference import loss_and_lse
 
 
@@ -46,9 +47,7 @@ class LossNode(NamedTuple):
 def _launchers(backend: str):
     """(forward, backward, scaling of a gradient) of the backend that was picked."""
     if backend == "native":
-        from . import native
-
-        return native.native_cross_entropy_fwd, native.native_cross_entropy_bwd, native.native_scale_gradient
+        return native_cross_entropy_fwd, native_cross_entropy_bwd, native_scale_gradient
     from ...kernels.cross_entropy.backward import cross_entropy_bwd, scale_gradient
     from ...kernels.cross_entropy.forward import cross_entropy_fwd
 

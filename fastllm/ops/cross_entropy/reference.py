@@ -46,7 +46,7 @@ def loss_and_lse(labelled: Labelled):
     smoothing = loss.label_smoothing
     if smoothing != 0.0:
         rows = (1 - smoothing) * rows - smoothing / n_classes * (w_along * log_p).sum(dim).view(rows.shape)
-    if loss.z_loss != 0.0:
+    if loss.has_penalty:
         rows = rows + loss.penalty(mass, lse.view(rows.shape))
     if kept is not None:
         rows = torch.where(kept, rows, 0.0)
@@ -64,13 +64,13 @@ def eager_cross_entropy(call: CrossEntropyCall):
         weight = weight.to(z.dtype)
     result = F.cross_entropy(
         z, target, weight, ignore_index=loss.ignore_index,
-        reduction=loss.reduction if loss.z_loss == 0.0 else "none", label_smoothing=loss.label_smoothing,
+        reduction="none" if loss.has_penalty else loss.reduction, label_smoothing=loss.label_smoothing,
     )  # fmt: skip
-    if loss.z_loss == 0.0 and not call.return_lse:
+    if not loss.has_penalty and not call.return_lse:
         return result.to(out_dtype)
     dim = class_dim(input)
     lse = torch.logsumexp(z.to(torch.promote_types(z.dtype, torch.float32)), dim)
-    if loss.z_loss != 0.0:
+    if loss.has_penalty:
         if target.is_floating_point():
             q = target if weight is None else target * weight.view(-1, *[1] * (z.dim() - dim - 1))
             mass = q.to(lse.dtype).sum(dim)

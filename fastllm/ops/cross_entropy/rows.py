@@ -39,7 +39,7 @@ def eager_row_losses(labelled: Labelled, upstream: LossGradients, wanted: Extras
         z.mul_(loss.softcap)
     top, own = z.amax(1), z.gather(1, index).squeeze(1)
     accuracy = (keep & (own >= top)).to(z.dtype) if wanted.accuracy else None
-    # log p itself only where it is summed; else p at once, which saves a pass.
+    # log p is needed only where it is summed. Otherwise p is computed at once, which saves a pass.
     logs = smoothing != 0.0 or wanted.entropy
     (torch.log_softmax if logs else torch.softmax)(z, 1, out=z)
     rel = -z.amax(1) if logs else _log_sum(z, index, own - top)
@@ -52,7 +52,7 @@ def eager_row_losses(labelled: Labelled, upstream: LossGradients, wanted: Extras
         share = smoothing / n_classes
         losses = (1 - smoothing) * losses - share * spread
         slope = (1 - smoothing) * mass + share * (n_classes if weight is None else weight.sum().to(z.dtype))
-    if loss.z_loss != 0.0:
+    if loss.has_penalty:
         losses = losses + loss.penalty(mass, lse)
         slope = slope + loss.penalty_slope(mass, lse)
     losses = torch.where(keep, losses, 0)
@@ -82,8 +82,8 @@ def eager_row_losses(labelled: Labelled, upstream: LossGradients, wanted: Extras
 
 def _log_sum(p, index, below):
     """log sum exp(z - top) of each row of p = softmax(z), where ``below`` is z - top at ``index``."""
-    # The largest p is 1 / sum. Any other is exp(below) / sum, which spares a pass over p while neither is near 0; to
-    # know that, a GPU's host would have to wait.
+    # Every p is exp(z - top) / sum. The p at ``index`` gives the sum without a pass over p, unless it is near 0. On a
+    # GPU the host would have to wait to know that, so there the largest p gives it, which is 1 / sum.
     if not p.is_cuda and bool((below > -70).all()):
         return (below.exp() / p.gather(1, index).squeeze(1)).log_()
     return -p.amax(1).log_()

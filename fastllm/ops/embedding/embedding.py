@@ -2,245 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 
-from ...backends import pick, plain_eager, under_transform
-from ...extension import operator
-from ...registry import Op, Sample, register
-from ..shared.autograd import apply
-from .table import (
-    check_indices,
-    check_table,
-    embedding_cost,
-    embedding_samples,
-    gather_eager,
-    named_errors,
-    normalised_padding,
-    scatter_eager,
-)
-
-
-def embedding_reference(
-    input,
-    weight,
-    padding_idx=None,
-    max_norm=None,
-    norm_type=2.0,
-    scale_grad_by_freq=False,
-    sparse=False,
-    *,
-    main_grad=None,
-    vocab_range=None,
-):
-    """The definition, with gradients summed in at least fp32 and rounded once to the table's dtype."""
-    if max_norm is not None:
-        with torch.no_grad():
-            torch.embedding_renorm_(weight, input.contiguous(), max_norm, norm_type)
-    start, end = (0, weight.shape[0]) if vocab_range is None else vocab_range
-    padding = normalised_padding("embedding", padding_idx, weight.shape[0], partial=vocab_range is not None)
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    held = (input >= start) & (input < end)
-    rows = F.embedding(input if vocab_range is None else torch.where(held, input - start, 0), wide)
-    rows = torch.where(held[..., None], rows, 0)
-    rows = torch.where((input == padding)[..., None], rows.detach(), rows)
-    if scale_grad_by_freq:
-        counts = (input.reshape(-1, 1) == input.reshape(1, -1)).sum(1).view(*input.shape, 1)
-        rows = rows.detach() + (rows - rows.detach()) / counts
-    return rows.to(weight.dtype)
-
-
-def _fwd_fake(weight, indices, vocab_start):
-    return weight.new_empty((*indices.shape, weight.shape[1]))
-
-
-def _bwd_fake(grad, indices, num_rows, *options):
-    return grad.new_empty((num_rows, grad.shape[-1]))
-
-
-def _bwd_into_fake(*args):
-    return None
-
-
-_embedding_fwd = operator("embedding_fwd", _fwd_fake)
-_embedding_bwd = operator("embedding_bwd", _bwd_fake)
-_embedding_bwd_into = operator("embedding_bwd_", _bwd_into_fake)
-
-
-class EmbeddingCall(NamedTuple):
-    """A call of the op."""
-
-    input: torch.Tensor
-    weight: torch.Tensor
-    padding_idx: int | None
-    max_norm: float | None
-    norm_type: float
-    by_freq: bool
-    sparse: bool
-    main_grad: torch.Tensor | None
-    vocab_range: tuple[int, int] | None
-
-    def tensors(self):
-        return (self.weight,)
-
-
-class Lookup(NamedTuple):
-    """A lookup's options, and its two linear maps: gather (table -> rows) and scatter (rows -> table).
-
-    Each is the other's gradient, so both can be differentiated to any order.
-    """
-
-    native: bool
-    num_rows: int
-    padding: int  # -1: none
-    by_freq: bool
-    start: int | None  # the table's first id, where it holds a range of a larger vocabulary; None: it holds all ids
-    scale: float  # of the gradient
-    repeats: int  # the gradient has so many blocks of rows, one after the other, and each has these ids
-    positions: bool  # the ids are 0, 1, 2, ...: nothing to sort
-
-    def gather(self, weight, indices):
-        if self.native:
-            return _embedding_fwd(weight, indices, self.start)
-        return gather_eager("embedding: indices", indices, weight, self.start)
-
-    def scatter(self, grad, indices):
-        if self.native:
-            return _embedding_bwd(
-                grad, indices, self.num_rows, self.padding, self.by_freq, self.start, self.scale, self.positions
-            )
-        keys = self.keys(indices).flatten().repeat(self.repeats)
-        return scatter_eager(grad.reshape(keys.numel(), grad.shape[-1]), keys, self.num_rows, self.by_freq, self.scale)
-
-    def scatter_into(self, table, grad, indices):
-        """Add what scatter gives to ``table``."""
-        if self.native:
-            _embedding_bwd_into(table, grad, indices, self.padding, self.by_freq, self.start, self.scale, True)
-        else:
-            table.add_(self.scatter(grad.to(table.dtype), indices))
-
-    def keys(self, indices):
-        """Row numbers; num_rows for an id that gets no gradient."""
-        start = 0 if self.start is None else self.start
-        dropped = (indices < start) | (indices >= start + self.num_rows) | (indices == self.padding)
-        return torch.where(dropped, self.num_rows, indices - start)
-
-    def adjoint_of_scatter(self, table, indices, shape):
-        """The gradient of scatter, of the ``shape`` of what it takes: gather with scatter's own drops and factors."""
-        keys = self.keys(indices)
-        rows = self.gather(table, indices).masked_fill((keys == self.num_rows)[..., None], 0)
-        if self.by_freq:
-            flat = keys.flatten().long()
-            counts = flat.new_zeros(self.num_rows + 1).scatter_add_(0, flat, torch.ones_like(flat))
-            rows = (rows / counts[flat].view(*keys.shape, 1)).to(rows.dtype)
-        return (rows * self.scale).expand(self.repeats, *rows.shape).reshape(shape)
-
-
-class _Options(NamedTuple):
-    native: bool
-    padding_idx: int | None
-    by_freq: bool
-    start: int | None
-
-    def lookup(self, weight) -> Lookup:
-        """The call's. torch.compile wants a symbolic number of rows read where it is used."""
-        rows = weight.shape[0]
-        padding = normalised_padding("embedding", self.padding_idx, rows, partial=self.start is not None)
-        return Lookup(self.native, rows, padding, self.by_freq, self.start, scale=1.0, repeats=1, positions=False)
-
-
-class _Embedding(torch.autograd.Function):
-    @staticmethod
-    def forward(weight, indices, options, main_grad):
-        return options.lookup(weight).gather(weight, indices)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        # main_grad is not saved: the calls of other micro-batches change it in between, as they should.
-        weight, indices, options, ctx.main_grad = inputs
-        ctx.lookup = options.lookup(weight)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(indices)
-
-    @staticmethod
-    def backward(ctx, grad):
-        table = None
-        if grad is not None and ctx.needs_input_grad[0]:
-            (indices,) = ctx.saved_tensors
-            if ctx.main_grad is not None:
-                with torch.no_grad():
-                    ctx.lookup.scatter_into(ctx.main_grad, grad, indices)
-            else:
-                table = scatter(grad, indices, ctx.lookup)
-        return table, None, None, None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(grad, indices, lookup):
-        return lookup.scatter(grad, indices)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        grad, indices, ctx.lookup = inputs
-        ctx.shape = grad.shape
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(indices)
-
-    @staticmethod
-    def backward(ctx, table):
-        if table is None:
-            return None, None, None
-        (indices,) = ctx.saved_tensors
-        return _AdjointOfScatter.apply(table, indices, ctx.lookup, ctx.shape), None, None
-
-
-class _AdjointOfScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(table, indices, lookup, shape):
-        return lookup.adjoint_of_scatter(table, indices, shape)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, indices, ctx.lookup, _ = inputs
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(indices)
-
-    @staticmethod
-    def backward(ctx, grad):
-        if grad is None:
-            return None, None, None, None
-        (indices,) = ctx.saved_tensors
-        return _Scatter.apply(grad, indices, ctx.lookup), None, None, None
-
-
-def scatter(grad, indices, lookup):
-    """``lookup.scatter``, differentiable where a backward is itself differentiated."""
-    if under_transform():
-        return lookup._replace(native=False).scatter(grad, indices)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _Scatter.apply(grad, indices, lookup)
-    return lookup.scatter(grad, indices)
-
-
-def _check_main_grad(main_grad, weight):
-    if not isinstance(main_grad, torch.Tensor):
-        raise TypeError(f"embedding: main_grad must be a tensor, got {type(main_grad).__name__}")
-    if main_grad.shape != weight.shape or main_grad.device != weight.device:
-        raise ValueError(
-            f"embedding: main_grad must have the table's shape {list(weight.shape)} on {weight.device}, "
-            f"got {list(main_grad.shape)} on {main_grad.device}"
-        )
-    if main_grad.dtype not in (weight.dtype, torch.float32) or weight.dtype == torch.float64 != main_grad.dtype:
-        raise ValueError(
-            f"embedding: main_grad must be {weight.dtype} or, beside 16 bits, float32; got {main_grad.dtype}"
-        )
-    if main_grad.shape[1] > 1 and main_grad.stride(1) != 1:
-        raise ValueError(f"embedding: main_grad's columns must be contiguous, got strides {list(main_grad.stride())}")
-    if torch.compiler.is_compiling():
-        raise ValueError("embedding: main_grad is changed in backward, which torch.compile cannot trace; leave it out")
+from ...backends import pick, plain_eager
+from ...registry import Op, register
+from .call import EmbeddingCall, embedding_call, normalised_padding
+from .eager import named_errors
+from .operator import LookupOptions, differentiable_rows
+from .samples import embedding_cost, embedding_examples, embedding_samples
 
 
 def _torchs_own(input, weight, *options):
@@ -248,35 +18,28 @@ def _torchs_own(input, weight, *options):
         return F.embedding(input, weight, *options)
 
 
-def _call(
-    input,
-    weight,
-    padding_idx=None,
-    max_norm=None,
-    norm_type=2.0,
-    scale_grad_by_freq=False,
-    sparse=False,
-    *,
-    main_grad=None,
-    vocab_range=None,
-) -> EmbeddingCall:
-    check_table("embedding", "weight", weight)
-    check_indices("embedding", "input", input, weight)
-    num_rows = weight.shape[0]
-    normalised_padding("embedding", padding_idx, num_rows, partial=vocab_range is not None)
-    if vocab_range is not None:
-        start, end = vocab_range
-        if start < 0 or end - start != num_rows:
-            raise ValueError(f"embedding: vocab_range {(start, end)} does not fit a table of {num_rows} rows")
-        if max_norm is not None or sparse:
-            raise ValueError("embedding: vocab_range goes with neither max_norm nor sparse")
-    if main_grad is not None:
-        _check_main_grad(main_grad, weight)
-        if sparse:
-            raise ValueError("embedding: main_grad does not go with sparse")
-    return EmbeddingCall(
-        input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, main_grad, vocab_range
-    )
+def _definition(call: EmbeddingCall):
+    """The rows, with gradients summed in at least fp32 and rounded once to the table's dtype."""
+    input, weight, vocab_range = call.input, call.weight, call.vocab_range
+    if call.max_norm is not None:
+        with torch.no_grad():
+            torch.embedding_renorm_(weight, input.contiguous(), call.max_norm, call.norm_type)
+    start, end = (0, weight.shape[0]) if vocab_range is None else vocab_range
+    padding = normalised_padding("embedding", call.padding_idx, weight.shape[0], partial=vocab_range is not None)
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    held = (input >= start) & (input < end)
+    rows = F.embedding(input if vocab_range is None else torch.where(held, input - start, 0), wide)
+    rows = torch.where(held[..., None], rows, 0)
+    rows = torch.where((input == padding)[..., None], rows.detach(), rows)
+    if call.by_freq:
+        counts = (input.reshape(-1, 1) == input.reshape(1, -1)).sum(1).view(*input.shape, 1)
+        rows = rows.detach() + (rows - rows.detach()) / counts
+    return rows.to(weight.dtype)
+
+
+def embedding_reference(*args, **options):
+    """The definition; takes embedding's arguments. ``main_grad`` changes nothing here."""
+    return _definition(embedding_call(*args, **options))
 
 
 def _prefers_torch(call: EmbeddingCall) -> str | None:
@@ -288,17 +51,9 @@ def _prefers_torch(call: EmbeddingCall) -> str | None:
 
 
 def embedding(
-    input,
-    weight,
-    padding_idx=None,
-    max_norm=None,
-    norm_type=2.0,
-    scale_grad_by_freq=False,
-    sparse=False,
-    *,
-    main_grad=None,
-    vocab_range=None,
-):
+    input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False, *,
+    main_grad=None, vocab_range=None,
+):  # fmt: skip
     """``torch.nn.functional.embedding``: row ``input[...]`` of ``weight``.
 
     Forward copies rows bit for bit. The table's gradient is summed in fp32 (fp64 for fp64), in an order that depends
@@ -328,7 +83,7 @@ def embedding(
             device-side assertion, as in torch.
         BackendError: the backend asked for cannot serve the call.
     """
-    call = _call(
+    call = embedding_call(
         input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse,
         main_grad=main_grad, vocab_range=vocab_range,
     )  # fmt: skip
@@ -336,17 +91,15 @@ def embedding(
         return _torchs_own(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     backend = pick("embedding", call).backend
     if plain_eager(backend) and main_grad is None:
-        return embedding_reference(
-            input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, vocab_range=vocab_range
-        )
+        return _definition(call)
     if max_norm is not None:
         # torch's lookup checks the ids and renormalises the rows; its output is not needed.
         with torch.no_grad():
             _torchs_own(input, weight, None, max_norm, norm_type, False, False)
-    options = _Options(
+    options = LookupOptions(
         backend == "native", padding_idx, scale_grad_by_freq, None if vocab_range is None else vocab_range[0]
     )
-    return apply(_Embedding, weight, input, options, main_grad)
+    return differentiable_rows(weight, input, options, main_grad)
 
 
 class Embedding(torch.nn.Embedding):
@@ -370,14 +123,6 @@ class Embedding(torch.nn.Embedding):
         )  # fmt: skip
 
 
-def _examples(device):
-    ids = torch.empty(4, device=device, dtype=torch.int64)
-    tables = {dtype: torch.empty(2, 8, device=device, dtype=dtype) for dtype in (torch.float32, torch.int64)}
-    yield Sample("a dense gradient", (ids, tables[torch.float32]))
-    yield Sample("a sparse gradient", (ids, tables[torch.float32]), {"sparse": True})
-    yield Sample("an integer table", (ids, tables[torch.int64]))
-
-
 register(
     Op(
         name="embedding",
@@ -389,8 +134,8 @@ register(
         backends=("eager", "native"),
         native_on=("cpu", "cuda"),
         module=Embedding,
-        call=_call,
+        call=embedding_call,
         prefers_torch=_prefers_torch,
-        examples=_examples,
+        examples=embedding_examples,
     )
 )

@@ -13,8 +13,11 @@ from ...extension import operator
 from ...registry import Cost, Op, Sample, register
 from ..shared.autograd import apply
 from ..shared.philox import draw_seed, dropout_mask
-from .embedding import Embedding, Lookup, scatter
-from .table import check_indices, check_table, distinct, gather_eager, make_table, normalised_padding, zipf
+from .call import check_indices, check_table, normalised_padding
+from .eager import gather_eager
+from .embedding import Embedding
+from .operator import Lookup, scatter
+from .samples import distinct, make_table, zipf
 
 # The tables are arguments of one kernel: kMaxTables in csrc/cuda/forward_kernels.cuh.
 MAX_TABLES_ON_A_GPU = 8

@@ -31,20 +31,14 @@ def add_rms_norm_call(
     return checked("add_rms_norm", call)
 
 
-def add_layer_norm_reference(
-    input, residual, normalized_shape, weight=None, bias=None, eps=1e-5, *, dropout_p=0.0, weight_offset=0.0
-):
-    """The definition, in at least fp32, each output rounded once."""
-    options = dict(dropout_p=dropout_p, weight_offset=weight_offset)
-    return add_norm_reference(add_layer_norm_call(input, residual, normalized_shape, weight, bias, eps, **options))
+def add_layer_norm_reference(*args, **options):
+    """The definition, in at least fp32, each output rounded once; takes add_layer_norm's arguments."""
+    return add_norm_reference(add_layer_norm_call(*args, **options))
 
 
-def add_rms_norm_reference(
-    input, residual, normalized_shape, weight=None, eps=None, *, dropout_p=0.0, weight_offset=0.0
-):
-    """The definition, in at least fp32, each output rounded once."""
-    options = dict(dropout_p=dropout_p, weight_offset=weight_offset)
-    return add_norm_reference(add_rms_norm_call(input, residual, normalized_shape, weight, eps, **options))
+def add_rms_norm_reference(*args, **options):
+    """The definition, in at least fp32, each output rounded once; takes add_rms_norm's arguments."""
+    return add_norm_reference(add_rms_norm_call(*args, **options))
 
 
 def add_layer_norm_prefers_torch(call: NormCall) -> str | None:

@@ -117,7 +117,7 @@ def _dimensions(op: str, normalized_shape) -> tuple[int, ...]:
         shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     except TypeError:
         shape = (None,)
-    # A list of what may not stand there: numpy's integers and symbolic ones are no ints, and are right.
+    # The types that are wrong: NumPy's integers and symbolic integers are right, but are not of type int.
     if isinstance(normalized_shape, str) or any(
         isinstance(n, float | str | bool | torch.Tensor | type(None)) for n in shape
     ):

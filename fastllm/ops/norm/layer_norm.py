@@ -13,9 +13,9 @@ from .reference import eager_norm, norm_reference
 from .samples import norm_cost, norm_samples
 
 
-def layer_norm_reference(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, weight_offset=0.0):
-    """The definition, in at least fp32, rounded once to the input's dtype."""
-    return norm_reference(layer_norm_call(input, normalized_shape, weight, bias, eps, weight_offset=weight_offset))
+def layer_norm_reference(*args, **options):
+    """The definition, in at least fp32, rounded once to the input's dtype; takes layer_norm's arguments."""
+    return norm_reference(layer_norm_call(*args, **options))
 
 
 def layer_norm_call(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, weight_offset=0.0) -> NormCall:

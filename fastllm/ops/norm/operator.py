@@ -8,6 +8,7 @@ from ...registry import define
 from ..shared.autograd import apply, gradients
 from ..shared.philox import draw_seed, dropout_mask, rows_kept
 from .call import NormBackward, NormCall, NormForward, NormOptions
+from .native import norm_grad_rows, norm_rows
 from .reference import norm_reference
 
 
@@ -43,8 +44,6 @@ def _norm_fwd_fake(*args):
 def _norm_fwd(*args):
     call = NormForward(*args)
     if call.backend == "native":
-        from .native import norm_rows
-
         return norm_rows(call)
     from ...kernels.norm.forward import norm_fwd
 
@@ -64,8 +63,6 @@ def _norm_bwd_fake(*args):
 def _norm_bwd(*args):
     call = NormBackward(*args)
     if call.backend == "native":
-        from .native import norm_grad_rows
-
         return norm_grad_rows(call)
     from ...kernels.norm.backward import norm_bwd
 

@@ -13,9 +13,9 @@ from .reference import eager_norm, norm_reference
 from .samples import norm_cost, norm_samples
 
 
-def rms_norm_reference(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0):
-    """The definition, in at least fp32, rounded once to the input's dtype."""
-    return norm_reference(rms_norm_call(input, normalized_shape, weight, eps, weight_offset=weight_offset))
+def rms_norm_reference(*args, **options):
+    """The definition, in at least fp32, rounded once to the input's dtype; takes rms_norm's arguments."""
+    return norm_reference(rms_norm_call(*args, **options))
 
 
 def rms_norm_call(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0) -> NormCall:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch._functorch.utils import unwrap_dead_wrappers
 
-from ...backends import under_transform
+from ...backends import device_type_of, under_transform
 
 Tensors = Sequence[torch.Tensor | None]
 
@@ -19,7 +19,7 @@ def autocasts(device_type: str) -> bool:
 
 def autocasted(*tensors):
     """What torch's autocast does to the arguments of an operator that it runs in its dtype; None is passed over."""
-    device_type = tensors[0].device.type
+    device_type = device_type_of(tensors[0])
     if not autocasts(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+
+from ...backends import KERNEL_DTYPES
+
+IN_FLOAT32 = "the extension computes in float32, for float32, float16 and bfloat16"
 
 
 def check_floating(op: str, name: str, tensor) -> None:
     if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
         got = str(tensor.dtype) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise TypeError(f"{op}: {name} must be a floating-point tensor, got {got}")
+
+
+def beyond_float32(tensors: Iterable[torch.Tensor | None]) -> str | None:
+    """Why the extension's code that computes in float32 cannot take ``tensors``, or None."""
+    return IN_FLOAT32 if any(t is not None and t.dtype not in KERNEL_DTYPES for t in tensors) else None
 
 
 def check_integer(op: str, name: str, value) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def keyword_options(function: Callable) -> dict[str, Any]:
-    """The keyword-only parameters of ``function`` that have a default, with it."""
+    """The keyword-only parameters of ``function`` that have a default: name -> default."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
 
@@ -31,7 +31,7 @@ def keywords_of(function: Callable, but: tuple[str, ...] = ()) -> Callable[[Call
 
         @functools.wraps(init)
         def filled(*args, **kwargs):
-            signature.bind(*args, **kwargs)  # raises TypeError for a keyword that there is not
+            signature.bind(*args, **kwargs)  # raises TypeError for an unknown keyword
             return init(*args, **{**options, **kwargs})
 
         filled.__signature__ = signature

@@ -1,7 +1,7 @@
 """Products of 16-bit matrices on a CPU whose hardware has none: blocks are widened to fp32 and multiplied there.
 
-The matrices stay in 16 bits in memory. A block of each is held in fp32 at a time, products and sums are in fp32, and a
-result is rounded once. PyTorch's own product of such operands takes up to 30 times as long where the hardware has none.
+The matrices stay in 16 bits in memory. One block of each is held in fp32 at a time. Products and sums are in fp32, and
+a result is rounded once. PyTorch's own product of such operands takes up to 30 times as long on such a CPU.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from ...cpu import multiplies
 
 NARROW = (torch.bfloat16, torch.float16)
-# Elements of a matrix that are widened at once: 1 MB in fp32, which a core's L2 cache holds. But at least FEWEST rows
-# or columns of it, so that a block of the other matrix is widened for at least so many products of each element.
-BLOCK, FEWEST = 2**18, 256
+# A block has BLOCK elements, 1 MB in fp32, which a core's L2 cache holds. It has at least MIN_ROWS rows (or columns),
+# so that each widened element of the other matrix takes part in at least MIN_ROWS products.
+BLOCK, MIN_ROWS = 2**18, 256
 
 
 def widens(x: torch.Tensor) -> bool:
@@ -24,8 +24,8 @@ def widens(x: torch.Tensor) -> bool:
 
 
 def blocks(count: int, depth: int) -> Iterator[slice]:
-    """``count`` rows of ``depth`` elements, as many at a time as are widened at once."""
-    step = max(FEWEST, BLOCK // max(depth, 1))
+    """Slices of ``count`` rows of ``depth`` elements each: the blocks that are widened one after the other."""
+    step = max(MIN_ROWS, BLOCK // max(depth, 1))
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))
 

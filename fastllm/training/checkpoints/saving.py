@@ -16,7 +16,7 @@ from ...files import save_tensors
 from ..guard import Failed
 from .checkpoint import OPTIMIZER, Keep, State, save_checkpoint, save_model
 
-# Checkpoints that may fail one after the other, the disk being full or gone, before the run stops.
+# This many checkpoints may fail in a row, because the disk is full or gone, before the run stops.
 FAILURES = 3
 
 
@@ -59,7 +59,7 @@ class Snapshot:
             self._copied.record()
 
     def wait(self) -> None:
-        """Until the copies are there."""
+        """Wait until the copies are complete."""
         if self._copied is not None:
             self._copied.synchronize()
 

@@ -17,7 +17,7 @@ from .streams import perplexity
 
 # Label smoothing of translation (Vaswani et al. 2017).
 SMOOTHING = 0.1
-# Batches of similar length are made within so many batches' worth of samples.
+# The samples of this many batches are sorted by length at a time.
 POOL = 16
 
 

@@ -256,8 +256,8 @@ class MaskedLM:
         return losses
 
     def _held_out(self, rows: int, limit: int) -> Iterator[Batch]:
-        # Sentences overlap in their windows: every one of many would score the text many times over, so that so many
-        # are spread over it as would fill it side by side.
+        # Windows of sentences overlap, and all of them would score the text several times. So only as many are taken as
+        # would fill it side by side, spread evenly over it.
         count, whole = len(self._validation), -(-len(self.dataset.validation) // self._room)
         numbers = np.arange(0, count, max(1, count // min(limit or whole, whole)))
         for first in range(0, len(numbers), rows):

@@ -65,8 +65,10 @@ class Plan:
 
 
 def shape_of(parameters: float, context_length: int = 8192, vocab_size: int = 128256) -> TransformerConfig:
-    """A Llama-shaped decoder of about so many parameters: heads of 128, eight key/value heads, an MLP of 3.5 widths,
-    and a width of about 100 times the depth, as Llama 3's models have (Dubey et al. 2024, table 3).
+    """A Llama-shaped decoder of about ``parameters`` parameters.
+
+    As Llama 3's models (Dubey et al. 2024, table 3) it has heads of 128, eight key/value heads, an MLP of 3.5 widths
+    and a width of about 100 times the depth.
 
     Raises:
         InputError: too few parameters for such a shape.
@@ -80,7 +82,7 @@ def shape_of(parameters: float, context_length: int = 8192, vocab_size: int = 12
             rotary_base=500000.0, norm="rms", activation="swiglu", bias=False, tie_embeddings=parameters < 4e9,
         )  # fmt: skip
 
-    # Heads in eights, where there are so many, for the key/value heads to divide them.
+    # From eight heads on a multiple of eight, which the eight key/value heads divide.
     shapes = [
         (layers, heads)
         for layers in range(4, 300)
@@ -201,8 +203,9 @@ def plan(
 
     A micro-batch needs the bytes of :func:`kept_bytes` times rows, the logits' workspace, and for FSDP the bf16 weights
     and the fp32 gradients of two blocks and of the tables, gathered. Compute takes
-    ``flops_per_token x tokens / (gpus x flops x efficiency)``, a third more of the forward's third with recomputation;
-    rings run at what a GPU's links or, over all its GPUs, a node's give; ``overlap`` of the compute time can hide them.
+    ``flops_per_token x tokens / (gpus x flops x efficiency)``, a third more with recomputation, which repeats the
+    forward's third. Rings run at what a GPU's links or, over all its GPUs, a node's give; ``overlap`` of the compute
+    time can hide them.
 
     Args:
         batch_tokens: of a whole step, over all GPUs.

@@ -10,14 +10,14 @@ from ...files import whole_file
 from .progress import read_metrics
 
 BLUE, ORANGE, GREY = "#2a78b5", "#d9662b", "#666666"
-# Of an evaluation's entries, those that are no score.
+# The entries of an evaluation that are not scores.
 PLACE = {"step", "tokens", "seconds", "validation_tokens", "validation_loss"}
 
 
 def smooth(values: list[float], span: int) -> list[float]:
     """The mean of each value and its ``span`` neighbours on either side, or as many as there are.
 
-    At the start, where values fall steeply, no more after than before.
+    At the start, where values fall steeply, it takes no more values after than before.
     """
     sums = [0.0, *itertools.accumulate(values)]
     result = []

@@ -20,9 +20,9 @@ from .curves import smooth
 from .progress import read_metrics
 
 COLOURS = ("#2a78b5", "#d9662b", "#3a9d5d", "#8a5fb0", "#b5862a", "#c2487a", "#4d4d4d", "#2aa5a5")
-# One after the other as the colours run out: matplotlib's name, and the legend's in CSS.
+# The next style is taken when the colours run out: matplotlib's name, and the legend's in CSS.
 DASHES = (("solid", "solid"), ("dashed", "dashed"), ("dotted", "dotted"))
-# Of which a step's own value says little.
+# These are smoothed, since the value of a single step says little.
 SMOOTHED = ("loss", "grad_norm", "tokens_per_second")
 # Quantities that have a picture where a run has them: key, title, whether the axis is logarithmic.
 CURVES = (
