@@ -160,14 +160,24 @@ def device_type_of(tensor: torch.Tensor) -> str:
 
 def under_transform() -> bool:
     """Whether vmap or forward-mode differentiation is at work: PyTorch's own operators take them, kernels do not."""
+    return _at_work("Vmap", "Jvp")
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode differentiation is at work, which not all of PyTorch's own operators take."""
+    return _at_work("Jvp")
+
+
+def _at_work(*transforms: str) -> bool:
+    """Whether one of torch.func's transforms of these names is; "Jvp" is autograd's own forward mode too."""
     if torch.compiler.is_compiling():
         return False
-    if torch.autograd.forward_ad._current_level >= 0:
+    if torch.autograd.forward_ad._current_level >= 0 and "Jvp" in transforms:
         return True
     functorch = torch._C._functorch
     if functorch.maybe_current_level() is None:
         return False
-    kinds = (functorch.TransformType.Vmap, functorch.TransformType.Jvp)
+    kinds = [getattr(functorch.TransformType, name) for name in transforms]
     return any(layer.key() in kinds for layer in functorch.get_interpreter_stack())
 
 

@@ -16,7 +16,7 @@ from ..functional import geglu, swiglu
 from .calls import own
 from .deferred import value_of
 from .plain import plain
-from .probe import Differs, Parts, as_measured, changed, keeps, parts_of, run, settings_of, stand_in
+from .probe import Differs, Parts, as_measured, changed, keeps, parts_of, run, settings_of, stand_in, undisturbed
 from .swap import forward_of
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
@@ -266,7 +266,7 @@ def recognise_experts(module: nn.Module) -> Experts | str:
     if len(order) != 3:
         return "its forward does not take hidden states, the experts' numbers and their weights"
     why = ""
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with undisturbed():
         for gate, up, down in layouts:
             for arguments in (order, (order[0], order[2], order[1])):
                 experts = Experts(
@@ -309,10 +309,10 @@ def _inputs(count: int) -> Iterator[tuple[float, tuple[torch.Tensor, torch.Tenso
     """Tolerances, inputs and modes: limits decide at the largest, what is random in training is found out."""
     generator = torch.Generator().manual_seed(0)
     for scale, tokens, training in ((0.3, 7, True), (0.3, 5, False), (30.0, 6, True)):
-        x = scale * torch.randn(tokens, SMALL["hidden"], generator=generator)
+        x = scale * torch.randn(tokens, SMALL["hidden"], generator=generator, dtype=torch.float32)
         each = min(count, 2)
-        numbers = torch.rand(tokens, count, generator=generator).topk(each).indices
-        weights = torch.rand(tokens, each, generator=generator) + 0.1
+        numbers = torch.rand(tokens, count, generator=generator, dtype=torch.float32).topk(each).indices
+        weights = torch.rand(tokens, each, generator=generator, dtype=torch.float32) + 0.1
         yield TOLERANCE[scale], (x, numbers, weights), training
 
 
@@ -372,10 +372,10 @@ def _small_parameters(module, experts: Experts) -> dict[str, torch.Tensor]:
         shapes[experts.up] = (packed, SMALL["hidden"])
     made = {}
     for projection, (rows, columns) in shapes.items():
-        weight = torch.randn(count, rows, columns, generator=generator)
+        weight = torch.randn(count, rows, columns, generator=generator, dtype=torch.float32)
         made[projection.name] = weight.mT.contiguous() if projection.transposed else weight
         if projection.bias is not None:
-            made[projection.bias] = torch.randn(count, rows, generator=generator)
+            made[projection.bias] = torch.randn(count, rows, generator=generator, dtype=torch.float32)
     return made
 
 

@@ -16,7 +16,7 @@ from ..functional import geglu, swiglu
 from .calls import own
 from .deferred import value_of
 from .plain import plain
-from .probe import Differs, Parts, as_measured, changed, keeps, parts_of, run, settings_of, stand_in
+from .probe import Differs, Parts, as_measured, changed, keeps, parts_of, run, settings_of, stand_in, undisturbed
 from .swap import forward_of
 
 FORMULAS = {
@@ -135,7 +135,7 @@ def recognise_gated(module: nn.Module) -> GatedMLP | str:
     arguments = list(inspect.signature(type(module).forward).parameters)
     if len(arguments) < 2:
         return "its forward takes no input"
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with undisturbed():
         try:
             return _recognise(module, arguments[1])
         except Differs as error:

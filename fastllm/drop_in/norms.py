@@ -13,7 +13,7 @@ from ..functional import layer_norm, rms_norm
 from .calls import own
 from .deferred import value_of
 from .plain import plain
-from .probe import Differs, changed, keeps, run, settings_of, stand_in
+from .probe import Differs, changed, keeps, run, settings_of, stand_in, undisturbed
 from .swap import forward_of
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -187,7 +187,7 @@ def recognise(module: torch.nn.Module) -> Norm | str:
     if why is not None:
         return why
     devices = [device for device in {p.device for p in module.parameters()} if device.type == "cuda"]
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+    with undisturbed(devices):
         try:
             return _recognise(module, arguments[1])
         except Differs as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -90,6 +92,22 @@ def stand_in(module: torch.nn.Module, training: bool, **parts) -> torch.nn.Modul
     made = object.__new__(type(module))
     made.__dict__ = {name: _copied(value) for name, value in vars(module).items()} | {"training": training} | parts
     return made
+
+
+@contextlib.contextmanager
+def undisturbed(gpus: Iterable[torch.device] = ()) -> Iterator[None]:
+    """Within the block probes do not depend on the modes that accelerate() was called in, nor on generators' states.
+
+    These modes are inference mode, no_grad, autocast and a default device. The generators are the CPU's and ``gpus``'.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=list(gpus)))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.device("cpu"))
+        for kind in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def run(module: torch.nn.Module, *args):

@@ -1,5 +1,6 @@
 """accelerate() beside what else people do to a model: compilers, export, checkpointing, offloading, other wrappers."""
 
+import contextlib
 import copy
 
 import pytest
@@ -268,3 +269,18 @@ def test_gated_mlps_between_bounds(limit, wish):
     same_gradients(mlp, other)
     mlp.limit = other.limit = 2 * limit
     torch.testing.assert_close(mlp(x), other(x))
+
+
+def test_what_is_found_does_not_depend_on_the_modes_around():
+    pytest.importorskip("transformers")
+    layer = build("mixtral")[0].model.layers[0]
+    with contextlib.ExitStack() as stack:
+        for mode in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+            stack.enter_context(mode)
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.bfloat16)
+        stack.callback(torch.set_default_device, None)
+        torch.set_default_device("meta")
+        report = fastllm.accelerate(layer, dry_run=True)
+    assert sorted(entry.by for entry in report.swapped) == ["rms_norm", "rms_norm", "swiglu"]
+    assert not report.left

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ...backends import Choice, under_transform
+from ...backends import Choice, forward_mode, under_transform
 from ..shared.widened import widens
 from .amx import amx_attention, amx_refuses
 from .call import AttentionCall, AttentionForm, AttentionRequest
@@ -71,6 +71,8 @@ def _few(request: AttentionRequest) -> bool:
         return False
     if given.query.dim() < 4:
         return True
+    if forward_mode():
+        return False
     # In four dimensions PyTorch's fused kernel takes a mask, unless the mask has a gradient or scores are dropped.
     fused = call.dropout_p == 0 and not _has_gradient(call.bias)
     return call.bias is not None and not (fused and torch_fault(call) is not None)
@@ -90,6 +92,8 @@ def _only_chunks(request: AttentionRequest) -> str | None:
         return "the call is empty"
     if _has_gradient(call.bias):
         return "PyTorch's operator keeps all scores for the gradient of a mask"
+    if call.q.device.type == "cpu" and forward_mode():
+        return "PyTorch's fused kernel has no forward-mode differentiation"
     return None
 
 
