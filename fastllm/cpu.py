@@ -107,15 +107,27 @@ def find(flags: frozenset[str] | None, torchs: str, environment: Mapping[str, st
     return Cpu(level, caps, products)
 
 
-def _flags() -> frozenset[str] | None:
-    """The flags of an x86 CPU by Linux's names; None on other systems and CPUs."""
+def _written(name: str) -> str | None:
+    """What Linux's /proc/cpuinfo says of an x86 CPU under ``name``; None on other systems and CPUs."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return None
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
         return None
-    return next((frozenset(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), None)
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), None)
+
+
+def _flags() -> frozenset[str] | None:
+    """The flags of an x86 CPU by Linux's names; None on other systems and CPUs."""
+    flags = _written("flags")
+    return None if flags is None else frozenset(flags.split())
+
+
+@functools.cache
+def maker() -> str | None:
+    """Who made an x86 CPU, as it names itself ("GenuineIntel", "AuthenticAMD"); None on other systems and CPUs."""
+    return _written("vendor_id")
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ... import extension
+from ..shared import onednn
 from ..shared.widened import widened_input_grad, widened_linear, widens
 
 # Columns of ``a`` that are widened at once where products of 16-bit operands are taken in fp32.
@@ -26,11 +27,15 @@ def logits_into(x, weight, bias, out):
     """``out`` (rows, V) = x @ weight.T + bias, of one dtype."""
     if widens(x):
         return widened_linear(x, weight, bias, out)
+    if onednn.onednn_serves(x, weight):
+        return onednn.onednn_linear(x, weight, bias, out)
     return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 
 def rows_gradient_into(dz, weight, out):
     """``out`` (rows, D) = dz @ weight, of one dtype."""
+    if onednn.onednn_serves(out, weight):
+        return onednn.onednn_input_grad(dz, weight, out)
     return widened_input_grad(dz, weight, out) if widens(dz) else torch.mm(dz, weight, out=out)
 
 
@@ -53,6 +58,8 @@ def add_product(total, a, b, backend: str, first: bool) -> None:
         torch.mm(a.t(), b, out=total)
     elif narrow and a.is_cuda:
         torch.addmm(total, a.t(), b, out_dtype=total.dtype, beta=0 if first else 1, out=total)
+    elif total.dtype == a.dtype and onednn.onednn_serves(b, total):
+        onednn.onednn_add_weight_grad(total, a, b, first)
     else:
         # PyTorch's CPU matmuls sum 16-bit operands into 16 bits, which would cost dW its precision over many chunks.
         b = b.to(wide)
