@@ -129,3 +129,29 @@ def test_a_bomb_in_a_coding_is_refused_early(tmp_path, name):
 
 def test_header_values_are_lists():
     assert codings(["gzip , Chunked", "identity", ""]) == ["gzip", "chunked"]
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zstd])
+def test_a_compression_that_no_header_tells_of_is_undone(tmp_path, compress):
+    (found,) = read_records(tmp_path, record(compress(PAGE)))
+    assert found.content == PAGE
+
+
+@pytest.mark.parametrize(
+    "body", [b"%PDF-1.7 text", b"\x89PNG\r\n", b"GIF89a", b"<html>\0\0\1\2", bytes(range(1, 256)) * 4, b"PK\x03\x04abc"]
+)
+def test_what_is_binary_is_no_page(tmp_path, body):
+    first, second = read_records(tmp_path, record(body), record(PAGE))
+    assert (first.reason, second.content) == ("coding", PAGE)
+
+
+def test_a_charset_is_no_coding_and_wide_text_is_not_binary(tmp_path):
+    assert codings(["UTF-8, gzip", "iso-8859-1"]) == ["gzip"]
+    for body in ("<p>\u4e2d".encode("utf-16-le"), "\ufeff<p>".encode("utf-16-be"), b"<p>\x1b$B"):
+        (found,) = read_records(tmp_path, record(body))
+        assert found.content == body
+
+
+@pytest.mark.parametrize("name", ["gzip", "deflate", "zstd", "br", "chunked"])
+def test_no_content_is_in_every_coding(name):
+    assert undo(b"", [name], SMALL) == b""

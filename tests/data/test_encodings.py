@@ -60,6 +60,23 @@ def test_the_order_is_mark_header_page_content():
     assert decode_page(("<meta charset=iso-8859-1>" + "Grüße aus Köln. " * 9).encode())[1] == "utf-8"
 
 
+def test_what_a_keyword_or_a_script_says_of_charsets_declares_nothing():
+    others = '<meta name="keywords" content="charset=koi8-r"><script>"<meta charset=koi8-r>"</script>'
+    for own in (
+        "<meta charset=windows-1251>",
+        '<META content="text/html;charset=windows-1251" http-equiv=Content-Type>',
+    ):
+        page = f"{others}{own}Привет, мир"
+        assert decode_page(page.encode("cp1251")) == (page, "cp1251")
+
+
+def test_a_euro_sign_of_windows_and_pages_in_utf_16_without_a_mark_are_read():
+    assert decode_page(b"<meta charset=gbk>\x80 100" + "中文".encode("gbk"))[0].endswith("€ 100中文")
+    assert undecodable(decode_page(b"<meta charset=gbk>\xff 100")[0]) == 1
+    for codec in ("utf-16-le", "utf-16-be"):
+        assert decode_page("<p>Grüße".encode(codec)) == ("<p>Grüße", codec)
+
+
 def test_what_cannot_be_decoded_stays_to_be_seen_and_is_counted(tmp_path):
     text, encoding = decode_page(b"<p>A \x81 and \x8d here", "windows-1252")
     assert (encoding, undecodable(text)) == ("cp1252", 2)

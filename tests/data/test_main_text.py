@@ -7,7 +7,9 @@ import pytest
 from pages import TOPICS, article, paragraph
 
 from fastllm.bench.main_text_training import covered_shares
-from fastllm.data.clean.main_text import extract_fast
+from fastllm.data.clean.cards import Cards
+from fastllm.data.clean.main_text import decide, extract_fast
+from fastllm.data.clean.markup import read_markup
 from fastllm.data.clean.page_types import TYPES, PageTypes
 
 HEADLINES = [
@@ -123,6 +125,43 @@ def test_a_page_whose_text_is_for_readers_without_scripts_is_read():
     body = "".join(f"<div class='crawler-post'><p>{part}</p></div>" for part in text.split("\n\n"))
     found = extract_fast(f"<body><div id='app'></div><noscript><nav>{links(SECTIONS)}</nav>{body}</noscript></body>")
     assert all(part in found for part in text.split("\n\n"))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "<noscript>You need to enable JavaScript to run this app.</noscript><div id=root></div>",
+        "<noscript>Bitte aktivieren Sie JavaScript.</noscript>",
+        "<div id=app></div><script>start()</script>",
+    ],
+)
+def test_a_page_that_shows_nothing_has_no_text(body):
+    head = "<meta name=description content='A shop for lamps, chairs and tables of all kinds, open on every day.'>"
+    assert extract_fast(f"<html><head>{head}</head><body>{body}</body></html>") == ""
+
+
+def test_blocks_know_the_card_that_they_lie_in():
+    cards = "".join(f"<li><a><h3>Lamp {i}</h3></a><div><p>A lamp</p><b>$ {i}</b></div></li>" for i in range(4))
+    markup = read_markup(f"<body><p>before</p><ul>{cards}</ul><div><p>one</p></div></body>")
+    found = Cards.of(markup)
+    roots, slots = found.roots[markup.places], found.slots[markup.places]
+    assert roots[0] == roots[-1] == -1
+    items = [number for number, tag in enumerate(markup.tags) if tag == "li"]
+    assert roots[1:-1].tolist() == [item for item in items for _ in range(3)]
+    # What is in the same place of each card shares a number.
+    assert len(set(slots[1:-1].tolist())) == 3
+    assert slots[1:-1].tolist() == slots[1:4].tolist() * 4
+    assert (found.sizes[found.groups[items]] == 4).all()
+
+
+def test_what_little_of_a_reference_seems_unlikely_stays_with_the_rest():
+    terms = "".join(f"<dt>name_{i}</dt><dd><p>{paragraph(TOPICS[0], random.Random(i), 2)}</p></dd>" for i in range(40))
+    markup = read_markup(f"<body><dl>{terms}</dl><p>{paragraph(TOPICS[1], random.Random(1), 60)}</p></body>")
+    words = np.asarray([len(text.split()) for text in markup.texts], float)
+    chances = np.where(np.arange(len(words)) == 7, 0.2, 0.95)
+    chances[[3, -1]] = 0.0005, 0.2
+    kept = decide(markup, chances, words)
+    assert np.flatnonzero(~kept).tolist() == [3, len(words) - 1]
 
 
 def test_page_types_are_learned_from_tokens_and_counts():

@@ -30,6 +30,8 @@ SITEINFO = (
         ("A[[File:V.jpg|thumb|A [[violin]] here]]B", "AB"),
         ("A[[ file : V.jpg]]B[[image:x.png]]C[[Category:Music]]", "ABC"),
         ("Text.\n[[de:Geige]]\n[[zh-min-nan:X]]", "Text."),
+        ("one<br>two<BR />three", "one\ntwo\nthree"),
+        ("用-{zh-hans:软件; zh-hant:軟體}-写-{原文}--{T|zh-cn:甲;zh-tw:乙}-", "用软件写原文"),
         ("[[Batman: Year One]]: a comic", "Batman: Year One: a comic"),
     ],
 )

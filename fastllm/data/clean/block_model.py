@@ -21,6 +21,10 @@ from .page_words import PageWords
 from .small_pages import log_odds
 
 WEIGHTS = Path(__file__).with_name("block_model.npz")
+# Taken off the log-odds on pages that seem to be of these types: there text of the same form stands around the main
+# text.
+# Cross-validated, the sum of the three changes mean F1 by 0.000 to 0.002, and precision by 0.007 to 0.009.
+_CAUTIONS = {"article": 0.2, "forum": 0.3, "product": 0.5}
 # Rows that are evaluated at once: of 64 to 512 all are as fast.
 _ROWS = 256
 
@@ -65,9 +69,10 @@ class Trees:
 
 
 def combine(markup: Markup, rows: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """The probabilities of both ensembles as one, with what a rule says of comments; ``rows`` are the features."""
-    forum = TYPES[int(np.argmax(rows[0, -len(TYPES) :]))] == "forum"
-    odds = log_odds((first + second) / 2) + comment_odds(markup, Running.of(markup), forum)
+    """The probabilities of both ensembles as one, with what rules say; ``rows`` are the features."""
+    type = TYPES[int(np.argmax(rows[0, -len(TYPES) :]))]
+    odds = log_odds((first + second) / 2) - _CAUTIONS.get(type, 0.0)
+    odds += comment_odds(markup, Running.of(markup), type == "forum")
     return 1 / (1 + np.exp(-odds))
 
 

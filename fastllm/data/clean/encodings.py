@@ -70,10 +70,16 @@ _CODECS = {label: codec for codec, labels in _LABELS.items() for label in labels
 _SIGNS = re.compile(r"[^a-z0-9]")
 _PLAIN = {_SIGNS.sub("", label): codec for label, codec in _CODECS.items()}
 # An encoding that the page declares for itself counts only in its first bytes, as browsers have it.
-_META = re.compile(rb"""<meta[^>]{0,200}?charset\s*=\s*["']?\s*([-\w.:]+)""", re.IGNORECASE)
+_META = re.compile(rb"<meta(?=[\s/])([^>]*)", re.IGNORECASE)
+_CHARSET = re.compile(rb"""charset\s*=\s*["']?\s*([-\w.:]+)""", re.IGNORECASE)
+# What a keyword or a description says of charsets declares nothing, nor does what a script or a comment holds.
+_CONTENT = re.compile(rb"""content\s*=\s*(?:"[^"]*"?|'[^']*'?)""", re.IGNORECASE)
+_NAMED = re.compile(rb"(?:^|[\s\"'/])(?:name|property|itemprop)\s*=", re.IGNORECASE)
 _XML = re.compile(rb"""^\s*<\?xml[^>]{0,200}?encoding\s*=\s*["']([-\w.:]+)""", re.IGNORECASE)
-_COMMENT = re.compile(rb"<!--.*?(?:-->|\Z)", re.DOTALL)
+_COMMENT = re.compile(rb"<!--.*?(?:-->|\Z)|<(script|style|title|noscript)\b.*?(?:</\1|\Z)", re.DOTALL | re.IGNORECASE)
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
+# The first bracket of a page in UTF-16 without a mark.
+_WIDE = ((b"<\0", "utf-16-le"), (b"\0<", "utf-16-be"))
 _MULTIBYTE = re.compile(rb"[\xc2-\xf4][\x80-\xbf]+")
 # Content with so many characters beyond ASCII that is UTF-8 throughout is UTF-8, whatever is declared: of GBK's
 # two-byte characters about one in seven is UTF-8 too, so that eight of them are by chance once in 6 million texts.
@@ -94,7 +100,32 @@ def codec_of(label: str | None) -> str | None:
     return _CODECS.get(label) or _PLAIN.get(plain) or _PLAIN.get(f"iso{plain}")
 
 
+def _euro(error: UnicodeError) -> tuple[str, int]:
+    """The byte 0x80, which GB 18030 leaves out, is a Euro sign in Windows' GBK."""
+    if isinstance(error, UnicodeDecodeError) and error.object[error.start] == 0x80:
+        return "\u20ac", error.start + 1
+    return codecs.replace_errors(error)
+
+
+codecs.register_error("fastllm-gb18030", _euro)
+
+
+def _own_declaration(content: bytes) -> str | None:
+    """The encoding that a page names in its first bytes."""
+    found = _XML.search(content[:1024])
+    if found:
+        return found[1].decode("ascii", "replace")
+    for meta in _META.finditer(_COMMENT.sub(b" ", content[:4096])):
+        attributes = _CONTENT.sub(b" ", meta[1])
+        found = _CHARSET.search(attributes) or (not _NAMED.search(attributes) and _CHARSET.search(meta[1]))
+        if found:
+            return found[1].decode("ascii", "replace")
+    return None
+
+
 def _decode(content: bytes, codec: str) -> str:
+    if codec == "gb18030":
+        return content.decode(codec, "fastllm-gb18030")
     if codec == "euc-jp":
         # NEC's characters, such as circled numbers, are in the wider table alone.
         return min((content.decode(name, "replace") for name in ("euc-jp", "euc_jis_2004")), key=undecodable)
@@ -120,6 +151,9 @@ def decode_page(content: bytes, declared: str | None = None) -> tuple[str, str]:
     for mark, codec in _MARKS:
         if content.startswith(mark):
             return content[len(mark) :].decode(codec, "replace"), codec
+    for begin, codec in _WIDE:
+        if content.startswith(begin):
+            return content.decode(codec, "replace"), codec
     try:
         text = content.decode()
         characters = 0 if content.isascii() else len(_MULTIBYTE.findall(content))
@@ -131,8 +165,7 @@ def decode_page(content: bytes, declared: str | None = None) -> tuple[str, str]:
     header = codec_of(declared)
     if characters >= _PLAINLY_UTF_8 and header not in ("utf-16-le", "utf-16-be"):
         return text, "utf-8"
-    found = _XML.search(content[:1024]) or _META.search(_COMMENT.sub(b"", content[:4096]))
-    own = codec_of(found[1].decode("ascii", "replace")) if found else None
+    own = codec_of(_own_declaration(content))
     if own in ("utf-16-le", "utf-16-be"):
         own = "utf-8"
     for codec in (header, own):

@@ -10,7 +10,8 @@ from html import unescape
 
 import numpy as np
 
-from .body import LINKED, LONG, body_columns, last_headings, nearest
+from .body import LINKED, LONG, Running, body_columns, last_headings, nearest
+from .cards import card_columns
 from .markup import Markup
 from .page_types import PageTypes, page_tokens
 from .page_words import FIRST_WORDS, WORD, PageWords, repeated
@@ -185,7 +186,11 @@ def features(page: str, markup: Markup, page_words: PageWords, lexicon: Lexicon)
     linked = np.asarray(markup.linked, np.float64)
     links = np.asarray(markup.links, np.float64)
     link_share = linked / length
-    own = [
+    # The card, row or post that it lies in.
+    of_cards = np.stack([length, linked, counted[:, 4], counted[:, 7] > 0], 1)
+    own = card_columns(markup, of_cards, Running.of(markup).characters)
+    # Its own text.
+    own += [
         np.log1p(length), np.log1p(words), length / words, link_share, links, counted[:, 2] / words,
         counted[:, 3] / words, counted[:, 4] / cut_length, counted[:, 5] / words, counted[:, 6], counted[:, 7],
         last == 2, last == 3, first == 5, first == 4, (counted[:, 2] + counted[:, 3]) > 1,

@@ -17,11 +17,14 @@ _COUNTRY = (
 )
 _GAP = r"[ .\-/\u00a0\u2010\u2011]"
 _REST = rf"(?:{_GAP}?\(?\d{{1,6}}\)?){{2,7}}(?![\w%])"
-_PHONE = re.compile(rf"(?<![\w+.,])(?:\+|00(?={_COUNTRY}{_GAP}))(?:{_COUNTRY}|\({_COUNTRY}\)){_GAP}?{_REST}")
+# A plus sign may be as wide as a Chinese character.
+_PHONE = re.compile(rf"(?<![\w+.,])(?:[+\uff0b]|00(?={_COUNTRY}{_GAP}))(?:{_COUNTRY}|\({_COUNTRY}\)){_GAP}?{_REST}")
 # North America's, whose form is its own.
+_BREAK, _SPACE = r"[.\-\u2010\u2011\u2013]", r"[ \u00a0]"
+_LAST_FOUR = r"\d{4}(?!-?\w|[\w\-.]*\d)"
 _NORTH_AMERICA = re.compile(
-    r"(?<![\w+.,\-/])(?:1[ .\-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[.\-])[2-9]\d\d[.\-]\d{4}(?![\w\-.]*\d)"
-    r"|(?<![\w+.,\-/])\([2-9]\d\d\) ?[2-9]\d\d \d{4}(?![\w\-.]*\d)"
+    rf"(?<![\w+.,\-/])(?:1[ .\-\u00a0])?(?:\([2-9]\d\d\){_SPACE}?|[2-9]\d\d{_BREAK})[2-9]\d\d{_BREAK}{_LAST_FOUR}"
+    rf"|(?<![\w+.,\-/])\([2-9]\d\d\){_SPACE}?[2-9]\d\d{_SPACE}{_LAST_FOUR}"
 )
 # A number of any country, after a word that says what it is.
 _CALLED = re.compile(
@@ -38,11 +41,13 @@ _UNIT = re.compile(
 )
 _MONEY = re.compile(r"[\u20ac$\u00a3\u00a5]\s?$")
 # Thousands by threes; one point and nothing else; a date or a time.
-_THOUSANDS = re.compile(r"[+(]*\d{1,3}(?:([ ,.\u00a0])\d{3})(?:\1\d{3})*$")
-_DECIMAL = re.compile(r"[+]?\d+\.\d+$")
+_THOUSANDS = re.compile(r"[+\uff0b(]*\d{1,3}(?:([ ,.\u00a0])\d{3})(?:\1\d{3})*$")
+_DECIMAL = re.compile(r"[+\uff0b]?\d+\.\d+$")
 _DATE = re.compile(r"\(?(?:\d{4}[./\-]\d{1,2}[./\-]\d{1,2}|\d{1,2}[./\-]\d{1,2}[./\-]\d{2,4})(?!\d)")
-# Digits with at most one sign between two of them.
-_DIGITS = re.compile(r"(?<![\w.,+\-])\d(?:[ \-.\u00a0\u2010\u2011]?\d){12,40}(?![\w])")
+# Digits with a point, a stroke, or up to three spaces and dashes between two of them.
+_DIGITS = re.compile(
+    r"(?<![\w.,+\-])\d(?:(?:[._/]|[ \t\-\u00a0\u2000-\u2015\u202f\u2212\u3000]{0,3})\d){12,40}(?![^\W_])"
+)
 _IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)")
 
 
@@ -70,8 +75,15 @@ def _is_card(digits: str) -> bool:
 
 
 def _card_in(run: str) -> tuple[int, int] | None:
-    """Where in a run of digits a card number is, by whole groups of three digits or more; the last may be shorter."""
+    """Where in a run of digits a card number is, by whole groups of three digits or more; the last may be shorter.
+
+    Of single digits and pairs it is the whole run: in parts of them a check digit is right by chance too often.
+    """
     groups = [match.span() for match in re.finditer(r"\d+", run)]
+    sizes = {b - a for a, b in groups[:-1]}
+    if len(groups) > 6 and len(sizes) == 1 and max(sizes) < 3:
+        digits = "".join(run[a:b] for a, b in groups)
+        return (0, groups[-1][1]) if len(digits) in (15, 16) and _is_card(digits) else None
     if len(groups) == 2 and run[groups[0][1]] == ".":
         return None
     for begin in range(len(groups)):
@@ -102,7 +114,7 @@ def _is_phone(match: re.Match[str]) -> bool:
     """Whether a number is a telephone's: not an amount, a decimal or a date, and of a length that one has."""
     number, text = match[0], match.string
     digits = re.sub(r"\D", "", number)
-    international = number.lstrip("(")[:1] == "+"
+    international = number.lstrip("(")[:1] in ("+", "\uff0b")
     if _DECIMAL.match(number) or (not international and _DATE.match(number)):
         return False
     if _UNIT.match(text, match.end()) or _MONEY.search(text[max(0, match.start() - 2) : match.start()]):

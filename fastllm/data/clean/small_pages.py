@@ -22,8 +22,28 @@ _NAMED = re.compile(
 _LONG, _LINKED, _MENU, _MUCH = 70, 0.8, 3, 0.5
 # What the model leaves out with less than these log-odds stays out: a guess.
 _SURELY_OUT = -4.0
+# What a page of scripts alone tells readers who run none, in so many characters at most.
+_NOTICE = 300
+_NEEDS_SCRIPTS = re.compile(
+    r"\b(?:enable|activate|turn on|requires?|needs?|without|support(?:ing|s)?)\b[^.!?]{0,60}\bjava ?script\b"
+    r"|\bjava ?script\b[^.!?]{0,60}\b(?:enabled|required|needed|disabled|turned o(?:n|ff)|activated?)\b"
+    r"|\b(?:aktivieren|activer|activez|habilit[ae]r?|attiva(?:re)?)\b[^.!?]{0,60}\bjava ?script\b"
+    r"|\bjava ?script\b[^.!?]{0,60}\b(?:aktivieren|aktiviert|activ\u00e9|activado|attivato)\b",
+    re.IGNORECASE,
+)
 # Log-odds. Guesses: they say what goes first, and are checked by tests alone.
 _OUT, _MENU_ITEM, _TEXT, _SHORT, _LONELY_LINK = -4.0, -3.0, 3.0, 2.0, 1.5
+
+
+def shows_nothing(markup: Markup) -> bool:
+    """Whether all that a page has for readers is its description, or a notice that it needs scripts."""
+    for text, place in zip(markup.texts, markup.places, strict=True):
+        parent = markup.parents[place]
+        if parent >= 0 and "carried-description" in (markup.tags[place], markup.tags[parent]):
+            continue
+        if len(text) > _NOTICE or not _NEEDS_SCRIPTS.search(text):
+            return False
+    return True
 
 
 def rule_odds(markup: Markup) -> np.ndarray:

@@ -11,6 +11,10 @@ _REMOVED = re.compile(
     re.DOTALL | re.IGNORECASE,
 )
 _TABLE = re.compile(r"\{\|(?:(?!\{\|).)*?\|\}", re.DOTALL)
+# A line's end; and -{...}-, which chooses between Chinese scripts: the first of them stays. Flags come before "|".
+_BREAK = re.compile(r"<br\s*/?\s*>\n?", re.IGNORECASE)
+_VARIANTS = re.compile(r"-\{(?:([^{}|]{0,80})\|)?([^{}]{0,2000})\}-")
+_VARIANT = re.compile(r"\s*zh(?:-[a-z]{2,4})?\s*:\s*([^;]*)")
 _SWITCH = re.compile(r"__[A-Z]+__")
 _HEADING = re.compile(r"^\s*=+\s*(.*?)\s*=+\s*$", re.MULTILINE)
 _LIST = re.compile(r"^[*#:;]*[*#][*#:;]*\s*", re.MULTILINE)
@@ -22,6 +26,15 @@ _MEDIA = re.compile(
 )
 _COLON = re.compile(r"\[\[\s*:")
 _OTHER_LANGUAGE = re.compile(r"^\[\[[a-z]{2,3}(?:-[a-z]{2,8})*:[^\[\]|]*\]\][ \t]*$", re.MULTILINE)
+
+
+def _one_variant(found: re.Match[str]) -> str:
+    flags = {flag.strip() for flag in (found[1] or "").split(";")}
+    # These give a title or a rule for the rest of the page.
+    if flags & {"T", "H", "-"}:
+        return ""
+    first = _VARIANT.match(found[2])
+    return first[1].strip() if first else found[2].partition("=>")[0]
 
 
 def extract_wikitext(source: str) -> str:
@@ -38,6 +51,7 @@ def extract_wikitext(source: str) -> str:
         if not count:
             break
     source = _COLON.sub("[[", _OTHER_LANGUAGE.sub("", _MEDIA.sub("", source)))
+    source = _VARIANTS.sub(_one_variant, _BREAK.sub("\n", source))
     source = _LIST.sub("- ", source)
     text = library.parse(source, skip_style_tags=False).strip_code(normalize=True, collapse=True)
     text = _HEADING.sub(r"\1", _SWITCH.sub("", text))

@@ -7,21 +7,28 @@ import zlib
 from collections.abc import Callable
 
 from ...config import InputError
+from ..clean.encodings import codec_of
 from ..optional import require
 from .limits import Limits, Unreadable, one_line
 
+# Names that servers send of content that nothing was done to; some send a charset's (see ``codings``).
 _NONE = frozenset(["", "identity", "none", "binary", "7bit", "8bit"])
 # Bytes of input that are decompressed at once. They bound what a bomb gives before its size is looked at: 1,032 times
 # as much in deflate, and 128 KB from each block of 4 bytes in Zstandard. Brotli's output is bounded itself.
 _PIECE = 4096
 _PIECE_ZSTD = 64
 _PART_BROTLI = 1 << 20
+# What files of other kinds begin with, and bytes that text does not have. A tenth of what is compressed is such bytes.
+_MEDIA = (b"%PDF-", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"PK\x03\x04", b"wOFF", b"wOF2", b"RIFF")
+_CONTROLS = bytes(code for code in range(32) if code not in b"\t\n\v\f\r\x1b\x0e\x0f")
+_MOST_CONTROLS = 0.04
 _CHUNK = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]{0,4096})?\r?\n")
 
 
 def codings(values: list[str]) -> list[str]:
     """The codings that header values list, in the order in which they were applied."""
-    return [name.strip().lower() for value in values for name in value.split(",") if name.strip().lower() not in _NONE]
+    names = [name.strip(" \t\"'").lower() for value in values for name in value.split(",")]
+    return [name for name in names if name not in _NONE and codec_of(name) is None]
 
 
 def undo(content: bytes, applied: list[str], limits: Limits) -> bytes:
@@ -36,8 +43,29 @@ def undo(content: bytes, applied: list[str], limits: Limits) -> bytes:
     for name in reversed(applied):
         if name not in _DECODERS:
             raise Unreadable("coding", f"unknown coding {name!r}")
+        if not content:
+            continue
         decoded = _DECODERS[name](content, limits)
         content = content if decoded is None else decoded
+    return content
+
+
+def text_of(content: bytes, charset: str | None, limits: Limits) -> bytes:
+    """``content``, which should be text in ``charset``, without a compression that no header told of.
+
+    Raises:
+        Unreadable: ``coding`` for what is binary, and what :func:`undo` raises.
+    """
+    for name, magic in (("gzip", b"\x1f\x8b\x08"), ("zstd", b"\x28\xb5\x2f\xfd")):
+        if content.startswith(magic):
+            content = undo(content, [name], limits)
+    wide = content.startswith((b"\xff\xfe", b"\xfe\xff", b"<\0", b"\0<")) or (codec_of(charset) or "").startswith(
+        "utf-16"
+    )
+    begin = content[:1024]
+    controls = len(begin) - len(begin.translate(None, _CONTROLS))
+    if content.startswith(_MEDIA) or (not wide and (b"\0" in begin or controls > _MOST_CONTROLS * len(begin))):
+        raise Unreadable("coding", "content is binary")
     return content
 
 

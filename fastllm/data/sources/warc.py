@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from ..optional import require
-from .codings import codings, undo
+from .codings import codings, text_of, undo
 from .compressed import Prompt, open_stream
 from .limits import Failure, Limits, Raw, Unreadable, one_line
 from .plan import SourceEntry
@@ -40,13 +40,14 @@ def read_warc(entry: SourceEntry, limits: Limits) -> Iterator[Raw | Failure]:
                 if len(content) > limits.document:
                     yield Failure(id, "too_large", {"limit": limits.document})
                 elif kind:
+                    charset = _CHARSET.search(declared)
                     try:
                         content = undo(content, _applied(headers), limits)
+                        content = text_of(content, charset and charset[1], limits) if kind == "html" else content
                     except Unreadable as error:
                         details = {"limit": limits.document} if error.reason == "too_large" else {"error": str(error)}
                         yield Failure(id, error.reason, details)
                         continue
-                    charset = _CHARSET.search(declared)
                     url = record.rec_headers.get_header("WARC-Target-URI")
                     yield Raw(id, content, kind, {"url": url} if url else {}, charset and charset[1])
         except errors.ArchiveLoadFailed as error:
