@@ -21,6 +21,7 @@ from fastllm.tasks.metrics import (
     signatures,
     squad_scores,
     suggested_tokenizer,
+    translation_intervals,
     translation_scores,
     wilson_interval,
 )
@@ -297,6 +298,21 @@ def test_scores_of_translations_are_sacrebleus():
     assert translation_scores(references, references) == pytest.approx({"bleu": 100, "chrf": 100})
     scores = translation_scores(references, ["the cat sat on a mat today", "there is nothing"])
     assert 0 < scores["bleu"] < scores["chrf"] < 100
+
+
+def test_intervals_of_translations_are_sacrebleus():
+    sacrebleu = pytest.importorskip("sacrebleu")
+    references = ["the cat sat on the mat today", "a red house stands there now", "two men walk", "one dog runs"]
+    found = ["the cat sat on a mat today", "a house stands there now", "two men walk", "a dog is here"]
+    intervals = translation_intervals(references, found, resamples=200)
+    for name, (low, high) in intervals.items():
+        assert 0 <= low < translation_scores(references, found)[name] < high <= 100
+    theirs = sacrebleu.metrics.BLEU(force=True).corpus_score(found, [references], n_bootstrap=200)
+    shown = re.search(r"μ = ([\d.]+) ± ([\d.]+)", str(theirs))
+    mean, half = map(float, shown.groups())
+    assert intervals["bleu"] == pytest.approx((mean - half, min(100, mean + half)), abs=0.02)
+    assert translation_intervals(["a b c d e"], ["a b c d e"], resamples=10)["bleu"] == pytest.approx((100, 100))
+    assert translation_intervals(["a b", "c"], ["d", "e"], resamples=10)["bleu"] == (0, 0)
 
 
 # Predictions
