@@ -56,6 +56,13 @@ def test_labelled_texts_in_all_their_forms(tmp_path):
     assert read_labelled([tmp_path / "a.csv"]) == read_labelled([tmp_path / "b.tsv"]) == expected
     (tmp_path / "quote.tsv").write_text('text\tlabel\na 5" nail\t1\n')
     assert read_labelled([tmp_path / "quote.tsv"])[0]["text"] == 'a 5" nail'
+    for name, content in (
+        ("c.csv", '\n\nlabel,text\n1,"good, really"\n\n0,bad\n'),
+        ("d.tsv", "\r\ntext\tlabel\ngood, really\t1\nbad\t0\n"),
+        ("e.txt", "\n1 good, really\n\n0 bad\n"),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(content)
+        assert read_labelled([tmp_path / name]) == expected, name
     (tmp_path / "sst.txt").write_text("(4 (2 It) (4 (4 works) (2 -LRB-)))\n(0 (2 No) (0 .))\n")
     assert read_labelled([tmp_path / "sst.txt"]) == [
         {"text": "It works (", "label": "4"},
@@ -98,6 +105,8 @@ def test_questions_of_both_versions(tmp_path):
         (read_questions, "{", "not JSON"),
         (read_questions, '{"data": [{"title": 1}]}', "not SQuAD's JSON"),
         (read_questions, '{"data": []}', "no question in it"),
+        (read_questions, json.dumps(squad(is_impossible="false")), "question 7: is_impossible: expected true or false"),
+        (read_labelled, "\n\nwords,mood\nx,1\n", "line 3: expected a header with a text column"),
         (read_questions, json.dumps(squad(start=3)), "question 7: the answer 'red' does not stand at character 3"),
     ],
 )
