@@ -106,9 +106,10 @@ def _table(path: Path, text: str) -> Examples:
     first, header = next(((number, row) for number, row in rows if any(field.strip() for field in row)), (1, []))
     columns = _columns(header)
     if None in columns:
+        texts, labels, got = ", ".join(TEXT_COLUMNS), ", ".join(LABEL_COLUMNS), ", ".join(header)[:80]
         raise InputError(
-            f"{path}: line {first}: expected a header with a text column ({', '.join(TEXT_COLUMNS)}) and a label "
-            f"column ({', '.join(LABEL_COLUMNS)}), or a label before the text of each line, got {', '.join(header)[:80]!r}"
+            f"{path}: line {first}: expected a header with a text column ({texts}) and a label column ({labels}), or a "
+            f"label before the text of each line, got {got!r}"
         )
     examples = []
     for number, row in rows:
