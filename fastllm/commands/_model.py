@@ -27,6 +27,23 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: %(default)s)")
 
 
+def add_length_penalty(parser: argparse.ArgumentParser) -> None:
+    """``--length-penalty`` of a search by beams."""
+    parser.add_argument(
+        "--length-penalty", type=float, default=1.0, metavar="X",
+        help="of translations by beams: power of the length that divides the log-probability; 0 favours short ones "
+        "(default: %(default)s)",
+    )  # fmt: skip
+
+
+def check_length_penalty(arguments: argparse.Namespace) -> None:
+    """Raises:
+    InputError: ``--length-penalty`` is not a number that is 0 or more.
+    """
+    if not 0 <= arguments.length_penalty < float("inf"):
+        raise InputError(f"length_penalty: expected at least 0, got {arguments.length_penalty}")
+
+
 def chosen_folder(arguments: argparse.Namespace) -> Path:
     """The folder with weights and tokenizer that ``--model`` or ``--run`` names, else the newest run's; checked."""
     named = arguments.run if arguments.model is None else arguments.model

@@ -26,6 +26,7 @@ from ..tasks.metrics import (
     signatures,
     squad_scores,
     suggested_tokenizer,
+    translation_intervals,
     translation_scores,
     wilson_interval,
 )  # fmt: skip
@@ -35,7 +36,7 @@ from ..tasks.translate import translate
 from ..training.checkpoints.checkpoint import load_config
 from ..training.evaluate import evaluate
 from ..training.objectives.distill import student_scores
-from ._model import add_model_arguments, chosen_folder, load_for, task_of
+from ._model import add_length_penalty, add_model_arguments, check_length_penalty, chosen_folder, load_for, task_of
 from ._prompts import beside, form_asked, scores_of_prompts
 
 
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--blimp", metavar="FOLDER", help="of language models: minimal pairs, a .jsonl file a paradigm, as BLiMP's"
     )
     parser.add_argument("--beams", type=int, default=4, metavar="N", help="of translations; 1: greedy (%(default)s)")
+    add_length_penalty(parser)
     parser.add_argument(
         "--tokenize", choices=TOKENIZERS, default="13a",
         help="sacrebleu's tokens for BLEU; zh, ja-mecab, ko-mecab or char where words have no spaces (%(default)s)",
@@ -81,9 +83,12 @@ def _translations(model, tokenizer, examples, arguments) -> tuple[dict, list[dic
     better = suggested_tokenizer(references)
     if better != "13a" and arguments.tokenize in ("13a", "intl"):
         print(f"hint: for BLEU in the language of these references sacrebleu has --tokenize {better}", file=sys.stderr)
-    found = translate(model, tokenizer, [e["source"] for e in examples], beams=arguments.beams)
-    scores = translation_scores(references, found, arguments.tokenize)
-    scores = {key: part for name in scores for key, part in ((name, scores[name]), (f"{name}_signature", named[name]))}
+    options = dict(beams=arguments.beams, length_penalty=arguments.length_penalty)
+    found = translate(model, tokenizer, [e["source"] for e in examples], **options)
+    intervals = translation_intervals(references, found, arguments.tokenize)
+    scores = {}
+    for name, score in translation_scores(references, found, arguments.tokenize).items():
+        scores |= {name: score, f"{name}_interval": intervals[name], f"{name}_signature": named[name]}
     return scores, [{**e, "translation": text} for e, text in zip(examples, found, strict=True)]
 
 
@@ -157,6 +162,7 @@ def _language(model, tokenizer, arguments, paradigms: list[Paradigm]) -> tuple[d
 def run(arguments: argparse.Namespace) -> int:
     if arguments.beams < 1 or arguments.limit < 0:
         raise InputError(f"beams and limit: expected at least 1 and 0, got {arguments.beams} and {arguments.limit}")
+    check_length_penalty(arguments)
     with folder_to_fill(arguments.out) if arguments.out else contextlib.nullcontext() as out:
         return _run(arguments, out)
 

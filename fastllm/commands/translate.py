@@ -6,7 +6,15 @@ import argparse
 
 from ..config import InputError
 from ..tasks.translate import translate
-from ._model import add_model_arguments, chosen_folder, given_texts, load_for, on_a_line
+from ._model import (
+    add_length_penalty,
+    add_model_arguments,
+    check_length_penalty,
+    chosen_folder,
+    given_texts,
+    load_for,
+    on_a_line,
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,17 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="what to translate")
     parser.add_argument("--file", metavar="FILE", help="a text on each line; - reads standard input")
     parser.add_argument("--beams", type=int, default=4, metavar="N", help="1: greedy (default: %(default)s)")
-    parser.add_argument(
-        "--length-penalty", type=float, default=1.0, metavar="X",
-        help="power of the length that divides the log-probability; 0 favours short ones (default: %(default)s)",
-    )  # fmt: skip
+    add_length_penalty(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.beams < 1:
         raise InputError(f"beams: expected at least 1, got {arguments.beams}")
-    if not 0 <= arguments.length_penalty < float("inf"):
-        raise InputError(f"length_penalty: expected at least 0, got {arguments.length_penalty}")
+    check_length_penalty(arguments)
     texts = given_texts(arguments.texts, arguments.file)
     model, tokenizer = load_for(chosen_folder(arguments), arguments.device, "translate")
     options = dict(beams=arguments.beams, length_penalty=arguments.length_penalty)

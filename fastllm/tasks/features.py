@@ -32,7 +32,12 @@ class Features:
 
     def sizes(self) -> np.ndarray:
         """Tokens of each row."""
-        return np.array([sum(len(row[name]) for name in self.fillers if name != "segments") for row in self.rows])
+        return self.lengths().sum(1)
+
+    def lengths(self) -> np.ndarray:
+        """(rows, arrays): the length of each array of tokens."""
+        names = [name for name in self.fillers if name != "segments"]
+        return np.array([[len(row[name]) for name in names] for row in self.rows], np.int64).reshape(-1, len(names))
 
     def batch(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
         """int64 tensors of the rows ``numbers``, as wide as their longest."""

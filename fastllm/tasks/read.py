@@ -83,14 +83,15 @@ def _rows(path: Path, text: str):
     """(line, fields) of each row of a table; empty where the line is. A TSV's quotes are characters of its text."""
     lines = lines_of(text)
     suffix = _suffix(path)
-    if suffix == ".tsv" or (suffix != ".csv" and "\t" in lines[0]):
+    header = next((line for line in lines if line.strip()), "")
+    if suffix == ".tsv" or (suffix != ".csv" and "\t" in header):
         yield from ((number, line.split("\t") if line else []) for number, line in enumerate(lines, 1))
         return
     csv.field_size_limit(sys.maxsize)
     # csv's reader takes a line end from its lines, and none but newlines and carriage returns.
     ended = [line + "\n" for line in lines]
     separators = [
-        separator for separator in SEPARATORS if None not in _columns(next(csv.reader(lines[:1], delimiter=separator)))
+        separator for separator in SEPARATORS if None not in _columns(next(csv.reader([header], delimiter=separator)))
     ]
     rows = csv.reader(ended, delimiter=(separators or SEPARATORS)[0], strict=True)
     try:
@@ -102,12 +103,13 @@ def _rows(path: Path, text: str):
 
 def _table(path: Path, text: str) -> Examples:
     rows = _rows(path, text)
-    _, header = next(rows)
+    first, header = next(((number, row) for number, row in rows if any(field.strip() for field in row)), (1, []))
     columns = _columns(header)
     if None in columns:
+        texts, labels, got = ", ".join(TEXT_COLUMNS), ", ".join(LABEL_COLUMNS), ", ".join(header)[:80]
         raise InputError(
-            f"{path}: line 1: expected a header with a text column ({', '.join(TEXT_COLUMNS)}) and a label column "
-            f"({', '.join(LABEL_COLUMNS)}), or a label before the text of each line, got {', '.join(header)[:80]!r}"
+            f"{path}: line {first}: expected a header with a text column ({texts}) and a label column ({labels}), or a "
+            f"label before the text of each line, got {got!r}"
         )
     examples = []
     for number, row in rows:
@@ -150,7 +152,8 @@ def read_labelled(paths: Sequence[str | Path]) -> Examples:
             examples += _folder(path)
             continue
         text = read_text(path, legacy={form.shape: form.latin for form in FORMS if form.latin})
-        form = next((form for form in FORMS if form.shape.match(text)), None)
+        begin = len(text) - len(text.lstrip("\r\n"))
+        form = next((form for form in FORMS if form.shape.match(text, begin)), None)
         here = _table(path, text) if form is None else form.read(path, text)
         for number, example in enumerate(here, 1):
             for part in ("text", "label"):
@@ -174,8 +177,11 @@ def _question(entry: dict, context: str, where: str) -> dict:
         raise InputError(f"{where}: an empty question")
     for text in (str(entry["id"]), question, context):
         check_encodable(text, where)
+    none = entry.get("is_impossible", False)
+    if not isinstance(none, bool):
+        raise InputError(f"{where}: is_impossible: expected true or false, got {none!r}")
     answers = []
-    for answer in [] if entry.get("is_impossible") else entry["answers"]:
+    for answer in [] if none else entry["answers"]:
         text, start = answer["text"], answer["answer_start"]
         check_encodable(text, where)
         if type(start) is not int or start < 0:

@@ -39,14 +39,26 @@ RECIPES = {
     "translate-small": Recipe(
         "pairs of sentences, some ten thousand of them",
         ModelConfig(
-            encoder="transformer", decoder="transformer", vocab_size=4000, context_length=128, num_layers=2,
-            num_heads=4, hidden_size=256, positions="rotary", norm="rms", embedding_norm=True, qk_norm=True,
-            activation="relu2", bias=False, dropout=0.2, zero_init=True,
+            encoder="transformer", decoder="transformer", vocab_size=6000, context_length=128, num_layers=3,
+            num_heads=4, hidden_size=192, positions="rotary", norm="rms", embedding_norm=True, qk_norm=True,
+            activation="relu2", bias=False, dropout=0.3, zero_init=True,
         ),
         {"objective": "seq2seq", "label_smoothing": 0.1},
         {
-            "epochs": 20.0, "batch_size": 128, "lr": 3e-3, "muon_lr": 0.02, "weight_decay": 0.1, "ema_decay": 0.998,
-            "eval_interval": 200, "eval_windows": 0, "patience": 6, "dtype": "float32",
+            "epochs": 16.0, "batch_size": 128, "lr": 3e-3, "muon_lr": 0.02, "weight_decay": 0.1, "ema_decay": 0.998,
+            "eval_interval": 250, "eval_windows": 0, "patience": 6, "dtype": "auto",
+        },
+    ),
+    "translate-rnn": Recipe(
+        "pairs of sentences, some ten thousand of them, by an LSTM with attention",
+        ModelConfig(
+            encoder="lstm", decoder="lstm", vocab_size=6000, context_length=128, num_layers=2, num_heads=4,
+            hidden_size=256, norm="rms", embedding_norm=True, bias=False, dropout=0.3, zero_init=True,
+        ),
+        {"objective": "seq2seq", "label_smoothing": 0.1},
+        {
+            "epochs": 14.0, "batch_size": 128, "lr": 3e-3, "muon_lr": 0.02, "weight_decay": 0.1, "ema_decay": 0.998,
+            "eval_interval": 250, "eval_windows": 0, "patience": 6, "dtype": "auto",
         },
     ),
     "classify-tiny": Recipe(

@@ -21,6 +21,7 @@ from fastllm.tasks.metrics import (
     signatures,
     squad_scores,
     suggested_tokenizer,
+    translation_intervals,
     translation_scores,
     wilson_interval,
 )
@@ -55,6 +56,13 @@ def test_labelled_texts_in_all_their_forms(tmp_path):
     assert read_labelled([tmp_path / "a.csv"]) == read_labelled([tmp_path / "b.tsv"]) == expected
     (tmp_path / "quote.tsv").write_text('text\tlabel\na 5" nail\t1\n')
     assert read_labelled([tmp_path / "quote.tsv"])[0]["text"] == 'a 5" nail'
+    for name, content in (
+        ("c.csv", '\n\nlabel,text\n1,"good, really"\n\n0,bad\n'),
+        ("d.tsv", "\r\ntext\tlabel\ngood, really\t1\nbad\t0\n"),
+        ("e.txt", "\n1 good, really\n\n0 bad\n"),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(content)
+        assert read_labelled([tmp_path / name]) == expected, name
     (tmp_path / "sst.txt").write_text("(4 (2 It) (4 (4 works) (2 -LRB-)))\n(0 (2 No) (0 .))\n")
     assert read_labelled([tmp_path / "sst.txt"]) == [
         {"text": "It works (", "label": "4"},
@@ -97,6 +105,8 @@ def test_questions_of_both_versions(tmp_path):
         (read_questions, "{", "not JSON"),
         (read_questions, '{"data": [{"title": 1}]}', "not SQuAD's JSON"),
         (read_questions, '{"data": []}', "no question in it"),
+        (read_questions, json.dumps(squad(is_impossible="false")), "question 7: is_impossible: expected true or false"),
+        (read_labelled, "\n\nwords,mood\nx,1\n", "line 3: expected a header with a text column"),
         (read_questions, json.dumps(squad(start=3)), "question 7: the answer 'red' does not stand at character 3"),
     ],
 )
@@ -297,6 +307,21 @@ def test_scores_of_translations_are_sacrebleus():
     assert translation_scores(references, references) == pytest.approx({"bleu": 100, "chrf": 100})
     scores = translation_scores(references, ["the cat sat on a mat today", "there is nothing"])
     assert 0 < scores["bleu"] < scores["chrf"] < 100
+
+
+def test_intervals_of_translations_are_sacrebleus():
+    sacrebleu = pytest.importorskip("sacrebleu")
+    references = ["the cat sat on the mat today", "a red house stands there now", "two men walk", "one dog runs"]
+    found = ["the cat sat on a mat today", "a house stands there now", "two men walk", "a dog is here"]
+    intervals = translation_intervals(references, found, resamples=200)
+    for name, (low, high) in intervals.items():
+        assert 0 <= low < translation_scores(references, found)[name] < high <= 100
+    theirs = sacrebleu.metrics.BLEU(force=True).corpus_score(found, [references], n_bootstrap=200)
+    shown = re.search(r"μ = ([\d.]+) ± ([\d.]+)", str(theirs))
+    mean, half = map(float, shown.groups())
+    assert intervals["bleu"] == pytest.approx((mean - half, min(100, mean + half)), abs=0.02)
+    assert translation_intervals(["a b c d e"], ["a b c d e"], resamples=10)["bleu"] == pytest.approx((100, 100))
+    assert translation_intervals(["a b", "c"], ["d", "e"], resamples=10)["bleu"] == (0, 0)
 
 
 # Predictions

@@ -129,6 +129,8 @@ def test_every_task_predicts_and_is_scored(here, capsys):
         if name == "translate":
             assert re.search(r"^bleu signature: nrefs:1\|.*\|tok:13a\|", shown, re.MULTILINE)
             assert written["chrf_signature"].startswith("nrefs:1|")
+            low, high = written["bleu_interval"]
+            assert f"\nbleu interval: {low:.4f} to {high:.4f} (95%)\n" in shown
         if name == "classify":
             low, high = written["accuracy_interval"]
             assert low < written["accuracy"] < high or high == 1

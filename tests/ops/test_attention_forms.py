@@ -114,7 +114,7 @@ def test_a_mask_of_the_lowest_number_over_whole_rows():
 
 
 @pytest.mark.usefixtures("_no_matrix_units")
-def test_without_matrix_units_bf16_on_a_cpu_is_torchs_and_info_says_nothing_of_them(monkeypatch):
+def test_without_matrix_units_small_calls_in_bf16_on_a_cpu_are_torchs_where_no_gradient_is_wanted(monkeypatch):
     monkeypatch.setattr("fastllm.ops.shared.widened.multiplies", lambda dtype: True)
     q, k, v = qkv(24, 24, 16, 16, dtype=torch.bfloat16)
     padding = (torch.arange(24) < 9)[None, None, None]
@@ -123,10 +123,8 @@ def test_without_matrix_units_bf16_on_a_cpu_is_torchs_and_info_says_nothing_of_t
         (attention, {"causal": True}, {"is_causal": True}),
         (scaled_dot_product_attention, {"attn_mask": padding}, {"attn_mask": padding}),
     ):
-        got, expected = function(q, k, v, **ours), F.scaled_dot_product_attention(q, k, v, **torchs)
-        grads = [torch.autograd.grad(out.float().square().sum(), (q, k, v)) for out in (got, expected)]
-        assert torch.equal(got, expected)
-        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+        with torch.no_grad():
+            assert torch.equal(function(q, k, v, **ours), F.scaled_dot_product_attention(q, k, v, **torchs))
     assert AMX not in _said()
 
 

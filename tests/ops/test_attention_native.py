@@ -138,6 +138,21 @@ def test_levels_that_were_not_measured_are_torchs(monkeypatch):
     assert "matrix units" in native_loses(half)
 
 
+def test_a_small_call_in_16_bits_is_the_extensions_where_a_gradient_is_wanted(monkeypatch):
+    monkeypatch.setattr("fastllm.ops.shared.widened.multiplies", lambda dtype: True)
+    request = lambda dtype: OPS["attention"].call(  # noqa: E731
+        *(torch.zeros(1, 4, 20, 64, dtype=dtype, requires_grad=True) for _ in range(3)), causal=True
+    )
+    for level, dtype, reason in (
+        ("avx512", torch.bfloat16, None), ("avx512", torch.float32, "faster"), ("amx", torch.bfloat16, "matrix units"),
+    ):  # fmt: skip
+        monkeypatch.setattr(extension, "_level", level)
+        why = native_loses(request(dtype))
+        assert why is None if reason is None else reason in why, (level, dtype)
+        with torch.no_grad():
+            assert native_loses(request(dtype)) is not None
+
+
 def test_float64_is_refused_by_name():
     with fastllm.backend("native"), pytest.raises(BackendError, match="computes in float32"):
         attention(*(torch.zeros(1, 1, 4, 8, dtype=torch.float64) for _ in range(3)))

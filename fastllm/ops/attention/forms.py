@@ -74,11 +74,12 @@ def _few(request: AttentionRequest) -> bool:
     if forward_mode():
         return False
     # In four dimensions PyTorch's fused kernel takes a mask, unless the mask has a gradient or scores are dropped.
-    fused = call.dropout_p == 0 and not _has_gradient(call.bias)
+    fused = call.dropout_p == 0 and not has_gradient(call.bias)
     return call.bias is not None and not (fused and torch_fault(call) is not None)
 
 
-def _has_gradient(x: torch.Tensor | None) -> bool:
+def has_gradient(x: torch.Tensor | None) -> bool:
+    """Whether a backward pass will want the gradient of ``x``."""
     return x is not None and x.requires_grad and torch.is_grad_enabled()
 
 
@@ -90,7 +91,7 @@ def _only_chunks(request: AttentionRequest) -> str | None:
     call = request.call
     if call.q.numel() == 0 or call.k.numel() == 0:
         return "the call is empty"
-    if _has_gradient(call.bias):
+    if has_gradient(call.bias):
         return "PyTorch's operator keeps all scores for the gradient of a mask"
     if call.q.device.type == "cpu" and forward_mode():
         return "PyTorch's fused kernel has no forward-mode differentiation"
@@ -135,7 +136,7 @@ def torch_fault(call: AttentionCall) -> str | None:
     smallest = MIN_NORMAL[call.q.dtype == torch.float64]
     if not smallest <= call.scale <= 1 / smallest:
         return f"PyTorch's fused kernel is wrong for a scale of {call.scale:.3g}"
-    if call.bias is not None and call.bias.is_floating_point() and any(map(_has_gradient, (call.q, call.k, call.v))):
+    if call.bias is not None and call.bias.is_floating_point() and any(map(has_gradient, (call.q, call.k, call.v))):
         return "PyTorch's fused backward is wrong for rows that an added mask hides without -inf"
     return None
 

@@ -17,30 +17,37 @@ from .streams import perplexity
 
 # Label smoothing of translation (Vaswani et al. 2017).
 SMOOTHING = 0.1
-# The samples of this many batches are sorted by length at a time.
-POOL = 16
+# The samples of this many batches are sorted by length at a time. With Multi30k's pairs in batches of 128, padding adds
+# 0.12 to the tokens; it adds 0.16 with 16 batches, and 0.29 where only the sum of both sides' lengths decides.
+POOL = 32
 
 
 class ExampleOrder:
     """``order(step)`` -> which examples, so that each comes once per epoch and those of a batch are of similar length.
 
-    A function of (key, step) alone: the permuted samples of :data:`POOL` batches are sorted by length, cut, and the
-    batches visited in a permuted order.
+    A function of (key, step) alone: the permuted samples of :data:`POOL` batches are sorted by their longest array,
+    then by the sum, cut, and the batches visited in a permuted order.
+
+    Args:
+        lengths: (examples, arrays), the lengths of each example's arrays.
     """
 
     def __init__(self, lengths: np.ndarray, batch_size: int, *key: object):
-        self._lengths, self.batch_size, self._key = lengths, batch_size, key
+        self._longest, self._sum = lengths.max(1), lengths.sum(1)
+        self.batch_size, self._key = batch_size, key
 
     def __call__(self, step: int) -> np.ndarray:
         pool, place = divmod(step, POOL)
         size = POOL * self.batch_size
         sample = pool * size + np.arange(size, dtype=np.int64)
-        epochs, index = np.divmod(sample, len(self._lengths))
+        count = len(self._sum)
+        epochs, index = np.divmod(sample, count)
         numbers = np.empty_like(index)
         for epoch in np.unique(epochs):
             rows = epochs == epoch
-            numbers[rows] = permute(index[rows], len(self._lengths), derive_seed("examples", *self._key, epoch))
-        numbers = numbers[np.argsort(self._lengths[numbers], kind="stable")].reshape(POOL, self.batch_size)
+            numbers[rows] = permute(index[rows], count, derive_seed("examples", *self._key, epoch))
+        order = np.lexsort((self._sum[numbers], self._longest[numbers]))
+        numbers = numbers[order].reshape(POOL, self.batch_size)
         return numbers[permute(np.array([place]), POOL, derive_seed("pool", *self._key, pool))[0]]
 
 
@@ -53,7 +60,7 @@ class ExampleObjective:
         self.validation = self._features(dataset.validation.examples)
         if not len(self.train) or not len(self.validation):
             raise InputError(f"context_length: no example fits into {context_length} tokens")
-        self._order = ExampleOrder(self.train.sizes(), batch_size, dataset.train.sha256, seed)
+        self._order = ExampleOrder(self.train.lengths(), batch_size, dataset.train.sha256, seed)
 
     def batch(self, step: int) -> Batch:
         return self.train.batch(self._order(step))
