@@ -33,6 +33,7 @@ fastllm bench compare A.json B.json   two runs side by side, with a verdict a ro
 fastllm bench report A.json           the plots and the page of a run again (--out FOLDER: elsewhere)
 fastllm bench train --help            the training step
 fastllm bench regress FILE            anybody's Triton kernels held to a committed file, without a GPU
+fastllm bench export FORMAT           the ops' calls for Hugging Face's `kernels benchmark` or FlashInfer-Bench
 """
 
 
@@ -85,6 +86,10 @@ def main(argv: list[str] | None = None) -> int:
         from .regress import main as regress
 
         return regress(argv[1:])
+    if argv[:1] == ["export"]:
+        from .export import main as export
+
+        return export(argv[1:])
     parser = _parser()
     options = parser.parse_args(argv)
     try:
