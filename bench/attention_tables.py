@@ -55,7 +55,8 @@ def _everything(rows: int, cols: int, heads: int) -> dict:
 
 
 _LENGTHS = dict(max_seqlen_q=512, max_seqlen_k=512)
-# Feature -> what makes the call for a head dim: of each register pressure the commonest and what needs most registers.
+# Feature -> what makes the call for a head dim: for each register pressure the commonest call, and the one that needs
+# most registers.
 FEATURES = {
     "full": lambda dim: dense(2, 4, 512, dim),
     "everything": lambda dim: dense(2, 4, 512, dim, **_everything(512, 512, 4)),
@@ -113,7 +114,7 @@ class Entry:
 
 
 def fingerprint() -> str:
-    """Of the code of the attention kernels and of the names of the calls that are compiled here."""
+    """A hash of the attention kernels' code and of the names of the calls that are compiled here."""
     folder = Path(kernels.__path__[0])
     ours = [*folder.glob("attention/*.py"), folder / "launch.py", folder / "math.py"]
     return code_hash(sorted(ours), *FEATURES, *HOPPER)

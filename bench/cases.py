@@ -118,7 +118,7 @@ def upstream(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def backward(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], outputs_grad: Sequence[torch.Tensor]):
-    """Gradients of ``inputs``; outputs that are not differentiable are passed over with their gradient."""
+    """Gradients of ``inputs``; outputs that are not differentiable are skipped, and so is their gradient."""
     pairs = [(y, dy) for y, dy in zip(outputs, outputs_grad, strict=True) if y.requires_grad]
     return torch.autograd.grad([y for y, _ in pairs], inputs, [dy for _, dy in pairs], allow_unused=True)
 

@@ -14,7 +14,7 @@ from .embedding import zipf_ids
 class SumShape(NamedTuple):
     sequences: int
     length: int
-    tables: tuple[int, ...]  # rows of each
+    tables: tuple[int, ...]  # rows in each table
     columns: int
 
 

@@ -13,7 +13,7 @@ import torch
 
 import fastllm
 
-# Experts, of which each token has so many, tokens, hidden size, inner size.
+# Experts, experts for each token, tokens, hidden size, inner size.
 SHAPES = ((8, 2, 1024, 512, 1024), (64, 8, 512, 256, 256), (64, 8, 1, 512, 512))
 
 

@@ -36,7 +36,7 @@ def levels(text: str) -> list[str]:
 
 
 def without(arguments: Sequence[str], *options: str) -> list[str]:
-    """``arguments`` without these options, each of which takes one value."""
+    """``arguments`` without these options and their values; each option takes one."""
     kept, skip = [], False
     for argument in arguments:
         if not skip and argument.partition("=")[0] not in options:

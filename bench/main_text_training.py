@@ -46,10 +46,10 @@ from ..data.clean.page_words import PageWords
 from .cleaning import Score, report
 from .marked_pages import MarkedPage, read_marked, words
 
-# A word is learned if so many sites have it; 1 / (2 C) of an L2 penalty on a mean loss.
+# The number of sites that must have a word for it to be learned; 1 / (2 C) of an L2 penalty on a mean loss.
 LEAST_SITES, INVERSE_PENALTY = 4, 0.006
-# A page's token is learned if so many pages have it. Of the penalties 0.1, 0.3 and 1 the first names the most pages
-# right: 75%, by cross-validation.
+# The number of pages that must have a token for it to be learned. Of the penalties 0.1, 0.3 and 1 the first names the
+# most pages right: 75%, by cross-validation.
 LEAST_PAGES, TYPE_PENALTY = 6, 0.1
 # Words in a run that tells where a text comes from.
 RUN = 4
@@ -77,7 +77,7 @@ class Labelled:
 
 
 def block_labels(blocks: list[list[str]], truth: list[str]) -> np.ndarray:
-    """Of each block, given as words, the share that ``truth`` has.
+    """The share of each block's words that ``truth`` has; a block is given as its words.
 
     What ``truth`` has once counts once: of a text that the page repeats the block that is in order with the rest of
     ``truth`` is right, or else the first one.
@@ -99,9 +99,9 @@ def block_labels(blocks: list[list[str]], truth: list[str]) -> np.ndarray:
 
 
 def covered_shares(blocks: list[list[str]], truth: list[str], in_order: np.ndarray) -> np.ndarray:
-    """Of each block the share of its words that are in runs of ``truth``, each run of which counts once.
+    """The share of each block's words that lie in runs of words of ``truth``; each run counts once.
 
-    Those blocks come first of which more than half is ``in_order`` with ``truth``.
+    Blocks of which more than half is ``in_order`` with ``truth`` come first.
     """
     left = Counter(tuple(truth[i : i + RUN]) for i in range(len(truth) - RUN + 1))
     covered = np.zeros(len(blocks))
@@ -201,14 +201,14 @@ def _as_trees(model: Any, depth: int) -> Trees:
 
 
 def folds(pages: Sequence[Labelled], count: int, seed: int) -> np.ndarray:
-    """Of each page its fold, by its site alone."""
+    """The fold of each page, by its site alone."""
     return np.asarray([zlib.crc32(f"{page.page.site}{seed}".encode()) % count for page in pages])
 
 
 def _out_of_fold(
     pages: Sequence[Labelled], fold: np.ndarray, learn: Callable, apply: Callable
 ) -> tuple[list[np.ndarray], list[Any]]:
-    """Of each page what ``apply`` makes of it with what ``learn`` made of the pages in other folds; and the latter."""
+    """What ``apply`` makes of each page with what ``learn`` made of the other folds' pages; and what it made of all."""
     result: list[np.ndarray | None] = [None] * len(pages)
     models = []
     for number in np.unique(fold):
@@ -220,7 +220,7 @@ def _out_of_fold(
 
 
 def learn_model(pages: Sequence[Labelled], count: int) -> tuple[BlockModel, list[np.ndarray]]:
-    """A model of all ``pages``, and of each page's blocks what models of other folds' sites say.
+    """A model of all ``pages``, and what models of the other folds' sites say of each page's blocks.
 
     The trees of a fold are learned from the other folds alone. The lexicon of the rows that they are learned from, and
     the first estimates that the second trees are learned from, come from the same folds, as in stacking. The model of

@@ -115,7 +115,7 @@ def times(size: str, rounds: int) -> dict[str, dict[str, list[float]]]:
 
 
 def _peak_here(size: str, way: Way) -> int:
-    """Of this process, after a tiny model has made the libraries' own allocations."""
+    """The memory of this process, after a tiny model has made the libraries' own allocations."""
     tiny = build("tiny", way)
     calls(tiny, SIZES["tiny"]["vocab_size"])["step"]()
     del tiny

@@ -98,7 +98,7 @@ def compile_op(name: str, arch: int) -> tuple[int, list[str]]:
 
 
 def compile_all(names: list[str], arch: int, budget: float, workers: int) -> Iterator[str]:
-    """Compiles for each op in a process of its own; yields what it says of each. What was begun in time is finished."""
+    """Compile each op's kernels in a process of its own, and yield what it reports. What began in time is finished."""
     end = time.monotonic() + budget
     # A process that has run PyTorch's threads must not be forked.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:

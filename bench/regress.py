@@ -95,7 +95,7 @@ def read(file: Path) -> Measured:
 
 
 def _environments() -> dict[str, dict[str, str]]:
-    """Of the two processes: Triton reads TRITON_INTERPRET when a kernel is decorated."""
+    """The rows of both processes: Triton reads TRITON_INTERPRET when a kernel is decorated."""
     common = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     # 3.9 warns while it is unset; 1 is what it and older versions do by default.
     common.setdefault("TRITON_DEFAULT_FP_FUSION", "1")

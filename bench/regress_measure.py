@@ -152,7 +152,7 @@ class _Recorder:
 
 
 def compiled(file: Path, arches: list[int]) -> dict:
-    """Rows: each kernel of each call as it is compiled for each architecture."""
+    """One row for each kernel of each call, as it is compiled for each architecture."""
     rows, failures, calls = [], {}, {}
     for arch in arches:
         configurations = _Configurations(every=True)
@@ -212,7 +212,7 @@ def _float_as_compiled(convert: Callable) -> Callable:
 
 
 def counted(file: Path) -> dict:
-    """Rows: the bytes that each kernel of each call loads and stores, on CPU tensors in the interpreter."""
+    """One row for each kernel of each call: the bytes that it loads and stores, on CPU tensors in the interpreter."""
     rows, failures = [], {}
     gpu, cpu = GPUS[90], torch.device("cpu")
     with contextlib.ExitStack() as stack:

@@ -104,7 +104,7 @@ class Rival:
         self._unless_failed("prepare", direction, cold)
 
     def seconds(self) -> float:
-        """Of one turn; NaN once something has failed."""
+        """The seconds of one turn; NaN once something has failed."""
         found = self._unless_failed("seconds")
         return math.nan if found is None else found
 

@@ -130,7 +130,7 @@ def time_limit(limit: float) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Call:
-    """What one provider does in one direction: ``run(prepare())``, of which ``run`` is timed."""
+    """What one provider does in one direction: ``run(prepare())``. Only ``run`` is timed."""
 
     provider: str
     prepare: Callable[[], object]

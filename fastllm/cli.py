@@ -26,7 +26,7 @@ from .version import __version__
 
 # Arguments that may be empty.
 TEXTS = ("prompt", "text", "texts", "question", "context")
-# Signals that end a process, but for SIGINT, of which Python makes KeyboardInterrupt.
+# Signals that end a process. Python turns SIGINT into KeyboardInterrupt itself.
 ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 

@@ -114,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(
         f"a step: {result.step_seconds:.3f} s = {result.compute_seconds:.3f} s of compute at "
         f"{arguments.efficiency:.0%} of {gpu.flops / 1e12:,.0f} TFLOP/s + {result.exposed_seconds:.3f} s of "
-        f"{result.communication_seconds:.3f} s of communication, the rest of which compute hides"
+        f"{result.communication_seconds:.3f} s of communication, the rest is hidden behind compute"
     )
     print(f"{result.tokens_per_second(tokens):,.0f} tokens/s, expected MFU {result.mfu:.1%}")
     return 0

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--lowercase", action="store_true", help="wordpiece and word only")
     train.add_argument(
         "--sample-mb", type=int, default=512, metavar="N",
-        help="train on about so much text, evenly taken (default: %(default)s)",
+        help="train on about N megabytes of text, taken evenly from the corpus (default: %(default)s)",
     )  # fmt: skip
     train.add_argument("--quiet", action="store_true", help="print nothing but errors")
 

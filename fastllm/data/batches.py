@@ -121,7 +121,7 @@ def evaluation_batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(tokens, targets) for :func:`evaluation_windows`, ``batch_size`` windows each; skipped targets are -100.
 
-    ``limit``: where there are more windows, only so many, evenly spread and always the same; 0: all.
+    ``limit``: the most windows, evenly spread and always the same; 0: all.
     """
     import torch
 

@@ -31,7 +31,7 @@ class Corpus:
 
     @property
     def characters(self) -> int:
-        """Of all documents."""
+        """The bytes of all documents."""
         return sum(map(len, (*self.train, *self.validation)))
 
     @property

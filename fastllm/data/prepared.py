@@ -73,7 +73,7 @@ class PreparedCorpus:
         return hashlib.sha256(json.dumps([self._shards, self.every]).encode()).hexdigest()
 
     def documents(self) -> Iterator[dict]:
-        """All documents in order: ``id``, ``text`` and what else is known of each.
+        """All documents in order: ``id``, ``text`` and what else is known about each.
 
         Raises:
             InputError: a shard is missing or damaged; names it.

@@ -13,7 +13,7 @@ bytes      type    content
 16-23      uint64  vocabulary size: every id is below it
 24-31      uint64  number of ids
 32-39      uint64  number of documents; each is followed by an end-of-text id
-40-47      uint64  UTF-8 bytes of the text that the ids stand for; end-of-text counts none
+40-47      uint64  UTF-8 bytes of the text that the ids stand for; end-of-text has none
 48-79      bytes   SHA-256 of the tokenizer's definition (``Tokenizer.fingerprint``)
 80-111     bytes   SHA-256 of the ids as stored
 112-119    uint64  byte at which the document starts begin: that many uint64 as there are documents

@@ -44,8 +44,8 @@ _BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(0x100 + i): b for i, b in enum
 def _pieces(text: str) -> Iterator[str]:
     """``text`` in pieces of about :data:`PIECE` characters that encode to the same tokens as the whole.
 
-    No pre-tokenizer of ours joins a newline to a word, so a cut between two newlines of which the second is followed
-    by a word changes nothing.
+    No pre-tokenizer of ours joins a newline to a word, so a cut between two newlines changes nothing where a word
+    follows the second.
     """
     start = 0
     while len(text) - start > PIECE:

@@ -28,7 +28,7 @@ from .swap import Kind, forward_of, swap_forward
 
 INTERFACE = Kind("attention_interface")
 OWN_PATH = (
-    "a call of which attention weights are asked, with a head mask or with a hook on attention takes its own path"
+    "a call that asks for attention weights, or has a head mask or a hook on attention, takes the model's own path"
 )
 # What eager attention reads of its module and ours knows, and what ours takes.
 READ_BY_EAGER = {"num_key_value_groups", "training", "head_dim", "is_causal", "scaling"}

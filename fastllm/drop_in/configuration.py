@@ -62,7 +62,7 @@ class Switch:
 
 
 class _SameClass(type):
-    """Of classes that are to be found where a class is a key: transformers' tables of models by configuration."""
+    """Makes a class be found where another is the key, as in transformers' tables of models by configuration."""
 
     def __eq__(cls, other):
         return cls is other or vars(cls).get("fastllm_of") is other
@@ -126,7 +126,7 @@ def _make_class(cls: type) -> type:
 
 
 def unfaced(config):
-    """The configuration of which ``config`` is a face, or ``config`` itself."""
+    """The configuration that ``config`` is a face of, or ``config`` itself."""
     return getattr(config, "fastllm_original", config)
 
 

@@ -17,7 +17,7 @@ from .probe import Differs, changed, keeps, run, settings_of, stand_in, undistur
 from .swap import forward_of
 
 NARROW = (torch.bfloat16, torch.float16)
-# Of norms that keep their eps in the code; the last one is torch's default for RMSNorm in fp32.
+# The eps of norms that keep it in their code; the last one is torch's default for RMSNorm in fp32.
 COMMON_EPS = (1e-6, 1e-5, 1e-8, 1e-12, torch.finfo(torch.float32).eps)
 EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "norm_eps", "layer_norm_eps", "rms_norm_eps")
 

@@ -11,7 +11,7 @@ def plain(*tensors) -> bool:
     """Whether all are ordinary dense tensors on a CPU or GPU, outside vmap, jvp and forward-mode differentiation.
 
     DTensors, quantised, nested and fake tensors are not: what they mean is their own class's affair. Nor is anything
-    within torch.jit.trace: a trace is saved, and loaded where there are torch's operators alone. None is passed over.
+    within torch.jit.trace: a trace is saved, and loaded where there are torch's operators alone. No module is left out.
     """
     for tensor in tensors:
         if tensor is None:

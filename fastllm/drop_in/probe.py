@@ -45,7 +45,7 @@ def changed(module: torch.nn.Module, settings: tuple[tuple[str, object], ...]) -
     return any(name not in state or _frozen(state[name]) != value for name, value in settings)
 
 
-# Of a module's parts: name, class and settings of each.
+# The name, the class and the settings of each part of a module.
 Parts = tuple[tuple[str, type, tuple[tuple[str, object], ...]], ...]
 
 

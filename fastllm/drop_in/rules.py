@@ -218,7 +218,7 @@ def _products_of(module) -> Decision | None:
     if why is not None:
         return Decision("linear", None, why)
     kind = Kind("linear" if cls is nn.Linear else "conv1d")
-    return Decision("linear", kind, f"{cls.__name__} in {dtype}, of which this CPU has no products")
+    return Decision("linear", kind, f"{cls.__name__} in {dtype}: this CPU has no products of that dtype")
 
 
 def _fingerprint(module: nn.Module) -> tuple:

@@ -120,7 +120,7 @@ def serve_trl(trainer) -> ServedTrainer:
         model = getattr(trainer, name, None)
         if model is None:
             continue
-        # Of PEFT's wrapper, the model within.
+        # The model inside PEFT's wrapper.
         model = model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
         forward = _fused_forward(model)
         if forward is not None:

@@ -93,7 +93,7 @@ def beam_search(
         first = torch.arange(batch, device=device)
         cache.select(first.repeat_interleave(beams))
         logits = logits.repeat_interleave(beams, 0)
-        # Of the equal copies only one may go on.
+        # Only one of the equal copies may go on.
         live = torch.full((batch, beams), -torch.inf, device=device)
         live[:, 0] = 0.0
         paths = torch.full((batch, beams, steps), stop_token, device=device)
@@ -122,7 +122,7 @@ def beam_search(
             if step + 1 == steps:
                 keep(live / steps**length_penalty, paths, steps)
                 break
-            # A log-probability only falls; divided by the greatest length it is the most that a beam can reach.
+            # A log-probability only falls: divided by the greatest length it bounds the score that a beam can reach.
             if (live.max(1).values / steps**length_penalty <= done_scores.min(1).values).all():
                 break
             cache.select((first[:, None] * beams + parent).flatten(), same_memory=True)

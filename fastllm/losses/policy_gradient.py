@@ -113,7 +113,7 @@ def policy_gradient(
 ):  # fmt: skip
     """What these losses share: ``average`` of -min(ratio A, clip(ratio) A) + beta KL - entropy_coef entropy.
 
-    ``log_ratio``: of each token, (B, T), or of a whole sequence, (B, 1). ``average(values, kept)``: a scalar.
+    ``log_ratio``: one for each token, (B, T), or for a whole sequence, (B, 1). ``average(values, kept)``: a scalar.
     """
     loss, kept = tokens.loss, tokens.kept
     low, high = _bounds(loss, clip)

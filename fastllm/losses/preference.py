@@ -125,7 +125,7 @@ def cpo(
     Args:
         policy_chosen, policy_rejected: the summed log-probabilities (B,) of the answers.
         kind: "sigmoid", or "hinge" and "ipo" as in :func:`dpo`.
-        nll: the loss of the chosen answers, a scalar or (B,); None for -policy_chosen, as the paper has it. TRL takes
+        nll: the loss of the chosen answers, a scalar or (B,); None for -policy_chosen, as in the paper. TRL takes
             the mean over the tokens.
 
     Returns:
@@ -170,7 +170,7 @@ def orpo(policy_chosen, policy_rejected, *, beta=0.1, nll=None, return_metrics=F
     Args:
         policy_chosen, policy_rejected: the log-probabilities (B,) of the answers, means over their tokens.
         beta: the paper's lambda, positive.
-        nll: the loss of the chosen answers, a scalar or (B,); None for -policy_chosen, as the paper has it.
+        nll: the loss of the chosen answers, a scalar or (B,); None for -policy_chosen, as in the paper.
 
     Returns:
         The mean loss. Metrics: as :func:`dpo`'s, of beta times the log-probabilities; nll; log_odds_ratio.

@@ -18,7 +18,7 @@ ESCAPES = {
     "-LRB-": "(", "-RRB-": ")", "-LCB-": "{", "-RCB-": "}", "-LSB-": "[", "-RSB-": "]", r"\/": "/", r"\*": "*",
 }  # fmt: skip
 _ESCAPE = re.compile("|".join(map(re.escape, ESCAPES)))
-# A label and a word, or a label and nodes that were already found, each of which "\0" stands for.
+# A label and a word, or a label and nodes that were found before; "\0" stands for each of these.
 _NODE = re.compile(r"\([0-9]+ +(?:[^() \0]+|\0(?: *\0)*) *\)")
 _LEAF = re.compile(r"\([0-9]+ +([^() ]+) *\)")
 _ROOT = re.compile(r"\(([0-9]+) ")
@@ -38,7 +38,7 @@ class LineForm(NamedTuple):
     latin: float = 0.0
 
     def read(self, path: Path, text: str) -> list[dict]:
-        """The examples of ``text``; empty lines are passed over.
+        """The examples of ``text``; empty lines are skipped.
 
         Raises:
             InputError: a line is not of this form; names ``path`` and the line.

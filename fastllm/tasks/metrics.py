@@ -61,7 +61,7 @@ def wilson_interval(right: int, total: int, z: float = 1.959964) -> tuple[float,
 def answer_scores(expected: Sequence[str], given: str) -> tuple[float, float]:
     """Exact match and F1 of words against the nearest of ``expected``, by SQuAD 2.0's rule (Rajpurkar et al. 2018).
 
-    Of the expected answers those that normalise to nothing (articles and punctuation alone) do not count; where none
+    Expected answers that normalise to nothing (articles and punctuation alone) do not count; where none
     is left, an answer that normalises to nothing is right.
     """
     best, wanted = (0.0, 0.0), [words for words in map(_normal, expected) if words]

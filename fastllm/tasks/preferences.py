@@ -66,7 +66,7 @@ def with_reference(examples: list[dict], score: Callable[[Features], dict], toke
 
 
 def preference_scores(scores: dict[str, torch.Tensor], reference: dict[str, torch.Tensor] | None, beta: float) -> dict:
-    """Of the answers' log-probabilities: how often the chosen one is the likelier, and more so than for a reference.
+    """How often the chosen answer is the likelier one, and how often more so than for a reference.
 
     ``preference_accuracy``: the share of pairs whose chosen answer is the likelier one, ``right`` their number.
     ``reward_accuracy`` and ``margin``, with a reference: of beta times the gain in log-probability over it, the share

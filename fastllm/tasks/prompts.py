@@ -1,4 +1,4 @@
-"""Prompts with answers, and with answers of which one is preferred, from JSON lines; conversations as text.
+"""Prompts with answers, and prompts with a preferred and a rejected answer, from JSON lines; conversations as text.
 
 An example to learn from is a dict: ``parts``, a list of (text, whether it is an answer), and ``templated``. A pair is
 ``prompt``, ``chosen``, ``rejected`` and ``templated``. Where that is False an answer ends with an end-of-text token and
@@ -140,7 +140,7 @@ def read_instructions(paths: Sequence[str | Path]) -> list[dict]:
 
 
 def read_preferences(paths: Sequence[str | Path]) -> list[dict]:
-    """JSON lines of prompt, chosen and rejected: texts, or messages of which the last is the answer.
+    """JSON lines of prompt, chosen and rejected: texts, or messages whose last one is the answer.
 
     Raises:
         InputError: a file is missing, empty or malformed, a part is missing, an answer is empty, the two answers are

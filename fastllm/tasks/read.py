@@ -35,7 +35,7 @@ BREAK = re.compile(r"<br ?/?>", re.IGNORECASE)
 def read_pairs(paths: Sequence[str | Path]) -> Examples:
     """Translation pairs: one TSV file (source, tab, target), or two files whose lines belong together (Moses).
 
-    Pairs of which a side is empty are left out, as Moses files have them.
+    Pairs with an empty side, which Moses files have, are left out.
 
     Raises:
         InputError: a file is missing, empty or malformed, or two files differ in their number of lines.

@@ -43,8 +43,14 @@ def test_a_frozen_part_stays_in_evaluation_mode(call):
 
 def test_the_modes_come_back_when_the_block_raises():
     one = model()
-    before = modes(one)
-    with pytest.raises(RuntimeError, match="stop"), evaluation_mode(one):
-        assert not any(modes(one).values())
-        raise RuntimeError("stop")
+    before, within = modes(one), {}
+
+    def fail():
+        with evaluation_mode(one):
+            within.update(modes(one))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert not any(within.values())
     assert modes(one) == before

@@ -16,8 +16,8 @@ _COMMENTS = re.compile(
 )
 # Names stand at the beginning of a tag: a bound on the time that a tag takes.
 _NAMES = 300
-# An article has so many characters of running text; it is the page's text, even if that looks like a forum's, where it
-# has so many times the longest comment's.
+# The fewest characters of running text in an article. Where an article has more than this many times the longest
+# comment's, it is the page's text, even if the page looks like a forum.
 _ARTICLE, _LONGER = 600, 2.0
 # Taken off the log-odds. On the 511 pages, cross-validated, it changes mean F1 by less than 0.001: there comments are
 # main text on the pages that hold nothing else, and never beside an article.

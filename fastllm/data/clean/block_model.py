@@ -52,7 +52,7 @@ class Trees:
         return cls(*joined, leaves, float(np.mean([trees.bias for trees in ensembles])))
 
     def probabilities(self, rows: np.ndarray) -> np.ndarray:
-        """Of (n, features) rows, (n,)."""
+        """The log-odds (n,) of ``rows`` (n, features)."""
         trees, levels = self.columns.shape
         offsets = (np.arange(trees) * self.leaves.shape[1]).astype(np.int32)
         flat = self.leaves.ravel()
@@ -85,7 +85,7 @@ class BlockModel:
     second: Trees
 
     def probabilities(self, page: str, markup: Markup, words: PageWords) -> np.ndarray:
-        """Of each block of ``markup``, whose words are ``words``, the probability that it is main text."""
+        """The probability that each block of ``markup``, whose words are ``words``, is main text."""
         rows = features(page, markup, words, self.lexicon)
         first = self.first.probabilities(rows)
         second = self.second.probabilities(context(first, words.counts + 0.5, markup))

@@ -1,4 +1,4 @@
-"""Where on a page the running text is: the element that holds most of it, and where each block lies by that."""
+"""Where on a page the running text is: the element that holds most of it, and where each block lies relative to it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 
 from .markup import Markup
 
-# Of how many characters a block is running text, and at most what share of them is in links.
+# The fewest characters of a block of running text, and the largest share of them in links.
 LONG, LINKED = 80, 0.3
 _HEADINGS = {"h1": 1, "h2": 2, "h3": 3, "h4": 4, "h5": 5, "h6": 6}
 
 
 def nearest(parents: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Of each element the nearest one at or above it that is ``chosen``; the body where there is none."""
+    """The nearest element at or above each element that is ``chosen``; the body where there is none."""
     result: list[int] = []
     for number, (parent, yes) in enumerate(zip(parents.tolist(), chosen.tolist(), strict=True)):
         result.append(number if yes or parent < 0 else result[parent])
@@ -26,8 +26,8 @@ class Running:
     """Where running text is.
 
     Attributes:
-        characters: of each block its characters of running text.
-        scores: of each element those of its children, half of its own and half of its grandchildren's.
+        characters: the characters of running text in each block.
+        scores: for each element its children's characters, half of its own and half of its grandchildren's.
         best: the element with the highest score.
     """
 
@@ -47,7 +47,7 @@ class Running:
 
 
 def body_columns(markup: Markup, depth: np.ndarray) -> list[np.ndarray]:
-    """Of each block where it lies by the element with the most running text; ``depth`` is of each element."""
+    """Where each block lies relative to the element with the most running text; ``depth`` has each element's."""
     place, parents = np.asarray(markup.places), np.asarray(markup.parents)
     starts, ends = np.asarray(markup.starts), np.asarray(markup.ends)
     count, size = len(place), len(parents)
@@ -78,7 +78,7 @@ def body_columns(markup: Markup, depth: np.ndarray) -> list[np.ndarray]:
 
 
 def last_headings(markup: Markup) -> tuple[np.ndarray, np.ndarray]:
-    """Of each block the block of the last heading before it, or -1, and that heading's level, or 0."""
+    """For each block the block of the last heading before it, or -1, and that heading's level, or 0."""
     levels = np.asarray([_HEADINGS.get(tag, 0) for tag in markup.tags])
     parents = np.asarray(markup.parents)
     places = np.asarray(markup.places)

@@ -57,9 +57,9 @@ class CleanConfig:
             language.check_languages(self.language)
 
     def contents(self) -> dict[str, str]:
-        """Of each setting that names files the SHA-256 of what they hold: with other contents it is another run.
+        """The SHA-256 of what each setting's files hold: with other contents it is another run.
 
-        Of several files it is the SHA-256 of theirs, a line each.
+        For several files it is the SHA-256 of their own, one on each line.
         """
         named = {
             "block_urls": [] if self.block_urls is None else [self.block_urls],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-# Of a rejected text so much is kept, in characters: the source still has the whole.
+# Characters of a rejected text that are kept: the source still has the whole.
 EXCERPT = 2000
 
 

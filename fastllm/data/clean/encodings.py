@@ -69,7 +69,7 @@ _LABELS = {
 _CODECS = {label: codec for codec, labels in _LABELS.items() for label in labels.split()}
 _SIGNS = re.compile(r"[^a-z0-9]")
 _PLAIN = {_SIGNS.sub("", label): codec for label, codec in _CODECS.items()}
-# An encoding that the page declares for itself counts only in its first bytes, as browsers have it.
+# An encoding that the page declares for itself counts only in its first bytes, as in browsers.
 _META = re.compile(rb"<meta(?=[\s/])([^>]*)", re.IGNORECASE)
 _CHARSET = re.compile(rb"""charset\s*=\s*["']?\s*([-\w.:]+)""", re.IGNORECASE)
 # What a keyword or a description says of charsets declares nothing, nor does what a script or a comment holds.
@@ -81,8 +81,8 @@ _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codec
 # The first bracket of a page in UTF-16 without a mark.
 _WIDE = ((b"<\0", "utf-16-le"), (b"\0<", "utf-16-be"))
 _MULTIBYTE = re.compile(rb"[\xc2-\xf4][\x80-\xbf]+")
-# Content with so many characters beyond ASCII that is UTF-8 throughout is UTF-8, whatever is declared: of GBK's
-# two-byte characters about one in seven is UTF-8 too, so that eight of them are by chance once in 6 million texts.
+# Content with this many characters beyond ASCII that is UTF-8 throughout is UTF-8, whatever is declared. About one in
+# seven of GBK's two-byte characters is UTF-8 too, so that eight in a row are by chance once in 6 million texts.
 _PLAINLY_UTF_8 = 8
 # These encode everything in ASCII bytes, so that their content is UTF-8 by form.
 _SEVEN_BITS = {"iso2022-jp-ext", "hz", "iso2022-kr"}
@@ -141,7 +141,7 @@ def decode_page(content: bytes, declared: str | None = None) -> tuple[str, str]:
     """The text of ``content``, and the codec that it was read in.
 
     In this order: a byte order mark; what the transport declared; what the page declares; UTF-8, if the content is;
-    Windows-1252. As in browsers a page that can be searched for its declaration is not UTF-16. Against browsers,
+    Windows-1252. As in browsers a page that can be searched for its declaration is not UTF-16. Unlike in browsers,
     content that is plainly UTF-8 is read as that whatever it declares. Bytes that mean nothing become U+FFFD.
 
     Args:

@@ -126,14 +126,14 @@ class _Sums:
 
 
 def element_names(markup: Markup) -> tuple[list[tuple[str, ...]], list[int]]:
-    """What the names of elements say, each once, and of each element which of them are its own."""
+    """What the names of elements say, each once, and which of them are each element's own."""
     numbers: dict[tuple[str, str], int] = {}
     own = [numbers.setdefault(key, len(numbers)) for key in zip(markup.tags, markup.attributes, strict=True)]
     return [name_tokens(*key) for key in numbers], own
 
 
 def _element_columns(markup: Markup, weights: list[float]):
-    """Of each element, whose names have ``weights``: landmarks' bits, depth, and the chain's sum, least and most."""
+    """For each element, whose names have ``weights``: landmarks' bits, depth, and the chain's sum, least and most."""
     bits, depth, total, least, most = [], [], [], [], []
     for tag, weight, parent in zip(markup.tags, weights, markup.parents, strict=True):
         bit = _BITS.get(tag, 0)
@@ -153,7 +153,7 @@ def _element_columns(markup: Markup, weights: list[float]):
 
 
 def _shares(counts: np.ndarray) -> list[np.ndarray]:
-    """Of sums (chars, linked, sentences, blocks, links): what they look like, whatever their size."""
+    """What sums of (chars, linked, sentences, blocks, links) look like, whatever their size."""
     chars, linked, marks, blocks, links = counts.T
     return [
         np.log1p(chars), np.log1p(blocks), linked / np.maximum(chars, 1), chars / np.maximum(blocks, 1),
@@ -162,7 +162,7 @@ def _shares(counts: np.ndarray) -> list[np.ndarray]:
 
 
 def character_classes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each block how many of its characters are of each class, (blocks, classes), and its first and last one's."""
+    """How many characters of each class each block has, (blocks, classes), and its first and last character's class."""
     cut = [text[:_LONGEST] for text in texts]
     codes = np.frombuffer("".join(cut).encode("utf-32-le", "surrogatepass"), np.uint32)
     sizes = np.fromiter(map(len, cut), np.int64, len(cut))
@@ -233,7 +233,7 @@ def features(page: str, markup: Markup, page_words: PageWords, lexicon: Lexicon)
     ]  # fmt: skip
     own += body_columns(markup, np.asarray(depth))
 
-    # Where in the page, by blocks and by characters.
+    # The place in the page, by blocks and by characters.
     position = np.cumsum(length)
     own += [np.arange(count) / max(1, count), position / position[-1], np.arange(count) == count - 1]
 
@@ -302,7 +302,7 @@ def page_counts(page: str, markup: Markup, counted: np.ndarray) -> np.ndarray:
 
 
 def _kinds(markup: Markup) -> np.ndarray:
-    """Of each element a number that those share whose tags and classes are the same, all the way up."""
+    """A number for each element, the same for those whose tags and classes agree all the way up."""
     numbers: dict[tuple[str, str, int], int] = {}
     kinds: list[int] = []
     for tag, attributes, parent in zip(markup.tags, markup.attributes, markup.parents, strict=True):
@@ -320,7 +320,7 @@ def context(first: np.ndarray, words: np.ndarray, markup: Markup) -> np.ndarray:
     """What a first estimate says about a block's surroundings, (blocks, features) float32.
 
     Args:
-        first: of each block the probability that it is main text.
+        first: the probability that each block is main text.
         words: its size.
     """
     count = len(first)

@@ -23,15 +23,15 @@ _CAUTION = 0.15
 _LEAST = 0.1
 # The model's features take 2.5 KB of memory for each block.
 _MOST_BLOCKS = 50_000
-# The title belongs to a text that begins at most so many blocks after it, unless it is less likely than this.
+# The title belongs to a text that begins at most this many blocks after it, unless it is less likely than this.
 _BEFORE, _TITLE = 6, 0.2
-# A reference has so many blocks of code and definitions, in a part of so many words, and this share of the blocks.
+# The fewest blocks of code and definitions in a reference, the fewest words in its part, and their share of the blocks.
 _REFERENCE, _LARGE, _CODES = 15, 1000, 0.1
 # Smaller parts count as references for what their text says of the rest: if so much of it is kept, the blocks that are
 # likelier than this and mostly outside links are kept too.
 _SMALL_REFERENCE, _SMALL, _FEW_CODES = 5, 200, 0.05
 _MOSTLY, _LIKELY, _HALF_LINK = 0.8, 0.1, 0.5
-# So many items that are links alone, up to what share of their characters, may be a table of contents.
+# The fewest items of a table of contents that are links alone, and the least share of their characters in links.
 _CONTENTS, _ALL_LINK = 3, 0.9
 
 
@@ -137,7 +137,7 @@ def _rest_of_references(markup: Markup, probabilities: np.ndarray, words: np.nda
 
 
 def decide(markup: Markup, probabilities: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """Of each block whether it is kept. A table's row and a list of short items are kept whole or not at all.
+    """Whether each block is kept. A table's row and a list of short items are kept whole or not at all.
 
     Tables of contents go, and references are kept whole: made for Python's documentation, where the model alone has a
     mean F1 of 0.887 on every fifth page. On the pages of the benchmark, cross-validated, they change it by less than
@@ -199,7 +199,7 @@ def render(markup: Markup, kept: list[int]) -> str:
 def extract_fast(page: str) -> str:
     """The main text of ``page``: the blocks that a learned model takes for it, in the page's order.
 
-    Of a page with more than 50,000 blocks, for which the model would need too much memory, simple rules decide.
+    Simple rules decide on a page with more than 50,000 blocks, for which the model would need too much memory.
     """
     markup = read_markup(page)
     if not markup.texts:

@@ -42,7 +42,7 @@ _BLOCKS = {
 }  # fmt: skip
 # An end tag inside these closes nothing outside them.
 _SCOPES = {"table", "td", "th", "caption", "template", "marquee", "applet"}
-# A start tag that implies the end of another: of which, and inside what.
+# A start tag that implies the end of others: the tags that it ends, and the elements that bound the search.
 _IMPLIED = {
     "li": (("li",), ("ul", "ol", "menu", "dir")),
     "dd": (("dd", "dt"), ("dl",)),
@@ -54,9 +54,9 @@ _IMPLIED = {
     "tbody": (("tbody", "thead", "tfoot", "tr", "td", "th", "caption"), ("table",)),
 }
 _IMPLIED["thead"] = _IMPLIED["tfoot"] = _IMPLIED["tbody"]
-# Carried text that begins with so many characters of what the page shows is not read twice.
+# Carried text that begins with this many characters of what the page shows is not read twice.
 _BEGINNING = 60
-# Of these two in a row stand apart, as words in a menu or under a post.
+# Two of these in a row stand apart, as words in a menu or under a post.
 _INLINE_GAP = {"span", "a", "label", "time"}
 
 # Tags that are cut at once, and at most: 100 times as many as the fullest of 511 benchmark pages has.
@@ -76,14 +76,14 @@ class Markup:
     """A page's elements and blocks, each a column in the order of the page; element 0 is the body.
 
     Attributes:
-        tags, attributes, parents: of each element its name, its tag's inside, and the number of its parent (or -1).
-        ends: of each element the number of the first block after it; ``starts`` the first block in it.
-        rows, cells, items: of each element the table row, the table cell and the list item that it lies in, or -1.
-        unshown, preformatted: of each element whether it is hidden, and whether its white space counts.
-        texts: of each block its text, its white space in order but in ``preformatted`` ones.
-        places: of each block the element that it lies in.
-        linked: of each block how many of its characters are in links, about.
-        links: of each block how many links begin in it.
+        tags, attributes, parents: each element's name, its tag's inside, and the number of its parent (or -1).
+        starts, ends: the number of the first block in each element, and of the first block after it.
+        rows, cells, items: the table row, the table cell and the list item that each element lies in, or -1.
+        unshown, preformatted: whether each element is hidden, and whether its white space counts.
+        texts: each block's text, its white space tidied except in ``preformatted`` ones.
+        places: the element that each block lies in.
+        linked: about how many characters of each block are in links.
+        links: how many links begin in each block.
         carried: what the page carries as data, as text.
     """
 
@@ -108,7 +108,7 @@ class _Walk:
     def __init__(self):
         self.page = Markup()
         self.stack: list[int] = []
-        # Of each tag name the depths of its open elements, and the depths of open scopes.
+        # The depths of the open elements of each tag name, and the depths of open scopes.
         self.open: dict[str, list[int]] = {}
         self.scopes: list[int] = [-1]
         self.pieces: list[str] = []

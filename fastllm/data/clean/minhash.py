@@ -41,7 +41,7 @@ def signature(text: str) -> np.ndarray:
 
 
 def band_keys(signatures: np.ndarray) -> np.ndarray:
-    """Of (n, 112) signatures a 64-bit key for each band, (n, 14)."""
+    """A 64-bit key for each band of (n, 112) signatures, (n, 14)."""
     parts = signatures.reshape(len(signatures), BANDS, ROWS).astype(np.uint64)
     keys = np.zeros(parts.shape[:2], np.uint64)
     for row in range(ROWS):

@@ -29,7 +29,7 @@ class PageTypes:
     """Scores of the types, about 1 for the page's own and 0 for others.
 
     Attributes:
-        tokens: of each known token its row in ``weights``.
+        tokens: the row in ``weights`` of each known token.
         weights: (tokens, types).
         counts: (2, counts), means and spreads of the page's counts.
         count_weights: (counts, types).

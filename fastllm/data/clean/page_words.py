@@ -52,27 +52,27 @@ class PageWords:
 
     @property
     def counts(self) -> np.ndarray:
-        """Of each block the number of its words, float64."""
+        """The number of words in each block, float64."""
         return np.diff(self.starts).astype(np.float64)
 
     def owners(self) -> np.ndarray:
-        """Of each word its block."""
+        """The block of each word."""
         return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
 
     def shares(self, chosen: np.ndarray) -> np.ndarray:
-        """Of each block the share of its words that are ``chosen``, a flag for each word."""
+        """The share of each block's words that are ``chosen``, a flag for each word."""
         total = np.concatenate([[0], np.cumsum(chosen)])
         return (total[self.starts[1:]] - total[self.starts[:-1]]) / np.maximum(np.diff(self.starts), 1)
 
     def first_sums(self, weights: Mapping[str, float]) -> np.ndarray:
-        """Of each block what its first words weigh."""
+        """What the first words of each block weigh."""
         of_words = np.fromiter((weights.get(word, 0.0) for word in self.known), np.float64, len(self.known))
         total = np.concatenate([[0.0], np.cumsum(of_words[self.numbers])])
         begin = self.starts[:-1]
         return total[np.minimum(begin + FIRST_WORDS, self.starts[1:])] - total[begin]
 
     def runs(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each word but the last two the key of the three from it on, and whether they are of one block."""
+        """The key of the three words from each word on, but for the last two, and whether they are of one block."""
         keys = np.zeros(max(0, len(self.numbers) - 2), np.uint64)
         for step, key in enumerate(_KEYS):
             keys += self.numbers[step : step + len(keys)].astype(np.uint64) * key

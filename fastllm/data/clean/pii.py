@@ -75,7 +75,7 @@ def _is_card(digits: str) -> bool:
 
 
 def _card_in(run: str) -> tuple[int, int] | None:
-    """Where in a run of digits a card number is, by whole groups of three digits or more; the last may be shorter.
+    """The place of a card number in a run of digits, by whole groups of three digits or more; the last may be shorter.
 
     Of single digits and pairs it is the whole run: in parts of them a check digit is right by chance too often.
     """

@@ -101,7 +101,7 @@ def gopher_repetition(document: Document) -> Document | Rejection:
 
 
 def fineweb(document: Document) -> Document | Rejection:
-    """Lines that end as sentences do, short lines, repeated lines, lines for so many words."""
+    """Lines that end as sentences do, short lines, repeated lines, lines for the number of words."""
     lines = [line.strip() for line in document.text.split("\n") if line.strip()]
     count = max(1, len(lines))
     words = max(1, len(words_of(document.text).words))

@@ -8,8 +8,8 @@ import numpy as np
 
 from .markup import Markup
 
-# From so many words and blocks on the model alone decides; at so few of either the rules alone do. Of the 511 pages
-# that the model was learned from 39 have fewer than 500 words, 5 fewer than 100.
+# Words and blocks from which on the model alone decides, and up to either of which the rules alone do. Of the 511
+# pages that the model was learned from, 39 have fewer than 500 words and 5 fewer than 100.
 MODEL_ALONE, RULES_ALONE = (500, 60), (100, 25)
 _FURNITURE = {"nav", "form", "button", "dialog", "menu", "select", "label", "aside", "footer"}
 _NAMED = re.compile(
@@ -18,7 +18,7 @@ _NAMED = re.compile(
     r"""search|complementary|contentinfo|copyright)(?![a-z])""",
     re.IGNORECASE,
 )
-# Blocks of so many characters, mostly outside links, are text.
+# Blocks of at least this many characters, mostly outside links, are text.
 _LONG, _LINKED, _MENU, _MUCH = 70, 0.8, 3, 0.5
 # What the model leaves out with less than these log-odds stays out: a guess.
 _SURELY_OUT = -4.0
@@ -47,7 +47,7 @@ def shows_nothing(markup: Markup) -> bool:
 
 
 def rule_odds(markup: Markup) -> np.ndarray:
-    """Of each block the log-odds that simple rules give it.
+    """The log-odds that simple rules give each block.
 
     NaN for text that a page carries as data, except an article's body where the page shows no text.
     """
@@ -99,7 +99,7 @@ def log_odds(probabilities: np.ndarray) -> np.ndarray:
 
 
 def rules_share(words: np.ndarray) -> float:
-    """How far the rules decide on a page whose blocks have so many ``words``: 0 not at all, 1 alone."""
+    """The rules' share in the decision on a page whose blocks have ``words`` words each: 0 to 1."""
     sizes = zip((words.sum(), len(words)), MODEL_ALONE, RULES_ALONE, strict=True)
     return float(np.clip(max((model - size) / (model - rules) for size, model, rules in sizes), 0, 1))
 

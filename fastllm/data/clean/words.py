@@ -83,7 +83,7 @@ def top_share(words: Words, n: int) -> float:
 
 
 def repeated_parts(parts: Sequence[str]) -> tuple[float, float]:
-    """Of lines or paragraphs: the share of those that occurred before, and their share of the characters."""
+    """The share of lines or paragraphs that occurred before, and their share of the characters."""
     seen: set[str] = set()
     count = size = 0
     for part in parts:

@@ -26,7 +26,7 @@ class PipelineConfig:
         minimum=50, maximum=1 << 16,
     )  # fmt: skip
     min_doc_words: int = option(
-        50, "refuse documents of which removed passages leave fewer words", minimum=1, maximum=1 << 20
+        50, "refuse documents that have fewer words once passages are removed", minimum=1, maximum=1 << 20
     )
     max_document_mb: int = option(64, "refuse larger documents", minimum=1, maximum=1 << 12)
     document_seconds: float = option(60.0, "refuse a document that takes longer to clean", above=0.0)

@@ -1,4 +1,4 @@
-"""Which documents occur again, exactly or nearly: of each cluster the first one stays.
+"""Which documents occur again, exactly or nearly: the first one of each cluster stays.
 
 Keys are compared a slice of their range at a time, so that memory is bounded by :data:`SLICE` keys, whatever the number
 of documents; 8 bytes of each document lie in a file that is mapped. The clusters do not depend on how many processes

@@ -1,8 +1,8 @@
-"""Which passages of the kept documents occurred before: three sentences in a row, or so many characters exactly.
+"""Which passages of the kept documents occurred before: three sentences in a row, or a run of characters exactly.
 
 The first occurrence stays, in the order of the documents. Characters are compared themselves; of sentences the 64-bit
 keys. Memory is bounded by :data:`~.duplicates.SLICE` keys, one shard's keys and one document; the rest lies in mapped
-files, of which exact passages take 21 bytes for each character near an anchor that occurs twice.
+files. Exact passages take 21 bytes there for each character near an anchor that occurs twice.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class RepeatedSubstrings:
     """Passages of at least ``length`` characters that occurred before.
 
     1. Anchors (:func:`~..clean.passages.anchors`) that occur twice tell which characters can be in such a passage.
-    2. Of these characters each window of ``length`` is hashed, and equal hashes are brought together.
+    2. Each window of ``length`` of these characters is hashed, and equal hashes are brought together.
     3. A window's characters are compared with those of the first window of the same hash.
     """
 

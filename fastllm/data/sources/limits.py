@@ -43,7 +43,7 @@ class Failure:
 
 
 class Unreadable(Exception):
-    """A source cannot be read on. ``reason`` is one word: truncated, damaged, bomb, too_large, unreadable."""
+    """The rest of a source cannot be read. ``reason`` is one word: truncated, damaged, bomb, too_large, unreadable."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)

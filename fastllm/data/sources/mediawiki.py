@@ -69,7 +69,7 @@ def _plain(name: str) -> str:
 
 
 def read_mediawiki(entry: SourceEntry, limits: Limits) -> Iterator[Raw | Failure]:
-    """The latest revision of each article (name space 0); redirects and other name spaces are passed over, counted.
+    """The latest revision of each article (name space 0); redirects and other name spaces are skipped and counted.
 
     Links to files and categories get the names that every wiki knows, by the dump's own ``siteinfo``.
     """

@@ -18,7 +18,7 @@ FORMATS = {
     ".tar": "tar", ".zip": "zip",
 }  # fmt: skip
 NAMES = ("html", "warc", "mediawiki", "jsonl", "text", "tar", "zip")
-# Formats of which a file is one document.
+# Formats whose files are one document each.
 SINGLE = ("html", "text")
 
 
@@ -76,7 +76,7 @@ def _entry(item: os.DirEntry, id: str, inside: Path, given: str | None) -> Sourc
 
 
 def plan_sources(sources: Sequence[str], given: str | None = None) -> tuple[list[SourceEntry], list[Failure]]:
-    """The files of ``sources`` in order, and what of them is passed over.
+    """The files of ``sources`` in order, and which files are skipped.
 
     Args:
         given: the format of every file, whatever its name says.

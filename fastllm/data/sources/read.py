@@ -1,7 +1,7 @@
 """Documents out of files, one at a time: HTML, text, JSON lines, WARC, MediaWiki dumps, tar and zip archives.
 
 A reader yields :class:`Raw` documents and :class:`Failure` notes in the file's order, and never raises for what the
-file holds: a file that cannot be read on ends with a Failure that says after how many records.
+file holds: where the rest of a file cannot be read, it ends with a Failure that says after how many records.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _read_single(entry: SourceEntry, limits: Limits) -> Iterator[Item]:
 
 
 def _line(stream: BinaryIO, limits: Limits) -> bytes | None:
-    """The next line, empty at the end; None for one that is too long, whose rest is passed over."""
+    """The next line, empty at the end; None for one that is too long, whose rest is skipped."""
     line = stream.readline(limits.document + 1)
     if len(line) <= limits.document:
         return line

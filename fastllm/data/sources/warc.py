@@ -16,7 +16,7 @@ _CHARSET = re.compile(r"charset\s*=\s*[\"']?([-\w.:]+)", re.IGNORECASE)
 
 
 def read_warc(entry: SourceEntry, limits: Limits) -> Iterator[Raw | Failure]:
-    """Responses of HTML and conversions to text; other records hold no page and are passed over.
+    """Responses of HTML and conversions to text; other records hold no page and are skipped.
 
     Compression is undone before warcio sees the records, whether they were compressed one by one or as a whole.
     """
