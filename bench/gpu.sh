@@ -111,7 +111,7 @@ correctness() {
     [ -n "$file" ] || continue
     echo "== $file: skipped, not installed here: $package"
     tests+=(--ignore "$file")
-  done < <("$python" tests/lacking.py)
+  done < <("$python" tests/missing_packages.py)
   if "$python" -c 'import xdist' 2> /dev/null; then tests+=(-n 6); fi
   # CUDA's settings are read when it starts: see tests/conftest.py.
   if [ "$device" = cpu ]; then tests=(tests/test_registry.py -m "gpu" "--junitxml=$out/tests.xml"); fi

@@ -202,11 +202,10 @@ def observed(observer: Callable[[str, Choice], None]) -> Iterator[None]:
         yield
 
 
-def _tell(op: str, choice: Choice) -> Choice:
-    if _observers and not torch.compiler.is_compiling():
+def _tell(op: str, choice: Choice) -> None:
+    if not torch.compiler.is_compiling():
         for observer in list(_observers):
             observer(op, choice)
-    return choice
 
 
 def pick(op: str, call: Call) -> Choice:
@@ -219,14 +218,18 @@ def pick(op: str, call: Call) -> Choice:
     Raises:
         BackendError: the backend asked for cannot serve the call.
     """
-    return _tell(op, _pick(op, call))
+    choice = _pick(op, call)
+    if _observers:
+        _tell(op, choice)
+    return choice
 
 
 def _pick(op: str, call: Call) -> Choice:
     record = OPS[op]
     tensors = [t for t in call.tensors() if t is not None]
     device_type, asked = device_type_of(tensors[0]), chosen_backend()
-    if "native" in record.backends and asked in ("auto", "native") and not torch.compiler.is_compiling():
+    missing = extension.missing() is not None and "native" in record.backends
+    if missing and asked in ("auto", "native") and not torch.compiler.is_compiling():
         extension.build_at_first_use()
     if asked != "auto" and asked in record.backends:
         reason = why_not(asked, device_type, {t.dtype for t in tensors}, record)

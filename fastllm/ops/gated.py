@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from .. import extension
-from ..backends import KERNEL_DTYPES, pick
+from ..backends import pick
 from ..registry import Cost, Op, Sample, define, register
 from .shared.autograd import apply, gradients
-from .shared.check import IN_FLOAT32, beyond_float32, check_floating
+from .shared.check import beyond_float32, check_floating
 
 _ACTIVATIONS = {
     "silu": F.silu,
@@ -144,13 +144,13 @@ def _prefers_torch(call: GatedCall) -> str | None:
         return None
     if torch.compiler.is_compiling():
         return "torch.compile makes one loop of PyTorch's two operators"
-    dtypes = (gate.dtype, gate.dtype if up is None else up.dtype)
-    if dtypes[0] not in KERNEL_DTYPES or dtypes[1] not in KERNEL_DTYPES:
-        return IN_FLOAT32
-    if kind != "gelu_tanh" and torch.float32 not in dtypes:
-        return _AS_FAST[kind]
     columns = (gate.shape[-1] if gate.dim() else 1) // (2 if up is None else 1)
-    return _FASTER[kind] if columns < NATIVE_FROM[kind] else None
+    if columns < NATIVE_FROM[kind]:
+        return _FASTER[kind]
+    reason = beyond_float32(call.tensors())
+    if reason is None and kind != "gelu_tanh" and all(t is None or t.dtype.itemsize == 2 for t in call.tensors()):
+        return _AS_FAST[kind]
+    return reason
 
 
 def _served(op: str, call: GatedCall):

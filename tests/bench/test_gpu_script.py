@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from lacking import lacking
+from missing_packages import missing_packages
 
 from fastllm.bench import environment, prepare
 
@@ -43,15 +43,15 @@ def python(code: str, **variables: str) -> str:
 def test_what_a_file_lacks_includes_what_torchs_helpers_import(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "expecttest" else find(name, *a))
-    assert lacking(ROOT / "tests" / "ops" / "test_opinfo.py") == {"expecttest"}
-    assert lacking(ROOT / "tests" / "test_ops.py") == set()
+    assert missing_packages(ROOT / "tests" / "ops" / "test_opinfo.py") == {"expecttest"}
+    assert missing_packages(ROOT / "tests" / "test_ops.py") == set()
 
 
 def test_no_file_lacks_what_is_here():
     """As gpu.sh asks, where the folder of the script is not on the path: the helpers in tests/ are no packages."""
     packages = ("expecttest", "hypothesis", "transformers", "peft", "starlette", "uvicorn", "sacrebleu", "numpy")
     run = subprocess.run(
-        [sys.executable, "-P", ROOT / "tests" / "lacking.py"], capture_output=True, text=True, check=True
+        [sys.executable, "-P", ROOT / "tests" / "missing_packages.py"], capture_output=True, text=True, check=True
     )
     named = {name for line in run.stdout.splitlines() for name in line.partition(" ")[2].split(",")}
     assert not named & {"conftest", "contract", "toy", *filter(importlib.util.find_spec, packages)}

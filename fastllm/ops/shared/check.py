@@ -8,7 +8,7 @@ import torch
 
 from ...backends import KERNEL_DTYPES
 
-IN_FLOAT32 = "the extension computes in float32, for float32, float16 and bfloat16"
+_IN_FLOAT32 = "the extension computes in float32, for float32, float16 and bfloat16"
 
 
 def check_floating(op: str, name: str, tensor) -> None:
@@ -19,7 +19,7 @@ def check_floating(op: str, name: str, tensor) -> None:
 
 def beyond_float32(tensors: Iterable[torch.Tensor | None]) -> str | None:
     """Why the extension's code that computes in float32 cannot take ``tensors``, or None."""
-    return IN_FLOAT32 if any(t is not None and t.dtype not in KERNEL_DTYPES for t in tensors) else None
+    return _IN_FLOAT32 if any(t is not None and t.dtype not in KERNEL_DTYPES for t in tensors) else None
 
 
 def check_integer(op: str, name: str, value) -> None:

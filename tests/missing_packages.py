@@ -1,4 +1,4 @@
-"""Prints each test file that cannot be imported here, with the packages that it lacks: ``python tests/lacking.py``."""
+"""Prints the test files that cannot be imported here and the packages they need, as bench/gpu.sh asks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _imported(tree: ast.Module) -> set[str]:
     return names
 
 
-def lacking(file: Path, seen: set[Path] | None = None) -> set[str]:
+def missing_packages(file: Path, seen: set[Path] | None = None) -> set[str]:
     """The packages that ``file`` would not find, nor another file that it imports."""
     seen = set() if seen is None else seen
     if file in seen:
@@ -43,7 +43,7 @@ def lacking(file: Path, seen: set[Path] | None = None) -> set[str]:
     for module in _imported(ast.parse(file.read_text(encoding="utf-8"))):
         source, package = _file_of(module, file), module.partition(".")[0]
         if source is not None and source != file:
-            found |= lacking(source, seen)
+            found |= missing_packages(source, seen)
         elif package != "__main__" and importlib.util.find_spec(package) is None:
             found.add(package)
     return found
@@ -51,6 +51,6 @@ def lacking(file: Path, seen: set[Path] | None = None) -> set[str]:
 
 if __name__ == "__main__":
     for file in sorted(TESTS.rglob("test_*.py")):
-        packages = lacking(file)
+        packages = missing_packages(file)
         if packages:
             print(file.relative_to(TESTS.parent), ",".join(sorted(packages)))
