@@ -52,7 +52,7 @@ def whole_cleaning(page: str) -> str:
 
 def extractors() -> dict[str, Extractor]:
     """By name; those of resiliparse and datatrove where they are installed."""
-    trafilatura = require("trafilatura", "trafilatura", "comparing")
+    trafilatura = require("trafilatura", "trafilatura", "comparing", extra="trafilatura")
     found: dict[str, Extractor] = {
         "strip all tags": strip_all_tags,
         "fastllm fast": EXTRACTORS["fast"],

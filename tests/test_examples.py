@@ -52,7 +52,7 @@ def test_the_notebook_runs_on_a_cpu(monkeypatch, capsys):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:lightning")  # its own use of torch's pytree
 def test_lightning_learns():
-    pytest.importorskip("lightning", reason="lightning is not installed: it is no part of the test extra")
+    pytest.importorskip("lightning", reason="lightning is not installed: it is no part of the ci extra")
     losses = load("lightning_module").main(["--steps", "6"])
     assert losses[-1] < 0.95 * losses[0]
 
@@ -60,7 +60,7 @@ def test_lightning_learns():
 # TRL 1.16 sets options that transformers 5 renames.
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_preferences_are_learnt_with_trl():
-    pytest.importorskip("trl", reason="trl is not installed: it is no part of the test extra")
+    pytest.importorskip("trl", reason="trl is not installed: it is no part of the ci extra")
     losses = load("dpo_trl").main(["--steps", "6"])
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # the model is its own reference
     assert losses[-1] < 0.5  # it was 0.33

@@ -159,6 +159,11 @@ def _attention_forward(
     stands_for_eager = switch is not None and switch.before == "eager"
     before = functools.partial(_eager if stands_for_eager else _sdpa_alone, module, query, key, value)
     rest = dict(dropout=dropout, scaling=scaling, is_causal=causal, softcap=softcap, s_aux=s_aux)
+    groups = vars(module).get("num_key_value_groups")
+    if groups is not None and groups * key.shape[1] != query.shape[1]:
+        # transformers repeats keys as often as the module says, and raises where that is not what queries need.
+        own("attention", f"{key.shape[1]} heads of keys in {groups} groups for {query.shape[1]} of queries")
+        return before(attention_mask, **rest, cache=cache, **kwargs)
     if cache is not None or not plain(query, key, value, attention_mask, s_aux):
         own("attention", "a paged cache, or tensors that are not plain dense ones on a CPU or GPU")
         return before(attention_mask, **rest, cache=cache, **kwargs)

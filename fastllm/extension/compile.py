@@ -4,7 +4,8 @@
 the standard library and looks for torch's headers among the installed packages. The environment:
 
 =======================  ============================================================================================
-``FASTLLM_CUDA``         ``auto`` (the default): CUDA code where there is nvcc; ``0``: none; ``1``: fail without it
+``FASTLLM_CUDA``         ``auto`` (the default): CUDA code where there is nvcc and torch's build has CUDA, or
+                         ``TORCH_CUDA_ARCH_LIST`` is set; ``0``: none; ``1``: fail without it
 ``FORCE_CUDA``           ``1`` is FASTLLM_CUDA=1
 ``TORCH_CUDA_ARCH_LIST`` as PyTorch reads it, "8.0;9.0+PTX"; the default is 9.0+PTX. No GPU is asked for
 ``CUDA_HOME``            the toolkit; otherwise nvcc from PATH, then /usr/local/cuda
@@ -58,6 +59,7 @@ class Torch:
     include: Path
     lib: Path
     version: str
+    cuda: str | None  # the CUDA that it was built for
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ def find_torch() -> Torch:
         raise CannotBuild("torch>=2.11 is not installed yet (install it first, then run: python -m fastllm.build)")
     text = (root / "version.py").read_text()
     found = re.search(r"__version__ = ['\"]([^'\"]+)", text)
-    return Torch(root / "include", root / "lib", found[1] if found else "unknown")
+    cuda = re.search(r"^cuda\b[^=\n]*= ['\"]([^'\"]+)", text, re.MULTILINE)
+    return Torch(root / "include", root / "lib", found[1] if found else "unknown", cuda[1] if cuda else None)
 
 
 def find_compiler() -> list[str]:
@@ -158,14 +161,17 @@ def architectures() -> tuple[str, ...]:
     return found
 
 
-def find_cuda() -> Cuda:
+def find_cuda(torch: Torch) -> Cuda:
     """The CUDA compiler.
 
     Raises:
-        CannotBuild: FASTLLM_CUDA=0, or there is no nvcc that runs, or it is too old.
+        CannotBuild: nobody asks for CUDA code, or there is no nvcc that runs, or it is too old.
     """
     if cuda_wish() == "0":
         raise CannotBuild("FASTLLM_CUDA=0")
+    if cuda_wish() == "auto" and torch.cuda is None and not os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip():
+        # Of 72 s of processor time that the extension took, 25 were nvcc's.
+        raise CannotBuild(f"torch {torch.version} has none (FASTLLM_CUDA=1 compiles it all the same)")
     if not any((sources() / "cuda").glob("*.cu")):
         raise CannotBuild("there are no CUDA sources")
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
@@ -365,17 +371,17 @@ def build(target: Path, work: Path) -> str:
     wish = cuda_wish()
     cuda, without = None, ""
     try:
-        cuda = find_cuda()
-    except CannotBuild as error:
-        if wish == "1":
-            raise CannotBuild(f"FASTLLM_CUDA=1, but {error}") from None
-        without = str(error)
-    try:
         compiler, torch = find_compiler(), find_torch()
     except CannotBuild as error:
         if wish == "1":
             raise CannotBuild(f"FASTLLM_CUDA=1, but {error}") from None
         raise
+    try:
+        cuda = find_cuda(torch)
+    except CannotBuild as error:
+        if wish == "1":
+            raise CannotBuild(f"FASTLLM_CUDA=1, but {error}") from None
+        without = str(error)
     work = work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     target = target.resolve()

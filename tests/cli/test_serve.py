@@ -13,14 +13,16 @@ import urllib.request
 
 import pytest
 import torch
-import uvicorn
 from cells import dataset
-from starlette.requests import Request
-from starlette.responses import HTMLResponse
+from extras import needed
 
 from fastllm.models import ModelConfig, build_model
-from fastllm.serving.app import MAX_BODY_BYTES, ServedModel, _written, make_app
 from fastllm.tasks.translate import translate
+
+uvicorn, Request = needed("uvicorn", "serve"), needed("starlette.requests", "serve").Request
+HTMLResponse = needed("starlette.responses", "serve").HTMLResponse
+
+from fastllm.serving.app import MAX_BODY_BYTES, ServedModel, _written, make_app  # noqa: E402
 
 # Chromium is no Python package; a machine without it tests the interface alone.
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from extras import needed
 
 from fastllm.config import InputError
 from fastllm.data import Tokenizer
@@ -266,7 +267,7 @@ def test_a_proportion_has_wilsons_interval(right, total, interval):
 
 @pytest.mark.parametrize("tokenize", ["13a", "zh", "char", "intl"])
 def test_bleu_is_by_the_tokens_asked_for(tokenize):
-    sacrebleu = pytest.importorskip("sacrebleu")
+    sacrebleu = needed("sacrebleu", "translate")
     references, found = ["我喜欢红色的大房子。", "他今天来了"], ["我喜欢红色的房子。", "他今天不来"]
     theirs = sacrebleu.corpus_bleu(found, [references], tokenize=tokenize, force=True)
     assert translation_scores(references, found, tokenize)["bleu"] == pytest.approx(theirs.score)
@@ -276,7 +277,7 @@ def test_bleu_is_by_the_tokens_asked_for(tokenize):
 
 
 def test_bleu_tokens_that_are_not_there_are_refused(monkeypatch):
-    pytest.importorskip("sacrebleu")
+    needed("sacrebleu", "translate")
     for name in ("MeCab", "mecab_ko"):
         monkeypatch.setitem(sys.modules, name, None)
     for tokenize in ("ja-mecab", "ko-mecab"):
@@ -303,6 +304,7 @@ def test_the_script_suggests_the_tokens(text, tokenize):
 
 
 def test_scores_of_translations_are_sacrebleus():
+    needed("sacrebleu", "translate")
     references = ["the cat sat on the mat today", "a red house stands there now"]
     assert translation_scores(references, references) == pytest.approx({"bleu": 100, "chrf": 100})
     scores = translation_scores(references, ["the cat sat on a mat today", "there is nothing"])

@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+from extras import needed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pages import TOPICS, article, page
@@ -31,7 +32,7 @@ def test_the_main_text_comes_out_whole_and_alone(main):
 @pytest.mark.parametrize("extractor", EXTRACTORS)
 def test_every_extractor_keeps_the_text_and_only_all_keeps_the_menu(extractor):
     if extractor in ("trafilatura", "baseline"):
-        pytest.importorskip("trafilatura")
+        needed("trafilatura", "trafilatura")
     text = EXTRACTORS[extractor](page(TEXT))
     assert all(part in " ".join(text.split()) for part in TEXT.split("\n\n"))
     assert ("Chapter 3" in text) == (extractor == "all")
@@ -136,6 +137,7 @@ def test_utf_8_with_a_broken_byte_stays_utf_8():
 
 
 def test_mojibake_and_escapes_are_repaired_and_ligatures_left():
+    needed("ftfy", "data")
     assert repair("schÃ¶n \x1b[31mred\x1b[0m &amp; ﬁne") == "schön red & ﬁne"
     assert repair("a &amp; b", entities=False) == "a &amp; b"
     assert repair("e\u0301") == "é"
@@ -207,7 +209,7 @@ def test_a_language_without_spaces_is_no_reason_to_reject():
 
 
 def test_languages_are_told_apart():
-    pytest.importorskip("py3langid")
+    needed("py3langid", "data")
     german = (
         "Der Leuchtturm steht seit vielen Jahren an der Küste, und die Leute im Dorf kennen seine Geschichte gut. " * 9
     )
@@ -241,6 +243,7 @@ def test_masking_takes_linear_time(text):
 
 
 def test_clean_goes_from_a_page_to_text_and_from_any_failure_to_a_rejection():
+    needed("ftfy", "data")
     document, masked = clean(
         Document("x", page(TEXT + "\n\nWrite to me@mail.example.net about the café.")[:], "html"),
         CleanConfig(mask_pii=True),
@@ -254,7 +257,7 @@ def test_clean_goes_from_a_page_to_text_and_from_any_failure_to_a_rejection():
 
 
 def test_wikitext_loses_its_markup():
-    pytest.importorskip("mwparserfromhell")
+    needed("mwparserfromhell", "data")
     source = (
         "{{Infobox|a={{b|c}}}}'''Violins''' are [[string instrument|strings]] in [[Italy]].<ref>{{cite|x}}</ref>\n"
         "{| class=x\n! a\n|-\n| {| nested |} b\n|}\n[[File:V.jpg|thumb|A [[violin]] here]]\n== History ==\n"

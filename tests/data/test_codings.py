@@ -5,11 +5,14 @@ import tracemalloc
 import zlib
 
 import pytest
+from extras import needed
 from pages import article, page
 
 from fastllm.data.sources import Failure, Limits, Raw, SourceEntry, read
 from fastllm.data.sources.codings import codings, undo
 from fastllm.data.sources.limits import MIB, Unreadable
+
+needed("warcio", "data")
 
 PAGE = page(article(3)).encode()
 SMALL = Limits(document=1 << 20, ratio=50, free=1 << 18)
@@ -26,11 +29,11 @@ def raw_deflate(content: bytes) -> bytes:
 
 
 def zstd(content: bytes) -> bytes:
-    return pytest.importorskip("zstandard").ZstdCompressor().compress(content)
+    return needed("zstandard", "data").ZstdCompressor().compress(content)
 
 
 def brotli(content: bytes) -> bytes:
-    return pytest.importorskip("brotli").compress(content)
+    return needed("brotli", "data").compress(content)
 
 
 APPLY = {"gzip": gzip.compress, "deflate": zlib.compress, "zstd": zstd, "br": brotli, "chunked": chunked}

@@ -5,6 +5,7 @@ import gzip
 import json
 
 import pytest
+from extras import needed
 
 from fastllm.data.clean import CleanConfig
 from fastllm.data.clean.encodings import codec_of, decode_page, undecodable
@@ -78,6 +79,7 @@ def test_a_euro_sign_of_windows_and_pages_in_utf_16_without_a_mark_are_read():
 
 
 def test_what_cannot_be_decoded_stays_to_be_seen_and_is_counted(tmp_path):
+    needed("ftfy", "data")
     text, encoding = decode_page(b"<p>A \x81 and \x8d here", "windows-1252")
     assert (encoding, undecodable(text)) == ("cp1252", 2)
     assert tidy(text).count("\ufffd") == 2

@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+from extras import needed
 from pages import article, paragraph, texts, tree
 
 from fastllm.cli import main
@@ -166,6 +167,7 @@ def corpus():
 
 
 def test_a_run_takes_out_sentences_and_substrings_and_says_so(tmp_path, capsys):
+    needed("ftfy", "data")
     documents, notice, quoted = corpus()
     source = write(tmp_path, documents)
     command = ["prepare", str(source), "--rules", "none", "--no-near-duplicates", "--sentence-dedup"]

@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+from extras import needed
 from pages import article, dump, gzipped, page, texts, tree, warc
 from thorough import THOROUGH
 
@@ -22,6 +23,8 @@ from fastllm.data.pipeline import PipelineConfig, duplicates, pool, prepare_text
 from fastllm.data.pipeline.pool import Pool
 from fastllm.data.pipeline.work import Batch
 from fastllm.data.sources import Raw
+
+needed("ftfy", "data")
 
 CONFIG = PipelineConfig(shard_mb=1)
 

@@ -12,9 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+from extras import needed
 from pages import TOPICS, paragraph
 from thorough import THOROUGH
 
+needed("ftfy", "data")
 pytestmark = [
     THOROUGH,
     pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc"),

@@ -8,18 +8,21 @@ import threading
 import time
 
 import pytest
+from extras import needed
 from pages import article, page
 from thorough import THOROUGH
 
 from fastllm.data.clean import CleanConfig
 from fastllm.data.pipeline import PipelineConfig, prepare_text, work
 
+needed("ftfy", "data")
 pytestmark = THOROUGH
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_output_is_the_single_machines_although_a_node_died(tmp_path, monkeypatch):
-    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    lacking = "ray is not installed: it is no part of the ci extra"
+    cluster_utils = pytest.importorskip("ray.cluster_utils", reason=lacking)
     import ray
 
     monkeypatch.setattr(work, "BATCH_BYTES", 1 << 16)

@@ -5,6 +5,7 @@ import math
 import random
 
 import pytest
+from extras import needed
 from pages import article
 
 from fastllm.config import InputError, build_settings
@@ -36,6 +37,7 @@ def test_scores_are_mean_log_probabilities():
 
 
 def test_the_bound_keeps_the_share_of_the_reference_and_refuses_other_words(path):
+    needed("ftfy", "data")
     config = CleanConfig(rules=("none",), quality_reference=path, quality_share=0.9)
     kept = [clean(Document("x", article(1000 + i)), config)[0] for i in range(60)]
     # Articles are longer than the pieces that the bound is from: more than 0.9 of them pass.
@@ -50,6 +52,7 @@ def test_the_bound_keeps_the_share_of_the_reference_and_refuses_other_words(path
 
 
 def test_a_run_counts_it_and_a_bad_reference_is_refused_before_any_work(path, tmp_path):
+    needed("ftfy", "data")
     texts = [article(500), strange(2), article(501)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     config = CleanConfig(rules=("none",), quality_reference=path)
@@ -66,6 +69,7 @@ def test_a_run_counts_it_and_a_bad_reference_is_refused_before_any_work(path, tm
 
 
 def test_a_run_with_a_file_that_has_changed_is_another_run(tmp_path):
+    needed("ftfy", "data")
     (tmp_path / "in.txt").write_text(article(500))
     reference, hosts = tmp_path / "reference.jsonl", tmp_path / "hosts.txt"
     for name, path, contents in (

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from extras import needed
 from pages import article
 
 from fastllm.config import InputError, build_settings
@@ -33,6 +34,7 @@ LIST = "# spam\nbad.example\nwww.mixed.example/shop/   # a part of it\nhttps://o
     ],
 )
 def test_hosts_and_parts_of_them_are_left_out(tmp_path, url, entry):
+    needed("ftfy", "data")
     path = tmp_path / "list.txt"
     path.write_text(LIST)
     document = Document("x", article(1), metadata={} if url is None else {"url": url})
@@ -51,6 +53,7 @@ def test_a_list_that_cannot_be_used_is_refused_before_any_work(tmp_path):
 
 
 def test_a_run_counts_what_it_left_out(tmp_path):
+    needed("ftfy", "data")
     (tmp_path / "list.txt").write_text("bad.example")
     lines = [
         json.dumps({"text": article(i), "url": f"http://{'bad' if i % 2 else 'good'}.example/{i}"}) for i in range(6)

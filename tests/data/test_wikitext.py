@@ -1,6 +1,7 @@
 """Wiki text: links whose titles have a colon, and name spaces in the dump's own language."""
 
 import pytest
+from extras import needed
 from pages import dump
 
 from fastllm.data.clean import CleanConfig, Document, clean
@@ -8,7 +9,7 @@ from fastllm.data.clean.text import tidy
 from fastllm.data.clean.wikitext import extract_wikitext
 from fastllm.data.sources import Limits, SourceEntry, read
 
-pytest.importorskip("mwparserfromhell")
+needed("mwparserfromhell", "data")
 
 SITEINFO = (
     "<siteinfo><sitename>Wikipedia</sitename><namespaces>"

@@ -103,3 +103,24 @@ def test_a_bias_of_positions_is_added_as_transformers_adds_it(causal, mask):
     elif causal:
         scores = scores.masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), torch.finfo(torch.float32).min)
     torch.testing.assert_close(out, (scores.softmax(-1) @ value).transpose(1, 2))
+
+
+@pytest.mark.parametrize(("heads", "groups", "masked"), [(4, 2, True), (2, 1, True), (4, 2, False), (2, 2, True)])
+def test_heads_that_do_not_fit_their_groups_raise_as_in_transformers(heads, groups, masked):
+    """DeepSeek's attention makes keys for all heads; a configuration with fewer of them repeats those."""
+    from fastllm.drop_in.attention import attention_forward
+
+    module = torch.nn.Module()
+    module.num_key_value_groups = groups
+    query, key = torch.randn(1, 4, 5, 8), torch.randn(1, heads, 5, 8)
+    mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril() if masked else None
+
+    def outcome(function):
+        try:
+            return function(module, query, key, key, mask)[0]
+        except RuntimeError as error:
+            return str(error)
+
+    got, expected = outcome(attention_forward), outcome(transformers.AttentionInterface()["sdpa"])
+    assert type(got) is type(expected)
+    assert got == expected if isinstance(got, str) else torch.allclose(got, expected, atol=1e-6)

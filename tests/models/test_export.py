@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from extras import needed
 from thorough import THOROUGH
 from toy import TOY
 
@@ -51,7 +52,7 @@ GPT = TOY.replace(positions="learned", norm="layer", bias=True, qk_norm=False, a
 
 @pytest.mark.parametrize("shape", [LLAMA, LLAMA.replace(tie_embeddings=False, head_size=24), GPT])
 def test_gguf_holds_the_weights_the_shape_and_the_tokenizer(tmp_path, capsys, shape):
-    gguf = pytest.importorskip("gguf")
+    gguf = needed("gguf", "gguf")
     tokenizer = Tokenizer.train(["some words of some length"], 264)
     model = Transformer(shape.replace(vocab_size=tokenizer.vocab_size))
     save_model(tmp_path / "model", model, tokenizer)
@@ -95,7 +96,7 @@ def test_gguf_holds_the_weights_the_shape_and_the_tokenizer(tmp_path, capsys, sh
     ],
 )  # fmt: skip
 def test_what_gguf_has_not_is_refused_and_leaves_nothing(tmp_path, capsys, shape, kind, message):
-    pytest.importorskip("gguf")
+    needed("gguf", "gguf")
     tokenizer = Tokenizer.train(["some words"], 257, kind)
     save_model(tmp_path / "model", Transformer(shape.replace(vocab_size=tokenizer.vocab_size)), tokenizer)
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "out"), "--format", "gguf"]) == 2

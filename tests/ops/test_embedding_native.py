@@ -91,6 +91,21 @@ def test_what_cannot_be_built_is_one_clear_line(tmp_path, env, expected):
     assert expected in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("env", "cuda", "asked"),
+    [({}, None, False), ({}, "13.0", True), ({"FASTLLM_CUDA": "1"}, None, True), ({"FORCE_CUDA": "1"}, None, True),
+     ({"TORCH_CUDA_ARCH_LIST": "9.0"}, None, True), ({"FASTLLM_CUDA": "0"}, "13.0", False)],
+)  # fmt: skip
+def test_nvcc_is_looked_for_where_its_code_could_run_or_is_asked_for(monkeypatch, env, cuda, asked):
+    for name in ("FASTLLM_CUDA", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**env, "CUDA_HOME": "/nonexistent"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(build.CannotBuild) as error:
+        build.find_cuda(build.Torch(ROOT, ROOT, "2.13.0", cuda))
+    assert ("there is no nvcc in /nonexistent" in str(error.value)) == asked
+
+
 def test_architectures_are_read_as_pytorch_reads_them(monkeypatch):
     for text, expected in (
         ("", ("9.0+PTX",)),
@@ -107,7 +122,7 @@ def test_architectures_are_read_as_pytorch_reads_them(monkeypatch):
 
 def test_headers_are_found_without_importing_torch():
     found = build.find_torch()
-    assert found.version == torch.__version__
+    assert (found.version, found.cuda) == (torch.__version__, torch.version.cuda)
     assert (found.lib / "libtorch_cpu.so").exists() or sys.platform != "linux"
 
 

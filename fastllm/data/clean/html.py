@@ -13,12 +13,12 @@ from .main_text import extract_fast, visible_text
 
 
 def _trafilatura(page: str) -> str:
-    library = require("trafilatura", "trafilatura", "--extractor trafilatura")
+    library = require("trafilatura", "trafilatura", "--extractor trafilatura", extra="trafilatura")
     return library.extract(page, include_comments=False, include_tables=True, deduplicate=False) or ""
 
 
 def _baseline(page: str) -> str:
-    return require("trafilatura", "trafilatura", "--extractor baseline").baseline(page)[1]
+    return require("trafilatura", "trafilatura", "--extractor baseline", extra="trafilatura").baseline(page)[1]
 
 
 EXTRACTORS: dict[str, Callable[[str], str]] = {
