@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..models import DecoderCache, Encoded, EncoderDecoder
+from ..models.evaluation import evaluation_mode
 
 
 class Hypothesis(NamedTuple):
@@ -20,13 +21,8 @@ class Hypothesis(NamedTuple):
 
 @contextlib.contextmanager
 def _deciding(model) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(training)
+    with evaluation_mode(model), torch.inference_mode():
+        yield
 
 
 def _logits(model, tokens: torch.Tensor, memory: Encoded | None, cache: DecoderCache) -> torch.Tensor:

@@ -13,6 +13,7 @@ from ..data import Tokenizer
 from ..data.batches import IGNORE
 from ..functional import linear_log_probs
 from ..losses import sequence_log_probs
+from ..models.evaluation import evaluation_mode
 from .features import Features, preference_features
 
 SIDES = ("chosen", "rejected")
@@ -43,17 +44,14 @@ def score_pairs(model: nn.Module, features: Features, rows: int) -> dict[str, to
     """
     device = next(model.parameters()).device
     found = {name: torch.empty(len(features)) for name in SIDES}
-    training = model.training
-    model.eval()
     # The longest first: what does not fit into memory shows at once, and little is padding.
     numbers = np.argsort(-features.sizes(), kind="stable")
-    with torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         for first in range(0, len(numbers), rows):
             some = numbers[first : first + rows]
             batch = {name: tensor.to(device) for name, tensor in features.batch(some).items()}
             for name, values in zip(SIDES, pair_log_probs(model, batch), strict=True):
                 found[name][torch.from_numpy(some)] = values.cpu()
-    model.train(training)
     return found
 
 

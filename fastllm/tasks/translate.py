@@ -8,6 +8,7 @@ import torch
 
 from ..data import Tokenizer
 from ..generate.search import beam_search, greedy
+from ..models.evaluation import evaluation_mode
 from .features import source_ids
 
 # A translation has at most so many times the source's tokens, these rounded up to a multiple of BUCKET.
@@ -40,10 +41,8 @@ def translate(
         tokens = torch.full((len(part), longest), end)
         for row, i in zip(tokens, part, strict=True):
             row[: len(sources[i])] = torch.tensor(sources[i])
-        training = model.training
-        with torch.inference_mode():
-            memory = model.eval().encode(tokens.to(device), lengths.to(device))
-        model.train(training)
+        with evaluation_mode(model), torch.inference_mode():
+            memory = model.encode(tokens.to(device), lengths.to(device))
         start = torch.full((len(part), 1), end, device=device)
         options = dict(memory=memory, max_new_tokens=RATIO * size, stop_token=end)
         if beams == 1:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..data import TokenFile, evaluation_batches
 from ..data.batches import IGNORE
+from ..models.evaluation import evaluation_mode
 from .device import autocast
 from .objective_base import Batch, Evaluation, Objective, to_device
 
@@ -24,13 +25,8 @@ def bits_per_byte(loss: float, tokens: TokenFile) -> float:
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Within the block ``model`` is in evaluation mode, without gradients: no random number is drawn."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+    with evaluation_mode(model), torch.no_grad():
+        yield
 
 
 def mean_losses(

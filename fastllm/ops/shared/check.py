@@ -11,7 +11,13 @@ def check_floating(op: str, name: str, tensor) -> None:
         raise TypeError(f"{op}: {name} must be a floating-point tensor, got {got}")
 
 
+def check_number(op: str, name: str, value) -> None:
+    # Symbolic numbers pass: they are no floats.
+    if value is None or isinstance(value, str | torch.Tensor | tuple | list | dict):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+
+
 def check_integer(op: str, name: str, value) -> None:
     # Symbolic integers pass: they are no ints.
-    if isinstance(value, float | str | torch.Tensor):
+    if value is None or isinstance(value, float | str | torch.Tensor | tuple | list | dict):
         raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
