@@ -29,7 +29,7 @@ class Head(fast.LinearCrossEntropyHead):
         return cross_entropy(self(hidden).flatten(0, -2), targets.flatten(), **options).float()
 
     def log_probs(self, hidden: torch.Tensor, targets: torch.Tensor, logit_scale: float = 1.0) -> torch.Tensor:
-        """The log-probability of each of ``targets`` (...), of their shape, in at least fp32; 0 for a target of -100."""
+        """The log-probability of each of ``targets`` (...), of their shape, in at least fp32; 0 for a -100."""
         return linear_log_probs(hidden, self.weight, targets, temperature=1.0 / logit_scale)
 
     def divergence(self, hidden, teacher_hidden, teacher_weight, targets, **options) -> torch.Tensor:
