@@ -1,9 +1,13 @@
-"""Time and memory of linear_log_probs and linear_kl_div on a CPU, beside all the logits, in pairs:
+"""Time and memory of linear_log_probs and linear_kl_div on a CPU, in pairs with other ways to the same:
 
     python -m fastllm.bench.post_training [--tokens 8192] [--hidden 512] [--vocabulary 50304] [--rounds 3]
+        [--only NAME ...]
 
-Each way runs forward and backward in this process, in fp32; its peak is what the process grows by, over the inputs and
-with the gradients of the student. Rounds alternate the two of a pair; the ratio of a round is within that round.
+The other ways are all the logits; the logits of as many rows as this library takes at a time, checkpointed, which is
+plain PyTorch at equal memory; and, where liger-kernel is installed, its chunked GRPO loss, a sequence of 256 tokens at
+a time. Each way runs forward and backward in this process, in fp32; its peak is what the process grows by, over the
+inputs and with the gradients of the student. Rounds alternate the two of a pair; the ratio of a round is within that
+round, of the process's CPU seconds, which other work on the machine disturbs less.
 """
 
 from __future__ import annotations
@@ -14,14 +18,43 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from ..functional import linear_kl_div, linear_log_probs
+from .. import losses
+from ..functional import linear_cross_entropy_plan, linear_kl_div, linear_log_probs
 from .memory import peak
 from .timing import ratios
 
+LENGTH = 256  # tokens of a sequence of the GRPO loss
 
-def pairs(x, w, y, teacher) -> dict[str, tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]]:
-    """Name -> (this library's loss, the same of all the logits)."""
+
+def _in_checkpointed_chunks(x, w, y):
+    def own(x, y):
+        return F.log_softmax(F.linear(x, w), -1).gather(-1, y.unsqueeze(-1)).sum()
+
+    rows = linear_cross_entropy_plan(x, w, reduction="none").rows
+    chunks = zip(x.split(rows), y.split(rows), strict=True)
+    return sum(checkpoint(own, *some, use_reentrant=False) for some in chunks)
+
+
+def _beside_liger(x, w, y):
+    """(this library's loss, Liger's) of GRPO with DAPO's mean, or None without Liger or with a part of a sequence."""
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+    except ModuleNotFoundError:
+        return None
+    if len(x) % LENGTH:
+        return None
+    gain, mask = torch.randn(len(x) // LENGTH), torch.ones(len(x) // LENGTH, LENGTH)
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, epsilon_high=0.28)
+    return (
+        lambda: losses.dapo(linear_log_probs(x, w, y).view_as(mask), None, gain, mask),
+        lambda: loss(x.view(*mask.shape, -1), w, y.view_as(mask), mask, gain)[0],
+    )
+
+
+def pairs(x, w, y, teacher) -> dict[str, tuple[str, Callable[[], torch.Tensor], Callable[[], torch.Tensor]]]:
+    """Name -> (the other way's name, this library's loss, the other's)."""
     tx, tw = teacher
 
     def logs(x, w):
@@ -33,16 +66,25 @@ def pairs(x, w, y, teacher) -> dict[str, tuple[Callable[[], torch.Tensor], Calla
         halves = (F.kl_div(log_m, each, reduction="batchmean", log_target=True) for each in (log_p, log_q))
         return sum(halves) / 2
 
+    liger = _beside_liger(x, w, y)
     return {
         "linear_log_probs": (
+            "all the logits",
             lambda: linear_log_probs(x, w, y).sum(),
             lambda: logs(x, w).gather(-1, y.unsqueeze(-1)).sum(),
         ),
+        "linear_log_probs at equal memory": (
+            "checkpointed chunks",
+            lambda: linear_log_probs(x, w, y).sum(),
+            lambda: _in_checkpointed_chunks(x, w, y),
+        ),
+        **({} if liger is None else {"grpo": ("Liger", *liger)}),
         "linear_kl_div, forward": (
+            "all the logits",
             lambda: linear_kl_div(x, w, tx, tw),
             lambda: F.kl_div(logs(x, w), logs(tx, tw), reduction="batchmean", log_target=True),
         ),
-        "linear_kl_div, jsd": (lambda: linear_kl_div(x, w, tx, tw, direction="jsd"), jsd),
+        "linear_kl_div, jsd": ("all the logits", lambda: linear_kl_div(x, w, tx, tw, direction="jsd"), jsd),
     }
 
 
@@ -55,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=50304)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the pairs, such as grpo")
     options = parser.parse_args(argv)
     n, d, v = options.tokens, options.hidden, options.vocabulary
     torch.manual_seed(0)
@@ -62,14 +105,16 @@ def main(argv: list[str] | None = None) -> None:
     y, teacher = torch.randint(v, (n,)), (torch.randn(n, d), torch.randn(v, d) / d**0.5)
     gradients = 4 * (x.numel() + w.numel())
     print(f"{n} x {d} x {v} fp32, {torch.get_num_threads()} threads; gradients {gradients / 1e6:.0f} MB")
-    for name, ways in pairs(x, w, y, teacher).items():
-        names, seconds, peaks = ("fastllm", "all the logits"), {}, {}
+    for name, (other, *ways) in pairs(x, w, y, teacher).items():
+        if options.only and name not in options.only:
+            continue
+        names, seconds, peaks = ("fastllm", other), {}, {}
 
         def run(way):
             x.grad = w.grad = None
-            start = time.perf_counter()
+            start = time.process_time()
             way().backward()
-            return time.perf_counter() - start
+            return time.process_time() - start
 
         for turn in range(options.rounds + 1):
             for label, way in list(zip(names, ways, strict=True))[:: 1 if turn % 2 else -1]:
@@ -82,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name}: peak beside the gradients: {beside}", flush=True)
         if options.rounds:
             speed = ratios(seconds, *names)
-            print(f"  time over all the logits' {1 / speed.median:.2f}; seconds {seconds}", flush=True)
+            print(f"  time over {other}: {1 / speed.median:.2f}; seconds {seconds}", flush=True)
 
 
 if __name__ == "__main__":

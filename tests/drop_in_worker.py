@@ -10,6 +10,8 @@ from torch import nn
 
 import fastllm
 from fastllm.drop_in.swap import Accelerated
+from fastllm.functional import linear_log_probs
+from fastllm.models.head import Head
 
 V, D = 24, 8
 
@@ -90,6 +92,66 @@ def with_dtensors() -> bool:
     return torch.allclose(model(distribute_tensor(x, mesh, [Replicate()])).full_tensor(), want)
 
 
+def _posts(head, x, y, teacher):
+    """A scalar of log-probabilities, and of entropies where the head gives them, and one of each divergence."""
+    tx, tw = teacher
+    found = {
+        direction: head.divergence(x, tx, tw, y, direction=direction, temperature=2.0)
+        for direction in ("forward", "reverse")
+    }
+    factors = 1 + y / V
+    if hasattr(head, "_parts"):
+        log_probs, entropy = head.log_probs(x, y, 0.7, return_entropy=True)
+    else:
+        log_probs, entropy = linear_log_probs(x, head.weight, y, temperature=1 / 0.7, return_entropy=True)
+    return found | {"log_probs": (factors * log_probs).sum(), "entropy": (factors * entropy).sum()}
+
+
+class _Posts(nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, *args):
+        return _posts(self.head, *args)
+
+
+def post_training(way: str, rank: int = 0) -> dict[str, tuple]:
+    """name -> (value, gradient of the hidden states, of the head) of the losses of :func:`_posts`.
+
+    ``way``: "alone"; "vocabulary", the head split over the ranks; "fsdp", the parameters split and each rank with half
+    of the rows.
+    """
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    from fastllm.training.parallel.vocab_parallel import VocabParallelHead
+
+    torch.manual_seed(1)
+    head, x, y = Head(D, V + 1, bias=False), torch.randn(4, 3, D), torch.randint(V, (4, 3))
+    y[::2, 1] = -100
+    teacher = torch.randn(4, 3, 5), torch.randn(V + 1, 5)
+    if way == "vocabulary":
+        mesh = init_device_mesh("cpu", (2,))
+        split = VocabParallelHead(D, V + 1, bias=False, device="meta")
+        split.weight = nn.Parameter(distribute_tensor(head.weight.data, mesh, [Shard(0)]))
+        head = split
+    model = _Posts(head)
+    if way == "fsdp":
+        fully_shard(model)
+        half = slice(2 * rank, 2 * rank + 2)
+        x, y, teacher = x[half], y[half], (teacher[0][half], teacher[1])
+    found = {}
+    for name in ("forward", "reverse", "log_probs", "entropy"):
+        model.zero_grad()
+        leaf = x.clone().requires_grad_()
+        value = model(leaf, y, teacher)[name]
+        value.backward()
+        grad = model.head.weight.grad
+        found[name] = value.detach(), leaf.grad, grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+    return found
+
+
 def main():
     rank, port, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE="2")
@@ -97,6 +159,8 @@ def main():
     dist.init_process_group("gloo")
     results = {mode: run(mode, rank) for mode in MODES}
     results["dtensor"] = with_dtensors()
+    results["split vocabulary"], results["halves"] = post_training("vocabulary"), [None, None]
+    dist.all_gather_object(results["halves"], post_training("fsdp", rank))
     if rank == 0:
         torch.save(results, out)
     dist.destroy_process_group()

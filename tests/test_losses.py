@@ -277,6 +277,7 @@ def test_compiles_whole(name):
 
 
 A, TOKENS, MASK = torch.full((3,), -1.0), torch.full((3, 2), -1.0), torch.ones(3, 2)
+ENDS = torch.tensor([0, 3])
 WRONG = {
     "dpo: policy_rejected must be of shape [3], got [2]": lambda: losses.dpo(A, A[:2], A, A),
     "dpo: policy_chosen must be of shape (B,), a number a sequence, got [3, 2]": lambda: losses.dpo(*[TOKENS] * 4),
@@ -308,6 +309,15 @@ WRONG = {
     "dr_grpo: max_length must be finite": lambda: losses.dr_grpo(TOKENS, TOKENS, A, MASK, max_length=0),
     "group_advantages: rewards must be of shape (B,)": lambda: losses.group_advantages(A, 2),
     "kl_estimate: estimator must be one of": lambda: losses.kl_estimate(A, A, "k0"),
+    "grpo: clip must be a number or a pair": lambda: losses.grpo(TOKENS, TOKENS, A, MASK, clip=(0.1, 0.2, 0.3)),
+    "group_advantages: group_size must be an integer": lambda: losses.group_advantages(A, 3.0),
+    "kto: kl must be a number, got str": lambda: losses.kto(A, A, A < 0, kl="a"),
+    "unpack: values must be a tensor of shape (total,)": lambda: losses.unpack(TOKENS, ENDS),
+    "unpack: cu_seqlens must be int32 or int64": lambda: losses.unpack(A, A),
+    "unpack: cu_seqlens must be of shape (B + 1,)": lambda: losses.unpack(A, ENDS[:1]),
+    "unpack: cu_seqlens must ascend from 0 to the 3": lambda: losses.unpack(A, torch.tensor([0, 2])),
+    "unpack: cu_seqlens must ascend from 0 to the 2": lambda: losses.unpack(A[:2], torch.tensor([0, 3, 2])),
+    "unpack: max_seqlen is 1, the longest sequence has 3": lambda: losses.unpack(A, ENDS, max_seqlen=1),
 }  # fmt: skip
 
 

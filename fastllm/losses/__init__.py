@@ -6,7 +6,7 @@ a scalar in at least fp32; with ``return_metrics=True`` a pair of it and a dict 
 """
 
 from .policy_gradient import dapo, dr_grpo, group_advantages, grpo, gspo, kl_estimate, ppo
-from .preference import cpo, dpo, kto, orpo, reward_model, sequence_log_probs, simpo
+from .preference import cpo, dpo, kto, orpo, reward_model, sequence_log_probs, simpo, unpack
 
 __all__ = [
     "cpo",
@@ -23,4 +23,5 @@ __all__ = [
     "reward_model",
     "sequence_log_probs",
     "simpo",
+    "unpack",
 ]

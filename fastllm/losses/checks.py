@@ -7,6 +7,7 @@ import math
 import torch
 
 from ..backends import under_transform
+from ..ops.shared.check import check_number as check_is_number
 
 
 def readable(tensor: torch.Tensor) -> bool:
@@ -16,12 +17,17 @@ def readable(tensor: torch.Tensor) -> bool:
 
 def check_number(loss: str, name: str, value, *, least: float = 0.0, open_end: bool = True) -> None:
     """``value`` is finite and above ``least``, or equal to it where the end is not open."""
-    if isinstance(value, torch.Tensor | str | None):
-        raise TypeError(f"{loss}: {name} must be a number, got {type(value).__name__}")
+    check_is_number(loss, name, value)
     if not least <= value < math.inf or (open_end and value == least):
         raise ValueError(
             f"{loss}: {name} must be finite and {'above' if open_end else 'at least'} {least}, got {value}"
         )
+
+
+def check_finite(loss: str, name: str, value) -> None:
+    check_is_number(loss, name, value)
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{loss}: {name} must be finite, got {value}")
 
 
 def check_smoothing(loss: str, value) -> None:

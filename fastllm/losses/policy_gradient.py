@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..ops.shared.check import check_integer
 from ..ops.shared.signature import keywords_of
 from .checks import check_kind, check_number, check_tensor, readable, wide, with_metrics
 from .preference import token_mask
@@ -80,6 +81,7 @@ def group_advantages(rewards, group_size, *, normalize=True, eps=1e-4):
         TypeError, ValueError: a shape or dtype does not fit; B is no multiple of ``group_size``, which is 2 at least.
     """
     check_tensor("group_advantages", "rewards", rewards)
+    check_integer("group_advantages", "group_size", group_size)
     if rewards.dim() != 1 or len(rewards) == 0 or group_size < 2 or len(rewards) % group_size:
         raise ValueError(
             f"group_advantages: rewards must be of shape (B,), B a multiple of a group_size of at least 2; got "
@@ -92,7 +94,9 @@ def group_advantages(rewards, group_size, *, normalize=True, eps=1e-4):
 
 def _bounds(loss: str, clip) -> tuple[float, float]:
     """(below, above) of a number or a pair."""
-    low, high = clip if isinstance(clip, tuple | list) and len(clip) == 2 else (clip, clip)
+    if isinstance(clip, tuple | list) and len(clip) != 2:
+        raise ValueError(f"{loss}: clip must be a number or a pair, below and above, got {clip}")
+    low, high = clip if isinstance(clip, tuple | list) else (clip, clip)
     check_number(loss, "clip", low)
     check_number(loss, "clip", high)
     return low, high

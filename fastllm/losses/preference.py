@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .checks import (
+    check_finite,
     check_kind,
     check_number,
     check_place,
@@ -39,6 +40,48 @@ def sequence_log_probs(log_probs, mask, *, average=False):
             raise ValueError(f"{name}: the answer of row {int(empty.nonzero()[0])} is empty: its mask is 0 everywhere")
     total = torch.where(kept, wide(log_probs), 0.0).sum(-1)
     return total / kept.sum(-1) if average else total
+
+
+def unpack(values, cu_seqlens, *, max_seqlen=None):
+    """Packed rows ("padding-free") a sequence a row, which is the form of these losses.
+
+    Args:
+        values: (total,) or (1, total), such as log-probabilities, entropies or a mask of packed tokens.
+        cu_seqlens: (B + 1,), int32 or int64: where sequences begin, from 0, and last the total; as in
+            :func:`fastllm.functional.attention`.
+        max_seqlen: the longest sequence's tokens; None asks ``cu_seqlens``, for which a GPU's host waits.
+
+    Returns:
+        (B, max_seqlen), 0 behind a sequence's end, and differentiable. A mask of ones unpacks to the mask of the tokens
+        that are there.
+
+    Raises:
+        TypeError, ValueError: a shape, dtype or device does not fit; on CPU, ``cu_seqlens`` does not ascend from 0 to
+            the total, or a sequence is longer than ``max_seqlen``.
+    """
+    name = "unpack"
+    if not isinstance(values, torch.Tensor) or values.dim() not in (1, 2) or (values.dim() == 2 and len(values) != 1):
+        got = list(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+        raise ValueError(f"{name}: values must be a tensor of shape (total,) or (1, total), got {got}")
+    if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        got = cu_seqlens.dtype if isinstance(cu_seqlens, torch.Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"{name}: cu_seqlens must be int32 or int64, got {got}")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+        raise ValueError(f"{name}: cu_seqlens must be of shape (B + 1,), got {list(cu_seqlens.shape)}")
+    check_place(name, "cu_seqlens", cu_seqlens, values, cu_seqlens.shape)
+    lengths, total = cu_seqlens.diff(), values.shape[-1]
+    if readable(cu_seqlens) and (cu_seqlens[0] != 0 or cu_seqlens[-1] != total or bool((lengths < 0).any())):
+        raise ValueError(
+            f"{name}: cu_seqlens must ascend from 0 to the {total} packed tokens, got {cu_seqlens.tolist()}"
+        )
+    if max_seqlen is None:
+        max_seqlen = int(lengths.max())
+    elif readable(cu_seqlens) and bool((lengths > max_seqlen).any()):
+        raise ValueError(f"{name}: max_seqlen is {max_seqlen}, the longest sequence has {int(lengths.max())}")
+    at = torch.arange(max_seqlen, device=values.device)
+    there = at < lengths.unsqueeze(1)
+    index = torch.where(there, cu_seqlens[:-1].unsqueeze(1) + at, 0)
+    return torch.where(there, values.reshape(-1)[index] if total else values.new_zeros(index.shape), 0)
 
 
 def token_mask(loss: str, log_probs, mask) -> torch.Tensor:
@@ -244,6 +287,8 @@ def kto(
         got = desirable.dtype if isinstance(desirable, torch.Tensor) else type(desirable).__name__
         raise TypeError(f"kto: desirable must be a boolean tensor, got {got}")
     check_place("kto", "desirable", desirable, policy, policy.shape)
+    if not isinstance(kl, torch.Tensor):
+        check_finite("kto", "kl", kl)
     z = torch.as_tensor(kl, dtype=policy.dtype, device=policy.device).detach().clamp(min=0)
     if z.dim():
         raise ValueError(f"kto: kl must be a number or a scalar, got shape {list(z.shape)}")

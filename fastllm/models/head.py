@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import nn as fast
-from ..functional import cross_entropy
+from ..functional import cross_entropy, linear_kl_div, linear_log_probs
 
 # Logits up to which a step holds them all: on a CPU with matrix units, forward and backward of a step took 1.05 to 1.07
 # of the time in chunks at 0.4 and 2 million logits, and 0.89 at 34 million (medians of 7 pairs, bf16).
@@ -27,3 +27,15 @@ class Head(fast.LinearCrossEntropyHead):
         if targets.numel() * self.out_features > WHOLE_LOGITS:
             return self(hidden, targets, **options).float()
         return cross_entropy(self(hidden).flatten(0, -2), targets.flatten(), **options).float()
+
+    def log_probs(self, hidden: torch.Tensor, targets: torch.Tensor, logit_scale: float = 1.0) -> torch.Tensor:
+        """The log-probability of each of ``targets`` (...), of their shape, in at least fp32; 0 for a -100."""
+        return linear_log_probs(hidden, self.weight, targets, temperature=1.0 / logit_scale)
+
+    def divergence(self, hidden, teacher_hidden, teacher_weight, targets, **options) -> torch.Tensor:
+        """The mean divergence from a teacher's layer, of which all rows are given, where ``targets`` are not -100.
+
+        Args:
+            options: ``direction``, ``temperature`` and ``beta`` of :func:`fastllm.functional.linear_kl_div`.
+        """
+        return linear_kl_div(hidden, self.weight, teacher_hidden, teacher_weight, target=targets, **options)

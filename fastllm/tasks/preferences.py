@@ -11,7 +11,6 @@ from torch.nn.functional import pad
 
 from ..data import Tokenizer
 from ..data.batches import IGNORE
-from ..functional import linear_log_probs
 from ..losses import sequence_log_probs
 from ..models.mode import evaluation_mode
 from .features import Features, preference_features
@@ -31,9 +30,7 @@ def pair_log_probs(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[to
         torch.cat([pad(batch[name + end], (0, width - batch[name].shape[1]), value=value) for name in SIDES])
         for end, value in (("", 0), ("_targets", IGNORE))
     )
-    log_probs = linear_log_probs(
-        model.hidden(tokens), model.head.weight, targets, temperature=1.0 / model.config.logit_scale
-    )
+    log_probs = model.head.log_probs(model.hidden(tokens), targets, model.config.logit_scale)
     return sequence_log_probs(log_probs, targets != IGNORE).chunk(2)
 
 

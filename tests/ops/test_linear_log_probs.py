@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 import fastllm
+from fastllm import losses
 from fastllm.functional import linear_cross_entropy, linear_cross_entropy_plan, linear_log_probs
 from fastllm.ops.cross_entropy import rows
 
@@ -145,7 +146,40 @@ def test_checkpointing_gives_the_same_bits():
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("temperature", [0, -1.0, float("inf"), float("nan"), "1", torch.tensor(1.0)])
+def test_a_weight_is_the_targets_and_shifted_with_it():
+    x, w, y = _call(n=6)
+    x, y, weight = x.view(2, 3, -1), y.view(2, 3), torch.tensor([[9.0, 2.0, 0.0], [9.0, 0.5, 3.0]], device=DEVICE)
+    plain = linear_log_probs(x, w, y, shift=1)
+    expected = torch.stack([plain[:, 0] * weight[:, 1], plain[:, 1] * weight[:, 2], plain[:, 2] * 0], 1)
+    torch.testing.assert_close(linear_log_probs(x, w, y, shift=1, token_weight=weight), expected)
+    mean = linear_cross_entropy(x, w, y, shift=1, token_weight=weight)
+    torch.testing.assert_close(mean, -expected.sum() / weight[:, 1:].sum())
+    with fastllm.backend("eager"):
+        torch.testing.assert_close(linear_log_probs(x, w, y, shift=1, token_weight=weight), expected)
+
+
+def test_packed_rows_give_each_sequence_what_it_has_alone():
+    x, w, y = _call(n=9)
+    cu_seqlens = torch.tensor([0, 4, 5, 9], device=DEVICE)
+    targets = y.clone()
+    targets[cu_seqlens[:-1]] = -100
+    packed = linear_log_probs(x, w, targets, shift=1)
+    rows, there = (losses.unpack(t, cu_seqlens) for t in (packed, torch.ones(9, device=DEVICE)))
+    bounds = cu_seqlens.tolist()
+    for row, mask, first, end in zip(rows, there, bounds[:-1], bounds[1:], strict=True):
+        alone = linear_log_probs(x[first:end], w, y[first:end], shift=1)
+        torch.testing.assert_close(row[: end - first], alone)
+        assert mask.tolist() == [1.0] * (end - first) + [0.0] * (4 - end + first)
+    sums = losses.sequence_log_probs(rows, there)
+    torch.testing.assert_close(sums.sum(), packed.sum())
+    # No gradient crosses a border: that of one sequence is 0 for the others' tokens.
+    (grad,) = torch.autograd.grad(sums[2], x)
+    assert (grad[:5] == 0).all()
+    assert (grad[5:8] != 0).any(-1).all()
+    torch.testing.assert_close(losses.unpack(packed[None], cu_seqlens.int(), max_seqlen=6)[:, :4], rows)
+
+
+@pytest.mark.parametrize("temperature", [0, None, -1.0, float("inf"), float("nan"), "1", torch.tensor(1.0)])
 def test_temperatures_out_of_range_are_refused(temperature):
     with pytest.raises(ValueError, match="linear_log_probs: temperature must be"):
         linear_log_probs(*_call(), temperature=temperature)
@@ -163,6 +197,9 @@ def test_errors_name_the_function_and_the_argument():
             call()
     with pytest.raises(TypeError, match=r"linear_log_probs: linear_weight is torch\.float16"):
         linear_log_probs(x, w.half(), y)
+    for options in (dict(softcap="1"), dict(shift=1.5), dict(shift="1"), dict(max_workspace_mb="1")):
+        with pytest.raises(TypeError, match=f"linear_log_probs: {next(iter(options))} must be an? "):
+            linear_log_probs(x, w, y, **options)
     if DEVICE.type == "cpu":
         with pytest.raises(IndexError, match=r"^linear_log_probs: target \d+ at position \[0\] is out of range"):
             linear_log_probs(x, w, y + 33)

@@ -206,6 +206,15 @@ def test_pairs_are_scored_as_their_answers_alone_would_be(toys):
             torch.testing.assert_close(sums[row], log_p[kept, targets[kept]].sum(), rtol=1e-5, atol=1e-4)
 
 
+def test_a_model_that_fails_while_it_scores_is_in_training_mode_again(toys, monkeypatch):
+    objective, model = setting("dpo", "none", "transformer", toys)
+    monkeypatch.setattr(model, "hidden", lambda tokens: 1 / 0)
+    model.train()
+    with pytest.raises(ZeroDivisionError):
+        score_pairs(model, objective.train, 7)
+    assert model.training
+
+
 def test_a_models_own_reference_makes_every_margin_zero_and_log_2_the_loss(toys):
     objective, model = setting("dpo", "none", "transformer", toys)
     features = objective.train

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..shared.autograd import autocasts
-from ..shared.check import check_floating
+from ..shared.check import check_floating, check_integer, check_number
 from .loss import Loss, class_dim
 
 
@@ -185,6 +185,10 @@ def linear_cross_entropy_call(
     for name, tensor in others.items():
         if tensor is not None and tensor.device != input.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, input on {input.device}; they must be together")
+    check_integer(op, "shift", shift)
+    for name, value in (("max_workspace_mb", max_workspace_mb), ("max_targets", max_targets)):
+        if value is not None:
+            check_number(op, name, value)
     if shift < 0 or (shift and target.dim() == 0):
         raise ValueError(f"{op}: shift must not be negative, and needs a dimension to shift along; got {shift}")
     if max_workspace_mb is not None and not max_workspace_mb > 0:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..shared.autograd import autocasts
-from ..shared.check import check_floating, check_integer
+from ..shared.check import check_floating, check_integer, check_number
 from .loss import REDUCTIONS
 
 DIRECTIONS = ("forward", "reverse", "jsd")
@@ -171,8 +171,8 @@ def _checked_divergence(divergence: Divergence) -> Divergence:
         raise ValueError(f"{_NAME}: reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
     numbers = {"beta": beta, "temperature": temperature, "softcap": softcap, "teacher_softcap": teacher_softcap}
     for name, value in numbers.items():
-        if isinstance(value, torch.Tensor | str):
-            raise TypeError(f"{_NAME}: {name} must be a number, got {type(value).__name__}")
+        if value is not None or name in ("beta", "temperature"):
+            check_number(_NAME, name, value)
         if name != "beta" and value is not None and not 0.0 < value < math.inf:
             raise ValueError(f"{_NAME}: {name} must be positive and finite, got {value}")
     if not 0.0 < beta < 1.0:
@@ -180,6 +180,8 @@ def _checked_divergence(divergence: Divergence) -> Divergence:
             f"{_NAME}: beta must be between 0 and 1, both excluded, got {beta}; at 0 and 1 the divergence of 'jsd' is "
             "0, and what it tends to is direction 'forward' and 'reverse'"
         )
+    if workspace is not None:
+        check_number(_NAME, "max_workspace_mb", workspace)
     if workspace is not None and not workspace > 0:
         raise ValueError(f"{_NAME}: max_workspace_mb must be positive, got {workspace}")
     plain = (None if value is None else float(value) for value in (beta, temperature, softcap, teacher_softcap))

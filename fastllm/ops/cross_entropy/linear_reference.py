@@ -12,11 +12,11 @@ from .loss import Labelled, Loss, loss_dtype
 from .reference import cross_entropy_reference, loss_and_lse
 
 
-def shifted(target, ignore_index: int, shift: int):
-    """The target ``shift`` positions on; the last ones have none and are ignored."""
+def shifted(target, blank: int, shift: int):
+    """What stands ``shift`` positions on; at the last ones, which have nothing there, ``blank``."""
     if shift == 0:
         return target
-    rest = target.new_full((*target.shape[:-1], min(shift, target.shape[-1])), ignore_index)
+    rest = target.new_full((*target.shape[:-1], min(shift, target.shape[-1])), blank)
     return torch.cat((target[..., shift:], rest), -1)
 
 
@@ -68,7 +68,9 @@ def linear_definition(call: LinearCrossEntropyCall):
         logits = logits + call.linear_bias.to(wide)
     y = shifted(target, loss.ignore_index, call.shift).reshape(-1)
     rows, lse = loss_and_lse(Labelled(logits, y, call.weight, loss._replace(reduction="none")))
-    token_weight = None if call.token_weight is None else call.token_weight.reshape(-1).to(wide)
+    token_weight = call.token_weight
+    if token_weight is not None:
+        token_weight = shifted(token_weight, 0, call.shift).reshape(-1).to(wide)
     if token_weight is not None:
         rows = rows * token_weight
     total = denominator(rows, y, call.weight, token_weight, loss)

@@ -7,6 +7,7 @@ import math
 import torch
 
 from ...registry import Op, Sample, register
+from ..shared.check import check_number
 from .call import LinearCrossEntropyCall, linear_cross_entropy_call
 from .linear import linear_loss
 from .linear_reference import linear_definition, shifted
@@ -34,9 +35,12 @@ def linear_log_probs(
         temperature: the logits are divided by it, after the soft cap; positive.
         softcap: the logits are ``softcap * tanh(logits / softcap)``, or None.
         return_entropy: also return the entropy of each target's distribution.
-        token_weight: factors on the log-probabilities, of the target's shape, or None. No gradient of its own.
+        token_weight: factors on the log-probabilities, of the target's shape, or None; each belongs to the target that
+            stands at its place, and is shifted with it. No gradient of its own.
         shift: each input is held against the target ``shift`` positions further on along the last dimension; 1 for
-            next-token prediction from unshifted tokens. The last ``shift`` positions count as ignored.
+            next-token prediction from unshifted tokens. The last ``shift`` positions count as ignored. In packed rows
+            the last tokens of a sequence would be held against the next sequence: give each sequence's first ``shift``
+            targets as ``ignore_index`` there.
         ignore_index: targets of this value are ignored: log-probability and entropy 0, no gradient. On CPU their logits
             are not computed.
         max_workspace_mb: MiB of workspace, which decide the rows of a chunk, at least one; None for 1200 on CUDA, 64
@@ -87,9 +91,11 @@ def _turned(call: LinearCrossEntropyCall, loss, entropy):
 
 
 def _checked(input, linear_weight, target, *, temperature=1.0, softcap=None, **options) -> LinearCrossEntropyCall:
-    if isinstance(temperature, torch.Tensor | str) or not 0.0 < temperature < math.inf:
+    if temperature is None or isinstance(temperature, torch.Tensor | str) or not 0.0 < temperature < math.inf:
         raise ValueError(f"{_NAME}: temperature must be a number, positive and finite; got {temperature!r}")
     # softcap * tanh(x / softcap) / temperature, as the loss has it: the cap is taken of scaled logits there.
+    if softcap is not None:
+        check_number(_NAME, "softcap", softcap)
     capped = softcap if softcap is None or not softcap > 0 else softcap / temperature
     call = linear_cross_entropy_call(
         input, linear_weight, target, softcap=capped, logit_scale=1.0 / temperature, reduction="none", op=_NAME,

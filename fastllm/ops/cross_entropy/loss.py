@@ -9,7 +9,7 @@ import torch
 
 from ...backends import device_type_of
 from ..shared.autograd import autocasts
-from ..shared.check import check_integer
+from ..shared.check import check_integer, check_number
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -30,6 +30,9 @@ class Loss(NamedTuple):
     def checked(self, op: str) -> Loss:
         """The same with plain floats. A value out of range: ValueError, or TypeError for ``ignore_index``."""
         check_integer(op, "ignore_index", self.ignore_index)
+        for name in ("label_smoothing", "softcap", "logit_scale", "z_loss"):
+            if name != "softcap" or self.softcap is not None:
+                check_number(op, name, getattr(self, name))
         if self.reduction not in REDUCTIONS:
             raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}; got {self.reduction!r}")
         if not 0.0 <= self.label_smoothing <= 1.0:

@@ -22,7 +22,13 @@ def beyond_float32(tensors: Iterable[torch.Tensor | None]) -> str | None:
     return _IN_FLOAT32 if any(t is not None and t.dtype not in KERNEL_DTYPES for t in tensors) else None
 
 
+def check_number(op: str, name: str, value) -> None:
+    # Symbolic numbers pass: they are no floats.
+    if value is None or isinstance(value, str | torch.Tensor | tuple | list | dict):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+
+
 def check_integer(op: str, name: str, value) -> None:
     # Symbolic integers pass: they are no ints.
-    if isinstance(value, float | str | torch.Tensor):
+    if value is None or isinstance(value, float | str | torch.Tensor | tuple | list | dict):
         raise TypeError(f"{op}: {name} must be an integer, got {value!r}")

@@ -9,7 +9,6 @@ from torch import nn
 
 from ...data import Dataset, TokenFile, evaluation_batches
 from ...data.batches import IGNORE
-from ...functional import linear_kl_div
 from ..device import autocast
 from ..evaluate import Evaluation, bits_per_byte, evaluating
 from ..objective_base import Batch
@@ -33,10 +32,9 @@ def teacher_divergence(model: nn.Module, hidden: torch.Tensor, teacher: nn.Modul
     with torch.no_grad():
         expected = teacher.hidden(batch["tokens"])
     scale, of_teacher = model.config.logit_scale, teacher.config.logit_scale
-    return linear_kl_div(
-        hidden if scale == 1.0 else hidden * scale, model.head.weight,
-        expected if of_teacher == 1.0 else expected * of_teacher, teacher.head.weight.detach(),
-        target=batch["targets"], ignore_index=IGNORE, **options,
+    return model.head.divergence(
+        hidden if scale == 1.0 else hidden * scale, expected if of_teacher == 1.0 else expected * of_teacher,
+        teacher.head.weight.detach(), batch["targets"], **options,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ...config import InputError
-from ...functional import embedding, linear_cross_entropy
+from ...functional import embedding, linear_cross_entropy, linear_kl_div
 from ...models import Transformer
 from ...models.head import Head
 
@@ -92,11 +92,9 @@ class VocabParallelHead(Head):
         """
         if options:
             raise ValueError(f"a head split by vocabulary takes no options, got {', '.join(options)}")
-        local = self.weight.to_local()
-        group = self.weight.device_mesh.get_group()
-        x = _Copy.apply(input, group)
         if target is None:
-            part = torch.nn.functional.linear(x, local)
+            local, _, group = self._parts()
+            part = torch.nn.functional.linear(_Copy.apply(input, group), local)
             mesh = self.weight.device_mesh
             logits = DTensor.from_local(
                 part, mesh, [Shard(part.dim() - 1)], run_check=False,
@@ -104,15 +102,64 @@ class VocabParallelHead(Head):
                 stride=torch.empty((*part.shape[:-1], self.out_features), device="meta").stride(),
             )  # fmt: skip
             return logits.redistribute(placements=[Replicate()]).to_local(grad_placements=[Replicate()])
-        start = _first_row(self.weight)
-        counts = target != -100
-        here = counts & (target >= start) & (target < start + local.shape[0])
-        losses, lse = linear_cross_entropy(
-            x, local, torch.where(here, target - start, -100), reduction="none", return_lse=True
-        )
-        logit = _Sum.apply(torch.where(here, lse - losses.float(), 0.0), group)
-        rows = torch.where(counts, _LogSumExp.apply(lse, group) - logit, 0.0)
-        return rows.sum() / counts.sum()
+        return -self.log_probs(input, target).sum() / (target != -100).sum()
+
+    def _parts(self):
+        """(this rank's rows of the weight, the number of the first, the group of the ranks that have the others)."""
+        return self.weight.to_local(), _first_row(self.weight), self.weight.device_mesh.get_group()
+
+    def log_probs(self, hidden, targets, logit_scale=1.0, *, return_entropy=False):
+        """As :meth:`Head.log_probs`; with ``return_entropy`` a pair of it and the entropies."""
+        local, start, group = self._parts()
+        counts = targets != -100
+        here = counts & (targets >= start) & (targets < start + local.shape[0])
+        losses, lse, *entropy = linear_cross_entropy(
+            _Copy.apply(hidden, group), local, torch.where(here, targets - start, -100), reduction="none",
+            logit_scale=logit_scale, return_lse=True, return_entropy=return_entropy,
+        )  # fmt: skip
+        logit = _Sum.apply(torch.where(here, lse - losses.to(lse.dtype), 0.0), group)
+        whole = _LogSumExp.apply(lse, group)
+        log_probs = torch.where(counts, logit - whole, 0.0)
+        if not return_entropy:
+            return log_probs
+        # A part's mean logit is its lse less its entropy; the whole's is their mean by the parts' probabilities.
+        mean = _Sum.apply((lse - _Copy.apply(whole, group)).exp() * (lse - entropy[0]), group)
+        return log_probs, torch.where(counts, whole - mean, 0.0)
+
+    def divergence(self, hidden, teacher_hidden, teacher_weight, targets, **options):
+        """As :meth:`Head.divergence`, of a teacher that gets no gradient.
+
+        By the chain rule: the divergence of the ranks' shares of the probability, and the mean of each part's own over
+        these shares.
+
+        Raises:
+            ValueError: ``direction`` is "jsd", whose mixture has no such parts; ``targets`` has none that counts.
+        """
+        direction, temperature = options.get("direction", "forward"), options.get("temperature", 1.0)
+        if direction == "jsd":
+            raise ValueError("a head split by vocabulary has the directions forward and reverse, got 'jsd'")
+        local, start, group = self._parts()
+        of_teacher, x = teacher_weight[start : start + local.shape[0]], _Copy.apply(hidden, group)
+        counts = targets != -100
+        if not counts.is_cuda and not counts.any():
+            raise ValueError("divergence: no position counts: targets are -100 everywhere")
+        apart = linear_kl_div(x, local, teacher_hidden, of_teacher, target=targets, reduction="none", **options)
+
+        def log_shares(x, weight):
+            _, lse = linear_cross_entropy(
+                x,
+                weight,
+                torch.full_like(targets, -100),
+                reduction="none",
+                logit_scale=1 / temperature,
+                return_lse=True,
+            )
+            return lse - _Copy.apply(_LogSumExp.apply(lse, group), group)
+
+        q, p = log_shares(x, local), log_shares(teacher_hidden, of_teacher)
+        over, under = (p, q) if direction == "forward" else (q, p)
+        rows = _Sum.apply(over.exp() * (apart + temperature**2 * (over - under)), group)
+        return torch.where(counts, rows, 0.0).sum() / counts.sum()
 
     def loss(self, hidden, targets, logit_scale=1.0, label_smoothing=0.0):
         """As :meth:`Head.loss`, never by way of whole logits, which would have to be gathered.
