@@ -10,7 +10,7 @@ from fastllm.config import InputError, build_settings
 from fastllm.data.clean import CleanConfig, Document, Rejection, clean
 from fastllm.data.pipeline import prepare_text
 
-LIST = "# spam\nbad.example\nwww.mixed.example/shop/   # a part of it\nhttps://other.example/a\n\nBIG.Example\n"
+LIST = "# spam\nbad.example\nwww.mixed.example/shop/   # a part of it\nhttps://other.example/a\n\nBIG.Example\nB\u00dcCHER.example\n"
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,15 @@ LIST = "# spam\nbad.example\nwww.mixed.example/shop/   # a part of it\nhttps://o
         ("http://mixed.example/", None),
         ("http://other.example/a?b", "other.example/a"),
         ("http://big.example", "big.example"),
+        ("http://xn--schlo-pqa.example/", None),
+        ("http://xn--bcher-kva.example/", "xn--bcher-kva.example"),
+        ("https://shop.b\u00fccher.example", "xn--bcher-kva.example"),
+        ("http://other.example/%61/x", "other.example/a"),
+        ("http://other.example//b/../a", "other.example/a"),
+        ("//other.example/a", "other.example/a"),
+        ("other.example/a?u=http://good.example", "other.example/a"),
+        ("http://other.example/a%2fb", "other.example/a"),
+        ("http://a..bad/", None),
         ("http://[broken", None),
         ("", None),
         (None, None),
@@ -36,7 +45,7 @@ LIST = "# spam\nbad.example\nwww.mixed.example/shop/   # a part of it\nhttps://o
 def test_hosts_and_parts_of_them_are_left_out(tmp_path, url, entry):
     needed("ftfy", "data")
     path = tmp_path / "list.txt"
-    path.write_text(LIST)
+    path.write_text(LIST, "utf-8")
     document = Document("x", article(1), metadata={} if url is None else {"url": url})
     found, _ = clean(document, CleanConfig(rules=("none",), block_urls=str(path)))
     assert isinstance(found, Rejection) == (entry is not None)

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import posixpath
 import re
 from functools import cache
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from .document import Document, Rejection
 
+_ABSOLUTE = re.compile(r"(?:[a-z][a-z0-9+.\-]{0,32}:)?//", re.IGNORECASE)
 _HOST = re.compile(r"(?=.{1,253}$)[\w-]{1,63}(?:\.[\w-]{1,63})*$")
 
 
 def _parts(address: str) -> tuple[str, str]:
-    """(host, path) in lower case, without ``www.``, user, port, query and fragment; ("", "") for what has no host."""
+    """(host, path) in lower case, without ``www.``, user, port, query and fragment; ("", "") for what has no host.
+
+    Names beyond ASCII are as in the domain name system (IDNA 2003), paths without percent signs, ``//`` and ``..``.
+    """
     try:
-        parts = urlsplit(address if "://" in address else f"//{address}")
+        parts = urlsplit(address if _ABSOLUTE.match(address) else f"//{address}")
         host = (parts.hostname or "").removeprefix("www.").rstrip(".")
     except ValueError:
         return "", ""
-    return host, parts.path.lower().strip("/")
+    # A label that is empty or too long names no host: it stays as it is.
+    with contextlib.suppress(UnicodeError):
+        host = host.encode("idna").decode()
+    return host, posixpath.normpath(f"/{unquote(parts.path).lower().strip('/')}").strip("/")
 
 
 @cache

@@ -7,7 +7,6 @@ import zlib
 from collections.abc import Callable
 
 from ...config import InputError
-from ..clean.encodings import codec_of
 from ..optional import require
 from .limits import Limits, Unreadable, one_line
 
@@ -25,10 +24,18 @@ _MOST_CONTROLS = 0.04
 _CHUNK = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]{0,4096})?\r?\n")
 
 
+def _charset(name: str | None) -> str | None:
+    """The codec of a charset that is called ``name``, or None."""
+    # The package that cleans is larger than what readers of token files need.
+    from ..clean.encodings import codec_of
+
+    return codec_of(name)
+
+
 def codings(values: list[str]) -> list[str]:
     """The codings that header values list, in the order in which they were applied."""
     names = [name.strip(" \t\"'").lower() for value in values for name in value.split(",")]
-    return [name for name in names if name not in _NONE and codec_of(name) is None]
+    return [name for name in names if name not in _NONE and _charset(name) is None]
 
 
 def undo(content: bytes, applied: list[str], limits: Limits) -> bytes:
@@ -59,9 +66,8 @@ def text_of(content: bytes, charset: str | None, limits: Limits) -> bytes:
     for name, magic in (("gzip", b"\x1f\x8b\x08"), ("zstd", b"\x28\xb5\x2f\xfd")):
         if content.startswith(magic):
             content = undo(content, [name], limits)
-    wide = content.startswith((b"\xff\xfe", b"\xfe\xff", b"<\0", b"\0<")) or (codec_of(charset) or "").startswith(
-        "utf-16"
-    )
+    wide = content.startswith((b"\xff\xfe", b"\xfe\xff", b"<\0", b"\0<"))
+    wide = wide or _charset(charset) in ("utf-16-le", "utf-16-be")
     begin = content[:1024]
     controls = len(begin) - len(begin.translate(None, _CONTROLS))
     if content.startswith(_MEDIA) or (not wide and (b"\0" in begin or controls > _MOST_CONTROLS * len(begin))):
