@@ -20,7 +20,10 @@ CURVES = {
     "pretraining": ([("pretrain", "held out")], ["mlm_loss", "nsp_loss", "nsp_accuracy"]),
     "sections": ([("sections-pretrained", "pretrained"), ("sections-fresh", "fresh")], ["loss", "accuracy"]),
     "questions": ([("questions-pretrained", "pretrained"), ("questions-fresh", "fresh")], ["exact_match", "f1"]),
-    "translation": ([("translate-transformer", "Transformer"), ("translate-rnn", "LSTM")], ["loss", "perplexity"]),
+    "translation": (
+        [("en-de", "Transformer, to German"), ("de-en", "Transformer, to English"), ("en-de-rnn", "LSTM, to German")],
+        ["loss", "perplexity"],
+    ),
     "language-models": (
         [("lm-transformer", "Transformer"), ("lm-lstm", "LSTM"), ("lm-gru", "GRU")], ["bits_per_byte", "perplexity"],
     ),
