@@ -18,7 +18,7 @@ import torch
 
 from .. import __version__
 from . import cases
-from .export import Exported
+from .exported import Exported
 from .results import EAGER, OURS, Case, Run, in_cases
 
 

@@ -15,7 +15,7 @@ import torch
 
 from .. import __version__
 from ..registry import Op
-from .export import Exported
+from .exported import Exported
 from .results import Run
 
 SCRIPT = '''"""{name} on the shapes of fastllm, for `kernels benchmark`. Written by `fastllm bench export kernels`."""

@@ -34,7 +34,7 @@ class Features:
         """Tokens of each row."""
         return np.array([sum(len(row[name]) for name in self.fillers if name != "segments") for row in self.rows])
 
-    def batch(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+    def batch(self, numbers: Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:
         """int64 tensors of the rows ``numbers``, as wide as their longest."""
         rows = [self.rows[number] for number in numbers]
         result = {}

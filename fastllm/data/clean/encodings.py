@@ -129,7 +129,7 @@ def decode_page(content: bytes, declared: str | None = None) -> tuple[str, str]:
             # The content was cut off inside a character.
             text, characters = content.decode(errors="replace"), len(_MULTIBYTE.findall(content))
     header = codec_of(declared)
-    if characters >= _PLAINLY_UTF_8 and header not in ("utf-16-le", "utf-16-be"):
+    if text is not None and characters >= _PLAINLY_UTF_8 and header not in ("utf-16-le", "utf-16-be"):
         return text, "utf-8"
     found = _XML.search(content[:1024]) or _META.search(_COMMENT.sub(b"", content[:4096]))
     own = codec_of(found[1].decode("ascii", "replace")) if found else None
