@@ -1,4 +1,4 @@
-"""The calls of ops that ``fastllm bench export`` writes."""
+"""The calls that ``fastllm bench export`` writes."""
 
 from __future__ import annotations
 

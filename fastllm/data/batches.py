@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..config import InputError
+from .concatenated import Concatenated
 from .token_file import TokenFile
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def evaluation_windows(tokens: int, context_length: int, stride: int) -> list[Wi
 
 
 def evaluation_batches(
-    tokens: np.ndarray, context_length: int, stride: int, batch_size: int, limit: int = 0
+    tokens: np.ndarray | Concatenated, context_length: int, stride: int, batch_size: int, limit: int = 0
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(tokens, targets) for :func:`evaluation_windows`, ``batch_size`` windows each; skipped targets are -100.
 

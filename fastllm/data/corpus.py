@@ -9,10 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from ..config import InputError, read_plain
 from .sources.compressed import SUFFIXES, open_stream
 from .sources.limits import Limits, Unreadable
+
+if TYPE_CHECKING:
+    from .prepared import PreparedCorpus
 
 # One document in ten is held out.
 HELD_OUT = 10
@@ -195,7 +199,7 @@ def lines_of(text: str) -> list[str]:
     return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
 
 
-def xz_bits_per_byte(corpus: Corpus) -> float | None:
+def xz_bits_per_byte(corpus: Corpus | PreparedCorpus) -> float | None:
     """What ``xz -9`` needs for the validation text once it has seen the training text, in bits per byte.
 
     8 * (size(train + validation) - size(train)) / bytes(validation), documents joined by a newline.

@@ -43,6 +43,7 @@ import numpy as np
 
 from ..config import InputError
 from ..files import whole_file
+from .concatenated import Concatenated
 from .tokenizer import Tokenizer
 
 MAGIC = b"fastllmT"
@@ -80,14 +81,14 @@ class TokenFile:
     """
 
     path: Path
-    tokens: np.ndarray
+    tokens: np.ndarray | Concatenated
     vocab_size: int
     documents: int
     bytes: int
     tokenizer: str
     sha256: str
-    document_starts: np.ndarray
-    sentence_starts: np.ndarray
+    document_starts: np.ndarray | Concatenated
+    sentence_starts: np.ndarray | Concatenated
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -110,14 +111,20 @@ class TokenWriter:
         self._digest = hashlib.sha256()
         self._starts = {"document": array("Q"), "sentence": array("Q")}
         self._stack = ExitStack()
-        self._file: BinaryIO | None = None  # from __enter__ to __exit__
+        self._opened: BinaryIO | None = None  # from __enter__ to __exit__
 
     def __enter__(self) -> TokenWriter:
-        self._file = self._stack.enter_context(whole_file(self.path))
+        self._opened = self._stack.enter_context(whole_file(self.path))
         self._file.write(bytes(OFFSET))
         if self._header["shard"] == 0:
             self._put(np.asarray([self._end]))
         return self
+
+    @property
+    def _file(self) -> BinaryIO:
+        if self._opened is None:
+            raise ValueError(f"{self.path}: a TokenWriter writes inside a with statement")
+        return self._opened
 
     def add(self, ids: np.ndarray, sentences: np.ndarray, size: int) -> None:
         """One document: its ids, the positions among them at which sentences begin, its text's UTF-8 bytes."""
@@ -240,7 +247,7 @@ def open_token_file(path: str | Path, tokenizer: Tokenizer | None = None, shard:
         digest = hashlib.sha256()
         for part in arrays:
             for begin in range(0, len(part), 1 << 20):
-                digest.update(part[begin : begin + (1 << 20)])
+                digest.update(part[begin : begin + (1 << 20)].data)
         digests.append(digest)
     if [digest.digest() for digest in digests] != [header[name].tobytes() for name in ("sha256", "starts_sha256")]:
         raise InputError(f"{path}: damaged token file: its SHA-256 does not match its header")

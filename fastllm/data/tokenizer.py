@@ -156,7 +156,10 @@ class Tokenizer:
     @cached_property
     def end_of_text(self) -> int:
         """The id that starts and ends every document."""
-        return self._named(SEPARATORS)
+        index = self._named(SEPARATORS)
+        if index is None:
+            raise InputError(f"tokenizer: no token that ends a text; expected one of {', '.join(SEPARATORS)}")
+        return index
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
@@ -176,8 +179,8 @@ class Tokenizer:
         return self.special_tokens[role]
 
     def token(self, index: int) -> str:
-        """The token with id ``index`` as the vocabulary spells it."""
-        return self._inner.id_to_token(index)
+        """The token with id ``index`` as the vocabulary spells it; "" where it has none."""
+        return self._inner.id_to_token(index) or ""
 
     def token_bytes(self, index: int) -> bytes:
         """The UTF-8 bytes that token ``index`` stands for inside a text; a special token's are its name."""
@@ -312,7 +315,7 @@ class Tokenizer:
         """Those of ``ids`` that :meth:`decode` does not leave out."""
         for token in map(int, ids):
             name = self.token(token)
-            if name is not None and name not in self._skipped_names:
+            if name and name not in self._skipped_names:
                 yield token
 
     @cached_property

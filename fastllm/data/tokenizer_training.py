@@ -96,7 +96,7 @@ def _checked(documents: Iterable[str]) -> Iterator[str]:
 
 
 def _word_pieces(
-    documents: Iterable[str], vocab_size: int, special: list[str], unknown: str, lowercase: bool
+    documents: Iterable[str], vocab_size: int, special: list[str], unknown: str | None, lowercase: bool
 ) -> tokenizers.Tokenizer:
     """BERT's. The trainer numbers ``##x`` in the order of a hash table; as special tokens they get fixed numbers."""
     documents = list(documents) if isinstance(documents, Iterator) else documents

@@ -126,7 +126,8 @@ def _carry_out(module, decision: Decision, switches: dict[int, Switch]) -> Decis
         if decision.kind is INTERFACE:
             take_over(module, switches)
             return decision
-        swap_forward(module, decision.kind)
+        if decision.kind is not None:
+            swap_forward(module, decision.kind)
     except (TypeError, ValueError) as error:
         return Decision(decision.op, None, f"Python refuses it another class: {error}")
     return decision

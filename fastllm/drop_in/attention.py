@@ -299,7 +299,8 @@ def _passed_over() -> frozenset[str]:
 def switches_within(model: nn.Module) -> dict[int, Switch]:
     """The switches of the configurations that have faces in ``model``, by the configurations' ids."""
     configs = (vars(part).get("config") for part in model.modules())
-    return {id(unfaced(config)): switch_of(config) for config in configs if isinstance(config, Face)}
+    found = ((id(unfaced(config)), switch_of(config)) for config in configs if isinstance(config, Face))
+    return {key: switch for key, switch in found if switch is not None}
 
 
 @forward_of("attention_interface")

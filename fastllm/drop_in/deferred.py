@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
@@ -36,6 +37,8 @@ DIFFERENTIATE = {torch.autograd.backward, torch.autograd.grad, torch.Tensor.back
 
 class Deferred(torch.Tensor):
     """A tensor whose values come from ``plan`` when they are needed; see the module's docstring."""
+
+    plan: Any  # a Logits or a Rows
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -76,7 +79,7 @@ def as_in_the_forward(grad: bool) -> Iterator[None]:
     without the hooks on saved tensors that are set by now: a checkpoint around the reader would count what is saved
     here, and find less when it runs the reader again.
     """
-    autograd = torch._C._autograd
+    autograd = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]  # not in torch's stubs
     hooks = []
     with torch.inference_mode(False), temporarily_clear_interpreter_stack(), torch.set_grad_enabled(grad):
         while (pair := autograd._top_saved_tensors_default_hooks(True)) is not None:
@@ -98,7 +101,7 @@ class _Defer(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # What is derived from a deferred tensor finds it in its plan; hooks on saved tensors would read its values.
         ctx.save_for_backward(*(t for t in inputs if type(t) is not Deferred))
-        tensor = torch.Tensor._make_wrapper_subclass(
+        tensor: Any = torch.Tensor._make_wrapper_subclass(
             Deferred, plan.shape, strides=plan.strides, dtype=plan.dtype, device=inputs[0].device, requires_grad=False
         )
         tensor.plan = plan

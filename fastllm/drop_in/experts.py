@@ -84,6 +84,7 @@ class Projection:
         groups = zip(
             [e for e, size in enumerate(sizes) if size], x.split([size for size in sizes if size]), strict=True
         )
+        assert matrices is not None
         multiply = _times if self.transposed else F.linear
         return torch.cat([multiply(rows, matrices[e], None if biases is None else biases[e]) for e, rows in groups])
 
@@ -133,7 +134,7 @@ def _implementation(module) -> str | None:
 def experts_forward(module, original, experts: Experts, *args, **kwargs):
     given = experts.bound(args, kwargs)
     why = "arguments that were not measured" if given is None else _unfit(module, experts, *given)
-    if why is None:
+    if given is not None and why is None:
         x, numbers, weights = given
         sizes = None
         if not torch.compiler.is_compiling():  # the sizes are data: a compiler keeps the forward from before
@@ -144,7 +145,7 @@ def experts_forward(module, original, experts: Experts, *args, **kwargs):
             with torch.autocast(x.device.type, enabled=autocast):
                 return _mixed(module, experts, x, weights, order.indices, sizes)
         why = "a compiler's graph, or numbers beyond its experts"
-    own(experts.op, why)
+    own(experts.op, why or "arguments that were not measured")
     return original(module, *args, **kwargs)
 
 
@@ -246,7 +247,7 @@ def _layouts(module: nn.Module) -> Iterator[tuple[Projection, Projection | None,
                 continue
             for of_bias in itertools.permutations(biases) if biases else [(None,) * len(names)]:
                 wanted = [(len(matrices[n]), s[0]) for n, s in zip(names, shapes, strict=True)]
-                if biases and [tuple(biases[b].shape) for b in of_bias] != wanted:
+                if biases and [tuple(biases[b].shape) for b in of_bias if b is not None] != wanted:
                     continue
                 made = [Projection(*each) for each in zip(names, of_bias, flags, strict=True)]
                 yield made[0], (None if packed == 2 else made[1]), made[-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -56,7 +56,8 @@ class Logits:
     """
 
     def __init__(
-        self, hidden, weight, bias, *, parent=None, step=None, view=False, rows=None, shape, dtype, strides=None
+        self, hidden, weight, bias, *, parent: Logits | None = None, step: Any = None, view=False, rows=None, shape,
+        dtype, strides=None,
     ):  # fmt: skip
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.parent, self.step, self.view = parent, step, view
@@ -65,8 +66,10 @@ class Logits:
         self.class_dim = len(shape) - 1
         # last: the last factor; pending: the soft cap that tanh has begun.
         self.scale, self.softcap, self.last, self.pending = 1.0, None, 1.0, None
-        self.shift = None  # a constant for each class, added since: (V,) and its version
-        self.value = self.version = None  # once they were read
+        self.shift: Any = None  # a constant for each class, added since: (V,) and its version
+        self.value: Any = None  # once they were read
+        self.version: int | None = None
+        self.parent_tensor: Any = None
         self.consumed = False
         if parent is None:
             self.autocast = _autocast_state(hidden.device.type)
@@ -134,11 +137,11 @@ class Logits:
     def gradients(self, grad, inputs, needs):
         if self.parent is not None:
             with torch.enable_grad():
-                _, pull = torch.func.vjp(self.step, self.parent.read(self.parent_tensor).detach())
+                pull = torch.func.vjp(self.step, self.parent.read(self.parent_tensor).detach())[1]
             return pull(grad)
         hidden, weight = (t.to(grad.dtype) for t in inputs[:2])
         flat = grad.reshape(-1, grad.shape[-1])
-        grads = [None] * len(inputs)
+        grads: list[torch.Tensor | None] = [None] * len(inputs)
         product = _widened_product if widens(grad) else torch.matmul
         if needs[0]:
             grads[0] = product(grad, weight).to(inputs[0].dtype)
@@ -273,7 +276,7 @@ def _step(plan: Logits, tensor, func, args, kwargs):
         if plan.pending is not None:  # a soft cap ends with the number that tanh's argument was divided by
             if not math.isclose(factor, plan.pending, rel_tol=1e-9):
                 return NotImplemented
-            changes = dict(softcap=plan.pending, pending=None)
+            changes: dict[str, Any] = dict(softcap=plan.pending, pending=None)
         elif _number(plan.scale * factor) is None:
             return NotImplemented
         else:

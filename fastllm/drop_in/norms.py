@@ -46,7 +46,8 @@ class Norm:
         return "layer_norm" if self.center else "rms_norm"
 
     def __str__(self):
-        scale = {None: ""}.get(self.weight, f" * ({self.offset:g} + {self.weight})" if self.offset else " * weight")
+        scale = f" * ({self.offset:g} + {self.weight})" if self.offset else " * weight"
+        scale = "" if self.weight is None else scale
         shift = "" if self.bias is None else f" + {self.bias}"
         return f"{'(x - mean) / std' if self.center else 'x / rms'}{scale}{shift}"
 
@@ -66,7 +67,7 @@ def norm_forward(module, original, norm: Norm, *args, **kwargs):
     if (
         out is None
         or x.dim() < 2
-        or (bias is not None and bias.dtype != weight.dtype)
+        or (bias is not None and (weight is None or bias.dtype != weight.dtype))
         or changed(module, norm.settings)
     ):
         own(norm.op, "dtypes or tensors that were not measured, or attributes that have changed since")
@@ -210,12 +211,12 @@ def _recognise(module, argument: str) -> Norm | str:
     wide = {name: p.double() for name, p in values.items()}
 
     def formula(x, eps, offset, center):
-        return _formula(x.double(), wide.get(weight), wide.get(bias), eps, offset, center)
+        return _formula(x.double(), wide.get(weight or ""), wide.get(bias or ""), eps, offset, center)
 
     eps_candidates = _eps_candidates(module)
     inputs = _inputs(probe, [e for _, e in eps_candidates])
     outputs = [probe.run(x, values).detach() for _, x in inputs]
-    best = (float("inf"), "", None)
+    best: tuple[float, str, tuple | None] = (float("inf"), "", None)
     for name, eps in eps_candidates:
         for center in (False, True):
             for offset in (0.0, 1.0) if weight is not None else (0.0,):
@@ -225,7 +226,9 @@ def _recognise(module, argument: str) -> Norm | str:
                     off = max(_error(y, truth) / 2e-5, _bias(y, truth) / 2e-6)
                     worst, where = max((worst, where), (off, f"{what} by {_error(y, truth):.1e}"))
                 best = min(best, (worst, where, (name, eps, center, offset)), key=lambda b: b[0])
-    worst, where, (name, eps, center, offset) = best
+    worst, where, measured = best
+    assert measured is not None  # there is always a candidate
+    name, eps, center, offset = measured
     if worst > 1.0:
         return (
             f"its forward is no RMS or layer norm: {_diagnosis(inputs, outputs, values, weight, bias, eps) or 'it'}"

@@ -22,9 +22,10 @@ def plain(*tensors) -> bool:
             return False
     if torch.compiler.is_compiling():
         return True
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]  # documented there
         return False
-    return torch._C._functorch.peek_interpreter_stack() is None and torch.autograd.forward_ad._current_level < 0
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]  # not in torch's stubs
+    return functorch.peek_interpreter_stack() is None and torch.autograd.forward_ad._current_level < 0
 
 
 def hooked(module: torch.nn.Module) -> bool:

@@ -58,7 +58,7 @@ def as_measured(module: torch.nn.Module, parts: Parts) -> bool:
     """Whether ``module`` still has these ``parts``, unchanged, and nobody looks at what goes through them."""
     for name, cls, settings in parts:
         part = module._modules.get(name)
-        if type(part) is not cls or hooked(part) or changed(part, settings):
+        if part is None or type(part) is not cls or hooked(part) or changed(part, settings):
             return False
     return True
 

@@ -69,9 +69,9 @@ class Rows:
         if name not in ("add", "__add__", "__radd__") or kwargs or len(args) != 2:
             return NotImplemented
         plans = [other.plan if type(other) is Deferred else None for other in args]
-        if not all(isinstance(plan, Rows) and plan.value is None for plan in plans):
-            return NotImplemented
         first, second = plans
+        if not (isinstance(first, Rows) and isinstance(second, Rows) and first.value is None is second.value):
+            return NotImplemented
         if first.dtype != second.dtype or first.shape[-1] != second.shape[-1]:
             return NotImplemented
         tables = [*first.tables, *second.tables]

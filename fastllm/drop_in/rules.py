@@ -104,8 +104,9 @@ class Rules:
     def decide(self, path: str, module: nn.Module) -> Decision | None:
         """What becomes of ``module``, or None if it is nothing that we serve."""
         if isinstance(module, Accelerated):
-            kind = module.fastllm_kind
-            op = kind.options.op if kind.name in ("norm", "gated_mlp", "experts") else _OP_OF.get(kind.name, kind.name)
+            kind: Kind = module.fastllm_kind
+            names_itself = kind.name in ("norm", "gated_mlp", "experts")
+            op = kind.options.op if names_itself else _OP_OF.get(kind.name, kind.name)
             return Decision(op, None, "it is accelerated already")
         if type(module).__module__.startswith("fastllm."):
             return None
@@ -209,7 +210,7 @@ def _products_of(module) -> Decision | None:
     conv1d = getattr(pytorch_utils, "Conv1D", nn.Linear)
     cls = next((cls for cls in (nn.Linear, conv1d) if isinstance(module, cls)), None)
     weight = None if cls is None else module._parameters.get("weight")
-    if not isinstance(weight, torch.Tensor) or not widens(weight):
+    if cls is None or not isinstance(weight, torch.Tensor) or not widens(weight):
         return None
     dtype = str(weight.dtype).removeprefix("torch.")
     why = obstacle(module) or odd_tensors(module)

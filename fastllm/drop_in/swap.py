@@ -46,6 +46,9 @@ def forward_of(name: str) -> Callable[[Callable], Callable]:
 class Accelerated:
     """Marks classes made here; ``fastllm_original`` is the class replaced, ``fastllm_kind`` the :class:`Kind`."""
 
+    fastllm_original: type
+    fastllm_kind: Kind
+
     def __init_subclass__(cls, **kwargs):
         # The original's own hook, which may keep a register of subclasses, must not see this one.
         pass
@@ -107,7 +110,7 @@ def _make_class(original: type, kind: Kind) -> type:
         return serve(self, replacement, self, before, options, *args, **kwargs)
 
     # Code that reads signatures (transformers' Trainer) sees the original's; code that unwraps must not run it.
-    forward.__signature__ = inspect.signature(before)
+    vars(forward)["__signature__"] = inspect.signature(before)
     del forward.__wrapped__
     namespace = {
         "forward": forward,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -72,8 +73,8 @@ def sequences(loss: str, **given) -> list[torch.Tensor]:
     return [wide(other) for other in given.values()]
 
 
-def with_metrics(loss: torch.Tensor, metrics: dict[str, torch.Tensor], wanted: bool):
-    """What a loss returns."""
+def with_metrics(loss: torch.Tensor, metrics: dict[str, torch.Tensor], wanted: bool) -> Any:
+    """What a loss returns: the loss, or the pair of it and the metrics where they are ``wanted``."""
     if not wanted:
         return loss
     return loss, {name: value.detach() for name, value in metrics.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -92,11 +92,12 @@ def group_advantages(rewards, group_size, *, normalize=True, eps=1e-4):
     return (gain / (groups.std(1, keepdim=True) + eps) if normalize else gain).flatten()
 
 
-def _bounds(loss: str, clip) -> tuple[float, float]:
+def _bounds(loss: str, clip: Any) -> tuple[float, float]:
     """(below, above) of a number or a pair."""
     if isinstance(clip, tuple | list) and len(clip) != 2:
         raise ValueError(f"{loss}: clip must be a number or a pair, below and above, got {clip}")
-    low, high = clip if isinstance(clip, tuple | list) else (clip, clip)
+    pair: Any = clip if isinstance(clip, tuple | list) else (clip, clip)
+    low, high = pair
     check_number(loss, "clip", low)
     check_number(loss, "clip", high)
     return low, high

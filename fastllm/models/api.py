@@ -15,7 +15,9 @@ Model = LanguageModel | Encoder | EncoderDecoder
 
 def build_model(config: ModelConfig) -> Model:
     """A new model of this shape, with the weights that torch's default generator gives."""
-    return model_class(config)(config)
+    model = model_class(config)(config)
+    assert isinstance(model, Model)
+    return model
 
 
 def load_model(folder: str | Path, *, device="cpu") -> Model:

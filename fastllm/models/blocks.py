@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,6 @@ from torch import nn
 
 from .. import nn as fast
 from ..functional import add_layer_norm, add_rms_norm, attention, geglu, rms_norm, rotary_embedding, swiglu
-from .cache import KVCache
 from .config import GATED, ModelConfig
 from .embedding import make_norm
 
@@ -56,7 +55,7 @@ class Context:
     sequences: tuple[torch.Tensor, int] | None = None
     memory: torch.Tensor | None = None
     memory_mask: torch.Tensor | None = None
-    cache: KVCache | None = None
+    cache: Any = None  # a KVCache, or the RecurrentCache of blocks that keep one
 
 
 def _heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -95,7 +94,7 @@ class Attention(nn.Module):
             query, key = _rotated(query, key, context.rotary)
         if context.cache is not None:
             key, value = context.cache.append(layer, key, value)
-        packed = {}
+        packed: dict[str, Any] = {}
         if context.sequences is not None:
             starts, longest = context.sequences
             packed = dict(cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=longest, max_seqlen_k=longest)
@@ -163,7 +162,7 @@ class Stream(NamedTuple):
     branch: torch.Tensor
     residual: torch.Tensor | None = None
 
-    def normed(self, norm: nn.Module) -> Stream:
+    def normed(self, norm: Any) -> Stream:
         """(norm of the sum, the sum)."""
         branch, residual = self
         if residual is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ class KVCache(DecoderCache):
 
     def __init__(self, config: ModelConfig, batch_size: int, *, dtype: torch.dtype, device: torch.device):
         super().__init__(batch_size)
-        self.step = None
+        self.step: Callable[..., torch.Tensor] | None = None
         shape = (2, config.num_layers, batch_size, config.kv_heads, config.context_length, config.head_dim)
         self._store = torch.empty(shape, dtype=dtype, device=device)
 
@@ -83,7 +84,9 @@ class KVCache(DecoderCache):
         keys, values = self._store[:, layer, :, :, :end].to(key.dtype)
         return keys, values
 
-    def room(self, batch_size: int) -> tuple[tuple[torch.Tensor, ...], ...]:
+    def room(
+        self, batch_size: int
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """By layer: where the next token's key and value go, (2, B, kv_heads, head_dim), and all keys and values to it.
 
         Raises:

@@ -82,7 +82,7 @@ class ModelConfig:
                 continue
             least, most = int(name != "segments"), MAX_LAYERS if name.endswith("layers") else MAX_SIZE
             self._require(name, isinstance(value, int) and value >= least, f"at least {least}")
-            self._require(name, value <= most, f"at most {most}")
+            self._require(name, isinstance(value, int) and value <= most, f"at most {most}")
         for name, choices in (
             ("positions", POSITIONS), ("norm", NORMS), ("norm_position", NORM_POSITIONS), ("activation", ACTIVATIONS),
             ("pooling", POOLINGS),

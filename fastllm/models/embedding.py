@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,6 +35,12 @@ class Embedded(nn.Module):
 
     ``positions``: whether the configuration's learned or sinusoidal positions are added; a recurrent model needs none.
     """
+
+    # What a subclass adds.
+    blocks: nn.ModuleList
+    norm: nn.Module
+    # Only with such positions.
+    position_table: torch.Tensor
 
     def __init__(self, config: ModelConfig, positions: bool):
         super().__init__()
@@ -68,7 +75,8 @@ class Embedded(nn.Module):
         self, tokens: torch.Tensor, positions: torch.Tensor | None = None, segments: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(..., hidden_size) for ``tokens`` (...); ``positions`` None: from 0 along the last dimension."""
-        indices, weights = [tokens], [self.token_embedding.weight]
+        indices: list[torch.Tensor | None] = [tokens]
+        weights: list[torch.Tensor] = [self.token_embedding.weight]
         if self.positions in ("learned", "sinusoidal"):
             # None: positions from 0, whose gradient needs no sort.
             indices.append(positions)
@@ -92,12 +100,14 @@ class Embedded(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
+                bias = getattr(module, "bias", None)
+                if bias is not None:
+                    nn.init.zeros_(bias)
         # Scaled by sqrt(hidden_size), embeddings of this deviation come out as 1.
         if self.config.scale_embeddings:
             nn.init.normal_(self.token_embedding.weight, std=self.config.hidden_size**-0.5)
-        projections = [p for block in self.blocks for p in block.projections()]
+        blocks: list[Any] = list(self.blocks)
+        projections = [p for block in blocks for p in block.projections()]
         for projection in projections:
             if self.config.zero_init:
                 nn.init.zeros_(projection.weight)

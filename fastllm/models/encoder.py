@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -36,7 +38,7 @@ class MaskedHead(nn.Module):
 
 
 @concrete
-class Encoder(Pretrained, nn.Module):
+class Encoder(Pretrained):
     """An encoder and the heads that ``config.heads`` names.
 
     ``mlm``: logits of masked tokens; ``nsp``: 2 logits, does the second text follow the first; ``classify``:
@@ -89,7 +91,7 @@ class Encoder(Pretrained, nn.Module):
 
     forward = encode
 
-    def _head(self, name: str) -> nn.Module:
+    def _head(self, name: str) -> Any:
         head = getattr(self, name)
         if head is None:
             raise ValueError(
@@ -99,7 +101,7 @@ class Encoder(Pretrained, nn.Module):
 
     def _pooled(self, encoded: Encoded) -> torch.Tensor:
         states, mask = encoded
-        if self.config.pooling == "first":
+        if self.pooler is not None:
             return self.dropout(torch.tanh(self.pooler(states[:, 0])))
         there = torch.ones_like(states[..., :1], dtype=torch.bool) if mask is None else mask[..., None]
         if self.config.pooling == "max":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 
 from .cache import DecoderCache, Encoded
 from .config import ModelConfig
@@ -17,7 +18,7 @@ from .transformer import flops_per_token
 
 
 @concrete
-class EncoderDecoder(Pretrained, nn.Module):
+class EncoderDecoder(Pretrained):
     """Source tokens in, logits of the next target token out. Either side may be a Transformer or recurrent.
 
     Both sides and, with tie_embeddings, the head share one embedding: one vocabulary serves both languages.
@@ -41,7 +42,7 @@ class EncoderDecoder(Pretrained, nn.Module):
         self.decoder.initialize()
         self.decoder.token_embedding = self.encoder.token_embedding
         self.head = Head(config.hidden_size, config.vocab_size, bias=False)
-        nn.init.normal_(self.head.weight, std=0.02)
+        torch.nn.init.normal_(self.head.weight, std=0.02)
         if config.tie_embeddings:
             self.head.weight = self.encoder.token_embedding.weight
 
@@ -78,7 +79,7 @@ class EncoderDecoder(Pretrained, nn.Module):
         """Logits (B, vocab_size) of the token after the last of ``tokens`` (B, T); arguments as :meth:`forward`'s."""
         return last_logits(self, self._decode(tokens, memory, cache)[:, -1])
 
-    def _decode(self, tokens: torch.Tensor, memory: Encoded | None, cache: DecoderCache | None) -> torch.Tensor:
+    def _decode(self, tokens: torch.Tensor, memory: Encoded | None, cache: Any) -> torch.Tensor:
         if memory is None and (cache is None or not cache.memory):
             raise ValueError("memory: a decoder needs the encoder's states, or a cache that has read them")
         return self.decoder.decode(tokens, memory, cache)

@@ -23,10 +23,12 @@ class Head(fast.LinearCrossEntropyHead):
         A target of -100 is ignored. More than :data:`WHOLE_LOGITS` logits are never held all at once: a few rows of
         them at a time become their own gradient.
         """
-        options = dict(logit_scale=logit_scale, label_smoothing=label_smoothing)
         if targets.numel() * self.out_features > WHOLE_LOGITS:
-            return self(hidden, targets, **options).float()
-        return cross_entropy(self(hidden).flatten(0, -2), targets.flatten(), **options).float()
+            return self(hidden, targets, logit_scale=logit_scale, label_smoothing=label_smoothing).float()
+        logits = self(hidden).flatten(0, -2)
+        return cross_entropy(
+            logits, targets.flatten(), logit_scale=logit_scale, label_smoothing=label_smoothing
+        ).float()
 
     def log_probs(self, hidden: torch.Tensor, targets: torch.Tensor, logit_scale: float = 1.0) -> torch.Tensor:
         """The log-probability of each of ``targets`` (...), of their shape, in at least fp32; 0 for a -100."""

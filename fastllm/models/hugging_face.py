@@ -43,7 +43,7 @@ class Layout:
 
     def ours_and_theirs(self, num_layers: int) -> dict[str, tuple[str, ...]]:
         """For each of our parameters the ones of theirs that it is made of."""
-        found = {ours: (theirs,) for ours, theirs in self.outside.items()}
+        found: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in self.outside.items()}
         for i in range(num_layers):
             for ours, theirs in self.block.items():
                 several = theirs if isinstance(theirs, tuple) else (theirs,)
@@ -245,7 +245,8 @@ def to_theirs(layout: Layout, weights: Weights, config) -> dict[str, torch.Tenso
         if theirs == (HEAD,) and config.tie_embeddings:
             continue
         tensor = weights[ours]
-        parts = [tensor] if len(theirs) == 1 else tensor.split(layout.split(config, ours))
+        split = None if len(theirs) == 1 else layout.split
+        parts = [tensor] if split is None else tensor.split(split(config, ours))
         for name, part in zip(theirs, parts, strict=True):
             turned = part.t() if name.endswith(layout.transposed or ("\0",)) else part
             result[_full(layout, name)] = turned.contiguous()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from ..ops.norm.native import norm_of_rows
 from ..ops.rotary_embedding import rotary_rows
 from .blocks import MLP, Attention, Block, Context, CrossAttention
 from .config import GATED
+from .embedding import Embedded
 from .head import Head
 
 # Modules whose arithmetic is known here. A subclass or a replacement may do something else.
@@ -46,7 +47,7 @@ def _plain(modules: Iterable[nn.Module]) -> bool:
     return extension.missing() is None and not any(getattr(torch_modules, name) for name in _ANY_MODULES_HOOKS)
 
 
-def applies(decoder: nn.Module) -> bool:
+def applies(decoder: Embedded) -> bool:
     """Whether :class:`NextToken` computes what ``decoder``'s blocks and last norm do."""
     return _plain([*decoder.blocks.modules(), decoder.norm])
 
@@ -63,7 +64,7 @@ def allowed(model: nn.Module) -> bool:
     )
 
 
-def last_logits(model: nn.Module, states: torch.Tensor) -> torch.Tensor:
+def last_logits(model: Any, states: torch.Tensor) -> torch.Tensor:
     """Logits (B, vocab_size) by ``model.head`` of ``states`` (B, hidden_size)."""
     head = model.head
     if len(states) <= MAX_ROWS and _plain([head]) and allowed(model):
@@ -150,7 +151,8 @@ def _cross_attention(module: CrossAttention, layer: int) -> Callable:
     def branch(x, now):
         query = now.product(x, module.query.weight, module.query.bias)
         query = query.view(len(x), config.kv_heads, -1, config.head_dim)
-        out = F.scaled_dot_product_attention(query, *now.memory[layer], now.memory_mask, scale=scale)
+        key, value = now.memory[layer]
+        out = F.scaled_dot_product_attention(query, key, value, now.memory_mask, scale=scale)
         return now.product(out.reshape(len(x), -1), module.out.weight, module.out.bias)
 
     return branch
@@ -181,9 +183,10 @@ def _branches(block: Block, layer: int) -> list[tuple[Callable, Callable]]:
 class NextToken:
     """The blocks and the last norm of ``decoder`` for one more token of each sequence; see :func:`applies`."""
 
-    def __init__(self, decoder: nn.Module):
+    def __init__(self, decoder: Embedded):
         self.post = decoder.config.norm_position == "post"
-        self.branches = [both for layer, block in enumerate(decoder.blocks) for both in _branches(block, layer)]
+        blocks: list[Any] = list(decoder.blocks)
+        self.branches = [both for layer, block in enumerate(blocks) for both in _branches(block, layer)]
         self.norm = None if self.post else _norm(decoder.norm)
 
     def __call__(self, x: torch.Tensor, context: Context) -> torch.Tensor:
@@ -195,7 +198,8 @@ class NextToken:
         rows, cache = len(x), context.cache
         mask = None if context.memory_mask is None else context.memory_mask[:, None, None, :]
         product = linear_rows if rows <= MAX_ROWS else F.linear
-        now = Now(*cache.room(rows), product, context.rotary, context.bias, cache.memory, mask)
+        news, keys, values = cache.room(rows)
+        now = Now(news, keys, values, product, context.rotary, context.bias, cache.memory, mask)
         x, branch = x[:, 0], None
         for norm, branch_of in self.branches:
             if self.post:
@@ -203,4 +207,4 @@ class NextToken:
                 continue
             y, x = (norm(x, None)[0], x) if branch is None else norm(branch, x)
             branch = branch_of(y, now)
-        return (x if self.post else self.norm(branch, x)[0])[:, None]
+        return (x if self.norm is None else self.norm(branch, x)[0])[:, None]

@@ -8,17 +8,25 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from ..files import save_tensors, sync_folder
+from .config import ModelConfig
 from .hugging_face import READERS, layout_for, read_weights, to_theirs
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-class Pretrained:
-    """Adds save_pretrained and from_pretrained to a module with a dataclass ``config``."""
+class Pretrained(torch.nn.Module):
+    """A module with a dataclass ``config``, save_pretrained and from_pretrained."""
+
+    config_class: type[ModelConfig]
+    config: ModelConfig
+
+    def __init__(self, *args, **kwargs):  # a class's own configuration, or what the next base takes
+        super().__init__(*args, **kwargs)
 
     # Whether from_pretrained also reads folders of transformers' whose model is of another class, and returns that.
     reads_all = False
@@ -71,7 +79,7 @@ class Pretrained:
             shutil.rmtree(staging, ignore_errors=True)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, *, device: torch.device | str = "cpu"):
+    def from_pretrained(cls, folder: str | os.PathLike, *, device: torch.device | str = "cpu") -> Any:
         """The model in ``folder``, in evaluation mode: what :meth:`save_pretrained` wrote, or transformers.
 
         Of transformers' models, those of ``model_type`` gpt2, llama, bert and t5 (:data:`hugging_face.READERS`), from
@@ -128,7 +136,10 @@ class Pretrained:
 CLASSES: list[type[Pretrained]] = []
 
 
-def concrete(cls: type[Pretrained]) -> type[Pretrained]:
+AnyPretrained = TypeVar("AnyPretrained", bound=Pretrained)
+
+
+def concrete(cls: type[AnyPretrained]) -> type[AnyPretrained]:
     """Adds a class to :data:`CLASSES`."""
     CLASSES.append(cls)
     return cls

@@ -36,6 +36,9 @@ def through(stack: Embedded, x: torch.Tensor, *arguments) -> torch.Tensor:
 class TransformerStack(Embedded):
     """Embeddings, blocks and the last norm; where the norm comes after each branch, there is no last one."""
 
+    rotary_cos: torch.Tensor
+    rotary_sin: torch.Tensor
+
     def __init__(self, config: ModelConfig, layers: int, causal: bool, cross: bool):
         super().__init__(config, positions=True)
         if config.positions == "rotary":
@@ -85,7 +88,7 @@ class TransformerEncoder(TransformerStack):
         mask = None if lengths is None else length_mask(tokens, lengths)
         bias = self._bias(0, length) if self.positions == "relative" else None
         packed = tokens.is_cuda if self.packed is None else self.packed
-        if mask is None or not packed:
+        if mask is None or lengths is None or not packed:
             if mask is not None:
                 visible = mask[:, None, None, :]
                 bias = visible if bias is None else bias.masked_fill(~visible, -torch.inf)
@@ -97,7 +100,7 @@ class TransformerEncoder(TransformerStack):
         starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
         rotary = None
         if self.positions == "rotary":
-            rotary = tuple(table[positions] for table in (self.rotary_cos, self.rotary_sin))
+            rotary = (self.rotary_cos[positions], self.rotary_sin[positions])
         segments = None if segments is None else segments.flatten()[there]
         x = self.embed(tokens.flatten()[there], positions, segments)
         x = through(self, x, Context(False, rotary, bias, (starts, length)))
@@ -139,8 +142,9 @@ class TransformerDecoder(TransformerStack):
             seen = seen[:, None]
             context.bias = seen if context.bias is None else context.bias.masked_fill(~seen, -torch.inf)
         x = self.embed(tokens, positions)
-        if start and end == start + 1 and prefix is None and cache.step is not None and next_token.allowed(self):
-            x = cache.step(x, context)
+        step = None if cache is None else cache.step
+        if step is not None and start and end == start + 1 and prefix is None and next_token.allowed(self):
+            x = step(x, context)
         else:
             x = through(self, x, context)
         if cache is not None:

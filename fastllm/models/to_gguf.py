@@ -13,6 +13,7 @@ import torch
 from ..data import Tokenizer
 from ..data.optional import require
 from .hugging_face import layout_for, to_theirs
+from .pretrained import Pretrained
 
 FILE = "model.gguf"
 
@@ -26,7 +27,7 @@ def _interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
-def _tensors(gguf, model: torch.nn.Module, architecture: str) -> dict[str, torch.Tensor]:
+def _tensors(gguf, model: Pretrained, architecture: str) -> dict[str, torch.Tensor]:
     """GGUF's names and the tensors, fp32, with (out, in) of a linear layer as its shape."""
     config = model.config
     layout = layout_for(config)
@@ -86,7 +87,7 @@ def _add_tokenizer(gguf, writer, tokenizer: Tokenizer) -> None:
     writer.add_add_bos_token(True)
 
 
-def write_gguf(model: torch.nn.Module, tokenizer: Tokenizer, folder: Path, name: str) -> None:
+def write_gguf(model: Pretrained, tokenizer: Tokenizer, folder: Path, name: str) -> None:
     """Write ``folder/model.gguf``: weights in fp32, shape, and byte-level BPE tokenizer.
 
     Args:

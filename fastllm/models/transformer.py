@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .cache import DecoderCache
@@ -17,6 +19,11 @@ class LanguageModel(Pretrained):
     """Logits, loss and size of a decoder alone: what :class:`Transformer` and :class:`RNN` share."""
 
     config_class = ModelConfig
+    # The decoder's.
+    token_embedding: torch.nn.Embedding
+    decode: Callable[..., torch.Tensor]
+    initialize: Callable[[], None]
+    new_cache: Callable[..., DecoderCache]
 
     def __init__(self, config: ModelConfig):
         super().__init__(config, cross=False)  # the decoder's own, which comes after this class
@@ -74,7 +81,7 @@ class LanguageModel(Pretrained):
         return flops_per_token(self, context_length or self.config.context_length)
 
 
-def flops_per_token(model: torch.nn.Module, length: int) -> int:
+def flops_per_token(model: Pretrained, length: int) -> int:
     """6 N + 12 layers x heads' width x ``length`` (PaLM's and nanoGPT's formula), N the weights that are multiplied."""
     config = model.config
     tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}

@@ -39,7 +39,7 @@ class Features:
         names = [name for name in self.fillers if name != "segments"]
         return np.array([[len(row[name]) for name in names] for row in self.rows], np.int64).reshape(-1, len(names))
 
-    def batch(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+    def batch(self, numbers: Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:
         """int64 tensors of the rows ``numbers``, as wide as their longest."""
         rows = [self.rows[number] for number in numbers]
         result = {}

@@ -9,7 +9,7 @@ import torch
 
 from ..config import InputError
 from ..cpu import matmul_dtype
-from ..kernels.device import device_info
+from ..kernels.device import device_info  # pyright: ignore[reportMissingImports]  # setup.py lays kernels/ there
 
 
 def pick_device(name: str) -> torch.device:

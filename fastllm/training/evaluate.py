@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import nn
 
 from ..data import TokenFile, evaluation_batches
 from ..data.batches import IGNORE
 from ..models.mode import evaluation_mode
 from .device import autocast
-from .objective_base import Batch, Evaluation, Objective, to_device
+from .objective_base import Batch, Evaluation, Objective, TrainedModel, to_device
 
 
 def bits_per_byte(loss: float, tokens: TokenFile) -> float:
@@ -23,18 +22,19 @@ def bits_per_byte(loss: float, tokens: TokenFile) -> float:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: TrainedModel) -> Iterator[None]:
     """Within the block ``model`` is in evaluation mode, without gradients: no random number is drawn."""
     with evaluation_mode(model), torch.no_grad():
         yield
 
 
 def mean_losses(
-    objective: Objective, model: nn.Module, batches: Iterable[Batch], dtype: str
+    objective: Objective, model: TrainedModel, batches: Iterable[Batch], dtype: str
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Each term's mean over all targets in ``batches``, and how many those are."""
     device = next(model.parameters()).device
-    sums, counts = Counter(), Counter()
+    sums: defaultdict[str, float] = defaultdict(float)
+    counts: Counter[str] = Counter()
     for batch in batches:
         here = {name: count for name, count in objective.counts(batch).items() if count}
         with autocast(device, dtype):
@@ -46,7 +46,7 @@ def mean_losses(
 
 
 def evaluate(
-    model: nn.Module, tokens: TokenFile, context_length: int, batch_size: int, dtype: str = "float32", limit: int = 0
+    model: TrainedModel, tokens: TokenFile, context_length: int, batch_size: int, dtype: str = "float32", limit: int = 0
 ) -> Evaluation:
     """How well ``model`` predicts ``tokens``, in at most ``limit`` windows spread evenly; 0: in all.
 

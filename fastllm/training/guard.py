@@ -94,7 +94,8 @@ class Guard:
                 ("loss", loss, self._state.losses),
                 ("gradient norm", norm, self._state.norms),
             ):
-                far = deviation(value, history or [])
+                history = history or []
+                far = deviation(value, history)
                 if far > self._outlier:
                     return f"{name} {value:.4g} is {far:.1f} standard deviations above the last {len(history)}"
         return None

@@ -51,7 +51,7 @@ def train(
     find_wandb(config.training.wandb)
     with _joined(config.training) as ranks, contextlib.ExitStack() as held:
         main = ranks.rank == 0
-        with _new_folder(folder, held) if main else contextlib.nullcontext(Path(folder)) as folder:
+        with _new_folder(folder, held) if main else contextlib.nullcontext(Path(folder or "")) as folder:
             display = Display(quiet or not main)
             with ranks.first():
                 data = folder / "data"

@@ -6,14 +6,14 @@ import json
 import platform
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import cpu
 from ..backends import chosen_backend
 from ..config import InputError, settings
-from ..data import Dataset, derive_seed
+from ..data import derive_seed
 from ..files import whole_folder
 from ..matmul import matmul_flops
 from ..models import build_model, load_model
@@ -36,6 +36,7 @@ from .dropout import key_dropout
 from .evaluate import Evaluation
 from .lora import ADAPTER, load_adapter
 from .measure import faster_dtype
+from .objective_base import TrainedModel
 from .objectives import Batch, make_objective, rows_of, to_device
 from .optimizer import Optimizers
 from .parallel.ranks import ALONE, Ranks
@@ -77,7 +78,7 @@ class Run:
     """A run in a folder: data, model, optimisers and place. :func:`.session.train_run` takes it to its end."""
 
     def __init__(
-        self, config: RunConfig, folder: Path, dataset: Dataset, display: Display, checkpoint: Path | None,
+        self, config: RunConfig, folder: Path, dataset: Any, display: Display, checkpoint: Path | None,
         ranks: Ranks = ALONE,
     ):  # fmt: skip
         self.folder, self.dataset, self.display, self.ranks = folder, dataset, display, ranks
@@ -89,6 +90,7 @@ class Run:
             config.objective, dataset, config.model.context_length, training.batch_size, training.seed
         )
         make = self._make = lambda: build_model(config.model)
+        self.model: TrainedModel
         if checkpoint is None:
             with keep_random_state(self.device):
                 torch.manual_seed(derive_seed(training.seed, "weights"))
@@ -220,7 +222,7 @@ class Run:
     def finish(self, validation: Evaluation) -> None:
         """The model's folder, the picture, the samples, and the result in words."""
         state, say = self.state, self.display.say
-        model = self.ranks.whole(self.model, self._make)
+        model: TrainedModel = self.ranks.whole(self.model, self._make)
         if model is None:
             return
         with whole_folder(self.folder / "model") as folder:

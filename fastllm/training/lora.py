@@ -10,12 +10,14 @@ import copy
 import hashlib
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..config import InputError
 from ..files import read_tensors, save_tensors
+from .objective_base import TrainedModel
 
 ADAPTER = "adapter.safetensors"
 # The adapters' product is multiplied with alpha / rank.
@@ -34,7 +36,7 @@ class Adapted(nn.Module):
         self.trained, self.frozen = trained, frozen
 
 
-def add_lora(model: nn.Module, rank: int, trained: Collection[str] = ()) -> nn.Module:
+def add_lora(model: TrainedModel, rank: int, trained: Collection[str] = ()) -> nn.Module:
     """``model`` with adapters of ``rank`` on every linear layer of its blocks, in place.
 
     The adapters, which change nothing at first, and the parameters named in ``trained`` are trainable.
@@ -52,16 +54,16 @@ def add_lora(model: nn.Module, rank: int, trained: Collection[str] = ()) -> nn.M
     return model
 
 
-def _layers(model: nn.Module) -> dict[str, nn.Module]:
+def _layers(model: TrainedModel) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
-def has_lora(model: nn.Module) -> bool:
+def has_lora(model: TrainedModel) -> bool:
     """Whether :func:`add_lora` has been here."""
     return bool(_layers(model))
 
 
-def merged(model: nn.Module) -> nn.Module:
+def merged(model: TrainedModel) -> TrainedModel:
     """A copy of ``model`` with its adapters multiplied out and added to the layers: of the shape that it had before."""
     model = copy.deepcopy(model)
     for name, layer in _layers(model).items():
@@ -71,7 +73,7 @@ def merged(model: nn.Module) -> nn.Module:
     return model
 
 
-def _frozen_sha256(model: nn.Module) -> torch.Tensor:
+def _frozen_sha256(model: TrainedModel) -> torch.Tensor:
     """The SHA-256 of what is not trained, 32 bytes."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -80,7 +82,7 @@ def _frozen_sha256(model: nn.Module) -> torch.Tensor:
     return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
 
-def save_adapter(model: nn.Module, path: Path) -> None:
+def save_adapter(model: TrainedModel, path: Path) -> None:
     """Write all that is trained of ``model``, and on which frozen weights.
 
     Raises:
@@ -91,7 +93,7 @@ def save_adapter(model: nn.Module, path: Path) -> None:
 
 
 @torch.no_grad()
-def load_adapter(model: nn.Module, path: Path) -> None:
+def load_adapter(model: TrainedModel, path: Path) -> None:
     """Read what :func:`save_adapter` wrote into ``model``, which has adapters.
 
     Raises:

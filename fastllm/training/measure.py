@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import nn
 
 from ..timing import seconds as seconds_of
@@ -39,7 +40,7 @@ def faster_dtype(
 
     def run(dtype: str) -> None:
         with autocast(device, dtype):
-            loss = sum(objective.losses(trial, batch).values())
+            loss = torch.stack([*objective.losses(trial, batch).values()]).sum()
         loss.backward()
 
     with keep_random_state(device):

@@ -7,10 +7,9 @@ any rows of it are a smaller batch: that is how a step is cut into micro-batches
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
-from torch import nn
 
 Batch = dict[str, torch.Tensor]
 # Endings of the names of those scores for which less is better.
@@ -54,6 +53,11 @@ class Evaluation:
         return f"{self.scores[self.main]:.3f} {UNITS.get(self.main, self.main)}"
 
 
+# A model as the loop has it: one of fastllm.models', or that as DDP, FSDP2 or peft have changed it. Those hand on
+# attributes that no type knows of.
+TrainedModel: TypeAlias = Any
+
+
 class Objective(Protocol):
     """What the loop asks of an objective.
 
@@ -63,24 +67,29 @@ class Objective(Protocol):
 
     def batch(self, step: int) -> Batch:
         """The batch of ``step`` in host memory: a function of (data, seed, step) alone. No global generator is used."""
+        ...
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """How many targets each term's mean is over. ``batch`` is in host memory."""
+        ...
 
     def tokens(self, batch: Batch) -> int:
         """How many tokens the model reads in ``batch``, padding not counted."""
+        ...
 
-    def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    def losses(self, model: TrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
         """The terms, each the mean over its targets (scalars, fp32), differentiable; ``batch`` on the model's device.
 
         A term without targets in this batch may be anything; it is not used.
         """
+        ...
 
-    def evaluate(self, model: nn.Module, rows: int, dtype: str, limit: int) -> Evaluation:
+    def evaluate(self, model: TrainedModel, rows: int, dtype: str, limit: int) -> Evaluation:
         """The score on held-out data, ``rows`` sequences at a time, on at most ``limit`` of them (0: on all).
 
         Draws no random number from torch's generators and leaves the model as it was.
         """
+        ...
 
 
 def rows_of(batch: Batch, rows: int) -> list[Batch]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch.optim.adamw import adamw
 
 from ..cpu import matmul_dtype
 from .config import TrainingConfig
+from .objective_base import TrainedModel
 
 # Muon's quintic iteration, its number of steps, and the least norm that is divided by (Jordan et al. 2024).
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -69,7 +71,7 @@ class AdamW(_Optimizer):
         step = torch.zeros((), dtype=torch.float32, device=p.device)
         return {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
-    def _update(self, group, parameters):
+    def _update(self, group, parameters: list[Any]):
         kept = [self.state[p] for p in parameters]
         averages, squares, steps = ([one[key] for one in kept] for key in ("exp_avg", "exp_avg_sq", "step"))
         adamw(
@@ -112,10 +114,10 @@ class Muon(_Optimizer):
         super().__init__(groups)
         self._momentum = momentum
 
-    def _fresh(self, p):
+    def _fresh(self, p: Any):
         return {"momentum_buffer": torch.zeros_like(p.grad)}
 
-    def _update(self, group, parameters):
+    def _update(self, group, parameters: list[Any]):
         for p in parameters:
             buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - self._momentum)
             update = p.grad.lerp(buffer, self._momentum)
@@ -130,7 +132,7 @@ class Muon(_Optimizer):
             p.add_(update, alpha=-group["lr"] * math.sqrt(max(1, p.shape[0] / p.shape[1])))
 
 
-def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+def parameter_groups(model: TrainedModel) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """The trainable parameters by what they are: ``hidden`` matrices, ``embedding`` tables (a head too), ``vector``s.
 
     A head is what gives as many outputs as the vocabulary has tokens; Muon's orthogonal update suits neither it nor
@@ -153,7 +155,7 @@ def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter
 class Optimizers:
     """The optimisers of a run, stepped together; ``state_dict`` is flat, of tensors and numbers by parameter name."""
 
-    def __init__(self, model: nn.Module, config: TrainingConfig):
+    def __init__(self, model: TrainedModel, config: TrainingConfig):
         groups = parameter_groups(model)
         decay = {"hidden": config.weight_decay, "embedding": config.embedding_weight_decay, "vector": 0.0}
         by_muon = ["hidden"] if config.optimizer == "muon" else []

@@ -61,7 +61,7 @@ def prepare_prompts(
     if objective.objective != "dpo":
         return dataset
     say(f"reference: {len(dataset.train) + len(dataset.validation):,} pairs under {objective.pretrained}")
-    model = load_language_model(objective.pretrained, "pretrained").to(pick_device(config.training.device))
+    model = load_language_model(objective.pretrained or "", "pretrained").to(pick_device(config.training.device))
 
     def score(features):
         return score_pairs(model, features, config.training.rows)

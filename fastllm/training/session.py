@@ -186,7 +186,7 @@ class Session:
         if self.config.compile:
             losses = torch.compile(losses)
             with keep_random_state(run.device), autocast(run.device, self.state.dtype):
-                sum(losses(run.model, run.sample()).values()).backward()
+                torch.stack([*losses(run.model, run.sample()).values()]).sum().backward()
             run.model.zero_grad(set_to_none=True)
         return losses
 
@@ -243,6 +243,7 @@ def train_run(run: Run, measured: Measured) -> Result:
         run.average.take()
         if run.config.training.patience:
             validation = run.take_best() or validation
+        assert validation is not None  # a run ends with one
         run.finish(validation)
     return Result(
         folder=run.folder, steps=state.step, seconds=state.seconds, validation_loss=validation and validation.loss,

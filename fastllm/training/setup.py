@@ -115,7 +115,7 @@ def open_data(config: RunConfig, folder: Path, say: Callable[[str], None]) -> Da
 
 def read_held_out(objective: ObjectiveConfig) -> list[dict]:
     """The examples to score on; two Moses files stand with a comma between them."""
-    return read_examples(objective.objective, objective.held_out.split(","))
+    return read_examples(objective.objective, (objective.held_out or "").split(","))
 
 
 def reopen_data(config: RunConfig, folder: Path) -> Dataset | TaskDataset:
@@ -139,7 +139,7 @@ def fitted(config: RunConfig, dataset: Dataset | TaskDataset) -> RunConfig:
         task = config.objective.kind.task
         seen = training.batch_size * (1 if task else config.model.context_length)
         training = replace(training, steps=max(1, math.ceil(training.epochs * len(dataset.train) / seen)))
-    labels = dataset.labels if config.objective.objective == "classify" else ()
+    labels = dataset.labels if isinstance(dataset, TaskDataset) and config.objective.objective == "classify" else ()
     return replace(config, model=config.model.replace(vocab_size=size, labels=labels), training=training)
 
 

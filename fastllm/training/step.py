@@ -87,11 +87,11 @@ def batch_gradients(
             mark("forward")
         # With several ranks each has to reach every parameter, so a term without targets here is computed elsewhere.
         short = stand_in is not None and len(weights) < len(totals)
-        elsewhere = to_device(stand_in, device) if short else None
+        elsewhere = to_device(stand_in, device) if stand_in is not None and short else None
         with ranks.exchange(last):
             with autocast(device, settings.dtype):
                 shares = ranks.shares(losses, model, to_device(rows, device), weights, elsewhere)
-                share = sum(shares.values())
+                share: torch.Tensor = sum(shares.values(), start=torch.zeros((), device=device))
             (share * settings.loss_scale).backward(ranks.upstream(share))
         loss += share.detach()
         for name in weights:

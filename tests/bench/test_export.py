@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from fastllm.bench import cases, command, export
+from fastllm.bench import cases, command, export, exported
 from fastllm.bench.norms import _call
 from fastllm.bench.results import Row, Run
 from fastllm.bench.scores import write
@@ -179,6 +179,6 @@ def test_refused(tmp_path, capsys):
         assert words in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
     ops = cases.selected(["attention"])
-    found, left_out = export.calls(ops, "float32", torch.device("cuda"), ["dropout"])
+    found, left_out = exported.calls(ops, "float32", torch.device("cuda"), ["dropout"])
     assert not found
     assert len(left_out) == 1

@@ -47,9 +47,10 @@ class Trees:
     @classmethod
     def mean(cls, ensembles: Sequence[Trees]) -> Trees:
         """Trees whose log-odds are the mean of those of ``ensembles``."""
-        joined = [np.concatenate([getattr(trees, name) for trees in ensembles]) for name in ("columns", "borders")]
+        columns = np.concatenate([trees.columns for trees in ensembles])
+        borders = np.concatenate([trees.borders for trees in ensembles])
         leaves = np.concatenate([trees.leaves for trees in ensembles]) / np.float32(len(ensembles))
-        return cls(*joined, leaves, float(np.mean([trees.bias for trees in ensembles])))
+        return cls(columns, borders, leaves, float(np.mean([trees.bias for trees in ensembles])))
 
     def probabilities(self, rows: np.ndarray) -> np.ndarray:
         """The log-odds (n,) of ``rows`` (n, features)."""
@@ -105,9 +106,9 @@ class BlockModel:
             trees = getattr(self, name)
             arrays |= {
                 f"{name}_columns": trees.columns.astype(np.uint16), f"{name}_borders": trees.borders.astype(np.float32),
-                f"{name}_leaves": trees.leaves.astype(np.float16), f"{name}_bias": np.float64(trees.bias),
+                f"{name}_leaves": trees.leaves.astype(np.float16), f"{name}_bias": np.asarray(trees.bias),
             }  # fmt: skip
-        np.savez_compressed(path, **arrays)
+        np.savez_compressed(path, **arrays)  # pyright: ignore[reportArgumentType]  # none is called allow_pickle
 
     @classmethod
     def load(cls, path: Path) -> BlockModel:
@@ -115,29 +116,30 @@ class BlockModel:
             tokens = found["types"].tobytes().decode().split("\n")
             types = PageTypes(
                 dict(zip(tokens, range(len(tokens)), strict=True)),
-                *(found[f"types_{name}"].astype(np.float64) for name in ("weights", "counts", "count_weights", "bias")),
+                **{
+                    name: found[f"types_{name}"].astype(np.float64)
+                    for name in ("weights", "counts", "count_weights", "bias")
+                },
             )
-            lexicon = Lexicon(
-                *(
-                    dict(
-                        zip(
-                            found[name].tobytes().decode().split("\n"),
-                            found[f"{name}_weights"].astype(np.float64).tolist(),
-                            strict=True,
-                        )
+            names, words, headings = (
+                dict(
+                    zip(
+                        found[name].tobytes().decode().split("\n"),
+                        found[f"{name}_weights"].astype(np.float64).tolist(),
+                        strict=True,
                     )
-                    for name in ("names", "words", "headings")
-                ),
-                types,
+                )
+                for name in ("names", "words", "headings")
             )
-            trees = [
+            lexicon = Lexicon(names, words, headings, types)
+            first, second = (
                 Trees(
                     found[f"{name}_columns"].astype(np.int64), found[f"{name}_borders"],
                     found[f"{name}_leaves"].astype(np.float32), float(found[f"{name}_bias"]),
                 )
                 for name in ("first", "second")
-            ]  # fmt: skip
-        return cls(lexicon, *trees)
+            )  # fmt: skip
+        return cls(lexicon, first, second)
 
 
 @cache

@@ -13,10 +13,15 @@ def _within_word(text: str, place: int) -> bool:
     return found is not None and found.end() > place
 
 
+def _rest_of_word(text: str, place: int) -> int:
+    found = WORD.match(text, place)
+    return place if found is None else found.end()
+
+
 def whole_words(text: str, begin: int, end: int) -> tuple[int, int]:
     """The part of ``text[begin:end]`` without the pieces of words at its ends; it may be empty."""
     if _within_word(text, begin):
-        begin = WORD.match(text, begin).end()
+        begin = _rest_of_word(text, begin)
     while end > begin and _within_word(text, end):
         end -= 1
     return min(begin, end), end

@@ -163,7 +163,7 @@ def decode_page(content: bytes, declared: str | None = None) -> tuple[str, str]:
             # The content was cut off inside a character.
             text, characters = content.decode(errors="replace"), len(_MULTIBYTE.findall(content))
     header = codec_of(declared)
-    if characters >= _PLAINLY_UTF_8 and header not in ("utf-16-le", "utf-16-be"):
+    if text is not None and characters >= _PLAINLY_UTF_8 and header not in ("utf-16-le", "utf-16-be"):
         return text, "utf-8"
     own = codec_of(_own_declaration(content))
     if own in ("utf-16-le", "utf-16-be"):

@@ -273,7 +273,7 @@ class _Walk:
                 previous = tag
             elif tag not in ("body", "html", "head"):
                 apart = previous == tag and tag in _INLINE_GAP and not result.preformatted[stack[-1]]
-                start(tag, attributes)
+                start(tag, attributes or "")
                 previous = ""
         self.flush()
         self.pop_to(1)

@@ -60,7 +60,7 @@ def _schema(page: str) -> Iterator[str]:
                 return
             names = [item[key] for key in _NAMES if isinstance(item.get(key), str)][:1]
             texts = [(key, item[key]) for key in _TEXTS if isinstance(item.get(key), str)]
-            kind = item.get("@type") if isinstance(item.get("@type"), str) else ""
+            kind = kind if isinstance(kind := item.get("@type"), str) else ""
             if names or texts:
                 title = "".join(f"<h3>{escape(unescape(name))}</h3>" for name in names)
                 inner = "".join(f'<div itemprop="{key}">{_as_markup(text)}</div>' for key, text in texts)

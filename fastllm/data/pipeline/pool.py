@@ -11,6 +11,8 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 from ...config import InputError
 from ..clean import CleanConfig, Rejection
@@ -52,9 +54,10 @@ def _serve(connection, cleaning: CleanConfig, config: PipelineConfig) -> None:
 
 class _Worker:
     def __init__(self, pool: Pool):
-        context = pool.context
+        context: Any = pool.context  # of a class that only its platform has
         self.connection, other = context.Pipe()
-        self.process = context.Process(target=_serve, args=(other, pool.cleaning, pool.config), daemon=True)
+        arguments = (other, pool.cleaning, pool.config)
+        self.process: BaseProcess = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         other.close()
         self.number: int | None = None
@@ -134,9 +137,10 @@ class Pool:
         ready = wait([worker.connection for worker in busy], timeout=1.0)
         now = time.monotonic()
         for worker in busy:
-            if worker.connection not in ready and now < worker.deadline:
+            number = worker.number
+            if number is None or (worker.connection not in ready and now < worker.deadline):
                 continue
-            number, worker.number = worker.number, None
+            worker.number = None
             answer = None
             if worker.connection in ready:
                 try:

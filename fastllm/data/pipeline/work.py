@@ -7,7 +7,7 @@ import json
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,8 +70,10 @@ def batches(
     size = 0
     for number in range(start[0], len(plan)):
         entry = plan[number]
+        found: Iterable[SourceEntry | Raw | Failure] = [entry]
         single = isinstance(entry, Failure) or entry.format in SINGLE
-        found = [entry] if single else read(entry, config.limits, config.text_field)
+        if not isinstance(entry, Failure) and not single:
+            found = read(entry, config.limits, config.text_field)
         for record, item in enumerate(found):
             if number == start[0] and record < start[1]:
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 from ...config import InputError
 from ..optional import require
@@ -75,7 +76,7 @@ def text_of(content: bytes, charset: str | None, limits: Limits) -> bytes:
     return content
 
 
-def _bounded(content: bytes, start: Callable[[], object], limits: Limits, name: str, piece_size: int = _PIECE) -> bytes:
+def _bounded(content: bytes, start: Callable[[], Any], limits: Limits, name: str, piece_size: int = _PIECE) -> bytes:
     """``content`` decompressed by objects that ``start`` makes, one for each member that follows another."""
     parts: list[bytes] = []
     size, rest, stream = 0, memoryview(content), start()

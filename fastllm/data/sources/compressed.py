@@ -10,7 +10,7 @@ import lzma
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ..optional import require
 from .limits import Limits, Unreadable, one_line
@@ -22,7 +22,7 @@ _CHUNK = 1 << 18
 class _Bounded(io.RawIOBase):
     """A decompressed stream whose bytes are counted against those that its compressed file has given so far."""
 
-    def __init__(self, stream: BinaryIO, compressed: BinaryIO | None, limits: Limits):
+    def __init__(self, stream: Any, compressed: BinaryIO | None, limits: Limits):
         self._stream, self._compressed, self._limits = stream, compressed, limits
         self._count = 0
 
@@ -89,7 +89,7 @@ class _Zstandard:
 
 
 @contextlib.contextmanager
-def open_stream(path: str | Path, limits: Limits) -> Iterator[BinaryIO]:
+def open_stream(path: str | Path, limits: Limits) -> Iterator[io.BufferedReader]:
     """``path`` as a buffered stream of what it holds, decompressed as its name says.
 
     Raises:

@@ -18,7 +18,7 @@ class _Guarded:
         self._stream, self._limits = stream, limits
         self._count = 0
 
-    def read(self, size: int) -> bytes:
+    def read(self, size: int = 1 << 16, /) -> bytes:
         content = self._stream.read1(min(size, 1 << 16))
         self._count += len(content)
         if self._count > 4 * self._limits.document:

@@ -112,7 +112,10 @@ def plan_sources(sources: Sequence[str], given: str | None = None) -> tuple[list
                 continue
             relative = os.path.relpath(item.path, root.absolute()).encode("utf-8", "replace").decode()
             found = _entry(item, f"{name}/{relative}", inside, given)
-            (entries if isinstance(found, SourceEntry) else failures).append(found)
+            if isinstance(found, SourceEntry):
+                entries.append(found)
+            else:
+                failures.append(found)
     if not entries:
         first = f" ({failures[0].id}: {failures[0].reason})" if failures else ""
         raise InputError(f"no file to read in {', '.join(sources)}{first}")

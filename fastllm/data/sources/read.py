@@ -84,7 +84,10 @@ def _member(entry: SourceEntry, name: str, read: Callable[[int], bytes], limits:
 
 def _read_tar(entry: SourceEntry, limits: Limits) -> Iterator[Item]:
     # As a stream: nothing is sought, and nothing is ever written to the disk.
-    with open_stream(entry.path, limits) as stream, tarfile.open(fileobj=Prompt(stream), mode="r|") as archive:
+    with (
+        open_stream(entry.path, limits) as stream,
+        tarfile.open(fileobj=Prompt(stream), mode="r|") as archive,  # pyright: ignore  # a stream is only read from
+    ):
         for member in archive:
             # tarfile keeps every header that it has seen.
             archive.members = []

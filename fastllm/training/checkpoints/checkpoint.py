@@ -118,8 +118,9 @@ def save_model(folder: Path, model: Model, tokenizer: Tokenizer) -> None:
     if has_lora(model):
         folder.mkdir(parents=True, exist_ok=True)
         save_adapter(model, folder / ADAPTER)
-        model = merged(model)
-    model.save_pretrained(folder)
+        merged(model).save_pretrained(folder)
+    else:
+        model.save_pretrained(folder)
     tokenizer.save(folder / "tokenizer.json")
 
 

@@ -51,6 +51,8 @@ def load_language_model(path: str | Path, argument: str) -> LanguageModel:
     """
     folder, _ = language_model_folder(path, argument)
     try:
-        return load_model(folder)
+        model = load_model(folder)
     except (ValueError, FileNotFoundError) as error:
         raise InputError(f"{argument}: {error}") from error
+    assert isinstance(model, LanguageModel)  # as its configuration says
+    return model

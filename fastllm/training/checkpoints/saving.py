@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -14,6 +15,7 @@ from torch import nn
 from ...data import Tokenizer
 from ...files import save_tensors
 from ..guard import Failed
+from ..objective_base import TrainedModel
 from .checkpoint import OPTIMIZER, Keep, State, save_checkpoint, save_model
 
 # This many checkpoints may fail in a row, because the disk is full or gone, before the run stops.
@@ -32,7 +34,7 @@ def _twin(tensor: torch.Tensor) -> torch.Tensor:
 class Snapshot:
     """A copy of a model and of optimiser state in host memory. The room is taken once and used again."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: TrainedModel):
         self._live = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         # A model of the same kind around other memory: deepcopy takes what its memo holds and copies no tensor.
         memo = {
@@ -77,7 +79,9 @@ class Saver:
     was saved before is touched. After :data:`FAILURES` in a row, or at the end, the error is raised.
     """
 
-    def __init__(self, folder: Path, model: nn.Module, tokenizer: Tokenizer, keep: Keep, tell: Callable[[str], None]):
+    def __init__(
+        self, folder: Path, model: TrainedModel, tokenizer: Tokenizer, keep: Keep, tell: Callable[[str], None]
+    ):
         self._folder, self._tokenizer, self._keep, self._tell = folder, tokenizer, keep, tell
         self._live = model
         self._snapshot: Snapshot | None = None
@@ -98,10 +102,11 @@ class Saver:
         self.wait(final=False)
         if self._snapshot is None:
             self._snapshot = Snapshot(self._live)
-        self._snapshot.take(tensors)
+        snapshot = self._snapshot
+        snapshot.take(tensors)
         state = replace(state, losses=state.losses and [*state.losses], norms=state.norms and [*state.norms])
         self.saving = state.step
-        self._start(self._write, state)
+        self._start(self._write, snapshot, state)
 
     def _start(self, write: Callable[..., None], *arguments: object) -> None:
         """Call ``write`` in a thread."""
@@ -116,18 +121,18 @@ class Saver:
         self._thread = threading.Thread(target=run, name="checkpoint")
         self._thread.start()
 
-    def _write(self, state: State) -> None:
+    def _write(self, snapshot: Snapshot, state: State) -> None:
         try:
-            self._snapshot.wait()
-            self._snapshot.check()
-            save_checkpoint(self._folder, state, self._fill, self._keep)
+            snapshot.wait()
+            snapshot.check()
+            save_checkpoint(self._folder, state, functools.partial(self._fill, snapshot), self._keep)
             self.saved = state.step
         except BaseException as error:  # raised again where it is waited for
             self._error = error
 
-    def _fill(self, folder: Path) -> None:
-        save_model(folder, self._snapshot.model, self._tokenizer)
-        save_tensors(self._snapshot.tensors, folder / OPTIMIZER)
+    def _fill(self, snapshot: Snapshot, folder: Path) -> None:
+        save_model(folder, snapshot.model, self._tokenizer)
+        save_tensors(snapshot.tensors, folder / OPTIMIZER)
 
     def poll(self) -> None:
         """Tell of a checkpoint that failed, as soon as it has; raises as :meth:`wait` does."""

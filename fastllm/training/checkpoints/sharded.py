@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,7 +61,7 @@ class ShardedSaver(Saver):
         if mesh.device_type != "cpu" and mesh not in self._meshes:
             self._meshes[mesh] = DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
         return DTensor.from_local(
-            tensor.detach().to_local().to("cpu", copy=True), self._meshes.get(mesh, mesh), tensor.placements,
+            tensor.to_local().detach().to("cpu", copy=True), self._meshes.get(mesh, mesh), tensor.placements,
             run_check=False, shape=tensor.shape, stride=tensor.stride(),
         )  # fmt: skip
 
@@ -98,14 +99,14 @@ class ShardedSaver(Saver):
         return bool(flags.item())
 
     def _fill_parts(self, folder: Path | None, parts: dict[str, torch.Tensor]) -> None:
-        if self._main:
+        if folder is not None:
             (folder / SHARDED).mkdir()
             config = {"architecture": type(self._live).__name__, **dataclasses.asdict(self._live.config)}
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             self._tokenizer.save(folder / "tokenizer.json")
-        name = [str(folder / SHARDED) if self._main else None]
+        name: list[Any] = [None if folder is None else str(folder / SHARDED)]
         dist.broadcast_object_list(name, src=0, group=self._group)
-        dcp.save(
+        dcp.save(  # pyright: ignore[reportPrivateImportUsage]  # documented there
             parts, storage_writer=HuggingFaceStorageWriter(name[0], save_distributed=True), process_group=self._group
         )
 
@@ -149,11 +150,14 @@ def read_sharded(checkpoint: Path, model: nn.Module, group: dist.ProcessGroup | 
         with warnings.catch_warnings():
             # Said where one process reads alone, as is meant.
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.load(
+            dcp.load(  # pyright: ignore[reportPrivateImportUsage]  # documented there
                 {**wanted, **tensors}, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group,
                 no_dist=group is None,
             )  # fmt: skip
-    except (dcp.CheckpointException, ValueError, AssertionError, RuntimeError) as error:
+    except (
+        dcp.CheckpointException,  # pyright: ignore[reportPrivateImportUsage]  # documented there
+        ValueError, AssertionError, RuntimeError,
+    ) as error:  # fmt: skip
         raise InputError(f"{folder}: does not fit the model: {' '.join(str(error).split())[:300]}") from error
     return tensors
 
@@ -173,7 +177,7 @@ def whole_model(model: nn.Module, make: Callable[[], nn.Module], keep: bool) -> 
     Every rank has to call it.
     """
     whole = make() if keep else None
-    targets = dict(whole.named_parameters()) if keep else {}
+    targets = {} if whole is None else dict(whole.named_parameters())
     for name, parameter in model.named_parameters():
         value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         if keep:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ...data import Dataset
-from ...tasks.store import TaskDataset
+from typing import Any
+
 from ..checkpoints.model_folder import load_language_model
 from ..objective import ObjectiveConfig
 from ..objective_base import Objective
@@ -14,9 +14,7 @@ from .prompts import DPO, Instruct
 from .streams import CausalLM, PrefixLM
 
 
-def make_objective(
-    config: ObjectiveConfig, dataset: Dataset | TaskDataset, context_length: int, batch_size: int, seed: int
-) -> Objective:
+def make_objective(config: ObjectiveConfig, dataset: Any, context_length: int, batch_size: int, seed: int) -> Objective:
     """The objective on ``dataset``.
 
     Raises:
@@ -40,5 +38,5 @@ def make_objective(
         return DPO(*arguments, beta=config.beta, kind=config.dpo_loss)
     if name == "distill":
         divergence = TeacherTerm(config.teacher_share, config.direction, config.temperature, config.jsd_beta)
-        return Distill(*arguments, teacher=load_language_model(config.teacher, "teacher"), divergence=divergence)
+        return Distill(*arguments, teacher=load_language_model(config.teacher or "", "teacher"), divergence=divergence)
     return {"causal": CausalLM, "prefix": PrefixLM, "answer": Answer, "instruct": Instruct}[name](*arguments)

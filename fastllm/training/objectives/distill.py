@@ -11,7 +11,7 @@ from ...data import Dataset, TokenFile, evaluation_batches
 from ...data.batches import IGNORE
 from ..device import autocast
 from ..evaluate import Evaluation, bits_per_byte, evaluating
-from ..objective_base import Batch
+from ..objective_base import Batch, TrainedModel
 from .streams import CausalLM
 
 
@@ -24,7 +24,7 @@ class TeacherTerm(NamedTuple):
     beta: float
 
 
-def teacher_divergence(model: nn.Module, hidden: torch.Tensor, teacher: nn.Module, batch: Batch, **options):
+def teacher_divergence(model: TrainedModel, hidden: torch.Tensor, teacher: TrainedModel, batch: Batch, **options):
     """The divergence of ``model`` from ``teacher`` where ``batch`` has targets, a scalar; see linear_kl_div.
 
     ``hidden``: the model's states of the batch's tokens. The teacher gets no gradient.
@@ -39,7 +39,7 @@ def teacher_divergence(model: nn.Module, hidden: torch.Tensor, teacher: nn.Modul
 
 
 def student_scores(
-    student: nn.Module, teacher: nn.Module, tokens: TokenFile, context_length: int, rows: int, *,
+    student: TrainedModel, teacher: TrainedModel, tokens: TokenFile, context_length: int, rows: int, *,
     dtype: str = "float32", limit: int = 0,
 ) -> Evaluation:  # fmt: skip
     """The student's bits per byte of ``tokens`` in the windows of :func:`fastllm.training.evaluate`.
@@ -71,7 +71,7 @@ class Distill(CausalLM):
         teacher: a language model with the student's vocabulary; it is not trained.
     """
 
-    def __init__(self, dataset: Dataset, context_length: int, batch_size: int, seed: int, *, teacher: nn.Module,
+    def __init__(self, dataset: Dataset, context_length: int, batch_size: int, seed: int, *, teacher: TrainedModel,
                  divergence: TeacherTerm):  # fmt: skip
         super().__init__(dataset, context_length, batch_size, seed)
         self.teacher, self.divergence = teacher.eval().requires_grad_(False), divergence
@@ -85,7 +85,7 @@ class Distill(CausalLM):
             self.teacher.to(device)
         return self.teacher
 
-    def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    def losses(self, model: TrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
         share, direction, temperature, beta = self.divergence
         teacher = self._teacher(batch["tokens"].device)
         hidden = model.hidden(batch["tokens"])
@@ -97,7 +97,7 @@ class Distill(CausalLM):
             terms["text"] = (1 - share) * model.head.loss(hidden, batch["targets"], model.config.logit_scale)
         return terms
 
-    def evaluate(self, model: nn.Module, rows: int, dtype: str, limit: int) -> Evaluation:
+    def evaluate(self, model: TrainedModel, rows: int, dtype: str, limit: int) -> Evaluation:
         teacher = self._teacher(next(model.parameters()).device)
         return student_scores(
             model, teacher, self.dataset.validation, self.context_length, rows, dtype=dtype, limit=limit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from ...data.batches import IGNORE, permute
 from ...tasks.features import Features, class_features, pair_features, span_features
 from ...tasks.store import TaskDataset
 from ..evaluate import Evaluation, evaluating, mean_losses
-from ..objective_base import Batch, to_device
+from ..objective_base import Batch, TrainedModel, to_device
 from .streams import perplexity
 
 # Label smoothing of translation (Vaswani et al. 2017).
@@ -53,6 +55,8 @@ class ExampleOrder:
 
 class ExampleObjective:
     """What the objectives on examples share; ``_features`` makes the arrays of examples."""
+
+    _features: Callable[[list[dict]], Features]
 
     def __init__(self, dataset: TaskDataset, context_length: int, batch_size: int, seed: int):
         self.dataset, self.context_length = dataset, context_length
@@ -99,13 +103,13 @@ class Seq2Seq(ExampleObjective):
     def tokens(batch: Batch) -> int:
         return int(batch["lengths"].sum() + (batch["targets"] != IGNORE).sum())
 
-    def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    def losses(self, model: TrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
         # Smoothing is for learning; what is scored is the likelihood.
         smoothing = self.label_smoothing if model.training else 0.0
         names = ("source", "lengths", "tokens", "targets")
         return {"loss": model.loss(*(batch[name] for name in names), label_smoothing=smoothing)}
 
-    def evaluate(self, model: nn.Module, rows: int, dtype: str, limit: int) -> Evaluation:
+    def evaluate(self, model: TrainedModel, rows: int, dtype: str, limit: int) -> Evaluation:
         with evaluating(model):
             losses, counts = mean_losses(self, model, self._batches(limit, rows), dtype)
         scores = {"perplexity": perplexity(losses["loss"])}
@@ -152,12 +156,12 @@ class Classify(ExampleObjective):
     def tokens(batch: Batch) -> int:
         return int(batch["lengths"].sum())
 
-    def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    def losses(self, model: TrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
         logits = model.class_logits(model.encode(batch["tokens"], batch["lengths"]))
         smoothing = self.label_smoothing if model.training else 0.0
         return {"loss": nn.functional.cross_entropy(logits.float(), batch["labels"], label_smoothing=smoothing)}
 
-    def evaluate(self, model: nn.Module, rows: int, dtype: str, limit: int) -> Evaluation:
+    def evaluate(self, model: TrainedModel, rows: int, dtype: str, limit: int) -> Evaluation:
         from ...tasks.metrics import f1_macro
 
         device = next(model.parameters()).device
@@ -193,12 +197,12 @@ class Answer(ExampleObjective):
         return int(batch["lengths"].sum())
 
     @staticmethod
-    def losses(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    def losses(model: TrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
         encoded = model.encode(batch["tokens"], batch["lengths"], batch["segments"] if model.config.segments else None)
         logits = dict(zip(("start", "end"), model.span_logits(encoded), strict=True))
         return {name: nn.functional.cross_entropy(logits[name].float(), batch[name]) for name in logits}
 
-    def evaluate(self, model: nn.Module, rows: int, dtype: str, limit: int) -> Evaluation:
+    def evaluate(self, model: TrainedModel, rows: int, dtype: str, limit: int) -> Evaluation:
         from ...tasks.answer import answers
         from ...tasks.metrics import squad_scores
 

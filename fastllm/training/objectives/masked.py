@@ -18,7 +18,7 @@ from ...config import InputError
 from ...data import Dataset, TokenFile, Tokenizer, derive_seed
 from ...data.batches import IGNORE, permute
 from ..evaluate import Evaluation, evaluating, mean_losses
-from ..objective_base import Batch, to_device
+from ..objective_base import Batch, TrainedModel, to_device
 
 # Of the tokens chosen for prediction: replaced with the mask, replaced with any token; the rest stay.
 MASKED, REPLACED = 0.8, 0.1
@@ -38,12 +38,12 @@ class Pieces:
 
     def __init__(self, tokenizer: Tokenizer):
         size = tokenizer.vocab_size
-        wordpiece = any((tokenizer.token(index) or "").startswith("##") for index in range(size))
+        wordpiece = any(tokenizer.token(index).startswith("##") for index in range(size))
         # A part of a character's bytes reads as U+FFFD and belongs to the word around it.
         text = [tokenizer.token_bytes(index).decode("utf-8", "replace") for index in range(size)]
         inner = [[c.isalnum() or c == "\ufffd" for c in (piece[:1], piece[-1:])] for piece in text]
         if wordpiece:
-            self.begins = np.array([not (tokenizer.token(index) or "").startswith("##") for index in range(size)], bool)
+            self.begins = np.array([not tokenizer.token(index).startswith("##") for index in range(size)], bool)
             self.closes = np.zeros(size, bool)
         else:
             self.begins, self.closes = ~np.array(inner, bool).T
@@ -246,7 +246,7 @@ class MaskedLM:
     def tokens(batch: Batch) -> int:
         return int(batch["lengths"].sum())
 
-    def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    def losses(self, model: TrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
         encoded = model.encode(batch["tokens"], batch["lengths"], batch["segments"] if self.pairs else None)
         losses = {}
         if self.masking:
@@ -265,7 +265,7 @@ class MaskedLM:
                 self.dataset.validation, self._validation, numbers[first : first + rows], "evaluation", first
             )
 
-    def evaluate(self, model: nn.Module, rows: int, dtype: str, limit: int) -> Evaluation:
+    def evaluate(self, model: TrainedModel, rows: int, dtype: str, limit: int) -> Evaluation:
         device = next(model.parameters()).device
         right = total = 0
         with evaluating(model):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from ...data.batches import IGNORE
 from ...losses import dpo
@@ -11,7 +10,7 @@ from ...tasks.features import Features, answer_features, preference_features
 from ...tasks.preferences import SIDES, pair_log_probs, preference_scores, score_pairs
 from ..device import autocast
 from ..evaluate import Evaluation, evaluating, mean_losses
-from ..objective_base import Batch
+from ..objective_base import Batch, TrainedModel
 from .examples import ExampleObjective
 from .streams import perplexity
 
@@ -32,10 +31,10 @@ class Instruct(ExampleObjective):
         return int(batch["lengths"].sum())
 
     @staticmethod
-    def losses(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    def losses(model: TrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
         return {"loss": model.loss(batch["tokens"], batch["targets"])}
 
-    def evaluate(self, model: nn.Module, rows: int, dtype: str, limit: int) -> Evaluation:
+    def evaluate(self, model: TrainedModel, rows: int, dtype: str, limit: int) -> Evaluation:
         with evaluating(model):
             losses, counts = mean_losses(self, model, self._batches(limit, rows), dtype)
         scores = {"perplexity": perplexity(losses["loss"])}
@@ -67,11 +66,11 @@ class DPO(ExampleObjective):
     def tokens(batch: Batch) -> int:
         return int(sum(batch[f"{name}_lengths"].sum() for name in SIDES))
 
-    def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    def losses(self, model: TrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
         reference = (batch[f"reference_{name}"] for name in SIDES)
         return {"loss": dpo(*pair_log_probs(model, batch), *reference, beta=self.beta, kind=self.kind)}
 
-    def evaluate(self, model: nn.Module, rows: int, dtype: str, limit: int) -> Evaluation:
+    def evaluate(self, model: TrainedModel, rows: int, dtype: str, limit: int) -> Evaluation:
         chosen = self._numbers(limit)
         features = Features([self.validation.rows[number] for number in chosen], self.validation.fillers,
                             self.validation.measures)  # fmt: skip

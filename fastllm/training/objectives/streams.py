@@ -6,12 +6,11 @@ import math
 
 import numpy as np
 import torch
-from torch import nn
 
 from ...data import Batches, Dataset, derive_seed, evaluation_batches
 from ...data.batches import IGNORE
 from ..evaluate import Evaluation, evaluate, evaluating, mean_losses
-from ..objective_base import Batch
+from ..objective_base import Batch, TrainedModel
 
 
 def perplexity(nats: float) -> float:
@@ -39,10 +38,10 @@ class CausalLM:
         return batch["tokens"].numel()
 
     @staticmethod
-    def losses(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    def losses(model: TrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
         return {"loss": model.loss(batch["tokens"], batch["targets"])}
 
-    def evaluate(self, model: nn.Module, rows: int, dtype: str, limit: int) -> Evaluation:
+    def evaluate(self, model: TrainedModel, rows: int, dtype: str, limit: int) -> Evaluation:
         return evaluate(model, self.dataset.validation, self.context_length, rows, dtype, limit)
 
 
@@ -68,10 +67,10 @@ class PrefixLM(CausalLM):
         return self._prefixed(*self._batches(step), self.seed, step)
 
     @staticmethod
-    def losses(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    def losses(model: TrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
         return {"loss": model.loss(batch["tokens"], batch["targets"], batch["prefix"])}
 
-    def evaluate(self, model: nn.Module, rows: int, dtype: str, limit: int) -> Evaluation:
+    def evaluate(self, model: TrainedModel, rows: int, dtype: str, limit: int) -> Evaluation:
         tokens = self.dataset.validation.tokens
         windows = evaluation_batches(tokens, self.context_length, self.context_length, rows, limit)
         batches = (self._prefixed(*window, "evaluation", number) for number, window in enumerate(windows))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,11 +72,13 @@ def joined(training: TrainingConfig) -> Iterator[Ranks]:
     begun = not dist.is_initialized()  # a caller's own group serves as well, and stays
     if begun:
         timeout = timedelta(seconds=2 * training.hang_timeout + 60)
-        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+        found = dist.rendezvous("env://", timeout=timeout)  # pyright: ignore[reportPrivateImportUsage]  # documented there
+        store, rank, _ = next(found)
         # torchrun's store outlives a restart: without a name of its own, a life would read the addresses of the last.
         life = f"fastllm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_lives)}"
+        own = dist.PrefixStore(life, store)  # pyright: ignore[reportPrivateImportUsage]  # documented there
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore(life, store), rank=rank, world_size=size,
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=own, rank=rank, world_size=size,
             timeout=timeout,
         )  # fmt: skip
     try:
@@ -122,9 +125,9 @@ class Group(Ranks):
         # Ranks that see different rows, and this one's place among them.
         self.parts, self.part = self.size, self.rank
         # The saving thread has a group of its own: its messages cannot meet the step's.
-        self.quiet = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+        self.quiet: Any = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
         self._watch = Watch(self.rank, self.size, training.hang_timeout)
-        self._module: nn.Module | None = None  # what torch's engine has put its hooks on, once there is a model
+        self._module: Any = None  # what torch's engine has put its hooks on, once there is a model
 
     def device(self, device: torch.device) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
@@ -133,7 +136,7 @@ class Group(Ranks):
         # A trial needs the whole model; all ranks have to choose alike.
         if dtype != "auto":
             return dtype
-        return "float32" if self._device_type == "cpu" else narrow_dtype(torch.device(self._device_type))
+        return "float32" if self._device_type == "cpu" else narrow_dtype(torch.device(self._device_type)) or "float32"
 
     def mine(self, batch: Batch) -> tuple[Batch, int]:
         rows = len(next(iter(batch.values()))) // self.parts

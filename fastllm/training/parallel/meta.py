@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,7 +56,7 @@ def on_meta(make: Callable[[], nn.Module]) -> tuple[nn.Module, Callable[..., Non
         if not isinstance(tensor, nn.Parameter):
             raise NotImplementedError(f"{type(model).__name__}: {fill.__name__} on part of a parameter, without memory")
     # A parameter that was replaced, as a tied head's is, has no name; its numbers are drawn all the same.
-    calls = [(names.get(id(tensor)), tensor.shape, *rest) for tensor, *rest in record.calls]
+    calls: list[Any] = [(names.get(id(tensor)), tensor.shape, *rest) for tensor, *rest in record.calls]
     last = {name: index for index, (name, *_) in enumerate(calls) if name is not None}
     for name, parameter in model.named_parameters():
         if name not in last or not parameter.is_meta:

@@ -143,7 +143,8 @@ def _kept_by(config: TransformerConfig, layers: int, rows: int, dtype: str, reco
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16 if narrow else torch.float32)
         try:
-            model = Transformer(config.replace(num_layers=layers)).train()
+            model = Transformer(config.replace(num_layers=layers))
+            model.train()
         finally:
             torch.set_default_dtype(before)
         model.checkpoint_activations = recompute

@@ -28,12 +28,12 @@ def shares(
     losses: Losses, model: nn.Module, batch: Batch, weights: Mapping[str, float], elsewhere: Batch | None
 ) -> dict[str, torch.Tensor]:
     """The terms that have a weight, times it; with a batch ``elsewhere``, a zero that depends on every term."""
-    result = {}
+    result: dict[str, torch.Tensor] = {}
     if weights:
         means = losses(model, batch)
         result = {name: means[name] * weight for name, weight in weights.items()}
     if elsewhere is not None:
-        result["elsewhere"] = 0.0 * sum(losses(model, elsewhere).values())
+        result["elsewhere"] = 0.0 * torch.stack([*losses(model, elsewhere).values()]).sum()
     return result
 
 

@@ -7,6 +7,8 @@ that ranks exchange.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -75,6 +77,8 @@ def _first_row(weight: DTensor) -> int:
 class VocabParallelEmbedding(nn.Embedding):
     """``torch.nn.Embedding`` with ``weight`` split by rows: a DTensor, ``Shard(0)``."""
 
+    weight: Any
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         local, start = self.weight.to_local(), _first_row(self.weight)
         rows = embedding(input, local, vocab_range=(start, start + local.shape[0]))
@@ -83,6 +87,8 @@ class VocabParallelEmbedding(nn.Embedding):
 
 class VocabParallelHead(Head):
     """A :class:`~fastllm.models.head.Head` with ``weight`` split by rows: a DTensor, ``Shard(0)``."""
+
+    weight: Any
 
     def forward(self, input, target=None, **options):
         """Logits of the whole vocabulary, gathered; with ``target``, the mean loss, for which nothing is gathered.

@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -39,7 +40,7 @@ class Watch:
         self._at = (0, "start", time.monotonic())
         self._said = 0
         self._stop = threading.Event()
-        store = dist.distributed_c10d._get_default_store()
+        store: Any = dist.distributed_c10d._get_default_store()
         # A connection of its own: the main thread may be waiting on the other.
         self._store = store.clone() if hasattr(store, "clone") else store
         self._main = threading.get_ident()

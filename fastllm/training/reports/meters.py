@@ -31,7 +31,7 @@ class Timer:
     """
 
     def __init__(self):
-        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._last = time.perf_counter()
 
     def start(self) -> None:

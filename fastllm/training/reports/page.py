@@ -9,6 +9,7 @@ import html
 import io
 import math
 import re
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def _picture(title: str, curves: list[tuple[tuple[str, str], list[float], list[f
     return re.sub(r"^.*?(?=<svg)", "", out.getvalue(), flags=re.DOTALL)
 
 
-def _table(header: list[str], rows: list[list[str]], marked: set[int] = frozenset()) -> str:
+def _table(header: list[str], rows: list[list[str]], marked: Collection[int] = ()) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join(
         f'<tr class="{"differs" if number in marked else "same"}">'

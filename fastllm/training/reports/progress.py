@@ -132,7 +132,7 @@ def find_wandb(project: str | None) -> None:
 
 def _wandb_run(folder: Path, project: str):
     find_wandb(project)
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]  # installed by whoever uses it
 
     # Of the folder's own, so that a run that goes on goes on there, too.
     name = folder / "wandb-id"
@@ -216,7 +216,7 @@ class Display:
 
     def update(self, done: float, text: str, force: bool = False) -> None:
         """The state of things; where there is no terminal, a line every few seconds, or at once with ``force``."""
-        if self._live is not None:
+        if self._live is not None and self._task is not None:
             self._live.update(self._task, completed=min(done, 1.0), description=text)
         elif force or time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + LINE_INTERVAL

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 from ...config import InputError
 from ...data import Dataset, derive_seed
@@ -21,7 +22,7 @@ TEMPERATURE, TOP_P = 0.8, 0.95
 PROMPT_BYTES = 60
 
 
-def plot_loss(run: Path, dataset: Dataset | TaskDataset, title: str) -> Path:
+def plot_loss(run: Path, dataset: Any, title: str) -> Path:
     """Draw metrics.jsonl into ``run/loss.png``: training and validation in bits per byte, and xz's line.
 
     Where there are no bits per byte: each term of the loss, and each score beside it.
