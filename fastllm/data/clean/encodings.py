@@ -100,7 +100,7 @@ def codec_of(label: str | None) -> str | None:
     return _CODECS.get(label) or _PLAIN.get(plain) or _PLAIN.get(f"iso{plain}")
 
 
-def _euro(error: UnicodeError) -> tuple[str, int]:
+def _euro(error: UnicodeError) -> tuple[str | bytes, int]:
     """The byte 0x80, which GB 18030 leaves out, is a Euro sign in Windows' GBK."""
     if isinstance(error, UnicodeDecodeError) and error.object[error.start] == 0x80:
         return "\u20ac", error.start + 1

@@ -114,7 +114,7 @@ class VocabParallelHead(Head):
         """(this rank's rows of the weight, the number of the first, the group of the ranks that have the others)."""
         return self.weight.to_local(), _first_row(self.weight), self.weight.device_mesh.get_group()
 
-    def log_probs(self, hidden, targets, logit_scale=1.0, *, return_entropy=False):
+    def log_probs(self, hidden, targets, logit_scale=1.0, *, return_entropy=False) -> Any:
         """As :meth:`Head.log_probs`; with ``return_entropy`` a pair of it and the entropies."""
         local, start, group = self._parts()
         counts = targets != -100
