@@ -33,6 +33,7 @@ from .registry import OPS, Call, Op
 BACKENDS = ("eager", "triton", "native", "hopper")
 # In order of preference; `eager` is always possible. CPU has no `triton`: the interpreter is for tests only.
 PREFERENCE = {"cuda": ("triton", "native"), "cpu": ("native",)}
+_FIRST = {device_type: f"first choice on {device_type}" for device_type in PREFERENCE}
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NATIVE_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
@@ -240,7 +241,7 @@ def _pick(op: str, call: Call) -> Choice:
                 f"call: {reason}; or choose the eager or auto backend"
             )
         return Choice(asked, "asked for", True)
-    names = [name for name in PREFERENCE.get(device_type, ()) if name in record.backends]
+    names = _preferred(record, device_type)
     if not names:
         return Choice("eager", f"PyTorch's own operators are the choice on {device_type}")
     reason = record.prefers_torch(call) or _foreign(tensors)
@@ -250,10 +251,16 @@ def _pick(op: str, call: Call) -> Choice:
     for name in names:
         reason = why_not(name, device_type, {t.dtype for t in tensors}, record) or record.refuses(name, call)
         if reason is None:
-            return Choice(name, f"first choice on {device_type}")
+            return Choice(name, _FIRST[device_type])
         _tell_once(f"{op}: eager instead of {name}: {reason}")
         refusals.append(f"{name}: {reason}")
     return Choice("eager", "; ".join(refusals))
+
+
+def _preferred(record: Op, device_type: str) -> tuple[str, ...]:
+    """The backends of ``record`` in their order of preference."""
+    names = PREFERENCE.get(device_type, ())
+    return names if all(name in record.backends for name in names) else tuple(n for n in names if n in record.backends)
 
 
 def _foreign(tensors: Iterable[torch.Tensor]) -> str | None:

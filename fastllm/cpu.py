@@ -22,7 +22,7 @@ LEVELS = ("baseline", "avx2", "avx512", "amx")
 CAPS = ("FASTLLM_CPU", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 # The flags of /proc/cpuinfo that a level needs beside those of the level below.
 _NEEDS = {
-    "avx2": {"avx2", "fma"},
+    "avx2": {"avx2", "fma", "f16c"},
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
     "amx": {"amx_tile", "amx_bf16", "avx512_bf16"},
 }

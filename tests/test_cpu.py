@@ -13,7 +13,7 @@ import fastllm.functional as FF
 from fastllm import cpu, extension, matmul, timing
 
 CPU = torch.device("cpu")
-AVX2 = frozenset({"avx2", "fma"})
+AVX2 = frozenset({"avx2", "fma", "f16c"})
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 BF16 = AVX512 | {"avx512_bf16"}
 AMX = BF16 | {"amx_tile", "amx_bf16", "avx512_fp16"}

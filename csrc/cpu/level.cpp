@@ -5,6 +5,10 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(FASTLLM_X86_VARIANTS)
+#include <cpuid.h>
+#endif
+
 #include "amx.h"
 
 namespace fastllm {
@@ -26,9 +30,17 @@ Level torchs_cap() {
   return name == "default" ? Level::kBaseline : name == "avx2" ? Level::kAvx2 : Level::kAmx;
 }
 
+#if defined(FASTLLM_X86_VARIANTS)
+// Conversions of float16, whose name not every compiler's __builtin_cpu_supports() knows.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
 Level machine() {
 #if defined(FASTLLM_X86_VARIANTS)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (!avx2) return Level::kBaseline;

@@ -136,7 +136,8 @@ _watching: list[Calls] = []
 _stack = _Stack()
 
 
-def _watched() -> bool:
+def watched() -> bool:
+    """Whether somebody counts calls."""
     return bool(_watching) and not torch.compiler.is_compiling()
 
 
@@ -147,7 +148,7 @@ def _observe(op: str, choice: backends.Choice) -> None:
 
 def serve(module: torch.nn.Module | None, function: Callable, *args, **kwargs):
     """``function(*args, **kwargs)``, whose ops count as ``module``'s while somebody watches."""
-    if not _watched():
+    if not watched():
         return function(*args, **kwargs)
     work = _Work(module)
     _stack.works.append(work)
@@ -163,7 +164,7 @@ def serve(module: torch.nn.Module | None, function: Callable, *args, **kwargs):
 
 def own(op: str, why: str) -> None:
     """Note that the call at work takes the forward that was there before, and why."""
-    if _watched() and _stack.works:
+    if watched() and _stack.works:
         _stack.works[-1].note(op, "own", why)
 
 

@@ -8,9 +8,10 @@ import torch
 
 from ..functional import cross_entropy, embedding, layer_norm, linear, rms_norm
 from ..ops.attention.multihead import AttentionMasks, multihead_attention
-from ..ops.linear import MIN_ROWS
+from ..ops.linear import MIN_ROWS, takes_rows
+from ..ops.linear_rows import linear_rows
 from ..ops.shared.widened import NARROW, widens
-from .calls import own
+from .calls import own, watched
 from .deferred import Deferred, value_of
 from .fused import fused_inference
 from .logits import Logits
@@ -19,7 +20,7 @@ from .rows import ALWAYS, IN_TRAINING, Rows
 from .swap import forward_of, original_forward
 
 UNFIT = "tensors, dtypes, shapes or devices that it does not take, or vmap, tracing or forward-mode differentiation"
-FEW_ROWS = f"below {MIN_ROWS} rows PyTorch's product reads the weight once and is bound by memory"
+FEW_ROWS = f"below {MIN_ROWS} rows blocks do not pay, and the extension does not take the call"
 ORDINARY_LOGITS = "logits are ordinary in evaluation, without gradients, with hooks, of tensors it does not take"
 
 
@@ -99,15 +100,18 @@ def head_forward(module, original, options, input):
 
 def _multiplied(module, original, x, weight):
     """``linear(x, weight, bias)`` where the tensors are ordinary ones of one dtype, else the forward from before."""
-    if x.dim() and x.numel() < MIN_ROWS * x.shape[-1]:
+    bias = module.bias
+    few = x.dim() > 0 and x.numel() < MIN_ROWS * x.shape[-1]
+    if few and not takes_rows(x, weight, bias):
         own("linear", FEW_ROWS)
         return original(module, x)
-    bias = module.bias
     tensors = [t for t in (x, weight, bias) if t is not None]
     ordinary = plain(*tensors) and all(t.dtype == weight.dtype and t.device == weight.device for t in tensors)
     if not ordinary or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         own("linear", UNFIT)
         return original(module, x)
+    if few and widens(x) and not watched() and not torch.is_autocast_enabled("cpu"):
+        return linear_rows(x, weight, bias)  # what linear() comes to; without its choices, which take 6 us
     return linear(x, weight, bias)
 
 

@@ -62,11 +62,14 @@ class KVCache(DecoderCache):
 
     The model moves ``length`` on after its last layer; setting it back drops tokens from the end. ``step`` is what the
     decoder that made the cache calls for one more token of each sequence (:mod:`.next_token`), or None.
+    ``relative_bias`` is what relative positions add to the scores of the last position, (1, H, 1, context_length), once
+    a step has needed it; an earlier position's are the end of it.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, *, dtype: torch.dtype, device: torch.device):
         super().__init__(batch_size)
         self.step: Callable[..., torch.Tensor] | None = None
+        self.relative_bias: torch.Tensor | None = None
         shape = (2, config.num_layers, batch_size, config.kv_heads, config.context_length, config.head_dim)
         self._store = torch.empty(shape, dtype=dtype, device=device)
 

@@ -59,6 +59,13 @@ class TransformerStack(Embedded):
         bucket = relative_bucket(distance, config.relative_buckets, config.relative_distance, self.causal)
         return self.relative_bias(bucket).permute(2, 0, 1)[None]
 
+    def _next_bias(self, cache: KVCache) -> torch.Tensor:
+        """:meth:`_bias` of the token after those in ``cache``; it depends on the distances alone, which come again."""
+        last = self.config.context_length - 1
+        if cache.relative_bias is None:
+            cache.relative_bias = self._bias(last, last + 1).contiguous()
+        return cache.relative_bias[..., last - cache.length :]
+
 
 class TransformerEncoder(TransformerStack):
     """Every token sees every other one of its sequence.
@@ -135,7 +142,8 @@ class TransformerDecoder(TransformerStack):
         if self.positions == "rotary":
             context.rotary = (self.rotary_cos[start:end], self.rotary_sin[start:end])
         elif self.positions == "relative":
-            context.bias = self._bias(start, end)
+            single = cache is not None and end == start + 1 and not torch.is_grad_enabled()
+            context.bias = self._next_bias(cache) if single else self._bias(start, end)
         if prefix is not None:
             key = torch.arange(end, device=tokens.device)
             seen = (key <= torch.arange(start, end, device=tokens.device)[:, None]) | (key < prefix[:, None, None])

@@ -7,18 +7,19 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .. import extension
 from ..backends import Choice, pick, under_transform
 from ..registry import Cost, Op, Sample, define, register
+from .linear_rows import linear_rows
 from .shared.autograd import apply, autocasted, gradients
 from .shared.check import check_floating
 from .shared.widened import NARROW, widened_input_grad, widened_linear, widened_weight_grad, widens
 
 OP = "linear"
-TORCH, WIDENED = "PyTorch's operator", "blocks in float32"
-# Rows below which PyTorch's own 16-bit product is the faster one: it then reads the weight once and is bound by memory.
-# One core of an AMD EPYC held to AVX2, weights of 512 x 512 / 2048 x 2048 / 2048 x 5504, ms: 2 rows 0.045 / 0.54 / 1.5
-# by PyTorch and 0.049 / 0.72 / 2.8 in blocks, 4 rows 0.088 / 1.10 / 3.2 and 0.063 / 0.98 / 3.3, 16 rows 0.35 / 7.8 / 26
-# and 0.12 / 2.0 / 5.8.
+TORCH, WIDENED, ROWS = "PyTorch's operator", "blocks in float32", "rows in float32"
+# Rows from which blocks pay. One core of an AMD EPYC held to AVX2, weights of 512 x 512, 2048 x 2048, 2048 x 5504, ms:
+# 2 rows 0.045 / 0.54 / 1.5 by PyTorch and 0.049 / 0.72 / 2.8 in blocks, 4 rows 0.088 / 1.10 / 3.2 and
+# 0.063 / 0.98 / 3.3, 16 rows 0.35 / 7.8 / 26 and 0.12 / 2.0 / 5.8. Fewer are a decoder's step.
 MIN_ROWS = 4
 
 
@@ -34,7 +35,7 @@ class LinearCall(NamedTuple):
 
 
 class LinearForm(NamedTuple):
-    """``name``: TORCH or WIDENED."""
+    """``name``: TORCH, WIDENED or ROWS."""
 
     name: str
     why: str
@@ -61,9 +62,20 @@ def _call(input, weight, bias=None) -> LinearCall:
 
 
 _OWN = LinearForm(TORCH, "its products are the device's own")
-_FEW = LinearForm(TORCH, f"below {MIN_ROWS} rows it reads the weight once and is bound by memory")
+_FEW = LinearForm(TORCH, f"below {MIN_ROWS} rows blocks do not pay, and the extension does not take the call")
+_ROWS = LinearForm(ROWS, f"below {MIN_ROWS} rows the extension reads the weight once, in 16 bits")
 _FOREIGN = LinearForm(TORCH, "a transform is at work, a tensor is sparse or nested, or the weight is a vector")
 _BLOCKS = LinearForm(WIDENED, "this CPU has no products of that dtype")
+
+
+def takes_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether the extension multiplies a few rows ``x`` with ``weight``, a matrix of its dtype.
+
+    It must be there, nothing may be differentiated, and the elements of a row of ``weight`` must be side by side.
+    """
+    if x.numel() == 0 or weight.numel() == 0 or weight.stride(1) != 1 or extension.missing() is not None:
+        return False
+    return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, weight, bias))
 
 
 def linear_form(call: LinearCall, choice: Choice) -> LinearForm:
@@ -78,7 +90,7 @@ def linear_form(call: LinearCall, choice: Choice) -> LinearForm:
     ):
         return _FOREIGN
     if x.numel() < MIN_ROWS * x.shape[-1] or weight.numel() == 0:
-        return _FEW
+        return _ROWS if takes_rows(*call) else _FEW
     return _BLOCKS
 
 
@@ -140,8 +152,8 @@ def linear(input, weight, bias=None):
     """``torch.nn.functional.linear``: ``input @ weight.T + bias``.
 
     On a CPU without products of a 16-bit dtype, blocks of the tensors are widened to fp32 and multiplied there, forward
-    and backward, so that a 16-bit model runs at the speed of an fp32 one in half of its memory. Everywhere else, and
-    for fewer than 4 rows, it is PyTorch's operator.
+    and backward, so that a 16-bit model runs at the speed of an fp32 one in half of its memory. Fewer than 4 rows that
+    need no gradient read the weight once, in 16 bits. Everywhere else it is PyTorch's operator.
 
     Args:
         input: (..., in_features), floating point, any strides.
@@ -157,8 +169,11 @@ def linear(input, weight, bias=None):
         ValueError: shapes or devices do not fit.
     """
     call = _call(input, weight, bias)
-    if linear_form(call, pick(OP, call)).name == TORCH:
+    form = linear_form(call, pick(OP, call)).name
+    if form == TORCH:
         return F.linear(*call)
+    if form == ROWS:
+        return linear_rows(*call)
     x, weight, bias = call
     return apply(_Linear, x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
 

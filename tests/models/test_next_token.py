@@ -8,6 +8,7 @@ import torch
 import fastllm
 from fastllm import extension
 from fastllm.models import ModelConfig, build_model
+from fastllm.models.stack import TransformerDecoder
 from fastllm.ops.linear_rows import MAX_ROWS, linear_rows
 
 pytestmark = [
@@ -119,18 +120,21 @@ def test_another_number_of_sequences_is_refused():
             model(torch.ones(1, 1, dtype=torch.long), cache)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("depth", [1, 7, 64, 100, 513])
-def test_rows_times_a_matrix(depth):
+def test_rows_times_a_matrix(depth, dtype):
     """Whole and broken runs, strides, no bias, no rows; the same bits alone and beside others, and with two threads."""
     torch.manual_seed(depth)
-    x, weight, bias = torch.randn(3, 5, depth), torch.randn(301, depth + 3)[:, 1:-2], torch.randn(602)[::2]
+    x, weight = torch.randn(3, 5, depth).to(dtype), torch.randn(301, depth + 3).to(dtype)[:, 1:-2]
+    bias = torch.randn(602).to(dtype)[::2]
     truth = x.double() @ weight.double().t() + bias.double()
     got = linear_rows(x, weight, bias)
+    assert got.dtype == dtype
     usual = (torch.nn.functional.linear(x, weight, bias) - truth).abs().max()
-    assert (got - truth).abs().max() <= 2 * usual + 4 * torch.finfo(torch.float32).eps * truth.abs().max()
+    assert (got - truth).abs().max() <= 2 * usual + 4 * torch.finfo(dtype).eps * truth.abs().max()
     assert torch.equal(linear_rows(x[1, 2], weight, bias), got[1, 2])
     assert torch.equal(linear_rows(x.transpose(0, 1), weight, bias), got.transpose(0, 1))
-    torch.testing.assert_close(linear_rows(x, weight, None) + bias, got)
+    assert torch.equal(linear_rows(x, weight, None), linear_rows(x, weight, torch.zeros_like(bias)))
     assert linear_rows(x[:0], weight, bias).shape == (0, 5, 301)
     before = torch.get_num_threads()
     with contextlib.ExitStack() as stack:
@@ -139,9 +143,27 @@ def test_rows_times_a_matrix(depth):
         assert torch.equal(linear_rows(x, weight, bias), got)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_number_is_widened_as_pytorch_widens_it(dtype):
+    """Infinities and subnormal numbers too, in whole runs and in the rest of a row; NaNs stay NaNs."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    for depth in (64, 1):
+        weight = torch.zeros(len(every), depth, dtype=dtype)
+        weight[:, 0] = every
+        one = torch.zeros(1, depth, dtype=dtype)
+        one[0, 0] = 1.0
+        torch.testing.assert_close(linear_rows(one, weight, None)[0], every, rtol=0, atol=0, equal_nan=True)
+
+
 def test_what_does_not_fit_is_refused():
     x, weight = torch.ones(2, 4), torch.ones(3, 4)
-    for args in ((x, torch.ones(3, 5), None), (x, weight, torch.ones(2)), (x.double(), weight, None), (x, x[0], None)):
+    mixed = (
+        (x.double(), weight, None),
+        (x.half(), weight, None),
+        (x, weight.bfloat16(), None),
+        (x, weight, x[0, :3].half()),
+    )
+    for args in ((x, torch.ones(3, 5), None), (x, weight, torch.ones(2)), (x, x[0], None), *mixed):
         with pytest.raises((ValueError, RuntimeError), match="linear_rows"):
             linear_rows(*args)
 
@@ -152,3 +174,19 @@ def test_its_fake_has_the_shape():
     with FakeTensorMode():
         y = linear_rows(torch.empty(2, 3, 8), torch.empty(5, 8), None)
     assert y.shape == (2, 3, 5)
+
+
+def test_relative_positions_are_looked_up_once_in_a_generation(monkeypatch):
+    model = built(**STYLES["t5"])
+    decoder = next(module for module in model.modules() if isinstance(module, TransformerDecoder))
+    tokens = torch.randint(61, (2, 7))
+    with torch.no_grad():
+        cache = model.new_cache(2)
+        model(tokens[:, :3], model.encode(tokens), cache=cache)
+        expected = [decoder._bias(length, length + 1) for length in range(3, 7)]
+        looked, bias_of = [], decoder._bias
+        monkeypatch.setattr(decoder, "_bias", lambda *args: looked.append(args) or bias_of(*args))
+        for step in range(3, 7):
+            assert torch.equal(decoder._next_bias(cache), expected[step - 3])
+            model(tokens[:, step : step + 1], cache=cache)
+    assert len(looked) == 1

@@ -11,6 +11,8 @@ import fastllm
 from fastllm import OPS
 from fastllm.functional import add_layer_norm, layer_norm
 from fastllm.kernels.norm import backward, forward, long_row
+from fastllm.ops.norm.call import NormForward
+from fastllm.ops.norm.operator import forward_by
 from fastllm.registry import Sample
 
 pytestmark = pytest.mark.runs_on("gpu", "interpreter")
@@ -46,7 +48,7 @@ def form(request, monkeypatch):
 def _statistics(x, backend):
     """(y, mean, rstd) as the operator gives them."""
     with fastllm.backend(backend):
-        y, _, mean, rstd = torch.ops.fastllm.norm_fwd(x, None, None, None, None, 1e-5, 0.0, 0.0, True, backend)
+        y, _, mean, rstd = forward_by(NormForward(x, None, None, None, None, 1e-5, 0.0, 0.0, True, backend))
     return y, mean, rstd
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastllm
-from fastllm import cpu
+from fastllm import cpu, extension
 from fastllm import functional as FF
 from fastllm.backends import pick
 from fastllm.environment import serving
@@ -82,7 +82,12 @@ def test_the_capability_decides(dtype, monkeypatch):
         assert form(x, weight) == linear_op.TORCH
     with _multiplying(monkeypatch):
         assert form(x, weight) == linear_op.WIDENED
-        assert form(x[: linear_op.MIN_ROWS - 1], weight) == linear_op.TORCH
+        few, rows = x[: linear_op.MIN_ROWS - 1], linear_op.ROWS if extension.missing() is None else linear_op.TORCH
+        assert form(few, weight) == rows
+        assert form(few, weight.t().contiguous().t()) == linear_op.TORCH
+        assert form(few, weight.clone().requires_grad_()) == linear_op.TORCH
+        with torch.no_grad():
+            assert form(few, weight.clone().requires_grad_()) == rows
         assert form(x.float(), weight.float()) == linear_op.TORCH
         assert form(x, weight[0]) == linear_op.TORCH
         assert torch.func.vmap(FF.linear, (0, None))(x.expand(3, 8, 16), weight).shape == (3, 8, 4)

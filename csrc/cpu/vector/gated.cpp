@@ -1,75 +1,119 @@
 // Built once per instruction set, like rows.cpp.
 #include "../gated.h"
 
-#include "numbers.h"
+#include "tiles.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {
 
+// numbers.h's exp_ of vectors, but infinite from 88.4 on. By multiply_add, which takes two thirds of the time of products
+// and sums apart at AVX2: AVX2 and AVX-512 give the same bits, and the baseline others.
+inline Vector exp_of(Vector x) {
+  const Vector bounded = x > 89.0f ? all(89.0f) : x;
+  const Vector shifted = multiply_add(bounded, all(1.44269504f), all(12582912.0f));
+  const Vector n = shifted - 12582912.0f;
+  Vector r = multiply_add(n, all(-0.693359375f), bounded);
+  r = multiply_add(n, all(2.12194440e-4f), r);
+  Vector p = all(1.9875691500e-4f);
+  p = multiply_add(p, r, all(1.3981999507e-3f));
+  p = multiply_add(p, r, all(8.3334519073e-3f));
+  p = multiply_add(p, r, all(4.1665795894e-2f));
+  p = multiply_add(p, r, all(1.6666665459e-1f));
+  p = multiply_add(p, r, all(5.0000001201e-1f));
+  const Vector y = multiply_add(p, r * r, r) + 1.0f;
+  const Integers power = (reinterpret_cast<Integers>(shifted) - 0x4B400000 + 127) << 23;
+  return x < -87.0f ? Vector{} : y * reinterpret_cast<Vector>(power);
+}
+
 struct Act {
-  float value, slope;
+  Vector value, slope;
 };
 
-// sigmoid(x) and sigmoid(-x), neither by way of the other, which would cancel.
+// sigmoid(x) and sigmoid(-x), neither as 1 less the other, which would cancel.
 struct Sigmoids {
-  float of, of_minus;
+  Vector of, of_minus;
 };
 
-inline Sigmoids sigmoids(float x) {
-  const float e = exp_(x < 0.0f ? x : -x);
-  const float large = 1.0f / (1.0f + e), small = e * large;
-  return {x < 0.0f ? small : large, x < 0.0f ? large : small};
+inline Vector sigmoid(Vector e) { return 1.0f / (1.0f + e); }
+
+inline Sigmoids sigmoids(Vector x) {
+  const Vector e = exp_of(-x), of = sigmoid(e), of_minus = e * of;
+  return {of, of_minus < 1.0f ? of_minus : all(1.0f)};  // infinite e: NaN, for 1
 }
 
 // The normal distribution's density and integral. The integral's tail is the density times a polynomial in
 // t = 1 / (1 + 0.34 |x|), the form of Abramowitz and Stegun 26.2.17, here with a relative error below 3e-8 up to
 // |x| = 13.3 (a minimax fit); from 13.2 on the density is 0.
-inline Act normal(float x) {
-  const float e = exp_(-0.5f * x * x);
-  const float t = 1.0f / (1.0f + 0.34f * (x < 0.0f ? -x : x));
-  float p = -2.647194266e-2f;
-  p = p * t + 1.411503546e-1f;
-  p = p * t - 2.764146553e-1f;
-  p = p * t + 2.057782100e-1f;
-  p = p * t - 4.708505880e-2f;
-  p = p * t + 1.163143607e-1f;
-  p = p * t + 1.149675011e-1f;
-  p = p * t + 1.361423869e-1f;
-  p = p * t + 1.356188559e-1f;
-  const float tail = p * t * e;
-  return {x < 0.0f ? tail : 1.0f - tail, 0.3989422804f * e};
+struct Normal {
+  Vector density, integral;
+};
+
+inline Normal normal(Vector x) {
+  const Vector e = exp_of(-0.5f * x * x);
+  const Vector t = 1.0f / multiply_add(all(0.34f), x < 0.0f ? -x : x, all(1.0f));
+  Vector p = multiply_add(all(-2.647194266e-2f), t, all(1.411503546e-1f));
+  p = multiply_add(p, t, all(-2.764146553e-1f));
+  p = multiply_add(p, t, all(2.057782100e-1f));
+  p = multiply_add(p, t, all(-4.708505880e-2f));
+  p = multiply_add(p, t, all(1.163143607e-1f));
+  p = multiply_add(p, t, all(1.149675011e-1f));
+  p = multiply_add(p, t, all(1.361423869e-1f));
+  p = multiply_add(p, t, all(1.356188559e-1f));
+  const Vector tail = p * t * e;
+  return {0.3989422804f * e, x < 0.0f ? tail : 1.0f - tail};
+}
+
+// gelu_tanh is g sigmoid(2 v): 0.5 (1 + tanh(v)) = sigmoid(2 v), which does not cancel below 0;
+// v = sqrt(2 / pi) (g + 0.044715 g^3).
+inline Vector twice_v(Vector g, Vector square) { return 1.5957691216f * multiply_add(0.044715f * square, g, g); }
+
+template <int kActivation>
+inline Vector value_of(Vector g) {
+  if constexpr (kActivation == kGelu) return g * normal(g).integral;
+  if constexpr (kActivation == kGeluTanh) return g * sigmoid(exp_of(-twice_v(g, g * g)));
+  return g * sigmoid(exp_of(-g));
 }
 
 template <int kActivation>
-inline Act act(float g) {
+inline Act act(Vector g) {
   if constexpr (kActivation == kGelu) {
-    const Act cdf = normal(g);
-    return {g * cdf.value, cdf.value + g * cdf.slope};
+    const Normal n = normal(g);
+    return {g * n.integral, multiply_add(g, n.density, n.integral)};
   } else if constexpr (kActivation == kGeluTanh) {
-    // 0.5 (1 + tanh(v)) = sigmoid(2 v), which does not cancel below 0; v = sqrt(2 / pi) (g + 0.044715 g^3).
-    const float square = g * g;
-    const Sigmoids s = sigmoids(1.5957691216f * (g + 0.044715f * square * g));
-    return {g * s.of, s.of + g * s.of * s.of_minus * (1.5957691216f * (1.0f + 0.134145f * square))};
+    const Vector square = g * g;
+    const Sigmoids s = sigmoids(twice_v(g, square));
+    const Vector inner = 1.5957691216f * multiply_add(all(0.134145f), square, all(1.0f));
+    return {g * s.of, multiply_add(g * s.of * s.of_minus, inner, s.of)};
   } else {
     const Sigmoids s = sigmoids(g);
-    return {g * s.of, s.of * (1.0f + g * s.of_minus)};
+    return {g * s.of, s.of * multiply_add(g, s.of_minus, all(1.0f))};
   }
 }
 
-// One loop each, so that loads, arithmetic and stores go side by side.
+// Whole vectors, and the rest in one that zeros fill up: an element's bits do not depend on its place.
+template <class Part>
+inline void each_vector(int64_t n, const Part& part) {
+  int64_t c = 0;
+  for (; c + kVector <= n; c += kVector) part(c, int64_t{kVector});
+  if (c < n) part(c, n - c);
+}
+
 template <int kActivation>
 void multiply(const float* __restrict g, const float* __restrict u, float* __restrict y, int64_t n) {
-  for (int64_t c = 0; c < n; ++c) y[c] = act<kActivation>(g[c]).value * u[c];
+  each_vector(n, [=](int64_t c, int64_t some) {
+    store_some(y + c, value_of<kActivation>(load_some(g + c, some)) * load_some(u + c, some), some);
+  });
 }
 
 template <int kActivation>
 void differentiate(const float* __restrict d, const float* __restrict g, const float* __restrict u,
                    float* __restrict dg, float* __restrict du, int64_t n) {
-  for (int64_t c = 0; c < n; ++c) {
-    const Act a = act<kActivation>(g[c]);
-    dg[c] = d[c] * u[c] * a.slope;
-    du[c] = d[c] * a.value;
-  }
+  each_vector(n, [=](int64_t c, int64_t some) {
+    const Act a = act<kActivation>(load_some(g + c, some));
+    const Vector dy = load_some(d + c, some);
+    store_some(dg + c, dy * load_some(u + c, some) * a.slope, some);
+    store_some(du + c, dy * a.value, some);
+  });
 }
 
 // Elements of other dtypes at a time: few enough that a processor loads some while it computes others.

@@ -36,25 +36,6 @@ void sums_over(int64_t n, float* sums, const Vectors& vectors) {
   }
 }
 
-// n elements, at most a vector; zeros after them.
-inline Vector load_some(const float* from, int64_t n) {
-  if (n == kVector) return load(from);
-  Vector x{};
-  __builtin_memcpy(&x, from, static_cast<size_t>(n) * sizeof(float));
-  return x;
-}
-inline void store_some(float* to, Vector x, int64_t n) {
-  if (n == kVector) return store(to, x);
-  __builtin_memcpy(to, &x, static_cast<size_t>(n) * sizeof(float));
-}
-// x where there are elements, zeros after them.
-inline Vector keep_some(Vector x, int64_t n) {
-  if (n == kVector) return x;
-  Vector kept{};
-  __builtin_memcpy(&kept, &x, static_cast<size_t>(n) * sizeof(float));
-  return kept;
-}
-
 // norm_of_row where all is float32 and nothing is dropped: without copies.
 void norm_of_floats(const NormOptions& o, NormRow& row) {
   const int64_t n = o.columns;

@@ -37,6 +37,24 @@ inline Vector load(const float* from) {
   return x;
 }
 inline void store(float* to, Vector x) { __builtin_memcpy(to, &x, sizeof x); }
+// n elements, at most a vector; zeros after them.
+inline Vector load_some(const float* from, int64_t n) {
+  if (n == kVector) return load(from);
+  Vector x{};
+  __builtin_memcpy(&x, from, static_cast<size_t>(n) * sizeof(float));
+  return x;
+}
+inline void store_some(float* to, Vector x, int64_t n) {
+  if (n == kVector) return store(to, x);
+  __builtin_memcpy(to, &x, static_cast<size_t>(n) * sizeof(float));
+}
+// x where there are elements, zeros after them.
+inline Vector keep_some(Vector x, int64_t n) {
+  if (n == kVector) return x;
+  Vector kept{};
+  __builtin_memcpy(&kept, &x, static_cast<size_t>(n) * sizeof(float));
+  return kept;
+}
 inline Vector all(float x) { return Vector{} + x; }
 
 // a * b + c, rounded once where the instruction set has it.

@@ -13,8 +13,8 @@ from .call import NormBackward, NormForward
 
 def _wide(x: torch.Tensor, residual: torch.Tensor | None) -> torch.dtype:
     """What rows are computed in: fp32, or fp64 where one of them is."""
-    dtypes = (x.dtype, x.dtype if residual is None else residual.dtype)
-    return torch.float64 if torch.float64 in dtypes else torch.float32
+    narrow = x.dtype != torch.float64 and (residual is None or residual.dtype != torch.float64)
+    return torch.float32 if narrow else torch.float64
 
 
 def _norm_rows_fake(*args):

