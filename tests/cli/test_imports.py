@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from extras import needed
 
 from fastllm import OPS
 from fastllm.training import RunConfig
@@ -22,6 +23,7 @@ def test_what_needs_no_torch_imports_none(argument, code):
 @pytest.mark.runs_on("anywhere")
 def test_commands_that_need_no_torch_import_none(tmp_path):
     """All their work in one process, then what it imported; plan counts on tensors, so only its refusals are free."""
+    needed("ftfy", "data")
     (tmp_path / "page.txt").write_text("The import statement finds a module and binds its name. " * 40)
     run = tmp_path / "run"
     run.mkdir()

@@ -312,7 +312,7 @@ def test_scores_of_translations_are_sacrebleus():
 
 
 def test_intervals_of_translations_are_sacrebleus():
-    sacrebleu = pytest.importorskip("sacrebleu")
+    sacrebleu = needed("sacrebleu", "translate")
     references = ["the cat sat on the mat today", "a red house stands there now", "two men walk", "one dog runs"]
     found = ["the cat sat on a mat today", "a house stands there now", "two men walk", "a dog is here"]
     intervals = translation_intervals(references, found, resamples=200)
