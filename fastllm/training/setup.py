@@ -44,8 +44,10 @@ def with_teacher(config: RunConfig) -> RunConfig:
         InputError: there is no such model, its vocabulary or its context does not serve, or the vocabulary is split.
     """
     objective = config.objective
-    if config.training.tensor_parallel > 1 and objective.objective in ("dpo", "distill"):
-        raise InputError(f"tensor_parallel: objective {objective.objective} needs the whole vocabulary on each rank")
+    split = config.training.tensor_parallel > 1
+    if split and (objective.objective == "dpo" or (objective.objective == "distill" and objective.direction == "jsd")):
+        what = "direction jsd" if objective.objective == "distill" else "objective dpo"
+        raise InputError(f"tensor_parallel: {what} needs the whole vocabulary on each rank")
     if objective.teacher is None:
         return config
     folder, shape = language_model_folder(objective.teacher, "teacher")
