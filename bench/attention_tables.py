@@ -6,7 +6,7 @@
 
 prints registers, bytes of stack (spills), shared memory, bulk tensor copies and matrix instructions of every kernel,
 and exits with 1 where one spills or does not fit, or a call is left; ``--feature hopper`` are the calls that the Gluon
-forward serves on sm_90, which must also have warpgroup products and bulk copies. All of it takes about half an hour of
+kernels serve on sm_90, which must also have warpgroup products and bulk copies. All of it takes about half an hour of
 one core. ``--results`` keeps what was compiled, by a hash of the kernels' sources: several runs share it, and the next
 goes on where the last stopped. ``--page`` writes what it holds as docs/attention-tables.md; ``--spot`` compiles two
 calls.
@@ -21,7 +21,7 @@ import re
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby, product
 from pathlib import Path
@@ -68,13 +68,16 @@ FEATURES = {
     "packed everything": lambda dim: packed(4, 512, 4, dim - 8, 2, **_everything(512, 512, 4), **_LENGTHS),
     "decode everything": lambda dim: decoding(2, 8, 2, 1024, dim, **_everything(1, 1024, 8)),
 }
-# The calls that the Hopper forward has a variant for.
+# The calls that the Hopper kernels have a variant for.
 HOPPER = {
     "hopper causal": lambda dim: dense(2, 4, 512, dim, 2, causal=True),
     "hopper full": lambda dim: dense(2, 4, 512, dim),
     "hopper packed causal": lambda dim: packed(4, 512, 4, dim, 2, causal=True),
     "hopper packed full": lambda dim: packed(4, 512, 4, dim),
 }
+GLUON = ("attention_hopper_fwd", "attention_hopper_bwd")
+# Bytes of stack that a kernel may have at a head dim: kernels/attention/hopper_backward.py has the cost.
+STACK = {("attention_hopper_bwd", 64): 8, ("attention_hopper_bwd", 128): 24}
 # Bytes of shared memory that a block can have. sm_86, sm_89 and sm_120 take sm_80's tiles and have less of it.
 SHARED = {**{arch: gpu.shared_per_block for arch, gpu in GPUS.items()}, 80: 99 << 10}
 # float16 has bfloat16's tiles and instructions: the heaviest of each register pressure stand for it.
@@ -96,10 +99,11 @@ class Entry:
 
     @property
     def fits(self) -> bool:
-        """No spills, a processor can hold it, and the Hopper forward has what it is for."""
+        """No spills, a processor can hold it, and a Hopper kernel has what it is for."""
         if self.feature in HOPPER and not (self.matrix == "HGMMA" and self.copies):
             return False
-        return self.resources.spills == 0 and self.resources.shared <= SHARED[self.arch]
+        spills = self.resources.spills if self.resources.stack > STACK.get((self.kernel, self.dim), 0) else 0
+        return spills == 0 and self.resources.shared <= SHARED[self.arch]
 
     @property
     def copies(self) -> int:
@@ -151,7 +155,7 @@ def compiled(call: Call) -> list[Entry]:
     """
     arch, dtype, dim, feature = call
     if feature in HOPPER:
-        return [compiled_hopper(dtype, dim, feature)]
+        return compiled_hopper(dtype, dim, feature)
     found = {}
     for launch in launches(OPS["attention"], partial(FEATURES[feature](dim), CUDA, getattr(torch, dtype)), GPUS[arch]):
         kernel = launch.kernel.strip("_").removesuffix("_kernel")
@@ -162,24 +166,24 @@ def compiled(call: Call) -> list[Entry]:
     return list(found.values())
 
 
-def compiled_hopper(dtype: str, dim: int, feature: str) -> Entry:
-    """The Gluon kernel of a call of :data:`HOPPER`.
+def compiled_hopper(dtype: str, dim: int, feature: str) -> list[Entry]:
+    """The Gluon kernels of a call of :data:`HOPPER`: the forward and, of a dense call, the backward.
 
     Raises:
-        RuntimeError: Triton's interpreter is on, or another kernel served the call.
+        RuntimeError: Triton's interpreter is on, or other kernels served the call.
     """
-
-    def forward_only():
-        call = HOPPER[feature](dim)(CUDA, getattr(torch, dtype))
-        return replace(call, args=tuple(t.detach() for t in call.args))
-
-    (launch,) = launches(OPS["attention"], forward_only, GPUS[90], "hopper")
-    kernel = launch.kernel.strip("_").removesuffix("_kernel")
-    if kernel != "attention_hopper_fwd":
-        raise RuntimeError(f"{feature}, {dtype}, head dim {dim}: served by {kernel}")
-    return Entry(
-        feature, dim, dtype, 90, launch.direction, kernel, launch.compiled.hash, read_resources(launch.compiled)
-    )
+    found = {}
+    for launch in launches(
+        OPS["attention"], partial(HOPPER[feature](dim), CUDA, getattr(torch, dtype)), GPUS[90], "hopper"
+    ):
+        kernel = launch.kernel.strip("_").removesuffix("_kernel")
+        if kernel in GLUON:
+            resources = read_resources(launch.compiled)
+            found[kernel] = Entry(feature, dim, dtype, 90, launch.direction, kernel, launch.compiled.hash, resources)
+    expected = GLUON[:1] if "packed" in feature else GLUON
+    if tuple(found) != expected:
+        raise RuntimeError(f"{feature}, {dtype}, head dim {dim}: served by {', '.join(found) or 'other kernels'}")
+    return list(found.values())
 
 
 def read(file: Path | None) -> dict[Call, list[Entry]]:
@@ -246,7 +250,7 @@ def page(results: dict[Call, list[Entry]]) -> str:
         f"For {arches}: registers a thread, spills (loads and stores of thread-local memory), shared memory of a "
         "block. A kernel that several calls share stands under the first of them. Head dims up to 64, 128 and 256 have "
         "a tile each; packed calls have a head dim of 8 less, scalar loads 4 less. Products of float32 are the scalar "
-        "units'. Bulk copies are instructions that bring tiles by TMA; calls named hopper are the Gluon forward's.\n",
+        "units'. Bulk copies are instructions that bring tiles by TMA; calls named hopper are the Gluon kernels'.\n",
         f"{len(planned()) - missing.total()} of {len(planned())} calls are compiled"
         + (f"; missing: {left}." if left else "."),
     ]

@@ -117,8 +117,9 @@ correctness() {
   if [ "$device" = cpu ]; then tests=(tests/test_registry.py -m "gpu" "--junitxml=$out/tests.xml"); fi
   step tests 210 "${pytest[@]}" "${tests[@]}"
 
-  chosen="(two_backwards and (native or triton or hopper)) or packed_on_a_gpu"
-  checks=("${pytest[@]}" -m gpu -x tests/test_ops.py tests/kernels/test_attention_hopper.py -k "$chosen")
+  chosen="(two_backwards and (native or triton or hopper)) or packed_on_a_gpu or gradients_on_a_gpu"
+  checks=("${pytest[@]}" -m gpu -x tests/test_ops.py tests/kernels/test_attention_hopper.py
+    tests/kernels/test_attention_hopper_backward.py -k "$chosen")
   if [ "$device" = cuda ] && command -v compute-sanitizer > /dev/null; then
     # torch's allocator would hand out parts of large blocks, whose bounds are not the tensors'. CUDA's own errors are
     # torch's business: it asks for what may fail.

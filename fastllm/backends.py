@@ -6,7 +6,7 @@ A backend is how an op is computed:
 ``eager``  PyTorch's own operators. Runs everywhere and is differentiable to any order.
 ``triton`` Our Triton kernels: CUDA tensors, or CPU tensors in Triton's interpreter (for tests).
 ``native`` The compiled C++/CUDA extension, for the ops that have such a kernel.
-``hopper`` As ``triton``, with attention's forward in Gluon for GPUs of sm_90 (H100, H200) in the calls that it
+``hopper`` As ``triton``, with attention in Gluon for GPUs of sm_90 (H100, H200) in the calls that it
            takes: fp16 or bf16, head dim 64 or 128, nothing but causal, tensors at multiples of 16 bytes. Never
            chosen but on request: it has not been run on a GPU yet.
 =========  =====================================================================================

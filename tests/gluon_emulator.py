@@ -8,9 +8,12 @@ these are errors whatever the schedule:
 - all partitions wait (a deadlock); a barrier that gets more arrivals than its count;
 - a product of shared memory that no copy has filled, that is being filled, or that is filled anew before the product
   is waited for; a copy into a buffer that some product still reads;
-- an accumulator that is used before it is waited for; generic stores that no fence separates from a product.
+- an accumulator that is used before it is waited for; generic stores that no fence separates from a product, or into
+  what a product still reads.
 
-Copies poison their buffer when issued and land later. Layouts and registers are not modelled.
+Programs run one after the other, so that one which waits for a later one is a deadlock; ``Emulated(..., together=n)``
+runs n of them side by side. Copies poison their buffer when issued and land later. Layouts and registers are not
+modelled.
 """
 
 from __future__ import annotations
@@ -30,7 +33,10 @@ class _Stop(BaseException):
 
 
 class Launch:
-    """One launch: partitions, copies on their way, and the choice of who goes on."""
+    """Programs that run side by side: their partitions, copies on their way, and the choice of who goes on."""
+
+    # Turns without an end to the launch, after which a loop that waits for global memory is taken for a deadlock.
+    MOST_TURNS = 200_000
 
     def __init__(self, seed: int):
         self.random = random.Random(seed)
@@ -42,10 +48,11 @@ class Launch:
         self.alive: list[int] = []
         self.failed: BaseException | None = None
         self.products = threading.local()
+        self.turns = 0
 
     def _favour(self):
         """Makes some partitions fast and others slow, for a while."""
-        self.weights = [10 ** self.random.uniform(-2, 2) for _ in range(8)]
+        self.weights = [10 ** self.random.uniform(-2, 2) for _ in range(64)]
 
     def run(self, partitions):
         threads = [threading.Thread(target=self._partition, args=(i, *p)) for i, p in enumerate(partitions)]
@@ -77,6 +84,9 @@ class Launch:
 
     def _choose(self):
         """Lands some copies and gives the turn to a partition that can go on; called with the lock held."""
+        self.turns += 1
+        if self.turns > self.MOST_TURNS:
+            self.failed = self.failed or EmulationError("deadlock: a partition waits for global memory")
         while True:
             ready = [i for i in self.alive if i not in self.waiting or self.waiting[i][0].passed(self.waiting[i][1])]
             if self.failed is not None:
@@ -117,6 +127,7 @@ class _Language(types.SimpleNamespace):
         dtypes = {name: getattr(torch, name) for name in ("int32", "int64", "float32", "float16", "bfloat16", "uint32")}
         super().__init__(**dtypes)
         self.program, self.programs, self.launch, self.shared = program, programs, launch, shared
+        self.partitions: list = []
 
     constexpr = staticmethod(lambda x: x)
     static_range = staticmethod(range)
@@ -141,7 +152,7 @@ class _Language(types.SimpleNamespace):
     def warp_specialize(self, partitions, warps, registers):
         if len(partitions) != len(warps) + 1 or len(warps) != len(registers):
             raise EmulationError("warp_specialize needs warps and registers for each worker")
-        self.launch.run(partitions)
+        self.partitions = partitions
 
     arange = staticmethod(lambda low, high, layout=None: torch.arange(low, high))
     zeros = staticmethod(lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype))
@@ -174,6 +185,16 @@ class _Language(types.SimpleNamespace):
 
     def load(self, pointer):
         return Scalar(int(pointer.flat[pointer.at]))
+
+    def atomic_add(self, pointer, value, sem):
+        """The old number of one place; None of many."""
+        self.launch.pause()
+        if isinstance(pointer.at, torch.Tensor):
+            pointer.flat.index_put_((pointer.at.expand_as(value),), value, accumulate=True)
+            return None
+        old = Scalar(int(pointer.flat[pointer.at]))
+        pointer.flat[pointer.at] += value
+        return old
 
     def store(self, pointer, value, mask):
         mask = mask.expand_as(value)
@@ -248,6 +269,7 @@ def _machine(launch: Launch, shared: list[View]):
         warpgroup_mma=warpgroup_mma,
         warpgroup_mma_wait=warpgroup_mma_wait,
         fence_async_shared=fence_async_shared,
+        group_barrier=lambda: None,
     )
 
 
@@ -288,12 +310,15 @@ def _argument(value):
 
 
 class Emulated:
-    """Stands for a kernel: ``emulated[grid](...)`` runs each program by the emulator, under the next seed."""
+    """Stands for a kernel: ``emulated[grid](...)`` runs its programs by the emulator, each group under the next seed.
+
+    ``together`` programs are side by side in a group.
+    """
 
     OPTIONS = ("num_warps", "enable_fp_fusion", "maxnreg")
 
-    def __init__(self, kernel, seed: int = 0):
-        self.kernel, self.seed = kernel, seed
+    def __init__(self, kernel, seed: int = 0, together: int = 1):
+        self.kernel, self.seed, self.together = kernel, seed, together
         self.launches: list[int] = []
 
     def __getitem__(self, grid):
@@ -302,12 +327,16 @@ class Emulated:
             self.launches.append(programs)
             values = [_argument(x) for x in args]
             options = {name: _argument(x) for name, x in kwargs.items() if name not in self.OPTIONS}
-            for program in range(programs):
+            for first in range(0, programs, self.together):
                 run = Launch(self.seed)
                 self.seed += 1
-                shared: list[View] = []
-                language = _Language(program, programs, run, shared)
-                names = dict(gl=language, tl=language, **_machine(run, shared))
-                _Module(names)(self.kernel)(*values, **options)
+                partitions = []
+                for program in range(first, min(first + self.together, programs)):
+                    shared: list[View] = []
+                    language = _Language(program, programs, run, shared)
+                    names = dict(gl=language, tl=language, **_machine(run, shared))
+                    _Module(names)(self.kernel)(*values, **options)
+                    partitions += language.partitions
+                run.run(partitions)
 
         return launch

@@ -109,10 +109,20 @@ class View:
         self.buffer_must_be_full()
         return self.data.clone()
 
+    def slice(self, start, length, dim=0):
+        return View(self.buffers, self.data.narrow(dim, int(start), length))
+
     def store(self, value):
-        self.buffer_must_be_full()
+        """Of a whole buffer or a part; a buffer that no copy fills is full once a partition has stored to it."""
+        buffer = self.buffer
+        # Two partitions may both clear what both read: the second writes what is there already.
+        if buffer.readers and not torch.equal(self.data.nan_to_num(), value.to(self.dtype).nan_to_num()):
+            raise EmulationError("a store into shared memory that a product reads")
+        if buffer.copies > 0:
+            self.buffer_must_be_full()
         self.data.copy_(value)
-        self.buffer.unfenced.add(threading.get_ident())
+        buffer.filled = True
+        buffer.unfenced.add(threading.get_ident())
 
     def buffer_must_be_full(self):
         if not self.buffer.filled:

@@ -32,7 +32,7 @@ L2 = 32 << 20
 
 
 @gluon.jit
-def _barriers(n: gl.constexpr, readers: gl.constexpr):
+def barriers(n: gl.constexpr, readers: gl.constexpr):
     """(full, empty) barriers of ``n`` buffers, which ``readers`` partitions empty."""
     full = gl.allocate_shared_memory(gl.int64, [n, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [n, 1], mbarrier.MBarrierLayout())
@@ -49,9 +49,9 @@ def _attention_hopper_fwd_kernel(q_desc, k_desc, v_desc, results, work, sizes, u
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [2, 1, 1, ROWS, DIM], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, mode.block_n, DIM], k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, mode.block_n, DIM], v_desc.layout)
-    q_full, q_empty = _barriers(2, 1)
-    k_full, k_empty = _barriers(STAGES, 2)
-    v_full, v_empty = _barriers(STAGES, 2)
+    q_full, q_empty = barriers(2, 1)
+    k_full, k_empty = barriers(STAGES, 2)
+    v_full, v_empty = barriers(STAGES, 2)
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(turns.index(i), count=1)
@@ -71,8 +71,8 @@ def _attention_hopper_fwd_kernel(q_desc, k_desc, v_desc, results, work, sizes, u
     )
 
 
-def hopper_refuses(problem: Problem, out: torch.Tensor) -> str | None:
-    """Why this kernel cannot take a call, which is then the portable kernel's; None if it can."""
+def feature_refuses(problem: Problem) -> str | None:
+    """Why neither Hopper kernel, forward or backward, takes a call, however its tensors lie; None if they can."""
     score = problem.score
     if problem.natural or problem.dropout is not None or score.left is not None or score.right not in (None, 0):
         return "it has a feature besides the causal mask"
@@ -84,18 +84,25 @@ def hopper_refuses(problem: Problem, out: torch.Tensor) -> str | None:
         return "the GPU is not of sm_90"
     if 0 in (problem.rows, problem.cols, problem.batch):
         return "it is empty"
-    if not problem.packed and splits(problem) is not None:
-        return "it has few queries for many keys"
     # The rows of all packed sequences are those of one tensor.
     batch = 1 if problem.packed else problem.batch
     if max(batch * problem.rows, batch * problem.cols, batch * problem.heads * -(-problem.rows // 128)) >= 2**31 - 128:
         return "it has too many rows for the copy engine's coordinates"
+    return None
+
+
+def hopper_refuses(problem: Problem, out: torch.Tensor) -> str | None:
+    """Why this kernel cannot take a call, which is then the portable kernel's; None if it can."""
+    if (why := feature_refuses(problem)) is not None:
+        return why
+    if not problem.packed and splits(problem) is not None:
+        return "it has few queries for many keys"
     if not out.is_contiguous() and not out.transpose(1, 2).is_contiguous():
         return "its output is not laid out token by token"
-    return next((why for x in (problem.q, problem.k, problem.v) if (why := _uncopyable(problem, x))), None)
+    return next((why for x in (problem.q, problem.k, problem.v) if (why := uncopyable(problem, x))), None)
 
 
-def _uncopyable(problem: Problem, x: torch.Tensor) -> str | None:
+def uncopyable(problem: Problem, x: torch.Tensor) -> str | None:
     """Why the tensor memory accelerator cannot read ``x``: it wants a last stride of 1 and multiples of 16 bytes."""
     *outer, inner = problem.strides(x)
     size = x.element_size()
@@ -106,7 +113,7 @@ def _uncopyable(problem: Problem, x: torch.Tensor) -> str | None:
     return None
 
 
-def _descriptor(problem: Problem, x: torch.Tensor, rows: int) -> TensorDescriptor:
+def descriptor(problem: Problem, x: torch.Tensor, rows: int) -> TensorDescriptor:
     """``x`` as (B, H, S, D), packed (1, H, total, D), copied ``rows`` rows of one plane at a time."""
     shape = [1, x.shape[1], x.shape[0], x.shape[2]] if problem.packed else list(x.shape)
     # A stride along a dimension of one element is never used, and must be a legal one.
@@ -149,8 +156,8 @@ def _launch(problem: Problem, results: HopperResults) -> None:
         stages=setting["STAGES"],
     )
     _attention_hopper_fwd_kernel[(programs,)](
-        _descriptor(problem, problem.q, ROWS.value),
-        *(_descriptor(problem, x, mode.block_n) for x in (problem.k, problem.v)),
+        descriptor(problem, problem.q, ROWS.value),
+        *(descriptor(problem, x, mode.block_n) for x in (problem.k, problem.v)),
         results, work, problem.sizes, float(problem.score.unit), mode=mode,
         **launch_options(problem.q.device, num_warps=4),
     )  # fmt: skip

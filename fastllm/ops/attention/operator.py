@@ -100,6 +100,10 @@ def _backward_of(backend: str):
     """The backward of a backend: ``(call, forward, upstream, wanted) -> (dbias, dsinks)``."""
     if backend in ("eager", "native"):
         return eager_attention_bwd if backend == "eager" else native_attention_bwd
+    if backend == "hopper":
+        from ...kernels.attention.hopper_backward import attention_hopper_bwd
+
+        return attention_hopper_bwd
     from ...kernels.attention.backward import attention_bwd
 
     return attention_bwd
