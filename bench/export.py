@@ -20,8 +20,7 @@ from .results import read_run
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def main(argv: list[str]) -> int:
-    """The command line. Returns the exit code."""
+def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="fastllm bench export", description="Write the ops' calls as other benchmarks read them.")
     parser.add_argument(
         "format", choices=("kernels", "flashinfer"),
@@ -39,7 +38,13 @@ def main(argv: list[str]) -> int:
         "--run", type=path, metavar="BENCH.JSON",
         help="flashinfer: times of this run as traces; their errors are measured now, on --device",
     )  # fmt: skip
-    options: argparse.Namespace = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """The command line. Returns the exit code."""
+    parser = _parser()
+    options = parser.parse_args(argv)
     device = torch.device(options.device)
     try:
         if options.run and options.format != "flashinfer":

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from fastllm.bench.command import _parser as bench_parser
+from fastllm.bench.export import _parser as export_parser
 from fastllm.bench.regress import _parser as regress_parser
 from fastllm.cli import _parser as cli_parser
 from fastllm.data import Tokenizer, write_token_file
@@ -143,6 +144,8 @@ def _refused_arguments(arguments: list[str]) -> str | None:
             return None  # tests/bench has them
         if arguments[:2] == ["bench", "regress"]:
             regress_parser().parse_args(arguments[2:])
+        elif arguments[:2] == ["bench", "export"]:
+            export_parser().parse_args(arguments[2:])
         elif arguments[0] == "bench":
             bench_parser().parse_args(arguments[1:])
         else:

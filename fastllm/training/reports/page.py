@@ -48,7 +48,9 @@ td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; bo
 .samples { flex: 1 1 min(400px, 100%); min-width: 0 } pre { white-space: pre-wrap; background: #f6f6f6; padding: .8rem;
 max-height: 24rem; overflow: auto; overflow-wrap: anywhere } .key { display: inline-block; width: 1.8em; height: 0;
 vertical-align: middle; margin-right: .4em; border-top: .2em solid } .wide { overflow-x: auto }
-td:first-child { white-space: nowrap } tr.differs td { background: #fff6e5 }
+td:first-child { white-space: nowrap }
+@media (max-width: 700px) { body { margin: 1rem auto } .runs { gap: .3rem 1rem }
+td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 8rem } } tr.differs td { background: #fff6e5 }
 """
 
 
