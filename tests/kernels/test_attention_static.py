@@ -43,7 +43,7 @@ def test_the_page_has_all_calls_of_these_kernels_and_shows_no_spills():
 
 def test_a_changed_kernel_makes_the_page_stale(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
-    page.write_text(f"Sources: {tables.fingerprint()}.")
+    page.write_text(f"Sources: {tables.fingerprint()}, of the Gluon kernels {tables.fingerprint(tables.HOPPER)}.")
     assert tables.stale(page) is None
     kernel = tmp_path / "attention" / "forward.py"
     kernel.parent.mkdir()
@@ -52,7 +52,7 @@ def test_a_changed_kernel_makes_the_page_stale(tmp_path, monkeypatch):
     (tmp_path / "launch.py").write_text("")
     (tmp_path / "math.py").write_text("")
     assert "is stale" in tables.stale(page)
-    page.write_text(f"Sources: {tables.fingerprint()}.")
+    page.write_text(f"Sources: {tables.fingerprint()}, of the Gluon kernels {tables.fingerprint(tables.HOPPER)}.")
     kernel.write_text("# A comment.\n\nx = 1\n")
     assert tables.stale(page) is None
     kernel.write_text("x = 2\n")
