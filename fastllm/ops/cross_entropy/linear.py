@@ -43,8 +43,8 @@ def linear_cross_entropy(
             are not ignored: ValueError on CPU, a device-side assert on CUDA.
         reduction: "mean" (over class weight times token weight, summed over the targets that are not ignored), "sum"
             or "none".
-        token_weight: factors on the losses, of the target's shape, or None; each belongs to the target that stands at
-            its place, and is shifted with it. No gradient of its own.
+        token_weight: factors on the losses, of the target's shape, or None: each is the input's at its place, also
+            where ``shift`` holds that input against a later target. No gradient of its own.
         shift: each input is held against the target ``shift`` positions further on along the last dimension; 1 for
             next-token prediction from unshifted tokens. The last ``shift`` positions count as ignored.
         max_workspace_mb: MiB of workspace, which decide the rows of a chunk, at least one; None for 1200 on CUDA, 64
@@ -124,7 +124,7 @@ def _in_chunks(call: LinearCrossEntropyCall, dtype: torch.dtype, backend: str):
         LayerLoss(
             shifted(target.long(), loss.ignore_index, call.shift).reshape(-1),
             None if call.weight is None else call.weight.contiguous(),
-            None if call.token_weight is None else shifted(call.token_weight, 0, call.shift).reshape(-1).to(wide),
+            None if call.token_weight is None else call.token_weight.reshape(-1).to(wide),
             loss, call.chunking, backend, call.op,
         ),
         dtype, with_gradient, needs, call.return_accuracy, call.return_entropy,

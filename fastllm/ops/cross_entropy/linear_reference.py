@@ -13,7 +13,7 @@ from .reference import cross_entropy_reference, loss_and_lse
 
 
 def shifted(target, blank: int, shift: int):
-    """What stands ``shift`` positions on; at the last ones, which have nothing there, ``blank``."""
+    """What stands ``shift`` positions further on; ``blank`` at the last positions, which have nothing there."""
     if shift == 0:
         return target
     rest = target.new_full((*target.shape[:-1], min(shift, target.shape[-1])), blank)
@@ -68,9 +68,7 @@ def linear_definition(call: LinearCrossEntropyCall):
         logits = logits + call.linear_bias.to(wide)
     y = shifted(target, loss.ignore_index, call.shift).reshape(-1)
     rows, lse = loss_and_lse(Labelled(logits, y, call.weight, loss._replace(reduction="none")))
-    token_weight = call.token_weight
-    if token_weight is not None:
-        token_weight = shifted(token_weight, 0, call.shift).reshape(-1).to(wide)
+    token_weight = None if call.token_weight is None else call.token_weight.reshape(-1).to(wide)
     if token_weight is not None:
         rows = rows * token_weight
     total = denominator(rows, y, call.weight, token_weight, loss)

@@ -35,8 +35,8 @@ def linear_log_probs(
         temperature: the logits are divided by it, after the soft cap; positive.
         softcap: the logits are ``softcap * tanh(logits / softcap)``, or None.
         return_entropy: also return the entropy of each target's distribution.
-        token_weight: factors on the log-probabilities, of the target's shape, or None; each belongs to the target that
-            stands at its place, and is shifted with it. No gradient of its own.
+        token_weight: factors on the log-probabilities, of the target's shape, or None: each is the input's at its
+            place, also where ``shift`` holds that input against a later target. No gradient of its own.
         shift: each input is held against the target ``shift`` positions further on along the last dimension; 1 for
             next-token prediction from unshifted tokens. The last ``shift`` positions count as ignored. In packed rows
             the last tokens of a sequence would be held against the next sequence: give each sequence's first ``shift``
