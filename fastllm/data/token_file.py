@@ -37,7 +37,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -111,20 +111,14 @@ class TokenWriter:
         self._digest = hashlib.sha256()
         self._starts = {"document": array("Q"), "sentence": array("Q")}
         self._stack = ExitStack()
-        self._opened: BinaryIO | None = None  # from __enter__ to __exit__
+        self._file: Any = None  # a binary file from __enter__ to __exit__
 
     def __enter__(self) -> TokenWriter:
-        self._opened = self._stack.enter_context(whole_file(self.path))
+        self._file = self._stack.enter_context(whole_file(self.path))
         self._file.write(bytes(OFFSET))
         if self._header["shard"] == 0:
             self._put(np.asarray([self._end]))
         return self
-
-    @property
-    def _file(self) -> BinaryIO:
-        if self._opened is None:
-            raise ValueError(f"{self.path}: a TokenWriter writes inside a with statement")
-        return self._opened
 
     def add(self, ids: np.ndarray, sentences: np.ndarray, size: int) -> None:
         """One document: its ids, the positions among them at which sentences begin, its text's UTF-8 bytes."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..backends import under_transform
-from ..ops.shared.check import check_number as check_is_number
+from ..ops.shared.check import check_number
 
 
 def readable(tensor: torch.Tensor) -> bool:
@@ -16,9 +16,9 @@ def readable(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not under_transform()
 
 
-def check_number(loss: str, name: str, value, *, least: float = 0.0, open_end: bool = True) -> None:
+def check_bound(loss: str, name: str, value, *, least: float = 0.0, open_end: bool = True) -> None:
     """``value`` is finite and above ``least``, or equal to it where the end is not open."""
-    check_is_number(loss, name, value)
+    check_number(loss, name, value)
     if not least <= value < math.inf or (open_end and value == least):
         raise ValueError(
             f"{loss}: {name} must be finite and {'above' if open_end else 'at least'} {least}, got {value}"
@@ -26,13 +26,13 @@ def check_number(loss: str, name: str, value, *, least: float = 0.0, open_end: b
 
 
 def check_finite(loss: str, name: str, value) -> None:
-    check_is_number(loss, name, value)
+    check_number(loss, name, value)
     if not -math.inf < value < math.inf:
         raise ValueError(f"{loss}: {name} must be finite, got {value}")
 
 
 def check_smoothing(loss: str, value) -> None:
-    check_number(loss, "label_smoothing", value, open_end=False)
+    check_bound(loss, "label_smoothing", value, open_end=False)
     if value >= 0.5:
         raise ValueError(f"{loss}: label_smoothing must be below 0.5, got {value}")
 

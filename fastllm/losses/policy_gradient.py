@@ -9,7 +9,7 @@ import torch
 
 from ..ops.shared.check import check_integer
 from ..ops.shared.signature import keywords_of
-from .checks import check_kind, check_number, check_tensor, readable, wide, with_metrics
+from .checks import check_bound, check_kind, check_tensor, readable, wide, with_metrics
 from .preference import token_mask
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -98,8 +98,8 @@ def _bounds(loss: str, clip: Any) -> tuple[float, float]:
         raise ValueError(f"{loss}: clip must be a number or a pair, below and above, got {clip}")
     pair: Any = clip if isinstance(clip, tuple | list) else (clip, clip)
     low, high = pair
-    check_number(loss, "clip", low)
-    check_number(loss, "clip", high)
+    check_bound(loss, "clip", low)
+    check_bound(loss, "clip", high)
     return low, high
 
 
@@ -122,8 +122,8 @@ def policy_gradient(
     """
     loss, kept = tokens.loss, tokens.kept
     low, high = _bounds(loss, clip)
-    check_number(loss, "beta", beta, open_end=False)
-    check_number(loss, "entropy_coef", entropy_coef, open_end=False)
+    check_bound(loss, "beta", beta, open_end=False)
+    check_bound(loss, "entropy_coef", entropy_coef, open_end=False)
     check_kind(loss, "kl_estimator", kl_estimator, KL_ESTIMATORS)
     for name, coefficient, tensor, of in (
         ("beta", beta, reference_log_probs, "reference_log_probs"), ("entropy_coef", entropy_coef, entropy, "entropy")
@@ -215,7 +215,7 @@ def dr_grpo(log_probs, old_log_probs, advantages, mask, *, clip=0.2, max_length=
     tokens = _tokens("dr_grpo", log_probs, old_log_probs, advantages, mask)
     rows, length = tokens.kept.shape
     length = length if max_length is None else max_length
-    check_number("dr_grpo", "max_length", length)
+    check_bound("dr_grpo", "max_length", length)
     return policy_gradient(
         tokens, tokens.log_ratio, lambda values, kept: values.sum() / (rows * length), clip=clip, **options
     )

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from .checks import (
+    check_bound,
     check_finite,
     check_kind,
-    check_number,
     check_place,
     check_smoothing,
     check_tensor,
@@ -143,7 +143,7 @@ def dpo(
         "dpo", policy_chosen=policy_chosen, policy_rejected=policy_rejected, reference_chosen=reference_chosen,
         reference_rejected=reference_rejected,
     )  # fmt: skip
-    check_number("dpo", "beta", beta)
+    check_bound("dpo", "beta", beta)
     check_kind("dpo", "kind", kind, ("sigmoid", "hinge", "ipo"))
     check_smoothing("dpo", label_smoothing)
     if label_smoothing and kind != "sigmoid":
@@ -178,8 +178,8 @@ def cpo(
         TypeError, ValueError: a shape, dtype, device or option does not fit.
     """
     chosen, rejected = sequences("cpo", policy_chosen=policy_chosen, policy_rejected=policy_rejected)
-    check_number("cpo", "nll_weight", nll_weight, open_end=False)
-    check_number("cpo", "beta", beta)
+    check_bound("cpo", "nll_weight", nll_weight, open_end=False)
+    check_bound("cpo", "beta", beta)
     check_kind("cpo", "kind", kind, ("sigmoid", "hinge", "ipo"))
     zero = torch.zeros_like(chosen)
     loss = dpo(chosen, rejected, zero, zero, beta=beta, kind=kind, label_smoothing=label_smoothing)
@@ -222,7 +222,7 @@ def orpo(policy_chosen, policy_rejected, *, beta=0.1, nll=None, return_metrics=F
         TypeError, ValueError: a shape, dtype, device or option does not fit; on CPU, a log-probability is above 0.
     """
     chosen, rejected = sequences("orpo", policy_chosen=policy_chosen, policy_rejected=policy_rejected)
-    check_number("orpo", "beta", beta)
+    check_bound("orpo", "beta", beta)
     for name, log_p in (("policy_chosen", chosen), ("policy_rejected", rejected)):
         if readable(log_p) and bool((log_p > 0).any()):
             raise ValueError(f"orpo: {name} must hold log-probabilities, got one above 0, {log_p.max().item()}")
@@ -250,8 +250,8 @@ def simpo(policy_chosen, policy_rejected, *, beta=2.0, gamma=1.0, label_smoothin
         TypeError, ValueError: a shape, dtype, device or option does not fit.
     """
     chosen, rejected = sequences("simpo", policy_chosen=policy_chosen, policy_rejected=policy_rejected)
-    check_number("simpo", "beta", beta)
-    check_number("simpo", "gamma", gamma, open_end=False)
+    check_bound("simpo", "beta", beta)
+    check_bound("simpo", "gamma", gamma, open_end=False)
     check_smoothing("simpo", label_smoothing)
     margins = beta * (chosen - rejected)
     loss = _logistic(margins - gamma, label_smoothing).mean()
@@ -280,9 +280,9 @@ def kto(
         TypeError, ValueError: a shape, dtype, device or option does not fit.
     """
     policy, reference = sequences("kto", policy=policy, reference=reference)
-    check_number("kto", "beta", beta)
-    check_number("kto", "desirable_weight", desirable_weight, open_end=False)
-    check_number("kto", "undesirable_weight", undesirable_weight, open_end=False)
+    check_bound("kto", "beta", beta)
+    check_bound("kto", "desirable_weight", desirable_weight, open_end=False)
+    check_bound("kto", "undesirable_weight", undesirable_weight, open_end=False)
     if not isinstance(desirable, torch.Tensor) or desirable.dtype != torch.bool:
         got = desirable.dtype if isinstance(desirable, torch.Tensor) else type(desirable).__name__
         raise TypeError(f"kto: desirable must be a boolean tensor, got {got}")
@@ -318,7 +318,7 @@ def reward_model(chosen, rejected, *, margin=None, center=0.0, return_metrics=Fa
         TypeError, ValueError: a shape, dtype, device or option does not fit.
     """
     chosen, rejected = sequences("reward_model", chosen=chosen, rejected=rejected)
-    check_number("reward_model", "center", center, open_end=False)
+    check_bound("reward_model", "center", center, open_end=False)
     difference = chosen - rejected
     if margin is not None:
         check_tensor("reward_model", "margin", margin, chosen, chosen.shape)

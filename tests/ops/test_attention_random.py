@@ -34,7 +34,7 @@ def _small_tiles():
         patch.setattr(dbias, "dbias_tile", lambda *_: tile)
         patch.setattr(dbias, "STEP_BYTES", 64)
         # About half of the calls are then split over the keys.
-        patch.setattr(decode, "MAX_ROWS", 16)
+        patch.setattr(decode, "MOST_ROWS", 16)
         patch.setattr(decode, "split_tile", lambda *_: dict(tile, CHUNK=16, SPLIT_FROM=12))
         yield
 
