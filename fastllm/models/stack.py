@@ -142,8 +142,10 @@ class TransformerDecoder(TransformerStack):
         if self.positions == "rotary":
             context.rotary = (self.rotary_cos[start:end], self.rotary_sin[start:end])
         elif self.positions == "relative":
-            single = cache is not None and end == start + 1 and not torch.is_grad_enabled()
-            context.bias = self._next_bias(cache) if single else self._bias(start, end)
+            if cache is not None and end == start + 1 and not torch.is_grad_enabled():
+                context.bias = self._next_bias(cache)
+            else:
+                context.bias = self._bias(start, end)
         if prefix is not None:
             key = torch.arange(end, device=tokens.device)
             seen = (key <= torch.arange(start, end, device=tokens.device)[:, None]) | (key < prefix[:, None, None])
