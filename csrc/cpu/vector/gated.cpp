@@ -21,7 +21,7 @@ inline Vector exp_of(Vector x) {
   p = multiply_add(p, r, all(1.6666665459e-1f));
   p = multiply_add(p, r, all(5.0000001201e-1f));
   const Vector y = multiply_add(p, r * r, r) + 1.0f;
-  const Integers power = (reinterpret_cast<Integers>(shifted) - 0x4B400000 + 127) << 23;
+  const Unsigned power = (reinterpret_cast<Unsigned>(shifted) - 0x4B400000u + 127u) << 23;
   return x < -87.0f ? Vector{} : y * reinterpret_cast<Vector>(power);
 }
 

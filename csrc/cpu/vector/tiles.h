@@ -30,6 +30,8 @@ constexpr int64_t kPanel = 2 * kVector;
 
 typedef float Vector __attribute__((vector_size(4 * kVector)));
 typedef int32_t Integers __attribute__((vector_size(4 * kVector)));
+// For bits of numbers that may be anything, NaN included: signed sums of them could overflow.
+typedef uint32_t Unsigned __attribute__((vector_size(4 * kVector)));
 
 inline Vector load(const float* from) {
   Vector x;
@@ -81,7 +83,7 @@ inline Vector exp_below_0(Vector x) {
   p = multiply_add(p, r, all(1.6666665459e-1f));
   p = multiply_add(p, r, all(5.0000001201e-1f));
   const Vector y = multiply_add(p, r * r, r) + 1.0f;
-  const Integers power = (reinterpret_cast<Integers>(shifted) - 0x4B400000 + 127) << 23;
+  const Unsigned power = (reinterpret_cast<Unsigned>(shifted) - 0x4B400000u + 127u) << 23;
   return x < -87.0f ? Vector{} : y * reinterpret_cast<Vector>(power);
 }
 
