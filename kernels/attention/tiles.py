@@ -71,6 +71,8 @@ DQ = {
 # Tried and not taken for the forward of sm_90 at head dim 128: (128, 64, 8, 2) with maxnreg=128 and 98,336 bytes of
 # shared memory, so that a processor holds two blocks. Under a causal mask Triton 3.6 makes 124 registers of it and
 # spills nothing, 3.9 spills 48 bytes a thread (24 loads and stores); without a mask 3.6 spills 8 bytes.
+# Nor at 64: (128, 64, 4, 3) has 190 registers without a mask and 206 under a causal one (205 with 3.6), 65 KB and no
+# spills, so that a processor holds two blocks of 4 warps where the table's tile gives one of 8. Only a GPU can tell.
 # Triton 3.6 spills 80 bytes a thread with 128 rows, 3.9 none; those between have not been tried.
 if TRITON < (3, 9):
     DQ[90][256] = ((64, 32, 8, 2), *DQ[90][256][1:])
