@@ -28,7 +28,7 @@ struct Forward {
 float soften(float* t, int64_t n, float scale, float top) {
   Vector sum{};
   for (int64_t c = 0; c < n; c += kVector) {
-    const Vector p = exp_below_0(load(t + c) * scale - top);
+    const Vector p = exp_to_89(load(t + c) * scale - top);
     store(t + c, p);
     sum += p;
   }

@@ -99,7 +99,7 @@ void differentiate(const AttentionShape& s, const AttentionHead& h, const Attent
     if (s.seed != nullptr) drop(s, h, row, column, count, grads);
     const float most = b.most[row], log = b.log[row], delta = b.delta[row];
     for (int64_t c = 0; c < count; c += kVector) {
-      const Vector weight = exp_below_0(load(weights + c) * scale - most - log);
+      const Vector weight = exp_to_89(load(weights + c) * scale - most - log);
       store(weights + c, weight);
       store(grads + c, (load(grads + c) - delta) * weight);
     }

@@ -70,8 +70,8 @@ inline Vector multiply_add(Vector a, Vector b, Vector c) {
 #endif
 }
 
-// numbers.h's exp_ for x <= 0, NaN and -inf.
-inline Vector exp_below_0(Vector x) {
+// numbers.h's exp_ for x <= 89, NaN and -inf; infinite from 88.4 on.
+inline Vector exp_to_89(Vector x) {
   const Vector shifted = multiply_add(x, all(1.44269504f), all(12582912.0f));
   const Vector n = shifted - 12582912.0f;
   Vector r = multiply_add(n, all(-0.693359375f), x);
