@@ -1,5 +1,9 @@
-"""Writes the table of docs/drop-in.md, what accelerate() swaps where: ``python docs/drop_in.py``; ``--check``."""
+"""Writes the table of docs/drop-in.md, what accelerate() swaps where: ``python docs/drop_in.py``.
 
+``--check`` says whether the table is stale.
+"""
+
+import argparse
 import re
 import sys
 from collections import Counter
@@ -32,6 +36,9 @@ def table() -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="say whether the table is stale; write nothing")
+    check = parser.parse_args().check
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -44,7 +51,7 @@ def main() -> None:
     )
     if found != 1:
         raise SystemExit(f"{PAGE}: expected one generated table, found {found}")
-    if "--check" in sys.argv[1:]:
+    if check:
         sys.exit(0 if new == old else f"{PAGE} is stale: run python docs/drop_in.py")
     PAGE.write_text(new, encoding="utf-8")
 

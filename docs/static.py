@@ -4,6 +4,7 @@ The page holds a fingerprint of what it was made from, the kernels and the bench
 they have changed since, and compiles nothing. Kernels that Triton's cache holds are not compiled again.
 """
 
+import argparse
 import json
 import os
 import re
@@ -128,7 +129,9 @@ def _compiled(rows: list[static.Row]) -> str:
 
 
 def main() -> None:
-    if "--check" in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="say whether the page is stale; compile nothing")
+    if parser.parse_args().check:
         sys.exit(stale())
     sources = fingerprint()
     with tempfile.TemporaryDirectory() as folder:

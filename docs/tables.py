@@ -3,6 +3,7 @@
 ``--check`` says whether something is stale.
 """
 
+import argparse
 import hashlib
 import json
 import re
@@ -179,7 +180,9 @@ def draw_picture() -> None:
 
 
 def main() -> None:
-    check = "--check" in sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="say whether something is stale; write nothing")
+    check = parser.parse_args().check
     for page in GENERATED:
         file = ROOT / page
         old = file.read_text(encoding="utf-8")
