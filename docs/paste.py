@@ -4,9 +4,9 @@ python docs/paste.py FOLDER                     the active environment; the clon
 python docs/paste.py FOLDER --venv              a fresh environment in FOLDER/venv, installed as the pages say
 python docs/paste.py FOLDER --pages README.md   these pages alone
 
-Commands are the lines of ``bash`` and ``console`` blocks, and code in a sentence that is a whole command. They run in the
-order of the page, each page in a clean clone. docs/paste_table.py says what is run in place of a command that a machine
-cannot run, or that takes long, and why. The exit code is 1 where a command fails.
+Commands are the lines of ``bash`` and ``console`` blocks, and code in a sentence that is a whole command. They run in
+the order of the page, each page in a clean clone. docs/paste_table.py has the substitutes: what is run in place of a
+command that a machine cannot run, or that takes long, and why. The exit code is 1 where a command fails.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -80,7 +79,7 @@ def ruled(page: str, line: int, text: str, venv: bool) -> Command:
     """``text`` with the rules of the table applied in order."""
     run, why = text, []
     for rule in RULES:
-        if (rule.page not in ("", page)) or (venv and rule.active_only) or not re.search(rule.pattern, run):
+        if not re.fullmatch(rule.page, page) or (venv and rule.active_only) or not re.search(rule.pattern, run):
             continue
         why.append(rule.why)
         if rule.instead is None:
@@ -160,7 +159,7 @@ def clone(folder: Path) -> Path:
 
 
 def environment_of(folder: Path, target: Path, venv: bool) -> dict[str, str]:
-    """The variables of every command: this environment's, or those of a fresh one; and the clone's package either way."""
+    """The variables of every command: the active environment's with the clone's package, or a fresh environment's."""
     found = {**os.environ, **ENVIRONMENT}
     for name in ("FASTLLM_ROOT", "PYTHONPATH"):
         found.pop(name, None)
@@ -210,6 +209,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.pages) - {str(page.relative_to(ROOT)) for page in pages()}:
         parser.error(f"--pages: no page {', '.join(sorted(unknown))}")
+    if options.venv and options.pages and "README.md" not in options.pages:
+        parser.error("--venv: README.md must be among the pages, because its commands install the package")
     folder = options.folder.resolve()
     target = clone(folder)
     environment = environment_of(folder, target, options.venv)
@@ -221,14 +222,13 @@ def main(arguments: list[str] | None = None) -> int:
     counts = Counter("failed" if r.outcome not in ("ok", "left") else r.outcome for r in results)
     changed = sum(r.outcome == "ok" and r.command.run != r.command.text for r in results)
     print(
-        f"\n{len(results)} commands in {sum(r.seconds for r in results):.0f} s: {counts['ok'] - changed} ran as written, "
+        f"\n{len(results)} commands, {sum(r.seconds for r in results):.0f} s: {counts['ok'] - changed} ran as written, "
         f"{changed} ran with a substitute, {counts['left']} were left out, {counts['failed']} failed"
     )
     for result in results:
         if result.outcome not in ("ok", "left"):
-            print(
-                f"failed: {result.command.page}:{result.command.line}: {result.outcome}: {shlex.quote(result.command.text)}"
-            )
+            command = result.command
+            print(f"failed: {command.page}:{command.line}: {result.outcome}: {command.text}")
     return 1 if counts["failed"] else 0
 
 

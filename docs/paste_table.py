@@ -1,4 +1,4 @@
-"""What docs/paste.py runs in place of a command that a machine cannot run or that takes long, and why."""
+"""The substitutes of docs/paste.py: what is run in place of a command, and why; and the files that commands read."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 
 class Rule(NamedTuple):
-    pattern: str  # searched for in the command
+    pattern: str  # a regular expression, searched for in the command
     instead: str | None  # what the match becomes; None: the command is left out
     why: str
-    page: str = ""  # every page
+    page: str = ".*"  # of the page's path
     active_only: bool = False  # not in a fresh environment
 
 
@@ -39,34 +39,41 @@ _SHORT = "training is held to 8 s"
 _BENCH = "timing is held to seconds"
 _MINUTES = "takes minutes; FASTLLM_TESTS=thorough or .ci/run has it"
 _ONE_OP = "one op, not all"
+_RUNS = "bench/results"
 _INSTALLED = "the active environment has it"
 
 RULES = (
     # What a machine lacks.
     Rule(r"^sudo apt-get install -y python3\.11-doc && ", "", "no root is assumed"),
     Rule(r"/usr/share/doc/python3\.11/html/\{[^}]*\}", "pages", "pages of pydoc take the place of Debian's package"),
-    Rule(r"srun ", None, "needs Slurm", "docs/training.md"),
+    Rule(r"srun ", None, "needs Slurm", "docs/training[.]md"),
     Rule(r"--tune$", None, "searches settings on a GPU"),
     Rule(r"^(bench/gpu\.sh results)$", r"FASTLLM_GPU_DRY_RUN=1 \1 240", "a dry run takes every path that needs no GPU"),
     Rule(r"--cpu \S+", "--cpu avx2", "not every CPU has the other levels"),
-    Rule(r"--nproc-per-node 8", "--nproc-per-node 2", "two processes do for eight", "docs/training.md"),
-    Rule(r"--tensor-parallel 4", "--tensor-parallel 2", "two processes do for eight", "docs/training.md"),
+    Rule(r"--nproc-per-node 8", "--nproc-per-node 2", "two processes do for eight", "docs/training[.]md"),
+    Rule(r"--tensor-parallel 4", "--tensor-parallel 2", "two processes do for eight", "docs/training[.]md"),
     # The environment is the active one.
     Rule(r"^pip install [^&|]*&& (pip install [^&|]*&& )?", "", _INSTALLED, active_only=True),
     Rule(r"^pip install [^&|]*(&& pip install [^&|]*)?$", None, _INSTALLED, active_only=True),
     # Placeholders.
-    Rule(r"SOURCE\.\.\.", "pages notes", "the sources are made up", "docs/data.md"),
+    Rule(r"SOURCE\.\.\.", "pages notes", "the sources are made up", "docs/data[.]md"),
     Rule(
         r"A\.json B\.json",
         "bench/results/cpu-avx2/bench.json bench/results/cpu-avx512/bench.json",
         "two committed runs",
     ),
-    Rule(r" \.\.\. ", " --data corpus/ --batch-size 64 ", "the settings of the line before", "docs/training.md"),
+    Rule(r" \.\.\. ", " --data corpus/ --batch-size 64 ", "the settings of the line before", "docs/training[.]md"),
     # Training.
     Rule(r"--max-seconds \d+", "--max-seconds 8", _SHORT),
-    Rule(r"--steps \d+(?= .*fastllm|.* --out)", "--steps 6", _FEW_STEPS, "docs/tour.md"),
-    Rule(r"fastllm train(?![\s\S]*(--max-seconds|--steps|--help|--resume))", "fastllm train --max-seconds 8", _SHORT),
-    Rule(r"--batch-size 64", "--batch-size 8", _FEW_STEPS, "docs/training.md"),
+    Rule(r"--steps \d{3}", "--steps 6", _FEW_STEPS),
+    # README's own run is whole.
+    Rule(
+        r"^(?![\s\S]*(?:--max-seconds|--steps|--help|--resume))([\s\S]*?fastllm train)",
+        r"\1 --max-seconds 8",
+        _SHORT,
+        "docs/.*",
+    ),
+    Rule(r"--batch-size 64", "--batch-size 8", _FEW_STEPS, "docs/training[.]md"),
     Rule(r"for seed in 0 1 2 3 4", "for seed in 0", "one seed, not five"),
     # Tests and measurements.
     Rule(r"pytest$", "pytest -n 0 tests/test_readme.py", "the whole suite takes ten minutes; .ci/run has it"),
@@ -190,11 +197,10 @@ def _prompts(folder: Path) -> None:
 
 
 def _reviews(folder: Path) -> None:
-    """Labelled lines as the Stanford treebank's and TREC's are given out."""
-    words = ("warm", "clever", "funny") * 4, ("cold", "dull", "slow") * 4
-    labelled = "".join(
-        f"{label} a {word} film number {n} .\n" for label in (0, 1) for n, word in enumerate(words[1 - label])
-    )
+    """Labelled lines in the forms of the Stanford treebank and of TREC."""
+    words = ("cold", "dull", "slow") * 4, ("warm", "clever", "funny") * 4
+    reviews = [f"{label} a {word} film number {n} .\n" for label in (0, 1) for n, word in enumerate(words[label])]
+    labelled = "".join(reviews)
     for name in ("stsa.binary.train", "stsa.binary.dev", "stsa.binary.test"):
         _write(folder / f"{name}.gz", labelled * 3)
     phrases = labelled.replace("0 ", "negative\t").replace("1 ", "positive\t")
