@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -14,13 +14,20 @@ class Call(Protocol):
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """The floating-point tensors, an absent one as None. The first one's device is the call's."""
+        ...
 
 
 class Form(Protocol):
     """How a backend serves a call, where it has several ways: the way's name, and why it is taken."""
 
-    name: str
-    why: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def why(self) -> str: ...
+
+
+CallT = TypeVar("CallT", bound=Call)
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Op:
+class Op(Generic[CallT]):
     """All that tests, bench, ``info`` and the README know of an op.
 
     ``function`` and ``reference`` take the same arguments. The reference is eager PyTorch that upcasts with
@@ -68,19 +75,19 @@ class Op:
     samples: Callable[[torch.device, torch.dtype], Iterable[Sample]]
     cost: Callable[..., Cost]
     backends: tuple[str, ...]
-    call: Callable[..., Call]
+    call: Callable[..., CallT]
     module: type | None = None
     native_on: tuple[str, ...] = ("cpu",)
-    refuses: Callable[[str, Call], str | None] = lambda backend, call: None
-    prefers_torch: Callable[[Call], str | None] = lambda call: None
-    form: Callable[[Call, Any], Form | None] = lambda call, choice: None
+    refuses: Callable[[str, CallT], str | None] = lambda backend, call: None
+    prefers_torch: Callable[[CallT], str | None] = lambda call: None
+    form: Callable[[CallT, Any], Form | None] = lambda call, choice: None
     examples: Callable[[torch.device], Iterable[Sample]] | None = None
 
 
 OPS: dict[str, Op] = {}
 
 
-def register(op: Op) -> Op:
+def register(op: Op[CallT]) -> Op[CallT]:
     """Add ``op`` to :data:`OPS`; a second record of the same name is an error."""
     if op.name in OPS:
         raise ValueError(f"op {op.name!r} is registered already")

@@ -22,9 +22,9 @@ from ..shared.autograd import autocasted
 class AttentionCall(NamedTuple):
     """One call in normal form. The field ``seed`` is None where nothing is dropped, or where PyTorch draws the mask."""
 
-    q: torch.Tensor | None
-    k: torch.Tensor | None
-    v: torch.Tensor | None
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
     bias: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
     slopes: torch.Tensor | None = None

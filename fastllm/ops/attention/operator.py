@@ -110,7 +110,10 @@ def _backward_of(backend: str):
 
 
 class _Served(NamedTuple):
-    """What :class:`_Attention` takes besides what is differentiable: the rest of the call, and the backend."""
+    """What :class:`_Attention` takes besides what is differentiable: the rest of the call, and the backend.
+
+    ``rest`` has None in place of the tensors that are arguments of their own: q, k, v and sinks.
+    """
 
     rest: AttentionCall
     backend: str
