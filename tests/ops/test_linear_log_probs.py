@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 import fastllm
 from fastllm import losses
 from fastllm.functional import linear_cross_entropy, linear_cross_entropy_plan, linear_log_probs
-from fastllm.ops.cross_entropy import rows
+from fastllm.ops.cross_entropy import chunks, rows
+from fastllm.ops.cross_entropy.products import logits_into
 
 pytestmark = [pytest.mark.cpu_level, pytest.mark.runs_on("gpu", "interpreter")]
 
@@ -135,7 +136,32 @@ def test_a_frozen_heads_logits_are_computed_once_with_the_bits_of_computing_them
         (got,) = torch.autograd.grad(log_probs, x, upstream, retain_graph=True)
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
     assert linear_cross_entropy_plan(x, head, reduction="none").lane == "2 matmuls, no recompute"
-    assert linear_cross_entropy_plan(x, w, reduction="none").lane == "4 matmuls, recompute"
+    assert linear_cross_entropy_plan(x, w, reduction="none", max_workspace_mb=1e-4).lane == "4 matmuls, recompute"
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the extension's rows are a CPU's")
+@pytest.mark.parametrize("entropy", [False, True])
+def test_logits_that_are_one_chunk_are_computed_once_with_the_bits_of_computing_them_twice(monkeypatch, entropy):
+    x, w, y = _call()
+    b, y = torch.randn(33, requires_grad=True), torch.where(y % 3 == 0, -100, y)
+    computed = []
+
+    def count(x, weight, bias, out):
+        computed.append(len(x))
+        return logits_into(x, weight, bias, out)
+
+    monkeypatch.setattr(chunks, "logits_into", count)
+    with fastllm.backend("native"):
+        outputs = linear_log_probs(x, w, y, linear_bias=b, softcap=3.0, temperature=0.7, return_entropy=entropy)
+        assert linear_cross_entropy_plan(x, w, reduction="none").lane == "3 matmuls, no recompute"
+    outputs = outputs if entropy else (outputs,)
+    upstream = [torch.randn(len(y)) for _ in outputs]
+    first = torch.autograd.grad(outputs, (x, w, b), upstream, retain_graph=True)
+    assert computed == [int((y != -100).sum())]
+    again = torch.autograd.grad(outputs, (x, w, b), upstream)
+    assert len(computed) > 1
+    for a, b in zip(first, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def test_checkpointing_gives_the_same_bits():

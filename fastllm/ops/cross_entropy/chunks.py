@@ -78,14 +78,14 @@ def bytes_per_row(n_classes: int, dtype: torch.dtype, backend: str, capped: bool
     return n_classes * (dtype.itemsize + beside * wide)
 
 
-def chunk_plan(tokens: int, row_bytes: int, workspace_mb: float, lane: str = "") -> LinearCrossEntropyPlan:
+def chunk_plan(tokens: int, row_bytes: int, workspace_mb: float) -> LinearCrossEntropyPlan:
     """As many rows at a time as the workspace holds, all chunks of one size."""
     rows = max(1, min(int(workspace_mb * 2**20 // row_bytes), tokens))
     if 128 <= rows < tokens:
         rows -= rows % 128  # whole tiles of the matmuls
     chunks = math.ceil(tokens / rows) if tokens else 0
     rows = math.ceil(tokens / chunks) if chunks else rows  # as many chunks, of one size
-    return LinearCrossEntropyPlan(rows, chunks, rows * row_bytes, lane)
+    return LinearCrossEntropyPlan(rows, chunks, rows * row_bytes, "")
 
 
 def workspace_mb(chunking: Chunking, device_type: str) -> float:
@@ -110,12 +110,43 @@ def rows_to_compute(y, ignore_index: int, chunking: Chunking):
     return None if len(index) == len(y) and not y.is_cuda else index
 
 
-def in_chunks(layer: Layer, call: LayerLoss, upstream: LossGradients, needs, wanted: Extras):
+class KeptLogits(NamedTuple):
+    """The logits (rows, V) of all rows that are computed, where one chunk is all; ``known``: they are there already."""
+
+    logits: torch.Tensor
+    known: bool = True
+
+    @staticmethod
+    def of(layer: Layer, call: LayerLoss) -> KeptLogits | None:
+        """Where a forward that writes no gradient leaves them, or None where they are more than one chunk.
+
+        The extension alone leaves logits as they are.
+        """
+        index = rows_to_compute(call.target, call.loss.ignore_index, call.chunking)
+        count = len(layer.x) if index is None else len(index)
+        if call.backend != "native" or not 0 < count <= _rows_at_once(layer, call):
+            return None
+        return KeptLogits(layer.x.new_empty(count, len(layer.weight)), known=False)
+
+
+def _rows_at_once(layer: Layer, call: LayerLoss) -> int:
+    x, weight, _ = layer
+    # Planned for the most rows that may be computed: on CUDA the host does not know the number.
+    most = len(x) if call.chunking.max_targets is None else min(len(x), call.chunking.max_targets)
+    capped = call.loss.softcap is not None
+    row_bytes = bytes_per_row(len(weight), x.dtype, call.backend, capped, call.chunking.for_entropy)
+    return chunk_plan(most, row_bytes, workspace_mb(call.chunking, x.device.type)).rows
+
+
+def in_chunks(
+    layer: Layer, call: LayerLoss, upstream: LossGradients, needs, wanted: Extras, kept: KeptLogits | None = None
+):
     """(loss, lse, accuracy, entropy, dx, dlinear_weight, dlinear_bias), a chunk of logits at a time.
 
     The first four are (N,) in at least fp32; accuracy and entropy None where not ``wanted``. Gradients only where
     ``upstream`` has one for the rows' losses and ``needs`` asks, else None; :class:`.products.LayerGradients` says in
-    what dtype they come. A row that is left out has 0 in all of them, lse included.
+    what dtype they come. A row that is left out has 0 in all of them, lse included. ``kept``: the only chunk's logits,
+    in place of a workspace; a gradient is written over them.
     """
     x, linear_weight, linear_bias = layer
     n, n_classes = x.shape[0], linear_weight.shape[0]
@@ -124,13 +155,9 @@ def in_chunks(layer: Layer, call: LayerLoss, upstream: LossGradients, needs, wan
     index = rows_to_compute(call.target, call.loss.ignore_index, call.chunking)
     count = n if index is None else len(index)
     needs = needs if upstream.loss is not None else (False, False, False)
-    # Planned for the most rows that may be computed: on CUDA the host does not know the number.
-    most = n if call.chunking.max_targets is None else min(n, call.chunking.max_targets)
-    capped = call.loss.softcap is not None
-    row_bytes = bytes_per_row(n_classes, x.dtype, call.backend, capped, call.chunking.for_entropy)
-    chunk = chunk_plan(most, row_bytes, workspace_mb(call.chunking, x.device.type)).rows
+    chunk = _rows_at_once(layer, call) if kept is None else count
     gradients = LayerGradients.of(layer, needs, call.backend, math.ceil(count / chunk))
-    logits = x.new_empty(min(chunk, count), n_classes)
+    logits = x.new_empty(min(chunk, count), n_classes) if kept is None else kept.logits
     held = logits.to(wide) if keeps_wide(x.dtype, call.backend) else logits
     row_losses = ROW_LOSSES[call.backend]
     # Autocast would narrow the fp32 sums again.
@@ -140,7 +167,8 @@ def in_chunks(layer: Layer, call: LayerLoss, upstream: LossGradients, needs, wan
             at = slice(start, stop) if index is None else index[start:stop]
             xc = x[at]
             z, mine = logits[: stop - start], held[: stop - start]
-            logits_into(xc, linear_weight, linear_bias, z)
+            if kept is None or not kept.known:
+                logits_into(xc, linear_weight, linear_bias, z)
             if mine.dtype != z.dtype:
                 mine.copy_(z)
             labelled = Labelled(mine, call.target[at], call.weight, call.loss)

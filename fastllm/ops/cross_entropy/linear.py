@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -50,8 +51,9 @@ def linear_cross_entropy(
         max_workspace_mb: MiB of workspace, which decide the rows of a chunk, at least one; None for 1200 on CUDA, 64
             elsewhere. See :func:`linear_cross_entropy_plan`.
         recompute: keep no gradients between forward and backward. The backward computes the logits again, a fourth
-            matrix multiplication. "none", fp16 (whose gradients of a mean would underflow before a loss scale reaches
-            them), compiled code and a second backward always do so.
+            matrix multiplication. fp16 (whose gradients of a mean would underflow before a loss scale reaches them),
+            compiled code and a second backward always do so. "none" does so too, except where the extension serves
+            and one chunk holds all rows: their logits then stay for the backward, three multiplications in all.
         return_lse: also return logsumexp of every position's logits, those of ignored targets too.
         return_accuracy: also return 1 for each target whose logit no other class exceeds, else 0; 0 for ignored
             targets. Not differentiable.
@@ -119,6 +121,10 @@ def _in_chunks(call: LinearCrossEntropyCall, dtype: torch.dtype, backend: str):
         any(needs) and (loss.reduction != "none" or (alone and scales_rows(needs))) and not call.recompute
         and x.dtype != torch.float16 and not torch.compiler.is_compiling()
     )  # fmt: skip
+    keep = (
+        any(needs) and loss.reduction == "none" and not with_gradient and not call.recompute
+        and not torch.compiler.is_compiling()
+    )  # fmt: skip
     wide = torch.promote_types(x.dtype, torch.float32)
     node = LinearLossNode(
         LayerLoss(
@@ -127,7 +133,7 @@ def _in_chunks(call: LinearCrossEntropyCall, dtype: torch.dtype, backend: str):
             None if call.token_weight is None else call.token_weight.reshape(-1).to(wide),
             loss, call.chunking, backend, call.op,
         ),
-        dtype, with_gradient, needs, call.return_accuracy, call.return_entropy,
+        dtype, with_gradient, needs, call.return_accuracy, call.return_entropy, keep,
     )  # fmt: skip
     x = x.reshape(target.numel(), x.shape[-1])
     value, *rows = apply(LinearCrossEntropy, x, call.linear_weight, call.linear_bias, node)[:4]
@@ -145,17 +151,17 @@ def linear_cross_entropy_plan(
         max_targets=max_targets, recompute=recompute, return_entropy=return_entropy,
     )  # fmt: skip
     backend = pick("linear_cross_entropy", call).backend
-    needs = (input.requires_grad, linear_weight.requires_grad, False)
-    if not torch.is_grad_enabled() or not any(needs):
-        lane = "1 matmul, loss only"
-    else:
-        by_row = reduction == "none" and (return_entropy or not scales_rows(needs))
-        again = by_row or recompute or input.dtype == torch.float16
-        lane = f"{1 + again + sum(needs)} matmuls, {'recompute' if again else 'no recompute'}"
     tokens, most = target.numel(), call.chunking.max_targets
     row_bytes = bytes_per_row(len(linear_weight), input.dtype, backend, softcap is not None, return_entropy)
     workspace = workspace_mb(call.chunking, input.device.type)
-    return chunk_plan(tokens if most is None else min(tokens, most), row_bytes, workspace, lane)
+    plan = chunk_plan(tokens if most is None else min(tokens, most), row_bytes, workspace)
+    needs = (input.requires_grad, linear_weight.requires_grad, False)
+    if not torch.is_grad_enabled() or not any(needs):
+        return replace(plan, lane="1 matmul, loss only")
+    kept = backend == "native" and plan.chunks == 1
+    by_row = reduction == "none" and (return_entropy or not scales_rows(needs))
+    again = recompute or (not kept if by_row else input.dtype == torch.float16)
+    return replace(plan, lane=f"{1 + again + sum(needs)} matmuls, {'recompute' if again else 'no recompute'}")
 
 
 # torch has the class since 2.13; before, ours stands on what torch's is made of.

@@ -9,7 +9,7 @@ import torch
 from ...registry import define
 from ..shared.autograd import gradients, scalable
 from .call import LinearCrossEntropyCall
-from .chunks import LAYER_LOSS_SCHEMA, LayerLoss, in_chunks
+from .chunks import LAYER_LOSS_SCHEMA, KeptLogits, LayerLoss, in_chunks
 from .linear_reference import denominator, linear_definition
 from .loss import out_of_range
 from .operator import LossGradients
@@ -20,7 +20,10 @@ _NOTHING = (False, False, False)
 
 
 class LinearLossNode(NamedTuple):
-    """What the gradient's node is given beside the layer. ``needs``: which of the layer's gradients are wanted."""
+    """What the gradient's node is given beside the layer. ``needs``: which of the layer's gradients are wanted.
+
+    ``keep``: leave the logits for the backward, where :class:`.chunks.KeptLogits` can.
+    """
 
     call: LayerLoss
     dtype: torch.dtype
@@ -28,6 +31,7 @@ class LinearLossNode(NamedTuple):
     needs: tuple[bool, bool, bool]
     accuracy: bool
     entropy: bool
+    keep: bool
 
 
 def _outputs(layer: Layer, needs):
@@ -40,13 +44,15 @@ def _outputs(layer: Layer, needs):
 
 
 def _fwd_fake(x, w, bias, *args):
-    call, (dtype, with_gradient, needs, *wanted) = LayerLoss.of(args)
+    # Compiled code keeps no logits: how many rows are computed depends on the targets.
+    call, (dtype, with_gradient, needs, *wanted, _) = LayerLoss.of(args)
     wide = torch.promote_types(x.dtype, torch.float32)
     return (
         x.new_empty(x.shape[0] if call.loss.reduction == "none" else (), dtype=dtype),
         x.new_empty(x.shape[0], dtype=wide),
         *(x.new_empty(x.shape[0] if want else 0, dtype=wide) for want in wanted),
         x.new_empty((), dtype=wide),
+        x.new_empty(0),
         *_outputs(Layer(x, w, bias), needs if with_gradient else _NOTHING),
     )
 
@@ -104,12 +110,12 @@ def _linear_cross_entropy_scale_(dx, dw, db, dloss, backend):
 
 @define(
     f"linear_cross_entropy_fwd(Tensor x, Tensor w, Tensor? bias, {LAYER_LOSS_SCHEMA}, ScalarType dtype,"
-    " bool with_gradient, bool[3] needs, bool accuracy, bool entropy)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " bool with_gradient, bool[3] needs, bool accuracy, bool entropy, bool keep)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd_fake,
 )
 def _linear_cross_entropy_fwd(x, w, bias, *args):
-    call, (dtype, with_gradient, needs, *wanted) = LayerLoss.of(args)
+    call, (dtype, with_gradient, needs, *wanted, keep) = LayerLoss.of(args)
     layer, reduction = Layer(x, w, bias), call.loss.reduction
     if x.device.type == "cpu":
         error = out_of_range(call.target, call.loss.ignore_index, w.shape[0], call.op)
@@ -119,14 +125,16 @@ def _linear_cross_entropy_fwd(x, w, bias, *args):
     wide = torch.promote_types(x.dtype, torch.float32)
     total = denominator(x.new_empty(0, dtype=wide), call.target, call.weight, call.token_weight, call.loss)
     upstream = LossGradients(_unit_factor(call, total, wide) if with_gradient else None)
-    losses, lse, accuracy, entropy, *grads = in_chunks(layer, call, upstream, needs, Extras(*wanted))
+    kept = KeptLogits.of(layer, call) if keep else None
+    losses, lse, accuracy, entropy, *grads = in_chunks(layer, call, upstream, needs, Extras(*wanted), kept)
     extras = [lse.new_empty(0) if t is None else t for t in (accuracy, entropy)]
     if call.token_weight is not None:
         losses = losses * call.token_weight
     loss = losses if reduction == "none" else losses.sum()
     if reduction == "mean":
         loss = loss / total
-    return loss.to(dtype), lse, *extras, total, *_given(grads, layer, needs)
+    logits = x.new_empty(0) if kept is None else kept.logits
+    return loss.to(dtype), lse, *extras, total, logits, *_given(grads, layer, needs)
 
 
 def _bwd_fake(dloss, dlse, dentropy, total, *args):
@@ -138,10 +146,14 @@ def _bwd_fake(dloss, dlse, dentropy, total, *args):
     f" Tensor? bias, {LAYER_LOSS_SCHEMA}, bool[3] needs) -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
 )
-def _linear_cross_entropy_bwd(dloss, dlse, dentropy, total, *args):
-    layer = Layer(*args[:3])
-    call, (needs,) = LayerLoss.of(args[3:])
-    x = layer.x
+def _linear_cross_entropy_bwd(*args):
+    call, (needs,) = LayerLoss.of(args[7:])
+    return _layer_gradients(args[:3], args[3], Layer(*args[4:7]), call, needs)
+
+
+def _layer_gradients(outputs_grad, total, layer: Layer, call: LayerLoss, needs, kept: KeptLogits | None = None):
+    """Gradients in the layer's dtypes, empty where not needed. ``outputs_grad``: those of loss, lse and entropy."""
+    (dloss, dlse, dentropy), x = outputs_grad, layer.x
     wide = torch.promote_types(x.dtype, torch.float32)
     # As the forward's own gradients: for a loss of 1, rounded, then scaled. So both lanes agree bit for bit. In fp16
     # the upstream gradient, a loss scale, comes first.
@@ -151,7 +163,7 @@ def _linear_cross_entropy_bwd(dloss, dlse, dentropy, total, *args):
     if not scale_last:
         factor = factor * dloss.to(wide) if dloss is not None else torch.zeros_like(factor)
     upstream = LossGradients(factor, *(None if t is None else t.to(wide).contiguous() for t in (dlse, dentropy)))
-    *_, dx, dw, db = in_chunks(layer, call, upstream, needs, Extras(entropy=dentropy is not None))
+    *_, dx, dw, db = in_chunks(layer, call, upstream, needs, Extras(entropy=dentropy is not None), kept)
     grads = _given((dx, dw, db), layer, needs)
     if scale_last:
         for grad in grads:
@@ -160,7 +172,7 @@ def _linear_cross_entropy_bwd(dloss, dlse, dentropy, total, *args):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """(loss, lse, accuracy, entropy, denominator, three gradients left by the forward) of a layer's outputs."""
+    """(loss, lse, accuracy, entropy, denominator, logits and three gradients for the backward) of a layer's outputs."""
 
     @staticmethod
     def forward(x, w, bias, node: LinearLossNode):
@@ -170,13 +182,14 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, w, bias, node = inputs
-        _, _, accuracy, entropy, total, *grads = output
+        _, _, accuracy, entropy, *rest = output
         call = node.call
-        ctx.mark_non_differentiable(accuracy, *(() if node.entropy else (entropy,)), total, *grads)
+        ctx.mark_non_differentiable(accuracy, *(() if node.entropy else (entropy,)), *rest)
         ctx.set_materialize_grads(False)
-        ctx.has_gradient, ctx.has_entropy, ctx.dtype = node.with_gradient, node.entropy, node.dtype
+        ctx.has_gradient, ctx.has_logits = node.with_gradient, rest[1].numel() > 0
+        ctx.has_entropy, ctx.dtype = node.entropy, node.dtype
         ctx.call = call._replace(target=None, weight=None, token_weight=None)
-        ctx.save_for_backward(x, w, bias, call.target, call.weight, call.token_weight, total, *grads)
+        ctx.save_for_backward(x, w, bias, call.target, call.weight, call.token_weight, *rest)
 
     @staticmethod
     def backward(ctx, dloss, dlse, _daccuracy, dentropy, *_):
@@ -184,7 +197,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         dentropy = dentropy if ctx.has_entropy else None
         if dloss is None and dlse is None and dentropy is None:
             return None, None, None, None
-        x, w, bias, y, weight, token_weight, total, *ready = ctx.saved_tensors
+        x, w, bias, y, weight, token_weight, total, logits, *ready = ctx.saved_tensors
         call = ctx.call._replace(target=y, weight=weight, token_weight=token_weight)
         needs = ctx.needs_input_grad[:3]
         if ctx.has_gradient and dlse is dentropy is None and not torch.is_grad_enabled() and scalable(dloss):
@@ -192,6 +205,12 @@ class LinearCrossEntropy(torch.autograd.Function):
             ctx.has_gradient = False
             grads = [grad.data for grad in ready]
             _linear_cross_entropy_scale_(*grads, _of_kept(dloss, call), call.backend)
+            return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None
+        outputs_grad = dloss, dlse, dentropy
+        if ctx.has_logits and not torch.is_grad_enabled() and scalable(*outputs_grad):
+            # Overwritten with their gradient; a second backward computes them again.
+            ctx.has_logits = False
+            grads = _layer_gradients(outputs_grad, total, Layer(x, w, bias), call, needs, KeptLogits(logits.data))
             return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None
 
         def launch(inputs, outputs_grad, extras, needs):
@@ -205,4 +224,4 @@ class LinearCrossEntropy(torch.autograd.Function):
             )
             return loss.to(ctx.dtype), lse, entropy
 
-        return *gradients(launch, formula, (x, w, bias), needs, (dloss, dlse, dentropy), (total,)), None
+        return *gradients(launch, formula, (x, w, bias), needs, outputs_grad, (total,)), None

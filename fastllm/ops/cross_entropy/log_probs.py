@@ -24,8 +24,9 @@ def linear_log_probs(
 
     What preference and policy-gradient losses (:mod:`fastllm.losses`) are made of. The logits are computed a chunk of
     rows at a time by :func:`fastllm.functional.linear_cross_entropy`'s own code, and once more in the backward: four
-    matrix multiplications in all, and a workspace of one chunk. Where the input alone requires a gradient, as under a
-    frozen head, its rows' gradients are computed in the forward and scaled in the backward: two multiplications.
+    matrix multiplications in all, and a workspace of one chunk. Where one chunk holds all rows, the CPU extension keeps
+    their logits for the backward: three multiplications. Where the input alone requires a gradient, as under a frozen
+    head, its rows' gradients are computed in the forward and scaled in the backward: two.
 
     Args:
         input: (..., D), floating point: the hidden states under the output layer.
