@@ -108,18 +108,33 @@ def default_corpus(remove_repeated: bool = True) -> Corpus:
     """The language reference that every Python carries (``pydoc_data.topics``), one document for each topic."""
     from pydoc_data.topics import topics
 
-    return _corpus("pydoc_data.topics", [topics[name] for name in sorted(topics)], remove_repeated, [])
+    return _corpus("pydoc_data.topics", [topics[name] for name in sorted(topics)], None, remove_repeated, [])
 
 
-def read_corpus(paths: Sequence[str | Path], remove_repeated: bool = True) -> Corpus:
+def read_corpus(
+    paths: Sequence[str | Path], remove_repeated: bool = True, held_out: Sequence[str | Path] = ()
+) -> Corpus:
     """Text files and folders of them; each file is one document.
 
     Folders are read with all that they contain, in the order of the paths, hidden files apart; files in them that
     are empty or are not UTF-8 text are passed over, which ``notes`` says. A file that is named itself must be text.
 
+    Args:
+        held_out: what is validation, while all of ``paths`` is trained on. Without it :func:`split_documents` decides.
+
     Raises:
         InputError: a path is missing, a named file is empty or not text, or nothing is left. Names the path.
     """
+    documents, notes = _read_documents(paths)
+    name = ", ".join(map(str, paths))
+    if not held_out:
+        return _corpus(name, documents, None, remove_repeated, notes)
+    validation, more = _read_documents(held_out)
+    return _corpus(name, [*documents, *validation], len(documents), remove_repeated, [*notes, *more])
+
+
+def _read_documents(paths: Sequence[str | Path]) -> tuple[list[str], list[str]]:
+    """The documents that ``paths`` hold, and in words what was passed over."""
     documents: list[str] = []
     skipped: list[str] = []
     for path in map(Path, paths):
@@ -135,16 +150,23 @@ def read_corpus(paths: Sequence[str | Path], remove_repeated: bool = True) -> Co
             documents.append(read_text(path))
     if not documents:
         raise InputError(f"no text file in {', '.join(map(str, paths))}" + (f" ({skipped[0]})" if skipped else ""))
-    notes = [f"{len(skipped)} files passed over, the first: {skipped[0]}"] if skipped else []
-    return _corpus(", ".join(map(str, paths)), documents, remove_repeated, notes)
+    return documents, [f"{len(skipped)} files passed over, the first: {skipped[0]}"] if skipped else []
 
 
-def _corpus(name: str, documents: list[str], remove_repeated: bool, notes: list[str]) -> Corpus:
+def _corpus(name: str, documents: list[str], trained_on: int | None, remove_repeated: bool, notes: list[str]) -> Corpus:
+    """``trained_on``: how many first documents are; None: as :func:`split_documents` has it."""
     if remove_repeated:
         documents, removed = deduplicate(documents)
         if removed:
             notes = [*notes, f"{removed:,} repeated paragraphs removed"]
-    train, validation, rule = split_documents(documents)
+    if trained_on is None:
+        train, validation, rule = split_documents(documents)
+    else:
+        train, validation = ([d for d in part if d] for part in (documents[:trained_on], documents[trained_on:]))
+        rule = "the text to score on is given"
+        if train and not validation:
+            raise InputError("held_out: each of its paragraphs is in the training text as well, and repeated ones are "
+                             "removed (deduplicate)")  # fmt: skip
     if not train or not validation:
         raise InputError(f"{name}: too little text to split into training and validation")
     return Corpus(name, train, validation, [*notes, rule])

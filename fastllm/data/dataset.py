@@ -67,29 +67,37 @@ class Dataset:
         return f"{self.summary.name}: {'; '.join([*parts, *self.summary.notes])}"
 
 
-def load_corpus(config: DataConfig) -> Corpus | PreparedCorpus:
+def load_corpus(config: DataConfig, held_out: Sequence[str] = ()) -> Corpus | PreparedCorpus:
     """The text that ``config`` names.
 
+    Args:
+        held_out: text files or folders to score on; without them a part of the text is.
+
     Raises:
-        InputError: see :func:`fastllm.data.read_corpus`.
+        InputError: see :func:`fastllm.data.read_corpus`; or ``held_out`` is given for text that has a split already.
     """
     if not config.data:
+        if held_out:
+            raise InputError("held_out: needs data to train on; the text that Python carries has a split already")
         return default_corpus(config.deduplicate)
     prepared = [path for path in config.data if (Path(path) / PREPARED).exists()]
+    if prepared and held_out:
+        raise InputError(f"held_out: {prepared[0]} was written by fastllm prepare and has a split already")
     if prepared and len(config.data) > 1:
         raise InputError(f"data: {prepared[0]} was written by fastllm prepare; give it alone")
-    return PreparedCorpus(prepared[0]) if prepared else read_corpus(config.data, config.deduplicate)
+    return PreparedCorpus(prepared[0]) if prepared else read_corpus(config.data, config.deduplicate, held_out)
 
 
 def load_dataset(
     config: DataConfig, folder: str | Path, *, vocab_size: int, say: Callable[[str], None] = lambda text: None,
-    special_tokens: Sequence[str] = SPECIAL_TOKENS["causal"],
+    special_tokens: Sequence[str] = SPECIAL_TOKENS["causal"], held_out: Sequence[str] = (),
 ) -> Dataset:  # fmt: skip
     """The tokens of what ``config`` names: encoded into ``folder``, or where they lie already, which it then notes.
 
     Args:
         vocab_size, special_tokens: for a tokenizer that is trained.
         say: told what takes long.
+        held_out: text files or folders to score on; without them a part of the text is.
 
     Raises:
         InputError: the text, the tokens or the tokenizer cannot be used.
@@ -100,6 +108,8 @@ def load_dataset(
     if ready:
         if len(config.data) > 1:
             raise InputError(f"data: {ready[0]} holds tokens; give it alone")
+        if held_out:
+            raise InputError(f"held_out: {ready[0]} holds tokens that are split already")
         dataset = open_dataset(ready[0])
         if config.tokenizer and Tokenizer.load(config.tokenizer).fingerprint != dataset.tokenizer.fingerprint:
             raise InputError(f"{config.tokenizer}: not the tokenizer that made the tokens in {ready[0]}")
@@ -107,7 +117,7 @@ def load_dataset(
         write_text(folder / SUMMARY, json.dumps({"folder": str(Path(ready[0]).resolve())}) + "\n")
         return dataset
     tokenizer = Tokenizer.load(config.tokenizer) if config.tokenizer else None
-    corpus = load_corpus(config)
+    corpus = load_corpus(config, held_out)
     size = corpus.characters
     if size > LONG_TEXT:
         say(f"{'' if tokenizer else 'training a tokenizer on and '}encoding {size:,} characters")

@@ -91,8 +91,9 @@ def open_data(config: RunConfig, folder: Path, say: Callable[[str], None]) -> Da
     objective = config.objective
     if not objective.kind.task:
         dataset = load_dataset(
-            config.data, folder, vocab_size=config.model.vocab_size, say=say, special_tokens=objective.special_tokens
-        )
+            config.data, folder, vocab_size=config.model.vocab_size, say=say, special_tokens=objective.special_tokens,
+            held_out=objective.held_out.split(",") if objective.held_out else (),
+        )  # fmt: skip
         for role in ("cls", "sep", "mask") if objective.kind.encoder else ():
             dataset.tokenizer.special(role)
         return dataset

@@ -2,6 +2,7 @@
 
 import lzma
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from fastllm.data import (
     evaluation_batches,
     evaluation_windows,
     load_corpus,
+    load_dataset,
     open_dataset,
     open_token_file,
     prepare,
@@ -312,6 +314,31 @@ def test_load_corpus_takes_the_configs_paths(tmp_path):
         load_corpus(DataConfig(data=(str(tmp_path / "t.txt"),), deduplicate=False)).train[0]
     )
     assert load_corpus(DataConfig()).name == "pydoc_data.topics"
+
+
+def test_held_out_text_is_scored_on_and_all_of_the_data_is_trained_on(tmp_path):
+    new, both = "A paragraph of its own.", prose(30).split("\n\n")[0]
+    (tmp_path / "t.txt").write_text(prose(30))
+    (tmp_path / "v.txt").write_text(f"{both}\n\n{new}")
+    train, held_out = DataConfig(data=(str(tmp_path / "t.txt"),)), [str(tmp_path / "v.txt")]
+    dataset = load_dataset(train, tmp_path / "run", vocab_size=300, held_out=held_out)
+    assert dataset.validation.bytes == len(new)
+    assert dataset.train.bytes == len("\n\n".join(dict.fromkeys(prose(30).split("\n\n"))))
+    kept = load_corpus(replace(train, deduplicate=False), held_out)
+    assert (kept.train, kept.validation) == ([prose(30)], [f"{both}\n\n{new}"])
+    assert "the text to score on is given" in dataset.describe()
+
+
+def test_held_out_text_is_refused_where_there_is_a_split_or_nothing_is_left_of_it(tmp_path):
+    (tmp_path / "t.txt").write_text(prose(30))
+    text = str(tmp_path / "t.txt")
+    with pytest.raises(InputError, match="held_out: each of its paragraphs is in the training text"):
+        load_corpus(DataConfig(data=(text,)), [text])
+    with pytest.raises(InputError, match="held_out: needs data"):
+        load_corpus(DataConfig(), [text])
+    load_dataset(DataConfig(data=(text,)), tmp_path / "tokens", vocab_size=300)
+    with pytest.raises(InputError, match=r"held_out: .*tokens that are split already"):
+        load_dataset(DataConfig(data=(str(tmp_path / "tokens"),)), tmp_path / "run", vocab_size=300, held_out=[text])
 
 
 # Batches

@@ -329,6 +329,8 @@ def test_a_prepared_folder_is_a_corpus_and_its_tokens_a_dataset(undisturbed, tmp
         load_dataset(DataConfig(data=(str(tmp_path / "tokens"), "x")), tmp_path / "run", vocab_size=0)
     with pytest.raises(InputError, match="give it alone"):
         load_corpus(DataConfig(data=(str(undisturbed), "x")))
+    with pytest.raises(InputError, match=r"held_out: .* has a split already"):
+        load_corpus(DataConfig(data=(str(undisturbed),)), ["x"])
 
 
 def test_a_large_corpus_trains_a_tokenizer_on_a_sample_and_says_so(undisturbed, tmp_path, capsys):

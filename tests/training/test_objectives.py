@@ -285,5 +285,3 @@ def test_the_model_gets_what_the_objective_needs():
         fit_model(ObjectiveConfig("seq2seq"), ModelConfig(), ("encoder",))
     with pytest.raises(InputError, match="objective: expected one of causal, prefix, mlm"):
         build_run_config({"objective": {"objective": "clm"}}, "here")
-    with pytest.raises(InputError, match="held_out: objective mlm holds out"):
-        ObjectiveConfig("mlm", held_out="file")
