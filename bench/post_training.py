@@ -3,11 +3,12 @@
     python -m fastllm.bench.post_training [--tokens 8192] [--hidden 512] [--vocabulary 50304] [--rounds 3]
         [--only NAME ...]
 
-The other ways are all the logits; the logits of as many rows as this library takes at a time, checkpointed, which is
-plain PyTorch at equal memory; and, where liger-kernel is installed, its chunked GRPO loss, a sequence of 256 tokens at
-a time. Each way runs forward and backward in this process, in fp32; its peak is what the process grows by, over the
-inputs and with the gradients of the student. Rounds alternate the two of a pair; the ratio of a round is within that
-round, of the process's CPU seconds, which other work on the machine disturbs less.
+The other ways are all the logits, beside the default workspace and beside one that holds all of them too; the logits
+of as many rows as this library takes at a time, checkpointed, which is plain PyTorch at equal memory; and, where
+liger-kernel is installed, its chunked GRPO loss, a sequence of 256 tokens at a time. Each way runs forward and
+backward in this process, in fp32; its peak is what the process grows by, over the inputs and with the gradients of the
+student. Rounds alternate the two of a pair; the ratio of a round is within that round, of the process's CPU seconds,
+which other work on the machine disturbs less.
 """
 
 from __future__ import annotations
@@ -71,6 +72,11 @@ def pairs(x, w, y, teacher) -> dict[str, tuple[str, Callable[[], torch.Tensor], 
         "linear_log_probs": (
             "all the logits",
             lambda: linear_log_probs(x, w, y).sum(),
+            lambda: logs(x, w).gather(-1, y.unsqueeze(-1)).sum(),
+        ),
+        "linear_log_probs in one chunk": (
+            "all the logits",
+            lambda: linear_log_probs(x, w, y, max_workspace_mb=len(x) * len(w) * 4 / 2**20 + 1).sum(),
             lambda: logs(x, w).gather(-1, y.unsqueeze(-1)).sum(),
         ),
         "linear_log_probs at equal memory": (

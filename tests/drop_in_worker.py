@@ -12,6 +12,7 @@ import fastllm
 from fastllm.drop_in.swap import Accelerated
 from fastllm.functional import linear_log_probs
 from fastllm.models.head import Head
+from fastllm.ops.cross_entropy.kl_call import DIRECTIONS
 
 V, D = 24, 8
 
@@ -96,8 +97,8 @@ def _posts(head, x, y, teacher):
     """A scalar of log-probabilities, and of entropies where the head gives them, and one of each divergence."""
     tx, tw = teacher
     found = {
-        direction: head.divergence(x, tx, tw, y, direction=direction, temperature=2.0)
-        for direction in ("forward", "reverse")
+        direction: head.divergence(x, tx, tw, y, direction=direction, temperature=2.0, beta=0.3)
+        for direction in DIRECTIONS
     }
     factors = 1 + y / V
     if hasattr(head, "_parts"):
@@ -142,7 +143,7 @@ def post_training(way: str, rank: int = 0) -> dict[str, tuple]:
         half = slice(2 * rank, 2 * rank + 2)
         x, y, teacher = x[half], y[half], (teacher[0][half], teacher[1])
     found = {}
-    for name in ("forward", "reverse", "log_probs", "entropy"):
+    for name in (*DIRECTIONS, "log_probs", "entropy"):
         model.zero_grad()
         leaf = x.clone().requires_grad_()
         value = model(leaf, y, teacher)[name]

@@ -1,5 +1,6 @@
 """Run by torchrun: one start of the interpreter for all ways of training together, and then for one process alone."""
 
+import json
 import os
 import sys
 
@@ -41,6 +42,12 @@ WAYS = {
 }
 
 
+PAIRS = "".join(
+    json.dumps({"prompt": "the", "chosen": f" {word}.", "rejected": f" {word} {word}."}) + "\n"
+    for word in ("cat", "dog", "bird", "fish", "cow", "hen")
+)
+
+
 def fastllm(*arguments):
     # Here, not at the import: tests read MODEL from this file, and their own runs have pictures.
     loop.plot_loss = lambda *args: None
@@ -53,6 +60,14 @@ def resume(name, steps, *more):
     fastllm("train", "--resume", name, "--steps", str(steps), "--quiet", *more)
 
 
+def prefer(out, *more):
+    """Two steps of dpo on the run "ddp"."""
+    fastllm(
+        "train", "--objective", "dpo", "--pretrained", "ddp", "--data", "pairs.jsonl", "--out", out, "--steps", "2",
+        "--batch-size", "2", "--device", "cpu", "--dtype", "float32", "--quiet", *more,
+    )  # fmt: skip
+
+
 def run_all():
     for name, more in WAYS.items():
         fastllm("train", "--out", name, *MODEL, *(more if "bf16" in name else ["--dtype", "float32", *more]))
@@ -60,9 +75,11 @@ def run_all():
         resume(name, 7, "--parallel", "ddp" if name == "fsdp" else "fsdp", "--tensor-parallel", "1")
         if os.environ["RANK"] == "0":
             print(name, "done", file=sys.stderr, flush=True)
+    prefer("dpo-vocabulary", "--tensor-parallel", "2")
     if os.environ["RANK"] == "0":
         for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             del os.environ[variable]
+        prefer("dpo-alone")
         # Back to one process; and one process from the beginning.
         for name in WAYS:
             resume(name, 8, "--parallel", "ddp")

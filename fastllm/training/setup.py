@@ -41,13 +41,9 @@ def with_teacher(config: RunConfig) -> RunConfig:
     """``config`` with the teacher's tokenizer, where there is a teacher.
 
     Raises:
-        InputError: there is no such model, its vocabulary or its context does not serve, or the vocabulary is split.
+        InputError: there is no such model, or its vocabulary or its context does not serve.
     """
     objective = config.objective
-    split = config.training.tensor_parallel > 1
-    if split and (objective.objective == "dpo" or (objective.objective == "distill" and objective.direction == "jsd")):
-        what = "direction jsd" if objective.objective == "distill" else "objective dpo"
-        raise InputError(f"tensor_parallel: {what} needs the whole vocabulary on each rank")
     if objective.teacher is None:
         return config
     folder, shape = language_model_folder(objective.teacher, "teacher")

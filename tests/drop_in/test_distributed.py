@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from drop_in_worker import MODES, build, loss_of, post_training
+from drop_in_worker import DIRECTIONS, MODES, build, loss_of, post_training
 
 WORKER = Path(__file__).parents[1] / "drop_in_worker.py"
 
@@ -63,7 +63,7 @@ def test_post_training_losses_under_fsdp_are_those_of_one_process(gradients):
     for name, (value, of_rows, of_head) in post_training("alone").items():
         values, rows, heads = zip(*(half[name] for half in gradients["halves"]), strict=True)
         # A divergence is a mean over the rows that count, as many in each half. FSDP takes the mean over the ranks.
-        is_mean = name in ("forward", "reverse")
+        is_mean = name in DIRECTIONS
         torch.testing.assert_close(sum(values) / (2 if is_mean else 1), value)
         torch.testing.assert_close(torch.cat(rows) / (2 if is_mean else 1), of_rows, rtol=1e-4, atol=1e-5)
         for head in heads:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from prose import prose
 from safetensors.torch import load_file
-from several import MODEL
+from several import MODEL, PAIRS
 from thorough import THOROUGH
 from toy import TOY, weights
 
@@ -29,6 +29,7 @@ from fastllm.training.reports.progress import read_metrics
 def _folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prose.txt").write_text(prose(80))
+    (tmp_path / "pairs.jsonl").write_text(PAIRS)
 
 
 def launch(processes, *program, restarts=0, check=True, **environment):
@@ -66,6 +67,10 @@ def test_ddp_fsdp_and_a_split_vocabulary_train_as_one_process_does(tmp_path, pro
         torch.testing.assert_close(found, alone, rtol=1e-5 if exact else 1e-3, atol=0)
         own = load_file(tmp_path / name / "model" / "model.safetensors")
         assert {key: value.shape for key, value in own.items()} == {key: value.shape for key, value in weights.items()}
+    for key in ("loss", "grad_norm"):
+        torch.testing.assert_close(
+            steps(tmp_path / "dpo-vocabulary", key), steps(tmp_path / "dpo-alone", key), rtol=1e-4, atol=0
+        )
 
 
 def test_a_rank_that_is_killed_and_one_that_hangs_are_restarted_and_the_run_ends_right(tmp_path):

@@ -7,7 +7,7 @@ that ranks exchange.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,11 +15,17 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 from ...config import InputError
 from ...functional import embedding, linear_cross_entropy, linear_kl_div
 from ...models import Transformer
 from ...models.head import Head
+from ...ops.cross_entropy.chunks import chunk_plan
+from ...ops.cross_entropy.kl_call import Divergence
+from ...ops.cross_entropy.kl_chunks import DEFAULT_WORKSPACE_MB
+from ...ops.cross_entropy.kl_rows import divergence_of
 
 
 class _Copy(torch.autograd.Function):
@@ -70,6 +76,36 @@ class _LogSumExp(torch.autograd.Function):
         return grad * (x - result).exp(), None
 
 
+class _Parts(NamedTuple):
+    """A student's hidden states (..., D) and a teacher's, and a rank's rows of their heads (V / ranks, D)."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    teacher_x: torch.Tensor
+    teacher_weight: torch.Tensor
+
+
+def _divergence_of_parts(parts: _Parts, whole_q, whole_p, how: Divergence) -> torch.Tensor:
+    """What a rank's classes add to the divergence (...), of logits divided by the temperature.
+
+    ``whole_q``, ``whole_p``: the log-sum-exp (...) of the student's and of the teacher's logits of all ranks.
+    """
+    wide, (x, weight, teacher_x, teacher_weight) = whole_q.dtype, parts
+
+    def of_rows(x, teacher_x, lse_q, lse_p):
+        log_q = linear(x, weight).to(wide) / how.temperature - lse_q.unsqueeze(-1)
+        log_p = linear(teacher_x, teacher_weight).to(wide) / how.temperature - lse_p.unsqueeze(-1)
+        return divergence_of(log_p, log_q, how)
+
+    each = x.flatten(0, -2), teacher_x.flatten(0, -2), whole_q.flatten(), whole_p.flatten()
+    workspace = DEFAULT_WORKSPACE_MB.get(x.device.type, DEFAULT_WORKSPACE_MB["cpu"])
+    # Autograd keeps about ten tensors of a chunk's logits in fp32. A guess.
+    rows = chunk_plan(len(each[0]), 10 * len(weight) * wide.itemsize, workspace).rows
+    chunks = zip(*(t.split(rows) for t in each), strict=True)
+    found = [checkpoint(of_rows, *some, use_reentrant=False, preserve_rng_state=False) for some in chunks]
+    return torch.cat(found).view_as(whole_q)
+
+
 def _first_row(weight: DTensor) -> int:
     return compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)[1][0]
 
@@ -100,7 +136,7 @@ class VocabParallelHead(Head):
             raise ValueError(f"a head split by vocabulary takes no options, got {', '.join(options)}")
         if target is None:
             local, _, group = self._parts()
-            part = torch.nn.functional.linear(_Copy.apply(input, group), local)
+            part = linear(_Copy.apply(input, group), local)
             mesh = self.weight.device_mesh
             logits = DTensor.from_local(
                 part, mesh, [Shard(part.dim() - 1)], run_check=False,
@@ -136,22 +172,21 @@ class VocabParallelHead(Head):
         """As :meth:`Head.divergence`, of a teacher that gets no gradient.
 
         By the chain rule: the divergence of the ranks' shares of the probability, and the mean of each part's own over
-        these shares.
+        these shares. In "jsd" the share of the teacher in a part's mixture differs from row to row. There the classes
+        of each part are summed up under the whole's normalisers, in checkpointed chunks of rows.
 
         Raises:
-            ValueError: ``direction`` is "jsd", whose mixture has no such parts; ``targets`` has none that counts.
+            ValueError: ``targets`` has none that counts.
         """
-        direction, temperature = options.get("direction", "forward"), options.get("temperature", 1.0)
-        if direction == "jsd":
-            raise ValueError("a head split by vocabulary has the directions forward and reverse, got 'jsd'")
         local, start, group = self._parts()
-        of_teacher, x = teacher_weight[start : start + local.shape[0]], _Copy.apply(hidden, group)
+        parts = _Parts(_Copy.apply(hidden, group), local, teacher_hidden, teacher_weight[start : start + len(local)])
         counts = targets != -100
         if not counts.is_cuda and not counts.any():
             raise ValueError("divergence: no position counts: targets are -100 everywhere")
-        apart = linear_kl_div(x, local, teacher_hidden, of_teacher, target=targets, reduction="none", **options)
+        temperature = options.get("temperature", 1.0)
 
-        def log_shares(x, weight):
+        def normalisers(x, weight):
+            """The log-sum-exp (...) of this rank's logits, and of all ranks'."""
             _, lse = linear_cross_entropy(
                 x,
                 weight,
@@ -160,12 +195,18 @@ class VocabParallelHead(Head):
                 logit_scale=1 / temperature,
                 return_lse=True,
             )
-            return lse - _Copy.apply(_LogSumExp.apply(lse, group), group)
+            return lse, _Copy.apply(_LogSumExp.apply(lse, group), group)
 
-        q, p = log_shares(x, local), log_shares(teacher_hidden, of_teacher)
-        over, under = (p, q) if direction == "forward" else (q, p)
-        rows = _Sum.apply(over.exp() * (apart + temperature**2 * (over - under)), group)
-        return torch.where(counts, rows, 0.0).sum() / counts.sum()
+        (lse_q, whole_q), (lse_p, whole_p) = normalisers(*parts[:2]), normalisers(*parts[2:])
+        if options.get("direction") == "jsd":
+            how = Divergence("jsd", options.get("beta", 0.5), temperature, None, None, -100, "none", None)
+            mine = temperature**2 * _divergence_of_parts(parts, whole_q, whole_p, how)
+        else:
+            apart = linear_kl_div(*parts, target=targets, reduction="none", **options)
+            q, p = lse_q - whole_q, lse_p - whole_p
+            over, under = (q, p) if options.get("direction") == "reverse" else (p, q)
+            mine = over.exp() * (apart + temperature**2 * (over - under))
+        return torch.where(counts, _Sum.apply(mine, group), 0.0).sum() / counts.sum()
 
     def loss(self, hidden, targets, logit_scale=1.0, label_smoothing=0.0):
         """As :meth:`Head.loss`, never by way of whole logits, which would have to be gathered.
