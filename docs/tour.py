@@ -27,7 +27,16 @@ CURVES = {
     "language-models": (
         [("lm-transformer", "Transformer"), ("lm-lstm", "LSTM"), ("lm-gru", "GRU")], ["bits_per_byte", "perplexity"],
     ),
+    "instructions": ([("told", "answers")], ["perplexity"]),
+    "preferences": ([("preferring", "dpo")], ["preference_accuracy", "reward_accuracy", "margin"]),
+    "distillation": ([("alone", "the student alone"), ("taught", "with the teacher")], ["bits_per_byte"]),
 }  # fmt: skip
+# (Picture, score) -> what chance gives, or the model before the run, by `fastllm eval`: a dashed line.
+LEVELS = {
+    ("pretraining", "nsp_accuracy"): 0.5,
+    ("instructions", "perplexity"): 131.6,
+    ("preferences", "preference_accuracy"): 0.139,
+}
 COLOURS = ("#2a78b5", "#d9662b", "#3b8f4f")
 
 
@@ -65,23 +74,32 @@ def curves(runs: Path) -> list[Path]:
             continue
         figure, axes = new_figure(len(scores))
         clock = name == "language-models"
+        scored = {
+            folder: [line for line in read_metrics(folder / "metrics.jsonl") if "validation_loss" in line]
+            for folders in seeds.values()
+            for folder in folders
+        }
+        fewest = min(line["validation_tokens"] for lines in scored.values() for line in lines)
+        rings = False
         for (run, label), colour in zip(shown, COLOURS, strict=False):
             for number, folder in enumerate(seeds[run]):
-                lines = [line for line in read_metrics(folder / "metrics.jsonl") if "validation_loss" in line]
+                lines = scored[folder]
+                # During a run a part of what is held out is scored, at the end all of it.
+                part = len(lines) - (lines[-1]["validation_tokens"] > fewest)
+                rings |= part < len(lines)
                 for one, score in zip(axes, scores, strict=True):
                     x = [line["seconds" if clock else "step"] for line in lines]
                     y = [line.get(f"validation_{score}", math.exp(line["validation_loss"])) for line in lines]
-                    # During a run a part of what is held out is scored, at the end all of it.
-                    part = len(lines) - (lines[-1]["validation_tokens"] > lines[0]["validation_tokens"])
                     one.plot(
                         x[:part], y[:part], color=colour, marker="o", markersize=3, label=None if number else label
                     )
                     one.plot(x[part:], y[part:], "o", color=colour, markersize=7, markerfacecolor="none")
                     one.set_xlabel("seconds" if clock else "step")
                     one.set_ylabel(f"held-out {score.replace('_', ' ')}")
-                    if score == "nsp_accuracy":
-                        one.axhline(0.5, color="#666666", linestyle="--", linewidth=0.8)
-        axes[-1].legend(frameon=False, title="ring: on all held out")
+        for one, score in zip(axes, scores, strict=True):
+            if (name, score) in LEVELS:
+                one.axhline(LEVELS[name, score], color="#666666", linestyle="--", linewidth=0.8)
+        axes[-1].legend(frameon=False, title="ring: on all held out" if rings else None)
         made.append(save_figure(figure, HERE / f"{name}.png"))
     return made
 
