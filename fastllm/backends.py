@@ -69,8 +69,8 @@ def backend(name: str) -> Iterator[None]:
         name: ``"eager"``, ``"triton"``, ``"native"``, ``"hopper"``, or ``"auto"`` for the default by device. The
             environment variable FASTLLM_BACKEND sets the same for a whole process.
 
-    The choice is process-wide (see the module's docstring), not per thread. A call that the chosen backend cannot
-    serve raises :class:`BackendError` and says how to mend it.
+    The choice is process-wide, not per thread (see the module's docstring). A call that the chosen backend cannot serve
+    raises :class:`BackendError`, whose message says what to do.
 
     Raises:
         ValueError: ``name`` is none of these.

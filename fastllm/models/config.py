@@ -27,8 +27,9 @@ def _field(default, help: str, **metadata):
 class ModelConfig:
     """Everything that decides a model's parameters and its function.
 
-    ``decoder`` alone is a language model, ``encoder`` alone reads (BERT and similar models), both translate. Either
-    may be a Transformer or recurrent, the encoder also convolutional: they meet in hidden_size only.
+    ``decoder`` alone is a language model. ``encoder`` alone reads text (BERT and similar models). Both together
+    translate. Either may be a Transformer or recurrent, and the encoder may be convolutional. They share only
+    hidden_size.
 
     Raises:
         ValueError: a field is out of range or two fields do not fit; the message names them.
@@ -120,7 +121,7 @@ class ModelConfig:
 
     @property
     def num_classes(self) -> int:
-        """Classes of the classification head: as many as labels, 2 where they have no names."""
+        """The number of classes of the classification head: the number of labels, or 2 without labels."""
         return len(self.labels) or 2
 
     @property
@@ -145,7 +146,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> ModelConfig:
-        """From field names and values; an unknown name is a ValueError."""
+        """A configuration from field names and values. An unknown name is a ValueError."""
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"unknown field of {cls.__name__}: {', '.join(sorted(unknown))}")

@@ -146,7 +146,7 @@ def concrete(cls: type[AnyPretrained]) -> type[AnyPretrained]:
 
 
 def model_class(config) -> type[Pretrained]:
-    """The class that ``config.encoder`` and ``config.decoder`` ask for."""
+    """The class for ``config.encoder`` and ``config.decoder``."""
     return next(cls for cls in CLASSES if cls.fits(config))
 
 

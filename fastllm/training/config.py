@@ -22,10 +22,10 @@ DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Budget, optimiser, schedule, precision, and how often to look.
+    """Budget, optimiser, schedule, precision, and intervals of evaluation and saving.
 
-    Fields marked ``resume`` do not enter a step's arithmetic by themselves and may change when a run is resumed;
-    a new budget moves the schedule.
+    Fields marked ``resume`` do not change the arithmetic of a step, so they may change when a run is resumed. A new
+    budget does move the schedule.
     """
 
     steps: int | None = option(None, "stop after this many optimiser steps", minimum=1, resume=True)
@@ -134,7 +134,7 @@ class TrainingConfig:
         return self.micro_batch_size or self.batch_size
 
     def with_budget(self) -> TrainingConfig:
-        """This, with the default time budget where neither budget is set."""
+        """This configuration, with the default time budget if no budget is set."""
         if self.steps is None and self.max_seconds is None and self.epochs is None:
             return replace(self, max_seconds=DEFAULT_SECONDS)
         return self
@@ -142,7 +142,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All that a run is made from; ``config.toml`` has one table for each field."""
+    """All settings of a run. ``config.toml`` has one table for each field."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = PRESETS[DEFAULT_PRESET]
@@ -158,7 +158,7 @@ def build_run_config(tables: Mapping[str, Any], where: str, preset: str | None =
 
     The model gets the parts and heads that the objective needs.
 
-    A preset that is a recipe has settings for all tables; what ``tables`` say goes before it.
+    A preset that is a recipe has settings for all tables. Values in ``tables`` override it.
 
     Args:
         where: what messages start with.
