@@ -45,7 +45,7 @@ _INSTALLED = "the active environment has it"
 RULES = (
     # What a machine lacks.
     Rule(r"^sudo apt-get install -y python3\.11-doc && ", "", "no root is assumed"),
-    Rule(r"/usr/share/doc/python3\.11/html/\{[^}]*\}", "pages notes", "pages of pydoc take the place of Debian's package"),
+    Rule(r"/usr/share/doc/python3\.11/html/\{[^}]*\}", "pages notes", "pages of pydoc instead of Debian's"),
     Rule(r"srun ", None, "needs Slurm", "docs/training[.]md"),
     Rule(r"--tune$", None, "searches settings on a GPU"),
     Rule(r"^(bench/gpu\.sh results)$", r"FASTLLM_GPU_DRY_RUN=1 \1 240", "a dry run takes every path that needs no GPU"),
@@ -68,7 +68,7 @@ RULES = (
     Rule(r"--steps \d{3}", "--steps 6", _FEW_STEPS),
     # README's own run is whole.
     Rule(
-        r"^(?![\s\S]*(?:--max-seconds|--steps|--help|--resume))([\s\S]*?fastllm train)",
+        r"\A(?![\s\S]*(?:--max-seconds|--steps|--help|--resume))([\s\S]*?fastllm train)",
         r"\1 --max-seconds 8",
         _SHORT,
         "docs/.*",
