@@ -35,8 +35,8 @@ class ModelConfig:
         ValueError: a field is out of range or two fields do not fit; the message names them.
     """
 
-    encoder: str = _field("none", "what reads", choices=("none", *ENCODERS))
-    decoder: str = _field("transformer", "what writes", choices=("none", *KINDS))
+    encoder: str = _field("none", "the part that reads its whole input at once", choices=("none", *ENCODERS))
+    decoder: str = _field("transformer", "the part that predicts one token after another", choices=("none", *KINDS))
     heads: tuple[str, ...] = _field((), "heads on an encoder", choices=HEADS)
     labels: tuple[str, ...] = _field((), "names of the classes; training takes them from its data")
     vocab_size: int = _field(50257, "tokens in the vocabulary")
@@ -53,7 +53,7 @@ class ModelConfig:
     positions: str = _field("learned", "how positions enter a Transformer", choices=POSITIONS)
     rotary_base: float = _field(10000.0, "base of the rotary frequencies (Su et al. 2021)")
     relative_buckets: int = _field(32, "buckets of distance (relative positions, Raffel et al. 2020)")
-    relative_distance: int = _field(128, "distance from which on one bucket holds all")
+    relative_distance: int = _field(128, "all distances from here on share one bucket")
     segments: int = _field(0, "rows of the segment embedding; 0: none")
     scale_embeddings: bool = _field(False, "multiply token embeddings with sqrt(hidden_size) (Vaswani et al. 2017)")
     norm: str = _field("layer", "normalisation", choices=NORMS)
@@ -69,7 +69,7 @@ class ModelConfig:
     dropout: float = _field(0.0, "dropout probability on embeddings and on each branch, in training")
     zero_init: bool = _field(False, "start the projections back into the residual stream at zero, not at GPT-2's scale")
     pooling: str = _field(
-        "first", "what of a text the heads nsp and classify read: its first token through a tanh layer, as BERT's, or "
+        "first", "what the heads nsp and classify read: a text's first token through a tanh layer, like BERT's, or "
         "the mean or the maximum of all its states", choices=POOLINGS,
     )  # fmt: skip
 

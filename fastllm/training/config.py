@@ -61,11 +61,11 @@ class TrainingConfig:
     decay: float = option(0.3, "part of the run over which wsd decays", above=0, maximum=1)
     min_lr: float = option(0.0, "final learning rate, as a part of the peak", minimum=0, maximum=1)
     seed: int = option(0, "of weights, batches, dropout and samples", minimum=0)
-    device: str = option("auto", "where to train; auto takes CUDA if there", choices=DEVICES)
+    device: str = option("auto", "where to train; auto takes CUDA if it is there", choices=DEVICES)
     dtype: str = option(
         "auto",
         "bfloat16 means autocast over float32 weights, float16 the same with a scaled loss; auto times float32 and "
-        "what the device has of the two",
+        "the 16-bit dtypes that the device has",
         choices=("auto", "float32", "bfloat16", "float16"),
     )  # fmt: skip
     compile: bool = option(False, "compile the loss with torch.compile")
@@ -80,14 +80,14 @@ class TrainingConfig:
     checkpoint_interval: int = option(500, "steps between checkpoints; 0: only at the end", minimum=0, resume=True)
     keep_checkpoints: int = option(2, "how many of the newest checkpoints to keep", minimum=1, resume=True)
     keep_best: int = option(
-        0, "how many checkpoints to keep besides for their validation score; only a step with both has one",
+        0, "how many checkpoints to keep also for their score; a step needs both an evaluation and a checkpoint",
         minimum=0, resume=True,
     )  # fmt: skip
     background_saving: bool = option(True, "write checkpoints while training goes on", resume=True)
     outlier: float | None = option(
         None,
         "skip a step whose loss or gradient norm lies this many standard deviations above the mean of the last 128; "
-        "without it, only what is not finite is skipped",
+        "without it, only steps that are not finite are skipped",
         above=0, resume=True,
     )  # fmt: skip
     wandb: str | None = option(None, "a Weights & Biases project to log to as well", resume=True)
@@ -100,16 +100,16 @@ class TrainingConfig:
     )
     hang_timeout: float = option(
         600.0,
-        "seconds in a step after which the processes name the one that they wait for, and end",
+        "seconds in a step after which the processes print which one they wait for, and end",
         above=0,
         resume=True,
     )
     max_skipped: int = option(3, "stop after this many skipped steps in a row", minimum=1, resume=True)
     epochs: float | None = option(
-        None, "stop after this many passes over the training data; steps, if given, decide", above=0
+        None, "stop after this many passes over the training data; --steps overrides it", above=0
     )
     ema_decay: float = option(
-        0.0, "decay of the exponential moving average of the weights, which then is what is scored and kept; 0: none",
+        0.0, "decay of the exponential moving average of the weights, which is then scored and saved; 0: none",
         minimum=0, below=1,
     )  # fmt: skip
     patience: int = option(
