@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
-from paste_table import ENVIRONMENT, INPUTS, MENTIONS, RULES, make_inputs
+from paste_table import ENVIRONMENT, INPUTS, MENTIONS, OPTIONAL, RULES, make_inputs
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
@@ -91,6 +92,9 @@ def ruled(page: str, line: int, text: str, venv: bool) -> Command:
         if rule.instead is None:
             return Command(page, line, text, None, tuple(why))
         run = re.sub(rule.pattern, rule.instead, run, flags=re.MULTILINE)
+    absent = [program for program in OPTIONAL if re.search(rf"\b{program} ", run) and not shutil.which(program)]
+    if absent and not venv:
+        return Command(page, line, text, None, (*why, f"{absent[0]} is not installed here"))
     return Command(page, line, text, run, tuple(why))
 
 

@@ -23,6 +23,9 @@ class Rule(NamedTuple):
 # Variables of every command.
 ENVIRONMENT = {"S": "sources", "MPLBACKEND": "Agg", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
 
+# Programs of extras that the active environment need not have; a command of one that is not there is left out.
+OPTIONAL = ("mkdocs",)
+
 # Code in a sentence that names a command or shows half of one. It is not run.
 MENTIONS = (
     r".*\b(NAME|FILE|PAGES|MODEL_FOLDER|RUN|FOLDER)\b.*",
@@ -83,7 +86,7 @@ RULES = (
     Rule(
         r"^fastllm bench(( --cpu avx2)?( --sweep)?)( --budget \d+)?$", r"fastllm bench rms_norm\1 --budget 30", _BENCH
     ),
-    Rule(r"--rival (\S+)( --shape \S+)?$", r"--rival \1 --budget 30", _BENCH),
+    Rule(r"--rival (\S+)( --shape \S+)?$", r"--rival \1 --shape GPT-2 --provider eager --budget 90", _BENCH),
     Rule(r"^fastllm bench train.*", "fastllm bench train --preset tiny --batch-size 2 --steps 1 --rounds 2", _BENCH),
     Rule(r"^fastllm bench --static$", "fastllm bench swiglu --static", _ONE_OP),
     Rule(r"bench\.(model|static|other_gpus)$", r"bench.\1 swiglu", _ONE_OP),

@@ -49,7 +49,7 @@ def test_every_block_is_run_or_in_the_table(paste):
 
 def test_no_row_of_the_table_is_stale(paste):
     whys = {why for venv in (False, True) for command in found(paste, venv) for why in command.why}
-    assert {rule.why for rule in paste.RULES} == whys
+    assert {rule.why for rule in paste.RULES} == {why for why in whys if "not installed here" not in why}
     assert set(paste.INPUTS) <= {str(page.relative_to(ROOT)) for page in paste.pages()}
     prose = "\n".join(page.read_text("utf-8") for page in paste.pages())
     spans = [" ".join(match[1].split()) for match in paste.SENTENCE.finditer(prose)]
