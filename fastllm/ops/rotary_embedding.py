@@ -203,8 +203,8 @@ def _check(query, key, cos, sin, position_ids, offset) -> None:
     if position_ids is None:
         if not 0 <= offset <= cos.shape[-2] - length:
             raise ValueError(
-                f"{op}: positions from offset {offset} on must be rows of cos and sin, which have {cos.shape[-2]}; "
-                f"query has {length} positions"
+                f"{op}: query's {length} positions from offset {offset} need rows {offset} to {offset + length - 1} of "
+                f"cos and sin, which have {cos.shape[-2]} rows"
             )
         return
     if not isinstance(position_ids, torch.Tensor) or position_ids.dtype not in (torch.int64, torch.int32):

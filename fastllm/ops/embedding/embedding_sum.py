@@ -193,8 +193,8 @@ def _check(indices, weights, dropout_p):
             raise TypeError(f"embedding_sum: {name} must be a sequence of tensors, got {type(value).__name__}")
     if not weights or len(indices) != len(weights):
         raise ValueError(
-            f"embedding_sum: expected one indices for each of at least one table, got {len(indices)} indices and "
-            f"{len(weights)} weights"
+            f"embedding_sum: indices and weights must be sequences of one length, at least 1; got {len(indices)} and "
+            f"{len(weights)}"
         )
     first = weights[0]
     for t, weight in enumerate(weights):
