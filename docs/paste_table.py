@@ -88,7 +88,7 @@ RULES = (
     ),
     Rule(r"--rival (\S+)( --shape \S+)?$", r"--rival \1 --shape GPT-2 --provider eager --budget 90", _BENCH),
     Rule(r"^fastllm bench train.*", "fastllm bench train --preset tiny --batch-size 2 --steps 1 --rounds 2", _BENCH),
-    Rule(r"^fastllm bench --static$", "fastllm bench swiglu --static", _ONE_OP),
+    Rule(r"^fastllm bench --static$", None, "takes minutes; its parts run for one op from docs/static.md"),
     Rule(r"bench\.(model|static|other_gpus)$", r"bench.\1 swiglu", _ONE_OP),
     Rule(r"bench\.generation --tokens 24", "bench.generation --tokens 4 --rounds 1 --model gpt", _BENCH),
     Rule(r"bench\.memory --dtype bfloat16", "bench.memory --dtype float32 --tokens 512 --rounds 1", _BENCH),
