@@ -134,7 +134,7 @@ def read_corpus(
 
 
 def _read_documents(paths: Sequence[str | Path]) -> tuple[list[str], list[str]]:
-    """The documents that ``paths`` hold, and in words what was passed over."""
+    """The documents that ``paths`` hold, and a sentence about the files that were skipped."""
     documents: list[str] = []
     skipped: list[str] = []
     for path in map(Path, paths):
@@ -150,7 +150,7 @@ def _read_documents(paths: Sequence[str | Path]) -> tuple[list[str], list[str]]:
             documents.append(read_text(path))
     if not documents:
         raise InputError(f"no text file in {', '.join(map(str, paths))}" + (f" ({skipped[0]})" if skipped else ""))
-    return documents, [f"{len(skipped)} files passed over, the first: {skipped[0]}"] if skipped else []
+    return documents, [f"{len(skipped)} files skipped, the first: {skipped[0]}"] if skipped else []
 
 
 def _corpus(name: str, documents: list[str], trained_on: int | None, remove_repeated: bool, notes: list[str]) -> Corpus:

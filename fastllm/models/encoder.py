@@ -131,7 +131,7 @@ class Encoder(Pretrained):
         return self._head("classifier")(self._pooled(encoded))
 
     def span_logits(self, encoded: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (B, S) of an answer's first token and of its last, -inf where there is no token."""
+        """Logits (B, S) of an answer's first and last token, -inf at padding."""
         logits = self._head("span")(encoded.states)
         if encoded.mask is not None:
             logits = logits.masked_fill(~encoded.mask[..., None], -torch.inf)

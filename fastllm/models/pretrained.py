@@ -151,7 +151,7 @@ def model_class(config) -> type[Pretrained]:
 
 
 def _load(model: torch.nn.Module, weights: dict[str, torch.Tensor], source: Path) -> torch.nn.Module:
-    """``model`` with ``weights``, of which only names of shared parameters may be missing."""
+    """``model`` with ``weights``. Only names of shared parameters may be missing in them."""
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:

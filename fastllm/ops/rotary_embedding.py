@@ -88,7 +88,7 @@ def _fake(query, key, *options):
 
 
 def _unknown(position_ids, rows: int) -> IndexError | None:
-    """An error that names the first id that is no row of the tables, or None."""
+    """An error that names the first id that is not a row of the tables, or None."""
     bad = (position_ids < 0) | (position_ids >= rows)
     if not bad.any():
         return None

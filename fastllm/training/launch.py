@@ -112,7 +112,7 @@ def _new_folder(folder: str | Path | None, held: contextlib.ExitStack) -> Iterat
         is_run = (path / LOCK).exists() or (path / SESSIONS).exists()
         found = [name for name in WRITTEN if os.path.lexists(path / name)]
         if found and not is_run:
-            raise InputError(f"{path}: holds {found[0]}, which is no run's; choose another --out")
+            raise InputError(f"{path}: holds {found[0]}, which belongs to no run; choose another --out")
         held.enter_context(sole_writer(path, LOCK))
         if checkpoints(path / "checkpoints") or (path / "model" / MANIFEST).exists():
             raise InputError(f"{path}: holds a trained model already; choose another --out")
