@@ -29,7 +29,7 @@ from .timing import copy_bandwidth, keep_freed_memory
 DRAWING = 15.0
 DTYPES = ("bfloat16", "float16", "float32")
 EPILOG = """
-fastllm bench compare A.json B.json   two runs side by side, with a verdict a row
+fastllm bench compare A.json B.json   two runs side by side, with a verdict in each row
 fastllm bench report A.json           the plots and the page of a run again (--out FOLDER: elsewhere)
 fastllm bench train --help            the training step
 fastllm bench regress FILE            anybody's Triton kernels held to a committed file, without a GPU
@@ -45,21 +45,27 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("ops", nargs="*", metavar="OP", help="ops to time (all); or one of the commands below")
-    parser.add_argument("--static", action="store_true", help="what is known without running: compiled kernels, model")
-    parser.add_argument("--tune", action="store_true", help="search launch settings on this GPU; rewrites _tuned.py")
+    parser.add_argument(
+        "--static", action="store_true", help="what is known without a GPU: compiled kernels and a model of their time"
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="search launch settings on this GPU; rewrites kernels/tuned.py"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument(
         "--dtype", nargs="+", choices=DTYPES,
         help="(bfloat16; float32 on a CPU that has no products of bfloat16)",
     )  # fmt: skip
     parser.add_argument("--shape", nargs="+", default=[""], help="only shapes whose name contains one of these")
-    parser.add_argument("--sweep", action="store_true", help="after the shapes, sizes for GB/s and TFLOP/s over them")
+    parser.add_argument(
+        "--sweep", action="store_true", help="after the shapes, a series of sizes, for GB/s and TFLOP/s over the size"
+    )
     parser.add_argument("--provider", nargs="+", default=[], help="beside fastllm and eager, only these")
     parser.add_argument(
         "--rival", action="append", default=[], metavar="MODULE:FUNCTION",
         help="a function of yours with OP's arguments, or FILE.py:FUNCTION, as one more provider; may be repeated",
     )  # fmt: skip
-    parser.add_argument("--compile", nargs="+", metavar="OP", help="torch.compile only beside these ops (beside all)")
+    parser.add_argument("--compile", nargs="+", metavar="OP", help="time torch.compile only beside these ops (all)")
     parser.add_argument("--rounds", type=int, help="samples of each provider")
     parser.add_argument("--budget", type=float, default=240.0, metavar="SECONDS", help="for everything (%(default)g)")
     parser.add_argument(
@@ -68,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--fresh-caches", action="store_true",
-        help="nothing that Triton and Inductor have compiled before, so that the first calls compile",
+        help="ignore what Triton and Inductor have compiled before, so that the first calls compile",
     )  # fmt: skip
     parser.add_argument("--out", type=path, metavar="FOLDER", help="for the results (default: runs/bench-<time>)")
     return parser

@@ -213,7 +213,7 @@ def _show(now: Measured) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="fastllm bench regress", description=__doc__.partition("\n\n")[0])
     parser.add_argument("file", type=Path, metavar="FILE", help="Python with functions whose one argument is 'device'")
-    parser.add_argument("--update", action="store_true", help="write the figures of today to the committed file")
+    parser.add_argument("--update", action="store_true", help="write the present figures to the committed file")
     parser.add_argument("--against", type=Path, metavar="JSON", help="the committed file (FILE with .regress.json)")
     parser.add_argument(
         "--arch", type=int, nargs="+", choices=list(GPUS), help="sm versions (those of the committed file, or all)"

@@ -14,17 +14,20 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
-from paste_table import ENVIRONMENT, INPUTS, MENTIONS, RULES, make_inputs
+from paste_table import ENVIRONMENT, INPUTS, MENTIONS, OPTIONAL, RULES, make_inputs
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
@@ -79,12 +82,19 @@ def ruled(page: str, line: int, text: str, venv: bool) -> Command:
     """``text`` with the rules of the table applied in order."""
     run, why = text, []
     for rule in RULES:
-        if not re.fullmatch(rule.page, page) or (venv and rule.active_only) or not re.search(rule.pattern, run):
+        if (
+            not re.fullmatch(rule.page, page)
+            or (venv and rule.active_only)
+            or not re.search(rule.pattern, run, re.MULTILINE)
+        ):
             continue
-        why.append(rule.why)
+        why += [rule.why] if rule.why not in why else []
         if rule.instead is None:
             return Command(page, line, text, None, tuple(why))
-        run = re.sub(rule.pattern, rule.instead, run)
+        run = re.sub(rule.pattern, rule.instead, run, flags=re.MULTILINE)
+    absent = [program for program in OPTIONAL if re.search(rf"\b{program} ", run) and not shutil.which(program)]
+    if absent and not venv:
+        return Command(page, line, text, None, (*why, f"{absent[0]} is not installed here"))
     return Command(page, line, text, run, tuple(why))
 
 
@@ -110,42 +120,47 @@ def commands(page: Path, venv: bool = False) -> list[Command]:
 
 
 def shell(text: str, folder: Path, environment: dict[str, str], limit: float) -> tuple[str, str]:
-    """('ok' or what went wrong, output). What runs past ``limit`` seconds is ended with all that it has started."""
-    process = subprocess.Popen(
-        ["bash", "-euo", "pipefail", "-c", text], cwd=folder, env=environment, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
-    )  # fmt: skip
-    try:
-        if SERVES.search(text):
-            return _served(process, limit)
-        output, _ = process.communicate(timeout=limit)
-        return "ok" if process.returncode == 0 else f"exit code {process.returncode}", output
-    except subprocess.TimeoutExpired:
-        return f"not finished after {limit:.0f} s", ""
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    """('ok' or what went wrong, output). A command that takes more than ``limit`` seconds is killed."""
+    with tempfile.TemporaryFile() as written:
+
+        def output() -> str:
+            written.seek(0)
+            return written.read().decode("utf-8", "replace")
+
+        process = subprocess.Popen(
+            ["bash", "-euo", "pipefail", "-c", text], cwd=folder, env=environment, stdin=subprocess.DEVNULL,
+            stdout=written, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            if SERVES.search(text):
+                return _served(process, output, limit), output()
+            process.wait(limit)
+            return "ok" if process.returncode == 0 else f"exit code {process.returncode}", output()
+        except subprocess.TimeoutExpired:
+            return f"not finished after {limit:.0f} s", output()
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
-def _served(process: subprocess.Popen, limit: float) -> tuple[str, str]:
-    """Reads the address that the server prints, asks it for its page, and stops it as Ctrl-C does."""
-    output, ends = "", time.monotonic() + limit
-    os.set_blocking(process.stdout.fileno(), False)
+def _served(process: subprocess.Popen, output: Callable[[], str], limit: float) -> str:
+    """Asks the address that the server prints for its page, and stops the server as Ctrl-C does."""
+    ends = time.monotonic() + limit
     while process.poll() is None and time.monotonic() < ends:
-        output += process.stdout.read() or ""
-        if address := re.search(r"http://[\w.]+:\d+/?", output):
-            try:
-                with urllib.request.urlopen(address[0], timeout=10) as answer:
-                    outcome = "ok" if answer.status == 200 else f"status {answer.status}"
-            except OSError:  # it prints the address before it listens
-                time.sleep(0.2)
-                continue
-            os.killpg(process.pid, signal.SIGINT)
-            process.wait(timeout=30)
-            return outcome, output
-        time.sleep(0.2)
-    return "no page was served", output + (process.stdout.read() or "")
+        time.sleep(0.1)
+        if not (address := re.search(r"http://[\w.]+:\d+", output())):
+            continue
+        try:
+            with urllib.request.urlopen(address[0], timeout=10):
+                break
+        except OSError:  # it prints the address before it listens
+            continue
+    else:
+        return "no page was served"
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait(30)
+    return "ok"
 
 
 def clone(folder: Path) -> Path:
@@ -189,15 +204,34 @@ def paste(names: list[str], target: Path, environment: dict[str, str], venv: boo
     return results
 
 
+def _indented(text: str) -> str:
+    return text.replace("\n", "\n" + " " * 20)
+
+
 def _show(result: Result) -> None:
     command = result.command
-    print(f"{result.seconds:8.1f} s  {result.outcome:<6}  {command.text}", flush=True)
+    print(f"{result.seconds:8.1f} s  {result.outcome:<6}  {_indented(command.text)}", flush=True)
     if command.run not in (None, command.text):
-        print(f"{'':20}run as: {command.run}")
+        print(f"{'':20}run as: {_indented(command.run)}")
     for why in command.why:
         print(f"{'':20}because: {why}")
     if result.outcome not in ("ok", "left"):
         print("\n".join(f"{'':20}| {line}" for line in result.output.splitlines()[-25:]), flush=True)
+
+
+def summary(results: list[Result]) -> int:
+    """Prints the totals and every failure; the exit code."""
+    counts = Counter("failed" if result.outcome not in ("ok", "left") else result.outcome for result in results)
+    changed = sum(result.outcome == "ok" and result.command.run != result.command.text for result in results)
+    print(
+        f"\n{len(results)} commands, {sum(result.seconds for result in results):.0f} s: "
+        f"{counts['ok'] - changed} ran as written, {changed} ran with a substitute, {counts['left']} were left out, "
+        f"{counts['failed']} failed"
+    )
+    for command, _, outcome, _ in results:
+        if outcome not in ("ok", "left"):
+            print(f"failed: {command.page}:{command.line}: {outcome}: {' '.join(command.text.split())}")
+    return 1 if counts["failed"] else 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -218,18 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
         outcome, output = shell("python -m fastllm.build", target, environment, options.limit)
         if outcome != "ok":
             raise SystemExit(f"python -m fastllm.build: {outcome}\n{output}")
-    results = paste(options.pages, target, environment, options.venv, options.limit)
-    counts = Counter("failed" if r.outcome not in ("ok", "left") else r.outcome for r in results)
-    changed = sum(r.outcome == "ok" and r.command.run != r.command.text for r in results)
-    print(
-        f"\n{len(results)} commands, {sum(r.seconds for r in results):.0f} s: {counts['ok'] - changed} ran as written, "
-        f"{changed} ran with a substitute, {counts['left']} were left out, {counts['failed']} failed"
-    )
-    for result in results:
-        if result.outcome not in ("ok", "left"):
-            command = result.command
-            print(f"failed: {command.page}:{command.line}: {result.outcome}: {command.text}")
-    return 1 if counts["failed"] else 0
+    return summary(paste(options.pages, target, environment, options.venv, options.limit))
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ def backend(name: str) -> Iterator[None]:
         name: ``"eager"``, ``"triton"``, ``"native"``, ``"hopper"``, or ``"auto"`` for the default by device. The
             environment variable FASTLLM_BACKEND sets the same for a whole process.
 
-    The choice is process-wide (see the module's docstring), not per thread. A call that the chosen backend cannot
-    serve raises :class:`BackendError` and says how to mend it.
+    The choice is process-wide, not per thread (see the module's docstring). A call that the chosen backend cannot serve
+    raises :class:`BackendError`, whose message says what to do.
 
     Raises:
         ValueError: ``name`` is none of these.
@@ -98,7 +98,7 @@ _INTERPRETING = interpreting()
 
 
 def why_not(name: str, device_type: str, dtypes: Iterable[torch.dtype] = (), op: Op | None = None) -> str | None:
-    """Why the backend ``name`` cannot run on such tensors here, with how to mend it; None if it can."""
+    """Why the backend ``name`` cannot run on such tensors here, and what to do; None if it can."""
     if name == "native" and op is not None and device_type not in op.native_on:
         return f"the extension serves {op.name} on {' and '.join(op.native_on)} tensors, got {device_type}"
     if name in ("triton", "hopper"):
@@ -266,7 +266,7 @@ def _preferred(record: Op, device_type: str) -> tuple[str, ...]:
 def _foreign(tensors: Iterable[torch.Tensor]) -> str | None:
     """Why no kernel can take such tensors now, or None."""
     if under_transform():
-        return "kernels have no vmap and no forward-mode differentiation, one of which is at work"
+        return "kernels support neither vmap nor forward-mode differentiation, and one of them is active"
     for tensor in tensors:
         if tensor.layout != torch.strided or tensor.is_nested:
             return "kernels take dense tensors, and one of these is sparse or nested"

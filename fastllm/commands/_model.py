@@ -31,7 +31,7 @@ def add_length_penalty(parser: argparse.ArgumentParser) -> None:
     """``--length-penalty`` of a search by beams."""
     parser.add_argument(
         "--length-penalty", type=float, default=1.0, metavar="X",
-        help="of translations by beams: power of the length that divides the log-probability; 0 favours short ones "
+        help="translations by beams: power of the length that divides the log-probability; 0 favours short ones "
         "(default: %(default)s)",
     )  # fmt: skip
 

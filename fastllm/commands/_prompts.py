@@ -110,6 +110,6 @@ def _of_preferences(model, tokenizer, examples, arguments) -> tuple[dict, list[d
 
 
 def _objective_of(arguments) -> ObjectiveConfig | None:
-    """The objective of the run that is scored, None where the model is no run's."""
+    """The objective of the run that is scored, or None if the model belongs to no run."""
     path = Path(arguments.run or "") / CONFIG
     return read_run_config(path).objective if arguments.run and path.is_file() else None

@@ -1,7 +1,6 @@
-"""What fastllm.accelerate would do to a model in transformers' format: a table, and what is left and why.
-
-No weights are read: the model is built from its config.json, without memory for its parameters. With --run it is built
-with random ones, and one training step on random tokens shows what serves each call.
+"""What fastllm.accelerate would do to a model in transformers' format: what it would swap, what it would leave, and
+why. No weights are read: the model is built from its config.json, without memory for its parameters. With --run it is
+built with random weights, and one training step on random tokens shows what serves each call.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="build the model with random weights, train it one step on random tokens and print what served each call",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print it as JSON")
-    parser.add_argument("--only", action="append", metavar="NAME", help="consider this op or module path alone")
-    parser.add_argument("--skip", action="append", metavar="NAME", help="leave this op or module path")
+    parser.add_argument("--only", action="append", metavar="NAME", help="consider only this op or module path")
+    parser.add_argument("--skip", action="append", metavar="NAME", help="leave this op or module path alone")
     parser.add_argument(
         "--shape", metavar="BxT",
-        help="batch and length that the estimate, or the step, is for "
+        help="batch and length of the estimate, or of the step "
         f"(default: {REPORT_SHAPE[0]}x{REPORT_SHAPE[1]}, with --run {RUN_SHAPE[0]}x{RUN_SHAPE[1]})",
     )  # fmt: skip
 

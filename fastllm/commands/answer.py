@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--question", action="append", required=True, metavar="TEXT", help="may be given repeatedly")
     parser.add_argument("--context", metavar="TEXT", help="the text to find the answer in")
     parser.add_argument("--file", metavar="FILE", help="a file with that text; - reads standard input")
-    parser.add_argument("--allow-none", action="store_true", help="say so where the text holds no answer")
+    parser.add_argument("--allow-none", action="store_true", help="say so if the text has no answer")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Say which label texts have, with a model that fastllm train --objective classify made."""
+"""Label texts, with a model that fastllm train --objective classify made."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Score a model on held-out data: BLEU and chrF of translations, accuracy and F1 of labels, exact match and F1 of
-answers; bits per byte of a language model, its divergence from a teacher, what it makes of BLiMP, of prompts with
-answers and of preferences."""
+answers; bits per byte of a language model, its divergence from a teacher, and its scores on BLiMP, prompts with
+answers, and preferences."""
 
 from __future__ import annotations
 
@@ -44,24 +44,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument(
         "data", nargs="*", metavar="FILE",
-        help="data of the form that the model was trained on; of language models text, or JSON lines of prompts with "
+        help="data in the form that the model was trained on; for language models text, or JSON lines of prompts with "
         "answers or of prompt, chosen and rejected",
     )  # fmt: skip
     parser.add_argument(
         "--reference", metavar="RUN",
-        help="of preferences: the run or model that margins are over (default: the one that the run started from)",
+        help="preferences: the run or model that margins are over (default: the one that the run started from)",
     )  # fmt: skip
     parser.add_argument(
-        "--beta", type=float, metavar="X", help="of preferences: the margins' factor (default: the run's, else 0.1)"
+        "--beta", type=float, metavar="X", help="preferences: the factor of the margins (default: the run's, else 0.1)"
     )
     parser.add_argument(
         "--teacher", metavar="RUN",
-        help="of language models: also the divergence from this run or model, in nats a token",
+        help="language models: also the divergence from this run or model, in nats per token",
     )  # fmt: skip
     parser.add_argument(
-        "--blimp", metavar="FOLDER", help="of language models: minimal pairs, a .jsonl file a paradigm, as BLiMP's"
+        "--blimp",
+        metavar="FOLDER",
+        help="language models: minimal pairs in BLiMP's form, one .jsonl file for each paradigm",
     )
-    parser.add_argument("--beams", type=int, default=4, metavar="N", help="of translations; 1: greedy (%(default)s)")
+    parser.add_argument(
+        "--beams", type=int, default=4, metavar="N", help="translations: beams; 1: greedy (%(default)s)"
+    )
     add_length_penalty(parser)
     parser.add_argument(
         "--tokenize", choices=TOKENIZERS, default="13a",
@@ -72,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="only the first N examples, of BLiMP N pairs of each paradigm (default: all)",
+        help="only the first N examples, or N pairs of each paradigm of BLiMP (default: all)",
     )
     parser.add_argument("--out", metavar="FOLDER", help="write predictions and the picture of a classifier's confusion")
 

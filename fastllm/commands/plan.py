@@ -50,11 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
     parser.add_argument("--checkpoint-activations", action="store_true", help="keep only each block's input")
     parser.add_argument(
-        "--efficiency", type=float, default=0.55, metavar="X", help="of the peak (default: %(default)s)"
+        "--efficiency",
+        type=float,
+        default=0.55,
+        metavar="X",
+        help="share of the peak that is reached (default: %(default)s)",
     )
     parser.add_argument(
         "--overlap", type=float, default=0.8, metavar="X",
-        help="part of the compute time that hides communication (default: %(default)s)",
+        help="share of the compute time that can hide communication (default: %(default)s)",
     )  # fmt: skip
 
 

@@ -1,5 +1,5 @@
 """Make clean text out of web pages, WARC files, MediaWiki dumps, books and JSON lines: main text extracted, Unicode
-repaired, quality rules applied, duplicates removed. A run that was stopped goes on where it was."""
+repaired, quality rules applied, duplicates removed. A run that was stopped goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ from ..training.reports.progress import Display
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", nargs="+", metavar="SOURCE", help="files, also .gz .bz2 .xz .zst, or folders of them")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the text and the report go")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that clean (default: one for each core)")
     parser.add_argument(
-        "--engine", choices=("local", "ray"), default="local", help="what the work runs on (default: %(default)s)"
+        "--workers", type=int, metavar="N", help="number of processes that clean (default: one for each core)"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="where the work runs: local processes or a Ray cluster (default: %(default)s)",
     )
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     add_flags(parser, CleanConfig, "cleaning")

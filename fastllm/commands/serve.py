@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="what a request may take (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="seconds that a request may take (default: %(default)s)"
+    )
     parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: %(default)s)")
 
 

@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     train = actions.add_parser("train", help="train one on a corpus", description="Train a tokenizer on a corpus.")
     _add_source(train)
-    train.add_argument("--out", required=True, metavar="FOLDER", help="gets tokenizer.json and tokenizer_config.json")
+    train.add_argument(
+        "--out", required=True, metavar="FOLDER", help="where to write tokenizer.json and tokenizer_config.json"
+    )
     train.add_argument("--kind", choices=KINDS, default="bpe", help="(default: %(default)s)")
     train.add_argument("--vocab-size", type=int, default=32000, metavar="N", help="(default: %(default)s)")
     train.add_argument(
@@ -38,15 +40,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
     show = actions.add_parser("show", help="the pieces of a text", description="Show the pieces of a text.")
-    show.add_argument("text", nargs="?", metavar="TEXT", help="without it and --file: standard input")
+    show.add_argument("text", nargs="?", metavar="TEXT", help="the text; without it and --file, standard input is read")
     show.add_argument("--file", metavar="FILE", help="a text file")
     _add_tokenizer(show)
-    show.add_argument("--ids", action="store_true", help="the ids alone")
+    show.add_argument("--ids", action="store_true", help="print only the ids")
 
     encode = actions.add_parser("encode", help="write token files", description="Encode a corpus into token files.")
     _add_source(encode)
     _add_tokenizer(encode)
-    encode.add_argument("--out", required=True, metavar="FOLDER", help="what fastllm train --data takes")
+    encode.add_argument(
+        "--out", required=True, metavar="FOLDER", help="where to write the token files, for fastllm train --data"
+    )
     encode.add_argument(
         "--shard-tokens", type=int, default=1 << 28, metavar="N", help="tokens in one file (default: %(default)s)"
     )

@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--preset",
         choices=[*PRESETS, *RECIPES],
-        help=(f"the model's shape (default: {DEFAULT_PRESET}); {', '.join(RECIPES)}: with all that suits the task"),
+        help=(
+            f"the model's shape (default: {DEFAULT_PRESET}); {', '.join(RECIPES)}: with all settings that suit the task"
+        ),
     )
     add_flags(parser, ObjectiveConfig, "objective")
     add_flags(parser, DataConfig, "data")

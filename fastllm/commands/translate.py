@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="what to translate")
     parser.add_argument("--file", metavar="FILE", help="a text on each line; - reads standard input")
-    parser.add_argument("--beams", type=int, default=4, metavar="N", help="1: greedy (default: %(default)s)")
+    parser.add_argument(
+        "--beams", type=int, default=4, metavar="N", help="beams of the search; 1: greedy (default: %(default)s)"
+    )
     add_length_penalty(parser)
 
 

@@ -56,8 +56,9 @@ class Batches:
     """``batches(step)`` -> (tokens, targets), each (batch_size, context_length) int64; targets are one token later.
 
     Sample number s = step * batch_size + row lies in epoch s // windows. An epoch cuts the tokens into ``windows``
-    windows of ``context_length``, from an offset of its own, and visits each once in a permuted order. Both come
-    from (SHA-256 of the tokens, seed, epoch): nothing needs saving for an exact resume.
+    windows of ``context_length``, from an offset of its own, and visits each window once, in a permuted order. The
+    offset and the order depend only on the SHA-256 of the tokens, the seed and the epoch, so an exact resume needs no
+    saved state.
     """
 
     def __init__(self, tokens: TokenFile, context_length: int, batch_size: int, seed: int):
@@ -104,8 +105,9 @@ class Window:
 def evaluation_windows(tokens: int, context_length: int, stride: int) -> list[Window]:
     """Windows that score each of ``tokens`` but the first exactly once.
 
-    They advance by ``stride``, and score what no earlier one did, so that every target beyond the first window has
-    at least context_length - stride tokens of context. The last one is moved back to be as long as the others.
+    They advance by ``stride``, and each scores only the tokens that no earlier window scored. So every target after the
+    first window has at least context_length - stride tokens of context. The last window is moved back so that it is as
+    long as the others.
     """
     targets = tokens - 1
     length = min(context_length, targets)

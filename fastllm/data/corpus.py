@@ -26,7 +26,7 @@ XZ_LIMIT = 16 << 20
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents, split. ``notes`` says in words what was left out or how the split was made."""
+    """Documents, split into training and validation. ``notes`` says what was left out and how the split was made."""
 
     name: str
     train: list[str]
@@ -116,8 +116,8 @@ def read_corpus(
 ) -> Corpus:
     """Text files and folders of them; each file is one document.
 
-    Folders are read with all that they contain, in the order of the paths, hidden files apart; files in them that
-    are empty or are not UTF-8 text are passed over, which ``notes`` says. A file that is named itself must be text.
+    Folders are read with all files in them, in the order of the paths, without hidden files. Files in folders that are
+    empty or are not UTF-8 text are skipped, and ``notes`` says so. A file in ``paths`` itself must be text.
 
     Args:
         held_out: what is validation, while all of ``paths`` is trained on. Without it :func:`split_documents` decides.
@@ -134,7 +134,7 @@ def read_corpus(
 
 
 def _read_documents(paths: Sequence[str | Path]) -> tuple[list[str], list[str]]:
-    """The documents that ``paths`` hold, and in words what was passed over."""
+    """The documents that ``paths`` hold, and a sentence about the files that were skipped."""
     documents: list[str] = []
     skipped: list[str] = []
     for path in map(Path, paths):
@@ -150,7 +150,7 @@ def _read_documents(paths: Sequence[str | Path]) -> tuple[list[str], list[str]]:
             documents.append(read_text(path))
     if not documents:
         raise InputError(f"no text file in {', '.join(map(str, paths))}" + (f" ({skipped[0]})" if skipped else ""))
-    return documents, [f"{len(skipped)} files passed over, the first: {skipped[0]}"] if skipped else []
+    return documents, [f"{len(skipped)} files skipped, the first: {skipped[0]}"] if skipped else []
 
 
 def _corpus(name: str, documents: list[str], trained_on: int | None, remove_repeated: bool, notes: list[str]) -> Corpus:
@@ -222,7 +222,7 @@ def lines_of(text: str) -> list[str]:
 
 
 def xz_bits_per_byte(corpus: Corpus | PreparedCorpus) -> float | None:
-    """What ``xz -9`` needs for the validation text once it has seen the training text, in bits per byte.
+    """The bits per byte that ``xz -9`` needs for the validation text after the training text.
 
     8 * (size(train + validation) - size(train)) / bytes(validation), documents joined by a newline.
     None where the text is longer than :data:`XZ_LIMIT`.

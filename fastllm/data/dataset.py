@@ -23,7 +23,7 @@ LONG_TEXT = 2_000_000
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What to train on."""
+    """The data to train on."""
 
     data: tuple[str, ...] = option(
         (), "text files or folders, each file a document; or what fastllm prepare or fastllm tokenizer encode wrote; "
@@ -92,12 +92,13 @@ def load_dataset(
     config: DataConfig, folder: str | Path, *, vocab_size: int, say: Callable[[str], None] = lambda text: None,
     special_tokens: Sequence[str] = SPECIAL_TOKENS["causal"], held_out: Sequence[str] = (),
 ) -> Dataset:  # fmt: skip
-    """The tokens of what ``config`` names: encoded into ``folder``, or where they lie already, which it then notes.
+    """The tokens of the data that ``config`` names. They are encoded into ``folder``, or opened in place, and then
+    ``folder`` notes where.
 
     Args:
         vocab_size, special_tokens: for a tokenizer that is trained.
-        say: told what takes long.
-        held_out: text files or folders to score on; without them a part of the text is.
+        say: called with a line of text before each long step.
+        held_out: text files or folders to score on; without them a part of the text is held out.
 
     Raises:
         InputError: the text, the tokens or the tokenizer cannot be used.
@@ -128,12 +129,13 @@ def prepare(
     corpus: Corpus | PreparedCorpus, folder: str | Path, *, vocab_size: int = 0, tokenizer: Tokenizer | None = None,
     special_tokens: Sequence[str] = SPECIAL_TOKENS["causal"], shard_tokens: int = SHARD_TOKENS,
 ) -> Dataset:  # fmt: skip
-    """Fill ``folder`` from ``corpus``, or open it where it already holds just this.
+    """Fill ``folder`` from ``corpus``, or open it if it already holds exactly this.
 
     Args:
         vocab_size, special_tokens: for the tokenizer that is trained on ``corpus.train``.
         tokenizer: use this one instead.
-        shard_tokens: ids after which a token file ends, with the document that reaches them.
+        shard_tokens: the number of ids after which a token file ends; the document that reaches it is still in the
+            file.
 
     Raises:
         InputError: ``vocab_size`` is too small.

@@ -197,11 +197,11 @@ def write_token_file(path: str | Path, documents: Iterable[str], tokenizer: Toke
 
 
 def open_token_file(path: str | Path, tokenizer: Tokenizer | None = None, shard: int = 0) -> TokenFile:
-    """Map ``path`` and check it: length, SHA-256 and, where ``tokenizer`` is given, that it was made with it.
+    """Map ``path`` and check its length, its SHA-256 and, if ``tokenizer`` is given, that it was made with it.
 
     Raises:
-        InputError: missing, not a token file, cut short, changed, of another tokenizer, or another shard. Names the
-            file.
+        InputError: the file is missing, is not a token file, is cut short or changed, or belongs to another tokenizer
+            or shard. The message names the file.
     """
     path = Path(path)
     try:

@@ -74,10 +74,10 @@ def _chat_template(folder: Path) -> str | None:
 
 
 class Tokenizer:
-    """Text to token ids and back; without loss for any Unicode text, where its kind can.
+    """Text to token ids and back. Kinds other than ``wordpiece`` and ``word`` lose nothing of any Unicode text.
 
-    Text never encodes to a special token's id, not even the literal ``<|endoftext|>``; :meth:`encode_template` alone
-    reads special tokens. ``chat_template`` is a Jinja template as transformers has it, or None.
+    Text never encodes to a special token's id, not even the literal ``<|endoftext|>``; only :meth:`encode_template`
+    reads special tokens. ``chat_template`` is a Jinja template in transformers' form, or None.
     """
 
     def __init__(self, definition: str, chat_template: str | None = None):
@@ -107,7 +107,8 @@ class Tokenizer:
                 :mod:`fastllm.data.tokenizer_training`.
             special_tokens: they get the first ids. :data:`SPECIAL_TOKENS` has those of each objective. A kind that
                 cannot encode every text gets ``[UNK]`` too.
-            lowercase: ``wordpiece`` and ``word`` only: lower case (and for ``wordpiece`` no accents, as BERT's).
+            lowercase: ``wordpiece`` and ``word`` only: lower-case the text (and for ``wordpiece`` strip accents, as
+                BERT does).
 
         Raises:
             InputError: ``vocab_size`` is too small, or there is no text. Names the argument.
@@ -119,7 +120,7 @@ class Tokenizer:
         """Read a ``tokenizer.json``, and the chat template of the files beside it, if they have one.
 
         Raises:
-            InputError: the file is missing, is not one, or has no token that separates documents.
+            InputError: the file is missing, is not a tokenizer, or has no token that separates documents.
         """
         try:
             tokenizer = cls(read_plain(path).decode(), _chat_template(Path(path).parent))
@@ -171,7 +172,7 @@ class Tokenizer:
         """The id of the token for ``role``, as in :attr:`special_tokens`.
 
         Raises:
-            InputError: it has none; says how to get one.
+            InputError: there is no such token. The message says how to get one.
         """
         if role not in self.special_tokens:
             names = "masked" if role in ("cls", "sep", "mask") else "seq2seq"
@@ -179,11 +180,11 @@ class Tokenizer:
         return self.special_tokens[role]
 
     def token(self, index: int) -> str:
-        """The token with id ``index`` as the vocabulary spells it; "" where it has none."""
+        """The token with id ``index`` as the vocabulary spells it, or "" if there is none."""
         return self._inner.id_to_token(index) or ""
 
     def token_bytes(self, index: int) -> bytes:
-        """The UTF-8 bytes that token ``index`` stands for inside a text; a special token's are its name."""
+        """The UTF-8 bytes that token ``index`` stands for inside a text. For a special token these are its name."""
         token = self.token(index)
         if token in self._special_names:
             return token.encode()
@@ -214,7 +215,7 @@ class Tokenizer:
         return ids
 
     def encode_template(self, text: str) -> list[int]:
-        """Token ids of a chat template's ``text``, in which the names of special tokens stand for these."""
+        """Token ids of a chat template's ``text``. Names of special tokens in it become these tokens."""
         return self._reads_special.encode(text, add_special_tokens=False).ids
 
     @cached_property
@@ -225,14 +226,14 @@ class Tokenizer:
         return inner
 
     def special_in(self, text: str) -> str | None:
-        """The name of a special token that stands in ``text`` literally, None where there is none."""
+        """The name of a special token that ``text`` contains literally, or None."""
         return next((name for name in sorted(self._skipped_names) if name in text), None)
 
     def encode_batch(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each text its ids, uint32, and where among them its sentences begin, int64 and ascending.
 
-        All cores work at it, unless ``TOKENIZERS_PARALLELISM=false``. A sentence begins at the first token that
-        reaches beyond its first character; one that yields no token has no start.
+        It uses all cores, unless ``TOKENIZERS_PARALLELISM=false``. A sentence begins at the first token that reaches
+        beyond its first character. A sentence without tokens has no start.
         """
         pieces = [list(self._pieces(text)) for text in texts]
         encoded = iter(self._inner.encode_batch([p for some in pieces for p in some], add_special_tokens=False))
@@ -258,7 +259,7 @@ class Tokenizer:
         return encoding.ids, encoding.offsets
 
     def with_special_tokens(self, names: Sequence[str]) -> Tokenizer:
-        """This tokenizer; those of ``names`` whose role it lacks are added at the end of the vocabulary."""
+        """This tokenizer. Those of ``names`` whose role it lacks are added at the end of the vocabulary."""
         missing = [
             name
             for name in names
@@ -275,18 +276,18 @@ class Tokenizer:
         return _pieces(text) if self._cuts else (text,)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ``ids``; end-of-text tokens are left out, bytes that are not UTF-8 become U+FFFD."""
+        """Text of ``ids``. End-of-text tokens are left out, and bytes that are not UTF-8 become U+FFFD."""
         return self._inner.decode(list(ids), skip_special_tokens=True)
 
     def stream(self, ids: Iterable[int], after: Iterable[int] = ()) -> Iterator[str]:
-        """The text of ``ids``, as it comes; the pieces together are :meth:`decode` of all of them.
+        """The text of ``ids`` in pieces, as it becomes known. Joined they are :meth:`decode` of all of them.
 
         Args:
-            after: the ids of a whole text that ``ids`` continue. The pieces are then what follows its own
-                :meth:`decode`: with the space before the first word, where the tokenizer's decoder puts one.
+            after: the ids of a whole text that ``ids`` continue. The pieces then continue :meth:`decode` of that text,
+                with the space before the first word if the tokenizer's decoder puts one there.
 
-        A piece is given out once no later token can change it: its characters are complete, and so is the run of
-        tokens that stand for single bytes, which decoders with a byte fallback read as a whole.
+        A piece is yielded once no later token can change it. Its characters are complete, and so is a run of tokens for
+        single bytes, which decoders with a byte fallback read as a whole.
         """
         # What was last given out is decoded again before what is new: decoders treat a text's first token apart.
         window = list(self._shown(after))

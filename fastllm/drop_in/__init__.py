@@ -61,35 +61,36 @@ def accelerate(
     verify: bool = True,
     dry_run: bool = False,
 ) -> Report:
-    """Let ``model``'s own modules run on fastllm's ops, in place, and say what was done.
+    """Make ``model``'s own modules run on fastllm's ops, in place, and report what was done.
 
-    torch.nn's norms, embeddings, cross-entropy and multi-head attention are found by their type; any other class that
-    normalises by what its forward computes, measured on random inputs (:func:`fastllm.drop_in.norms.recognise`);
-    vocabulary heads by being the model's output embeddings, or as wide as an embedding is long; attention by
-    transformers' AttentionInterface, as "fastllm". What is not certain is left, with the reason.
+    torch.nn's norms, embeddings, cross-entropy and multi-head attention are found by their type. Other norms are found
+    by what their forward computes, measured on random inputs (:func:`fastllm.drop_in.norms.recognise`). A vocabulary
+    head is the model's output embeddings, or a layer with as many outputs as an embedding has rows. Attention is served
+    through transformers' AttentionInterface, as "fastllm". Uncertain modules are left alone, with the reason.
 
     Only these instances change. Parameters, buffers, hooks, state_dict keys, dtype, device, tying and training mode
-    stay; pickling and copying keep the acceleration. :func:`revert` takes it back. Call it before or after
-    ``torch.compile``, DDP, ``fully_shard`` or an adapter, before or after the weights are loaded. A call that a kernel
-    does not serve (a DTensor, another dtype, vmap) takes the forward that was there before.
+    stay. Pickling and copying keep the acceleration, and :func:`revert` undoes it. Call it before or after
+    ``torch.compile``, DDP, ``fully_shard`` or an adapter, and before or after the weights are loaded. A call that a
+    kernel does not serve (a DTensor, another dtype, vmap) takes the original forward.
 
-    In training, logits of a head are computed when somebody reads them: ``F.cross_entropy`` of them never does. Reading
-    them after the weights have changed raises; ``skip="linear_cross_entropy"`` keeps them as they were.
+    In training, the logits of a head are computed only when they are read, and ``F.cross_entropy`` does not read them.
+    Reading them after the weights have changed raises. ``skip="linear_cross_entropy"`` keeps ordinary logits.
 
     Args:
         model: any module tree.
-        only: what alone is to be considered: ops by name (``"rms_norm"``), module paths, with wildcards, of modules and
-            all below them (``"encoder.*"``), classes; one or several.
-        skip: the same, for what is to be left.
-        verify: measure look-alikes. False leaves them all and is for large models whose classes are torch's own.
-        dry_run: decide and report, change nothing.
+        only: consider only these: names of ops (``"rms_norm"``), module paths with wildcards, which stand for the
+            modules and all below them (``"encoder.*"``), or classes; one or several.
+        skip: leave these alone; the same forms.
+        verify: recognise modules by measuring them. False leaves all of those alone, and is for large models whose
+            classes are torch's own.
+        dry_run: decide and report, but change nothing.
 
     Returns:
         A :class:`Report`: print it.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: ``only`` or ``skip`` names what there is not.
+        TypeError: ``model`` is not a module.
+        ValueError: ``only`` or ``skip`` names something that does not exist.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -142,13 +143,13 @@ def _note(path: str, module, decision: Decision, report: Report) -> None:
 
 
 def revert(model: torch.nn.Module) -> int:
-    """Take back what :func:`accelerate` did to ``model``; returns the number of modules that were changed.
+    """Undo what :func:`accelerate` did to ``model``; returns the number of modules that were changed.
 
-    Their forwards are then the very ones from before, so outputs are bit for bit what they were. A copy or an unpickled
-    model can be reverted as well. A model that was never accelerated is left as it is.
+    They have their original forwards again, so outputs are bit for bit what they were. A copy or an unpickled model can
+    be reverted as well. A model that was never accelerated is left as it is.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"revert: model must be a torch.nn.Module, got {type(model).__name__}")

@@ -93,7 +93,7 @@ class Face(metaclass=_SameClass):
 
     @_attn_implementation_internal.setter
     def _attn_implementation_internal(self, value):
-        # Somebody asks for an attention by name: from now on it is that one, also where it is the one from before.
+        # The caller asks for an attention by name, which stays from now on, even if it is the original one.
         switch = switch_of(self)
         if switch is not None:
             switch.active = value == NAME

@@ -137,7 +137,7 @@ def experts_forward(module, original, experts: Experts, *args, **kwargs):
     if given is not None and why is None:
         x, numbers, weights = given
         sizes = None
-        if not torch.compiler.is_compiling():  # the sizes are data: a compiler keeps the forward from before
+        if not torch.compiler.is_compiling():  # the sizes are data: a compiler keeps the original forward
             order = numbers.flatten().sort(stable=True)
             sizes = _sizes(order.values, getattr(module, experts.down.name).shape[0])
         if sizes is not None:
@@ -150,7 +150,7 @@ def experts_forward(module, original, experts: Experts, *args, **kwargs):
 
 
 def _unfit(module, experts: Experts, x, numbers, weights) -> str | None:
-    """Why the forward from before takes this call; or None."""
+    """Why the original forward takes this call, or None."""
     if changed(module, experts.settings) or not as_measured(module, experts.parts):
         return "its attributes or parts have changed since it was measured"
     if _implementation(module) != experts.implementation:

@@ -99,7 +99,7 @@ def head_forward(module, original, options, input):
 
 
 def _multiplied(module, original, x, weight):
-    """``linear(x, weight, bias)`` where the tensors are ordinary ones of one dtype, else the forward from before."""
+    """``linear(x, weight, bias)`` where the tensors are ordinary ones of one dtype, else the original forward."""
     bias = module.bias
     few = x.dim() > 0 and x.numel() < MIN_ROWS * x.shape[-1]
     if few and not takes_rows(x, weight, bias):

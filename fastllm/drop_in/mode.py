@@ -55,7 +55,7 @@ def _serves(func, args, kwargs) -> bool:
 @contextlib.contextmanager
 def accelerated() -> Iterator[None]:
     """Within the block, ``F.layer_norm``, ``rms_norm``, ``linear``, ``cross_entropy``, ``embedding``,
-    ``scaled_dot_product_attention`` and ``linear_cross_entropy`` are fastllm's, whoever calls them.
+    ``scaled_dot_product_attention`` and ``linear_cross_entropy`` are fastllm's, whatever code calls them.
 
     Nothing outside the block changes, nor any other thread. A call that fastllm does not serve goes to torch. Calls
     that torch makes inside another overridable function (the attention within ``F.multi_head_attention_forward``) stay

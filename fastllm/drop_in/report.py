@@ -16,10 +16,10 @@ from .calls import Calls, counted
 
 @dataclass(frozen=True)
 class Entry:
-    """One module that was looked at.
+    """One module that was considered.
 
     ``path`` is its name in the model ("" for the model itself), ``what`` its class, ``by`` what serves it now (an op's
-    name; "" where it was left), ``why`` what the decision rests on.
+    name; "" if it was left alone), ``why`` the reason.
     """
 
     path: str
@@ -42,8 +42,9 @@ class Size:
 class Estimate:
     """The least that the swapped modules move and compute in one training step, by the registry's formulas.
 
-    ``seconds`` is the larger of bytes / bandwidth and flops / rate of each module, summed: a bound from below, not a
-    measurement. ``logits_bytes`` is what a deferred head never holds: logits, their log-softmax and their gradient.
+    ``seconds`` is the larger of bytes / bandwidth and flops / rate of each module, summed: a lower bound, not a
+    measurement. ``logits_bytes`` is the memory that a deferred head saves: logits, their log-softmax and their
+    gradient.
     """
 
     bytes: int
@@ -76,9 +77,9 @@ class Report:
     def calls(self) -> contextlib.AbstractContextManager[Calls]:
         """A context that counts, for each module and backend, what serves its calls, forward and backward, and why.
 
-        ``with report.calls() as calls: model(x).sum().backward()``, then ``print(calls)``. Calls that take the forward
-        from before count as "own". Outside the context nothing is counted and nothing is paid. Calls in a compiled
-        graph are not seen.
+        ``with report.calls() as calls: model(x).sum().backward()``, then ``print(calls)``. Calls that take the original
+        forward count as "own". Outside the context nothing is counted, and calls cost nothing extra. Calls in a
+        compiled graph are not seen.
 
         Raises:
             RuntimeError: the model that the report is about is gone.
@@ -92,7 +93,8 @@ class Report:
         return self.table()
 
     def table(self) -> str:
-        """Columns of text, modules alike on one line: how many, what, by what, why, and the first one's path."""
+        """Columns of text, with equal modules on one line: how many, what, by what, why, and the path of the first
+        one."""
         rows = [("", "modules", "what", "by", "why", "first")]
         for title, entries in (("swapped", self.swapped), ("left", self.left)):
             groups: dict[tuple[str, str, str], list[str]] = {}
@@ -114,11 +116,11 @@ class Report:
         """What one training step on (batch, length) tokens must move and compute in the swapped modules.
 
         Args:
-            batch, length: the input's shape, in tokens; every module is taken to see all of them.
+            batch, length: the input's shape, in tokens. It is assumed that every module sees all of them.
             bandwidth: bytes per second of the device; by default an H200's, measured with a copy.
             flops: floating-point operations per second; by default an H200's in bf16, measured with a product.
 
-        Norms, tables and heads count; attention, whose heads and masks the report does not know, does not.
+        Norms, tables and heads count. Attention does not, because the report does not know its heads and masks.
         """
         for name, value in (("batch", batch), ("length", length)):
             if not isinstance(value, int) or value < 1:

@@ -80,14 +80,15 @@ def _with_names(forward, names: dict[str, Any]):
 
 
 class ServedTrainer:
-    """What :func:`serve_trl` has changed; a context manager that gives it back. ``models``: those that are served."""
+    """What :func:`serve_trl` has changed, as a context manager that undoes it. ``models``: the models that are
+    served."""
 
     def __init__(self, forwards: list[tuple[torch.nn.Module, Any, Any]]):
         self._forwards = forwards
         self.models = [model for model, _, _ in forwards]
 
     def revert(self) -> None:
-        """Give the models the forwards that TRL gave them. What has been wrapped since is left as it is."""
+        """Restore the forwards that TRL gave the models. A forward that has been wrapped since is left as it is."""
         for model, theirs, mine in self._forwards:
             if vars(model).get("forward") is mine:
                 model.forward = theirs
@@ -100,17 +101,17 @@ class ServedTrainer:
 
 
 def serve_trl(trainer) -> ServedTrainer:
-    """Have ``trainer``, one of TRL's, take its log-probabilities and entropies from this library's linear_log_probs.
+    """Make ``trainer``, one of TRL's, compute log-probabilities and entropies by this library's linear_log_probs.
 
-    TRL 1.16's DPO, GRPO, RLOO, KTO and SFT trainers put a fused output layer on their models. This changes what that
-    layer computes with, on the models of this trainer alone, which are ``trainer.model`` and ``trainer.ref_model``.
-    Call it between making the trainer and ``train()``, before accelerate wraps the model::
+    TRL 1.16's DPO, GRPO, RLOO, KTO and SFT trainers put a fused output layer on their models. This changes the code of
+    that layer on the models of this trainer only, ``trainer.model`` and ``trainer.ref_model``. Call it between making
+    the trainer and ``train()``, before accelerate wraps the model::
 
         with fastllm.drop_in.serve_trl(trainer):
             trainer.train()
 
-    Only positions with a label are computed, on a CPU too, where TRL computes them all. A target that shares the
-    largest logit counts as the likeliest in TRL's accuracy.
+    Only positions with a label are computed, also on a CPU, where TRL computes all positions. In TRL's accuracy, a
+    target that shares the largest logit counts as correct.
 
     Raises:
         TypeError: the trainer's model has no fused output layer of TRL's that this version knows.

@@ -55,7 +55,7 @@ def module() -> ModuleType | None:
 
 
 def missing() -> str | None:
-    """Why the extension is not there, with how to mend it; None if it is."""
+    """Why the extension is not there, and what to do; None if it is."""
     return _missing
 
 

@@ -49,16 +49,16 @@ def _tokens(loss: str, log_probs, old_log_probs, advantages, mask) -> Tokens:
 
 
 def kl_estimate(log_probs, reference_log_probs, estimator="k3"):
-    """KL(policy || reference) a token, estimated on samples (Schulman 2020, "Approximating KL divergence").
+    """KL(policy || reference) for each token, estimated on samples (Schulman 2020, "Approximating KL divergence").
 
-    With d = reference_log_probs - log_probs: "k1" is -d, without bias and of high variance; "k2" is d^2 / 2, biased;
-    "k3" is exp(d) - 1 - d, without bias and never negative.
+    With d = reference_log_probs - log_probs: "k1" is -d, which is unbiased and has a high variance. "k2" is d^2 / 2,
+    which is biased. "k3" is exp(d) - 1 - d, which is unbiased and never negative.
 
     Args:
         log_probs, reference_log_probs: of one shape, floating point.
 
     Raises:
-        TypeError, ValueError: a shape, dtype or device does not fit, or there is no such estimator.
+        TypeError, ValueError: a shape, dtype or device does not fit, or the estimator does not exist.
     """
     check_tensor("kl_estimate", "log_probs", log_probs)
     check_tensor("kl_estimate", "reference_log_probs", reference_log_probs, log_probs, log_probs.shape)
@@ -71,14 +71,15 @@ def group_advantages(rewards, group_size, *, normalize=True, eps=1e-4):
     """The advantages of answers to a prompt over one another (Shao et al. 2024, arXiv:2402.03300, section 4.1.2).
 
     Args:
-        rewards: (B,), floating point; each ``group_size`` in turn are of one prompt.
+        rewards: (B,), floating point; every ``group_size`` consecutive ones belong to one prompt.
         normalize: divide by the group's standard deviation plus ``eps``, as GRPO does; Dr. GRPO does not.
 
     Returns:
-        (B,), rewards less their group's mean.
+        (B,), rewards minus their group's mean.
 
     Raises:
-        TypeError, ValueError: a shape or dtype does not fit; B is no multiple of ``group_size``, which is 2 at least.
+        TypeError, ValueError: a shape or dtype does not fit; B is not a multiple of ``group_size``, which must be at
+            least 2.
     """
     check_tensor("group_advantages", "rewards", rewards)
     check_integer("group_advantages", "group_size", group_size)
@@ -160,18 +161,19 @@ def ppo(log_probs, old_log_probs, advantages, mask, *, clip=0.2, **options):
     -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) + beta KL - entropy_coef entropy.
 
     Args:
-        log_probs: (B, T), floating point, of the sampled tokens under the policy; they get the gradient.
-        old_log_probs: (B, T), under the policy that sampled them, or None where that is this one. No gradient.
+        log_probs: (B, T), floating point, of the sampled tokens under the policy; they get the gradient. old_log_probs:
+        (B, T), under the policy that sampled them, or None if that is this policy. No gradient.
         advantages: (B,) for whole answers or (B, T). No gradient.
-        mask: (B, T), boolean or numbers; tokens where it is not 0 count. What stands elsewhere has no influence.
+        mask: (B, T), boolean or numbers; tokens where it is not 0 count. Values elsewhere have no influence.
         clip: positive, how far the ratio may move from 1; a pair: below and above.
-        reference_log_probs: (B, T), under the model that the KL penalty draws to; without gradient. beta: its factor.
+        reference_log_probs: (B, T), under the reference model of the KL penalty; without gradient. beta: its factor.
         kl_estimator: "k1", "k2" or "k3", see :func:`kl_estimate`.
         entropy: (B, T), as :func:`fastllm.functional.linear_log_probs` returns. entropy_coef: its factor.
 
     Returns:
-        The loss. Metrics, means over all tokens: clip_share, those where the clipped ratio is the lesser; ratio;
-        approx_kl, the divergence from the old policy, exp(d) - 1 - d of the log-ratio d; kl and entropy where given.
+        The loss. Metrics, means over all tokens: clip_share, the share of tokens whose clipped term is the smaller one;
+        ratio; approx_kl, the divergence from the old policy, exp(d) - 1 - d of the log-ratio d; kl and entropy where
+        given.
 
     Raises:
         TypeError, ValueError: a shape, dtype, device or option does not fit; on CPU, no token counts.
@@ -184,7 +186,7 @@ def ppo(log_probs, old_log_probs, advantages, mask, *, clip=0.2, **options):
 def grpo(log_probs, old_log_probs, advantages, mask, *, clip=0.2, **options):
     """Group relative policy optimisation (Shao et al. 2024, arXiv:2402.03300, equation 3).
 
-    :func:`ppo`'s loss of a token; its mean over an answer's tokens, then the mean over the answers. Arguments, returned
+    :func:`ppo`'s loss of each token, averaged over an answer's tokens, and then over the answers. Arguments, returned
     values and errors are :func:`ppo`'s; :func:`group_advantages` makes the advantages (B,). An answer without tokens,
     such as one that was cut off and is masked, counts as 0. The paper's penalty is ``beta=0.04`` with "k3".
     """
@@ -194,7 +196,8 @@ def grpo(log_probs, old_log_probs, advantages, mask, *, clip=0.2, **options):
 
 @keywords_of(policy_gradient)
 def dapo(log_probs, old_log_probs, advantages, mask, *, clip=(0.2, 0.28), **options):
-    """DAPO (Yu et al. 2025, arXiv:2503.14476, equation 8): the mean over all tokens, clipped higher above than below.
+    """DAPO (Yu et al. 2025, arXiv:2503.14476, equation 8): the mean over all tokens, with a wider clip above 1 than
+    below.
 
     Arguments, returned values and errors are :func:`ppo`'s.
     """
@@ -206,8 +209,8 @@ def dapo(log_probs, old_log_probs, advantages, mask, *, clip=(0.2, 0.28), **opti
 def dr_grpo(log_probs, old_log_probs, advantages, mask, *, clip=0.2, max_length=None, **options):
     """Dr. GRPO (Liu et al. 2025, arXiv:2503.20783, section 3.2): the sum over tokens, divided by B times a constant.
 
-    So an answer's length has no influence on the weight of its tokens. Arguments, returned values and errors are
-    :func:`ppo`'s; advantages are those of ``group_advantages(..., normalize=False)``.
+    So the length of an answer does not change the weight of its tokens. Arguments, returned values and errors are
+    :func:`ppo`'s. The advantages come from ``group_advantages(..., normalize=False)``.
 
     Args:
         max_length: the constant, the most tokens that an answer may have; None for T.

@@ -24,10 +24,10 @@ def sequence_log_probs(log_probs, mask, *, average=False):
 
     Args:
         log_probs: (B, T), floating point. mask: (B, T), boolean or numbers; tokens where it is not 0 are the answer's.
-        average: the mean over an answer's tokens, as ORPO and SimPO take it.
+        average: return the mean over an answer's tokens, which ORPO and SimPO need.
 
     Returns:
-        (B,), in at least fp32. What stands under the mask's zeros has no influence, not even NaN.
+        (B,), in at least fp32. Values where the mask is zero have no influence, not even NaN.
 
     Raises:
         TypeError, ValueError: a dtype or shape does not fit; on CPU, an answer is empty.
@@ -43,17 +43,18 @@ def sequence_log_probs(log_probs, mask, *, average=False):
 
 
 def unpack(values, cu_seqlens, *, max_seqlen=None):
-    """Packed rows ("padding-free") a sequence a row, which is the form of these losses.
+    """Packed rows ("padding-free") with one row for each sequence, as these losses need them.
 
     Args:
         values: (total,) or (1, total), such as log-probabilities, entropies or a mask of packed tokens.
-        cu_seqlens: (B + 1,), int32 or int64: where sequences begin, from 0, and last the total; as in
+        cu_seqlens: (B + 1,), int32 or int64: where each sequence begins, from 0, and then the total, as in
             :func:`fastllm.functional.attention`.
-        max_seqlen: the longest sequence's tokens; None asks ``cu_seqlens``, for which a GPU's host waits.
+        max_seqlen: the length of the longest sequence; None reads it from ``cu_seqlens``, and then the host waits for a
+            GPU.
 
     Returns:
-        (B, max_seqlen), 0 behind a sequence's end, and differentiable. A mask of ones unpacks to the mask of the tokens
-        that are there.
+        (B, max_seqlen), 0 after a sequence's end, and differentiable. A mask of ones unpacks to the mask of the present
+        tokens.
 
     Raises:
         TypeError, ValueError: a shape, dtype or device does not fit; on CPU, ``cu_seqlens`` does not ascend from 0 to
@@ -117,24 +118,24 @@ def dpo(
     policy_chosen, policy_rejected, reference_chosen, reference_rejected, *, beta=0.1, kind="sigmoid",
     label_smoothing=0.0, return_metrics=False,
 ):  # fmt: skip
-    """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290, equation 7), and two of its kin.
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290, equation 7), and two related losses.
 
     With h = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected), a pair's loss is
 
-    - "sigmoid": -log sigmoid(beta h); with label_smoothing e, the probability that a label is turned round, it is
+    - "sigmoid": -log sigmoid(beta h); with label_smoothing e, the probability that the two answers are swapped, it is
       -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h) (conservative DPO, Mitchell 2023);
     - "hinge": max(0, 1 - beta h) (Zhao et al. 2023, SLiC-HF, arXiv:2305.10425; Liu et al. 2023, arXiv:2309.06657);
     - "ipo": (h - 1 / (2 beta))^2 (Azar et al. 2023, arXiv:2310.12036, equation 17).
 
     Args:
         policy_chosen, policy_rejected: the summed log-probabilities (B,) of the answers, which get a gradient.
-        reference_chosen, reference_rejected: those of the reference model. TRL gives "ipo" means over tokens instead of
-            sums; the paper has sums.
+        reference_chosen, reference_rejected: those of the reference model. TRL passes means over tokens to "ipo"; the
+            paper has sums.
         beta: positive; the strength of the pull toward the reference.
 
     Returns:
-        The mean loss. Metrics: chosen_reward and rejected_reward, beta times policy less reference; margin, their
-        difference; accuracy, the share of pairs whose margin is positive.
+        The mean loss. Metrics: chosen_reward and rejected_reward, beta times the difference of policy and reference;
+        margin, the difference of the two; accuracy, the share of pairs whose margin is positive.
 
     Raises:
         TypeError, ValueError: a shape, dtype, device or option does not fit.
@@ -262,7 +263,7 @@ def kto(
     policy, reference, desirable, *, kl=0.0, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0,
     return_metrics=False,
 ):  # fmt: skip
-    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv:2402.01306, equation 8), of answers without pairs.
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv:2402.01306, equation 8), for answers without pairs.
 
     With r = policy - reference, the loss of a desirable answer is desirable_weight (1 - sigmoid(beta (r - z))), of
     another one undesirable_weight (1 - sigmoid(beta (z - r))), where z = max(0, kl).
@@ -309,7 +310,7 @@ def reward_model(chosen, rejected, *, margin=None, center=0.0, return_metrics=Fa
     Args:
         chosen, rejected: the model's rewards (B,). margin: (B,), how much better the chosen one is (Touvron et al.
             2023, arXiv:2307.09288, equation 2), or None for 0.
-        center: at least 0; draws the rewards toward a mean of 0 (Eisenstein et al. 2023, arXiv:2312.09244).
+        center: at least 0; pulls the rewards toward a mean of 0 (Eisenstein et al. 2023, arXiv:2312.09244).
 
     Returns:
         The mean loss. Metrics: chosen_reward, rejected_reward, margin and accuracy, as :func:`dpo`'s.

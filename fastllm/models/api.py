@@ -14,18 +14,18 @@ Model = LanguageModel | Encoder | EncoderDecoder
 
 
 def build_model(config: ModelConfig) -> Model:
-    """A new model of this shape, with the weights that torch's default generator gives."""
+    """A new model of this shape, with weights drawn from torch's default generator."""
     model = model_class(config)(config)
     assert isinstance(model, Model)
     return model
 
 
 def load_model(folder: str | Path, *, device="cpu") -> Model:
-    """The model in ``folder``, of whichever class, in evaluation mode. save_pretrained or transformers wrote it.
+    """The model in ``folder``, of any class, in evaluation mode. save_pretrained or transformers wrote the folder.
 
     Raises:
         FileNotFoundError: config.json or model.safetensors is missing.
-        ValueError: one of them cannot be read, or they do not fit each other.
+        ValueError: one of them cannot be read, or the two do not fit together.
     """
     classes = {cls.__name__: cls for cls in CLASSES}
     path = Path(folder) / "config.json"

@@ -18,9 +18,10 @@ class Encoded(NamedTuple):
 
 
 class DecoderCache:
-    """``length`` tokens seen, and of an encoder's states the keys and values by layer, computed once, and the mask.
+    """The number of tokens seen (``length``), and the keys and values of an encoder's states by layer, computed once,
+    with their mask.
 
-    What a cache holds has no gradient, so it serves only without one.
+    A cache holds no gradients, so it works only without them.
     """
 
     def __init__(self, batch_size: int):
@@ -45,9 +46,9 @@ class DecoderCache:
         return None if memory is None else memory.states, self.memory_mask
 
     def select(self, index: torch.Tensor, *, same_memory: bool = False) -> None:
-        """Go on with the sequences ``index`` (any number, repeats allowed), as a beam search does.
+        """Continue with the sequences ``index`` (any number, repeats allowed), as a beam search does.
 
-        ``same_memory``: each of them takes the place of one that read the same encoder's states, so that these are not
+        ``same_memory``: each of them replaces a sequence that read the same encoder's states, so the states are not
         copied.
         """
         self.batch_size = len(index)
@@ -58,9 +59,9 @@ class DecoderCache:
 
 
 class KVCache(DecoderCache):
-    """Room for the keys and values of ``batch_size`` sequences, (B, kv_heads, context_length, head_dim) per layer.
+    """Space for the keys and values of ``batch_size`` sequences, (B, kv_heads, context_length, head_dim) per layer.
 
-    The model moves ``length`` on after its last layer; setting it back drops tokens from the end. ``step`` is what the
+    The model advances ``length`` after its last layer. Setting it back drops tokens from the end. ``step`` is what the
     decoder that made the cache calls for one more token of each sequence (:mod:`.next_token`), or None.
     ``relative_bias`` is what relative positions add to the scores of the last position, (1, H, 1, context_length), once
     a step has needed it; an earlier position's are the end of it.
@@ -74,10 +75,10 @@ class KVCache(DecoderCache):
         self._store = torch.empty(shape, dtype=dtype, device=device)
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store (B, kv_heads, T, head_dim) after the tokens held; returns all keys and values up to there.
+        """Store (B, kv_heads, T, head_dim) after the tokens that it holds; returns all keys and values up to there.
 
         Raises:
-            ValueError: another number of sequences than the cache was made for.
+            ValueError: the cache was made for another number of sequences.
             RuntimeError: ``key`` or ``value`` requires a gradient, which would be lost.
         """
         self._check(key, value)
@@ -90,10 +91,11 @@ class KVCache(DecoderCache):
     def room(
         self, batch_size: int
     ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """By layer: where the next token's key and value go, (2, B, kv_heads, head_dim), and all keys and values to it.
+        """For each layer, the place of the next token's key and value, (2, B, kv_heads, head_dim), and all keys and
+        values up to it.
 
         Raises:
-            ValueError: another number of sequences than the cache was made for.
+            ValueError: the cache was made for another number of sequences.
         """
         self._check_batch(batch_size)
         keys, values = self._store[:, :, :, :, : self.length + 1]
@@ -123,7 +125,7 @@ class RecurrentCache(DecoderCache):
         """Keep ``state``, each (1, B, hidden_size).
 
         Raises:
-            ValueError: another number of sequences than the cache was made for.
+            ValueError: the cache was made for another number of sequences.
             RuntimeError: a state requires a gradient, which would be lost.
         """
         self._check(*(tensor[0] for tensor in state))

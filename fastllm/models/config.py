@@ -27,15 +27,16 @@ def _field(default, help: str, **metadata):
 class ModelConfig:
     """Everything that decides a model's parameters and its function.
 
-    ``decoder`` alone is a language model, ``encoder`` alone reads (BERT and similar models), both translate. Either
-    may be a Transformer or recurrent, the encoder also convolutional: they meet in hidden_size only.
+    ``decoder`` alone is a language model. ``encoder`` alone reads text (BERT and similar models). Both together
+    translate. Either may be a Transformer or recurrent, and the encoder may be convolutional. They share only
+    hidden_size.
 
     Raises:
         ValueError: a field is out of range or two fields do not fit; the message names them.
     """
 
-    encoder: str = _field("none", "what reads", choices=("none", *ENCODERS))
-    decoder: str = _field("transformer", "what writes", choices=("none", *KINDS))
+    encoder: str = _field("none", "the part that reads its whole input at once", choices=("none", *ENCODERS))
+    decoder: str = _field("transformer", "the part that predicts one token after another", choices=("none", *KINDS))
     heads: tuple[str, ...] = _field((), "heads on an encoder", choices=HEADS)
     labels: tuple[str, ...] = _field((), "names of the classes; training takes them from its data")
     vocab_size: int = _field(50257, "tokens in the vocabulary")
@@ -52,7 +53,7 @@ class ModelConfig:
     positions: str = _field("learned", "how positions enter a Transformer", choices=POSITIONS)
     rotary_base: float = _field(10000.0, "base of the rotary frequencies (Su et al. 2021)")
     relative_buckets: int = _field(32, "buckets of distance (relative positions, Raffel et al. 2020)")
-    relative_distance: int = _field(128, "distance from which on one bucket holds all")
+    relative_distance: int = _field(128, "all distances from here on share one bucket")
     segments: int = _field(0, "rows of the segment embedding; 0: none")
     scale_embeddings: bool = _field(False, "multiply token embeddings with sqrt(hidden_size) (Vaswani et al. 2017)")
     norm: str = _field("layer", "normalisation", choices=NORMS)
@@ -68,7 +69,7 @@ class ModelConfig:
     dropout: float = _field(0.0, "dropout probability on embeddings and on each branch, in training")
     zero_init: bool = _field(False, "start the projections back into the residual stream at zero, not at GPT-2's scale")
     pooling: str = _field(
-        "first", "what of a text the heads nsp and classify read: its first token through a tanh layer, as BERT's, or "
+        "first", "what the heads nsp and classify read: a text's first token through a tanh layer, like BERT's, or "
         "the mean or the maximum of all its states", choices=POOLINGS,
     )  # fmt: skip
 
@@ -120,7 +121,7 @@ class ModelConfig:
 
     @property
     def num_classes(self) -> int:
-        """Classes of the classification head: as many as labels, 2 where they have no names."""
+        """The number of classes of the classification head: the number of labels, or 2 without labels."""
         return len(self.labels) or 2
 
     @property
@@ -145,7 +146,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> ModelConfig:
-        """From field names and values; an unknown name is a ValueError."""
+        """A configuration from field names and values. An unknown name is a ValueError."""
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"unknown field of {cls.__name__}: {', '.join(sorted(unknown))}")

@@ -41,7 +41,7 @@ class MaskedHead(nn.Module):
 class Encoder(Pretrained):
     """An encoder and the heads that ``config.heads`` names.
 
-    ``mlm``: logits of masked tokens; ``nsp``: 2 logits, does the second text follow the first; ``classify``:
+    ``mlm``: logits of masked tokens; ``nsp``: 2 logits, whether the second text follows the first; ``classify``:
     num_classes logits; ``span``: logits of an answer's first and last token. nsp and classify read the first token
     through a tanh layer, as BERT does (Devlin et al. 2019), or as ``config.pooling`` says.
     """
@@ -86,7 +86,7 @@ class Encoder(Pretrained):
     def encode(
         self, tokens: torch.Tensor, lengths: torch.Tensor | None = None, segments: torch.Tensor | None = None
     ) -> Encoded:
-        """States of ``tokens`` (B, S), of which row b has ``lengths[b]``; ``segments`` (B, S)."""
+        """States of ``tokens`` (B, S), whose row b has ``lengths[b]`` tokens; ``segments`` (B, S)."""
         return self.encoder.encode(tokens, lengths, segments)
 
     forward = encode
@@ -116,14 +116,14 @@ class Encoder(Pretrained):
     def masked_loss(self, encoded: Encoded, positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy of ``targets`` (B, M) at ``positions`` (B, M); -100 is ignored.
 
-        Only these rows reach the head and the vocabulary, and on a CPU only those whose target is not -100.
+        Only these rows are multiplied by the head, and on a CPU only those whose target is not -100.
         """
         head = self._head("masked")
         rows = encoded.states.gather(1, positions[..., None].expand(-1, -1, encoded.states.shape[-1]))
         return head.head.loss(head(rows), targets, self.config.logit_scale)
 
     def next_logits(self, encoded: Encoded) -> torch.Tensor:
-        """(B, 2): 0, the second text follows the first; 1, it does not."""
+        """Logits (B, 2): class 0, the second text follows the first; class 1, it does not."""
         return self._head("next")(self._pooled(encoded))
 
     def class_logits(self, encoded: Encoded) -> torch.Tensor:
@@ -131,7 +131,7 @@ class Encoder(Pretrained):
         return self._head("classifier")(self._pooled(encoded))
 
     def span_logits(self, encoded: Encoded) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (B, S) of an answer's first token and of its last, -inf where there is no token."""
+        """Logits (B, S) of an answer's first and last token, -inf at padding."""
         logits = self._head("span")(encoded.states)
         if encoded.mask is not None:
             logits = logits.masked_fill(~encoded.mask[..., None], -torch.inf)
@@ -142,5 +142,5 @@ class Encoder(Pretrained):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, context_length: int | None = None) -> int:
-        """Training FLOPs per token, as if every one reached the head: :func:`flops_per_token`."""
+        """Training FLOPs per token, as if every token reached the head: :func:`flops_per_token`."""
         return flops_per_token(self, context_length or self.config.context_length)

@@ -21,7 +21,8 @@ from .transformer import flops_per_token
 class EncoderDecoder(Pretrained):
     """Source tokens in, logits of the next target token out. Either side may be a Transformer or recurrent.
 
-    Both sides and, with tie_embeddings, the head share one embedding: one vocabulary serves both languages.
+    Both sides share one embedding and one vocabulary for both languages, and with tie_embeddings the head shares it
+    too.
     """
 
     @staticmethod
@@ -55,7 +56,7 @@ class EncoderDecoder(Pretrained):
         self.encoder.checkpoint_activations = self.decoder.checkpoint_activations = value
 
     def encode(self, source: torch.Tensor, lengths: torch.Tensor | None = None) -> Encoded:
-        """States of ``source`` (B, S), of which row b has ``lengths[b]`` tokens (all if None)."""
+        """States of ``source`` (B, S), whose row b has ``lengths[b]`` tokens (all if None)."""
         return self.encoder.encode(source, lengths)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -68,8 +69,8 @@ class EncoderDecoder(Pretrained):
     ) -> torch.Tensor:
         """Logits (B, T, vocab_size) of the token after each of ``tokens`` (B, T), given :meth:`encode`'s ``memory``.
 
-        With a ``cache`` from :meth:`new_cache`, ``tokens`` follow those that it holds and ``memory`` is needed at the
-        first call only.
+        With a ``cache`` from :meth:`new_cache`, ``tokens`` follow the tokens that it holds, and ``memory`` is needed
+        only in the first call.
         """
         return self.logits(self._decode(tokens, memory, cache))
 
@@ -101,5 +102,6 @@ class EncoderDecoder(Pretrained):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, context_length: int | None = None) -> int:
-        """Training FLOPs per token where there are as many source as target tokens: each passes one half."""
+        """Training FLOPs per token if there are as many source tokens as target tokens, since each token passes through
+        one half."""
         return flops_per_token(self, context_length or self.config.context_length) // 2

@@ -35,7 +35,7 @@ class Head(fast.LinearCrossEntropyHead):
         return linear_log_probs(hidden, self.weight, targets, temperature=1.0 / logit_scale)
 
     def divergence(self, hidden, teacher_hidden, teacher_weight, targets, **options) -> torch.Tensor:
-        """The mean divergence from a teacher's layer, of which all rows are given, where ``targets`` are not -100.
+        """The mean divergence from a teacher's layer, whose rows are all given, where ``targets`` are not -100.
 
         Args:
             options: ``direction``, ``temperature`` and ``beta`` of :func:`fastllm.functional.linear_kl_div`.

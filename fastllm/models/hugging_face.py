@@ -82,13 +82,15 @@ _NEITHER = dict(
 
 
 def _expect(config, architecture: str, **fields) -> None:
+    """Raises a ValueError that names every setting in which ``config`` differs from ``architecture``."""
+    differences = []
     for name, expected in {**fields, **_NEITHER}.items():
         got = getattr(config, name, expected)
         allowed = expected if isinstance(expected, tuple) else (expected,)
         if got not in allowed:
-            raise ValueError(
-                f"no class fits: {architecture} has {name} {' or '.join(repr(a) for a in allowed)}, this model {got!r}"
-            )
+            differences.append(f"{name} {' or '.join(repr(a) for a in allowed)} (here {got!r})")
+    if differences:
+        raise ValueError(f"transformers has no class for this model: {architecture} needs {', '.join(differences)}")
 
 
 def _to_gpt2(config) -> dict:

@@ -193,7 +193,7 @@ class NextToken:
         """The normed last states (B, 1, hidden_size) for embeddings ``x`` of that shape; the cache gets the token.
 
         Raises:
-            ValueError: another number of sequences than the cache was made for.
+            ValueError: the cache was made for another number of sequences.
         """
         rows, cache = len(x), context.cache
         mask = None if context.memory_mask is None else context.memory_mask[:, None, None, :]

@@ -146,12 +146,12 @@ def concrete(cls: type[AnyPretrained]) -> type[AnyPretrained]:
 
 
 def model_class(config) -> type[Pretrained]:
-    """The class that ``config.encoder`` and ``config.decoder`` ask for."""
+    """The class for ``config.encoder`` and ``config.decoder``."""
     return next(cls for cls in CLASSES if cls.fits(config))
 
 
 def _load(model: torch.nn.Module, weights: dict[str, torch.Tensor], source: Path) -> torch.nn.Module:
-    """``model`` with ``weights``, of which only names of shared parameters may be missing."""
+    """``model`` with ``weights``. Only names of shared parameters may be missing in them."""
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:

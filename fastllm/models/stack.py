@@ -22,7 +22,7 @@ def length_mask(tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 
 
 def through(stack: Embedded, x: torch.Tensor, *arguments) -> torch.Tensor:
-    """``x`` through ``stack.blocks``, each of which also takes ``arguments``, and the last norm."""
+    """``x`` through ``stack.blocks``, which also take ``arguments``, and the last norm."""
     stream = Stream(x)
     for layer, block in enumerate(stack.blocks):
         if stack.checkpoint_activations and torch.is_grad_enabled():
@@ -81,7 +81,7 @@ class TransformerEncoder(TransformerStack):
     def encode(
         self, tokens: torch.Tensor, lengths: torch.Tensor | None = None, segments: torch.Tensor | None = None
     ) -> Encoded:
-        """States of ``tokens`` (B, S), of which row b has ``lengths[b]`` (all if None); 0 where there is none.
+        """States of ``tokens`` (B, S), whose row b has ``lengths[b]`` tokens (all if None); 0 at padding.
 
         Args:
             segments: (B, S) ids of the segment embedding; None: all 0.

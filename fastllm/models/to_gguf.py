@@ -102,7 +102,7 @@ def write_gguf(model: Pretrained, tokenizer: Tokenizer, folder: Path, name: str)
     layout_for(config)
     architecture = "gpt2" if config.positions == "learned" else "llama"
     if config.activation == "gelu":
-        raise ValueError("GGUF's GPT-2 has activation 'gelu_tanh', this model 'gelu'")
+        raise ValueError("GGUF's GPT-2 needs activation 'gelu_tanh' (here 'gelu')")
     if tokenizer.vocab_size != config.vocab_size:
         raise ValueError(f"tokenizer: {tokenizer.vocab_size} tokens, the model has {config.vocab_size}")
     gguf = require("gguf", "gguf", "export --format gguf", extra="gguf")

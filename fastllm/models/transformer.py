@@ -16,7 +16,7 @@ from .stack import TransformerDecoder
 
 
 class LanguageModel(Pretrained):
-    """Logits, loss and size of a decoder alone: what :class:`Transformer` and :class:`RNN` share."""
+    """Logits, loss and size of a decoder alone. :class:`Transformer` and :class:`RNN` share it."""
 
     config_class = ModelConfig
     # The decoder's.
@@ -45,12 +45,11 @@ class LanguageModel(Pretrained):
 
         Args:
             tokens: (B, T), int64 or int32.
-            cache: from :meth:`new_cache`. What it keeps of ``tokens`` is added to it, and the tokens are taken to
-                follow those that it holds.
-            prefix: (B,), how many first tokens of each row all its tokens see (prefix LM).
+            cache: from :meth:`new_cache`. ``tokens`` follow the tokens that it holds, and are added to it.
+            prefix: (B,), the length of each row's prefix, which all its tokens see (prefix LM).
 
         Raises:
-            ValueError: tokens are of another shape or dtype, or reach past context_length.
+            ValueError: tokens have the wrong shape or dtype, or reach past context_length.
             IndexError: a token is not in the vocabulary (on CPU).
         """
         logits = self.head(self.hidden(tokens, cache, prefix))
@@ -75,8 +74,8 @@ class LanguageModel(Pretrained):
     def flops_per_token(self, context_length: int | None = None) -> int:
         """Training FLOPs per token: 6 N + 12 layers x hidden x context (PaLM's, and nanoGPT's, formula).
 
-        N counts the weights that take part in products: the head's, but not the embedding tables'. Attention is
-        counted as if it were not causal, as the formula's other users do; a recurrent model has none.
+        N counts the weights that take part in products: those of the head, but not those of the embedding tables.
+        Attention is counted as if it were not causal, as others do with this formula. A recurrent model has none.
         """
         return flops_per_token(self, context_length or self.config.context_length)
 
@@ -96,9 +95,11 @@ def flops_per_token(model: Pretrained, length: int) -> int:
 
 @concrete
 class Transformer(LanguageModel, TransformerDecoder):
-    """A decoder-only Transformer: tokens in, logits of the next token out. GPT-2's shape, Llama's and those between.
+    """A decoder-only Transformer: tokens in, logits of the next token out. It has GPT-2's shape, Llama's, or one
+    between.
 
-    Set ``checkpoint_activations = True`` to keep only each block's input for the backward and compute the rest again.
+    Set ``checkpoint_activations = True`` to keep only each block's input for the backward, and to compute the rest
+    again.
     """
 
     reads_all = True

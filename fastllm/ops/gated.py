@@ -175,11 +175,11 @@ def swiglu_reference(gate, up=None):
 
 
 def swiglu(gate, up=None):
-    """``silu(gate) * up``, fused: each tensor is moved once, either way.
+    """``silu(gate) * up``, fused: each tensor is read or written once, forward and backward.
 
     Args:
-        gate: floating point, any shape and strides. Without ``up`` it holds both, (..., 2 N): the gate first, as one
-            linear layer for the two leaves them; so does its gradient, which then needs no concatenation.
+        gate: floating point, any shape and strides. Without ``up`` it holds both, (..., 2 N), the gate first, as one
+            linear layer returns them. The gradient has the same layout, so it needs no concatenation.
         up: of the gate's shape, or None. Its dtype may differ.
 
     Returns:
@@ -217,7 +217,7 @@ def geglu_reference(gate, up=None, *, approximate="none"):
 
 
 def geglu(gate, up=None, *, approximate="none"):
-    """``gelu(gate, approximate=approximate) * up``, fused: each tensor is moved once, either way.
+    """``gelu(gate, approximate=approximate) * up``, fused: each tensor is read or written once, forward and backward.
 
     Args:
         gate, up: as in :func:`fastllm.functional.swiglu`, the halves of one tensor included.

@@ -152,8 +152,8 @@ def linear(input, weight, bias=None):
     """``torch.nn.functional.linear``: ``input @ weight.T + bias``.
 
     On a CPU without products of a 16-bit dtype, blocks of the tensors are widened to fp32 and multiplied there, forward
-    and backward, so that a 16-bit model runs at the speed of an fp32 one in half of its memory. Fewer than 4 rows that
-    need no gradient read the weight once, in 16 bits. Everywhere else it is PyTorch's operator.
+    and backward, so that a 16-bit model runs at the speed of an fp32 one in half its memory. A call of fewer than 4
+    rows without a gradient reads the weight once, in 16 bits. All other calls are PyTorch's operator.
 
     Args:
         input: (..., in_features), floating point, any strides.

@@ -88,7 +88,7 @@ def _fake(query, key, *options):
 
 
 def _unknown(position_ids, rows: int) -> IndexError | None:
-    """An error that names the first id that is no row of the tables, or None."""
+    """An error that names the first id that is not a row of the tables, or None."""
     bad = (position_ids < 0) | (position_ids >= rows)
     if not bad.any():
         return None
@@ -203,8 +203,8 @@ def _check(query, key, cos, sin, position_ids, offset) -> None:
     if position_ids is None:
         if not 0 <= offset <= cos.shape[-2] - length:
             raise ValueError(
-                f"{op}: positions from offset {offset} on must be rows of cos and sin, which have {cos.shape[-2]}; "
-                f"query has {length} positions"
+                f"{op}: query's {length} positions from offset {offset} need rows {offset} to {offset + length - 1} of "
+                f"cos and sin, which have {cos.shape[-2]} rows"
             )
         return
     if not isinstance(position_ids, torch.Tensor) or position_ids.dtype not in (torch.int64, torch.int32):
@@ -239,15 +239,15 @@ def _prefers_torch(call: RotaryCall) -> str | None:
 
 
 def rotary_embedding(query, key, cos, sin, *, position_ids=None, offset=0, interleaved=False):
-    """Turn pairs of features of queries and keys by their positions' angles, out of place, both in one pass.
+    """Rotate pairs of features of queries and keys by the angles of their positions, out of place, both in one pass.
 
     Args:
-        query: (B, H, S, D) or (H, S, D), floating point, any strides: a view of a packed projection is read where it
-            lies. key: the same but for H, or None.
-        cos, sin: of the angles, (P, R / 2), or (B, P, R / 2) where they differ by sequence; floating point (fp32 keeps
-            large positions exact), any strides. The first R of the D features are rotated, R <= D, the others copied.
-            Tables that repeat each angle, as (S, R), are given by half: ``cos[..., : R // 2]`` for halves,
-            ``cos[..., ::2]`` where interleaved.
+        query: (B, H, S, D) or (H, S, D), floating point, any strides: a view of a packed projection is read in place.
+            key: the same, with its own H, or None.
+        cos, sin: cosines and sines of the angles, (P, R / 2), or (B, P, R / 2) if they differ by sequence; floating
+            point (fp32 keeps large positions exact), any strides. The first R of the D features are rotated, R <= D,
+            the others copied. Of tables (S, R) that repeat each angle, pass one half: ``cos[..., : R // 2]`` for
+            halves, ``cos[..., ::2]`` where interleaved.
         position_ids: the tables' row of each position, (S,) or (B, S), int64 or int32; None for rows ``offset`` to
             ``offset + S``. For packed sequences, and batches that begin at different positions.
         interleaved: pairs are features (2 i, 2 i + 1), as in the paper and GPT-J; else (i, i + R / 2), as in GPT-NeoX
@@ -259,7 +259,7 @@ def rotary_embedding(query, key, cos, sin, *, position_ids=None, offset=0, inter
 
     Raises:
         TypeError, ValueError: a dtype, shape or device does not fit, or positions leave the tables.
-        IndexError: on CPU, an id is no row of the tables. On CUDA a device-side assert.
+        IndexError: on CPU, a position id is not a row of the tables. On CUDA a device-side assert.
         BackendError: the backend asked for cannot serve the call; the kernel has no gradient for cos and sin.
     """
     call = _call(query, key, cos, sin, position_ids=position_ids, offset=offset, interleaved=interleaved)

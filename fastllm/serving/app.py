@@ -152,7 +152,7 @@ def make_app(models: dict[str, ServedModel], hosts: tuple[str, ...], seconds: fl
     Args:
         hosts: the names under which it may be called; others are refused, so that no other site's page can reach it
             by a name that points here.
-        seconds: what a request may take.
+        seconds: seconds that a request may take.
     """
     # One computation at a time: they share the cores.
     busy = asyncio.Lock()

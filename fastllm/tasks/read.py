@@ -229,6 +229,6 @@ READERS = {
 def read_examples(objective: str, paths: Sequence[str | Path]) -> Examples:
     """The examples of an objective on tasks, from files of the forms that its reader knows."""
     if not paths:
-        first = READERS[objective].__doc__.partition("\n\n")[0]
-        raise InputError(f"data: objective {objective} needs files; {' '.join(first.split())}")
+        first = " ".join(READERS[objective].__doc__.partition("\n\n")[0].split()).rstrip(".")
+        raise InputError(f"data: objective {objective} needs files. Expected: {first[0].lower()}{first[1:]}")
     return READERS[objective](paths)

@@ -22,10 +22,10 @@ DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Budget, optimiser, schedule, precision, and how often to look.
+    """Budget, optimiser, schedule, precision, and intervals of evaluation and saving.
 
-    Fields marked ``resume`` do not enter a step's arithmetic by themselves and may change when a run is resumed;
-    a new budget moves the schedule.
+    Fields marked ``resume`` do not change the arithmetic of a step, so they may change when a run is resumed. A new
+    budget does move the schedule.
     """
 
     steps: int | None = option(None, "stop after this many optimiser steps", minimum=1, resume=True)
@@ -61,11 +61,11 @@ class TrainingConfig:
     decay: float = option(0.3, "part of the run over which wsd decays", above=0, maximum=1)
     min_lr: float = option(0.0, "final learning rate, as a part of the peak", minimum=0, maximum=1)
     seed: int = option(0, "of weights, batches, dropout and samples", minimum=0)
-    device: str = option("auto", "where to train; auto takes CUDA if there", choices=DEVICES)
+    device: str = option("auto", "where to train; auto takes CUDA if it is there", choices=DEVICES)
     dtype: str = option(
         "auto",
         "bfloat16 means autocast over float32 weights, float16 the same with a scaled loss; auto times float32 and "
-        "what the device has of the two",
+        "the 16-bit dtypes that the device has",
         choices=("auto", "float32", "bfloat16", "float16"),
     )  # fmt: skip
     compile: bool = option(False, "compile the loss with torch.compile")
@@ -80,14 +80,14 @@ class TrainingConfig:
     checkpoint_interval: int = option(500, "steps between checkpoints; 0: only at the end", minimum=0, resume=True)
     keep_checkpoints: int = option(2, "how many of the newest checkpoints to keep", minimum=1, resume=True)
     keep_best: int = option(
-        0, "how many checkpoints to keep besides for their validation score; only a step with both has one",
+        0, "how many checkpoints to keep also for their score; a step needs both an evaluation and a checkpoint",
         minimum=0, resume=True,
     )  # fmt: skip
     background_saving: bool = option(True, "write checkpoints while training goes on", resume=True)
     outlier: float | None = option(
         None,
         "skip a step whose loss or gradient norm lies this many standard deviations above the mean of the last 128; "
-        "without it, only what is not finite is skipped",
+        "without it, only steps that are not finite are skipped",
         above=0, resume=True,
     )  # fmt: skip
     wandb: str | None = option(None, "a Weights & Biases project to log to as well", resume=True)
@@ -100,16 +100,16 @@ class TrainingConfig:
     )
     hang_timeout: float = option(
         600.0,
-        "seconds in a step after which the processes name the one that they wait for, and end",
+        "seconds in a step after which the processes print which one they wait for, and end",
         above=0,
         resume=True,
     )
     max_skipped: int = option(3, "stop after this many skipped steps in a row", minimum=1, resume=True)
     epochs: float | None = option(
-        None, "stop after this many passes over the training data; steps, if given, decide", above=0
+        None, "stop after this many passes over the training data; --steps overrides it", above=0
     )
     ema_decay: float = option(
-        0.0, "decay of the exponential moving average of the weights, which then is what is scored and kept; 0: none",
+        0.0, "decay of the exponential moving average of the weights, which is then scored and saved; 0: none",
         minimum=0, below=1,
     )  # fmt: skip
     patience: int = option(
@@ -134,7 +134,7 @@ class TrainingConfig:
         return self.micro_batch_size or self.batch_size
 
     def with_budget(self) -> TrainingConfig:
-        """This, with the default time budget where neither budget is set."""
+        """This configuration, with the default time budget if no budget is set."""
         if self.steps is None and self.max_seconds is None and self.epochs is None:
             return replace(self, max_seconds=DEFAULT_SECONDS)
         return self
@@ -142,7 +142,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All that a run is made from; ``config.toml`` has one table for each field."""
+    """All settings of a run. ``config.toml`` has one table for each field."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = PRESETS[DEFAULT_PRESET]
@@ -158,7 +158,7 @@ def build_run_config(tables: Mapping[str, Any], where: str, preset: str | None =
 
     The model gets the parts and heads that the objective needs.
 
-    A preset that is a recipe has settings for all tables; what ``tables`` say goes before it.
+    A preset that is a recipe has settings for all tables. Values in ``tables`` override it.
 
     Args:
         where: what messages start with.

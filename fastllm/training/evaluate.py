@@ -48,11 +48,11 @@ def mean_losses(
 def evaluate(
     model: TrainedModel, tokens: TokenFile, context_length: int, batch_size: int, dtype: str = "float32", limit: int = 0
 ) -> Evaluation:
-    """How well ``model`` predicts ``tokens``, in at most ``limit`` windows spread evenly; 0: in all.
+    """How well ``model`` predicts ``tokens``, in at most ``limit`` evenly spread windows; 0: in all windows.
 
-    Each token but the first, which is an end-of-text, is scored once, in windows of ``context_length`` that overlap
-    by half: beyond the first window every token has at least half a window of context. End-of-text tokens are
-    scored and count no bytes. Dropout is off, so no random number is drawn.
+    Each token except the first, which is an end-of-text, is scored once, in windows of ``context_length`` that overlap
+    by half. After the first window every token has at least half a window of context. End-of-text tokens are scored,
+    but have no bytes. Dropout is off, so no random number is drawn.
     """
     device = next(model.parameters()).device
     nats, count = 0.0, 0

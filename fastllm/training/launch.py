@@ -29,14 +29,14 @@ WRITTEN = (CONFIG, "data", "checkpoints", "model", METRICS, SESSIONS, "skipped",
 def train(
     config: RunConfig, folder: str | Path | None = None, *, quiet: bool = False, auto_resume: bool = False
 ) -> Result:
-    """Train from scratch in ``folder``, which is made and must not hold a run yet; None: the next free runs/NNNN.
+    """Train from scratch in ``folder``. It is created, and must not hold a run yet. None: the next free runs/NNNN.
 
     Args:
-        auto_resume: go on with the run that ``folder`` holds, if there is one and its settings are these. Processes
-            that torchrun started always do, so that a restart needs no other command.
+        auto_resume: resume the run that ``folder`` holds, if there is one with these settings. Processes that torchrun
+            started always do, so a restart needs no other command.
 
     Raises:
-        InputError: the settings, the text and the folder do not allow it; nothing has been trained then.
+        InputError: the settings, the text or the folder do not allow it. Nothing has been trained then.
         Diverged: too many steps in a row had a loss that was not finite.
         OSError: something cannot be written.
     """
@@ -112,7 +112,7 @@ def _new_folder(folder: str | Path | None, held: contextlib.ExitStack) -> Iterat
         is_run = (path / LOCK).exists() or (path / SESSIONS).exists()
         found = [name for name in WRITTEN if os.path.lexists(path / name)]
         if found and not is_run:
-            raise InputError(f"{path}: holds {found[0]}, which is no run's; choose another --out")
+            raise InputError(f"{path}: holds {found[0]}, which belongs to no run; choose another --out")
         held.enter_context(sole_writer(path, LOCK))
         if checkpoints(path / "checkpoints") or (path / "model" / MANIFEST).exists():
             raise InputError(f"{path}: holds a trained model already; choose another --out")
@@ -130,14 +130,14 @@ def _next_run() -> Path:
 
 
 def resume(checkpoint: str | Path, changes: Mapping[str, object] | None = None, *, quiet: bool = False) -> Result:
-    """Go on with a run, exactly as if it had not stopped.
+    """Resume a run, exactly as if it had not stopped.
 
     Args:
         checkpoint: the run's folder (its newest checkpoint is taken), or one checkpoint in it.
         changes: fields of TrainingConfig marked ``resume``, with new values; they are saved with the run.
 
     Raises:
-        InputError: there is no whole checkpoint, or something of the run's folder does not fit it.
+        InputError: there is no complete checkpoint, or the run's folder does not fit it.
         Diverged, OSError: as for :func:`train`.
     """
     path = find_checkpoint(checkpoint).resolve()

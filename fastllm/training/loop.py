@@ -50,7 +50,7 @@ SESSIONS = "sessions.jsonl"
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended. ``signal`` is the number of the signal that stopped it early, 0 if it came to its end."""
+    """How a run ended. ``signal`` is the number of the signal that stopped it early, or 0 if it finished."""
 
     folder: Path
     steps: int

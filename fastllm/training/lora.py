@@ -74,7 +74,7 @@ def merged(model: TrainedModel) -> TrainedModel:
 
 
 def _frozen_sha256(model: TrainedModel) -> torch.Tensor:
-    """The SHA-256 of what is not trained, 32 bytes."""
+    """The SHA-256 of the frozen parameters, 32 bytes."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

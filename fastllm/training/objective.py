@@ -81,13 +81,13 @@ class ObjectiveConfig:
         None, "a file or folder to score on, or several with commas between them; without it a tenth of the data"
     )
 
-    beta: float = option(0.1, "dpo: how strongly the model is held to the one that it starts from", above=0)
+    beta: float = option(0.1, "dpo: how strongly the model is held to its starting point", above=0)
     dpo_loss: str = option(
         "sigmoid", "dpo: the loss of a pair; ipo's is the difference from 1 / (2 beta), squared",
         choices=("sigmoid", "hinge", "ipo"),
     )  # fmt: skip
-    teacher: str | None = option(None, "distill: the run or model to learn from; its tokenizer is taken")
-    teacher_share: float = option(0.5, "distill: the teacher's part of the loss, the text has the rest",
+    teacher: str | None = option(None, "distill: the run or model to learn from; its tokenizer is used")
+    teacher_share: float = option(0.5, "distill: the teacher's share of the loss; the rest is the text's loss",
                                   above=0, maximum=1)  # fmt: skip
     temperature: float = option(
         1.0, "distill: divides the logits of both; the divergence is multiplied by its square", above=0

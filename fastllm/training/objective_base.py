@@ -22,7 +22,7 @@ UNITS = {"bits_per_byte": "bits/byte"}
 class Evaluation:
     """Mean loss in nats over the ``tokens`` (or other targets) scored; ``scores`` by name; ``main`` is the one to show.
 
-    For language models that is ``bits_per_byte``. ``whole``: all held-out data were scored.
+    For language models ``main`` is ``bits_per_byte``. ``whole``: all held-out data were scored.
     """
 
     loss: float
@@ -37,12 +37,12 @@ class Evaluation:
 
     @property
     def signed_score(self) -> float:
-        """The main score, negative where less is better: more of it is always better."""
+        """The main score, negated if lower is better, so that higher is always better."""
         score = self.scores[self.main]
         return -score if self.main.endswith(LESS) else score
 
     def describe(self) -> str:
-        """All of it, in a line."""
+        """All scores, in one line."""
         if self.bits_per_byte is not None:
             return f"{self.bits_per_byte:.4f} bits per byte ({self.loss:.4f} nats per token, {self.tokens:,} tokens)"
         scores = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in self.scores.items())

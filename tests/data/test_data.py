@@ -101,7 +101,7 @@ def test_folders_are_read_in_order_of_their_paths_and_say_what_they_pass_over(tm
     corpus = read_corpus([tmp_path])
     assert corpus.validation == [prose(3, 9)]
     assert corpus.train == [prose(3, i) for i in range(12) if i != 9]
-    assert "2 files passed over" in corpus.notes[0]
+    assert "2 files skipped" in corpus.notes[0]
 
 
 @pytest.mark.parametrize(

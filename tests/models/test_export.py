@@ -91,7 +91,7 @@ def test_gguf_holds_the_weights_the_shape_and_the_tokenizer(tmp_path, capsys, sh
 @pytest.mark.parametrize(
     ("shape", "kind", "message"),
     [
-        (TOY, "bpe", "Llama has activation 'swiglu'"), (LLAMA, "char", "byte-level BPE"),
+        (TOY, "bpe", "Llama needs activation 'swiglu'"), (LLAMA, "char", "byte-level BPE"),
         (GPT.replace(activation="gelu"), "bpe", "activation 'gelu_tanh'"),
     ],
 )  # fmt: skip

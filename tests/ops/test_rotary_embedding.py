@@ -138,7 +138,7 @@ X, COS, IDS = torch.zeros(2, 4, 3, 8), torch.zeros(5, 4), torch.zeros(3, dtype=t
         ((X, X, COS, COS[:3]), {}, ValueError, r"alike.*\[5, 4\] and \[3, 4\]"),
         ((X, X, COS.expand(3, 5, 4), COS.expand(3, 5, 4)), {}, ValueError, "batch size 2 or 1, got 3"),
         ((X, X, COS.repeat(1, 2), COS.repeat(1, 2)), {}, ValueError, "at most 4 of query's 8 features, got 8"),
-        ((X, X, COS, COS), {"offset": 3}, ValueError, "offset 3.*have 5.*3 positions"),
+        ((X, X, COS, COS), {"offset": 3}, ValueError, "3 positions from offset 3.*have 5 rows"),
         ((X, X, COS, COS), {"offset": -1}, ValueError, "offset -1"),
         ((X, X, COS, COS), {"position_ids": IDS.float()}, TypeError, "position_ids.*float32"),
         ((X, X, COS, COS), {"position_ids": IDS[:2]}, ValueError, r"position_ids.*\[3\] or \[2, 3\], got \[2\]"),

@@ -175,7 +175,7 @@ def test_a_number_that_another_run_was_faster_to_take_is_left_to_it(config, tmp_
 @pytest.mark.parametrize("name", ["config.toml", "data", "model"])
 def test_a_folder_with_other_content_is_not_trained_in(config, tmp_path, name):
     (tmp_path / name).mkdir()
-    with pytest.raises(InputError, match=f"holds {name}, which is no run's; choose another --out"):
+    with pytest.raises(InputError, match=f"holds {name}, which belongs to no run; choose another --out"):
         train(config(), tmp_path, quiet=True)
     assert os.listdir(tmp_path) == [name]
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from .markup import Markup
 
-# So many siblings of one tag, with so many blocks each in the mean, are cards.
+# The fewest siblings of one tag that are cards, and their fewest blocks on average.
 _LEAST, _BLOCKS = 3, 1.5
 
 

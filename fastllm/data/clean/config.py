@@ -34,10 +34,11 @@ class CleanConfig:
     language_probability: float = option(0.65, "least probability of the language", minimum=0.0, maximum=1.0)
     block_urls: str | None = option(None, "leave out documents from the hosts, or host/path, in this file, one a line")
     quality_reference: str | None = option(
-        None, "keep only texts whose words are as usual as in this file or folder of text or JSON lines (unigram model)"
+        None,
+        "keep only texts whose words are as common as in this file or folder of text or JSON lines (unigram model)",
     )
     quality_share: float = option(
-        0.95, "share of the reference's own passages that the bound of --quality-reference keeps", above=0.0, below=1.0
+        0.95, "share of the reference's own passages that --quality-reference would keep", above=0.0, below=1.0
     )
     mask_pii: bool = option(False, "mask mail and IP addresses, telephone, card and bank account numbers")
     repair: bool = option(True, "undo mojibake and normalise Unicode (ftfy, NFC)")

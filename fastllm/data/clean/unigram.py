@@ -92,7 +92,7 @@ def reference_model(path: str, share: float) -> tuple[Unigram, float]:
 
 
 def like_reference(document: Document, path: str, share: float) -> Document | Rejection:
-    """``document`` if its words are as usual as those that ``share`` of the reference's own pieces reach."""
+    """``document`` if its words are as common as in ``share`` of the reference's own pieces."""
     model, least = reference_model(path, share)
     score = model.score(_words(document.text))
     if score >= least:

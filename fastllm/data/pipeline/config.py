@@ -18,11 +18,11 @@ class PipelineConfig:
     text_field: str = option("text", "the field of a JSON line that holds the text; html: that holds a page")
     near_duplicates: bool = option(True, "remove near duplicates (MinHash)")
     similarity: float = option(
-        0.75, "share of common runs of five words from which on two texts are near duplicates", minimum=0.5, maximum=1.0
+        0.75, "least share of common runs of five words in near duplicates", minimum=0.5, maximum=1.0
     )
     sentence_dedup: bool = option(False, "remove three sentences in a row that occurred before, in any document")
     exact_substrings: int | None = option(
-        None, "remove passages of at least so many characters that occurred before, in any document",
+        None, "remove passages of at least N characters that occurred before, in any document",
         minimum=50, maximum=1 << 16,
     )  # fmt: skip
     min_doc_words: int = option(
@@ -30,7 +30,7 @@ class PipelineConfig:
     )
     max_document_mb: int = option(64, "refuse larger documents", minimum=1, maximum=1 << 12)
     document_seconds: float = option(60.0, "refuse a document that takes longer to clean", above=0.0)
-    shard_mb: int = option(128, "text in one output file, before compression", minimum=1, maximum=1 << 14)
+    shard_mb: int = option(128, "MB of text in one output file, before compression", minimum=1, maximum=1 << 14)
 
     @property
     def limits(self) -> Limits:

@@ -52,7 +52,7 @@ def prepare_text(
     """Prepare ``sources`` into the folder ``out``, or go on where a run with the same settings stopped there.
 
     Args:
-        workers: processes that clean; None: one for each core, 0: this one.
+        workers: number of processes that clean; None: one for each core, 0: this one.
         engine: ``local``, or ``ray`` for the Ray cluster that RAY_ADDRESS names (else one on this machine).
         tell: called now and then with the share that is done and a line of text.
 

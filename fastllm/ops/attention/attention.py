@@ -81,7 +81,7 @@ def attention(
 ):  # fmt: skip
     """Fused attention (Dao 2023, FlashAttention-2), all features in one call, forward and backward.
 
-    With i and j counted within their sequences, and diagonal = Sk - Sq::
+    With i and j as positions within their sequences, and diagonal = Sk - Sq::
 
         t = query key^T * scale
         t = softcap * tanh(t / softcap)                     if softcap
@@ -98,10 +98,10 @@ def attention(
         softcap: bound of the logits (Gemma 2); None or 0 for none.
         alibi_slopes: fp32 (H,) or (B, H), constants (Press et al. 2022).
         sinks: (H,) logits of a column without a value (gpt-oss); differentiable.
-        bias: added to the logits, or boolean with True for what takes part; any shape that broadcasts to
-            (B, H, Sq, Sk), for packed calls (sequences, H, max_seqlen_q, max_seqlen_k). Differentiable.
-        dropout_p: probability of dropping a softmax weight; the rest are scaled by 1 / (1 - p). The mask is keyed by
-            a seed from the device's generator and by (batch, head, row, column): the same on every backend.
+        bias: added to the logits, or boolean with True for keys that take part; any shape that broadcasts to (B, H, Sq,
+            Sk), for packed calls (sequences, H, max_seqlen_q, max_seqlen_k). Differentiable.
+        dropout_p: probability of dropping a softmax weight; the rest are scaled by 1 / (1 - p). The mask is keyed by a
+            seed from the device's generator and by (batch, head, row, column): it is the same on every backend.
         cu_seqlens_q, cu_seqlens_k: (sequences + 1,) int32 or int64, where each packed sequence starts; the last
             entry ends the last one. Rows past it give 0. On a GPU the values are not checked.
         max_seqlen_q, max_seqlen_k: needed only for a bias in a packed call.
@@ -109,8 +109,8 @@ def attention(
             it includes the sink.
 
     Returns:
-        (B, H, Sq, Dv) or (total_q, H, Dv) in query's dtype; with ``return_lse`` the pair (out, lse). Rows that see
-        nothing give 0, lse = -inf and no gradient.
+        (B, H, Sq, Dv) or (total_q, H, Dv) in query's dtype; with ``return_lse`` the pair (out, lse). Rows without a
+        visible key give 0, lse = -inf and no gradient.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which.

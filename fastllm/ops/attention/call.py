@@ -157,7 +157,8 @@ def sequence_bias(bias: torch.Tensor, index: int, rows: int, cols: int) -> torch
 
 
 def cast_qkv(query, key, value, *others) -> tuple:
-    """The arguments as autocast casts them; as they are where query, key or value is no tensor, which is an error."""
+    """The arguments as autocast casts them. They stay as they are if query, key or value is not a tensor, which is an
+    error."""
     if isinstance(query, torch.Tensor) and isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor):
         return autocasted(query, key, value, *others)
     return query, key, value, *others

@@ -165,7 +165,7 @@ class _Dense:
                 out[where] = o.unflatten(2, (self.group, -1)).to(out.dtype)
 
     def backward(self, forward: ForwardResult, upstream: OutputGradients, grads: AttentionGradients) -> None:
-        """Writes ``grads``, of which dbias and dsinks are in at least fp32."""
+        """Writes ``grads``. dbias and dsinks are in at least fp32."""
         call = self.call
         dk, dv, dbias, dsinks = grads[1:]
         out, row_max, row_log = (self.by_group(x) for x in (forward.out, *forward.stats))

@@ -113,8 +113,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention``, with the same arguments, outputs and state_dict keys.
 
     With ``need_weights=False`` the attention is :func:`fastllm.functional.scaled_dot_product_attention`, and the
-    weights, (N, heads, L, S), never exist. With ``need_weights=True``, torch's default, they are asked for: the call
-    is torch's own, as it is for nested tensors.
+    weights, (N, heads, L, S), never exist. With ``need_weights=True``, torch's default, the weights are needed, so the
+    call is torch's own. Nested tensors also take torch's own call.
     """
 
     def forward(
@@ -125,11 +125,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
         Args:
             query, key, value: of width embed_dim, kdim and vdim.
-            key_padding_mask: (N, S): True, or a large negative number that is added, for keys to leave out.
+            key_padding_mask: (N, S): True for keys to leave out, or numbers to add, large and negative for keys to
+                leave out.
             need_weights: whether the second output is the attention weights, which takes torch's own path.
             attn_mask: (L, S) or (N * heads, L, S), the same way round.
-            average_attn_weights: over heads, where they are returned.
-            is_causal: ``attn_mask`` is the causal mask; it must be given, as torch demands.
+            average_attn_weights: average the weights over heads, if they are returned.
+            is_causal: ``attn_mask`` is the causal mask. It must be given too, as torch demands.
 
         Returns:
             (output, weights or None).

@@ -161,15 +161,15 @@ def scaled_dot_product_attention(
     Args:
         query: (..., L, E), floating point, any strides; any number of leading dimensions, the last of them heads.
         key, value: (..., S, E) and (..., S, Ev); leading dimensions broadcast with query's.
-        attn_mask: broadcasts to (..., L, S): boolean, True for what takes part, or added to the logits, with its
+        attn_mask: broadcasts to (..., L, S): boolean, True for keys that take part, or added to the logits, with a
             gradient; or a ``torch.nn.attention.bias.CausalBias``.
         dropout_p: probability of dropping a softmax weight, always applied.
         is_causal: hide column j > row i (top-left, as torch; :func:`fastllm.functional.attention` is bottom-right).
         scale: by default 1 / sqrt(E).
-        enable_gqa: key and value may have fewer heads, each read by a run of query heads.
+        enable_gqa: key and value may have fewer heads. Consecutive query heads share one.
 
     Returns:
-        (..., L, Ev) in query's dtype. Rows that see nothing give 0 and no gradient.
+        (..., L, Ev) in query's dtype. Rows without a visible key give 0 and no gradient.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which.

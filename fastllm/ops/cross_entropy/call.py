@@ -68,7 +68,10 @@ def cross_entropy_call(
             f"class probabilities of the input's shape, got shape {list(target.shape)}"
         )
     elif target.dtype not in (torch.int64, torch.uint8):
-        raise TypeError(f"{op}: class indices must be int64 (or uint8), got {target.dtype}")
+        raise TypeError(
+            f"{op}: target must be class indices, int64 or uint8, or class probabilities of the input's shape "
+            f"{list(input.shape)}; got {target.dtype} of shape {list(target.shape)}"
+        )
     if target.device != input.device:
         raise ValueError(f"{op}: target is on {target.device}, input on {input.device}; they must be together")
     _check_class_weights(op, input, weight, input.shape[class_dim(input)])

@@ -53,14 +53,14 @@ def cross_entropy(
         logit_scale: factor on the logits (an inverse temperature).
         z_loss: factor of the penalty on logsumexp(z)^2.
         return_lse: also return logsumexp(z) of every position.
-        inplace: permission for the backward to put the gradient where the logits were, which saves their size in
+        inplace: permission for the backward to overwrite the logits with their gradient, which saves their size in
             memory. They must come from an operation that does not need them itself, such as a linear layer. Another
-            backward that needs them after this one raises (their version counter has moved). Kernels take it up;
-            the eager backend and compiled code do not.
+            backward that needs them after this one raises (their version counter has moved). Kernels use this
+            permission. The eager backend and compiled code do not.
 
     Returns:
-        The loss in torch's dtype: a scalar, or the target's positions for "none". A mean over nothing is NaN.
-        With ``return_lse`` a pair (loss, lse); lse is at least fp32, of the target's positions, differentiable.
+        The loss in torch's dtype: a scalar, or the target's positions for "none". A mean over no targets is NaN. With
+        ``return_lse`` a pair (loss, lse); lse is at least fp32, of the target's positions, differentiable.
 
     Raises:
         TypeError: a dtype does not fit.
@@ -116,7 +116,8 @@ def _by_kernels(call: CrossEntropyCall, backend: str):
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    """``torch.nn.CrossEntropyLoss``, with the same arguments, on :func:`cross_entropy`; see there for the others."""
+    """``torch.nn.CrossEntropyLoss``, with the same arguments, on :func:`cross_entropy`, which documents the additional
+    ones."""
 
     @keywords_of(cross_entropy)
     def __init__(

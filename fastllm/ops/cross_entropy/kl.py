@@ -17,9 +17,9 @@ def linear_kl_div(
     temperature=1.0, ignore_index=-100, reduction="mean", max_workspace_mb=None, linear_bias=None, teacher_bias=None,
     teacher_indices=None, softcap=None, teacher_softcap=None,
 ):  # fmt: skip
-    """The divergence of ``softmax(linear(input))`` from a teacher's distribution: distillation, a chunk at a time.
+    """The divergence of ``softmax(linear(input))`` from a teacher's distribution: for distillation, a chunk at a time.
 
-    With p the teacher's distribution and q the student's, both of logits divided by the temperature T, a position's
+    p is the teacher's distribution and q the student's, both from logits divided by the temperature T. A position's
     loss is T^2 times
 
     - "forward": KL(p || q), the mean under the teacher of log p - log q;
@@ -35,34 +35,34 @@ def linear_kl_div(
     - a layer: ``teacher_input`` (..., D') are hidden states and ``teacher_weight`` is (V, D'); D' may differ from D;
     - logits: ``teacher_input`` (..., V) alone;
     - its k most probable classes, from a cache: ``teacher_input`` (..., k) are their probabilities at this temperature
-      and ``teacher_indices`` (..., k) the classes. They are taken as they are: all other classes have probability 0,
-      and nothing is scaled to sum to 1. "reverse" is infinite there, and refused.
+      and ``teacher_indices`` (..., k) the classes. They are used as they are: all other classes have probability 0, and
+      nothing is scaled to sum to 1. "reverse" would be infinite, so it is refused.
 
     Args:
         input: (..., D), floating point: the student's hidden states. linear_weight: (V, D), in the same dtype.
             linear_bias: (V,) or None.
-        teacher_input, teacher_weight, teacher_bias, teacher_indices: see above. The teacher's dtype may differ.
-            Gradients go to the student and to the teacher's layer or logits, to each tensor that requires one: give a
-            frozen teacher's detached, or compute them under ``torch.no_grad``.
-        target: integers of the input's leading shape that say which positions count, or None for all: those that are
-            not ``ignore_index``. On CPU nothing is computed for the others.
+        teacher_input, teacher_weight, teacher_bias, teacher_indices: see above. The teacher's dtype may differ. Each
+            tensor of the student and the teacher that requires a gradient gets one. Detach the tensors of a frozen
+            teacher, or compute them under ``torch.no_grad``.
+        target: integers of the input's leading shape; positions where it is not ``ignore_index`` count. None: all
+            count. On CPU nothing is computed for the others.
         beta: the teacher's share in "jsd", between 0 and 1, both excluded.
         temperature: positive.
         reduction: "mean" over the positions that count, "sum" or "none".
-        max_workspace_mb: MiB for the logits of a chunk, the student's and those of a teacher's layer; None for 1200 on
-            CUDA, 128 elsewhere. A chunk has at least one row. About ten fp32 tensors of 2^18 numbers, 2^24 on CUDA,
-            come on top.
+        max_workspace_mb: MiB for the logits of a chunk, the student's and those of a teacher's layer. None is 1200 on
+            CUDA and 128 elsewhere. A chunk has at least one row. About ten more fp32 tensors of 2^18 numbers, 2^24 on
+            CUDA, are needed.
         softcap, teacher_softcap: the logits are ``softcap * tanh(logits / softcap)``, or None.
 
     Returns:
         The loss in nats, in fp32 at least: a scalar, or of the input's leading shape for "none", where positions that
         do not count have 0. For "mean" and "sum" the gradients are computed with the loss, except in fp16 and in
-        compiled code; for "none" in the backward, with the logits once more.
+        compiled code. For "none" they are computed in the backward, with the logits once more.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or option does not fit; the teacher has another vocabulary; on
             CPU, no position counts toward a mean, or a probability is below 0.
-        IndexError: on CPU, an index of ``teacher_indices`` is no class.
+        IndexError: on CPU, an index in ``teacher_indices`` is not a class.
         BackendError: the backend asked for cannot serve the call.
     """
     call = linear_kl_div_call(

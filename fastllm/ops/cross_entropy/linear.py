@@ -28,46 +28,47 @@ def linear_cross_entropy(
 ):  # fmt: skip
     """``cross_entropy(linear(input, linear_weight, linear_bias), target)`` without ever holding all the logits.
 
-    The logits of a chunk of rows are computed, overwritten with their gradient, and multiplied into the gradients of
-    the input and the layer, chunk by chunk: three matrix multiplications in all, and a workspace of one chunk.
+    The logits are computed in chunks of rows. Each chunk is overwritten with its gradient and multiplied into the
+    gradients of the input and the layer. This takes three matrix multiplications in all, and the workspace of one
+    chunk.
 
     Args:
         input: (..., D), floating point. linear_weight: (V, D), in the same dtype. linear_bias: (V,) or None.
         target: class indices of the input's leading shape, int64 or uint8. Also torch's other forms: class
             probabilities (N, V), or a linear_weight (V, d1, ..., D) with bias (V, d1, ...); for these all the logits
             are held, and token_weight, shift, max_targets, return_accuracy and return_entropy are refused.
-        options: torch's chunking options; accepted and without effect, ``max_workspace_mb`` decides here.
+        options: torch's chunking options; accepted, but without effect: ``max_workspace_mb`` decides here.
         weight, ignore_index (None: -100), label_smoothing, softcap, logit_scale, z_loss: as in
             :func:`fastllm.functional.cross_entropy`. On CPU ignored rows are left out before anything is computed.
-        max_targets: at most this many targets are not ignored; a masked-LM head knows it. With it CUDA too computes no
-            more rows. Without it the device alone knows how many there are, and the host does not wait for it. If more
-            are not ignored: ValueError on CPU, a device-side assert on CUDA.
+        max_targets: at most this many targets are not ignored, a number that a masked-LM head knows. With it, CUDA too
+            computes no more rows. Without it only the device knows their number, and the host does not wait for it. If
+            more are not ignored, a ValueError is raised on CPU, and a device-side assert on CUDA.
         reduction: "mean" (over class weight times token weight, summed over the targets that are not ignored), "sum"
             or "none".
-        token_weight: factors on the losses, of the target's shape, or None: each is the input's at its place, also
-            where ``shift`` holds that input against a later target. No gradient of its own.
-        shift: each input is held against the target ``shift`` positions further on along the last dimension; 1 for
-            next-token prediction from unshifted tokens. The last ``shift`` positions count as ignored.
-        max_workspace_mb: MiB of workspace, which decide the rows of a chunk, at least one; None for 1200 on CUDA, 64
-            elsewhere. See :func:`linear_cross_entropy_plan`.
+        token_weight: factors of the losses, of the target's shape, or None. Each belongs to the input at its position,
+            also with ``shift``. It gets no gradient.
+        shift: the target of each input is the one ``shift`` positions later along the last dimension; 1 for next-token
+            prediction from unshifted tokens. The last ``shift`` positions count as ignored.
+        max_workspace_mb: MiB of workspace, which decide the number of rows in a chunk, at least one. None is 1200 on
+            CUDA and 64 elsewhere. See :func:`linear_cross_entropy_plan`.
         recompute: keep no gradients between forward and backward. The backward computes the logits again, a fourth
             matrix multiplication. fp16 (whose gradients of a mean would underflow before a loss scale reaches them),
             compiled code and a second backward always do so. "none" does so too, except where the extension serves
             and one chunk holds all rows: their logits then stay for the backward, three multiplications in all.
         return_lse: also return logsumexp of every position's logits, those of ignored targets too.
-        return_accuracy: also return 1 for each target whose logit no other class exceeds, else 0; 0 for ignored
+        return_accuracy: also return 1 for each target whose logit is the largest or equal to it, else 0; 0 for ignored
             targets. Not differentiable.
         return_entropy: also return the entropy of every position's softmax, in nats, those of ignored targets too.
 
     Returns:
         The loss in the input's dtype (fp32 under autocast), a scalar or of the target's shape. Row losses and the
-        layer's gradients are summed in fp32. With any ``return_...`` a tuple of the loss and what they name, in the
-        order lse, accuracy, entropy; each of the target's shape, in at least fp32. lse and entropy are differentiable;
-        where their gradients are asked for, the logits are computed once more.
+        layer's gradients are summed in fp32. With any ``return_...`` it is a tuple of the loss and the results that
+        they name, in the order lse, accuracy, entropy. Each of these has the target's shape, in at least fp32. lse and
+        entropy are differentiable. If their gradients are needed, the logits are computed once more.
 
-    On a CPU the layer's gradient is summed over the chunks by the extension's bf16 products with fp32 sums, where the
-    CPU has matrix units (AMX) or vector products of bf16 (AVX-512 BF16); else by products in fp32, whatever the inputs'
-    dtype, because PyTorch's 16-bit products there are rounded to 16 bits chunk by chunk.
+    On a CPU with matrix units (AMX) or vector products of bf16 (AVX-512 BF16), the extension's bf16 products with fp32
+    sums add the layer's gradient over the chunks. On other CPUs these products are in fp32, whatever the inputs' dtype,
+    because PyTorch would round each chunk's 16-bit product to 16 bits.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or option does not fit.
@@ -169,7 +170,7 @@ _Loss = torch.nn.modules.loss._WeightedLoss
 
 
 class LinearCrossEntropyLoss(getattr(torch.nn, "LinearCrossEntropyLoss", _Loss)):
-    """The loss of a linear layer's outputs, which are never held all at once; owns the layer as ``linear``.
+    """The loss of a linear layer's outputs, which are never held all at once. The layer is its submodule ``linear``.
 
     ``torch.nn.LinearCrossEntropyLoss``'s state_dict keys and arguments up to ``options``, and a subclass of it where
     torch has it (>= 2.13); the other arguments are :func:`linear_cross_entropy`'s. ``forward(input, target,
@@ -219,11 +220,11 @@ class LinearCrossEntropyLoss(getattr(torch.nn, "LinearCrossEntropyLoss", _Loss))
 
 
 class LinearCrossEntropyHead(torch.nn.Linear):
-    """A model's output layer that gives the loss instead of the logits where it is given the targets.
+    """A model's output layer that returns the loss instead of the logits if it gets the targets.
 
-    In place of a ``torch.nn.Linear``: same arguments, same state_dict keys, and always called through ``forward``, so
-    that DDP, FSDP, tied weights and hooks see it. ``forward(input)`` gives logits and
-    ``forward(input, target, **options)`` :func:`linear_cross_entropy` of them.
+    It replaces a ``torch.nn.Linear``. It has the same arguments and state_dict keys, and is always called through
+    ``forward``, so that DDP, FSDP, tied weights and hooks see it. ``forward(input)`` returns logits, and
+    ``forward(input, target, **options)`` returns :func:`linear_cross_entropy` of them.
     """
 
     def forward(self, input, target=None, **options):

@@ -51,7 +51,7 @@ def _whole_reference(
     input, linear_weight, target, *, linear_bias=None, ignore_index=None, options=None, token_weight=None, shift=0,
     max_workspace_mb=None, max_targets=None, recompute=False, return_accuracy=False, return_entropy=False, **more,
 ):  # fmt: skip
-    """For torch's other forms: what is for class indices alone is passed over here, and refused by the op."""
+    """For torch's other forms: options for class indices alone are ignored here, and refused by the op."""
     logits = whole_logits(input, linear_weight, linear_bias, torch.promote_types(input.dtype, torch.float32))
     ignore_index = -100 if ignore_index is None else ignore_index
     loss = cross_entropy_reference(logits, target, ignore_index=ignore_index, **more)

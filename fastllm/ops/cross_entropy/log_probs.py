@@ -20,36 +20,39 @@ def linear_log_probs(
     input, linear_weight, target, *, linear_bias=None, temperature=1.0, softcap=None, return_entropy=False,
     token_weight=None, shift=0, ignore_index=-100, max_workspace_mb=None,
 ):  # fmt: skip
-    """The log-probability of each target under ``softmax(linear(input) / temperature)``, never all the logits.
+    """The log-probability of each target under ``softmax(linear(input) / temperature)``, without ever holding all the
+    logits.
 
-    What preference and policy-gradient losses (:mod:`fastllm.losses`) are made of. The logits are computed a chunk of
-    rows at a time by :func:`fastllm.functional.linear_cross_entropy`'s own code, and once more in the backward: four
-    matrix multiplications in all, and a workspace of one chunk. Where one chunk holds all rows, the CPU extension keeps
-    their logits for the backward: three multiplications. Where the input alone requires a gradient, as under a frozen
-    head, its rows' gradients are computed in the forward and scaled in the backward: two.
+    Preference and policy-gradient losses (:mod:`fastllm.losses`) are made of these. The code of
+    :func:`fastllm.functional.linear_cross_entropy` computes the logits a chunk of rows at a time, and once more in the
+    backward. This takes four matrix multiplications in all, and the workspace of one chunk. If one chunk holds all
+    rows, the CPU extension keeps their logits for the backward, which takes three multiplications. If only the input
+    requires a gradient, as under a frozen head, its gradient is computed in the forward and scaled in the backward,
+    which takes two multiplications.
 
     Args:
         input: (..., D), floating point: the hidden states under the output layer.
-        linear_weight: (V, D), in the same dtype. linear_bias: (V,) or None. Gradients go to each of the three that
-            requires one.
+        linear_weight: (V, D), in the same dtype. linear_bias: (V,) or None. Each of the three that requires a gradient
+            gets one.
         target: class indices of the input's leading shape, int64 or uint8.
         temperature: the logits are divided by it, after the soft cap; positive.
         softcap: the logits are ``softcap * tanh(logits / softcap)``, or None.
         return_entropy: also return the entropy of each target's distribution.
-        token_weight: factors on the log-probabilities, of the target's shape, or None: each is the input's at its
-            place, also where ``shift`` holds that input against a later target. No gradient of its own.
-        shift: each input is held against the target ``shift`` positions further on along the last dimension; 1 for
-            next-token prediction from unshifted tokens. The last ``shift`` positions count as ignored. In packed rows
-            the last tokens of a sequence would be held against the next sequence: give each sequence's first ``shift``
-            targets as ``ignore_index`` there.
+        token_weight: factors of the log-probabilities, of the target's shape, or None. Each belongs to the input at its
+            position, also with ``shift``. It gets no gradient.
+        shift: the target of each input is the one ``shift`` positions later along the last dimension; 1 for next-token
+            prediction from unshifted tokens. The last ``shift`` positions count as ignored. In packed rows the last
+            tokens of a sequence would take targets of the next sequence: set the first ``shift`` targets of each
+            sequence to ``ignore_index`` there.
         ignore_index: targets of this value are ignored: log-probability and entropy 0, no gradient. On CPU their logits
             are not computed.
-        max_workspace_mb: MiB of workspace, which decide the rows of a chunk, at least one; None for 1200 on CUDA, 64
-            elsewhere.
+        max_workspace_mb: MiB of workspace, which decide the number of rows in a chunk, at least one. None is 1200 on
+            CUDA and 64 elsewhere.
 
     Returns:
-        The log-probabilities in nats, of the target's shape, in fp32 at least: a ratio of two policies is lost in 16
-        bits. With ``return_entropy`` a pair of them and the entropies, likewise in nats; both are differentiable.
+        The log-probabilities in nats, of the target's shape, in fp32 at least, because 16 bits are too few for the
+        ratio of two policies. With ``return_entropy`` it is a pair of these and the entropies, also in nats. Both are
+        differentiable.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or option does not fit.

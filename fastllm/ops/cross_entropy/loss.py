@@ -125,7 +125,7 @@ def loss_dtype(input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor |
 def out_of_range(
     target: torch.Tensor, ignore_index: int, n_classes: int, op: str = "cross_entropy"
 ) -> IndexError | None:
-    """An error that names the first target that is no class, or None."""
+    """An error that names the first target that is not a class, or None."""
     if target.numel() > 0:
         # One pass, and enough where nothing is ignored; a number compares 3 us faster than a tensor.
         least, most = map(int, target.aminmax())

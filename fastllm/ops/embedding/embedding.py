@@ -56,8 +56,8 @@ def embedding(
 ):  # fmt: skip
     """``torch.nn.functional.embedding``: row ``input[...]`` of ``weight``.
 
-    Forward copies rows bit for bit. The table's gradient is summed in fp32 (fp64 for fp64), in an order that depends
-    on the ids alone: the same bits for any number of threads and on every run, without atomics.
+    Forward copies rows bit for bit. The table's gradient is summed in fp32 (fp64 for fp64), in an order that depends on
+    the ids alone. So it has the same bits for any number of threads and on every run, without atomics.
 
     Args:
         input: ids, int32 or int64, any shape and strides.
@@ -68,10 +68,10 @@ def embedding(
         scale_grad_by_freq: divide each row's gradient by the number of its ids in ``input``.
         sparse: a sparse gradient, by torch's own operators.
         main_grad: (num_embeddings, embedding_dim), in the table's dtype or float32. Backward adds the gradient to it
-            and gives ``weight`` none: there is no second buffer of the table's size. ``weight.grad`` will do once it
-            exists (micro-batches, weights tied to a head). Not under torch.compile, and not differentiable again.
-        vocab_range: (start, end) where ``weight`` holds these ids of a larger vocabulary (vocabulary parallelism). Any
-            other id gives a row of zeros and no gradient; ``padding_idx`` is then an id of the whole vocabulary.
+            and gives ``weight`` none: there is no second buffer of the table's size. It may be ``weight.grad`` once
+            that exists (micro-batches, weights tied to a head). Not under torch.compile, and not differentiable twice.
+        vocab_range: (start, end) if ``weight`` holds only these ids of a larger vocabulary (vocabulary parallelism).
+            Any other id gives a row of zeros and no gradient; ``padding_idx`` is then an id of the whole vocabulary.
 
     Returns:
         (*input.shape, embedding_dim), in the table's dtype.
@@ -79,7 +79,7 @@ def embedding(
     Raises:
         TypeError: an argument is not a tensor, or the ids are neither int32 nor int64.
         ValueError: a shape, device or option does not fit.
-        IndexError: an id is negative or not below num_embeddings, on CPU; the message has its position. On CUDA a
+        IndexError: on CPU, an id is negative or not below num_embeddings; the message has its position. On CUDA a
             device-side assertion, as in torch.
         BackendError: the backend asked for cannot serve the call.
     """
@@ -106,9 +106,9 @@ class Embedding(torch.nn.Embedding):
     """``torch.nn.Embedding``, with the same arguments and state_dict keys, on :func:`embedding`.
 
     Args:
-        accumulate_grad: keyword-only. Backward adds to ``weight.grad`` itself once that exists, instead of handing
-            autograd a second buffer of the table's size to add. It then bypasses hooks on ``weight`` and
-            ``torch.autograd.grad``. Outside torch.compile only.
+        accumulate_grad: keyword-only. Once ``weight.grad`` exists, the backward adds to it directly, instead of giving
+            autograd a second buffer of the table's size. It then bypasses hooks on ``weight`` and
+            ``torch.autograd.grad``. Not under torch.compile.
     """
 
     def __init__(self, *args, accumulate_grad: bool = False, **kwargs):

@@ -193,8 +193,8 @@ def _check(indices, weights, dropout_p):
             raise TypeError(f"embedding_sum: {name} must be a sequence of tensors, got {type(value).__name__}")
     if not weights or len(indices) != len(weights):
         raise ValueError(
-            f"embedding_sum: expected one indices for each of at least one table, got {len(indices)} indices and "
-            f"{len(weights)} weights"
+            f"embedding_sum: indices and weights must be sequences of one length, at least 1; got {len(indices)} and "
+            f"{len(weights)}"
         )
     first = weights[0]
     for t, weight in enumerate(weights):
@@ -251,11 +251,11 @@ def embedding_sum(indices, weights, *, padding_idx=None, scale=1.0, dropout_p=0.
 
     The sum is taken in fp32 (fp64 for fp64), in the order of the tables, and rounded once. Each table's gradient is a
     fp32 sum in a fixed order, as :func:`embedding`'s. The dropout mask is a pure function of a seed and the element's
-    number, computed again in backward: nothing of the output's size is stored.
+    number. The backward computes it again, so no tensor of the output's size is stored.
 
     Args:
-        indices: for each table its ids, int32 or int64, of shapes that broadcast together: (B, S) tokens beside (S,)
-            positions. None: the positions 0 .. S-1 along the last dimension of the first ids that are given.
+        indices: for each table its ids, int32 or int64, of shapes that broadcast together, such as (B, S) tokens and
+            (S,) positions. None: the positions 0 .. S-1 along the last dimension of the first ids that are given.
         weights: for each table (rows, embedding_dim); one dtype and device for all.
         padding_idx: the id in the first table whose row gets no gradient, or a sequence, one (or None) for each table.
         scale: multiplies the sum, or a sequence, one for each table, as in ``(sqrt(embedding_dim), 1)`` of Vaswani et
@@ -266,9 +266,9 @@ def embedding_sum(indices, weights, *, padding_idx=None, scale=1.0, dropout_p=0.
         (*broadcast shape of the ids, embedding_dim), in the tables' dtype.
 
     Raises:
-        TypeError: an argument is not a tensor or a sequence of them, or of another dtype than it must be.
+        TypeError: an argument is not a tensor or a sequence of tensors, or has the wrong dtype.
         ValueError: a count, shape, device or option does not fit.
-        IndexError: an id is outside its table, on CPU; the message has table and position. On CUDA a device-side
+        IndexError: on CPU, an id is outside its table; the message has table and position. On CUDA a device-side
             assertion, as in torch.
         BackendError: the backend asked for cannot serve the call.
     """
@@ -295,16 +295,17 @@ class EmbeddingSum(torch.nn.Module):
     Args:
         num_embeddings: rows of each table.
         embedding_dim: columns of every table.
-        padding_idx: of the first table, or one (or None) for each; such rows start as zeros and get no gradient.
-        scale: multiplies the sum, or one for each table.
+        padding_idx: an id of the first table, or one (or None) for each table; these rows start as zeros and get no
+            gradient.
+        scale: a factor of the sum, or a sequence with one for each table.
         dropout: probability, in training.
         device, dtype: of the tables.
 
     The tables are ``tables``, a ModuleList of :class:`Embedding`: state_dict keys ``tables.0.weight``, ...
 
     Shape:
-        forward(*indices): ids for each table, shapes that broadcast together; the last ones may be left out or None,
-        which stands for positions 0 .. S-1. Returns (*shape, embedding_dim).
+        forward(*indices): ids for each table, of shapes that broadcast together. The last ones may be left out or None,
+        which means positions 0 .. S-1. Returns (*shape, embedding_dim).
     """
 
     def __init__(

@@ -64,18 +64,19 @@ def add_layer_norm_prefers_torch(call: NormCall) -> str | None:
 def add_layer_norm(
     input, residual, normalized_shape, weight=None, bias=None, eps=1e-5, *, dropout_p=0.0, weight_offset=0.0
 ):
-    """``h = residual + dropout(input)`` and ``layer_norm(h)``, fused: each tensor is moved once, either way.
+    """``h = residual + dropout(input)`` and ``layer_norm(h)``, fused: each tensor is read or written once, forward and
+    backward.
 
     Args:
         input: a branch's output, (..., *normalized_shape), floating point, any strides.
         residual: the residual stream, of the input's shape; its dtype may be wider.
         normalized_shape, weight, bias, eps, weight_offset: as in :func:`fastllm.functional.layer_norm`.
         dropout_p: probability in [0, 1) that an element of ``input`` is dropped before the add, the others scaled by
-            1 / (1 - dropout_p). As in torch's scaled_dot_product_attention the caller passes 0 when not training.
+            1 / (1 - dropout_p). As in torch's scaled_dot_product_attention, the caller passes 0 when not training.
             Drawn from the device's default generator; backends draw different masks from the same seed.
 
     Returns:
-        (y, h): y in the input's dtype, h in the residual's. y is the norm of h as rounded.
+        (y, h): y in the input's dtype, h in the residual's. y is the norm of the rounded h.
 
     Raises:
         TypeError: ``input`` or ``residual`` is not a floating-point tensor.
@@ -89,18 +90,19 @@ def add_layer_norm(
 
 
 def add_rms_norm(input, residual, normalized_shape, weight=None, eps=None, *, dropout_p=0.0, weight_offset=0.0):
-    """``h = residual + dropout(input)`` and ``rms_norm(h)``, fused: each tensor is moved once, either way.
+    """``h = residual + dropout(input)`` and ``rms_norm(h)``, fused: each tensor is read or written once, forward and
+    backward.
 
     Args:
         input: a branch's output, (..., *normalized_shape), floating point, any strides.
         residual: the residual stream, of the input's shape; its dtype may be wider.
         normalized_shape, weight, eps, weight_offset: as in :func:`fastllm.functional.rms_norm`.
         dropout_p: probability in [0, 1) that an element of ``input`` is dropped before the add, the others scaled by
-            1 / (1 - dropout_p). As in torch's scaled_dot_product_attention the caller passes 0 when not training.
+            1 / (1 - dropout_p). As in torch's scaled_dot_product_attention, the caller passes 0 when not training.
             Drawn from the device's default generator; backends draw different masks from the same seed.
 
     Returns:
-        (y, h): y in the input's dtype, h in the residual's. y is the norm of h as rounded.
+        (y, h): y in the input's dtype, h in the residual's. y is the norm of the rounded h.
 
     Raises:
         TypeError: ``input`` or ``residual`` is not a floating-point tensor.

@@ -29,12 +29,12 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, wei
     Args:
         input: (..., *normalized_shape), floating point, any strides.
         normalized_shape: the last dimensions of ``input``, over which mean and variance are taken.
-        weight, bias: normalized_shape, or None. May be fp32 beside a 16-bit input.
+        weight, bias: normalized_shape, or None. May be fp32 with a 16-bit input.
         eps: added to the variance.
-        weight_offset: added to the weight in fp32, for weights stored as their distance from it.
+        weight_offset: added to the weight in fp32, for models that store the weight minus this offset.
 
     Returns:
-        A tensor as ``input``, in its dtype. Mean and 1/std are taken in fp32 whatever the dtype.
+        A tensor of the input's shape and dtype. Mean and 1/std are computed in fp32, whatever the dtype.
 
     Raises:
         TypeError: ``input`` is not a floating-point tensor.

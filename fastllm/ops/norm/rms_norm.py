@@ -29,13 +29,13 @@ def rms_norm(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.
     Args:
         input: (..., *normalized_shape), floating point, any strides.
         normalized_shape: the last dimensions of ``input``, over which the mean square is taken.
-        weight: normalized_shape, or None. May be fp32 beside a 16-bit input.
+        weight: normalized_shape, or None. May be fp32 with a 16-bit input.
         eps: added to the mean square; None means torch's default, the epsilon of the dtype that the mean is taken
             in (fp32's for 16-bit inputs).
         weight_offset: added to the weight in fp32; 1.0 for models that store weight - 1 (Gemma, arXiv:2403.08295).
 
     Returns:
-        A tensor as ``input``, in its dtype. The mean square is taken in fp32 whatever the dtype.
+        A tensor of the input's shape and dtype. The mean square is computed in fp32, whatever the dtype.
 
     Raises:
         TypeError: ``input`` is not a floating-point tensor.

@@ -93,7 +93,7 @@ def mask_tokens(
     _, word = np.unique(words[places], return_inverse=True)
     order = rng.permutation(word[-1] + 1)
     sizes = np.bincount(word)[order]
-    # Words in their drawn order while they fit; one that does not is passed over.
+    # Words in their drawn order while they fit; one that does not fit is skipped.
     chosen, total = np.zeros(len(sizes), bool), 0
     for number, size in zip(order, sizes, strict=True):
         if total + size <= wanted:

@@ -1,4 +1,4 @@
-"""Objectives on prompts: answers to give, and answers of which one is preferred."""
+"""Objectives on prompts: answers to give, and pairs of answers of which one is preferred."""
 
 from __future__ import annotations
 

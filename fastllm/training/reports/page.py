@@ -137,7 +137,7 @@ def make_page(runs: list[Path], out: Path) -> None:
     One that ended before its first step has a row without numbers.
 
     Raises:
-        InputError: one is no run, or none has metrics yet; names it.
+        InputError: one is not a run, or none has metrics yet. The message names it.
         OSError: ``out`` cannot be written.
     """
     metrics, configs = [], []
