@@ -2,6 +2,10 @@
 
 For a decoder's step. Keys and values are read once, also where several heads of queries share them, and stay in their
 dtype in memory; products and sums are in float32.
+
+Processor time at AVX2 on one busy core of an AMD EPYC, one query of 8 heads of 64, by scaled_dot_product_attention of
+PyTorch and by this one with its choices, us: in bfloat16 16 keys 15 and 18, 64 keys 46 and 25, 1024 keys 824 and 148;
+in float32 16 keys 5 and 17, 256 keys 25 and 33, 1024 keys 106 and 115.
 """
 
 from __future__ import annotations
