@@ -44,6 +44,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastllm, m) {
   m.def(
       "rotary_rows(Tensor query, Tensor? key, Tensor cos, Tensor sin, Tensor? position_ids, SymInt offset, "
       "bool interleaved, bool inverse) -> (Tensor, Tensor)");
+  m.def("attention_step(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor");
   m.def("linear_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("add_product_(Tensor(a!) total, Tensor a, Tensor b) -> ()");
   m.def("embedding_sum_dropout(Tensor grad, float dropout_p, Tensor seed) -> Tensor");

@@ -1,6 +1,7 @@
 // Checks and accessors for torch::stable::Tensor that the CPU and CUDA ops share.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -67,8 +68,23 @@ inline std::vector<int64_t> with_last(const Tensor& indices, int64_t columns) {
   return shape;
 }
 
+// A fresh contiguous tensor on `like`'s device. new_empty() looks its operator up by name at every call: 1.1 of the 2.6 us
+// that a product of one row with 64 x 64 weights took.
 inline Tensor empty_like_device(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t d = shape.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= shape[d] < 1 ? 1 : shape[d];
+  }
+  int32_t device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle fresh = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                         strides.data(), type, device_type, device_index, &fresh));
+  return Tensor(fresh);
 }
 
 // What a backward needs to know of its operands, once checked.

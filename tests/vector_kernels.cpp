@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../csrc/cpu/attention_rows.h"
+#include "../csrc/cpu/attention_step.h"
 #include "../csrc/cpu/cross_entropy.h"
 #include "../csrc/cpu/gated.h"
 #include "../csrc/cpu/linear_rows.h"
@@ -19,6 +20,7 @@
 namespace fastllm::isa_default {
 extern const AttentionKernels attention_kernels;
 extern const AttentionGradKernels attention_grad_kernels;
+extern const AttentionStepKernels attention_step_kernels;
 extern const CrossEntropyKernels cross_entropy_kernels;
 extern const GatedKernels gated_kernels;
 extern const LinearKernels linear_kernels;
@@ -125,6 +127,20 @@ void linear() {
 }
 
 template <class T>
+void one_query() {
+  constexpr int64_t kKeys = 150, kDim = 43, kDimV = 37, kGroup = 3;
+  const auto q = made<T>(kGroup * kDim, 7919), k = made<T>(kKeys * kDim, 31), v = made<T>(kKeys * kDimV, 17);
+  const auto mask = made<float>(kKeys, 13);
+  std::vector<T> out(kGroup * kDimV);
+  std::vector<float> scratch(static_cast<size_t>(step_scratch(kGroup, kKeys, kDim, kDimV)));
+  isa_default::attention_step_kernels.attention_step(
+      {q.data(), k.data(), v.data(), out.data(), mask.data(), kDim, kDim, kDimV, kDimV, 0, 1, kGroup, kKeys, kDim, kDimV,
+       0.2f, dtype_of<T>(), false},
+      scratch.data());
+  write(out);
+}
+
+template <class T>
 void attention() {
   constexpr int64_t kColumnsOf = 150, kDim = 24, kDimV = 19;
   const int dtype = dtype_of<T>();
@@ -165,7 +181,7 @@ void rows() {
 
 template <class T>
 void everything() {
-  gated<T>(), norms<T>(), losses<T>(), rotary<T>(), linear<T>(), attention<T>(), rows<T>();
+  gated<T>(), norms<T>(), losses<T>(), rotary<T>(), linear<T>(), one_query<T>(), attention<T>(), rows<T>();
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 #include "attention_rows.h"
+#include "attention_step.h"
 #include "cross_entropy.h"
 #include "gated.h"
 #include "level.h"
@@ -12,6 +13,7 @@ namespace fastllm {
 #define FASTLLM_DECLARE                                   \
   extern const AttentionKernels attention_kernels;        \
   extern const AttentionGradKernels attention_grad_kernels; \
+  extern const AttentionStepKernels attention_step_kernels; \
   extern const RowKernels kernels;                        \
   extern const CrossEntropyKernels cross_entropy_kernels; \
   extern const GatedKernels gated_kernels;                \
@@ -42,6 +44,7 @@ FASTLLM_DECLARE
 const RowKernels& row_kernels() { return FASTLLM_CHOSEN(kernels); }
 const AttentionKernels& attention_kernels() { return FASTLLM_CHOSEN(attention_kernels); }
 const AttentionGradKernels& attention_grad_kernels() { return FASTLLM_CHOSEN(attention_grad_kernels); }
+const AttentionStepKernels& attention_step_kernels() { return FASTLLM_CHOSEN(attention_step_kernels); }
 const CrossEntropyKernels& cross_entropy_kernels() { return FASTLLM_CHOSEN(cross_entropy_kernels); }
 const GatedKernels& gated_kernels() { return FASTLLM_CHOSEN(gated_kernels); }
 const LinearKernels& linear_kernels() { return FASTLLM_CHOSEN(linear_kernels); }

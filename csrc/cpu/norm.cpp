@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "../scalar.h"
 #include "strided.h"
 
 namespace fastllm {
@@ -12,13 +13,40 @@ bool is_wide(const Tensor& x, const std::optional<Tensor>& other) {
   return x.scalar_type() == ScalarType::Double || (other.has_value() && other->scalar_type() == ScalarType::Double);
 }
 
-const void* parameter(const char* op, const std::optional<Tensor>& p, int64_t columns, bool wide) {
-  if (!p.has_value()) return nullptr;
-  if (p->numel() != columns || p->scalar_type() != (wide ? ScalarType::Double : ScalarType::Float) ||
-      !p->is_contiguous())
-    refuse(op, ": weight and bias must be contiguous, one a column, in the accumulator's dtype");
-  return p->const_data_ptr();
-}
+// A weight or bias in the accumulator's dtype.
+class Parameter {
+ public:
+  Parameter(const char* op, const std::optional<Tensor>& p, int64_t columns, bool wide) {
+    if (!p.has_value()) return;
+    if (p->numel() != columns || !is_supported_float(p->scalar_type()) || !p->is_contiguous() ||
+        (!wide && p->scalar_type() == ScalarType::Double))
+      refuse(op, ": weight and bias must be contiguous, one a column, and no wider than the accumulator");
+    if (p->scalar_type() == (wide ? ScalarType::Double : ScalarType::Float)) {
+      data_ = p->const_data_ptr();
+      return;
+    }
+    copy_.emplace(columns * (wide ? 8 : 4));
+    const auto widened = [&](const auto* from) {
+      for (int64_t c = 0; c < columns; ++c)
+        if (wide)
+          static_cast<double*>(copy_->get())[c] = static_cast<double>(widen(from[c]));
+        else
+          static_cast<float*>(copy_->get())[c] = static_cast<float>(widen(from[c]));
+    };
+    switch (p->scalar_type()) {
+      case ScalarType::BFloat16: widened(static_cast<const BF16*>(p->const_data_ptr())); break;
+      case ScalarType::Half: widened(static_cast<const F16*>(p->const_data_ptr())); break;
+      default: widened(static_cast<const float*>(p->const_data_ptr()));
+    }
+    data_ = copy_->get();
+  }
+
+  const void* data() const { return data_; }
+
+ private:
+  std::optional<Scratch> copy_;
+  const void* data_ = nullptr;
+};
 
 void check_rows(const char* op, const Tensor& x, const std::optional<Tensor>& other) {
   if (x.dim() < 1 || !is_supported_float(x.scalar_type()) || x.size(x.dim() - 1) < 1)
@@ -45,7 +73,7 @@ struct Stats {
 };
 
 // y as x; h as residual, empty without one; mean (empty unless centered) and rstd (rows,) in the accumulator's dtype.
-// weight has its offset added already.
+// weight has its offset added already. weight and bias may be narrower than the accumulator.
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_rows(const Tensor& x, const std::optional<Tensor>& residual,
                                                      const std::optional<Tensor>& weight,
                                                      const std::optional<Tensor>& bias,
@@ -68,8 +96,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_rows(const Tensor& x, const std:
   advise_huge_pages(y);
   advise_huge_pages(h);
   const Rows ys(y), hs(h);
-  const NormOptions options{columns, parameter(op, weight, columns, wide), parameter(op, bias, columns, wide), eps,
-                            dropout_p, center, xs.dtype, residual.has_value() ? residuals->dtype : xs.dtype};
+  const Parameter scale(op, weight, columns, wide), shift(op, bias, columns, wide);
+  const NormOptions options{columns, scale.data(), shift.data(), eps, dropout_p, center, xs.dtype, residual.has_value() ? residuals->dtype : xs.dtype};
   const NormOfRow norm_of_row = norm_kernels().norm_of_row[wide];
   torch::stable::parallel_for(0, xs.count, row_grain(columns), [&](int64_t begin, int64_t end) {
     const Scratch scratch(2 * columns * (wide ? 8 : 4));
@@ -113,8 +141,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_grad_rows(
   advise_huge_pages(dinput);
   advise_huge_pages(dresidual);
   const Rows dinputs(dinput), dresiduals(dresidual);
-  const NormOptions options{columns, parameter(op, weight, columns, wide), nullptr, 0.0, dropout_p, center, dys.dtype,
-                            xs.dtype};
+  const Parameter scale(op, weight, columns, wide);
+  const NormOptions options{columns, scale.data(), nullptr, 0.0, dropout_p, center, dys.dtype, xs.dtype};
   const int64_t element = wide ? 8 : 4, wanted = need_weight + need_bias;
   const int64_t rows_of_part = std::max<int64_t>((xs.count + kParts - 1) / kParts, 4);
   const int64_t parts = (xs.count + rows_of_part - 1) / rows_of_part;

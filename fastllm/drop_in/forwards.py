@@ -8,7 +8,7 @@ import torch
 
 from ..functional import cross_entropy, embedding, layer_norm, linear, rms_norm
 from ..ops.attention.multihead import AttentionMasks, multihead_attention
-from ..ops.linear import MIN_ROWS, takes_rows
+from ..ops.linear import MAX_STEP_ROWS, MIN_ROWS, takes_rows
 from ..ops.linear_rows import linear_rows
 from ..ops.shared.widened import NARROW, widens
 from .calls import own, watched
@@ -101,18 +101,22 @@ def head_forward(module, original, options, input):
 def _multiplied(module, original, x, weight):
     """``linear(x, weight, bias)`` where the tensors are ordinary ones of one dtype, else the original forward."""
     bias = module.bias
-    few = x.dim() > 0 and x.numel() < MIN_ROWS * x.shape[-1]
-    if few and not takes_rows(x, weight, bias):
+    columns = x.shape[-1] if x.dim() > 0 else 0
+    few = x.numel() <= MAX_STEP_ROWS * columns and takes_rows(x, weight, bias)
+    if not few and x.numel() < MIN_ROWS * columns:
         own("linear", FEW_ROWS)
         return original(module, x)
-    tensors = [t for t in (x, weight, bias) if t is not None]
-    ordinary = plain(*tensors) and all(t.dtype == weight.dtype and t.device == weight.device for t in tensors)
-    if not ordinary or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+    ordinary = plain(x, weight, bias) and _alike(x, weight) and (bias is None or _alike(bias, weight))
+    if not ordinary or x.dim() == 0 or columns != weight.shape[1]:
         own("linear", UNFIT)
         return original(module, x)
     if few and widens(x) and not watched() and not torch.is_autocast_enabled("cpu"):
         return linear_rows(x, weight, bias)  # what linear() comes to; without its choices, which take 6 us
     return linear(x, weight, bias)
+
+
+def _alike(x, weight) -> bool:
+    return x.dtype == weight.dtype and ((x.is_cpu and weight.is_cpu) or x.device == weight.device)
 
 
 @forward_of("linear")

@@ -74,7 +74,8 @@ def gated_mlp_forward(module, original, mlp: GatedMLP, *args, **kwargs):
         return original(module, x)
     gate = getattr(module, mlp.gate)(x)
     up = None if mlp.up is None else getattr(module, mlp.up)(x)
-    weight = next(down.parameters(), None)  # the attribute may be a parametrization, computed at each look
+    weight = down._parameters.get("weight")  # the attribute may be a parametrization, computed at each look
+    weight = next(down.parameters(), None) if weight is None else weight
     if weight is not None and weight.dtype != gate.dtype and not torch.is_autocast_enabled(x.device.type):
         own(mlp.op, "its projections give another dtype than the last one takes")
         return original(module, x)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-DEVICES = ("cpu", "cuda")
+_ORDINARY = (torch.Tensor, torch.nn.Parameter)
+_functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]  # not in torch's stubs
 
 
 def plain(*tensors) -> bool:
@@ -16,16 +17,15 @@ def plain(*tensors) -> bool:
     for tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.device.type not in DEVICES:
+        if type(tensor) not in _ORDINARY or not (tensor.is_cpu or tensor.is_cuda):
             return False
         if tensor.layout != torch.strided or tensor.is_nested:
             return False
     if torch.compiler.is_compiling():
         return True
-    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]  # documented there
+    if torch._C._get_tracing_state() is not None:  # what torch.jit.is_tracing() asks
         return False
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]  # not in torch's stubs
-    return functorch.peek_interpreter_stack() is None and torch.autograd.forward_ad._current_level < 0
+    return _functorch.peek_interpreter_stack() is None and torch.autograd.forward_ad._current_level < 0
 
 
 def hooked(module: torch.nn.Module) -> bool:

@@ -42,7 +42,11 @@ def settings_of(module: torch.nn.Module, but: str | float | None = None) -> tupl
 def changed(module: torch.nn.Module, settings: tuple[tuple[str, object], ...]) -> bool:
     """Whether one of the ``settings`` has another value now."""
     state = vars(module)
-    return any(name not in state or _frozen(state[name]) != value for name, value in settings)
+    for name, value in settings:
+        now = state.get(name, OPAQUE)  # which no value equals
+        if now is not value and _frozen(now) != value:
+            return True
+    return False
 
 
 # The name, the class and the settings of each part of a module.

@@ -42,10 +42,10 @@ PYTHON_API, STABLE = "0x030a0000", ".abi3.so"
 X86_VARIANTS = {
     "default": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mf16c", "-mprefer-vector-width=512"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
 }
 # For what runs on matrix units; compilers before GCC 11 and Clang 12 do not know them.
-AMX = ["-mamx-tile", "-mamx-bf16", "-mavx512bf16", "-mfma", *X86_VARIANTS["avx512"]]
+AMX = ["-mamx-tile", "-mamx-bf16", "-mavx512bf16", *X86_VARIANTS["avx512"]]
 
 
 class CannotBuild(Exception):

@@ -15,6 +15,7 @@ from ..backends import pick, under_transform
 from ..registry import Cost, Op, Sample, define, register
 from .shared.autograd import apply, gradients
 from .shared.check import beyond_float32, check_floating
+from .shared.widened import NARROW
 
 _ACTIVATIONS = {
     "silu": F.silu,
@@ -154,10 +155,9 @@ def _prefers_torch(call: GatedCall) -> str | None:
     columns = (gate.shape[-1] if gate.dim() else 1) // (2 if up is None else 1)
     if columns < NATIVE_FROM[kind]:
         return _FASTER[kind]
-    reason = beyond_float32(call.tensors())
-    if reason is None and kind != "gelu_tanh" and all(t is None or t.dtype.itemsize == 2 for t in call.tensors()):
+    if kind != "gelu_tanh" and gate.dtype in NARROW and (up is None or up.dtype in NARROW):
         return _AS_FAST[kind]
-    return reason
+    return beyond_float32(call.tensors())
 
 
 def _served(op: str, call: GatedCall):

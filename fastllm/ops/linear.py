@@ -17,10 +17,14 @@ from .shared.widened import NARROW, widened_input_grad, widened_linear, widened_
 
 OP = "linear"
 TORCH, WIDENED, ROWS = "PyTorch's operator", "blocks in float32", "rows in float32"
-# Rows from which blocks pay. One core of an AMD EPYC held to AVX2, weights of 512 x 512, 2048 x 2048, 2048 x 5504, ms:
-# 2 rows 0.045 / 0.54 / 1.5 by PyTorch and 0.049 / 0.72 / 2.8 in blocks, 4 rows 0.088 / 1.10 / 3.2 and
-# 0.063 / 0.98 / 3.3, 16 rows 0.35 / 7.8 / 26 and 0.12 / 2.0 / 5.8. Fewer are a decoder's step.
+# Rows from which blocks pay where there is a gradient. One core of an AMD EPYC held to AVX2, weights of 512 x 512,
+# 2048 x 2048, 2048 x 5504, ms: 2 rows 0.045 / 0.54 / 1.5 by PyTorch and 0.049 / 0.72 / 2.8 in blocks, 4 rows
+# 0.088 / 1.10 / 3.2 and 0.063 / 0.98 / 3.3, 16 rows 0.35 / 7.8 / 26 and 0.12 / 2.0 / 5.8. Fewer are a decoder's step.
 MIN_ROWS = 4
+# Rows up to which the extension reads the weight once in 16 bits, where there is no gradient. The same three, while
+# other work took the cores: 8 rows 0.08 / 1.6 / 4.4 by the extension and 0.37 / 1.9 / 4.9 in blocks, 12 rows
+# 0.12 / 2.7 / 7.4 and 0.41 / 2.2 / 5.7.
+MAX_STEP_ROWS = 8
 
 
 class LinearCall(NamedTuple):
@@ -63,7 +67,7 @@ def _call(input, weight, bias=None) -> LinearCall:
 
 _OWN = LinearForm(TORCH, "its products are the device's own")
 _FEW = LinearForm(TORCH, f"below {MIN_ROWS} rows blocks do not pay, and the extension does not take the call")
-_ROWS = LinearForm(ROWS, f"below {MIN_ROWS} rows the extension reads the weight once, in 16 bits")
+_ROWS = LinearForm(ROWS, f"up to {MAX_STEP_ROWS} rows the extension reads the weight once, in 16 bits")
 _FOREIGN = LinearForm(TORCH, "a transform is at work, a tensor is sparse or nested, or the weight is a vector")
 _BLOCKS = LinearForm(WIDENED, "this CPU has no products of that dtype")
 
@@ -89,9 +93,9 @@ def linear_form(call: LinearCall, choice: Choice) -> LinearForm:
         or any(t is not None and (t.layout != torch.strided or t.is_nested) for t in call)
     ):
         return _FOREIGN
-    if x.numel() < MIN_ROWS * x.shape[-1] or weight.numel() == 0:
-        return _ROWS if takes_rows(*call) else _FEW
-    return _BLOCKS
+    if x.numel() <= MAX_STEP_ROWS * x.shape[-1] and takes_rows(*call):
+        return _ROWS
+    return _FEW if x.numel() < MIN_ROWS * x.shape[-1] or weight.numel() == 0 else _BLOCKS
 
 
 def linear_reference(input, weight, bias=None):
@@ -152,8 +156,8 @@ def linear(input, weight, bias=None):
     """``torch.nn.functional.linear``: ``input @ weight.T + bias``.
 
     On a CPU without products of a 16-bit dtype, blocks of the tensors are widened to fp32 and multiplied there, forward
-    and backward, so that a 16-bit model runs at the speed of an fp32 one in half its memory. A call of fewer than 4
-    rows without a gradient reads the weight once, in 16 bits. All other calls are PyTorch's operator.
+    and backward, so that a 16-bit model runs at the speed of an fp32 one in half its memory. A call of up to 8 rows
+    that needs no gradient reads the weight once, in 16 bits. All other calls are PyTorch's operator.
 
     Args:
         input: (..., in_features), floating point, any strides.

@@ -13,7 +13,7 @@ FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-ffp-contract=off", "-fno-trapping-ma
 CROSS, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 pytestmark = [
     pytest.mark.runs_on("anywhere"),
-    pytest.mark.skipif(not IS_THOROUGH, reason="FASTLLM_TESTS=thorough runs it: it compiles 9 sources twice"),
+    pytest.mark.skipif(not IS_THOROUGH, reason="FASTLLM_TESTS=thorough runs it: it compiles 11 sources twice"),
     *(
         pytest.mark.skipif(shutil.which(tool) is None, reason=f"no {tool} here (Debian: {package})")
         for tool, package in (("g++", "g++"), (CROSS, "g++-aarch64-linux-gnu"), (EMULATOR, "qemu-user"))
@@ -40,7 +40,7 @@ def test_neon_gives_the_bytes_of_x86_without_avx(tmp_path):
     found = subprocess.run([EMULATOR, there], capture_output=True, check=True).stdout
     assert len(expected) > 100_000
     assert found == expected
-    for name in ("gated", "norm", "linear_rows", "attention"):
+    for name in ("gated", "norm", "linear_rows", "attention", "attention_step"):
         code = subprocess.run(
             ["aarch64-linux-gnu-objdump", "-d", *(o for o in objects if o.stem == name)],
             capture_output=True, text=True, check=True,

@@ -72,7 +72,8 @@ def test_blocks_hold_to_the_rule(op, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_capability_decides(dtype, monkeypatch):
-    x, weight = torch.zeros(8, 16, dtype=dtype), torch.zeros(4, 16, dtype=dtype)
+    step = linear_op.MAX_STEP_ROWS
+    x, weight = torch.zeros(step + 1, 16, dtype=dtype), torch.zeros(4, 16, dtype=dtype)
 
     def form(*args):
         call = OPS["linear"].call(*args)
@@ -83,14 +84,15 @@ def test_the_capability_decides(dtype, monkeypatch):
     with _multiplying(monkeypatch):
         assert form(x, weight) == linear_op.WIDENED
         few, rows = x[: linear_op.MIN_ROWS - 1], linear_op.ROWS if extension.missing() is None else linear_op.TORCH
-        assert form(few, weight) == rows
+        assert form(few, weight) == form(x[:step], weight) == rows
+        assert form(x[:step], weight.clone().requires_grad_()) == linear_op.WIDENED
         assert form(few, weight.t().contiguous().t()) == linear_op.TORCH
         assert form(few, weight.clone().requires_grad_()) == linear_op.TORCH
         with torch.no_grad():
             assert form(few, weight.clone().requires_grad_()) == rows
         assert form(x.float(), weight.float()) == linear_op.TORCH
         assert form(x, weight[0]) == linear_op.TORCH
-        assert torch.func.vmap(FF.linear, (0, None))(x.expand(3, 8, 16), weight).shape == (3, 8, 4)
+        assert torch.func.vmap(FF.linear, (0, None))(x.expand(3, step + 1, 16), weight).shape == (3, step + 1, 4)
         said = [why for (_, why) in serving(OPS["linear"], torch.device("cpu"))]
         assert any(linear_op.WIDENED in why for why in said)
 
@@ -217,7 +219,7 @@ def test_conv1d_of_transformers():
 
 @pytest.mark.usefixtures("_no_products")
 def test_a_call_holds_no_wide_copy_of_the_weight():
-    x, weight = torch.randn(8, 512).bfloat16(), torch.randn(8192, 512).bfloat16()
+    x, weight = torch.randn(9, 512).bfloat16(), torch.randn(8192, 512).bfloat16()
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -231,7 +233,7 @@ def test_a_call_holds_no_wide_copy_of_the_weight():
     call = OPS["linear"].call(x, weight)
     assert linear_op.linear_form(call, pick("linear", call)).name == linear_op.WIDENED
     with Watch():
-        linear_op.widened_linear(x, weight, None, x.new_empty(8, 8192))
-        linear_op.widened_weight_grad(x.new_ones(8, 8192), x, torch.empty_like(weight))
+        linear_op.widened_linear(x, weight, None, x.new_empty(9, 8192))
+        linear_op.widened_weight_grad(x.new_ones(9, 8192), x, torch.empty_like(weight))
     assert 0 < largest <= widened.BLOCK
     assert forms.WIDENED != forms.TORCH

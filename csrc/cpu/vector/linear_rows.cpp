@@ -3,81 +3,51 @@
 
 #include <cstring>
 
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
-
+#include "lanes.h"
 #include "numbers.h"
-
-#if defined(__GNUC__) && !defined(__clang__)
-// How a vector is passed without AVX: nothing here is called from elsewhere.
-#pragma GCC diagnostic ignored "-Wpsabi"
-#endif
 
 namespace fastllm::FASTLLM_ISA {
 namespace {
 
-typedef float Vector __attribute__((vector_size(32)));
-typedef uint32_t Bits __attribute__((vector_size(32)));
-typedef uint16_t Halves __attribute__((vector_size(16)));
-constexpr int64_t kVector = 8, kVectors = 8;
-
-template <class V>
-inline V read(const void* at) {
-  V found;
-  memcpy(&found, at, sizeof found);
-  return found;
-}
-
-inline Vector load(const float* at) { return read<Vector>(at); }
-#if defined(__F16C__)
-inline Vector load(const F16* at) { return reinterpret_cast<Vector>(_mm256_cvtph_ps(read<__m128i>(at))); }
-#else
-// scalar.h's widen() of 8 numbers.
-inline Vector load(const F16* at) {
-  const Bits bits = __builtin_convertvector(read<Halves>(at), Bits), rest = (bits & 0x7FFFu) << 13;
-  const Bits moved = reinterpret_cast<Bits>(reinterpret_cast<Vector>(rest) * as_float(0x77800000u));  // 2^112
-  const Bits special = rest | 0x7F800000u;
-  const Bits magnitude = rest >= 0x0F800000u ? special : moved;
-  return reinterpret_cast<Vector>((bits & 0x8000u) << 16 | magnitude);
-}
-#endif
-
+constexpr int64_t kVectors = 4;
 constexpr int64_t kRun = kVectors * kVector;
+// Rows of x that share a weight once it is widened: 12 sums stay in AVX2's 16 registers. A row has the same bits in any
+// group.
+constexpr int kGroup = 3;
 
-inline float sum_of(const Vector* sums) {
-  Vector all = sums[0];
-  for (int64_t v = 1; v < kVectors; ++v) all += sums[v];
-  return ((all[0] + all[4]) + (all[2] + all[6])) + ((all[1] + all[5]) + (all[3] + all[7]));
-}
-
-// 64 partial sums, in one order at every level. One stream of weights: in pieces of 4 streams side by side, which are
-// 2 KB apart at 512 columns, reading took 1.5 times as long.
-template <class T>
-inline float product(const float* __restrict x, const T* __restrict w, int64_t n) {
-  Vector sums[kVectors] = {};
-  int64_t k = 0;
-  for (; k + kRun <= n; k += kRun)
-    for (int64_t v = 0; v < kVectors; ++v) sums[v] += load(x + k + v * kVector) * load(w + k + v * kVector);
-  float sum = sum_of(sums);
-  for (; k < n; ++k) sum += x[k] * widen(w[k]);
-  return sum;
+// One stream of weights: in pieces of 4 streams side by side, which are 2 KB apart at 512 columns, reading took 1.5 times
+// as long. The order of the 32 partial sums is one at every level.
+template <int R, class T>
+inline void add_run(const float* __restrict x, int64_t depth, const T* __restrict w, Vector (&sums)[R][kVectors]) {
+  for (int64_t v = 0; v < kVectors; ++v) {
+    const Vector wide = load(w + v * kVector);
+    for (int r = 0; r < R; ++r) sums[r][v] = multiply_add(load(x + r * depth + v * kVector), wide, sums[r][v]);
+  }
 }
 
 // Two numbers of w lie in 32 bits, and each is widened by one instruction: of 16 those at even places, then the others. So
 // lies x in whole runs. Little endian.
-inline float product(const float* __restrict x, const BF16* __restrict w, int64_t n) {
-  Vector sums[kVectors] = {};
-  int64_t k = 0;
-  for (; k + kRun <= n; k += kRun)
-    for (int64_t v = 0; v < kVectors; v += 2) {
-      const Bits two = read<Bits>(w + k + v * kVector);
-      sums[v] += load(x + k + v * kVector) * reinterpret_cast<Vector>(two << 16);
-      sums[v + 1] += load(x + k + (v + 1) * kVector) * reinterpret_cast<Vector>(two & 0xFFFF0000u);
+template <int R>
+inline void add_run(const float* __restrict x, int64_t depth, const BF16* __restrict w, Vector (&sums)[R][kVectors]) {
+  for (int64_t v = 0; v < kVectors; v += 2) {
+    const Bits two = read<Bits>(w + v * kVector);
+    const Vector even = reinterpret_cast<Vector>(two << 16), odd = reinterpret_cast<Vector>(two & 0xFFFF0000u);
+    for (int r = 0; r < R; ++r) {
+      sums[r][v] = multiply_add(load(x + r * depth + v * kVector), even, sums[r][v]);
+      sums[r][v + 1] = multiply_add(load(x + r * depth + (v + 1) * kVector), odd, sums[r][v + 1]);
     }
-  float sum = sum_of(sums);
-  for (; k < n; ++k) sum += x[k] * widen(w[k]);
-  return sum;
+  }
+}
+
+template <int R, class T>
+inline void products(const float* __restrict x, const T* __restrict w, int64_t depth, float (&found)[R]) {
+  Vector sums[R][kVectors] = {};
+  int64_t k = 0;
+  for (; k + kRun <= depth; k += kRun) add_run<R>(x + k, depth, w + k, sums);
+  for (int r = 0; r < R; ++r) {
+    found[r] = sum_of((sums[r][0] + sums[r][1]) + (sums[r][2] + sums[r][3]));
+    for (int64_t rest = k; rest < depth; ++rest) found[r] += x[r * depth + rest] * widen(w[rest]);
+  }
 }
 
 // The order in which product() of BF16 takes the whole runs of a row.
@@ -92,16 +62,25 @@ void even_before_odd(float* x, int64_t n) {
   }
 }
 
-// A row of weight is read from memory for the first row of x, and found in the cache by the others.
+template <int R, class T>
+inline void write_group(const LinearRows& call, int64_t row, int64_t n, const float* x, const T* w, float added) {
+  float found[R];
+  products<R>(x + row * call.depth, w, call.depth, found);
+  T* y = static_cast<T*>(call.y);
+  for (int r = 0; r < R; ++r) narrow(found[r] + added, y[(row + r) * call.outputs + n]);
+}
+
+// A row of weight is read from memory for the first rows of x, and found in the cache by the others.
 template <class T>
 void rows_of(const LinearRows& call, int64_t begin, int64_t end, const float* x) {
   const T* bias = static_cast<const T*>(call.bias);
-  T* y = static_cast<T*>(call.y);
   for (int64_t n = begin; n < end; ++n) {
     const T* w = static_cast<const T*>(call.weight) + n * call.stride;
-    const float level = bias == nullptr ? 0.0f : widen(bias[n]);
-    for (int64_t r = 0; r < call.rows; ++r)
-      narrow(product(x + r * call.depth, w, call.depth) + level, y[r * call.outputs + n]);
+    const float added = bias == nullptr ? 0.0f : widen(bias[n]);
+    int64_t row = 0;
+    for (; row + kGroup <= call.rows; row += kGroup) write_group<kGroup>(call, row, n, x, w, added);
+    if (call.rows - row == 2) write_group<2>(call, row, n, x, w, added);
+    if (call.rows - row == 1) write_group<1>(call, row, n, x, w, added);
   }
 }
 

@@ -76,7 +76,10 @@ class TorchArguments(NamedTuple):
 
 
 class AttentionForm(NamedTuple):
-    """``name``: AMX, TORCH, WIDENED or CHUNKS. ``as_given``: PyTorch's operator takes the arguments as they came."""
+    """``name``: AMX, STEP, TORCH, WIDENED or CHUNKS.
+
+    ``as_given``: PyTorch's operator takes the arguments as they came.
+    """
 
     name: str
     why: str

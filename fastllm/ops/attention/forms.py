@@ -1,4 +1,4 @@
-"""Which form serves a call whose backend is eager: AMX, PyTorch's operator, that in fp32, or our chunks of scores."""
+"""Which form serves a call whose backend is eager: AMX, one query by the extension, PyTorch's operator, or chunks."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from ...backends import Choice, forward_mode, under_transform
 from ..shared.widened import widens
 from .amx import amx_attention, amx_refuses
 from .call import AttentionCall, AttentionForm, AttentionRequest
+from .step import step_attention, takes_step
 from .widened import widened_attention
 
-AMX, TORCH, CHUNKS = "AMX", "PyTorch's operator", "chunks of scores"
+AMX, STEP, TORCH, CHUNKS = "AMX", "one query by the extension", "PyTorch's operator", "chunks of scores"
 WIDENED = "PyTorch's operator in float32, some heads at a time"
 # Where PyTorch's operator keeps all scores, it still serves a call of at most FEW_SCORES, with the arguments as they
 # were given. It keeps them below four dimensions, where it multiplies 16-bit inputs in fp32, and for a mask's gradient.
@@ -24,6 +25,7 @@ FEW_NARROW_SCORES = 32
 MIN_NORMAL = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float64).tiny)
 
 
+_STEP = AttentionForm(STEP, "the extension reads keys and values once for one query")
 _PLAIN = AttentionForm(TORCH, "its fused kernel holds no more than a block of scores")
 
 
@@ -39,14 +41,17 @@ def form_of(request: AttentionRequest, choice: Choice) -> AttentionForm | None:
     if choice.backend != "eager":
         return None
     form = request.form
-    if form is None or (choice.asked and form.name == AMX):
+    if form is None or (choice.asked and form.name in (AMX, STEP)):
         return _eager_form(request, not choice.asked)
     return form
 
 
-def _eager_form(request: AttentionRequest, amx: bool) -> AttentionForm:
-    """The form in which eager serves a call, and why. ``amx``: whether AMX is one of the forms."""
+def _eager_form(request: AttentionRequest, ours: bool) -> AttentionForm:
+    """The form in which eager serves a call, and why. ``ours``: whether the extension's are among the forms."""
     call = request.call
+    one = ours and not call.causal and call.dropout_p == 0.0 and takes_step(call.q, call.k, call.v, call.bias)
+    if one and _only_chunks(request) is None:
+        return _STEP
     wide = widens(call.q) and not under_transform() and call.q.layout == torch.strided
     if request.given is not None:
         if not wide and _few(request):
@@ -57,7 +62,7 @@ def _eager_form(request: AttentionRequest, amx: bool) -> AttentionForm:
             return AttentionForm(TORCH, "key and value have different numbers of heads")
     reason = _only_chunks(request)
     if reason is None:
-        if amx and amx_refuses(call) is None:
+        if ours and amx_refuses(call) is None:
             return AttentionForm(AMX, "the extension multiplies bfloat16 on this CPU's matrix units")
         reason = torch_fault(call)
     if reason is not None:
@@ -155,6 +160,8 @@ def attention_by_form(request: AttentionRequest, form: AttentionForm) -> torch.T
         return F.scaled_dot_product_attention(*arguments, scale=scale, enable_gqa=enable_gqa)
     if form.name == AMX:
         return amx_attention(call)
+    if form.name == STEP:
+        return step_attention(call)
     if form.name == WIDENED:
         return widened_attention(call)
     mask = call.bias

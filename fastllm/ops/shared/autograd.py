@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch._functorch.utils import unwrap_dead_wrappers
 
 from ...backends import device_type_of, under_transform
 
 Tensors = Sequence[torch.Tensor | None]
+_unwrapped = torch._C._functorch.unwrap_if_dead
 
 
 def autocasts(device_type: str) -> bool:
@@ -41,7 +41,8 @@ def apply(function: type[torch.autograd.Function], *args):
         return function.apply(*_distinct(args, []))
     if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    args = unwrap_dead_wrappers(args)  # tensors that outlived a transform, as in torch's own
+    # Tensors that outlived a transform, as in torch's own unwrap_dead_wrappers().
+    args = [_unwrapped(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
     if not torch.is_grad_enabled() and torch.autograd.forward_ad._current_level < 0:
         return function.forward(*args)  # no graph: 3 us less
     return super(torch.autograd.Function, function).apply(*args)  # the next class after torch.autograd.Function

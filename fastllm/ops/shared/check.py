@@ -19,7 +19,10 @@ def check_floating(op: str, name: str, tensor) -> None:
 
 def beyond_float32(tensors: Iterable[torch.Tensor | None]) -> str | None:
     """Why the extension's code that computes in float32 cannot take ``tensors``, or None."""
-    return _IN_FLOAT32 if any(t is not None and t.dtype not in KERNEL_DTYPES for t in tensors) else None
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in KERNEL_DTYPES:
+            return _IN_FLOAT32
+    return None
 
 
 def check_number(op: str, name: str, value) -> None:
