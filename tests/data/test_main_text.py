@@ -188,3 +188,46 @@ def test_a_text_that_a_page_repeats_is_right_once():
     shares = covered_shares([block, ["other", *block[:3]], block], ["before", *block], np.asarray([0.0, 0.0, 1.0]))
     assert shares.tolist() == [0, 0, 1]
     assert covered_shares([block, block], block * 2, np.zeros(2)).tolist() == [1, 1]
+
+
+BESIDE = {
+    "an aside": "<aside><h3>{0}</h3><p>{1}</p></aside>",
+    "a dialog": '<div role="dialog"><h3>{0}</h3><p>{1}</p></div>',
+    "a modal": '<div class="modal fade"><h3>{0}</h3><p>{1}</p></div>',
+    "a caption": "<figure><img src=a.png><figcaption><b>{0}</b> {1}</figcaption></figure>",
+    "a footer": "<footer><h3>{0}</h3><p>{1}</p></footer>",
+    "a complement": '<section role="complementary"><h3>{0}</h3><p>{1}</p></section>',
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_what_landmarks_hold_beside_an_article_is_left_out(kind):
+    """In the middle of an article, where all that stands around it is main text."""
+    draw = random.Random(7)
+    body = [f"<p>{paragraph('harbour', draw, 4)}</p>" for _ in range(6)]
+    beside = paragraph("glaciers", draw, 2)
+    body.insert(3, BESIDE[kind].format("What the divers found", beside))
+    page = f"<title>Wall</title><body><main><article><h1>The wall</h1>{''.join(body)}</article></main>"
+    found = extract_fast(page)
+    assert beside not in found
+    assert "What the divers found" not in found
+    assert all(part[3:-4] in found for part in [*body[:3], *body[4:]])
+
+
+@pytest.mark.parametrize("kind", ["a dialog", "a modal", "a caption", "a complement"])
+def test_a_landmark_that_holds_the_running_text_is_the_main_text(kind):
+    draw = random.Random(8)
+    text = [paragraph("bread", draw, 4) for _ in range(6)]
+    inner = "</p><p>".join(text)
+    page = f"<title>Bread</title><body><div>{BESIDE[kind].format('On bread', inner)}</div><footer>2024</footer>"
+    found = extract_fast(page)
+    assert all(part in found for part in text)
+
+
+def test_comments_beside_a_short_post_are_left_out():
+    draw = random.Random(9)
+    post = paragraph("night trains", draw, 3)
+    said = [paragraph("glaciers", draw, 2) for _ in range(12)]
+    found = extract_fast(blog("Trains again", f"<p>{post}</p>", said, HEADLINES))
+    assert post in found
+    assert not any(text in found for text in said)
