@@ -150,7 +150,7 @@ def test_the_model_that_ships_fits_the_features_and_survives_saving(tmp_path):
 
 def test_the_best_set_is_the_best_of_all_sets():
     draw = random.Random(4)
-    for _ in range(30):
+    for _ in range(10):
         probabilities = np.asarray([draw.random() for _ in range(8)])
         words = np.asarray([float(draw.randrange(1, 40)) for _ in range(8)])
         odds = np.log(probabilities / (1 - probabilities))
