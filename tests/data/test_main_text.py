@@ -188,3 +188,84 @@ def test_a_text_that_a_page_repeats_is_right_once():
     shares = covered_shares([block, ["other", *block[:3]], block], ["before", *block], np.asarray([0.0, 0.0, 1.0]))
     assert shares.tolist() == [0, 0, 1]
     assert covered_shares([block, block], block * 2, np.zeros(2)).tolist() == [1, 1]
+
+
+BESIDE = {
+    "an aside": "<aside><h3>{0}</h3><p>{1}</p></aside>",
+    "a dialog": '<div role="dialog"><h3>{0}</h3><p>{1}</p></div>',
+    "a modal": '<div class="modal fade"><h3>{0}</h3><p>{1}</p></div>',
+    "a caption": "<figure><img src=a.png><figcaption><b>{0}</b> {1}</figcaption></figure>",
+    "a footer": "<footer><h3>{0}</h3><p>{1}</p></footer>",
+    "a complement": '<section role="complementary"><h3>{0}</h3><p>{1}</p></section>',
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_what_landmarks_hold_beside_an_article_is_left_out(kind):
+    """In the middle of an article, where all that stands around it is main text."""
+    draw = random.Random(7)
+    body = [f"<p>{paragraph('harbour', draw, 4)}</p>" for _ in range(6)]
+    beside = paragraph("glaciers", draw, 2)
+    body.insert(3, BESIDE[kind].format("What the divers found", beside))
+    page = f"<title>Wall</title><body><main><article><h1>The wall</h1>{''.join(body)}</article></main>"
+    found = extract_fast(page)
+    assert beside not in found
+    assert "What the divers found" not in found
+    assert all(part[3:-4] in found for part in [*body[:3], *body[4:]])
+
+
+@pytest.mark.parametrize("kind", ["a dialog", "a modal", "a caption", "a complement"])
+def test_a_landmark_that_holds_the_running_text_is_the_main_text(kind):
+    draw = random.Random(8)
+    text = [paragraph("bread", draw, 4) for _ in range(6)]
+    inner = "</p><p>".join(text)
+    page = f"<title>Bread</title><body><div>{BESIDE[kind].format('On bread', inner)}</div><footer>2024</footer>"
+    found = extract_fast(page)
+    assert all(part in found for part in text)
+
+
+def test_comments_beside_a_short_post_are_left_out():
+    draw = random.Random(9)
+    post = paragraph("night trains", draw, 3)
+    said = [paragraph("glaciers", draw, 2) for _ in range(12)]
+    found = extract_fast(blog("Trains again", f"<p>{post}</p>", said, HEADLINES))
+    assert post in found
+    assert not any(text in found for text in said)
+
+
+WALL = [paragraph("harbour", random.Random(seed), 2) for seed in range(3)]
+PARAGRAPHS = "".join(f"<p>{text}</p>" for text in WALL)
+
+
+def test_a_text_for_narrow_and_for_wide_screens_comes_once():
+    page = f"<body><main><article><h1>The wall</h1><div class=desktop>{PARAGRAPHS}</div><div class=mobile>{PARAGRAPHS}"
+    assert extract_fast(page) == "\n\n".join(["The wall", *WALL])
+
+
+def test_code_that_repeats_stays():
+    code = "for wall in walls: print(wall.name, wall.height, wall.length, wall.year, wall.stone, wall.owner)"
+    page = f"<body><main><h1>Loops</h1><p>{WALL[0]}</p><pre>{code}</pre><p>{WALL[1]}</p><pre>{code}</pre>"
+    assert extract_fast(page) == "\n\n".join(["Loops", WALL[0], code, WALL[1], code])
+
+
+def test_a_short_table_that_lays_out_a_page_is_no_row():
+    links_beside = "<br>".join(f"<a href=/{name}>{name}</a>" for name in SECTIONS[:3])
+    text = "<br><br>".join(text[:180] for text in WALL)
+    page = f"<body><table><tr><td width=150>{links_beside}</td><td><b>The wall</b><br><br>{text}</td></tr></table>"
+    assert extract_fast(page) == "\n\n".join(["The wall", *(text[:180].strip() for text in WALL)])
+
+
+def test_a_page_of_frames_is_read_as_readers_without_frames_see_it():
+    frames = "<frameset cols='20%,80%'><frame src=a.html><frame src=b.html>"
+    found = extract_fast(f"<html>{frames}<noframes><body>{PARAGRAPHS}</body></noframes></frameset></html>")
+    assert found == "\n\n".join(WALL)
+    # Beside text it is none.
+    assert extract_fast(f"<html><body>{PARAGRAPHS}<noframes><p>No frames.</p></noframes>") == "\n\n".join(WALL)
+
+
+@pytest.mark.parametrize("edit", ["edit", "Bearbeiten | Quelltext bearbeiten", "\u7f16\u8f91"])
+def test_links_to_edit_are_no_part_of_a_wikis_headings(edit):
+    heading = f"<h2><span>History</span><span class=mw-editsection>[<a href=/e>{edit}</a>]</span></h2>"
+    page = f"<body><main><h1>Wall</h1><p>{WALL[0]}</p>{heading}<p>{WALL[1]}</p><h2>Lists [edit]</h2><p>{WALL[2]}</p>"
+    parts = ["Wall", WALL[0], "History", WALL[1], "Lists [edit]", WALL[2]]
+    assert extract_fast(page) == "\n\n".join(parts)

@@ -1,6 +1,7 @@
 """The walk over a page's tags, what its blocks are, and the trees that judge them."""
 
 import json
+import math
 import random
 import time
 from html import escape
@@ -149,15 +150,20 @@ def test_the_model_that_ships_fits_the_features_and_survives_saving(tmp_path):
 
 def test_the_best_set_is_the_best_of_all_sets():
     draw = random.Random(4)
-    for _ in range(30):
+    for _ in range(10):
         probabilities = np.asarray([draw.random() for _ in range(8)])
         words = np.asarray([float(draw.randrange(1, 40)) for _ in range(8)])
+        odds = np.log(probabilities / (1 - probabilities))
+        # A page's common error: -3 to 3, normal with a standard deviation of 1.5.
+        cases = [(math.exp(-(z**2) / 2), 1 / (1 + np.exp(-odds - 1.5 * z))) for z in (-2, -1, 0, 1, 2)]
 
-        def expected(chosen, p=probabilities, w=words):
-            return 2 * (p * w)[chosen].sum() / (w[chosen].sum() + (p * w).sum() + 1e-9)
+        def expected(chosen, w=words, cases=cases):
+            f1 = [2 * (p * w)[chosen].sum() / (w[chosen].sum() + (p * w).sum()) for _, p in cases]
+            return np.average(f1, weights=[weight for weight, _ in cases])
 
         best = max(expected(np.asarray([(bits >> i) & 1 for i in range(8)], bool)) for bits in range(1, 256))
-        assert expected(best_set(probabilities, words)) == pytest.approx(best)
+        # The likeliest blocks come first, which is best in each case alone and nearly so in the mean over all.
+        assert expected(best_set(probabilities, words)) >= 0.999 * best
 
 
 def test_words_of_blocks_are_numbered_and_runs_that_occur_again_are_found():

@@ -67,6 +67,7 @@ _UNSHOWN = re.compile(
     r"""\shidden(?=[\s>=/]|$)|display\s*:\s*none|[\s"'](?:sr-only|visually-?hidden|screen-reader-text)[\s"']""",
     re.IGNORECASE,
 )
+_NO_FRAMES = re.compile(r"<noframes\b[^>]{0,500}>((?s:.)*?)(?:</noframes|\Z)", re.IGNORECASE)
 _ANY_TAG = re.compile(r"<[^<>]*>")
 _KEPT_SPACE = re.compile(r"white-space\s*:\s*(?:pre|break-spaces)\b(?!-line)", re.IGNORECASE)
 
@@ -301,12 +302,18 @@ def _unescape_lines(text: str) -> str:
 
 
 def read_markup(page: str, with_carried: bool = True) -> Markup:
-    """Walk over ``page``, then over what it carries as data, in elements ``carried-...`` of their own."""
+    """Walk over ``page``, then over what it carries as data, in elements ``carried-...`` of their own.
+
+    A page that shows frames alone is read as readers without frames see it.
+    """
     page = in_place(_CONTROLS.sub("", page))
     walk = _Walk()
     body = _BODY.search(page)
     walk.push("body", body[1] if body else "")
     walk.read(page)
+    if not walk.page.texts:
+        for without_frames in _NO_FRAMES.finditer(page):
+            walk.read(without_frames[1])
     found = carried(page) if with_carried else []
     for name, markup in found:
         shown = "\n".join(walk.page.texts)
