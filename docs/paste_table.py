@@ -55,6 +55,7 @@ RULES = (
     Rule(r"--cpu \S+", "--cpu avx2", "not every CPU has the other levels"),
     Rule(r"--nproc-per-node 8", "--nproc-per-node 2", "two processes do for eight", "docs/training[.]md"),
     Rule(r"--tensor-parallel 4", "--tensor-parallel 2", "two processes do for eight", "docs/training[.]md"),
+    Rule(r"^curl -LO \S+/tinyshakespeare/input\.txt$", None, "a made-up input.txt takes its place"),
     # The environment is the active one.
     Rule(r"^pip install [^&|]*&& (pip install [^&|]*&& )?", "", _INSTALLED, active_only=True),
     Rule(r"^pip install [^&|]*(&& pip install [^&|]*)?$", None, _INSTALLED, active_only=True),
@@ -105,7 +106,7 @@ INPUTS = {
     "docs/post-training.md": ("books", "prompts", "runs/write"),
     "docs/regress.md": ("gate",),
     "docs/tour.md": ("books", "prompts", "sources", "reviews", "multi30k", "blimp"),
-    "docs/train.md": ("books", "pages", "runs/other"),
+    "docs/train.md": ("books", "pages", "plays", "runs/other"),
     "docs/training.md": ("books",),
 }
 _RIVALS = """
@@ -153,6 +154,11 @@ def _books(folder: Path) -> None:
     _write(folder / "held-out.txt", "\n\n".join(topics[40:44]))
     for number, text in enumerate(topics[44:]):
         _write(folder / ("notes" if number % 2 else "corpus") / f"{number}.txt", text)
+
+
+def _plays(folder: Path) -> None:
+    """One text, as Tiny Shakespeare is."""
+    _write(folder / "input.txt", "\n\n".join(_topics()))
 
 
 def _pages(folder: Path) -> None:
@@ -238,6 +244,7 @@ def _copy(folder: Path, source: str, name: str) -> None:
 _MAKERS = {
     "books": _books,
     "pages": _pages,
+    "plays": _plays,
     "sources": _sources,
     "prompts": _prompts,
     "reviews": _reviews,
