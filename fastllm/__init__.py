@@ -1,27 +1,15 @@
 """Fused kernels for PyTorch models, and a language model from scratch on top of them."""
 
+from typing import TYPE_CHECKING
+
 from . import quiet_interrupt
 
 quiet_interrupt.install()
 
-from .version import __version__  # noqa: E402
+from .version import __version__  # noqa: E402, F401
 
-__all__ = [
-    "OPS",
-    "BackendError",
-    "Report",
-    "__version__",
-    "accelerate",
-    "accelerated",
-    "backend",
-    "functional",
-    "info",
-    "losses",
-    "nn",
-    "revert",
-]
-
-if quiet_interrupt.is_command():
-    __getattr__ = quiet_interrupt.late_names(__name__, __all__)
+if TYPE_CHECKING or not quiet_interrupt.is_command():
+    from .api import *  # noqa: F403
+    from .api import __all__  # noqa: F401
 else:
-    from .api import OPS, BackendError, Report, accelerate, accelerated, backend, functional, info, losses, nn, revert
+    __getattr__ = quiet_interrupt.late_names(__name__, __file__)

@@ -4,11 +4,13 @@ from . import functional, losses, nn
 from .backends import BackendError, backend
 from .drop_in import Report, accelerate, accelerated, revert
 from .registry import OPS
+from .version import __version__
 
 __all__ = [
     "OPS",
     "BackendError",
     "Report",
+    "__version__",
     "accelerate",
     "accelerated",
     "backend",

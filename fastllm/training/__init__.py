@@ -1,36 +1,11 @@
 """From text to a trained model: settings, optimisers, checkpoints, the loop."""
 
+from typing import TYPE_CHECKING
+
 from .. import quiet_interrupt
 
-__all__ = [
-    "RUNS",
-    "Diverged",
-    "Evaluation",
-    "Failed",
-    "Result",
-    "RunConfig",
-    "TrainingConfig",
-    "build_run_config",
-    "evaluate",
-    "read_run_config",
-    "resume",
-    "train",
-]
-
-if quiet_interrupt.is_command():
-    __getattr__ = quiet_interrupt.late_names(__name__, __all__)
+if TYPE_CHECKING or not quiet_interrupt.is_command():
+    from .api import *  # noqa: F403
+    from .api import __all__  # noqa: F401
 else:
-    from .api import (
-        RUNS,
-        Diverged,
-        Evaluation,
-        Failed,
-        Result,
-        RunConfig,
-        TrainingConfig,
-        build_run_config,
-        evaluate,
-        read_run_config,
-        resume,
-        train,
-    )
+    __getattr__ = quiet_interrupt.late_names(__name__, __file__)

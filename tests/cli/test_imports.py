@@ -1,5 +1,6 @@
 """What the command line imports: a command that needs no torch starts without it."""
 
+import importlib
 import subprocess
 import sys
 
@@ -73,3 +74,23 @@ def test_the_package_has_its_names_in_the_command_line_too():
     )
     result = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True)
     assert result.stdout == f"False False\n{len(OPS)} RMSNorm\n", result.stderr
+
+
+@pytest.mark.runs_on("anywhere")
+def test_names_that_come_late_are_those_of_api(tmp_path, monkeypatch):
+    """Also one that a submodule has too, as ``fastllm.training.evaluate``, and all of them by a star."""
+    folder = tmp_path / "late_package"
+    folder.mkdir()
+    late = "from fastllm.quiet_interrupt import late_names\n__getattr__ = late_names(__name__, __file__)\n"
+    (folder / "__init__.py").write_text(late)
+    (folder / "api.py").write_text("from .evaluate import evaluate\n__all__ = ['evaluate']\n")
+    (folder / "evaluate.py").write_text("def evaluate(): return 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    package = importlib.import_module("late_package")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = package.nothing
+    assert "late_package.api" not in sys.modules
+    from late_package import evaluate
+
+    assert evaluate() == package.evaluate() == 1
+    assert package.__all__ == ["evaluate"]
