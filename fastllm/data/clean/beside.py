@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 import numpy as np
 
@@ -15,6 +14,8 @@ _COMMENTS = re.compile(
     r"""kommentare?|commentaires?|commenti|respond|disqus)(?![a-z])""",
     re.IGNORECASE,
 )
+# Each match has one of these, which are found sooner.
+_HINTS = ("comment", "coment", "komment", "respond", "disqus")
 # Names stand at the beginning of a tag: a bound on the time that a tag takes.
 _NAMES = 300
 # The fewest characters of running text in an article. Where an article has more than this many times the longest
@@ -41,21 +42,6 @@ _MODAL = re.compile(
 _HIDDEN = 1.0
 
 
-def _inside(markup: Markup, matches: Callable[[str, str], bool]) -> np.ndarray:
-    """Whether each element, but for the body, lies in one of which ``matches(tag, attributes)`` is true, or is one."""
-    inside: list[bool] = []
-    known: dict[tuple[str, str], bool] = {}
-    for tag, attributes, parent in zip(markup.tags, markup.attributes, markup.parents, strict=True):
-        # Names on the body tell what a page may have.
-        found = parent >= 0 and inside[parent]
-        if parent >= 0 and not found:
-            if (tag, attributes) not in known:
-                known[tag, attributes] = matches(tag, attributes)
-            found = known[tag, attributes]
-        inside.append(found)
-    return np.asarray(inside)
-
-
 def comment_odds(markup: Markup, running: Running, forum: bool) -> np.ndarray | float:
     """What comments beside an article lose, for each block.
 
@@ -63,7 +49,18 @@ def comment_odds(markup: Markup, running: Running, forum: bool) -> np.ndarray | 
         running: where the page's running text is.
         forum: whether the page is taken for a forum's.
     """
-    of_comments = _inside(markup, lambda _, names: len(names) > 6 and _COMMENTS.search(names[:_NAMES]) is not None)
+    inside: list[bool] = []
+    known: dict[str, bool] = {}
+    for attributes, parent in zip(markup.attributes, markup.parents, strict=True):
+        # Names on the body tell what a page may have.
+        named = parent >= 0 and inside[parent]
+        if parent >= 0 and not named and len(attributes) > 6:
+            if attributes not in known:
+                names = attributes[:_NAMES].lower()
+                known[attributes] = any(map(names.__contains__, _HINTS)) and _COMMENTS.search(names) is not None
+            named = known[attributes]
+        inside.append(named)
+    of_comments = np.asarray(inside)
     if of_comments[running.best] or running.scores[running.best] < _ARTICLE:
         return 0.0
     if forum and running.scores[running.best] < _LONGER * (running.scores * of_comments).max():
@@ -71,16 +68,17 @@ def comment_odds(markup: Markup, running: Running, forum: bool) -> np.ndarray | 
     return -_OFF * of_comments[np.asarray(markup.places)]
 
 
-def _landmark(tag: str, attributes: str) -> str | None:
-    if tag in _LANDMARK_TAGS:
-        return _LANDMARK_TAGS[tag]
-    if len(attributes) > 6:
-        role = _ROLE.search(attributes[:_NAMES])
-        if role and role[1].lower() in _LANDMARK_ROLES:
-            return _LANDMARK_ROLES[role[1].lower()]
-        if _MODAL.search(attributes[:_NAMES]):
-            return "modal"
-    return None
+# A bit for each kind.
+_BITS = {kind: 1 << number for number, kind in enumerate(dict.fromkeys([*_LANDMARK_TAGS.values(), "banner", "modal"]))}
+
+
+def _landmark(attributes: str) -> int:
+    """The bit of the kind of landmark that a tag's attributes name, or 0."""
+    names = attributes[:_NAMES].lower()
+    role = _ROLE.search(names) if "role" in names else None
+    if role and role[1] in _LANDMARK_ROLES:
+        return _BITS[_LANDMARK_ROLES[role[1]]]
+    return _BITS["modal"] if "modal" in names and _MODAL.search(names) else 0
 
 
 def landmark_odds(markup: Markup, running: Running) -> np.ndarray:
@@ -88,18 +86,19 @@ def landmark_odds(markup: Markup, running: Running) -> np.ndarray:
 
     A kind of landmark in which the most running text is, is a page's main text.
     """
-    kinds: list[frozenset[str]] = []
-    known: dict[tuple[str, str], str | None] = {}
+    tags = {tag: _BITS[kind] for tag, kind in _LANDMARK_TAGS.items()}
+    kinds: list[int] = []
+    known: dict[str, int] = {"": 0}
     for tag, attributes, parent in zip(markup.tags, markup.attributes, markup.parents, strict=True):
         if parent < 0:
-            kinds.append(frozenset())
+            kinds.append(0)
             continue
-        if (tag, attributes) not in known:
-            known[tag, attributes] = _landmark(tag, attributes)
-        kind = known[tag, attributes]
-        above = kinds[parent]
-        kinds.append(above if kind is None or kind in above else above | {kind})
-    main = kinds[running.best]
-    beside = np.asarray([not kind <= main for kind in kinds])[np.asarray(markup.places)]
-    hidden = np.asarray(markup.unshown)[np.asarray(markup.places)]
-    return np.where(beside, -_OFF, -_HIDDEN * hidden)
+        kind = tags.get(tag)
+        if kind is None:
+            kind = known.get(attributes)
+            if kind is None:
+                kind = known[attributes] = _landmark(attributes)
+        kinds.append(kinds[parent] | kind)
+    places = np.asarray(markup.places)
+    beside = (np.asarray(kinds) & ~kinds[running.best])[places] != 0
+    return np.where(beside, -_OFF, -_HIDDEN * np.asarray(markup.unshown)[places])
