@@ -212,7 +212,7 @@ def _reviews(folder: Path) -> None:
     reviews = [f"{label} a {word} film number {n} .\n" for label in (0, 1) for n, word in enumerate(words[label])]
     labelled = "".join(reviews)
     for name in ("stsa.binary.train", "stsa.binary.dev", "stsa.binary.test"):
-        _write(folder / f"{name}.gz", labelled * 3)
+        _write(folder / f"{name}.gz", labelled.replace("film", name.rpartition(".")[2]) * 3)
     phrases = labelled.replace("0 ", "negative\t").replace("1 ", "positive\t")
     _write(folder / "sst2.phrases.tsv.gz", "label\ttext\n" + phrases)
     kinds = "".join(f"{kind}:any What is number {n} ?\n" for n in range(20) for kind in ("NUM", "LOC", "HUM"))
