@@ -111,7 +111,10 @@ def rows_to_compute(y, ignore_index: int, chunking: Chunking):
 
 
 class KeptLogits(NamedTuple):
-    """The logits (rows, V) of all rows that are computed, where one chunk is all; ``known``: they are there already."""
+    """Room for the logits (N, V) of all rows where one chunk is all; those that are computed stand first.
+
+    ``known``: they are there already.
+    """
 
     logits: torch.Tensor
     known: bool = True
@@ -122,8 +125,7 @@ class KeptLogits(NamedTuple):
 
         The extension alone leaves logits as they are.
         """
-        index = rows_to_compute(call.target, call.loss.ignore_index, call.chunking)
-        count = len(layer.x) if index is None else len(index)
+        count = len(layer.x)
         if call.backend != "native" or not 0 < count <= _rows_at_once(layer, call):
             return None
         return KeptLogits(layer.x.new_empty(count, len(layer.weight)), known=False)
@@ -155,7 +157,7 @@ def in_chunks(
     index = rows_to_compute(call.target, call.loss.ignore_index, call.chunking)
     count = n if index is None else len(index)
     needs = needs if upstream.loss is not None else (False, False, False)
-    chunk = _rows_at_once(layer, call) if kept is None else count
+    chunk = _rows_at_once(layer, call)
     gradients = LayerGradients.of(layer, needs, call.backend, math.ceil(count / chunk))
     logits = x.new_empty(min(chunk, count), n_classes) if kept is None else kept.logits
     held = logits.to(wide) if keeps_wide(x.dtype, call.backend) else logits

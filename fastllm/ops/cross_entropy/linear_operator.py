@@ -44,15 +44,15 @@ def _outputs(layer: Layer, needs):
 
 
 def _fwd_fake(x, w, bias, *args):
-    # Compiled code keeps no logits: how many rows are computed depends on the targets.
-    call, (dtype, with_gradient, needs, *wanted, _) = LayerLoss.of(args)
+    call, (dtype, with_gradient, needs, *wanted, keep) = LayerLoss.of(args)
+    kept = KeptLogits.of(Layer(x, w, bias), call) if keep else None
     wide = torch.promote_types(x.dtype, torch.float32)
     return (
         x.new_empty(x.shape[0] if call.loss.reduction == "none" else (), dtype=dtype),
         x.new_empty(x.shape[0], dtype=wide),
         *(x.new_empty(x.shape[0] if want else 0, dtype=wide) for want in wanted),
         x.new_empty((), dtype=wide),
-        x.new_empty(0),
+        x.new_empty(0) if kept is None else kept.logits,
         *_outputs(Layer(x, w, bias), needs if with_gradient else _NOTHING),
     )
 
