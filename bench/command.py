@@ -46,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("ops", nargs="*", metavar="OP", help="ops to time (all); or one of the commands below")
     parser.add_argument("--static", action="store_true", help="what is known without running: compiled kernels, model")
-    parser.add_argument("--tune", action="store_true", help="search launch settings on this GPU; rewrites _tuned.py")
+    parser.add_argument(
+        "--tune", action="store_true", help="search launch settings on this GPU; rewrites kernels/tuned.py"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     parser.add_argument(
         "--dtype", nargs="+", choices=DTYPES,

@@ -71,7 +71,7 @@ def search(start: Settings, faster: Callable[[Settings, Settings], bool]) -> Set
 
 
 def rewrite(text: str, found: dict[tuple, Settings], where: str, on: date) -> str:
-    """The source of _tuned.py with ``found`` in its table, under a line that says where and when it was measured.
+    """The source of tuned.py with ``found`` in its table, under a line that says where and when it was measured.
 
     Raises:
         ValueError: ``text`` has no literal table.
