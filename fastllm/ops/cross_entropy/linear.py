@@ -47,8 +47,8 @@ def linear_cross_entropy(
             where ``shift`` holds that input against a later target. No gradient of its own.
         shift: each input is held against the target ``shift`` positions further on along the last dimension; 1 for
             next-token prediction from unshifted tokens. The last ``shift`` positions count as ignored.
-        max_workspace_mb: MiB of workspace, which decide the rows of a chunk, at least one; None for 1200 on CUDA, 64
-            elsewhere. See :func:`linear_cross_entropy_plan`.
+        max_workspace_mb: MiB of workspace, which decide the rows of a chunk, at least one; None for 1200 on CUDA (2400
+            from 16,384 rows on), 64 elsewhere. See :func:`linear_cross_entropy_plan`.
         recompute: keep no gradients between forward and backward. The backward computes the logits again, a fourth
             matrix multiplication. "none", fp16 (whose gradients of a mean would underflow before a loss scale reaches
             them), compiled code and a second backward always do so.
@@ -154,8 +154,8 @@ def linear_cross_entropy_plan(
         lane = f"{1 + again + sum(needs)} matmuls, {'recompute' if again else 'no recompute'}"
     tokens, most = target.numel(), call.chunking.max_targets
     row_bytes = bytes_per_row(len(linear_weight), input.dtype, backend, softcap is not None, return_entropy)
-    workspace = workspace_mb(call.chunking, input.device.type)
-    return chunk_plan(tokens if most is None else min(tokens, most), row_bytes, workspace, lane)
+    rows = tokens if most is None else min(tokens, most)
+    return chunk_plan(rows, row_bytes, workspace_mb(call.chunking, input.device.type, rows), lane)
 
 
 # torch has the class since 2.13; before, ours stands on what torch's is made of.
