@@ -77,8 +77,6 @@ HOPPER = {
     "hopper packed full": lambda dim: packed(4, 512, 4, dim),
 }
 GLUON = ("attention_hopper_fwd", "attention_hopper_bwd")
-# Bytes of stack that a kernel may have at a head dim: kernels/attention/hopper_backward.py has the cost.
-STACK = {("attention_hopper_bwd", 64): 8, ("attention_hopper_bwd", 128): 24}
 # Bytes of shared memory that a block can have. sm_86, sm_89 and sm_120 take sm_80's tiles and have less of it.
 SHARED = {**{arch: gpu.shared_per_block for arch, gpu in GPUS.items()}, 80: 99 << 10}
 # float16 has bfloat16's tiles and instructions: the heaviest of each register pressure stand for it.
@@ -103,8 +101,7 @@ class Entry:
         """No spills, a processor can hold it, and a Hopper kernel has what it is for."""
         if self.feature in HOPPER and not (self.matrix == "HGMMA" and self.copies):
             return False
-        spills = self.resources.spills if self.resources.stack > STACK.get((self.kernel, self.dim), 0) else 0
-        return spills == 0 and self.resources.shared <= SHARED[self.arch]
+        return self.resources.spills == 0 and self.resources.shared <= SHARED[self.arch]
 
     @property
     def copies(self) -> int:

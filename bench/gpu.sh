@@ -8,7 +8,8 @@
 # compute-sanitizer's four tools and Triton's own checks. speed: the bench and the training step. Both parts without
 # --part, within SECONDS (default 540; 400 for one part). Installs nothing, needs no network, works from the source
 # tree. Leaves in OUT: log.txt, tests.xml, bench.json, the plots, bench.html, train.json. It says what it skipped and why,
-# and a part that is cut off leaves what it has done. FASTLLM_GPU_DRY_RUN=1 takes every path of it that needs no GPU.
+# and a part that is cut off leaves what it has done. FASTLLM_GPU_DRY_RUN=1 takes every path of it that needs no GPU:
+# the tests are collected as on a GPU, and what would run there is told with its seconds.
 #
 # --prepare compiles the kernels on a machine without a GPU, for sm_ARCH (default 90), into FOLDER, and --cache uses
 # them. Python's minor version and Triton's must be those of the GPU machine; where they differ, --cache says so.
@@ -80,6 +81,15 @@ step() {
   return "$status"
 }
 
+# on_gpu NAME LIMIT COMMAND...: a step; a machine without a GPU says what it would be.
+on_gpu() {
+  if [ "$device" = cuda ]; then
+    step "$@"
+  else
+    echo "== $1: on a GPU, up to $2 s: ${*:3}"
+  fi
+}
+
 wants() { [ "$part" = all ] || [ "$part" = "$1" ]; }
 
 if [ -z "${FASTLLM_GPU_DRY_RUN:-}" ]; then
@@ -106,47 +116,52 @@ step info 60 "$python" -m fastllm info
 pytest=("$python" -m pytest -o addopts="-q --strict-markers --import-mode=importlib" -p no:cacheprovider --tb=short)
 
 correctness() {
-  local tests=(tests/test_ops.py tests -m gpu -v "--junitxml=$out/tests.xml") file package tool checks chosen
+  local tests=(tests/test_ops.py tests -m gpu -v "--junitxml=$out/tests.xml") file package tool checks chosen as_if
   while read -r file package; do
     [ -n "$file" ] || continue
     echo "== $file: skipped, not installed here: $package"
     tests+=(--ignore "$file")
   done < <("$python" tests/missing_packages.py)
-  if "$python" -c 'import xdist' 2> /dev/null; then tests+=(-n 6); fi
   # CUDA's settings are read when it starts: see tests/conftest.py.
-  if [ "$device" = cpu ]; then tests=(tests/test_registry.py -m "gpu" "--junitxml=$out/tests.xml"); fi
-  step tests 210 "${pytest[@]}" "${tests[@]}"
+  if "$python" -c 'import xdist' 2> /dev/null; then tests+=(-n 6); fi
+  on_gpu tests 210 "${pytest[@]}" "${tests[@]}"
 
   chosen="(two_backwards and (native or triton or hopper)) or packed_on_a_gpu or gradients_on_a_gpu"
   checks=("${pytest[@]}" -m gpu -x tests/test_ops.py tests/kernels/test_attention_hopper.py
     tests/kernels/test_attention_hopper_backward.py -k "$chosen")
-  if [ "$device" = cuda ] && command -v compute-sanitizer > /dev/null; then
+  if [ "$device" = cpu ]; then # what both choose, collected as on a GPU
+    as_if=(env "PYTHONPATH=$PWD/tests:$PYTHONPATH")
+    step "collection of tests" 210 "${as_if[@]}" "${pytest[@]}" "${tests[@]}" -p as_if_gpu --collect-only -qqq
+    step "collection of checks" 60 "${as_if[@]}" "${checks[@]}" -p as_if_gpu --collect-only -qq
+  fi
+  if [ "$device" = cuda ] && ! command -v compute-sanitizer > /dev/null; then
+    echo "== compute-sanitizer: skipped, it is not installed"
+  else
     # torch's allocator would hand out parts of large blocks, whose bounds are not the tensors'. CUDA's own errors are
     # torch's business: it asks for what may fail.
     for tool in memcheck racecheck synccheck initcheck; do
-      step "$tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      on_gpu "$tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
         --report-api-errors no "${checks[@]}"
     done
-  else
-    echo "== compute-sanitizer: skipped, $([ "$device" = cuda ] && echo 'it is not installed' || echo 'no GPU')"
   fi
   if ! "$python" -c 'import sys; from triton import knobs; sys.exit(not hasattr(knobs.compilation, "instrumentation_mode"))'; then
     echo "== Triton's consan: skipped, this Triton has none"
-  elif [ "$device" = cpu ]; then
-    echo "== Triton's consan: skipped, no GPU"
   else
-    step consan 60 env TRITON_INSTRUMENTATION_MODE=consan TRITON_CACHE_DIR="$PWD/build/consan" "${checks[@]}"
+    on_gpu consan 60 env TRITON_INSTRUMENTATION_MODE=consan TRITON_CACHE_DIR="$PWD/build/consan" "${checks[@]}"
   fi
 }
 
 speed() {
-  local bench=(--sweep --compile attention scaled_dot_product_attention) train limit
-  if [ "$device" = cpu ]; then bench=(layer_norm swiglu --shape "one token" --rounds 2); fi
-  limit=$(($(left) * 3 / 5))
-  step bench "$limit" "$python" -m fastllm bench --device $device --out "$out" --budget $((limit > 40 ? limit - 15 : 25)) "${bench[@]}"
-  train=(--preset gpt2 --batch-size 32 --steps 2 --rounds 5 --compile)
-  if [ "$device" = cpu ]; then train=(--preset tiny --batch-size 1 --context-length 32 --steps 1 --rounds 1); fi
-  step train $(($(left) - 10)) "$python" -m fastllm.bench.train --device $device --json "$out/train.json" "${train[@]}"
+  local limit=$(($(left) * 3 / 5)) bench train
+  bench=("$python" -m fastllm bench --out "$out" --budget $((limit > 40 ? limit - 15 : 25)))
+  train=("$python" -m fastllm.bench.train --json "$out/train.json")
+  on_gpu bench "$limit" "${bench[@]}" --device cuda --sweep --compile attention scaled_dot_product_attention
+  if [ "$device" = cpu ]; then step bench "$limit" "${bench[@]}" --device cpu layer_norm swiglu --shape "one token" --rounds 2; fi
+  limit=$(($(left) - 10))
+  on_gpu train "$limit" "${train[@]}" --device cuda --preset gpt2 --batch-size 32 --steps 2 --rounds 5 --compile
+  if [ "$device" = cpu ]; then
+    step train "$limit" "${train[@]}" --device cpu --preset tiny --batch-size 1 --context-length 32 --steps 1 --rounds 1
+  fi
 }
 
 if wants correctness; then correctness; fi

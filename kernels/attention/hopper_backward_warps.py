@@ -30,7 +30,7 @@ from .values import Plane
 group_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 # Rows of dq that two warps add at a time: with 40 registers a thread they hold no more.
-PART = gl.constexpr(8)
+PART = gl.constexpr(4)
 
 
 class BackwardMode(NamedTuple):
@@ -80,17 +80,28 @@ class Rings(NamedTuple):
 
 
 @gluon.jit
-def key_item(work, sizes, mode: gl.constexpr):
-    """This program's work: (head_kv, b, first, offset, runs).
-
-    The query tiles that see the columns from ``first`` on are those of two runs, (begin, edge, end): tiles before edge
-    have rows that do not see every column; all have where columns lie past the last.
-    """
+def key_tile(work, mode: gl.constexpr):
+    """This program's (plane, first): the batch and key head, of which :func:`head_of` tells, and the first column."""
     program = gl.program_id(0)
     plane = program // work.key_tiles
-    b = plane // work.heads_kv
     # The last tile first.
-    first = (work.key_tiles - 1 - (program - plane * work.key_tiles)) * mode.block_n
+    return plane, (work.key_tiles - 1 - (program - plane * work.key_tiles)) * mode.block_n
+
+
+@gluon.jit
+def head_of(plane, work):
+    """(batch, key head) of a plane."""
+    b = plane // work.heads_kv
+    return b, plane - b * work.heads_kv
+
+
+@gluon.jit
+def query_runs(first, work, sizes, mode: gl.constexpr):
+    """(offset, runs) of the columns from ``first`` on.
+
+    The query tiles that see them are those of two runs, (begin, edge, end): tiles before edge have rows that do not see
+    every column; all have where columns lie past the last.
+    """
     offset = sizes.cols - sizes.rows if mode.bottom_right else 0
     begin = first * 0
     if mode.causal:
@@ -101,7 +112,7 @@ def key_item(work, sizes, mode: gl.constexpr):
         edge = gl.minimum(gl.cdiv(gl.maximum(first + mode.block_n - 1 - offset, 0), mode.block_m), end)
     if first + mode.block_n > sizes.cols:
         edge = end
-    return plane - b * work.heads_kv, b, first, offset, (begin, edge, end)
+    return offset, (begin, edge, end)
 
 
 @gluon.jit
@@ -131,7 +142,9 @@ def copy(descs, rings, work, sizes, mode: gl.constexpr):
     k_desc, v_desc, q_desc, dout_desc, stats_desc = descs
     BLOCK_M: gl.constexpr = mode.block_m
     STAGES: gl.constexpr = mode.stages
-    head_kv, b, first, _, runs = key_item(work, sizes, mode)
+    plane, first = key_tile(work, mode)
+    b, head_kv = head_of(plane, work)
+    _, runs = query_runs(first, work, sizes, mode)
     _fill(k_desc, [b, head_kv, first, 0], rings.k, 0)
     _fill(v_desc, [b, head_kv, first, 0], rings.v, 0)
     use = 0
@@ -235,21 +248,25 @@ def multiply(rings, work, sizes, grads, unit, scale, mode: gl.constexpr):
     BLOCK_N: gl.constexpr = mode.block_n
     DIM: gl.constexpr = mode.dim
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, DIM, 16])
-    head_kv, b, first, offset, runs = key_item(work, sizes, mode)
+    plane, first = key_tile(work, mode)
+    offset, runs = query_runs(first, work, sizes, mode)
     begin, edge, end = runs
     dk = gl.zeros([BLOCK_N, DIM], gl.float32, layout)
     dv = gl.zeros([BLOCK_N, DIM], gl.float32, layout)
     mbarrier.wait(rings.k.full.index(0), 0)
     mbarrier.wait(rings.v.full.index(0), 0)
-    use = 0
-    for _ in range(sizes.group):
-        for tile in range(begin, edge):
-            row = tile * BLOCK_M
-            dk, dv = _step(dk, dv, rings, use, first, row, sizes.cols, offset, unit, MASKED=True, mode=mode)
-            use += 1
-    for _ in range(sizes.group * (end - edge)):
+    # Heads one after the other, in one loop: two in each other take two registers more.
+    row = begin * BLOCK_M
+    masked = sizes.group * (edge - begin)
+    for use in range(masked):
+        dk, dv = _step(dk, dv, rings, use, first, row, sizes.cols, offset, unit, MASKED=True, mode=mode)
+        row += BLOCK_M
+        if row == edge * BLOCK_M:
+            row = begin * BLOCK_M
+    for use in range(masked, sizes.group * (end - begin)):
         dk, dv = _step(dk, dv, rings, use, first, 0, sizes.cols, offset, unit, MASKED=False, mode=mode)
-        use += 1
+    # Not before the loops, where it would take a register.
+    b, head_kv = head_of(plane, work)
     _store_keys(grads.dv, dv, b, head_kv, first, sizes.cols, mode=mode)
     _store_keys(grads.dk, dk * scale, b, head_kv, first, sizes.cols, mode=mode)
 
@@ -261,32 +278,40 @@ def add(rings, work, sizes, sums, mode: gl.constexpr):
     BLOCK_N: gl.constexpr = mode.block_n
     DIM: gl.constexpr = mode.dim
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // DIM, DIM // 4], [2, 1], [1, 0])
-    head_kv, b, first, offset, runs = key_item(work, sizes, mode)
+    plane, first = key_tile(work, mode)
+    b, head_kv = head_of(plane, work)
+    offset, runs = query_runs(first, work, sizes, mode)
     rows = gl.arange(0, PART, gl.SliceLayout(1, layout))
     dims = gl.arange(0, DIM, gl.SliceLayout(0, layout))
     at = rows[:, None] * DIM + dims[None, :]
-    use = 0
+    # What the loops need, in few numbers: with more than 40 registers a thread they would spill.
+    start = (b * sizes.heads + head_kv * sizes.group) * work.query_tiles
+    most = (sizes.cols - 1) // BLOCK_N - first // BLOCK_N
+    lead = BLOCK_M - 1 + offset - first
+    phase = 0
     for number in range(2):
         low, high = run_of(runs, number)
-        for member in range(sizes.group):
-            head = head_kv * sizes.group + member
+        head = start
+        for _ in range(sizes.group):
             for tile in range(low, high):
-                slot = (b * sizes.heads + head) * work.query_tiles + tile
-                mbarrier.wait(rings.dq.full.index(0), use & 1)
+                slot = head + tile
+                mbarrier.wait(rings.dq.full.index(0), phase)
                 if mode.ordered:
-                    # The last column that a row of the tile sees, as if the tile were full.
-                    last = sizes.cols - 1
+                    # The key tiles after this one up to the last column that a row of the tile sees, were it full.
+                    before = most
                     if mode.causal:
-                        last = gl.minimum(tile * BLOCK_M + (BLOCK_M - 1) + offset, sizes.cols - 1)
-                    before = last // BLOCK_N - first // BLOCK_N
+                        before = gl.minimum((tile * BLOCK_M + lead) // BLOCK_N, most)
                     while gl.atomic_add(sums.turns + slot, 0, sem="acquire") != before:
                         pass
-                start = sums.dq + slot.to(gl.int64) * (BLOCK_M * DIM)
+                to = sums.dq + slot.to(gl.int64) * (BLOCK_M * DIM)
                 for part in gl.static_range(BLOCK_M // PART):
                     x = rings.dq.buffers.index(0).slice(part * PART, PART, dim=0).load(layout)
-                    gl.atomic_add(start + part * PART * DIM + at, x, sem="relaxed")
+                    gl.atomic_add(to + part * PART * DIM + at, x, sem="relaxed")
+                    # ptxas would load many parts at once, and spill.
+                    group_barrier()
                 mbarrier.arrive(rings.dq.empty.index(0), count=1)
                 if mode.ordered:
                     group_barrier()
                     gl.atomic_add(sums.turns + slot, 1, sem="release")
-                use += 1
+                phase ^= 1
+            head += work.query_tiles

@@ -68,9 +68,10 @@ DQ = {
         256: ((128, 32, 8, 2), (64, 32, 8, 1), (32, 16, 8, 1)),
     },
 }
-# Tried and not taken for the forward of sm_90 at head dim 128: (128, 64, 8, 2) with maxnreg=128 and 98,336 bytes of
-# shared memory, so that a processor holds two blocks. Under a causal mask Triton 3.6 makes 124 registers of it and
-# spills nothing, 3.9 spills 48 bytes a thread (24 loads and stores); without a mask 3.6 spills 8 bytes.
+# Tried and not taken for the forward at head dim 128: (128, 64, 8, 2) with maxnreg=128 and 98,336 bytes of shared
+# memory, so that a processor of sm_90 or sm_100 holds two blocks. Triton 3.9 spills in each call: on sm_90 48 bytes a
+# thread under a causal mask (24 loads and stores), 16 without one and at least 96 in packed calls, on sm_100 136, 56
+# and at least 232. Triton 3.6 on sm_90 spills nothing under a causal mask (124 registers), and 8 bytes without one.
 # Nor at 64: (128, 64, 4, 3) has 190 registers without a mask and 206 under a causal one (205 with 3.6), 65 KB and no
 # spills, so that a processor holds two blocks of 4 warps where the table's tile gives one of 8. Only a GPU can tell.
 # Triton 3.6 spills 80 bytes a thread with 128 rows, 3.9 none; those between have not been tried.

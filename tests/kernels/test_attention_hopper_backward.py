@@ -189,7 +189,7 @@ FAULTS = {
     "the last buffer is kept": ("    mbarrier.arrive(rings.q.empty.index(slot), count=1)\n", ""),
     "a phase is wrong": ("rings.dq.empty.index(0), (use & 1) ^ 1)", "rings.dq.empty.index(0), 1)"),
     "a turn is not given on": ('gl.atomic_add(sums.turns + slot, 1, sem="release")', "pass"),
-    "the order is the other way round": ("last // BLOCK_N - first // BLOCK_N", "first // BLOCK_N"),
+    "the order is the other way round": ("before = most\n", "before = first // BLOCK_N\n"),
 }  # fmt: skip
 
 

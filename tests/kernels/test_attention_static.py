@@ -32,18 +32,7 @@ def test_the_page_has_all_calls_of_these_kernels_and_shows_no_spills():
     assert f"{len(tables.planned())} of {len(tables.planned())} calls are compiled." in PAGE.read_text(encoding="utf-8")
     rows = [line.split("|") for line in PAGE.read_text(encoding="utf-8").splitlines() if "float" in line[:9]]
     assert len(rows) > 50
-    spilling = {
-        tuple(cell.strip() for cell in (*row[1:5], row[8]))
-        for row in rows
-        if {spills.strip() for spills in row[8].split("/")} - {"0", ""}
-    }
-    # What the Hopper backward's SETTINGS say that it spills, in both dtypes, and nothing else.
-    known = {("64", "hopper full"): "/ 10 /", ("128", "hopper causal"): "/ 18 /", ("128", "hopper full"): "/ 13 /"}
-    assert spilling == {
-        (dtype, dim, call, "attention_hopper_bwd", found)
-        for (dim, call), found in known.items()
-        for dtype in ("bfloat16", "float16")
-    }
+    assert [row for row in rows if {spills.strip() for spills in row[8].split("/")} - {"0", ""}] == []
 
 
 def test_a_changed_kernel_makes_the_page_stale(tmp_path, monkeypatch):

@@ -301,6 +301,17 @@ def test_plan_says_what_will_run():
         assert "loss only" in linear_cross_entropy_plan(x, w).lane
 
 
+@pytest.mark.runs_on("anywhere")
+@pytest.mark.parametrize(("rows", "expected"), [(8192, 2), (16383, 4), (16384, 2), (65536, 7)])
+def test_many_rows_take_larger_chunks_on_cuda(rows, expected):
+    """A head of 128,256 classes in bfloat16, whose gradient is added up in fp32 from chunk to chunk."""
+    default, given = Chunking(None, None, True, False), Chunking(5.0, None, True, False)
+    bytes_of_row = chunks.bytes_per_row(128256, torch.bfloat16, "triton", False, False)
+    assert chunks.chunk_plan(rows, bytes_of_row, chunks.workspace_mb(default, "cuda", rows)).chunks == expected
+    assert chunks.workspace_mb(given, "cuda", rows) == 5.0
+    assert chunks.workspace_mb(default, "cpu", rows) == 64.0
+
+
 def test_modules(backend):
     x, _, y = _call()
     module = fastllm.nn.LinearCrossEntropyLoss(8, 33, bias=True, z_loss=0.1, shift=1).to(DEVICE)

@@ -238,7 +238,7 @@ def plan(
     if checkpoint_activations:
         # The block that is being recomputed.
         row += _kept_by(config, 2, 1, dtype, False, narrow) - _kept_by(config, 1, 1, dtype, False, narrow)
-    memory["logits"] = 1200 * 2.0**20
+    memory["logits"] = 2400 * 2.0**20  # the most that the loss takes by itself, from 16,384 tokens on
     limit = gpu.memory * (1 - reserve)
     largest = int((limit - sum(memory.values())) // row)
     if largest < 1:
