@@ -31,6 +31,7 @@ import torch
 import triton
 
 from .. import kernels
+from ..commands.parser import first_paragraph
 from ..kernels.attention.problem import bulk_copies
 from ..kernels.device import GPUS
 from ..registry import OPS
@@ -288,7 +289,7 @@ def stale(file: Path) -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; see the module's docstring. 1 where an entry spills or does not fit."""
-    parser = argparse.ArgumentParser("python -m fastllm.bench.attention_tables", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser("python -m fastllm.bench.attention_tables", description=first_paragraph(__doc__))
     parser.add_argument("--arch", type=int, nargs="+", choices=list(GPUS), default=list(GPUS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--dim", type=int, nargs="+", choices=DIMS, default=DIMS)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..commands.parser import first_paragraph
 from ..data.clean import CleanConfig, Document, Rejection, clean
 from ..data.clean.html import EXTRACTORS
 from ..data.optional import require
@@ -148,7 +149,7 @@ def grade(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m fastllm.bench.cleaning", description=first_paragraph(__doc__))
     parser.add_argument("pages", type=Path, nargs="+")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth page")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only extractors whose names contain one of these")

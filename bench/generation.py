@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from .. import cpu
+from ..commands.parser import first_paragraph
 from ..generate import beam_search, generate
 from ..models import EncoderDecoder, ModelConfig, Transformer, load_model
 from .environment import environment
@@ -123,7 +124,7 @@ def measured(name: str, tokens: int, rounds: int, shape: dict | None = None) -> 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; see the module's docstring. Returns 1 where tokens differ."""
-    parser = argparse.ArgumentParser(prog="python -m fastllm.bench.generation", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m fastllm.bench.generation", description=first_paragraph(__doc__))
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--tokens", type=int, default=64, help="of a turn (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from ..commands.parser import first_paragraph
 from ..data.clean.block_model import BlockModel, Trees, combine
 from ..data.clean.body import last_headings
 from ..data.clean.features import (
@@ -255,7 +256,9 @@ def score(page: Labelled, probabilities: np.ndarray) -> Score:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m fastllm.bench.main_text_training", description=first_paragraph(__doc__)
+    )
     parser.add_argument("pages", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="the file to write")
     parser.add_argument("--folds", type=int, default=5, metavar="N", help="folds of sites (default: %(default)s)")

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from ..commands.parser import first_paragraph
 from ..functional import linear_cross_entropy, linear_cross_entropy_plan
 from .environment import environment
 from .timing import ratios
@@ -80,7 +81,7 @@ def read(path: Path | None, call: dict) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m fastllm.bench.memory", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m fastllm.bench.memory", description=first_paragraph(__doc__))
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=50304)

@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 
+from ..commands.parser import first_paragraph
 from ..kernels import device
 from ..registry import Op
 from . import cases
@@ -130,7 +131,7 @@ def cells(row: Row) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m fastllm.bench.model", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m fastllm.bench.model", description=first_paragraph(__doc__))
     parser.add_argument("ops", nargs="*", metavar="OP", help="ops to model (all that have shapes)")
     parser.add_argument("--arch", type=int, choices=list(RATES), default=90, help="sm version")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")

@@ -26,6 +26,7 @@ import torch
 import fastllm
 
 from .. import cpu
+from ..commands.parser import first_paragraph
 from .environment import environment
 from .memory import peak
 
@@ -155,9 +156,7 @@ def table(size: str, found: dict) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastllm.bench.narrow_models", description=__doc__.partition("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m fastllm.bench.narrow_models", description=first_paragraph(__doc__))
     parser.add_argument("--size", nargs="+", choices=("small", "medium"), default=["small"])
     parser.add_argument(
         "--rounds", type=int, default=5, help="samples of a step and a forward; 5 times that of one token"

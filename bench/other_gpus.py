@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import triton
 
+from ..commands.parser import first_paragraph
 from ..kernels.device import OTHER_GPUS, DeviceInfo
 from ..registry import OPS
 from . import cases
@@ -138,7 +139,7 @@ def read_rows(file: Path) -> list[OtherRow]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser("python -m fastllm.bench.other_gpus", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser("python -m fastllm.bench.other_gpus", description=first_paragraph(__doc__))
     parser.add_argument("ops", nargs="*", metavar="OP", choices=(*SHAPES, []), help="of these (all)")
     parser.add_argument("--gpu", nargs="+", choices=list(OTHER_GPUS), default=list(OTHER_GPUS))
     parser.add_argument("--json", metavar="FILE", type=Path, help="write every row there")

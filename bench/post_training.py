@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .. import losses
+from ..commands.parser import first_paragraph
 from ..functional import linear_cross_entropy_plan, linear_kl_div, linear_log_probs
 from .memory import peak
 from .timing import ratios
@@ -96,9 +97,7 @@ def pairs(x, w, y, teacher) -> dict[str, tuple[str, Callable[[], torch.Tensor], 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastllm.bench.post_training", description=__doc__.partition("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m fastllm.bench.post_training", description=first_paragraph(__doc__))
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=50304)

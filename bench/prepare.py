@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_map_only
 from triton.runtime.cache import triton_key
 
 from ..backends import KERNEL_DTYPES
+from ..commands.parser import first_paragraph
 from ..kernels.device import GPUS
 from ..registry import OPS, Sample
 from . import cases
@@ -177,7 +178,7 @@ def commit_of(record: dict) -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m fastllm.bench.prepare", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m fastllm.bench.prepare", description=first_paragraph(__doc__))
     commands = parser.add_subparsers(dest="command", required=True)
     packing = commands.add_parser("pack", help="compile and pack")
     packing.add_argument("folder", type=Path)

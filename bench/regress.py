@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..commands.parser import Parser
+from ..commands.parser import Parser, first_paragraph
 from ..kernels.device import GPUS
 
 FORMAT = "fastllm-regress/1"
@@ -211,7 +211,7 @@ def _show(now: Measured) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="fastllm bench regress", description=__doc__.partition("\n\n")[0])
+    parser = Parser(prog="fastllm bench regress", description=first_paragraph(__doc__))
     parser.add_argument("file", type=Path, metavar="FILE", help="Python with functions whose one argument is 'device'")
     parser.add_argument("--update", action="store_true", help="write the present figures to the committed file")
     parser.add_argument("--against", type=Path, metavar="JSON", help="the committed file (FILE with .regress.json)")

@@ -29,6 +29,7 @@ import torch
 import triton
 from triton.runtime.cache import get_cache_manager
 
+from ..commands.parser import first_paragraph
 from ..kernels.device import GPUS
 from ..registry import OPS, Op
 from . import cases
@@ -356,7 +357,7 @@ def both_tables(ops: Sequence[str], shapes: Sequence[str] = ("",), budget: float
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; see the module's docstring. 1 where a kernel has one of :func:`problems`."""
-    parser = argparse.ArgumentParser(prog="python -m fastllm.bench.static", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m fastllm.bench.static", description=first_paragraph(__doc__))
     parser.add_argument("ops", nargs="*", metavar="OP", help="ops to compile (all that have shapes)")
     parser.add_argument("--arch", type=int, nargs="+", choices=list(GPUS), default=list(GPUS), help="sm versions")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from .. import cpu
-from ..commands.parser import Parser
+from ..commands.parser import Parser, first_paragraph
 from ..matmul import matmul_flops
 from ..models import PRESETS, Transformer, TransformerConfig
 from ..training.config import TrainingConfig
@@ -154,7 +154,7 @@ def table(rows: list[Row], title: str):
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the module's docstring."""
-    parser = Parser(prog="python -m fastllm.bench.train", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m fastllm.bench.train", description=first_paragraph(__doc__))
     parser.add_argument("--preset", choices=list(PRESETS), default="small", help="the model (default: %(default)s)")
     parser.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="sequences a step (default: %(default)s)"

@@ -250,6 +250,18 @@ def test_a_module_with_an_underscore_is_seen(monkeypatch):
     assert "kernels/_x.py" in offenders("hidden")
 
 
+def test_nothing_needs_a_docstring():
+    """``python -OO`` leaves them out: ``__doc__`` is None."""
+    taken = [
+        f"{path}:{node.lineno}"
+        for path, tree in trees().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute | ast.Subscript)
+        and (getattr(node.value, "id", "") == "__doc__" or getattr(node.value, "attr", "") == "__doc__")
+    ]
+    assert not taken
+
+
 if __name__ == "__main__":
     kept = [f"{rule}: {where}\n" for rule in RULES for where in sorted(allowed(rule) & offenders(rule))]
     ALLOWED.write_text("".join(kept), "utf-8")

@@ -6,6 +6,11 @@ import argparse
 import difflib
 
 
+def first_paragraph(doc: str | None) -> str:
+    """The first paragraph of a docstring on one line; "" where ``python -OO`` has left docstrings out."""
+    return " ".join((doc or "").partition("\n\n")[0].split())
+
+
 class Parser(argparse.ArgumentParser):
     """argparse's, with errors on one line, no abbreviated flags, and the nearest flag to one that does not exist."""
 

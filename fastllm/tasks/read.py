@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..commands.parser import first_paragraph
 from ..config import InputError, check_encodable
 from ..data.corpus import lines_of, read_text
 from ..data.sources.compressed import SUFFIXES
@@ -229,6 +230,7 @@ READERS = {
 def read_examples(objective: str, paths: Sequence[str | Path]) -> Examples:
     """The examples of an objective on tasks, from files of the forms that its reader knows."""
     if not paths:
-        first = " ".join(READERS[objective].__doc__.partition("\n\n")[0].split()).rstrip(".")
-        raise InputError(f"data: objective {objective} needs files. Expected: {first[0].lower()}{first[1:]}")
+        forms = first_paragraph(READERS[objective].__doc__).rstrip(".")
+        expected = f" Expected: {forms[0].lower()}{forms[1:]}" if forms else ""
+        raise InputError(f"data: objective {objective} needs files.{expected}")
     return READERS[objective](paths)
