@@ -158,15 +158,15 @@ def draw_picture() -> None:
     for axes, run, leads_of in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, found, strict=True):
         order = sorted(leads_of, key=lambda op: geometric_mean(leads_of[op].get(EAGER, [1.0])))
         for shift, kind, colour in ((0.2, EAGER, "#0072b2"), (-0.2, COMPILED, "#009e73")):
-            for y, op in enumerate(order):
-                if values := leads_of[op].get(kind):
-                    mean = geometric_mean(values)
-                    axes.barh(y + shift, mean - 1, 0.36, left=1, color=colour, label=f"over {kind}" if y == 0 else None)
-                    side = 1 if mean >= 1 else -1
-                    axes.annotate(
-                        f"{mean:.1f}" if mean >= 10 else f"{mean:.2f}", (mean, y + shift), xytext=(3 * side, 0),
-                        textcoords="offset points", fontsize=7, va="center", ha="left" if side > 0 else "right",
-                    )  # fmt: skip
+            means = {y: geometric_mean(leads_of[op][kind]) for y, op in enumerate(order) if leads_of[op].get(kind)}
+            places, lengths = [y + shift for y in means], [mean - 1 for mean in means.values()]
+            axes.barh(places, lengths, 0.36, left=1, color=colour, label=f"over {kind}")
+            for y, mean in means.items():
+                side = 1 if mean >= 1 else -1
+                axes.annotate(
+                    f"{mean:.1f}" if mean >= 10 else f"{mean:.2f}", (mean, y + shift), xytext=(3 * side, 0),
+                    textcoords="offset points", fontsize=7, va="center", ha="left" if side > 0 else "right",
+                )  # fmt: skip
         axes.axvline(1, color="#333333", linewidth=0.9)
         axes.set(xscale="log", xlim=(0.4, 32), yticks=range(len(order)), yticklabels=order)
         axes.set_xticks([0.5, 1, 2, 5, 10, 20])
