@@ -79,10 +79,10 @@ def norm_forward(module, original, norm: Norm, *args, **kwargs):
     eps = getattr(module, norm.eps) if isinstance(norm.eps, str) else norm.eps
     shape = x.shape[-1:]
     wide = x if x.dtype == torch.promote_types(x.dtype, out) else x.to(out)
-    if not norm.center and norm.offset == 0.0 and eps is not None and not watched() and takes_rms(wide, weight):
-        return norm_of_rows(wide, None, weight, None, None, eps, 0.0, False)[0].to(out)
     if norm.center:
         return layer_norm(wide, shape, weight, bias, eps, weight_offset=norm.offset).to(out)
+    if norm.offset == 0.0 and eps is not None and not watched() and takes_rms(wide, weight):
+        return norm_of_rows(wide, None, weight, None, None, eps, 0.0, False)[0].to(out)
     return rms_norm(wide, shape, weight, eps, weight_offset=norm.offset).to(out)
 
 
