@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import fastllm
 from fastllm import losses
 from fastllm.functional import linear_cross_entropy, linear_cross_entropy_plan, linear_log_probs
-from fastllm.ops.cross_entropy import chunks, rows
+from fastllm.ops.cross_entropy import chunks, linear_operator, rows
 from fastllm.ops.cross_entropy.products import logits_into
 
 pytestmark = [pytest.mark.cpu_level, pytest.mark.runs_on("gpu", "interpreter")]
@@ -139,7 +139,7 @@ def test_a_frozen_heads_logits_are_computed_once_with_the_bits_of_computing_them
     assert linear_cross_entropy_plan(x, w, reduction="none", max_workspace_mb=1e-4).lane == "4 matmuls, recompute"
 
 
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="the extension's rows are a CPU's")
+@pytest.mark.runs_on("interpreter")  # the extension alone keeps logits, on a CPU
 @pytest.mark.parametrize("entropy", [False, True])
 def test_logits_that_are_one_chunk_are_computed_once_with_the_bits_of_computing_them_twice(monkeypatch, entropy):
     x, w, y = _call()
@@ -162,6 +162,26 @@ def test_logits_that_are_one_chunk_are_computed_once_with_the_bits_of_computing_
     assert len(computed) > 1
     for a, b in zip(first, again, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.runs_on("interpreter")
+@pytest.mark.parametrize("ignored", [False, True])
+def test_the_fake_operator_knows_the_shape_of_kept_logits(monkeypatch, ignored):
+    x, w, y = _call()
+    if ignored:
+        y[::3] = -100
+    calls, forward = [], linear_operator._linear_cross_entropy_fwd
+
+    def remember(*args):
+        calls.append([arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args])
+        return forward(*args)
+
+    monkeypatch.setattr(linear_operator, "_linear_cross_entropy_fwd", remember)
+    with fastllm.backend("native"):
+        linear_log_probs(x, w, y)
+    (args,) = calls
+    assert forward(*args)[5].shape == (9, 33)
+    torch.library.opcheck(torch.ops.fastllm.linear_cross_entropy_fwd.default, args, test_utils="test_faketensor")
 
 
 def test_checkpointing_gives_the_same_bits():

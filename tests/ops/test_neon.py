@@ -13,7 +13,7 @@ FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-ffp-contract=off", "-fno-trapping-ma
 CROSS, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 pytestmark = [
     pytest.mark.runs_on("anywhere"),
-    pytest.mark.skipif(not IS_THOROUGH, reason="FASTLLM_TESTS=thorough runs it: it compiles 11 sources twice"),
+    pytest.mark.skipif(not IS_THOROUGH, reason="FASTLLM_TESTS=thorough runs it: it compiles the vector code twice"),
     *(
         pytest.mark.skipif(shutil.which(tool) is None, reason=f"no {tool} here (Debian: {package})")
         for tool, package in (("g++", "g++"), (CROSS, "g++-aarch64-linux-gnu"), (EMULATOR, "qemu-user"))

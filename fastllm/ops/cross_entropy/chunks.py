@@ -92,9 +92,11 @@ def chunk_plan(tokens: int, row_bytes: int, workspace_mb: float) -> LinearCrossE
 
 
 def workspace_mb(chunking: Chunking, device_type: str, rows: int) -> float:
+    """MiB for a chunk of a call on ``rows`` rows: what the caller gave, else the device's default."""
     if chunking.max_workspace_mb:
         return chunking.max_workspace_mb
-    return DEFAULT_WORKSPACE_MB.get(device_type, 64.0) * (1 + (device_type == "cuda" and rows >= MANY_ROWS))
+    default = DEFAULT_WORKSPACE_MB.get(device_type, DEFAULT_WORKSPACE_MB["cpu"])
+    return 2 * default if device_type == "cuda" and rows >= MANY_ROWS else default
 
 
 def rows_to_compute(y, ignore_index: int, chunking: Chunking):
