@@ -25,7 +25,7 @@ pytestmark = [
     ),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Batch, heads, heads of keys, keys, head dim, head dim of values: whole and broken blocks of keys (64), columns (32, 8).
+# Batch, heads, heads of keys, keys, head dim and that of values: whole and broken blocks of keys (64), columns (32, 8).
 SHAPES = ((1, 1, 1, 1, 1, 1), (2, 4, 4, 63, 64, 64), (3, 8, 2, 130, 43, 33), (1, 6, 2, 300, 96, 128))
 
 
