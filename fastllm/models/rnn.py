@@ -11,11 +11,21 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from .. import cpu
 from .blocks import Context, CrossAttention, Residual, Stream
 from .cache import Encoded, RecurrentCache
 from .config import ModelConfig
 from .embedding import Embedded, make_norm
 from .stack import length_mask, through
+
+
+def _autocast_fails(device: torch.device) -> bool:
+    """Whether autocast is on and PyTorch's LSTM fails under it: on a CPU it asks oneDNN for one in fp16, and for one in
+    bf16 even if the CPU has no products of it, and oneDNN has neither (PyTorch 2.13)."""
+    if device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return False
+    dtype = torch.get_autocast_dtype("cpu")
+    return dtype != torch.bfloat16 or not cpu.multiplies(dtype)
 
 
 class RecurrentBlock(Residual):
@@ -67,23 +77,31 @@ class RecurrentBlock(Residual):
         return torch.cat(results, -1)
 
     def _recur(self, x: torch.Tensor, lengths: torch.Tensor | None, cache: RecurrentCache | None, layer: int):
+        if not _autocast_fails(x.device):
+            return self._states(x, lengths, cache, layer)
+        with torch.autocast("cpu", enabled=False):
+            return self._states(x.to(self.recurrence.weight_ih_l0.dtype), lengths, cache, layer)
+
+    def _states(self, x: torch.Tensor, lengths: torch.Tensor | None, cache: RecurrentCache | None, layer: int):
+        """What the recurrence gives at each position."""
         if lengths is not None and x.device.type == "cpu":
-            return self.out(self._directions(x, lengths))
+            return self._directions(x, lengths)
         if lengths is not None:
             packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
             out, _ = self.recurrence(packed)
-            out, _ = pad_packed_sequence(out, batch_first=True, total_length=x.shape[1])
-            return self.out(out)
+            return pad_packed_sequence(out, batch_first=True, total_length=x.shape[1])[0]
         state = None if cache is None else cache.state(layer)
         if state is not None and isinstance(self.recurrence, nn.GRU):
             (state,) = state
         out, state = self.recurrence(x, state)
         if cache is not None:
             cache.store(layer, state if isinstance(state, tuple) else (state,))
-        return self.out(out)
+        return out
 
     def forward(self, stream: Stream, context: Context, lengths: torch.Tensor | None, layer: int) -> Stream:
-        stream = self.add(stream, self.recurrence_norm, lambda x: self._recur(x, lengths, context.cache, layer))
+        stream = self.add(
+            stream, self.recurrence_norm, lambda x: self.out(self._recur(x, lengths, context.cache, layer))
+        )
         if self.cross:
             stream = self.add(stream, self.cross_norm, lambda x: self.cross_attention(x, context, layer))
         return stream

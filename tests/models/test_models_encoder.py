@@ -109,6 +109,26 @@ def test_a_recurrent_language_model_caches_its_state(kind):
         model(tokens, prefix=torch.tensor([1, 2], device=DEVICE))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_a_recurrence_runs_under_autocast(kind, dtype):
+    model = build_model(ModelConfig(**SHAPE, encoder=kind, decoder=kind)).to(DEVICE)
+    source, lengths, _ = ragged()
+    target = torch.randint(41, (3, 6), device=DEVICE)
+
+    def logits_and_gradient():
+        model.zero_grad()
+        logits = model(target, model.encode(source, lengths)).float()
+        logits.square().mean().backward()
+        return logits.detach(), model.encoder.blocks[0].recurrence.weight_ih_l0.grad
+
+    expected = logits_and_gradient()
+    with torch.autocast(DEVICE.type if isinstance(DEVICE, torch.device) else DEVICE, dtype):
+        found = logits_and_gradient()
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= 0.05 * b.norm()  # measured: at most 0.02, in bfloat16
+
+
 @pytest.mark.parametrize("kind", ["transformer", "gru"])
 def test_a_cache_goes_on_with_the_sequences_selected(kind):
     model = build_model(ModelConfig(**SHAPE, encoder="gru", decoder=kind)).to(DEVICE).eval()
