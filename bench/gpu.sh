@@ -153,9 +153,10 @@ correctness() {
 
 speed() {
   local limit=$(($(left) * 3 / 5)) bench train
-  bench=("$python" -m fastllm bench --out "$out" --budget $((limit > 40 ? limit - 15 : 25)))
+  bench=("$python" -m fastllm bench --out "$out" --budget $((limit > 40 ? limit - 15 : 25))
+    --compile attention)
   train=("$python" -m fastllm.bench.train --json "$out/train.json")
-  on_gpu bench "$limit" "${bench[@]}" --device cuda --sweep --compile attention scaled_dot_product_attention
+  on_gpu bench "$limit" "${bench[@]}" --device cuda --sweep
   if [ "$device" = cpu ]; then step bench "$limit" "${bench[@]}" --device cpu layer_norm swiglu --shape "one token" --rounds 2; fi
   limit=$(($(left) - 10))
   on_gpu train "$limit" "${train[@]}" --device cuda --preset gpt2 --batch-size 32 --steps 2 --rounds 5 --compile

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from missing_packages import missing_packages
 
-from fastllm.bench import environment, prepare
+from fastllm.bench import cases, environment, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "gpu.sh"
@@ -38,6 +39,11 @@ def python(code: str, **variables: str) -> str:
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()
+
+
+def test_what_torch_compile_is_timed_beside_has_shapes():
+    (names,) = re.findall(r"--compile ([a-z_ ]+)\)", SCRIPT.read_text())
+    assert [op.name for op in cases.selected(names.split())] == names.split()
 
 
 def test_what_a_file_lacks_includes_what_torchs_helpers_import(monkeypatch):
