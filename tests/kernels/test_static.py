@@ -11,7 +11,7 @@ import sys
 import pytest
 from thorough import IS_THOROUGH
 
-from fastllm.bench.static import Resources, Row, problems, read_rows
+from fastllm.bench.static import WARPS, Resources, Row, problems, read_rows
 from fastllm.kernels.device import GPUS
 
 
@@ -169,6 +169,14 @@ def other_rows(compiler, tmp_path_factory):
 def test_losses_and_activations_do_not_spill_and_use_no_fp64(other_rows):
     assert {row.op for row in other_rows} >= {"cross_entropy", "geglu", "rotary_embedding"}
     assert not [(r.op, r.shape, r.kernel) for r in other_rows if r.resources.spills or r.resources.doubles]
+
+
+def test_rows_that_are_read_twice_stay_in_the_cache(other_rows):
+    """An H200 has 50 MB of L2. A row in flight needs its bytes there, for half of its time on average."""
+    classes, key = 128256, ("cross_entropy", "Llama-3 8192x128256", "_forward_kernel", 90)
+    (kernel,) = (r.resources for r in other_rows if (r.op, r.shape, r.kernel, r.arch) == key and r.dtype == "bfloat16")
+    in_flight = kernel.occupancy(90) * WARPS / kernel.num_warps * GPUS[90].processors
+    assert in_flight * classes * 2 / 2 <= 50 << 20, in_flight
 
 
 def test_offsets_of_more_than_2_31_elements_are_computed_in_64_bits(norm_rows, other_rows):

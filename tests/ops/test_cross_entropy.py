@@ -202,6 +202,7 @@ def test_errors_name_what_is_wrong(args, options, error, words):
 @pytest.mark.parametrize(("row", "most"), [(kernel.ROW, 1.05), (0, 1.55)])
 def test_forward_and_gradient_move_little_more_than_the_least_bytes(row, most, monkeypatch):
     monkeypatch.setattr(kernel, "ROW", row)
+    monkeypatch.setattr(kernel, "WIDE_TURN", 4096)
     x = torch.randn(16, 8200).bfloat16().requires_grad_()
     with fastllm.backend("triton"), count_traffic() as traffic:
         cross_entropy(x, torch.randint(0, 8200, (16,))).backward()
@@ -221,6 +222,7 @@ def test_rows_past_what_registers_hold(dtype, reduction, monkeypatch, poisoned_m
     with fastllm.backend("eager"):
         theirs, theirs_grad = _gradient(cross_entropy, x, y, **options)
     monkeypatch.setattr(kernel, "ROW", 0)
+    monkeypatch.setattr(kernel, "WIDE_TURN", 1024)
     with fastllm.backend("triton"):
         loss, grad = _gradient(cross_entropy, x, y, **options)
     assert_as_true(loss, truth, theirs, dtype, "loss")
