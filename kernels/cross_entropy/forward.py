@@ -46,10 +46,10 @@ from .logits import (
 ROW = 32768
 ROW_BESIDE = 8192
 SUM_BLOCK = 4096
-# Columns of a turn where a row is read twice. Two blocks of 16 warps then fill a multiprocessor with as many bytes on
-# their way as eight blocks of 4,096 columns, but with 264 rows in flight on an H200, not 1,056. Of the second read of
-# 128,256 columns in 16 bits a simulated cache of 50 MB serves 34 % and not 9 %, as 99 % and not 33 % if it keeps what
-# is loaded with "evict_last". Of 50,304 columns it serves 76 % and not 19 %. Not measured on a GPU.
+# Columns of a turn where a row is read twice, on sm_120 half as many. Two blocks of 16 warps then fill a multiprocessor,
+# with as many bytes on their way as eight blocks of 4,096 columns, but with 264 rows in flight on an H200, not 1,056. Of
+# the second read of 128,256 columns in 16 bits a simulated L2 cache of 50 MB serves 34 % and not 9 %; if it keeps what
+# is loaded with "evict_last", 99 % and not 33 %. Not measured on a GPU.
 WIDE_TURN = 16384
 
 
@@ -329,12 +329,12 @@ def forward_rows(labelled, out: RowOutputs, total=None, factor=None, dx=None):
     # 32 elements to a thread, in fp32 16 while there are threads. On sm_120 64 elements to each of half the threads: 32
     # to a thread of 32 warps spill 4, in fp32 6.
     limit = 16 if device_info(x.device).arch >= 120 else 32
-    of_warp = 512 if x.dtype.itemsize > 2 else 1024
-    if dx is not None and n_classes > ROW:
-        block_n = min(WIDE_TURN, limit * of_warp)
+    wide = dx is not None and n_classes > ROW
+    if wide:
+        block_n = min(WIDE_TURN, limit * 512)
     elements = block_m * block_n
-    most = min(limit, elements // of_warp)
-    settings = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=max(warps_for(elements), most))
+    most = min(limit, elements // (512 if x.dtype.itemsize > 2 else 1024))
+    settings = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=max(16 if wide else warps_for(elements), most))
     key = (adjacent, block_m, block_n, x.element_size(), dx is not None)
     settings = tuned("cross_entropy_fwd", x.device, key, settings)
     block_m, block_n = settings["BLOCK_M"], settings["BLOCK_N"]
