@@ -46,10 +46,10 @@ from .logits import (
 ROW = 32768
 ROW_BESIDE = 8192
 SUM_BLOCK = 4096
-# Columns of a turn where a row is read twice, on sm_120 half as many. Two blocks of 16 warps fill a multiprocessor, with
-# as many bytes on their way as eight blocks of 4,096 columns, but with 264 rows in flight on an H200, not 1,056. Of the
-# second read of 128,256 columns in 16 bits a simulated L2 cache of 50 MB serves 34 % and not 9 %; if it keeps what is
-# loaded with "evict_last", 99 % and not 33 %. Not measured on a GPU.
+# Columns of a turn where a row is read twice, on sm_120 half as many. Two blocks of 16 warps fill a multiprocessor, and
+# have as many bytes on their way as eight blocks of 4,096 columns, but 264 rows are in flight on an H200, not 1,056. Of
+# the second read of 128,256 columns in 16 bits a simulated L2 cache of 50 MB serves 34 % and not 9 %; if it keeps what
+# is loaded with "evict_last", 99 % and not 33 %. Not measured on a GPU.
 WIDE_TURN = 16384
 
 
