@@ -329,7 +329,8 @@ def forward_rows(labelled, out: RowOutputs, total=None, factor=None, dx=None):
     # 32 elements to a thread, in fp32 16 while there are threads. On sm_120 64 elements to each of half the threads: 32
     # to a thread of 32 warps spill 4, in fp32 6.
     limit = 16 if device_info(x.device).arch >= 120 else 32
-    wide = dx is not None and n_classes > ROW
+    # With class weights and every option at once such tiles spill 3 on sm_100 in fp32, on gfx1100 4.
+    wide = dx is not None and n_classes > ROW and weight is None
     if wide:
         block_n = min(WIDE_TURN, limit * 512)
     elements = block_m * block_n
