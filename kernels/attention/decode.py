@@ -19,7 +19,9 @@ from .online_softmax import forward_tiles, row_results
 from .scores import column_range, load_tile, locate, matrix_of, sheet_of, span_of, store_tile
 from .values import Matrix, TileShape
 
-# Most rows of a sequence that is split: queries times heads of a group, as a power of 2. A guess.
+# Most rows of a sequence that is split: queries times heads of a group, as a power of 2. A guess. The sequence's own
+# queries decide, whatever its batch. Longer ones are the forward's, whose tiles of up to 128 rows take other matrix
+# instructions, and so another order of sums within a product.
 MOST_ROWS = 64
 # Rows of a tile, or the heads of a group if those are more: the fewest that a product takes, since a step of one query
 # waits for memory.

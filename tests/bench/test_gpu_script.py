@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,24 @@ def python(code: str, **variables: str) -> str:
 def test_what_torch_compile_is_timed_beside_has_shapes():
     (names,) = re.findall(r"--compile ([a-z_ ]+)\)", SCRIPT.read_text())
     assert [op.name for op in cases.selected(names.split())] == names.split()
+
+
+# As torch 2.11's libraries for CUDA have them.
+NOT_DETERMINISTIC = " does not have a deterministic implementation, but you set 'torch.use_deterministic_algorithms("
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        f"nll_loss2d_forward_out_cuda_template{NOT_DETERMINISTIC}True, warn_only=True)'.",
+        "Memory Efficient attention defaults to a non-deterministic algorithm. ",
+        "Attempting to run cuBLAS, but there was no current CUDA context! Attempting to set the primary context...",
+    ],
+)
+def test_what_cuda_warns_of_fails_no_test(message):
+    warnings.warn(message, UserWarning, stacklevel=1)
+    with pytest.raises(UserWarning, match="another"):
+        warnings.warn("another", UserWarning, stacklevel=1)
 
 
 def test_what_a_file_lacks_includes_what_torchs_helpers_import(monkeypatch):
