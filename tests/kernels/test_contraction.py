@@ -41,6 +41,7 @@ def _gradients(dtype, reduction, options, classes=300):
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "_".join(o) or "plain")
 def test_the_gradient_of_the_forward_is_that_of_the_backward(dtype, reduction, row, options, monkeypatch):
     monkeypatch.setattr(forward, "ROW", row)
+    monkeypatch.setattr(forward, "WIDE_TURN", 4096)
     classes = 300 if row else 5000
     with contracting():
         left, computed = _gradients(dtype, reduction, options, classes)
