@@ -251,6 +251,14 @@ def test_code_that_repeats_stays():
     assert extract_fast(page) == "\n\n".join(["Loops", WALL[0], code, WALL[1], code])
 
 
+def test_definitions_that_say_the_same_stay():
+    terms = "".join(
+        f"<dt>wall_{i}()</dt><dd><p>{WALL[0]}</p><p>{paragraph('bread', random.Random(i), 2)}" for i in range(3)
+    )
+    found = extract_fast(f"<body><main><h1>Functions</h1><p>{WALL[1]}</p><dl>{terms}</dl>")
+    assert found.count(WALL[0]) == 3
+
+
 def test_a_short_table_that_lays_out_a_page_is_no_row():
     links_beside = "<br>".join(f"<a href=/{name}>{name}</a>" for name in SECTIONS[:3])
     text = "<br><br>".join(text[:180] for text in WALL)
