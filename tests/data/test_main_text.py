@@ -194,6 +194,9 @@ BESIDE = {
     "an aside": "<aside><h3>{0}</h3><p>{1}</p></aside>",
     "a dialog": '<div role="dialog"><h3>{0}</h3><p>{1}</p></div>',
     "a modal": '<div class="modal fade"><h3>{0}</h3><p>{1}</p></div>',
+    "a popup": '<div id="help-popup"><h3>{0}</h3><p>{1}</p></div>',
+    "a newsletter": "<div class=newsletter-box><h3>{0}</h3><p>{1}</p></div>",
+    "a footer by name": '<div class="article footer"><h3>{0}</h3><p>{1}</p></div>',
     "a caption": "<figure><img src=a.png><figcaption><b>{0}</b> {1}</figcaption></figure>",
     "a footer": "<footer><h3>{0}</h3><p>{1}</p></footer>",
     "a complement": '<section role="complementary"><h3>{0}</h3><p>{1}</p></section>',
@@ -214,7 +217,7 @@ def test_what_landmarks_hold_beside_an_article_is_left_out(kind):
     assert all(part[3:-4] in found for part in [*body[:3], *body[4:]])
 
 
-@pytest.mark.parametrize("kind", ["a dialog", "a modal", "a caption", "a complement"])
+@pytest.mark.parametrize("kind", ["a dialog", "a modal", "a caption", "a complement", "a footer by name"])
 def test_a_landmark_that_holds_the_running_text_is_the_main_text(kind):
     draw = random.Random(8)
     text = [paragraph("bread", draw, 4) for _ in range(6)]
@@ -246,6 +249,14 @@ def test_code_that_repeats_stays():
     code = "for wall in walls: print(wall.name, wall.height, wall.length, wall.year, wall.stone, wall.owner)"
     page = f"<body><main><h1>Loops</h1><p>{WALL[0]}</p><pre>{code}</pre><p>{WALL[1]}</p><pre>{code}</pre>"
     assert extract_fast(page) == "\n\n".join(["Loops", WALL[0], code, WALL[1], code])
+
+
+def test_definitions_that_say_the_same_stay():
+    terms = "".join(
+        f"<dt>wall_{i}()</dt><dd><p>{WALL[0]}</p><p>{paragraph('bread', random.Random(i), 2)}" for i in range(3)
+    )
+    found = extract_fast(f"<body><main><h1>Functions</h1><p>{WALL[1]}</p><dl>{terms}</dl>")
+    assert found.count(WALL[0]) == 3
 
 
 def test_a_short_table_that_lays_out_a_page_is_no_row():
@@ -291,3 +302,45 @@ def test_the_best_set_has_the_highest_expected_f1_under_a_pages_common_error():
         assert np.array_equal(best_set(probabilities, words), best)
         differ += not np.array_equal(best, alone)
     assert differ > 4
+
+
+def test_signs_that_link_to_a_heading_are_no_part_of_it():
+    headings = [
+        "<h2>Stone<a href=#stone>#</a></h2>",
+        "<h2><a href=#wood>\u00a7</a>Wood</h2>",
+        "<h2>Iron <a href=#i>\U0001f517</a></h2>",
+        "<h2>In C#</h2>",
+        "<h2>Why <a href=/c>C#</a></h2>",
+    ]
+    text = "".join(heading + f"<p>{WALL[number % 3]}{number}</p>" for number, heading in enumerate(headings))
+    lines = extract_fast(f"<body><main><h1>Wall</h1><p>{WALL[0]}</p>{text}").split("\n\n")
+    assert lines[2::2] == ["Stone", "Wood", "Iron", "In C#", "Why C#"]
+
+
+def test_a_tables_head_and_body_are_lines_of_one_table():
+    cells = [("Day", "Height"), ("1 May", "2.4 m"), ("2 May", "2.6 m"), ("Mean", "2.5 m")]
+    head, *body, foot = ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells]
+    table = f"<table><thead>{head}</thead><tbody>{''.join(body)}</tbody><tfoot>{foot}</tfoot></table>"
+    found = extract_fast(f"<body><main><h1>Wall</h1>{PARAGRAPHS}{table}{PARAGRAPHS.replace('harbour', 'pier')}")
+    assert "\n\n" + "\n".join(" | ".join(row) for row in cells) + "\n\n" in found
+
+
+def test_line_numbers_beside_code_are_left_out():
+    code = "for wall in walls:\n    print(wall)"
+    row = "<table><tr><td><pre>{}</pre></td><td><pre>{}</pre></td></tr></table>"
+    page = f"<body><main><h1>Wall</h1><p>{WALL[0]}</p>{{}}<p>{WALL[1]}</p>"
+    assert extract_fast(page.format(row.format("1\n2", code))) == "\n\n".join(["Wall", WALL[0], code, WALL[1]])
+    # Numbers that do not count lines are a program's output.
+    assert "2\n4" in extract_fast(page.format(row.format("2\n4", code)))
+
+
+def test_a_table_of_contents_of_terms_goes_and_a_glossary_stays():
+    terms = [f"<dt><a href=#{number}>{number}. {text}</a></dt>" for number, text in enumerate(HEADLINES)]
+    contents = f"<dl>{''.join(terms[:3])}<dd><dl>{''.join(terms[3:])}</dl></dd></dl>"
+    # So long that rules for small pages have no say.
+    texts = [f"Part {number}. {paragraph('harbour', random.Random(number), 2)}" for number in range(60)]
+    glossary = "".join(f"{term}<dd>{text}</dd>" for term, text in zip(terms, texts, strict=False))
+    markup = read_markup(f"<body><main>{contents}<p>{texts[6]}<dl>{glossary}</dl><p>{'<p>'.join(texts[7:])}")
+    words = np.asarray([float(len(text.split())) for text in markup.texts])
+    kept = decide(markup, np.full(len(words), 0.9), words)
+    assert kept.tolist() == [False] * 6 + [True] * (len(words) - 6)

@@ -35,9 +35,18 @@ _LANDMARK_ROLES = {
     "menu": "navigation", "menubar": "navigation", "search": "banner", "banner": "banner", "contentinfo": "banner",
 }  # fmt: skip
 _ROLE = re.compile(r"""(?<![\w-])role\s*=\s*["']?\s*([a-z]+)""", re.IGNORECASE)
-_MODAL = re.compile(
-    r"""(?<![\w-])(?:class|id)\s*=\s*(?:"[^"]*?|'[^']*?|[^\s"'>]*?)(?<![a-z])modal(?![a-z])""", re.IGNORECASE
+# Kinds that words of a class or an id name. Of their blocks that would be kept on the 511 pages, cross-validated, a
+# share of 0.00 to 0.02 is main text, by weight. Without them mean F1 is 0.001 lower. Other names hold more main text:
+# 0.16 for related texts, 0.24 for sidebars and lines of authors, 0.4 to 0.9 for advertisements, menus, promotions and
+# buttons to share.
+_NAMED = re.compile(
+    r"""(?<![\w-])(?:class|id)\s*=\s*(?:"[^"]*?|'[^']*?|[^\s"'>]*?)(?<![a-z])"""
+    r"""(?:(?P<modal>modal|pop-?up)|(?P<newsletter>newsletters?|subscribe|signup)|(?P<breadcrumbs>breadcrumbs?)"""
+    r"""|(?P<foot>footer|copyright))(?![a-z])""",
+    re.IGNORECASE,
 )
+# Each match has one of these, which are found sooner.
+_NAME_HINTS = ("modal", "popup", "pop-up", "newsletter", "subscribe", "signup", "breadcrumb", "footer", "copyright")
 # Taken off the log-odds of what is hidden: tabs that wait for a click, and copies. 0.5 to 1 are as good, 2 is worse.
 _HIDDEN = 1.0
 
@@ -68,8 +77,9 @@ def comment_odds(markup: Markup, running: Running, forum: bool) -> np.ndarray | 
     return -_OFF * of_comments[np.asarray(markup.places)]
 
 
+_KINDS = dict.fromkeys([*_LANDMARK_TAGS.values(), "banner", *_NAMED.groupindex])
 # A bit for each kind.
-_BITS = {kind: 1 << number for number, kind in enumerate(dict.fromkeys([*_LANDMARK_TAGS.values(), "banner", "modal"]))}
+_BITS = {kind: 1 << number for number, kind in enumerate(_KINDS)}
 
 
 def _landmark(attributes: str) -> int:
@@ -78,7 +88,8 @@ def _landmark(attributes: str) -> int:
     role = _ROLE.search(names) if "role" in names else None
     if role and role[1] in _LANDMARK_ROLES:
         return _BITS[_LANDMARK_ROLES[role[1]]]
-    return _BITS["modal"] if "modal" in names and _MODAL.search(names) else 0
+    named = _NAMED.search(names) if any(map(names.__contains__, _NAME_HINTS)) else None
+    return _BITS[named.lastgroup] if named and named.lastgroup else 0
 
 
 def landmark_odds(markup: Markup, running: Running) -> np.ndarray:
