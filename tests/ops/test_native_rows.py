@@ -151,9 +151,13 @@ def test_products_of_bf16(rows, m, n):
     wide = torch.randn(rows, m + 7).bfloat16()
     a, b, total = wide[:, 3 : 3 + m], torch.randn(rows, n).bfloat16(), torch.randn(m, n)
     expected = total.double() + a.double().t() @ b.double()
-    torch.ops.fastllm.add_product_(total, a, b)
+    torch.ops.fastllm.add_product_(total, a, b, False)
     # Summed in fp32, whatever the order.
     torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-5 * max(rows, 1) ** 0.5)
+    first, zeros = torch.full_like(total, torch.nan), torch.zeros_like(total)
+    torch.ops.fastllm.add_product_(first, a, b, True)
+    torch.ops.fastllm.add_product_(zeros, a, b, False)
+    assert torch.equal(first, zeros)
 
 
 @NEEDS_PRODUCTS
@@ -161,7 +165,7 @@ def test_products_refuse_what_does_not_fit():
     a, b = torch.randn(4, 3).bfloat16(), torch.randn(4, 2).bfloat16()
     for total, x, y in ((torch.zeros(2, 3), a, b), (torch.zeros(3, 2), a.float(), b), (torch.zeros(3, 2), a[:3], b)):
         with pytest.raises((RuntimeError, ValueError), match="add_product_"):
-            torch.ops.fastllm.add_product_(total, x, y)
+            torch.ops.fastllm.add_product_(total, x, y, False)
 
 
 def test_gradients_of_a_bf16_layer_are_summed_in_fp32():

@@ -39,7 +39,7 @@ def rows_gradient_into(dz, weight, out):
     return widened_input_grad(dz, weight, out) if widens(dz) else torch.mm(dz, weight, out=out)
 
 
-def _product_fake(total, a, b):
+def _product_fake(total, a, b, first):
     return None
 
 
@@ -50,12 +50,11 @@ def add_product(total, a, b, backend: str, first: bool) -> None:
     """``total += a.T @ b``, summed in at least fp32. A total of 16 bits is the product alone, rounded once."""
     wide = torch.promote_types(total.dtype, torch.float32)
     narrow = a.dtype == b.dtype != wide
-    if backend == "native" and narrow and a.dtype == torch.bfloat16 and extension.bf16_products() != "none":
-        if first:
-            total.zero_()
-        _add_bf16_product(total, a, b if b.stride(1) == 1 else b.contiguous())
-    elif narrow and a.is_cuda and total.dtype == a.dtype:
+    if narrow and total.dtype == a.dtype and not widens(a):
+        # Hardware that multiplies 16 bits sums them in fp32.
         torch.mm(a.t(), b, out=total)
+    elif backend == "native" and narrow and a.dtype == torch.bfloat16 and extension.bf16_products() != "none":
+        _add_bf16_product(total, a, b if b.stride(1) == 1 else b.contiguous(), first)
     elif narrow and a.is_cuda:
         torch.addmm(total, a.t(), b, out_dtype=total.dtype, beta=0 if first else 1, out=total)
     elif total.dtype == a.dtype and onednn.onednn_serves(b, total):
@@ -77,7 +76,7 @@ class LayerGradients:
     """The gradients of a layer, added up over chunks of its rows; None for one that is not needed.
 
     ``x`` in its own dtype. ``bias`` in at least fp32. ``weight`` too, but in its own dtype where one chunk is all: the
-    sum in fp32 need not be kept then. The extension's product adds to fp32 alone.
+    sum in fp32 need not be kept then.
     """
 
     layer: Layer
@@ -92,7 +91,7 @@ class LayerGradients:
         """Of no rows yet. ``needs``: which are wanted, in the order of ``layer``. ``chunks``: how many will come."""
         x, weight, _ = layer
         wide = torch.promote_types(x.dtype, torch.float32)
-        dtype = weight.dtype if chunks == 1 and backend != "native" else wide
+        dtype = weight.dtype if chunks == 1 else wide
         blank = torch.empty if chunks else torch.zeros  # the first chunk overwrites it
         need_dx, need_dw, need_db = needs
         return cls(
