@@ -99,8 +99,8 @@ def kl_in_chunks(call: LinearKLDivCall, factor: torch.Tensor | None, needs: tupl
     workspace = call.divergence.max_workspace_mb or DEFAULT_WORKSPACE_MB.get(x.device.type, 128.0)
     rows = chunk_plan(count, row_bytes, workspace).rows
     chunks = math.ceil(count / rows)
-    mine = LayerGradients.of(Layer(*call[:3]), needs[:3], backend, chunks)
-    theirs = LayerGradients.of(Layer(*call[3:6]), needs[3:], backend, chunks) if has_head else None
+    mine = LayerGradients.of(Layer(*call[:3]), needs[:3], backend, chunks, index is None)
+    theirs = LayerGradients.of(Layer(*call[3:6]), needs[3:], backend, chunks, index is None) if has_head else None
     logits = x.new_empty(min(rows, count), n_classes)
     beside = teacher.new_empty(min(rows, count), n_classes) if has_head or of_teacher else None
     # Autocast would narrow the fp32 sums again.
