@@ -31,6 +31,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastllm, m) {
       "Tensor(a!)? dx, Tensor(b!)? dtarget, int ignore_index, float smoothing, float softcap, float scale, "
       "float z_loss, bool accuracy, bool entropy) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "divergence_rows(Tensor student, Tensor teacher, Tensor? indices, Tensor? factor, Tensor(a!)? dstudent, "
+      "Tensor(b!)? dteacher, int direction, float beta, float temperature, float softcap, float teacher_softcap)"
+      " -> Tensor");
+  m.def(
       "norm_rows(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, float eps, float dropout_p, "
       "bool center) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
@@ -46,6 +50,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastllm, m) {
       "bool interleaved, bool inverse) -> (Tensor, Tensor)");
   m.def("attention_step(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor");
   m.def("linear_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
-  m.def("add_product_(Tensor(a!) total, Tensor a, Tensor b) -> ()");
+  m.def("add_product_(Tensor(a!) total, Tensor a, Tensor b, bool first) -> ()");
   m.def("embedding_sum_dropout(Tensor grad, float dropout_p, Tensor seed) -> Tensor");
 }

@@ -110,7 +110,7 @@ def refused(run):
     return False
 print(cpu.level(), info["cpu_level"], info["cpu_capability"], info["bf16_products"], info["matrix_units"])
 print(refused(lambda: torch.ops.fastllm.attention_amx_fwd(x, x, x, 1.0, True)))
-print(refused(lambda: torch.ops.fastllm.add_product_(torch.zeros(16, 16), x[0, 0], x[0, 0])))
+print(refused(lambda: torch.ops.fastllm.add_product_(torch.zeros(16, 16), x[0, 0], x[0, 0], False)))
 """
 
 

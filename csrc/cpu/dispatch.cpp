@@ -1,6 +1,7 @@
 #include "attention_rows.h"
 #include "attention_step.h"
 #include "cross_entropy.h"
+#include "divergence.h"
 #include "gated.h"
 #include "level.h"
 #include "linear_rows.h"
@@ -16,6 +17,7 @@ namespace fastllm {
   extern const AttentionStepKernels attention_step_kernels; \
   extern const RowKernels kernels;                        \
   extern const CrossEntropyKernels cross_entropy_kernels; \
+  extern const DivergenceKernels divergence_kernels;      \
   extern const GatedKernels gated_kernels;                \
   extern const LinearKernels linear_kernels;              \
   extern const NormKernels norm_kernels;                  \
@@ -46,6 +48,7 @@ const AttentionKernels& attention_kernels() { return FASTLLM_CHOSEN(attention_ke
 const AttentionGradKernels& attention_grad_kernels() { return FASTLLM_CHOSEN(attention_grad_kernels); }
 const AttentionStepKernels& attention_step_kernels() { return FASTLLM_CHOSEN(attention_step_kernels); }
 const CrossEntropyKernels& cross_entropy_kernels() { return FASTLLM_CHOSEN(cross_entropy_kernels); }
+const DivergenceKernels& divergence_kernels() { return FASTLLM_CHOSEN(divergence_kernels); }
 const GatedKernels& gated_kernels() { return FASTLLM_CHOSEN(gated_kernels); }
 const LinearKernels& linear_kernels() { return FASTLLM_CHOSEN(linear_kernels); }
 const NormKernels& norm_kernels() { return FASTLLM_CHOSEN(norm_kernels); }

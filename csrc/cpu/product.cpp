@@ -1,6 +1,7 @@
 // add_product_ on CPUs that multiply bfloat16: what sums a layer's gradient over chunks of rows.
 #include "product.h"
 
+#include <algorithm>
 #include <string>
 
 #include "product_amx.h"
@@ -28,8 +29,8 @@ Matrix matrix(const char* op, const Tensor& x) {
   return {static_cast<const uint16_t*>(x.const_data_ptr()), x.stride(0), x.size(0), x.size(1)};
 }
 
-// total (M, N) float32 += a^T b for a (rows, M) and b (rows, N) in bfloat16.
-void add_product_(Tensor total, const Tensor& a_, const Tensor& b_) {
+// total (M, N) float32 += a^T b for a (rows, M) and b (rows, N) in bfloat16; `first`: total is not read.
+void add_product_(Tensor total, const Tensor& a_, const Tensor& b_, bool first) {
   const char* op = "add_product_";
   static const std::string units = bf16_products();
   if (units == "none") refuse(op, ": this machine has no products of bfloat16");
@@ -40,6 +41,7 @@ void add_product_(Tensor total, const Tensor& a_, const Tensor& b_) {
     refuse(op, ": total must be float32 (M, N), contiguous, for a (rows, M) and b (rows, N)");
   if (total.numel() == 0) return;
   float* sums = static_cast<float*>(total.mutable_data_ptr());
+  if (a.rows == 0 && first) std::fill_n(sums, total.numel(), 0.0f);
   for (int64_t row = 0; row < a.rows; row += kProductDepth) {
     const int64_t rows = std::min(kProductDepth, a.rows - row);
     const Matrix left{a.data + row * a.stride, a.stride, rows, a.columns};
@@ -53,8 +55,8 @@ void add_product_(Tensor total, const Tensor& a_, const Tensor& b_) {
       const Scratch scratch(tiles ? amx_product_scratch(rows) : pairs_product_scratch(rows));
       if (tiles) amx_begin();
       for (int64_t group = begin; group < end; ++group)
-        (tiles ? amx_add_product : pairs_add_product)(sums, b.columns, left, group * taken, right, packed.get(),
-                                                      scratch.get());
+        (tiles ? amx_add_product : pairs_add_product)({sums, b.columns, first && row == 0}, left, group * taken, right,
+                                                      packed.get(), scratch.get());
       if (tiles) amx_end();
     });
   }

@@ -21,9 +21,9 @@ inline __m512i pairs_at(const Matrix& m, int64_t row, int64_t column) {
 constexpr int64_t kRows = 12;
 static_assert(kPairsColumns % kRows == 0 && kPairsColumns % 16 == 0);
 
-// The first `rows` of 12 rows of total, `to` apart, += a (pairs x 12, `across` apart) times b (pairs x 32).
-inline void add_block(float* total, int64_t to, int64_t rows, int64_t columns, const Pair* a, int64_t across,
-                      const Pair* b, int64_t pairs) {
+// The first `rows` of 12 rows of total += a (pairs x 12, `across` apart) times b (pairs x 32).
+inline void add_block(const Total& total, int64_t rows, int64_t columns, const Pair* a, int64_t across, const Pair* b,
+                      int64_t pairs) {
   __m512 sums[kRows][2];
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
@@ -41,8 +41,9 @@ inline void add_block(float* total, int64_t to, int64_t rows, int64_t columns, c
   for (int r = 0; r < kRows; ++r)
     for (int half = 0; half < 2; ++half) {
       const __mmask16 mask = r < rows ? first(columns - 16 * half) : 0;
-      float* at = total + r * to + 16 * half;
-      _mm512_mask_storeu_ps(at, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, at), sums[r][half]));
+      float* at = total.data + r * total.stride + 16 * half;
+      const __m512 before = _mm512_maskz_loadu_ps(total.first ? 0 : mask, at);
+      _mm512_mask_storeu_ps(at, mask, _mm512_add_ps(before, sums[r][half]));
     }
 }
 
@@ -63,8 +64,8 @@ void amx_pack(const Matrix& b, int64_t panel, void* packed) {
       _mm512_store_si512(to + r / 2 * kBlock + c, pairs_at(b, r, panel * kBlock + c));
 }
 
-void amx_add_product(float* total, int64_t stride, const Matrix& a, int64_t first_column, const Matrix& b,
-                     const void* packed, void* scratch) {
+void amx_add_product(const Total& total, const Matrix& a, int64_t first_column, const Matrix& b, const void* packed,
+                     void* scratch) {
   const int64_t depth = padded(a.rows);
   const int64_t columns = a.columns - first_column < kProductColumns ? a.columns - first_column : kProductColumns;
   uint16_t* turned = static_cast<uint16_t*>(scratch);  // columns x depth
@@ -83,17 +84,17 @@ void amx_add_product(float* total, int64_t stride, const Matrix& a, int64_t firs
       see_memory();
       for (int64_t r = 0; r < kBlock && c + r < columns; ++r)
         for (int64_t d = 0; d < kBlock; d += 16) {
-          float* to = total + (first_column + c + r) * stride + panel * kBlock + d;
+          float* to = total.data + (first_column + c + r) * total.stride + panel * kBlock + d;
           const __mmask16 mask = first(b.columns - panel * kBlock - d);
-          const __m512 sum = _mm512_maskz_loadu_ps(mask, to);
+          const __m512 sum = _mm512_maskz_loadu_ps(total.first ? 0 : mask, to);
           _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(sum, _mm512_load_ps(block + r * kBlock + d)));
         }
     }
   }
 }
 
-void pairs_add_product(float* total, int64_t stride, const Matrix& a, int64_t first_column, const Matrix& b,
-                       const void* packed, void* scratch) {
+void pairs_add_product(const Total& total, const Matrix& a, int64_t first_column, const Matrix& b, const void* packed,
+                       void* scratch) {
   const int64_t pairs = padded(a.rows) / 2, left = a.columns - first_column;
   const int64_t columns = left < kPairsColumns ? left : kPairsColumns;
   Pair* rows = static_cast<Pair*>(scratch);  // pairs x kPairsColumns
@@ -102,8 +103,9 @@ void pairs_add_product(float* total, int64_t stride, const Matrix& a, int64_t fi
       _mm512_store_si512(rows + p * kPairsColumns + c, pairs_at(a, 2 * p, first_column + c));
   for (int64_t panel = 0; panel * kBlock < b.columns; ++panel)
     for (int64_t c = 0; c < columns; c += kRows)
-      add_block(total + (first_column + c) * stride + panel * kBlock, stride, columns - c, b.columns - panel * kBlock,
-                rows + c, kPairsColumns, static_cast<const Pair*>(packed) + panel * pairs * kBlock, pairs);
+      add_block({total.data + (first_column + c) * total.stride + panel * kBlock, total.stride, total.first},
+                columns - c, b.columns - panel * kBlock, rows + c, kPairsColumns,
+                static_cast<const Pair*>(packed) + panel * pairs * kBlock, pairs);
 }
 
 }  // namespace fastllm

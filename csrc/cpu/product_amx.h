@@ -21,6 +21,13 @@ struct Matrix {
   int64_t rows, columns;
 };
 
+// What a product is added to: rows `stride` apart, overwritten where it is the `first`.
+struct Total {
+  float* data;
+  int64_t stride;
+  bool first;
+};
+
 // Bytes of b's rows as amx_pack leaves them, and of one thread's scratch, both to be aligned to 64.
 int64_t amx_packed_bytes(int64_t rows, int64_t columns);
 int64_t amx_product_scratch(int64_t rows);
@@ -30,11 +37,11 @@ int64_t pairs_product_scratch(int64_t rows);
 // Packs the 32 columns of b from 32 * panel on.
 void amx_pack(const Matrix& b, int64_t panel, void* packed);
 
-// Rows `first` to `first + kProductColumns` of total (a.columns x b.columns, rows `stride` apart) += a^T b.
-void amx_add_product(float* total, int64_t stride, const Matrix& a, int64_t first, const Matrix& b, const void* packed,
+// Rows `column` to `column + kProductColumns` of total (a.columns x b.columns) += a^T b.
+void amx_add_product(const Total& total, const Matrix& a, int64_t column, const Matrix& b, const void* packed,
                      void* scratch);
-// The same of `first` to `first + kPairsColumns`.
-void pairs_add_product(float* total, int64_t stride, const Matrix& a, int64_t first, const Matrix& b, const void* packed,
+// The same of `column` to `column + kPairsColumns`.
+void pairs_add_product(const Total& total, const Matrix& a, int64_t column, const Matrix& b, const void* packed,
                        void* scratch);
 
 }  // namespace fastllm

@@ -82,7 +82,7 @@ CALLS = {
     "scaled_dot_product_attention": (_attention, 3),
 }
 # Its products are PyTorch's, whose library orders sums by the shape of the matrix.
-OF_PYTORCH = {"linear_cross_entropy", "linear_log_probs"}
+OF_PYTORCH = {"linear_cross_entropy", "linear_kl_div", "linear_log_probs"}
 
 
 def test_every_native_op_is_here():

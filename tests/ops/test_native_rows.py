@@ -16,7 +16,8 @@ from contract import assert_all_as_true, assert_as_true, run
 import fastllm
 from fastllm.extension import load as extension
 from fastllm.functional import add_layer_norm, cross_entropy, linear_cross_entropy, rms_norm
-from fastllm.ops.cross_entropy import products
+from fastllm.ops.cross_entropy import kl_rows, products
+from fastllm.ops.cross_entropy.kl_call import DIRECTIONS, Divergence
 from fastllm.registry import OPS, Sample
 
 NEEDS_PRODUCTS = pytest.mark.skipif(
@@ -151,9 +152,13 @@ def test_products_of_bf16(rows, m, n):
     wide = torch.randn(rows, m + 7).bfloat16()
     a, b, total = wide[:, 3 : 3 + m], torch.randn(rows, n).bfloat16(), torch.randn(m, n)
     expected = total.double() + a.double().t() @ b.double()
-    torch.ops.fastllm.add_product_(total, a, b)
+    torch.ops.fastllm.add_product_(total, a, b, False)
     # Summed in fp32, whatever the order.
     torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-5 * max(rows, 1) ** 0.5)
+    first, zeros = torch.full_like(total, torch.nan), torch.zeros_like(total)
+    torch.ops.fastllm.add_product_(first, a, b, True)
+    torch.ops.fastllm.add_product_(zeros, a, b, False)
+    assert torch.equal(first, zeros)
 
 
 @NEEDS_PRODUCTS
@@ -161,7 +166,7 @@ def test_products_refuse_what_does_not_fit():
     a, b = torch.randn(4, 3).bfloat16(), torch.randn(4, 2).bfloat16()
     for total, x, y in ((torch.zeros(2, 3), a, b), (torch.zeros(3, 2), a.float(), b), (torch.zeros(3, 2), a[:3], b)):
         with pytest.raises((RuntimeError, ValueError), match="add_product_"):
-            torch.ops.fastllm.add_product_(total, x, y)
+            torch.ops.fastllm.add_product_(total, x, y, False)
 
 
 def test_gradients_of_a_bf16_layer_are_summed_in_fp32():
@@ -226,3 +231,39 @@ def test_an_add_and_torchs_layer_norm_where_they_are_faster(dtype):
     dropped = add_layer_norm(x, h, (40,), w, b, dropout_p=0.5)
     names = {type(out.grad_fn).__name__ for out in dropped}
     assert ("_NormBackward" in names) == (dtype.itemsize == 2), names
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("columns", [1, 63, 64, 129, 4097])
+def test_divergences_of_rows_of_any_width(direction, columns):
+    """Against the eager rows in fp64, in every dtype, far from 0 too; a gradient is written over its logits."""
+    torch.manual_seed(columns)
+    how = Divergence(direction, 0.3, 2.0, None, None, -100, "none", None)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        student, teacher = (torch.randn(3, columns + 1) * 30).to(dtype)[:, 1:], torch.randn(3, columns).to(dtype)
+        factor = torch.rand(3, dtype=torch.promote_types(dtype, torch.float32))
+        log_p, log_q = (torch.log_softmax(z.double() / 2, -1) for z in (teacher, student))
+        value, *slopes = kl_rows.divergence_and_slopes(log_p, log_q, how, (True, True))
+        found = torch.ops.fastllm.divergence_rows(
+            student, teacher, None, factor, student, teacher, DIRECTIONS.index(direction), 0.3, 2.0, 0.0, 0.0
+        )
+        torch.testing.assert_close(found.double(), 4 * value, rtol=2e-5, atol=1e-5)
+        for into, slope in zip((student, teacher), slopes, strict=True):
+            expected = 2 * factor.double().unsqueeze(1) * slope
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(into.double(), expected, rtol=max(eps, 2e-5), atol=max(eps, 1e-5))
+
+
+def test_divergences_refuse_what_does_not_fit():
+    x, ids = torch.randn(2, 5), torch.zeros(2, 3, dtype=torch.int64)
+    numbers = (0, 0.5, 1.0, 0.0, 0.0)
+    for args in (
+        (x, x[:, :4], None, None, None, None),
+        (x, x[:1], None, None, None, None),
+        (x, x[:, :3], ids + 5, None, None, None),
+        (x, x[:, :3], ids.int(), None, None, None),
+        (x, x, None, None, x, None),
+        (x, x, None, torch.ones(2), x.t().contiguous().t(), None),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match="divergence_rows"):
+            torch.ops.fastllm.divergence_rows(*args, *numbers)

@@ -123,5 +123,32 @@ inline double tanh_(double x) { return __builtin_tanh(x); }
 inline float log_(float x) { return static_cast<float>(__builtin_log(static_cast<double>(x))); }
 inline double log_(double x) { return __builtin_log(x); }
 
+// log x by Cephes' logf, for loops that the compiler turns into vector code: log_'s double is faster for one number.
+// Relative error below 2e-7. -inf of 0, NaN below it.
+inline float log_of(float x) {
+  const bool small = x < 1.17549435e-38f;
+  const float scaled = small ? x * 33554432.0f : x;  // 2^25: subnormal numbers become normal
+  const uint32_t bits = as_bits(scaled);
+  const float half = as_float((bits & 0x007FFFFFu) | 0x3F000000u);  // in [0.5, 1)
+  const bool low = half < 0.707106781f;
+  const float e = static_cast<float>(static_cast<int32_t>(bits >> 23) - 126) - (small ? 25.0f : 0.0f) - (low ? 1.0f : 0.0f);
+  const float m = low ? half + half - 1.0f : half - 1.0f;
+  const float z = m * m;
+  float p = 7.0376836292e-2f;
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const float y = m + (p * m * z + e * -2.12194440e-4f - 0.5f * z) + e * 0.693359375f;
+  const float infinity = __builtin_inff();
+  const float found = x == infinity ? infinity : y;
+  return x > 0.0f ? found : x == 0.0f ? -infinity : __builtin_nanf("");
+}
+inline double log_of(double x) { return __builtin_log(x); }
+
 }  // namespace
 }  // namespace fastllm::FASTLLM_ISA

@@ -160,12 +160,12 @@ def in_chunks(
     x, linear_weight, linear_bias = layer
     n, n_classes = x.shape[0], linear_weight.shape[0]
     wide = torch.promote_types(x.dtype, torch.float32)
-    held_rows = [torch.zeros(n, dtype=wide, device=x.device) if want else None for want in (True, True, *wanted)]
     index = rows_to_compute(call.target, call.loss.ignore_index, call.chunking)
     count = n if index is None else len(index)
     needs = needs if upstream.loss is not None else (False, False, False)
     chunk = _rows_at_once(layer, call)
-    gradients = LayerGradients.of(layer, needs, call.backend, math.ceil(count / chunk))
+    parts = []
+    gradients = LayerGradients.of(layer, needs, call.backend, math.ceil(count / chunk), index is None)
     logits = x.new_empty(min(chunk, count), n_classes) if kept is None else kept.logits
     held = logits.to(wide) if keeps_wide(x.dtype, call.backend) else logits
     row_losses = ROW_LOSSES[call.backend]
@@ -181,8 +181,14 @@ def in_chunks(
             if mine.dtype != z.dtype:
                 mine.copy_(z)
             labelled = Labelled(mine, call.target[at], call.weight, call.loss)
-            for whole, some in zip(held_rows, row_losses(labelled, upstream.of(at), wanted), strict=True):
+            parts.append((at, row_losses(labelled, upstream.of(at), wanted)))
+            gradients.add(at, xc, mine, z)
+    if index is None and len(parts) == 1:
+        of_rows = parts[0][1]
+    else:
+        of_rows = [torch.zeros(n, dtype=wide, device=x.device) if want else None for want in (True, True, *wanted)]
+        for at, rows in parts:
+            for whole, some in zip(of_rows, rows, strict=True):
                 if whole is not None:
                     whole[at] = some
-            gradients.add(at, xc, mine, z)
-    return *held_rows, gradients.x, gradients.weight, gradients.bias
+    return *of_rows, gradients.x, gradients.weight, gradients.bias

@@ -71,7 +71,8 @@ def linear_kl_div(
         linear_bias=linear_bias, teacher_bias=teacher_bias, teacher_indices=teacher_indices, softcap=softcap,
         teacher_softcap=teacher_softcap,
     )  # fmt: skip
-    if plain_eager(pick("linear_kl_div", call).backend):
+    backend = pick("linear_kl_div", call).backend
+    if plain_eager(backend):
         return linear_kl_div_definition(call)
     call = call.rows()
     needs = tuple(t is not None and t.requires_grad and torch.is_grad_enabled() for t in call.layers())
@@ -79,10 +80,10 @@ def linear_kl_div(
         any(needs) and reduction != "none" and call.input.dtype != torch.float16 and not torch.compiler.is_compiling()
     )
     if any(needs):
-        node = KLNode(call.teacher_indices, call.target, call.divergence, with_gradient, needs)
+        node = KLNode(call.teacher_indices, call.target, call.divergence, backend, with_gradient, needs)
         loss = apply(LinearKLDiv, *call.layers(), node)[0]
     else:
-        loss = linear_kl_div_fwd(*call.flat(), False, needs)[0]
+        loss = linear_kl_div_fwd(*call.flat(), backend, False, needs)[0]
     return loss.view(input.shape[:-1]) if reduction == "none" else loss
 
 
@@ -142,7 +143,7 @@ register(
         reference=linear_kl_div_reference,
         samples=_samples,
         cost=_cost,
-        backends=("eager",),
+        backends=("eager", "native"),
         call=linear_kl_div_call,
     )
 )

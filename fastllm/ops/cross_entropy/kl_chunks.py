@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+from ... import extension
 from .chunks import chunk_plan
-from .kl_call import LinearKLDivCall
+from .kl_call import DIRECTIONS, LinearKLDivCall
 from .kl_rows import dense, divergence_and_slopes, kept_positions, log_softmax_of
 from .products import Layer, LayerGradients, logits_into
 
@@ -36,7 +37,23 @@ class _Chunk(NamedTuple):
     factor: torch.Tensor | None
 
 
-def _divergences(chunk: _Chunk, call: LinearKLDivCall, out) -> torch.Tensor:
+def _rows_fake(student, *others):
+    return student.new_empty(len(student), dtype=torch.promote_types(student.dtype, torch.float32))
+
+
+_divergence_rows = extension.operator("divergence_rows", _rows_fake)
+
+
+def _native_divergences(chunk: _Chunk, call: LinearKLDivCall, out) -> torch.Tensor:
+    """As :func:`_eager_divergences`, by the extension."""
+    how = call.divergence
+    return _divergence_rows(
+        chunk.logits, chunk.teacher, None if chunk.indices is None else chunk.indices.long(), chunk.factor, *out,
+        DIRECTIONS.index(how.direction), how.beta, how.temperature, how.softcap or 0.0, how.teacher_softcap or 0.0,
+    )  # fmt: skip
+
+
+def _eager_divergences(chunk: _Chunk, call: LinearKLDivCall, out) -> torch.Tensor:
     """A value a row, (rows,). ``out``: where the gradients of the student's and of the teacher's logits go, or Nones.
 
     They may be the logits themselves.
@@ -61,7 +78,10 @@ def _divergences(chunk: _Chunk, call: LinearKLDivCall, out) -> torch.Tensor:
     return values.mul_(how.temperature**2)
 
 
-def kl_in_chunks(call: LinearKLDivCall, factor: torch.Tensor | None, needs: tuple[bool, ...]):
+DIVERGENCES = {"eager": _eager_divergences, "native": _native_divergences}
+
+
+def kl_in_chunks(call: LinearKLDivCall, factor: torch.Tensor | None, needs: tuple[bool, ...], backend: str):
     """(the rows' losses (N,) in at least fp32, six gradients), a chunk at a time. ``call`` has one leading dimension.
 
     ``factor`` (N,): the derivative by each row's loss, or None for no gradient. ``needs``: which of the six in
@@ -79,8 +99,8 @@ def kl_in_chunks(call: LinearKLDivCall, factor: torch.Tensor | None, needs: tupl
     workspace = call.divergence.max_workspace_mb or DEFAULT_WORKSPACE_MB.get(x.device.type, 128.0)
     rows = chunk_plan(count, row_bytes, workspace).rows
     chunks = math.ceil(count / rows)
-    mine = LayerGradients.of(Layer(*call[:3]), needs[:3], "eager", chunks)
-    theirs = LayerGradients.of(Layer(*call[3:6]), needs[3:], "eager", chunks) if has_head else None
+    mine = LayerGradients.of(Layer(*call[:3]), needs[:3], backend, chunks, index is None)
+    theirs = LayerGradients.of(Layer(*call[3:6]), needs[3:], backend, chunks, index is None) if has_head else None
     logits = x.new_empty(min(rows, count), n_classes)
     beside = teacher.new_empty(min(rows, count), n_classes) if has_head or of_teacher else None
     # Autocast would narrow the fp32 sums again.
@@ -95,7 +115,9 @@ def kl_in_chunks(call: LinearKLDivCall, factor: torch.Tensor | None, needs: tupl
                 logits_into(tc, call.teacher_weight, call.teacher_bias, z_teacher)
             indices = None if call.teacher_indices is None else call.teacher_indices[at]
             chunk = _Chunk(z, z_teacher if has_head else tc, indices, None if factor is None else factor[at])
-            losses[at] = _divergences(chunk, call, (z if of_student else None, z_teacher if of_teacher else None))
+            losses[at] = DIVERGENCES[backend](
+                chunk, call, (z if of_student else None, z_teacher if of_teacher else None)
+            )
             if of_student:
                 mine.add(at, xc, z, z)
             if has_head and of_teacher:

@@ -22,6 +22,7 @@ class KLNode(NamedTuple):
     indices: torch.Tensor | None
     target: torch.Tensor | None
     divergence: Divergence
+    backend: str
     with_gradient: bool
     needs: tuple[bool, ...]
 
@@ -40,7 +41,7 @@ def _given(grads, call: LinearKLDivCall):
 
 
 def _fwd_fake(*args):
-    call, (with_gradient, needs) = LinearKLDivCall.of(args)
+    call, (_, with_gradient, needs) = LinearKLDivCall.of(args)
     x, wide = call.input, call.wide
     loss = x.new_empty(x.shape[0] if call.divergence.reduction == "none" else (), dtype=wide)
     return loss, x.new_empty((), dtype=wide), *_blank(call, needs if with_gradient else _NOTHING)
@@ -79,21 +80,21 @@ def _check_values(call: LinearKLDivCall, total) -> None:
 
 
 @define(
-    f"linear_kl_div_fwd({KL_SCHEMA}, bool with_gradient, bool[6] needs) -> (Tensor, Tensor, {_SIX})",
+    f"linear_kl_div_fwd({KL_SCHEMA}, str backend, bool with_gradient, bool[6] needs) -> (Tensor, Tensor, {_SIX})",
     _fwd_fake,
 )
 def linear_kl_div_fwd(*args):
-    call, (with_gradient, needs) = LinearKLDivCall.of(args)
+    call, (backend, with_gradient, needs) = LinearKLDivCall.of(args)
     total = count_of(call)
     if total.device.type == "cpu":
         _check_values(call, total)
-    losses, *grads = kl_in_chunks(call, _factor(call, total) if with_gradient else None, needs)
+    losses, *grads = kl_in_chunks(call, _factor(call, total) if with_gradient else None, needs, backend)
     loss = losses if call.divergence.reduction == "none" else losses.sum() / total
     return loss, total, *_given(grads, call)
 
 
 def _bwd_fake(dloss, total, *args):
-    call, (needs,) = LinearKLDivCall.of(args)
+    call, (_, needs) = LinearKLDivCall.of(args)
     return _blank(call, needs)
 
 
@@ -114,14 +115,16 @@ def _linear_kl_div_scale_(*args):
     _scale(grads, dloss)
 
 
-@define(f"linear_kl_div_bwd(Tensor dloss, Tensor total, {KL_SCHEMA}, bool[6] needs) -> ({_SIX})", _bwd_fake)
+@define(
+    f"linear_kl_div_bwd(Tensor dloss, Tensor total, {KL_SCHEMA}, str backend, bool[6] needs) -> ({_SIX})", _bwd_fake
+)
 def _linear_kl_div_bwd(dloss, total, *args):
-    call, (needs,) = LinearKLDivCall.of(args)
+    call, (backend, needs) = LinearKLDivCall.of(args)
     # As the forward's own gradients: for a loss of 1, rounded, then scaled. So both lanes agree bit for bit. In fp16
     # the upstream gradient, a loss scale, comes first.
     scale_last = call.divergence.reduction != "none" and call.input.dtype != torch.float16
     factor = _factor(call, total)
-    _, *grads = kl_in_chunks(call, factor if scale_last else factor * dloss, needs)
+    _, *grads = kl_in_chunks(call, factor if scale_last else factor * dloss, needs, backend)
     grads = _given(grads, call)
     if scale_last:
         _scale(grads, dloss)
@@ -135,7 +138,7 @@ class LinearKLDiv(torch.autograd.Function):
     def forward(*args):
         *layers, node = args
         call = LinearKLDivCall(*layers, node.indices, node.target, node.divergence)
-        return linear_kl_div_fwd(*call.flat(), node.with_gradient, node.needs)
+        return linear_kl_div_fwd(*call.flat(), node.backend, node.with_gradient, node.needs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -143,7 +146,7 @@ class LinearKLDiv(torch.autograd.Function):
         _, total, *grads = output
         ctx.mark_non_differentiable(total, *grads)
         ctx.set_materialize_grads(False)
-        ctx.has_gradient, ctx.divergence = node.with_gradient, node.divergence
+        ctx.has_gradient, ctx.divergence, ctx.backend = node.with_gradient, node.divergence, node.backend
         ctx.save_for_backward(*layers, node.indices, node.target, total, *grads)
 
     @staticmethod
@@ -159,13 +162,13 @@ class LinearKLDiv(torch.autograd.Function):
             grads = [grad.data for grad in ready]
             _linear_kl_div_scale_(*grads, dloss)
             return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None
-        divergence = ctx.divergence
+        divergence, backend = ctx.divergence, ctx.backend
 
         def call_of(layers):
             return LinearKLDivCall(*layers, indices, target, divergence)
 
         def launch(inputs, outputs_grad, extras, needs):
-            return _linear_kl_div_bwd(*outputs_grad, *extras, *call_of(inputs).flat(), needs)
+            return _linear_kl_div_bwd(*outputs_grad, *extras, *call_of(inputs).flat(), backend, needs)
 
         def formula(*layers):
             return linear_kl_div_definition(call_of(layers))

@@ -80,7 +80,7 @@ def scales_rows(needs) -> bool:
 
 
 def _scale(grad, factor, backend: str) -> None:
-    """``grad`` times a scalar in place, where that is not 1, or times a factor a row (N,)."""
+    """``grad`` times a scalar in place, or times a factor a row (N,)."""
     if grad.numel() == 0:
         return
     if factor.dim():
@@ -90,8 +90,15 @@ def _scale(grad, factor, backend: str) -> None:
         from ...kernels.cross_entropy.backward import scale_gradient
 
         scale_gradient(grad, factor)
-    elif grad.is_cuda or factor != 1:
+    else:
         grad.mul_(factor)
+
+
+def _scale_all(grads, factor, backend: str) -> None:
+    """:func:`_scale`, where the factor is not 1 or only the device knows it."""
+    if factor.is_cuda or factor.dim() or factor != 1:
+        for grad in grads:
+            _scale(grad, factor, backend)
 
 
 def _of_kept(dloss, call: LayerLoss):
@@ -104,8 +111,7 @@ def _of_kept(dloss, call: LayerLoss):
     lambda *args: None,
 )
 def _linear_cross_entropy_scale_(dx, dw, db, dloss, backend):
-    for grad in (dx, dw, db):
-        _scale(grad, dloss, backend)
+    _scale_all((dx, dw, db), dloss, backend)
 
 
 @define(
@@ -166,8 +172,7 @@ def _layer_gradients(outputs_grad, total, layer: Layer, call: LayerLoss, needs, 
     *_, dx, dw, db = in_chunks(layer, call, upstream, needs, Extras(entropy=dentropy is not None), kept)
     grads = _given((dx, dw, db), layer, needs)
     if scale_last:
-        for grad in grads:
-            _scale(grad, _of_kept(dloss, call), call.backend)
+        _scale_all(grads, _of_kept(dloss, call), call.backend)
     return grads
 
 

@@ -39,7 +39,7 @@ def rows_gradient_into(dz, weight, out):
     return widened_input_grad(dz, weight, out) if widens(dz) else torch.mm(dz, weight, out=out)
 
 
-def _product_fake(total, a, b):
+def _product_fake(total, a, b, first):
     return None
 
 
@@ -50,21 +50,21 @@ def add_product(total, a, b, backend: str, first: bool) -> None:
     """``total += a.T @ b``, summed in at least fp32. A total of 16 bits is the product alone, rounded once."""
     wide = torch.promote_types(total.dtype, torch.float32)
     narrow = a.dtype == b.dtype != wide
-    if backend == "native" and narrow and a.dtype == torch.bfloat16 and extension.bf16_products() != "none":
-        if first:
-            total.zero_()
-        _add_bf16_product(total, a, b if b.stride(1) == 1 else b.contiguous())
-    elif narrow and a.is_cuda and total.dtype == a.dtype:
+    if narrow and total.dtype == a.dtype and not widens(a):
+        # Hardware that multiplies 16 bits sums them in fp32.
         torch.mm(a.t(), b, out=total)
-    elif narrow and a.is_cuda:
-        torch.addmm(total, a.t(), b, out_dtype=total.dtype, beta=0 if first else 1, out=total)
     elif total.dtype == a.dtype and onednn.onednn_serves(b, total):
         onednn.onednn_add_weight_grad(total, a, b, first)
+    elif total.dtype == a.dtype == b.dtype == wide:
+        torch.addmm(total, a.t(), b, beta=0 if first else 1, out=total)
+    elif backend == "native" and narrow and a.dtype == torch.bfloat16 and extension.bf16_products() != "none":
+        _add_bf16_product(total, a, b if b.stride(1) == 1 else b.contiguous(), first)
+    elif narrow and a.is_cuda:
+        torch.addmm(total, a.t(), b, out_dtype=total.dtype, beta=0 if first else 1, out=total)
     else:
         # PyTorch's CPU matmuls sum 16-bit operands into 16 bits, which would cost dW its precision over many chunks.
         b = b.to(wide)
-        step = max(1, a.shape[1] if a.dtype == total.dtype == wide else WIDENED)
-        for some, columns in zip(total.split(step), a.split(step, 1), strict=True):
+        for some, columns in zip(total.split(WIDENED), a.split(WIDENED, 1), strict=True):
             columns = columns.to(wide).t()
             if some.dtype == wide:
                 torch.addmm(some, columns, b, beta=0 if first else 1, out=some)
@@ -77,7 +77,7 @@ class LayerGradients:
     """The gradients of a layer, added up over chunks of its rows; None for one that is not needed.
 
     ``x`` in its own dtype. ``bias`` in at least fp32. ``weight`` too, but in its own dtype where one chunk is all: the
-    sum in fp32 need not be kept then. The extension's product adds to fp32 alone.
+    sum in fp32 need not be kept then.
     """
 
     layer: Layer
@@ -88,16 +88,20 @@ class LayerGradients:
     begun: bool = False
 
     @classmethod
-    def of(cls, layer: Layer, needs, backend: str, chunks: int) -> LayerGradients:
-        """Of no rows yet. ``needs``: which are wanted, in the order of ``layer``. ``chunks``: how many will come."""
+    def of(cls, layer: Layer, needs, backend: str, chunks: int, every: bool) -> LayerGradients:
+        """Of no rows yet. ``needs``: which are wanted, in the order of ``layer``. ``chunks``: how many will come.
+
+        ``every``: each row will, in a slice.
+        """
         x, weight, _ = layer
         wide = torch.promote_types(x.dtype, torch.float32)
-        dtype = weight.dtype if chunks == 1 and backend != "native" else wide
+        dtype = weight.dtype if chunks == 1 else wide
         blank = torch.empty if chunks else torch.zeros  # the first chunk overwrites it
+        like = torch.empty_like if every else torch.zeros_like
         need_dx, need_dw, need_db = needs
         return cls(
             layer, backend,
-            torch.zeros_like(x, memory_format=torch.contiguous_format) if need_dx else None,
+            like(x, memory_format=torch.contiguous_format) if need_dx else None,
             blank(weight.shape, dtype=dtype, device=x.device) if need_dw else None,
             torch.zeros(len(weight), dtype=wide, device=x.device) if need_db else None,
         )  # fmt: skip
