@@ -83,8 +83,14 @@ def test_optimizers_match_torchs_own_with_decay_on_matrices_only(optimizer, monk
     ours = Optimizers(model, config)
     groups = parameter_groups(twin)
     hidden = [p for _, p in groups["hidden"]]
+    # Queries, keys and values are matrices of their own.
+    together = {name: p for name, p in groups["hidden"] if "qkv" in name}
+    assert together
+    apart = {name: [torch.nn.Parameter(part.clone()) for part in p.chunk(3)] for name, p in together.items()}
+    split = [p for name, p in groups["hidden"] if name not in together]
+    split += [part for some in apart.values() for part in some]
     theirs = [
-        torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1, momentum=0.95)
+        torch.optim.Muon(split, lr=0.02, weight_decay=0.1, momentum=0.95)
         if optimizer == "muon"
         else torch.optim.AdamW(hidden, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True),
         torch.optim.AdamW(
@@ -97,11 +103,17 @@ def test_optimizers_match_torchs_own_with_decay_on_matrices_only(optimizer, monk
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
+        for name, p in together.items():
+            for part, grad in zip(apart[name], p.grad.chunk(3), strict=True):
+                part.grad = grad.clone()
         ours.step()
         for one in theirs:
             for group in one.param_groups:
                 group["lr"] = scale * (0.02 if isinstance(one, torch.optim.Muon) else 3e-3)
             one.step()
+    if optimizer == "muon":
+        for name, p in together.items():
+            p.data = torch.cat(apart[name])
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q)
 
