@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from toy import TOY, weights
 
 from fastllm.data import Corpus, open_dataset, prepare
-from fastllm.models import Transformer
+from fastllm.models import Transformer, build_model
 from fastllm.training import TrainingConfig, evaluate, measure, session, train
 from fastllm.training import optimizer as optimizer_module
 from fastllm.training.checkpoints import saving
@@ -116,6 +116,36 @@ def test_optimizers_match_torchs_own_with_decay_on_matrices_only(optimizer, monk
             p.data = torch.cat(apart[name])
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        replace(GPT, num_heads=4, num_kv_heads=2),
+        replace(GPT, num_heads=4, num_kv_heads=1, encoder="transformer", decoder="transformer"),
+        replace(TOY, positions="learned", qk_norm=False, encoder="gru", decoder="gru"),
+    ],
+    ids=["grouped", "encoder_decoder", "recurrent"],
+)
+def test_muons_update_of_one_map_does_not_depend_on_the_gradients_of_its_neighbours(shape):
+    """A gradient of values that is 100 times as large leaves the bits of queries and keys as they were."""
+    config = TrainingConfig(optimizer="muon")
+    results = []
+    for factor in (1, 100):
+        torch.manual_seed(1)
+        model = build_model(shape)
+        optimizers = Optimizers(model, config)
+        width = shape.kv_heads * shape.head_dim
+        joint = {n: p for n, p in model.named_parameters() if n.endswith(("qkv.weight", "key_value.weight"))}
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        for p in joint.values():
+            p.grad[-width:] *= factor
+        optimizers.step()
+        results.append({name: p.detach()[:-width] for name, p in joint.items()})
+    assert results[0]
+    for name, rows in results[0].items():
+        assert torch.equal(rows, results[1][name]), name
 
 
 def test_optimizer_state_survives_a_round_trip_and_a_stranger_is_refused():
