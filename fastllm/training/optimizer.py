@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.adamw import adamw
 
 from ..cpu import matmul_dtype
+from ..models.blocks import Attention, CrossAttention
 from .config import TrainingConfig
 from .objective_base import TrainedModel
 
@@ -102,10 +103,36 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     return x.T if tall else x
 
 
+def _factor(updates: Sequence[torch.Tensor]) -> tuple[torch.Tensor, float]:
+    """The orthogonal factors of ``updates`` one below the other, and what to multiply them with.
+
+    A tall matrix's factor is multiplied with sqrt(rows / columns), as torch's is. That is left to the caller where
+    there is one matrix, for torch's own rounding.
+    """
+    scales = [math.sqrt(max(1, len(one) / one.shape[1])) for one in updates]
+    factors = [orthogonal(one) for one in updates]
+    if len(factors) == 1:
+        return factors[0], scales[0]
+    return torch.cat([factor.float() * scale for factor, scale in zip(factors, scales, strict=True)]), 1.0
+
+
+def parts(model: TrainedModel) -> dict[int, list[int]]:
+    """id of a weight that holds several linear maps, one below the other -> the rows of each."""
+    found = {}
+    for module in model.modules():
+        if isinstance(module, Attention):
+            found[id(module.qkv.weight)] = module.split
+        elif isinstance(module, CrossAttention):
+            found[id(module.key_value.weight)] = 2 * [len(module.key_value.weight) // 2]
+    return found
+
+
 class Muon(_Optimizer):
     """``torch.optim.Muon`` with Nesterov momentum; matrices may be spread over ranks (DTensors).
 
-    Bit for bit, but on a CPU without products of bfloat16, where :func:`orthogonal` is in float32.
+    Bit for bit, but on a CPU without products of bfloat16, where :func:`orthogonal` is in float32, and where a matrix
+    holds several maps (:func:`parts`): each of them gets an orthogonal factor of its own, as if it were a matrix apart.
+    Of the factor of queries, keys and values together, the values have 0.79 at the start, queries and keys 0.12 each.
 
     Momentum, decay and the step are PyTorch's operators. For 10.6 million parameters they take 14.6 ms, and the
     orthogonal factors 1.0 s, on one core of an AMD EPYC held to AVX2.
@@ -117,9 +144,9 @@ class Muon(_Optimizer):
 
     quantities = frozenset({"momentum_buffer"})
 
-    def __init__(self, groups: Sequence[dict], momentum: float):
+    def __init__(self, groups: Sequence[dict], momentum: float, parts: Mapping[int, Sequence[int]]):
         super().__init__(groups)
-        self._momentum = momentum
+        self._momentum, self._parts = momentum, parts
 
     def _fresh(self, p: Any):
         return {"momentum_buffer": torch.zeros_like(p.grad)}
@@ -129,14 +156,15 @@ class Muon(_Optimizer):
             buffer = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - self._momentum)
             update = p.grad.lerp(buffer, self._momentum)
             spread = hasattr(p, "placements")
-            update = orthogonal(update.full_tensor() if spread else update)
+            whole = update.full_tensor() if spread else update
+            update, scale = _factor(whole.split(self._parts.get(id(p), [len(whole)])))
             if spread:
                 # Imported where there are such tensors: torch has loaded it by then.
                 from torch.distributed.tensor import distribute_tensor
 
                 update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(update, alpha=-group["lr"] * math.sqrt(max(1, p.shape[0] / p.shape[1])))
+            p.add_(update, alpha=-group["lr"] * scale)
 
 
 def parameter_groups(model: TrainedModel) -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -173,7 +201,7 @@ class Optimizers:
 
         self._optimizers = [
             AdamW(described(by_adamw, config.lr), (config.beta1, config.beta2)),
-            Muon(described(by_muon, config.muon_lr), config.momentum),
+            Muon(described(by_muon, config.muon_lr), config.momentum, parts(model)),
         ]
         self._names = {id(p): name for group in groups.values() for name, p in group}
 

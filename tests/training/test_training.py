@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from toy import TOY, weights
 
 from fastllm.data import Corpus, open_dataset, prepare
-from fastllm.models import Transformer
+from fastllm.models import Transformer, build_model
 from fastllm.training import TrainingConfig, evaluate, measure, session, train
 from fastllm.training import optimizer as optimizer_module
 from fastllm.training.checkpoints import saving
@@ -83,8 +83,14 @@ def test_optimizers_match_torchs_own_with_decay_on_matrices_only(optimizer, monk
     ours = Optimizers(model, config)
     groups = parameter_groups(twin)
     hidden = [p for _, p in groups["hidden"]]
+    # Queries, keys and values are matrices of their own.
+    together = {name: p for name, p in groups["hidden"] if "qkv" in name}
+    assert together
+    apart = {name: [torch.nn.Parameter(part.clone()) for part in p.chunk(3)] for name, p in together.items()}
+    split = [p for name, p in groups["hidden"] if name not in together]
+    split += [part for some in apart.values() for part in some]
     theirs = [
-        torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1, momentum=0.95)
+        torch.optim.Muon(split, lr=0.02, weight_decay=0.1, momentum=0.95)
         if optimizer == "muon"
         else torch.optim.AdamW(hidden, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True),
         torch.optim.AdamW(
@@ -97,13 +103,49 @@ def test_optimizers_match_torchs_own_with_decay_on_matrices_only(optimizer, monk
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
+        for name, p in together.items():
+            for part, grad in zip(apart[name], p.grad.chunk(3), strict=True):
+                part.grad = grad.clone()
         ours.step()
         for one in theirs:
             for group in one.param_groups:
                 group["lr"] = scale * (0.02 if isinstance(one, torch.optim.Muon) else 3e-3)
             one.step()
+    if optimizer == "muon":
+        for name, p in together.items():
+            p.data = torch.cat(apart[name])
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        replace(GPT, num_heads=4, num_kv_heads=2),
+        replace(GPT, num_heads=4, num_kv_heads=1, encoder="transformer", decoder="transformer"),
+        replace(TOY, positions="learned", qk_norm=False, encoder="gru", decoder="gru"),
+    ],
+    ids=["grouped", "encoder_decoder", "recurrent"],
+)
+def test_muons_update_of_one_map_does_not_depend_on_the_gradients_of_its_neighbours(shape):
+    """A gradient of values that is 100 times as large leaves the bits of queries and keys as they were."""
+    config = TrainingConfig(optimizer="muon")
+    results = []
+    for factor in (1, 100):
+        torch.manual_seed(1)
+        model = build_model(shape)
+        optimizers = Optimizers(model, config)
+        width = shape.kv_heads * shape.head_dim
+        joint = {n: p for n, p in model.named_parameters() if n.endswith(("qkv.weight", "key_value.weight"))}
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        for p in joint.values():
+            p.grad[-width:] *= factor
+        optimizers.step()
+        results.append({name: p.detach()[:-width] for name, p in joint.items()})
+    assert results[0]
+    for name, rows in results[0].items():
+        assert torch.equal(rows, results[1][name]), name
 
 
 def test_optimizer_state_survives_a_round_trip_and_a_stranger_is_refused():
