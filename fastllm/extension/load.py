@@ -166,9 +166,11 @@ def _load(path: Path | None = None) -> None:
             found = importlib.import_module(NAME)
         else:
             spec = importlib.util.spec_from_file_location(NAME, path)
+            if spec is None or spec.loader is None:
+                raise ImportError(f"{path} is not named as an extension")
             found = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(found)
-            sys.modules[NAME] = sys.modules["fastllm"]._C = found
+            sys.modules[NAME] = vars(sys.modules["fastllm"])["_C"] = found
     except ModuleNotFoundError:
         _missing = f"the extension {NAME} was not built (python -m fastllm.build builds it, or says why it cannot)"
     except (ImportError, RuntimeError) as error:
