@@ -113,7 +113,9 @@ def build_at_first_use() -> None:
                     raise compiler.CannotBuild((folder / _FAILED).read_text("utf-8"))
                 print("fastllm: compiling the extension, this once (a minute or two) ...", file=sys.stderr, flush=True)
                 _build_into(folder, target)
-    except (OSError, ValueError, compiler.CannotBuild) as error:
+    except OSError as error:  # of the folder: read-only, full, no folder
+        _missing = f"the extension {NAME} was not built: {error} (FASTLLM_CACHE names another folder for it)"
+    except (ValueError, compiler.CannotBuild) as error:
         _missing = f"the extension {NAME} was not built: {error} (python -m fastllm.build tries again)"
     else:
         _load(target)
