@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ def _hopper():
     return call
 
 
-def _longest(known: dict[int, int], starts: torch.Tensor) -> int:
+def _longest(known: dict[int, int], starts) -> int:
     """The longest sequence, read back from the device once for each ``cu_seqlens``."""
     if id(starts) not in known:
         known[id(starts)] = int(starts.diff().max())
@@ -166,7 +167,7 @@ def _flash(package: str) -> Callable[[], Callable]:
             _refuse(options, *has)
             settings = dict(causal=causal, window_size=window or (-1, -1))
             settings |= {name: options[name] for name in has if options.get(name) is not None}
-            if cu_seqlens_q is not None:
+            if cu_seqlens_q is not None and cu_seqlens_k is not None:
                 longest = _longest(known, cu_seqlens_q), _longest(known, cu_seqlens_k)
                 out = module.flash_attn_varlen_func(
                     query, key, value, cu_seqlens_q.int(), cu_seqlens_k.int(), *longest, **settings
@@ -181,15 +182,15 @@ def _flash(package: str) -> Callable[[], Callable]:
 
 
 def _xformers():
-    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+    xformers = import_module("xformers.ops")
 
     def attention(query, key, value, *, causal=False, **options):
         _refuse(options, "dropout_p")
         if query.shape[1] != key.shape[1]:
             raise NotImplementedError("does not take grouped heads")
-        mask = LowerTriangularMask() if _top_left(causal, query, key) else None
+        mask = xformers.LowerTriangularMask() if _top_left(causal, query, key) else None
         layout = (t.transpose(1, 2) for t in (query, key, value))
-        return memory_efficient_attention(*layout, mask, options.get("dropout_p", 0.0)).transpose(1, 2)
+        return xformers.memory_efficient_attention(*layout, mask, options.get("dropout_p", 0.0)).transpose(1, 2)
 
     return attention
 

@@ -9,10 +9,10 @@ constants and options are those of a real call, and no second list of launch set
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -20,7 +20,9 @@ import triton
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
 from ..backends import backend
@@ -38,11 +40,13 @@ _BASE = 1 << 30
 class _PretendedTensor(torch.Tensor):
     """A meta tensor that calls itself CUDA; ``data_ptr`` keeps the alignment of its storage offset."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
-    device = property(lambda self: CUDA)
-    is_cuda = property(lambda self: True)
-    is_meta = property(lambda self: False)
-    is_cpu = property(lambda self: False)
+    meta: torch.Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+    # torch's stubs have attributes here, which a subclass cannot answer for itself but by properties.
+    device = property(lambda self: CUDA)  # pyright: ignore[reportAssignmentType]
+    is_cuda = property(lambda self: True)  # pyright: ignore[reportAssignmentType]
+    is_meta = property(lambda self: False)  # pyright: ignore[reportAssignmentType]
+    is_cpu = property(lambda self: False)  # pyright: ignore[reportAssignmentType]
 
     @staticmethod
     def __new__(cls, meta: torch.Tensor):
@@ -58,7 +62,7 @@ class _PretendedTensor(torch.Tensor):
         return tensor
 
     def data_ptr(self) -> int:
-        return _BASE + self.storage_offset() * self.element_size()
+        return _BASE + int(self.storage_offset()) * self.element_size()
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -113,9 +117,9 @@ class _Driver:
         return 0
 
 
-def pretended_driver(gpu: DeviceInfo, device: torch.device = CUDA) -> _Driver:
+def pretended_driver(gpu: DeviceInfo, device: torch.device = CUDA) -> DriverBase:
     """A driver of Triton's for a GPU that is not there; ``device`` is what it calls the active one."""
-    return _Driver(gpu, device)
+    return cast(DriverBase, _Driver(gpu, device))
 
 
 def pretended_properties(gpu: DeviceInfo) -> SimpleNamespace:
@@ -141,7 +145,7 @@ class Launch:
 
 def check_compiles() -> None:
     """Raises RuntimeError where Triton's interpreter is on, so that there is nothing to compile."""
-    if triton.knobs.runtime.interpret:
+    if knobs.runtime.interpret:
         raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1: it is read when they are decorated")
 
 
@@ -158,7 +162,7 @@ def pretend(gpu: DeviceInfo, on_launch: Callable[[str, tuple[int, ...], Any], No
     def run(kernel, *args, grid, warmup, **kwargs):
         compiled = compile_only(kernel, *args, grid=grid, warmup=True, **kwargs)
         if callable(grid):
-            grid = grid({**dict(zip(kernel.arg_names, args, strict=False)), **kwargs})
+            grid = cast(Sequence[int], grid({**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}))
         on_launch(kernel.__name__, tuple(int(n) for n in grid), compiled)
         return compiled
 

@@ -15,15 +15,15 @@ from ..registry import OPS, Op, Sample
 from .timing import Call, synchronize
 
 
-def shapes_of(op: str, device: str = "cuda") -> dict[str, Callable[[torch.device, torch.dtype], Sample]] | None:
-    """``shapes`` of bench/<op>.py, for a CPU its ``cpu_shapes`` before them; None for an op that has no such file."""
+def shapes_of(op: str, device: str = "cuda") -> dict[str, Callable[[torch.device, torch.dtype], Sample]]:
+    """``shapes`` of bench/<op>.py, for a CPU its ``cpu_shapes`` before them; none for an op that has no such file."""
     try:
         module = importlib.import_module(f"{__package__}.{op}")
         return {**(cpu_shapes_of(op) if device == "cpu" else {}), **module.shapes}
     except ModuleNotFoundError as error:
         if error.name != f"{__package__}.{op}":
             raise
-        return None
+        return {}
 
 
 def cpu_shapes_of(op: str) -> dict[str, Callable[[torch.device, torch.dtype], Sample]]:
@@ -66,9 +66,9 @@ def selected(names: Sequence[str]) -> list[Op]:
     for name in names:
         if name not in OPS:
             raise ValueError(f"bench: no op {name!r}; the ops are {', '.join(OPS)}")
-        if shapes_of(name) is None:
+        if not shapes_of(name):
             raise ValueError(f"bench: {name} has no shapes (bench/{name}.py)")
-    return [op for name, op in OPS.items() if (name in names if names else shapes_of(name) is not None)]
+    return [op for name, op in OPS.items() if (name in names if names else shapes_of(name))]
 
 
 def overwrites(function: Callable) -> Callable:

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -64,17 +65,17 @@ def extractors() -> dict[str, Extractor]:
         "trafilatura baseline": EXTRACTORS["baseline"],
     }
     try:
-        from resiliparse.extract.html2text import extract_plain_text
+        resiliparse = import_module("resiliparse.extract.html2text")
     except ImportError:
         pass
     else:
-        found["resiliparse"] = lambda page: extract_plain_text(page, main_content=True)
+        found["resiliparse"] = lambda page: resiliparse.extract_plain_text(page, main_content=True)
     try:
-        from datatrove.pipeline.extractors import Trafilatura
+        datatrove = import_module("datatrove.pipeline.extractors")
     except ImportError:
         pass
     else:
-        found["datatrove (Trafilatura)"] = Trafilatura().extract
+        found["datatrove (Trafilatura)"] = datatrove.Trafilatura().extract
     return found
 
 
@@ -102,8 +103,8 @@ class Score:
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """The middle 95% of the means of as many values drawn with replacement."""
     draw = np.random.default_rng(0)
-    values = np.asarray(values)
-    means = [values[draw.integers(0, len(values), len(values))].mean() for _ in range(RESAMPLES)]
+    known = np.asarray(values)
+    means = [known[draw.integers(0, len(known), len(known))].mean() for _ in range(RESAMPLES)]
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 

@@ -38,7 +38,7 @@ def backward_alone(function: Callable, sample: Sample, reused: bool) -> Callable
 
     def prepare():
         # Zeroed in place: pages that were never written would burden whoever writes more of them.
-        weight.grad = grad.zero_() if reused else None
+        weight.grad = None if grad is None else grad.zero_()
         rows = function(ids, weight)
         return lambda: rows.backward(upstream)
 

@@ -1,10 +1,13 @@
-"""Mixtures of experts of transformers before and after accelerate(), in turns: ``python -m fastllm.bench.experts``.
+"""Mixtures of experts of transformers before and after accelerate(), in turns:
 
-Prints forward and backward in milliseconds, the median of seven, on the CPU with the threads that torch has.
+    python -m fastllm.bench.experts [--dtype float32 bfloat16] [--rounds 7]
+
+Prints the medians of forward and backward in milliseconds, on the CPU with the threads that torch has.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import statistics
 import time
@@ -12,6 +15,8 @@ import time
 import torch
 
 import fastllm
+
+from ..commands.parser import first_paragraph
 
 # Experts, experts for each token, tokens, hidden size, inner size.
 SHAPES = ((8, 2, 1024, 512, 1024), (64, 8, 512, 256, 256), (64, 8, 1, 512, 512))
@@ -25,7 +30,7 @@ def step(module, x, numbers, weights) -> tuple[float, float]:
     return 1e3 * (middle - start), 1e3 * (time.perf_counter() - middle)
 
 
-def compare(cls, config, implementation: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+def compare(cls, config, implementation: str, dtype: torch.dtype, shape: tuple[int, ...], rounds: int) -> str:
     experts, each, tokens, hidden, inner = shape
     given = config(
         hidden_size=hidden, intermediate_size=inner, num_local_experts=experts, num_experts_per_tok=each
@@ -42,7 +47,7 @@ def compare(cls, config, implementation: str, dtype: torch.dtype, shape: tuple[i
     numbers = torch.rand(tokens, experts).topk(each).indices
     weights = torch.rand(tokens, each, requires_grad=True)
     times: dict[str, list[tuple[float, float]]] = {"before": [], "after": []}
-    for turn in range(8):
+    for turn in range(rounds + 1):
         for name, module in (("before", before), ("after", after)):
             taken = step(module, x, numbers, weights)
             if turn:
@@ -53,7 +58,11 @@ def compare(cls, config, implementation: str, dtype: torch.dtype, shape: tuple[i
     return f"{cls.__name__:15} {implementation:10} {str(dtype)[6:]:9} {shape!s:26} {forward}   {backward}"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m fastllm.bench.experts", description=first_paragraph(__doc__))
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=("float32", "bfloat16"))
+    parser.add_argument("--rounds", type=int, default=7, help="of forward and backward, after one that does not count")
+    arguments = parser.parse_args(argv)
     import transformers
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -62,12 +71,12 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
     print("experts, of a token, tokens, hidden, inner; forward before -> after, backward before -> after, ms")
     for implementation in ("grouped_mm", "eager"):
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (getattr(torch, name) for name in arguments.dtype):
             for cls, config in (
                 (MixtralExperts, transformers.MixtralConfig), (GptOssExperts, transformers.GptOssConfig)
             ):  # fmt: skip
                 for shape in SHAPES:
-                    print(compare(cls, config, implementation, dtype, shape), flush=True)
+                    print(compare(cls, config, implementation, dtype, shape, arguments.rounds), flush=True)
 
 
 if __name__ == "__main__":

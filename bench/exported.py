@@ -42,7 +42,7 @@ def calls(ops: list[Op], dtype: str, device: torch.device, parts: list[str]) -> 
     """
     found, left_out = [], []
     for op in ops:
-        shapes: Mapping[str, Callable] = cases.shapes_of(op.name) or {}
+        shapes: Mapping[str, Callable] = cases.shapes_of(op.name)
         if device.type == "cpu":
             shapes = cases.cpu_shapes_of(op.name) or shapes
         for shape, make in shapes.items():

@@ -1,6 +1,7 @@
 """Shapes and rivals of geglu; Gemma's approximates by tanh."""
 
 from functools import partial
+from importlib import import_module
 
 from ..registry import Sample
 from . import gated as _gated
@@ -18,12 +19,12 @@ shapes = {name: partial(_by_tanh, make) if name.startswith("Gemma") else make fo
 
 
 def _liger():
-    from liger_kernel.transformers.functional import liger_geglu
+    liger = import_module("liger_kernel.transformers.functional")
 
     def geglu(gate, up=None, *, approximate="none"):
         if approximate != "tanh":
             raise NotImplementedError("approximates by tanh only")
-        return liger_geglu(*_gated.halves(gate, up))
+        return liger.liger_geglu(*_gated.halves(gate, up))
 
     return geglu
 

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,7 +56,7 @@ def decoders(name: str, tokens: int, shape: dict) -> dict[str, Write]:
     _spread(model)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, layout="transformers")
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     prompt = torch.randint(shape["vocab_size"], (1, PROMPT))
 
     def write():
@@ -76,15 +77,17 @@ def translators(tokens: int, shape: dict) -> dict[str, Write]:
     """transformers' T5 and our encoder-decoder of its weights, each writing ``tokens`` tokens with a beam of 5."""
     from transformers import T5Config, T5ForConditionalGeneration
 
-    size = shape["hidden_size"]
-    config = T5Config(
+    size, end = shape["hidden_size"], 1
+    # transformers' decorators hide what their classes take.
+    made: Any = T5Config
+    config = made(
         vocab_size=shape["vocab_size"], d_model=size, d_kv=size // shape["num_heads"], d_ff=4 * size,
         num_layers=shape["num_layers"], num_heads=shape["num_heads"], feed_forward_proj="relu",
-        tie_word_embeddings=False, decoder_start_token_id=0, eos_token_id=1, pad_token_id=0, dropout_rate=0.0,
+        tie_word_embeddings=False, decoder_start_token_id=0, eos_token_id=end, pad_token_id=0, dropout_rate=0.0,
     )  # fmt: skip
-    theirs = T5ForConditionalGeneration(config).eval()
+    theirs: Any = T5ForConditionalGeneration(config).eval()
     # The end of the sequence must not be the likeliest before all tokens are written.
-    theirs.lm_head.weight.data[config.eos_token_id] = 0.0
+    theirs.lm_head.weight.data[end] = 0.0
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         model = load_model(folder).eval()
@@ -103,7 +106,7 @@ def translators(tokens: int, shape: dict) -> dict[str, Write]:
     def ours():
         with torch.inference_mode():
             memory = model.encode(source)
-        options = dict(beams=BEAMS, max_new_tokens=tokens, stop_token=config.eos_token_id, length_penalty=0.0)
+        options: dict[str, Any] = dict(beams=BEAMS, max_new_tokens=tokens, stop_token=end, length_penalty=0.0)
         return beam_search(model, start, memory=memory, **options)[0][0].tokens
 
     return {OURS: ours, THEIRS: write}

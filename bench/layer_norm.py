@@ -1,5 +1,7 @@
 """Shapes and rivals of layer_norm."""
 
+from importlib import import_module
+
 from .norms import CPU_SHAPES, norm_shapes, norm_sweep
 
 shapes = norm_shapes(bias=True)
@@ -8,10 +10,10 @@ sweep = norm_sweep(bias=True)
 
 
 def _liger():
-    from liger_kernel.transformers.functional import liger_layer_norm
+    liger = import_module("liger_kernel.transformers.functional")
 
     def layer_norm(input, normalized_shape, weight, bias, eps=1e-5):
-        return liger_layer_norm(input, weight, bias, eps)
+        return liger.liger_layer_norm(input, weight, bias, eps)
 
     return layer_norm
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -53,10 +54,10 @@ def _refuse_softcap(softcap):
 
 
 def _liger():
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    liger = import_module("liger_kernel.transformers.functional")
 
     def linear_cross_entropy(input, linear_weight, target, *, softcap=None):
-        return liger_fused_linear_cross_entropy(
+        return liger.liger_fused_linear_cross_entropy(
             input, linear_weight, target, softcap=softcap, accum_dtype=torch.float32
         )
 
@@ -64,21 +65,21 @@ def _liger():
 
 
 def _quack():
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+    quack = import_module("quack.linear_cross_entropy")
 
     def linear_cross_entropy(input, linear_weight, target, *, softcap=None):
         _refuse_softcap(softcap)
-        return chunked_linear_cross_entropy(input, linear_weight, target)
+        return quack.chunked_linear_cross_entropy(input, linear_weight, target)
 
     return linear_cross_entropy
 
 
 def _cut():
-    from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
+    package = import_module("cut_cross_entropy")
 
     def linear_cross_entropy(input, linear_weight, target, *, softcap=None):
         # Its default leaves small gradients out.
-        return cut_cross_entropy(input, linear_weight, target, softcap=softcap, filter_eps=None)
+        return package.linear_cross_entropy(input, linear_weight, target, softcap=softcap, filter_eps=None)
 
     return linear_cross_entropy
 

@@ -22,6 +22,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def block_labels(blocks: list[list[str]], truth: list[str]) -> np.ndarray:
     What ``truth`` has once counts once: of a text that the page repeats the block that is in order with the rest of
     ``truth`` is right, or else the first one.
     """
-    from rapidfuzz.distance import LCSseq
+    LCSseq = import_module("rapidfuzz.distance").LCSseq
 
     flat = [word for block in blocks for word in block]
     aligned = np.zeros(len(flat))
@@ -141,12 +142,13 @@ def label(page: MarkedPage) -> Labelled:
 def learn_lexicon(pages: Sequence[Labelled]) -> Lexicon:
     pairs = [(page.tokens, page.counts) for page in pages]
     types = PageTypes.learn(pairs, [page.page.type for page in pages], LEAST_PAGES, TYPE_PENALTY)
-    return Lexicon(*(_learn_words(pages, kind) for kind in ("names", "texts", "headings")), types)
+    names, texts, headings = (_learn_words(pages, kind) for kind in ("names", "texts", "headings"))
+    return Lexicon(names, texts, headings, types)
 
 
 def _learn_words(pages: Sequence[Labelled], kind: str) -> dict[str, float]:
-    from scipy import sparse
-    from sklearn.linear_model import LogisticRegression
+    sparse = import_module("scipy.sparse")
+    linear_model = import_module("sklearn.linear_model")
 
     sites = defaultdict(set)
     for page in pages:
@@ -163,21 +165,21 @@ def _learn_words(pages: Sequence[Labelled], kind: str) -> dict[str, float]:
     both, target = sparse.vstack([matrix, matrix]), np.repeat([1, 0], len(rows))
     shares = np.concatenate([weights * labels, weights * (1 - labels)])
     used = shares > 0
-    fit = LogisticRegression(C=INVERSE_PENALTY, max_iter=200).fit(both[used], target[used], shares[used])
+    fit = linear_model.LogisticRegression(C=INVERSE_PENALTY, max_iter=200).fit(both[used], target[used], shares[used])
     return {word: float(weight) for word, weight in zip(known, fit.coef_[0], strict=True) if abs(weight) > 0.02}
 
 
 def learn_trees(rows: np.ndarray, labels: np.ndarray, weights: np.ndarray, settings: dict[str, Any]) -> Trees:
-    from catboost import CatBoostClassifier, Pool
+    catboost = import_module("catboost")
 
     chance = np.minimum(1, weights / ALWAYS)
     seen = np.random.default_rng(1).random(len(weights)) < chance
     rows, labels, weights = rows[seen], labels[seen], (weights / chance)[seen]
-    model = CatBoostClassifier(
+    model = catboost.CatBoostClassifier(
         **settings, l2_leaf_reg=5, loss_function="CrossEntropy", verbose=0, thread_count=2, random_seed=1,
         border_count=32, rsm=0.3, bootstrap_type="Bernoulli", subsample=0.6, allow_writing_files=False,
     )  # fmt: skip
-    model.fit(Pool(rows, np.clip(labels, 0, 1), weight=weights))
+    model.fit(catboost.Pool(rows, np.clip(labels, 0, 1), weight=weights))
     return _as_trees(model, settings["depth"])
 
 
@@ -217,7 +219,7 @@ def _out_of_fold(
         models.append(learn(outside))
         for at in inside:
             result[at] = apply(models[-1], at)
-    return result, models
+    return [values for values in result if values is not None], models
 
 
 def learn_model(pages: Sequence[Labelled], count: int) -> tuple[BlockModel, list[np.ndarray]]:
@@ -235,8 +237,8 @@ def learn_model(pages: Sequence[Labelled], count: int) -> tuple[BlockModel, list
     labels, weights = [page.labels for page in pages], [page.weights for page in pages]
 
     def trees_of(values: list[np.ndarray], chosen: Sequence[int], settings: dict[str, Any]) -> Trees:
-        parts = [np.concatenate([column[i] for i in chosen]) for column in (values, labels, weights)]
-        return learn_trees(*parts, settings)
+        rows, targets, shares = (np.concatenate([column[i] for i in chosen]) for column in (values, labels, weights))
+        return learn_trees(rows, targets, shares, settings)
 
     first, first_trees = _out_of_fold(
         pages, fold, lambda others: trees_of(rows, others, FIRST), lambda trees, i: trees.probabilities(rows[i])

@@ -59,8 +59,9 @@ def _files(path: Path) -> Iterator[tuple[str, bytes]]:
         return
     with tarfile.open(path) as archive:
         for member in archive:
-            if member.isfile():
-                yield member.name, archive.extractfile(member).read()
+            content = archive.extractfile(member) if member.isfile() else None
+            if content is not None:
+                yield member.name, content.read()
 
 
 def read_marked(path: Path) -> list[MarkedPage]:

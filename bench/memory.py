@@ -114,8 +114,8 @@ def main(argv: list[str] | None = None) -> None:
         calls[name]().backward()
         return time.perf_counter() - start
 
-    small = [t[:64].detach().requires_grad_() for t in (x, w)]
-    for call in ways(*small, y[:64] % 64, options.workspace).values():
+    few, narrow = (t[:64].detach().requires_grad_() for t in (x, w))
+    for call in ways(few, narrow, y[:64] % 64, options.workspace).values():
         call().backward()  # first-call allocations
     for name in calls if not found["peak_bytes"] else ():
         x.grad = w.grad = None

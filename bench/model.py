@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -98,7 +99,7 @@ def rows(
         seen = device.INTERPRETER._replace(processors=device.GPUS[arch].processors)
         with mock.patch.object(device, "INTERPRETER", seen):
             measured = measure(op, call, programs=PROGRAMS)
-        common = dict(op=op.name, shape=name, dtype=str(dtype).removeprefix("torch."), arch=arch)
+        common: dict[str, Any] = dict(op=op.name, shape=name, dtype=str(dtype).removeprefix("torch."), arch=arch)
         for direction, traffic in (("forward", measured.forward), ("backward", measured.backward)):
             yield Row(
                 **common,

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,7 +31,7 @@ from .environment import environment
 from .memory import peak
 
 # Name -> the Llama's configuration: 18, 134 and 0.01 million parameters.
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "small": {
         "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 3,
         "num_attention_heads": 8,

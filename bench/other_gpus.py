@@ -77,11 +77,10 @@ def row_of(gpu: DeviceInfo, op: str, shape: str, dtype: torch.dtype, launch: Lau
         resources = read_resources(compiled)
         registers, spills, matrix = resources.registers, resources.spills, resources.tensor_core
     kernel = launch.kernel.strip("_").removesuffix("_kernel")
-    dtype = str(dtype).removeprefix("torch.")
     metadata = compiled.metadata
     return OtherRow(
-        gpu.architecture, op, shape, dtype, launch.direction, kernel, launch.grid, metadata.num_warps, registers,
-        spills, metadata.shared, matrix,
+        gpu.architecture, op, shape, str(dtype).removeprefix("torch."), launch.direction, kernel, launch.grid,
+        metadata.num_warps, registers, spills, metadata.shared, matrix,
     )  # fmt: skip
 
 

@@ -143,7 +143,10 @@ class Judge:
         self._reference = cases.reference_of(op)
         self.truth = self._true()
         yardstick = results(eager, sample)
-        self.allowed = [None if t is None else largest_error(y, t) for y, t in zip(yardstick, self.truth, strict=True)]
+        # A result that eager does not have either is None.
+        self.allowed = [
+            None if t is None or y is None else largest_error(y, t) for y, t in zip(yardstick, self.truth, strict=True)
+        ]
         self._moved: list[Tensors] | None = None
 
     def _true(self) -> Tensors:
@@ -155,7 +158,8 @@ class Judge:
             return 0.0
         if self._moved is None:
             self._moved = moved(self._true)
-        return max(largest_error(run[i], self.truth[i]) for run in self._moved)
+        pairs = ((run[i], self.truth[i]) for run in self._moved)
+        return max(largest_error(got, truth) for got, truth in pairs if got is not None and truth is not None)
 
     def problem(self, function: Callable) -> str | None:
         """Why ``function`` is wrong, or None."""
@@ -170,6 +174,7 @@ class Judge:
                 if truth is not value:
                     return f"result {i}: {'none' if value is None else 'a tensor'}, expected the other"
                 continue
+            assert allowed is not None, "eager has what the reference has"
             if value.shape != truth.shape:
                 return f"result {i}: shape {tuple(value.shape)}, expected {tuple(truth.shape)}"
             if not torch.equal(value.isfinite(), truth.isfinite()):

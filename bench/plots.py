@@ -143,7 +143,7 @@ def over_size(rows: list[Row], rates: dict[str, float]) -> bytes:
     for axes, direction in zip(figure.subplots(1, len(directions), squeeze=False)[0], directions, strict=True):
         for provider, colour in colours.items():
             same = [row for row in rows if (row.provider, row.direction) == (provider, direction)]
-            same.sort(key=lambda row: row.size)
+            same.sort(key=lambda row: row.size or 0)
             rate = [(r.flops / 1e12 if by_flops else r.least_bytes / 1e9) / r.seconds.median for r in same]
             width = 2 if provider == OURS else 1.2
             axes.plot([row.size for row in same], rate, "o-", color=colour, ms=3.5, linewidth=width, label=provider)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -36,19 +37,19 @@ def _in_checkpointed_chunks(x, w, y):
 
     rows = linear_cross_entropy_plan(x, w, reduction="none").rows
     chunks = zip(x.split(rows), y.split(rows), strict=True)
-    return sum(checkpoint(own, *some, use_reentrant=False) for some in chunks)
+    return torch.stack([checkpoint(own, *some, use_reentrant=False) for some in chunks]).sum()
 
 
 def _beside_liger(x, w, y):
     """(this library's loss, Liger's) of GRPO with DAPO's mean, or None without Liger or with a part of a sequence."""
     try:
-        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+        liger = import_module("liger_kernel.chunked_loss")
     except ModuleNotFoundError:
         return None
     if len(x) % LENGTH:
         return None
     gain, mask = torch.randn(len(x) // LENGTH), torch.ones(len(x) // LENGTH, LENGTH)
-    loss = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, epsilon_high=0.28)
+    loss = liger.LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, epsilon_high=0.28)
     return (
         lambda: losses.dapo(linear_log_probs(x, w, y).view_as(mask), None, gain, mask),
         lambda: loss(x.view(*mask.shape, -1), w, y.view_as(mask), mask, gain)[0],
@@ -65,8 +66,8 @@ def pairs(x, w, y, teacher) -> dict[str, tuple[str, Callable[[], torch.Tensor], 
     def jsd():
         log_q, log_p = logs(x, w), logs(tx, tw)
         log_m = torch.logaddexp(log_p, log_q) - torch.tensor(2.0).log()
-        halves = (F.kl_div(log_m, each, reduction="batchmean", log_target=True) for each in (log_p, log_q))
-        return sum(halves) / 2
+        halves = [F.kl_div(log_m, each, reduction="batchmean", log_target=True) for each in (log_p, log_q)]
+        return torch.stack(halves).sum() / 2
 
     liger = _beside_liger(x, w, y)
     return {

@@ -161,7 +161,10 @@ def unpack(folder: Path, cache: Path) -> dict:
             raise ValueError(f"{folder}: its {name} is {record[name]}, here it is {here}: Triton would find no kernel")
     with tarfile.open(folder / ARCHIVE) as archive:
         # Python 3.11.4 and 3.10.12 are the first that have the filter, which keeps every member inside the folder.
-        archive.extractall(cache, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+        if hasattr(tarfile, "data_filter"):
+            archive.extractall(cache, filter="data")
+        else:
+            archive.extractall(cache)
         groups = [cache / name for name in archive.getnames() if "/__grp__" in name]
     for group in groups:
         children = json.loads(group.read_text())["child_paths"]

@@ -253,6 +253,7 @@ def main(argv: list[str]) -> int:
         now.write(against)
         print(f"written: {against}")
         return 0
+    assert committed is not None  # only --update does without
     if options.arch:
         committed.kernels = [row for row in committed.kernels if row["arch"] in options.arch]
     if committed.triton != now.triton:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import inspect
 import json
 import math
@@ -18,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -29,6 +29,7 @@ from triton.runtime.autotuner import Autotuner
 
 from ..kernels.device import GPUS, DeviceInfo
 from .capture import CUDA, pretend, pretended_driver, pretended_properties
+from .module_files import module_of
 from .static import read_resources
 from .traffic import count_traffic
 
@@ -41,11 +42,7 @@ PROGRAMS = 16
 def load(file: Path) -> ModuleType:
     """The file as a module; its folder can be imported from, as for a script."""
     sys.path.insert(0, str(file.resolve().parent))
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return module_of(file, file.stem)
 
 
 def calls_of(module: ModuleType) -> dict[str, Callable]:
@@ -192,7 +189,7 @@ _LIBDEVICE = {
 
 def _as_interpreted(function: Callable) -> Callable:
     def interpreted(*values):
-        first = next(value for value in values if isinstance(value, tl.tensor))
+        first: Any = next(value for value in values if isinstance(value, tl.tensor))
         numbers = [value.handle.data if isinstance(value, tl.tensor) else value for value in values]
         data = function(*numbers).astype(first.handle.data.dtype)
         return tl.tensor(interpreter.TensorHandle(data, first.handle.dtype), first.type)

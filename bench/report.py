@@ -110,6 +110,7 @@ def compare(before: Path, after: Path) -> None:
     )  # fmt: skip
     for a, b, words in comparison(read_run(before).rows, read_run(after).rows):
         row = a or b
+        assert row is not None, "one run has it"
         times = ["" if r is None else _duration(r.seconds.median) for r in (a, b)]
         ratio = f"{a.seconds.median / b.seconds.median:.2f}x" if a and b else ""
         style = {"faster": "green", "slower": "red"}.get(words)

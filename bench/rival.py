@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import inspect
 import math
 import multiprocessing
@@ -22,12 +21,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..registry import Op, Sample
 from .cases import calls_of, first_calls
+from .module_files import module_of
 from .parity import Judge, results
 from .timing import Call, Timer, host_seconds, keep_freed_memory
 
@@ -70,8 +72,7 @@ class Rival:
         self.name, self.device = target, device
         self.problem: str | None = None
         self.first: dict[str, float] = {}
-        self._process: multiprocessing.process.BaseProcess | None = None
-        self._connection = None
+        self._started: tuple[BaseProcess, Any] | None = None
 
     def check(self, op: Op, samples: Sequence[Sample]) -> None:
         """Starts the process and imports the function.
@@ -118,11 +119,12 @@ class Rival:
 
     def stop(self) -> None:
         """Ends the process."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._connection.close()
-            self._process = self._connection = None
+        if self._started is not None:
+            process, connection = self._started
+            process.kill()
+            process.join()
+            connection.close()
+            self._started = None
 
     def _unless_failed(self, what: str, *arguments):
         if self.problem is not None:
@@ -139,29 +141,34 @@ class Rival:
         Raises:
             Refused: it cannot be imported.
         """
-        if self._process is not None:
-            return
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        settings = (self.name, str(self.device), torch.get_num_threads())
-        self._process = context.Process(target=serve, args=(theirs, *settings), daemon=True)
-        self._process.start()
-        theirs.close()
-        self._answer()
+        self._running()
+
+    def _running(self) -> tuple[BaseProcess, Any]:
+        """The process and the connection to it."""
+        if self._started is None:
+            context = multiprocessing.get_context("spawn")
+            ours, theirs = context.Pipe()
+            settings = (self.name, str(self.device), torch.get_num_threads())
+            process = context.Process(target=serve, args=(theirs, *settings), daemon=True)
+            process.start()
+            self._started = process, ours
+            theirs.close()
+            self._answer(process, ours)
+            return process, ours
+        return self._started
 
     def _asked(self, what: str, *arguments):
-        self.start()
-        self._connection.send((what, arguments))
-        return self._answer()
+        process, connection = self._running()
+        connection.send((what, arguments))
+        return self._answer(process, connection)
 
-    def _answer(self):
+    def _answer(self, process: BaseProcess, connection):
         """The process's answer. Whatever else happens meanwhile, a time limit too, ends the process."""
-        process = self._process
         try:
-            ok, value = self._connection.recv()
+            ok, value = connection.recv()
         except EOFError:
             process.join()
-            code = process.exitcode
+            code = process.exitcode or 0
             self.stop()
             named = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             raise Refused(f"its process {named}") from None
@@ -194,9 +201,7 @@ def load(target: str) -> Callable:
             if not file.is_file():
                 raise Refused(f"--rival: there is no file {place}")
             sys.path.insert(0, str(file.parent))
-            spec = importlib.util.spec_from_file_location(f"fastllm_rival_{file.stem}", file)
-            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
+            module = module_of(file, f"fastllm_rival_{file.stem}")
         else:
             module = importlib.import_module(place)
         function = module
@@ -216,9 +221,8 @@ class Worker:
 
     def __init__(self, function: Callable, device: torch.device):
         self.function, self.device = function, device
-        self._sample: Sample | None = None
-        self._call: Call | None = None
-        self._timer: Timer | None = None
+        self._sample = Sample("")
+        self._turns: tuple[Call, Timer] | None = None
 
     def fits(self, positional: int, named: list[str]) -> str | None:
         """Why the function's signature does not take a call, or None."""
@@ -242,19 +246,26 @@ class Worker:
         return found
 
     def prepare(self, direction: str, cold: bool) -> None:
-        self._call = calls_of({"rival": self.function}, self._sample, direction)["rival"]
-        self._timer = Timer(self.device, cold)
-        self._timer.calibrate(self._call, self.device)
+        call = calls_of({"rival": self.function}, self._sample, direction)["rival"]
+        timer = Timer(self.device, cold)
+        timer.calibrate(call, self.device)
+        self._turns = call, timer
+
+    def _prepared(self) -> tuple[Call, Timer]:
+        assert self._turns is not None, "prepare comes first"
+        return self._turns
 
     def seconds(self) -> float:
-        self._call.run(self._call.prepare())
-        return self._timer(self._call, self.device)
+        call, timer = self._prepared()
+        call.run(call.prepare())
+        return timer(call, self.device)
 
     def outcome(self) -> tuple[int | None, bool]:
-        return self._timer.peaks.get("rival"), "rival" in self._timer.behind
+        _, timer = self._prepared()
+        return timer.peaks.get("rival"), "rival" in timer.behind
 
     def host(self) -> list[float]:
-        return host_seconds(self._call, self.device)
+        return host_seconds(self._prepared()[0], self.device)
 
 
 def serve(connection, target: str, device: str, threads: int) -> None:

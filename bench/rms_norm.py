@@ -1,5 +1,7 @@
 """Shapes and rivals of rms_norm."""
 
+from importlib import import_module
+
 from ..ops.norm.call import default_eps
 from .norms import CPU_SHAPES, norm_shapes, norm_sweep
 
@@ -9,20 +11,20 @@ sweep = norm_sweep(bias=False)
 
 
 def _liger():
-    from liger_kernel.transformers.functional import liger_rms_norm
+    liger = import_module("liger_kernel.transformers.functional")
 
     def rms_norm(input, normalized_shape, weight, eps=None):
         # In place, its backward overwrites the incoming gradient.
-        return liger_rms_norm(input, weight, default_eps(eps, input.dtype), in_place=False)
+        return liger.liger_rms_norm(input, weight, default_eps(eps, input.dtype), in_place=False)
 
     return rms_norm
 
 
 def _quack():
-    from quack.rmsnorm import rmsnorm
+    quack = import_module("quack.rmsnorm")
 
     def rms_norm(input, normalized_shape, weight, eps=None):
-        return rmsnorm(input, weight, eps=default_eps(eps, input.dtype))
+        return quack.rmsnorm(input, weight, eps=default_eps(eps, input.dtype))
 
     return rms_norm
 

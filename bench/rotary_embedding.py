@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -45,22 +46,23 @@ cpu_shapes = {"Llama-3 8B 256x(32+8)x128": partial(_call, RotaryShape(1, 256, 32
 
 
 def _liger():
-    from liger_kernel.ops import LigerRopeFunction
+    liger = import_module("liger_kernel.ops")
 
     @overwrites
     def rotary_embedding(query, key, cos, sin, *, interleaved=False):
         if interleaved:
             raise NotImplementedError("does not take interleaved pairs")
-        return LigerRopeFunction.apply(query, key, cos, sin, None, 1, 2 * cos.shape[-1])
+        return liger.LigerRopeFunction.apply(query, key, cos, sin, None, 1, 2 * cos.shape[-1])
 
     return rotary_embedding
 
 
 def _quack():
-    from quack.rotary import apply_rotary_emb
+    quack = import_module("quack.rotary")
 
     def rotary_embedding(query, key, cos, sin, *, interleaved=False):
-        return tuple(apply_rotary_emb(t.transpose(1, 2), cos, sin, interleaved).transpose(1, 2) for t in (query, key))
+        turned = (quack.apply_rotary_emb(t.transpose(1, 2), cos, sin, interleaved) for t in (query, key))
+        return tuple(t.transpose(1, 2) for t in turned)
 
     return rotary_embedding
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
+from typing import Any
 
 import torch
 
@@ -179,7 +180,7 @@ def measure(
         op, sample, getattr(torch, dtype), device, only, left=effort.left, compiling=effort.compiling,
         rivals=effort.rivals,
     )  # fmt: skip
-    common = dict(op=op.name, shape=sample.name, dtype=dtype, **sweep)
+    common: dict[str, Any] = dict(op=op.name, shape=sample.name, dtype=dtype, **sweep)
     directions = DIRECTIONS if cases.differentiable(sample) else DIRECTIONS[:1]
     states = {}
     for direction in directions:

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 import triton
+from triton import knobs
 from triton.runtime.cache import get_cache_manager
 
 from ..commands.parser import first_paragraph
@@ -127,7 +128,7 @@ class Row:
 
 
 def _cuobjdump(option: str, cubin: Path) -> str:
-    tool = triton.knobs.nvidia.cuobjdump.path
+    tool = knobs.nvidia.cuobjdump.path
     return subprocess.run([tool, option, str(cubin)], check=True, capture_output=True, text=True).stdout
 
 

@@ -12,6 +12,7 @@ import tempfile
 import zlib
 from pathlib import Path
 
+from ..commands.parser import first_paragraph
 from ..data.clean import Document, Rejection
 from ..data.clean.html import EXTRACTORS
 from ..data.clean.unigram import like_reference
@@ -31,7 +32,7 @@ def around(html: str, text: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=first_paragraph(__doc__))
     parser.add_argument("pages", type=Path)
     pages = read_marked(parser.parse_args().pages)
     # By a checksum of the site, so that no site is on both sides.

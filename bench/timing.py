@@ -85,7 +85,7 @@ def interleaved(
     for round_ in range(-warmup, rounds):
         if round_ >= FEWEST and time.monotonic() - start > within:
             break
-        names = list(runs) if round_ % 2 == 0 else list(reversed(runs))
+        names = list(runs) if round_ % 2 == 0 else [*runs][::-1]
         for name in names:
             elapsed = timer(runs[name], device)
             if round_ >= 0:

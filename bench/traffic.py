@@ -206,16 +206,22 @@ def count_traffic(programs: int | None = None) -> Iterator[Traffic]:
         finally:
             launch, traffic.in_kernel = None, False
 
+    def present() -> _Launch:
+        assert launch is not None, "the interpreter runs a program of a launch"
+        return launch
+
     def counted_set_dim(self, *sampled):
-        return set_dim(self, *launch.grid)
+        return set_dim(self, *present().grid)
 
     def counted_set_program(self, sampled, *zeros):
+        launch = present()
         launch.program = launch.chosen[sampled]
         return set_program(self, *map(int, np.unravel_index(launch.program, launch.grid)))
 
     def count(pointers, mask, *, load: bool, store: bool):
         itemsize = pointers.get_element_ty().primitive_bitwidth // 8
         active = True if mask is None else np.broadcast_to(np.asarray(getattr(mask, "data", mask)), pointers.data.shape)
+        launch = present()
         for span, addresses in launch.split(np.atleast_1d(pointers.data)[np.atleast_1d(active)].reshape(-1)):
             if load:
                 span.load(addresses, itemsize, launch.program)

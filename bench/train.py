@@ -139,6 +139,8 @@ def table(rows: list[Row], title: str):
             shown.add_row(row.provider, f"not timed: {row.problem}")
             continue
         q, ratio = row.tokens_per_second, row.speedup
+        if q is None or ratio is None:
+            raise ValueError(f"{row.provider}: neither a problem nor a time")
         shown.add_row(
             row.provider,
             f"{q.median:,.0f}",

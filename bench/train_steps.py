@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
 from ..models import Transformer, TransformerConfig
 from ..training.config import TrainingConfig
 from ..training.device import autocast
-from ..training.objectives import CausalLM
+from ..training.objectives import CausalLM, Objective
 from ..training.optimizer import Optimizers
 from ..training.step import StepSettings, train_step
+from .module_files import module_of
 from .plain import PlainTransformer
 
 OURS = "fastllm"
@@ -44,7 +45,12 @@ def ours(setting: Setting) -> Step:
 
     def step(batch):
         return train_step(
-            CausalLM, model, optimizers, dict(zip(("tokens", "targets"), batch, strict=True)), settings
+            # Its class: what a step asks of it is static.
+            cast(Objective, CausalLM),
+            model,
+            optimizers,
+            dict(zip(("tokens", "targets"), batch, strict=True)),
+            settings,
         ).loss
 
     return step
@@ -131,8 +137,11 @@ def hugging_face(setting: Setting) -> Step:
 
     config = setting.model.config
     _check_shape("transformers' GPT-2", config)
-    model = GPT2LMHeadModel(
-        GPT2Config(
+    # transformers' decorators hide what their classes take.
+    make_config: Any = GPT2Config
+    make_model: Any = GPT2LMHeadModel
+    model = make_model(
+        make_config(
             vocab_size=config.vocab_size, n_positions=config.context_length, n_embd=config.hidden_size,
             n_layer=config.num_layers, n_head=config.num_heads, activation_function="gelu", use_cache=False,
             resid_pdrop=config.dropout, embd_pdrop=config.dropout, attn_pdrop=config.dropout,
@@ -166,9 +175,8 @@ def nanogpt(setting: Setting) -> Step:
     """
     config = setting.model.config
     _check_shape("nanoGPT", config)
-    spec = importlib.util.spec_from_file_location("nanogpt_model", setting.nanogpt / "model.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    assert setting.nanogpt is not None, "the caller names the checkout"
+    module = module_of(setting.nanogpt / "model.py", "nanogpt_model")
     model = module.GPT(
         module.GPTConfig(
             block_size=config.context_length, vocab_size=config.vocab_size, n_layer=config.num_layers,

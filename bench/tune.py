@@ -43,7 +43,7 @@ class Table(dict):
 
     def get(self, key, default=None):
         found = self.trial.get(key) or super().get(key, default)
-        self.asked.setdefault(key, dict(found))
+        self.asked.setdefault(key, dict(found or {}))
         return found
 
 

@@ -129,7 +129,7 @@ def shell(text: str, folder: Path, environment: dict[str, str], limit: float) ->
 
         process = subprocess.Popen(
             ["bash", "-euo", "pipefail", "-c", text], cwd=folder, env=environment, stdin=subprocess.DEVNULL,
-            stdout=written, stderr=subprocess.STDOUT, start_new_session=True,
+            stdout=written, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_hears_interrupts,
         )  # fmt: skip
         try:
             if SERVES.search(text):
@@ -142,6 +142,11 @@ def shell(text: str, folder: Path, environment: dict[str, str], limit: float) ->
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+def _hears_interrupts() -> None:
+    """A shell that starts this script in the background has it ignore SIGINT, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _served(process: subprocess.Popen, output: Callable[[], str], limit: float) -> str:
@@ -159,7 +164,10 @@ def _served(process: subprocess.Popen, output: Callable[[], str], limit: float) 
     else:
         return "no page was served"
     os.killpg(process.pid, signal.SIGINT)
-    process.wait(30)
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        return "not ended 30 s after Ctrl-C"
     return "ok"
 
 

@@ -86,7 +86,7 @@ RULES = (
     Rule(r"-k rms_norm$", "-k 'rms_norm and float32'", "one dtype, not three"),
     Rule(r"pytest bench/ --benchmark-only", "pytest bench/ --benchmark-only --quick -k 'swiglu and eager'", _BENCH),
     Rule(
-        r"^fastllm bench(( --cpu avx2)?( --sweep)?)( --budget \d+)?$", r"fastllm bench rms_norm\1 --budget 30", _BENCH
+        r"^fastllm bench(( --cpu avx2)?( --sweep)?)( --budget \d+)?$", r"fastllm bench rms_norm\1 --budget 90", _BENCH
     ),
     Rule(r"--rival (\S+)( --shape \S+)?$", r"--rival \1 --shape GPT-2 --provider eager --budget 90", _BENCH),
     Rule(r"^fastllm bench train.*", "fastllm bench train --preset tiny --batch-size 2 --steps 1 --rounds 2", _BENCH),
@@ -95,6 +95,8 @@ RULES = (
     Rule(r"bench\.generation --tokens 24", "bench.generation --tokens 4 --rounds 1 --model gpt", _BENCH),
     Rule(r"bench\.memory --dtype bfloat16", "bench.memory --dtype float32 --tokens 512 --rounds 1", _BENCH),
     Rule(r"bench\.post_training --tokens 2048", "bench.post_training --tokens 128 --rounds 1", _BENCH),
+    Rule(r"bench\.experts$", "bench.experts --dtype float32 --rounds 1", _BENCH),
+    Rule(r"tests/transformers_checks\.py$", "tests/transformers_checks.py llama", "one architecture, not 18"),
     Rule(r"bench\.narrow_models", "bench.narrow_models --size small --rounds 1", _BENCH),
     Rule(r"^python docs/static\.py$", "python docs/static.py --check", "all kernels take minutes to compile"),
 )

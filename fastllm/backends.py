@@ -146,7 +146,7 @@ def product_obstacle(device_type: str, index: int | None = None) -> str | None:
         return None
     from .kernels.device import device_info
 
-    return device_info(torch.device(device_type, index)).product_obstacle
+    return device_info(torch.device(device_type if index is None else f"{device_type}:{index}")).product_obstacle
 
 
 # What torch.compiler.assume_constant_result does; that imports torch._dynamo, which takes longer than all of fastllm.
@@ -175,7 +175,7 @@ def _at_work(*transforms: str) -> bool:
         return False
     if torch.autograd.forward_ad._current_level >= 0 and "Jvp" in transforms:
         return True
-    functorch = torch._C._functorch
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     if functorch.maybe_current_level() is None:
         return False
     kinds = [getattr(functorch.TransformType, name) for name in transforms]

@@ -84,9 +84,9 @@ def find(flags: frozenset[str] | None, torchs: str, environment: Mapping[str, st
     caps = {name: environment[name] for name in CAPS if environment.get(name)}
     # PyTorch's highest name is AVX512; it says nothing about matrix units.
     torch_allows = {"AVX2": "avx2", "AVX512": "amx"}.get(torchs.upper(), "baseline")
-    onednn = environment.get("ONEDNN_MAX_CPU_ISA") or environment.get("DNNL_MAX_CPU_ISA") or ""
-    onednn = onednn.upper() if onednn.upper() in _ONEDNN else None  # oneDNN takes no notice of another name
-    allowed = _lowest(wished(environment), torch_allows, _ONEDNN.get(onednn, "amx"))
+    asked = (environment.get("ONEDNN_MAX_CPU_ISA") or environment.get("DNNL_MAX_CPU_ISA") or "").upper()
+    onednn = asked if asked in _ONEDNN else None  # oneDNN takes no notice of another name
+    allowed = _lowest(wished(environment), torch_allows, _ONEDNN.get(asked, "amx"))
     if flags is None:
         # PyTorch has looked: it uses no more than the machine has.
         level = _lowest(allowed, "avx512")

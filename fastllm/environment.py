@@ -22,9 +22,10 @@ def _installed(name: str) -> str:
 
 
 def _extension() -> str:
-    if extension.module() is None:
-        return extension.missing()
-    return ", ".join(f"{key} {value}" for key, value in extension.module().build_info().items())
+    module = extension.module()
+    if module is None:
+        return extension.missing() or "not loaded"
+    return ", ".join(f"{key} {value}" for key, value in module.build_info().items())
 
 
 def _gpu() -> str:

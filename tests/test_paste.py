@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -95,7 +96,11 @@ def test_a_server_is_asked_and_stopped_and_what_hangs_is_ended(paste, tmp_path):
     serve += "print(f'http://127.0.0.1:{s.server_port}', flush=True); s.serve_forever()"
     (tmp_path / "serve.py").write_text(serve)
     run = f'mkdocs() {{ {sys.executable} serve.py "$@"; }}; mkdocs serve'
-    assert paste.shell(run, tmp_path, dict(os.environ), 60)[0] == "ok"
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell's `&` leaves it
+    try:
+        assert paste.shell(run, tmp_path, dict(os.environ), 60)[0] == "ok"
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert paste.shell("mkdocs() { exit 3; }; mkdocs serve", tmp_path, dict(os.environ), 60)[0] == "no page was served"
     assert paste.shell("sleep 60", tmp_path, dict(os.environ), 0.1)[0] == "not finished after 0 s"
 

@@ -121,7 +121,7 @@ void backward_into(Tensor& out, const Backward& b, int64_t padding_idx, bool sca
   check_output("embedding_bwd", out, b);
   const ScalarType from = b.grad.scalar_type(), to = out.scalar_type();
   const Vocabulary vocabulary{vocab_start.value_or(0), out.size(0), vocab_start.has_value()};
-  if (!b.positions) check_ids("embedding: indices", b.indices, vocabulary);
+  if (!b.positions) check_ids("embedding: input", b.indices, vocabulary);
   if (out.numel() == 0) return;
 
   const Groups groups =

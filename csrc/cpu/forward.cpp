@@ -20,7 +20,7 @@ Tensor embedding_fwd(const Tensor& weight, const Tensor& indices_, std::optional
   check_table("embedding_fwd", weight);
   const Tensor indices = check_indices("embedding_fwd", indices_);
   const Vocabulary vocabulary{vocab_start.value_or(0), weight.size(0), vocab_start.has_value()};
-  check_ids("embedding: indices", indices, vocabulary);
+  check_ids("embedding: input", indices, vocabulary);
   const int64_t columns = weight.size(1);
   Tensor out = empty_like_device(weight, with_last(indices, columns), weight.scalar_type());
   if (out.numel() == 0) return out;

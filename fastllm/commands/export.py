@@ -12,6 +12,7 @@ from ..config import InputError, path
 from ..data import Tokenizer
 from ..files import folder_to_fill, whole_folder
 from ..models import build_model, load_model
+from ..models.pretrained import Pretrained
 from ..models.to_gguf import write_gguf
 from ..training.checkpoints.checkpoint import SHARDED, load_config, write_manifest
 from ..training.checkpoints.model_folder import model_folder
@@ -42,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
             from ..training.checkpoints.sharded import load_whole
 
             model, _ = load_whole(folder, lambda: build_model(load_config(folder)), torch.device("cpu"))
+            assert isinstance(model, Pretrained), "what build_model makes"
         else:
             model = load_model(folder)
         with folder_to_fill(arguments.out.parent), whole_folder(arguments.out) as out:

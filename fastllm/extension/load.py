@@ -113,7 +113,9 @@ def build_at_first_use() -> None:
                     raise compiler.CannotBuild((folder / _FAILED).read_text("utf-8"))
                 print("fastllm: compiling the extension, this once (a minute or two) ...", file=sys.stderr, flush=True)
                 _build_into(folder, target)
-    except (OSError, ValueError, compiler.CannotBuild) as error:
+    except OSError as error:  # of the folder: read-only, full, no folder
+        _missing = f"the extension {NAME} was not built: {error} (FASTLLM_CACHE names another folder for it)"
+    except (ValueError, compiler.CannotBuild) as error:
         _missing = f"the extension {NAME} was not built: {error} (python -m fastllm.build tries again)"
     else:
         _load(target)
@@ -166,9 +168,11 @@ def _load(path: Path | None = None) -> None:
             found = importlib.import_module(NAME)
         else:
             spec = importlib.util.spec_from_file_location(NAME, path)
+            if spec is None or spec.loader is None:
+                raise ImportError(f"{path} is not named as an extension")
             found = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(found)
-            sys.modules[NAME] = sys.modules["fastllm"]._C = found
+            sys.modules[NAME] = vars(sys.modules["fastllm"])["_C"] = found
     except ModuleNotFoundError:
         _missing = f"the extension {NAME} was not built (python -m fastllm.build builds it, or says why it cannot)"
     except (ImportError, RuntimeError) as error:

@@ -19,8 +19,9 @@ class Hypothesis(NamedTuple):
 
 def _logits(model, tokens: torch.Tensor, memory: Encoded | None, cache: DecoderCache) -> torch.Tensor:
     """fp32 logits (B, V) of the token after the last of ``tokens`` (B, T)."""
-    arguments = (tokens, memory, cache) if isinstance(model, EncoderDecoder) else (tokens, cache)
-    return model.last_logits(*arguments).float()
+    if isinstance(model, EncoderDecoder):
+        return model.last_logits(tokens, memory, cache).float()
+    return model.last_logits(tokens, cache).float()
 
 
 def _check(model, start: torch.Tensor, max_new_tokens: int) -> int:

@@ -202,7 +202,7 @@ class SwiGLU(torch.nn.Module):
 
 
 def _kind(approximate: str) -> str:
-    if approximate not in _APPROXIMATE:
+    if not isinstance(approximate, str) or approximate not in _APPROXIMATE:
         raise ValueError(f"geglu: approximate must be 'none' or 'tanh', got {approximate!r}")
     return _APPROXIMATE[approximate]
 

@@ -10,7 +10,7 @@ from .. import extension
 from ..backends import pick, under_transform
 from ..registry import Cost, Op, Sample, define, register
 from .shared.autograd import apply
-from .shared.check import beyond_float32, check_floating
+from .shared.check import beyond_float32, check_floating, check_integer
 
 
 def _rows(cos, sin, position_ids, offset: int, length: int):
@@ -173,6 +173,7 @@ def _call(query, key, cos, sin, *, position_ids=None, offset=0, interleaved=Fals
 
 def _check(query, key, cos, sin, position_ids, offset) -> None:
     op = "rotary_embedding"
+    check_integer(op, "offset", offset)
     for name, tensor in dict(query=query, key=key, cos=cos, sin=sin).items():
         if name == "key" and key is None:
             continue

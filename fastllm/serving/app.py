@@ -146,7 +146,7 @@ async def _body(request: Request) -> dict:
     return values
 
 
-def make_app(models: dict[str, ServedModel], hosts: tuple[str, ...], seconds: float = MAX_SECONDS) -> Starlette:
+def make_app(models: dict[str, ServedModel], hosts: tuple[str, ...], seconds: float = MAX_SECONDS) -> Callable:
     """The application for ``models`` by task, a subset of :data:`TASKS`.
 
     Args:

@@ -60,10 +60,11 @@ def tree(line: str) -> dict | None:
     reduced, before = line, ""
     while reduced != before:
         reduced, before = _NODE.sub("\0", reduced), reduced
-    if reduced != "\0":
+    root = _ROOT.match(line)
+    if reduced != "\0" or root is None:
         return None
     words = (_ESCAPE.sub(lambda found: ESCAPES[found[0]], leaf) for leaf in _LEAF.findall(line))
-    return {"text": " ".join(words), "label": _ROOT.match(line)[1]}
+    return {"text": " ".join(words), "label": root[1]}
 
 
 def _split(pattern: str) -> Callable[[str], dict | None]:

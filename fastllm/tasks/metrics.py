@@ -103,7 +103,8 @@ def _metrics(tokenize: str):
     if tokenize not in TOKENIZERS:
         raise InputError(f"tokenize: expected one of {', '.join(TOKENIZERS)}; got {tokenize!r}")
     try:
-        from sacrebleu.metrics import BLEU, CHRF
+        from sacrebleu.metrics.bleu import BLEU
+        from sacrebleu.metrics.chrf import CHRF
     except ImportError as error:
         raise InputError("BLEU and chrF are sacrebleu's: pip install 'fastllm[translate]'") from error
     try:

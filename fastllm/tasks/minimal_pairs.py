@@ -63,7 +63,9 @@ def _paradigm(path: Path) -> Paradigm:
             raise InputError(f"{where}: expected JSON with sentence_good and sentence_bad: {error!r}") from error
         pairs.append(pair)
         first = first or names
-    return Paradigm(*first, pairs)
+    assert first is not None, "read_text refuses a file of blank lines"
+    name, phenomenon = first
+    return Paradigm(name, phenomenon, pairs)
 
 
 @torch.no_grad()

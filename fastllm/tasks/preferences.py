@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn.functional import pad
 
 from ..data import Tokenizer
@@ -15,10 +15,13 @@ from ..losses import sequence_log_probs
 from ..models.mode import evaluation_mode
 from .features import Features, preference_features
 
+if TYPE_CHECKING:
+    from ..models import LanguageModel
+
 SIDES = ("chosen", "rejected")
 
 
-def pair_log_probs(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def pair_log_probs(model: LanguageModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """The summed log-probabilities (B,) of the chosen and of the rejected answers, fp32, differentiable.
 
     Args:
@@ -31,10 +34,11 @@ def pair_log_probs(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[to
         for end, value in (("", 0), ("_targets", IGNORE))
     )
     log_probs = model.head.log_probs(model.hidden(tokens), targets, model.config.logit_scale)
-    return sequence_log_probs(log_probs, targets != IGNORE).chunk(2)
+    chosen, rejected = sequence_log_probs(log_probs, targets != IGNORE).chunk(2)
+    return chosen, rejected
 
 
-def score_pairs(model: nn.Module, features: Features, rows: int) -> dict[str, torch.Tensor]:
+def score_pairs(model: LanguageModel, features: Features, rows: int) -> dict[str, torch.Tensor]:
     """``chosen`` and ``rejected``: the log-probabilities of all pairs, (N,) on the CPU, in the order of ``features``.
 
     In evaluation mode and without gradients.

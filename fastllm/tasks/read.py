@@ -72,12 +72,13 @@ def _suffix(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def _columns(header: list[str]) -> list[int | None]:
-    """Where the text and the label stand."""
+def _columns(header: list[str]) -> tuple[int, int] | None:
+    """Where the text and the label stand; None unless both have a column."""
     names = [name.strip().lower() for name in header]
-    return [
+    text, label = (
         next((names.index(name) for name in known if name in names), None) for known in (TEXT_COLUMNS, LABEL_COLUMNS)
-    ]
+    )
+    return None if text is None or label is None else (text, label)
 
 
 def _rows(path: Path, text: str):
@@ -92,7 +93,7 @@ def _rows(path: Path, text: str):
     # csv's reader takes a line end from its lines, and none but newlines and carriage returns.
     ended = [line + "\n" for line in lines]
     separators = [
-        separator for separator in SEPARATORS if None not in _columns(next(csv.reader([header], delimiter=separator)))
+        separator for separator in SEPARATORS if _columns(next(csv.reader([header], delimiter=separator))) is not None
     ]
     rows = csv.reader(ended, delimiter=(separators or SEPARATORS)[0], strict=True)
     try:
@@ -106,7 +107,7 @@ def _table(path: Path, text: str) -> Examples:
     rows = _rows(path, text)
     first, header = next(((number, row) for number, row in rows if any(field.strip() for field in row)), (1, []))
     columns = _columns(header)
-    if None in columns:
+    if columns is None:
         texts, labels, got = ", ".join(TEXT_COLUMNS), ", ".join(LABEL_COLUMNS), ", ".join(header)[:80]
         raise InputError(
             f"{path}: line {first}: expected a header with a text column ({texts}) and a label column ({labels}), or a "

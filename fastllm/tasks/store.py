@@ -178,4 +178,5 @@ def open_examples(folder: str | Path) -> TaskDataset:
             raise InputError(f"{path}: damaged: its SHA-256 does not match {folder / SUMMARY}")
         examples = [json.loads(line) for line in content.decode().split("\n") if line]
         parts.append(ExampleSet(path, examples, digest))
-    return TaskDataset(*parts, tokenizer, summary)
+    train, validation = parts
+    return TaskDataset(train, validation, tokenizer, summary)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -44,7 +45,7 @@ def translate(
         with evaluation_mode(model), torch.inference_mode():
             memory = model.encode(tokens.to(device), lengths.to(device))
         start = torch.full((len(part), 1), end, device=device)
-        options = dict(memory=memory, max_new_tokens=RATIO * size, stop_token=end)
+        options: dict[str, Any] = dict(memory=memory, max_new_tokens=RATIO * size, stop_token=end)
         if beams == 1:
             found = greedy(model, start, **options)
         else:

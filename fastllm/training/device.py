@@ -9,7 +9,7 @@ import torch
 
 from ..config import InputError
 from ..cpu import matmul_dtype
-from ..kernels.device import device_info  # pyright: ignore[reportMissingImports]  # setup.py lays kernels/ there
+from ..kernels.device import device_info
 
 
 def pick_device(name: str) -> torch.device:

@@ -10,7 +10,7 @@ import pytest
 
 from fastllm.bench.command import main as bench
 from fastllm.bench.regress import Measured, broken, compare, read
-from fastllm.bench.regress_measure import counted
+from fastllm.bench.regress_measure import counted, load
 
 # As somebody else writes them: an autograd function, a constant of the file, libdevice, a float argument, an autotuner.
 KERNELS = """
@@ -185,3 +185,10 @@ def test_a_command_without_a_file_says_what_to_do(tmp_path, capsys):
         assert exit_.value.code == 2
         assert expected in capsys.readouterr().err
         file.write_text(KERNELS)
+
+
+def test_the_file_may_have_any_suffix(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "gate_of_mine").write_text("WARPS = 4")
+    assert load(tmp_path / "gate_of_mine").WARPS == 4
+    del sys.modules["gate_of_mine"]

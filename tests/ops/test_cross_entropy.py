@@ -124,7 +124,7 @@ def test_under_autocast_the_loss_is_fp32(backend):
 @pytest.mark.parametrize("bad", [-1, 7, 2**40])
 def test_out_of_range_target(backend, bad):
     target = torch.tensor([[1, 2], [bad, 3]], device=DEVICE)
-    with pytest.raises(IndexError, match=rf"target {bad} at position \[.*\].*\[0, 7\)"):
+    with pytest.raises(IndexError, match=rf"target {bad} at position \[1, 0\] .*\[0, 7\)"):
         cross_entropy(torch.randn(2, 7, 2, device=DEVICE), target)
     with pytest.raises(IndexError, match="out of range"):
         cross_entropy(torch.randn(2, 7, 2, device=DEVICE), target, reduction="sum", z_loss=0.1, label_smoothing=0.1)

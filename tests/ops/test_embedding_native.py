@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -205,6 +206,16 @@ def test_a_first_use_that_cannot_build_says_why_and_does_not_try_again(tmp_path)
     result = _python_without_extension(use, tmp_path / "other", FASTLLM_BUILD="0")
     assert "was not built (python -m fastllm.build" in result.stdout
     assert not (tmp_path / "other").exists()
+
+
+def test_a_cache_that_cannot_be_written_names_the_variable_that_moves_it(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FASTLLM_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.delenv("FASTLLM_BUILD", raising=False)
+    monkeypatch.setattr(extension, "_may_build", True)
+    monkeypatch.setattr(extension, "_missing", None)
+    extension.build_at_first_use()
+    assert re.search("was not built: .*cache.*FASTLLM_CACHE names another folder", extension._missing)
 
 
 def test_an_extension_from_other_sources_is_not_used(monkeypatch):

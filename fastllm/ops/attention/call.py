@@ -256,7 +256,9 @@ def check_attention(op: str, call: AttentionCall, longest: tuple[int | None, int
     query, key, value, bias, sinks, slopes, _, cu_q, cu_k = call[:9]
     check_qkv(op, query, key, value)
     packed = cu_q is not None or cu_k is not None
-    dims, layout = (3, "(total, heads, dim) with cu_seqlens") if packed else (4, "(batch, heads, length, dim)")
+    dims, layout = (
+        (3, "(total, heads, dim) with cu_seqlens_q and cu_seqlens_k") if packed else (4, "(batch, heads, length, dim)")
+    )
     if not query.dim() == key.dim() == value.dim() == dims:
         raise ValueError(f"{op}: expected {layout}, got {_shapes(call)}")
     heads, heads_kv = query.shape[-2 if packed else 1], key.shape[-2 if packed else 1]

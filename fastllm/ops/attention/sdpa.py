@@ -89,6 +89,8 @@ def _request(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):  # fmt: skip
     """The arguments of :func:`scaled_dot_product_attention` as one value, after all checks."""
+    if attn_mask is not None and not isinstance(attn_mask, torch.Tensor):
+        raise TypeError(f"{OP}: attn_mask must be a tensor, got {type(attn_mask).__name__}")
     variant = _variant(attn_mask)
     if attn_mask is None or variant is not None:
         query, key, value = cast_qkv(query, key, value)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..shared.autograd import autocasts
-from ..shared.check import check_floating, check_integer, check_number
+from ..shared.check import check_flag, check_floating, check_integer, check_number
 from .loss import Loss, class_dim
 
 
@@ -189,9 +189,12 @@ def linear_cross_entropy_call(
         if tensor is not None and tensor.device != input.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, input on {input.device}; they must be together")
     check_integer(op, "shift", shift)
-    for name, value in (("max_workspace_mb", max_workspace_mb), ("max_targets", max_targets)):
-        if value is not None:
-            check_number(op, name, value)
+    if max_workspace_mb is not None:
+        check_number(op, "max_workspace_mb", max_workspace_mb)
+    if max_targets is not None:
+        check_integer(op, "max_targets", max_targets)
+    for name, flag in (("return_accuracy", return_accuracy), ("return_entropy", return_entropy)):
+        check_flag(op, name, flag)
     if shift < 0 or (shift and target.dim() == 0):
         raise ValueError(f"{op}: shift must not be negative, and needs a dimension to shift along; got {shift}")
     if max_workspace_mb is not None and not max_workspace_mb > 0:
@@ -237,6 +240,12 @@ def check_whole(input, linear_weight, target, linear_bias, ignore_index, refused
         raise ValueError(
             f"{op}: linear_bias must be of shape {list(linear_weight.shape[:-1])}, got {list(linear_bias.shape)}"
         )
+    positions = (*input.shape[:-1], *linear_weight.shape[1:-1])
+    probabilities = (*input.shape[:-1], *linear_weight.shape[:-1])
+    expected = probabilities if target.is_floating_point() else positions
+    if tuple(target.shape) != expected:
+        kind = "class probabilities" if target.is_floating_point() else "class indices"
+        raise ValueError(f"{op}: target must be {kind} of shape {list(expected)} here, got {list(target.shape)}")
     if target.is_floating_point() and ignore_index is not None:
         raise ValueError(f"{op}: ignore_index is for class indices, got {ignore_index} with class probabilities")
     for name, given in refused.items():

@@ -74,15 +74,10 @@ def cross_entropy(
         logit_scale=logit_scale, z_loss=z_loss, return_lse=return_lse, inplace=inplace,
     )  # fmt: skip
     choice = pick("cross_entropy", call)
-    return _by_torch(call) if choice.backend == "eager" else _by_kernels(call, choice.backend)
-
-
-def _by_torch(call: CrossEntropyCall):
-    if torch.compiler.is_compiling():
-        return eager_cross_entropy(call)
     try:
-        return eager_cross_entropy(call)
+        return eager_cross_entropy(call) if choice.backend == "eager" else _by_kernels(call, choice.backend)
     except IndexError:
+        # An operator has the target in one dimension or two, and PyTorch's names no position.
         probabilities = call.target.is_floating_point()
         error = None if probabilities else out_of_range(call.target, call.loss.ignore_index, call.n_classes)
         if error is None:

@@ -114,13 +114,15 @@ KL_SCHEMA = (
 
 
 def _check_layer(name: str, rows: str, x, weight, bias) -> None:
+    """``name``: the weight's."""
     if x.dim() == 0 or weight.dim() != 2 or weight.shape[0] == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{_NAME}: {name} must be (classes, features) and {rows} end in its features, got shapes "
             f"{list(weight.shape)} and {list(x.shape)}"
         )
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"{_NAME}: the bias of {name} must be of shape [{weight.shape[0]}], got {list(bias.shape)}")
+        of = name.replace("weight", "bias")
+        raise ValueError(f"{_NAME}: {of} must be of shape [{weight.shape[0]}], got {list(bias.shape)}")
 
 
 def _check_teacher(call: LinearKLDivCall) -> None:

@@ -16,7 +16,7 @@ from .chunks import LayerLoss, LinearCrossEntropyPlan, bytes_per_row, chunk_plan
 from .cross_entropy import cross_entropy
 from .linear_operator import LinearCrossEntropy, LinearLossNode, scales_rows
 from .linear_reference import linear_cross_entropy_reference, linear_definition, shifted, whole_logits
-from .loss import loss_dtype
+from .loss import loss_dtype, out_of_range
 from .samples import linear_cross_entropy_cost, linear_cross_entropy_samples
 
 
@@ -110,7 +110,14 @@ def linear_loss(op: str, call: LinearCrossEntropyCall, dtype: torch.dtype):
     if plain_eager(choice.backend):
         loss, *rows = linear_definition(call)
         return loss.to(dtype), *rows
-    return _in_chunks(call, dtype, choice.backend)
+    try:
+        return _in_chunks(call, dtype, choice.backend)
+    except IndexError:
+        # The operator has the target of each row of logits.
+        error = out_of_range(call.target, call.loss.ignore_index, len(call.linear_weight), op, shift=call.shift)
+        if error is None:
+            raise
+        raise error from None
 
 
 def _in_chunks(call: LinearCrossEntropyCall, dtype: torch.dtype, backend: str):

@@ -11,7 +11,7 @@ from ..shared.autograd import gradients, scalable
 from .call import LinearCrossEntropyCall
 from .chunks import LAYER_LOSS_SCHEMA, KeptLogits, LayerLoss, in_chunks
 from .linear_reference import denominator, linear_definition
-from .loss import out_of_range
+from .loss import row_out_of_range
 from .operator import LossGradients
 from .products import Layer
 from .rows import Extras
@@ -124,7 +124,7 @@ def _linear_cross_entropy_fwd(x, w, bias, *args):
     call, (dtype, with_gradient, needs, *wanted, keep) = LayerLoss.of(args)
     layer, reduction = Layer(x, w, bias), call.loss.reduction
     if x.device.type == "cpu":
-        error = out_of_range(call.target, call.loss.ignore_index, w.shape[0], call.op)
+        error = row_out_of_range(call.target, call.loss.ignore_index, w.shape[0], call.op)
         if error is not None:
             raise error
     needs = needs if with_gradient else _NOTHING

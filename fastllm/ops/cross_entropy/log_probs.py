@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 
@@ -95,7 +96,7 @@ def _turned(call: LinearCrossEntropyCall, loss, entropy):
 
 
 def _checked(input, linear_weight, target, *, temperature=1.0, softcap=None, **options) -> LinearCrossEntropyCall:
-    if temperature is None or isinstance(temperature, torch.Tensor | str) or not 0.0 < temperature < math.inf:
+    if not isinstance(temperature, numbers.Real | torch.SymFloat | torch.SymInt) or not 0.0 < temperature < math.inf:
         raise ValueError(f"{_NAME}: temperature must be a number, positive and finite; got {temperature!r}")
     # softcap * tanh(x / softcap) / temperature, as the loss has it: the cap is taken of scaled logits there.
     if softcap is not None:

@@ -123,19 +123,41 @@ def loss_dtype(input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor |
 
 
 def out_of_range(
-    target: torch.Tensor, ignore_index: int, n_classes: int, op: str = "cross_entropy"
+    target: torch.Tensor, ignore_index: int, n_classes: int, op: str = "cross_entropy", *, shift: int = 0
 ) -> IndexError | None:
-    """An error that names the first target that is not a class, or None."""
+    """An error that names the first target that is not a class by its position in the caller's tensor, or None.
+
+    The first ``shift`` targets along the last dimension are no input's.
+    """
+    position = _first_bad(target[..., shift:] if shift else target, ignore_index, n_classes)
+    if position is None:
+        return None
+    if shift:
+        position[-1] += shift
+    where = f" at position {position}" if position else ""
+    return _not_a_class(f"{op}: target {target[tuple(position)].item()}{where} is", ignore_index, n_classes)
+
+
+def row_out_of_range(target: torch.Tensor, ignore_index: int, n_classes: int, op: str) -> IndexError | None:
+    """The same where ``target`` no longer has the caller's shape: it names the row of logits."""
+    target = target.flatten()
+    position = _first_bad(target, ignore_index, n_classes)
+    if position is None:
+        return None
+    (row,) = position
+    return _not_a_class(f"{op}: target {target[row].item()} of row {row} of the logits is", ignore_index, n_classes)
+
+
+def _first_bad(target: torch.Tensor, ignore_index: int, n_classes: int) -> list[int] | None:
+    """The position of the first target that is not a class."""
     if target.numel() > 0:
         # One pass, and enough where nothing is ignored; a number compares 3 us faster than a tensor.
         least, most = map(int, target.aminmax())
         if least >= 0 and most < n_classes:
             return None
     bad = (target != ignore_index) & ((target < 0) | (target >= n_classes))
-    if not bad.any():
-        return None
-    position = bad.nonzero()[0].tolist()
-    return IndexError(
-        f"{op}: target {target[tuple(position)].item()} at position {position} is out of range: expected "
-        f"a class in [0, {n_classes}) or ignore_index {ignore_index}"
-    )
+    return bad.nonzero()[0].tolist() if bad.any() else None
+
+
+def _not_a_class(what: str, ignore_index: int, n_classes: int) -> IndexError:
+    return IndexError(f"{what} out of range: expected a class in [0, {n_classes}) or ignore_index {ignore_index}")

@@ -8,7 +8,7 @@ import torch
 
 from ...registry import define
 from ..shared.autograd import gradients, scalable
-from .loss import LABELLED_SCHEMA, LOSS_SCHEMA, Labelled, Loss, out_of_range
+from .loss import LABELLED_SCHEMA, LOSS_SCHEMA, Labelled, Loss, row_out_of_range
 from .native import native_cross_entropy_bwd, native_cross_entropy_fwd, native_scale_gradient
 from .reference import loss_and_lse
 
@@ -76,7 +76,7 @@ def _cross_entropy_fwd(*args):
     labelled, (dtype, with_gradient, backend) = Labelled.of(args)
     x, target, _, loss = labelled
     if target.device.type == "cpu" and not target.is_floating_point():
-        error = out_of_range(target, loss.ignore_index, x.shape[1])
+        error = row_out_of_range(target, loss.ignore_index, x.shape[1], "cross_entropy")
         if error is not None:
             raise error
     return _launchers(backend)[0](labelled, dtype, with_gradient)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..shared.check import check_integer
+from ..shared.check import check_integer, check_number
 
 
 class EmbeddingCall(NamedTuple):
@@ -87,7 +87,12 @@ def embedding_call(
     check_indices("embedding", "input", input, weight)
     num_rows = weight.shape[0]
     normalised_padding("embedding", padding_idx, num_rows, partial=vocab_range is not None)
+    for name, value in (("max_norm", max_norm), ("norm_type", norm_type)):
+        if value is not None or name == "norm_type":
+            check_number("embedding", name, value)
     if vocab_range is not None:
+        if not isinstance(vocab_range, tuple | list) or len(vocab_range) != 2:
+            raise TypeError(f"embedding: vocab_range must be a pair (start, end), got {vocab_range!r}")
         start, end = vocab_range
         if start < 0 or end - start != num_rows:
             raise ValueError(f"embedding: vocab_range {(start, end)} does not fit a table of {num_rows} rows")

@@ -14,7 +14,7 @@ from .samples import embedding_cost, embedding_examples, embedding_samples
 
 
 def _torchs_own(input, weight, *options):
-    with named_errors("embedding: indices", input, weight):
+    with named_errors("embedding: input", input, weight):
         return F.embedding(input, weight, *options)
 
 

@@ -12,6 +12,7 @@ from ...backends import pick, plain_eager
 from ...extension import operator
 from ...registry import Cost, Op, Sample, register
 from ..shared.autograd import apply
+from ..shared.check import check_number
 from ..shared.philox import draw_seed, dropout_mask
 from .call import check_indices, check_table, normalised_padding
 from .eager import gather_eager
@@ -33,9 +34,10 @@ def _per_table(op_argument: str, value, default, tables: int) -> tuple:
 
 
 def _scales(scale, tables: int) -> tuple[float, ...]:
-    if isinstance(scale, Sequence):
-        return tuple(float(s) for s in _per_table("scale", scale, 1.0, tables))
-    return (float(scale),) * tables
+    scales = _per_table("scale", scale, 1.0, tables) if isinstance(scale, Sequence) else (scale,) * tables
+    for factor in scales:
+        check_number("embedding_sum", "scale", factor)
+    return tuple(float(factor) for factor in scales)
 
 
 def _filled(indices, device) -> list[torch.Tensor]:
@@ -206,6 +208,7 @@ def _check(indices, weights, dropout_p):
                 f"embedding_sum: the tables must share columns, dtype and device; weights[{t}] has {weight.shape[1]}, "
                 f"{weight.dtype}, {weight.device}, weights[0] {first.shape[1]}, {first.dtype}, {first.device}"
             )
+    check_number("embedding_sum", "dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"embedding_sum: dropout_p must lie in [0, 1], got {dropout_p}")
 

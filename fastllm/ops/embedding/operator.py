@@ -48,7 +48,7 @@ class Lookup(NamedTuple):
     def gather(self, weight, indices):
         if self.native:
             return _embedding_fwd(weight, indices, self.start)
-        return gather_eager("embedding: indices", indices, weight, self.start)
+        return gather_eager("embedding: input", indices, weight, self.start)
 
     def scatter(self, grad, indices):
         if self.native:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..shared.check import check_floating
+from ..shared.check import check_floating, check_number
 
 
 class NormCall(NamedTuple):
@@ -139,14 +139,16 @@ def default_eps(eps: float | None, dtype: torch.dtype) -> float:
 
 def check_norm_options(op: str, call: NormCall) -> None:
     """Raises TypeError or ValueError where eps, weight_offset or dropout_p is not what it may be."""
-    if isinstance(call.eps, str | list | tuple):
-        raise TypeError(f"{op}: eps must be a number, got {call.eps!r}")
+    if call.eps is not None or call.center:
+        check_number(op, "eps", call.eps)
+    check_number(op, "weight_offset", call.weight_offset)
     if not -math.inf < call.weight_offset < math.inf:
         raise ValueError(f"{op}: weight_offset must be finite, got {call.weight_offset}")
     check_branch_dropout(op, call.dropout_p)
 
 
 def check_branch_dropout(op: str, dropout_p: float) -> None:
+    check_number(op, "dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable
 
 import torch
@@ -26,12 +27,17 @@ def beyond_float32(tensors: Iterable[torch.Tensor | None]) -> str | None:
 
 
 def check_number(op: str, name: str, value) -> None:
-    # Symbolic numbers pass: they are no floats.
-    if value is None or isinstance(value, str | torch.Tensor | tuple | list | dict):
-        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    # Python's own numbers first: an abstract class takes 0.2 us.
+    if type(value) not in (float, int) and not isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat):
+        got = f"str {value!r}" if isinstance(value, str) else type(value).__name__
+        raise TypeError(f"{op}: {name} must be a number, got {got}")
 
 
 def check_integer(op: str, name: str, value) -> None:
-    # Symbolic integers pass: they are no ints.
-    if value is None or isinstance(value, float | str | torch.Tensor | tuple | list | dict):
+    if type(value) is not int and not isinstance(value, numbers.Integral | torch.SymInt):
         raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
+
+
+def check_flag(op: str, name: str, value) -> None:
+    if not isinstance(value, bool | numbers.Integral | torch.SymBool):
+        raise TypeError(f"{op}: {name} must be True or False, got {type(value).__name__}")
