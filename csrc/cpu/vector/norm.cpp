@@ -1,6 +1,7 @@
 // Built once per instruction set, like rows.cpp.
 #include "../norm.h"
 
+#include "dropout.h"
 #include "tiles.h"
 
 namespace fastllm::FASTLLM_ISA {
@@ -96,7 +97,7 @@ void norm_of_floats(const NormOptions& o, NormRow& row) {
 
 template <class A>
 void norm_of_row(const NormOptions& o, NormRow& row, void* scratch) {
-  if (o.x_dtype == kF32 && o.h_dtype == kF32 && row.seed == nullptr && sizeof(A) == sizeof(float))
+  if (o.x_dtype == kF32 && o.h_dtype == kF32 && o.dropout == nullptr && sizeof(A) == sizeof(float))
     return norm_of_floats(o, row);
   const int64_t n = o.columns;
   A* __restrict h = static_cast<A*>(scratch);
@@ -105,7 +106,7 @@ void norm_of_row(const NormOptions& o, NormRow& row, void* scratch) {
   const A* __restrict bias = static_cast<const A*>(o.bias);
   widen_row(o.x_dtype, row.x, h, n);
   if (row.residual != nullptr) {
-    if (row.seed != nullptr) apply_dropout(h, n, o.dropout_p, *row.seed, row.element);
+    if (o.dropout != nullptr) drop(h, h, n, *o.dropout, o.dropout->first_row + static_cast<uint64_t>(row.row), 0);
     widen_row(o.h_dtype, row.residual, y, n);
     for (int64_t c = 0; c < n; ++c) y[c] += h[c];
     narrow_row(o.h_dtype, y, row.h, n);
@@ -172,7 +173,7 @@ void norm_grad_of_floats(const NormOptions& o, const NormGradRow& row) {
 // dx = rstd (g - mean(g) - x^ mean(g x^)), g = dy weight, x^ = (x - mean) rstd; without the middle term for RMS norm.
 template <class A>
 void norm_grad_of_row(const NormOptions& o, const NormGradRow& row, void* scratch) {
-  if (o.x_dtype == kF32 && o.h_dtype == kF32 && row.seed == nullptr && sizeof(A) == sizeof(float))
+  if (o.x_dtype == kF32 && o.h_dtype == kF32 && o.dropout == nullptr && sizeof(A) == sizeof(float))
     return norm_grad_of_floats(o, row);
   const int64_t n = o.columns;
   A* __restrict x = static_cast<A*>(scratch);
@@ -203,7 +204,7 @@ void norm_grad_of_row(const NormOptions& o, const NormGradRow& row, void* scratc
   }
   if (row.dresidual != nullptr) narrow_row(o.h_dtype, g, row.dresidual, n);
   if (row.dinput != nullptr) {
-    if (row.seed != nullptr) apply_dropout(g, n, o.dropout_p, *row.seed, row.element);
+    if (o.dropout != nullptr) drop(g, g, n, *o.dropout, o.dropout->first_row + static_cast<uint64_t>(row.row), 0);
     narrow_row(o.x_dtype, g, row.dinput, n);
   }
 }

@@ -61,6 +61,11 @@ def add_layer_norm_prefers_torch(call: NormCall) -> str | None:
     return None
 
 
+def _served(op: str, call: NormCall) -> tuple[torch.Tensor, torch.Tensor]:
+    backend = pick(op, call).backend
+    return eager_add_norm(call) if backend == "eager" else fused_norm(call, backend)
+
+
 def add_layer_norm(
     input, residual, normalized_shape, weight=None, bias=None, eps=1e-5, *, dropout_p=0.0, weight_offset=0.0
 ):
@@ -73,7 +78,8 @@ def add_layer_norm(
         normalized_shape, weight, bias, eps, weight_offset: as in :func:`fastllm.functional.layer_norm`.
         dropout_p: probability in [0, 1) that an element of ``input`` is dropped before the add, the others scaled by
             1 / (1 - dropout_p). As in torch's scaled_dot_product_attention, the caller passes 0 when not training.
-            Drawn from the device's default generator; backends draw different masks from the same seed.
+            The mask is fixed by a seed from the device's default generator, the row and the element: it is the same on
+            every backend.
 
     Returns:
         (y, h): y in the input's dtype, h in the residual's. y is the norm of the rounded h.
@@ -85,8 +91,7 @@ def add_layer_norm(
     """
     options = dict(dropout_p=dropout_p, weight_offset=weight_offset)
     call = add_layer_norm_call(input, residual, normalized_shape, weight, bias, eps, **options)
-    backend = pick("add_layer_norm", call).backend
-    return eager_add_norm(call) if backend == "eager" else fused_norm(call, backend)
+    return _served("add_layer_norm", call)
 
 
 def add_rms_norm(input, residual, normalized_shape, weight=None, eps=None, *, dropout_p=0.0, weight_offset=0.0):
@@ -99,7 +104,8 @@ def add_rms_norm(input, residual, normalized_shape, weight=None, eps=None, *, dr
         normalized_shape, weight, eps, weight_offset: as in :func:`fastllm.functional.rms_norm`.
         dropout_p: probability in [0, 1) that an element of ``input`` is dropped before the add, the others scaled by
             1 / (1 - dropout_p). As in torch's scaled_dot_product_attention, the caller passes 0 when not training.
-            Drawn from the device's default generator; backends draw different masks from the same seed.
+            The mask is fixed by a seed from the device's default generator, the row and the element: it is the same on
+            every backend.
 
     Returns:
         (y, h): y in the input's dtype, h in the residual's. y is the norm of the rounded h.
@@ -111,17 +117,20 @@ def add_rms_norm(input, residual, normalized_shape, weight=None, eps=None, *, dr
     """
     options = dict(dropout_p=dropout_p, weight_offset=weight_offset)
     call = add_rms_norm_call(input, residual, normalized_shape, weight, eps, **options)
-    backend = pick("add_rms_norm", call).backend
-    return eager_add_norm(call) if backend == "eager" else fused_norm(call, backend)
+    return _served("add_rms_norm", call)
 
 
 class DropsBranch:
-    """Before one of torch's norm modules: dropout of the branch, in training mode only."""
+    """Before one of torch's norm modules: dropout of the branch, in training mode only.
+
+    ``first_row`` is set by :func:`fastllm.training.dropout.key_dropout`.
+    """
 
     def __init__(self, *args, dropout_p: float = 0.0, **kwargs):
         super().__init__(*args, **kwargs)
         check_branch_dropout(type(self).__name__, dropout_p)
         self.dropout_p = dropout_p
+        self.first_row: torch.Tensor | None = None
 
     @property
     def active_dropout(self) -> float:
@@ -138,9 +147,10 @@ class AddLayerNorm(DropsBranch, torch.nn.LayerNorm):
     """
 
     def forward(self, input, residual):
-        return add_layer_norm(
+        call = add_layer_norm_call(
             input, residual, self.normalized_shape, self.weight, self.bias, self.eps, dropout_p=self.active_dropout
         )
+        return _served("add_layer_norm", call._replace(first_row=self.first_row))
 
 
 class AddRMSNorm(DropsBranch, torch.nn.RMSNorm):
@@ -150,9 +160,10 @@ class AddRMSNorm(DropsBranch, torch.nn.RMSNorm):
     """
 
     def forward(self, input, residual):
-        return add_rms_norm(
+        call = add_rms_norm_call(
             input, residual, self.normalized_shape, self.weight, self.eps, dropout_p=self.active_dropout
         )
+        return _served("add_rms_norm", call._replace(first_row=self.first_row))
 
 
 register(

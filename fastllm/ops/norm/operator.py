@@ -7,10 +7,10 @@ import torch
 from ...backends import under_transform
 from ...registry import define
 from ..shared.autograd import apply, gradients
-from ..shared.philox import draw_seed, dropout_mask, rows_kept
+from ..shared.dropout import dropout
 from .call import NormBackward, NormCall, NormForward, NormOptions
 from .native import norm_grad_rows, norm_rows
-from .reference import norm_reference
+from .reference import branch_seed, norm_reference
 
 
 def norm_refuses(backend: str, call: NormCall) -> str | None:
@@ -134,19 +134,15 @@ class _Norm(torch.autograd.Function):
             dx = dx + dh
         dinput = dx if needs[0] else None
         if needs[0] and dropout_p > 0.0:
-            if backend == "native":
-                kept = dropout_mask(seed, dx.shape, dropout_p)
-            else:
-                kept = rows_kept(seed, rstd.numel(), dx.shape[-1], dropout_p)
-            dinput = torch.where(kept.view(dx.shape), dx * (1.0 / (1.0 - dropout_p)), 0.0)
+            dinput = dropout(dx, seed, dropout_p)
         dinput = dinput.to(ctx.input_dtype) if needs[0] else None
         return dinput, dx if ctx.added and needs[1] else None, dweight, dbias, None, None
 
 
 def fused_norm(call: NormCall, backend: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(y, h) by the kernels of ``backend``; h is None without a residual."""
-    x, residual, weight, bias, shape, eps, offset, dropout_p, center = call
-    seed = draw_seed(x.device) if dropout_p > 0.0 else None
+    x, residual, weight, bias, shape, eps, offset, dropout_p, center, _ = call
+    seed = branch_seed(call) if dropout_p > 0.0 else None
     options = NormOptions(float(eps), float(offset), float(dropout_p), center, backend)
     if len(shape) > 1:
         rows = [None if t is None else t.flatten(-len(shape)) for t in (x, residual)]
