@@ -30,17 +30,23 @@ inline HighLow products(Unsigned x, uint32_t factor) {
           reinterpret_cast<Unsigned>((even & 0xFFFFFFFFu) | (odd << 32))};
 }
 
+#if defined(__clang__)
+#define FASTLLM_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FASTLLM_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Integers{__VA_ARGS__})
+#endif
+
 // a0 b0 a1 b1 ... of the lower and of the upper halves.
 #if defined(__AVX512F__)
 inline Vector lower(Vector a, Vector b) {
-  return __builtin_shuffle(a, b, Integers{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
+  return FASTLLM_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
 }
 inline Vector upper(Vector a, Vector b) {
-  return __builtin_shuffle(a, b, Integers{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+  return FASTLLM_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 }
 #else
-inline Vector lower(Vector a, Vector b) { return __builtin_shuffle(a, b, Integers{0, 8, 1, 9, 2, 10, 3, 11}); }
-inline Vector upper(Vector a, Vector b) { return __builtin_shuffle(a, b, Integers{4, 12, 5, 13, 6, 14, 7, 15}); }
+inline Vector lower(Vector a, Vector b) { return FASTLLM_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+inline Vector upper(Vector a, Vector b) { return FASTLLM_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
 #endif
 
 // Elements of whole groups of 4 * kVector; how many those are is returned.
