@@ -153,7 +153,7 @@ def row_starts(rows, place):
 
 
 @triton.jit
-def dropped(x, key, rows, start, dropout, COLS: tl.constexpr):
+def drop_branch(x, key, rows, start, dropout, COLS: tl.constexpr):
     """Dropout of ``x``, the columns from ``start`` on of ``rows``, counted from the seed's first row."""
     high = (rows >> 32).to(tl.uint32)[:, None]
     kept = is_kept(key, rows.to(tl.uint32), high, start, dropout.threshold, COLS)

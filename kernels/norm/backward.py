@@ -21,7 +21,7 @@ import triton.language as tl
 
 from ..device import device_info
 from ..launch import cdiv, cluster_blocks, launch_options, next_power_of_2, processor_count, tuned
-from .arguments import NormBackwardPass, NormGradOutputs, backward_pass, dropped, row_starts, tile_warps
+from .arguments import NormBackwardPass, NormGradOutputs, backward_pass, drop_branch, row_starts, tile_warps
 from .forward import blocked_launch, rows_and_columns
 from .long_row import is_long, norm_bwd_row
 
@@ -125,7 +125,7 @@ def _norm_bwd_kernel(
                 tl.store(outputs.dresidual + at, dx.to(outputs.dresidual.dtype.element_ty), mask=mask)
             if outputs.dinput is not None:
                 if inputs.seed is not None:
-                    dx = dropped(dx, key, rows + first_row, tl.program_id(1) * BLOCK_N, dropout, BLOCK_N)
+                    dx = drop_branch(dx, key, rows + first_row, tl.program_id(1) * BLOCK_N, dropout, BLOCK_N)
                 tl.store(outputs.dinput + at, dx.to(outputs.dinput.dtype.element_ty), mask=mask)
         if outputs.dweight is not None:
             dweight += tl.sum(dy * xhat, axis=0)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from ..launch import cdiv, cluster_blocks, launch_options, next_power_of_2, tuned
-from .arguments import NormForwardPass, NormOutputs, dropped, forward_pass, row_starts, tile_warps
+from .arguments import NormForwardPass, NormOutputs, drop_branch, forward_pass, row_starts, tile_warps
 from .long_row import is_long, norm_fwd_row
 from .packed import norm_fwd_packed, packable
 
@@ -50,7 +50,7 @@ def _with_residual(x, inputs, outputs, residual_at, h_at, rows, start, mask, dro
     """h in fp32, stored where there is a residual; else ``x``."""
     if inputs.residual is not None:
         if inputs.seed is not None:
-            x = dropped(x, tl.load(inputs.seed), rows + tl.load(inputs.seed + 1), start, dropout, COLS)
+            x = drop_branch(x, tl.load(inputs.seed), rows + tl.load(inputs.seed + 1), start, dropout, COLS)
         x += tl.load(inputs.residual + residual_at, mask=mask, other=0.0).to(tl.float32)
         h = x.to(outputs.h.dtype.element_ty)
         tl.store(outputs.h + h_at, h, mask=mask)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..launch import cdiv, launch_options, next_power_of_2, tuned
-from .arguments import NormBackwardPass, NormForwardPass, dropped, row_starts
+from .arguments import NormBackwardPass, NormForwardPass, drop_branch, row_starts
 
 # A row of more columns is long: LONG fill a tile alone, and more than UNALIGNED_LONG would spill in one tile where rows
 # do not begin at multiples of 16 elements.
@@ -56,7 +56,7 @@ def _norm_fwd_row_kernel(
         if inputs.residual is not None:
             if inputs.seed is not None:
                 rows = row + tl.arange(0, 1) + first_row
-                x = dropped(x, key, rows, segment * SEGMENT, numbers.dropout, SEGMENT)
+                x = drop_branch(x, key, rows, segment * SEGMENT, numbers.dropout, SEGMENT)
             x += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
             x = x.to(outputs.h.dtype.element_ty).to(tl.float32)
         xs = xs + (x,)  # noqa: RUF005
@@ -165,7 +165,7 @@ def _norm_bwd_row_kernel(
                 if outputs.dinput is not None:
                     if inputs.seed is not None:
                         rows = row + tl.arange(0, 1) + first_row
-                        dx = dropped(dx, key, rows, segment * SEGMENT, dropout, SEGMENT)
+                        dx = drop_branch(dx, key, rows, segment * SEGMENT, dropout, SEGMENT)
                     tl.store(outputs.dinput + out_at, dx.to(outputs.dinput.dtype.element_ty), mask=mask)
             dweight = dweights[segment] + dy * xhats[segment] if outputs.dweight is not None else dweights[segment]
             new_dweights = new_dweights + (dweight,)  # noqa: RUF005

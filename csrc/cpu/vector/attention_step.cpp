@@ -65,7 +65,9 @@ float weigh(const AttentionStep& call, int64_t g, float* scores) {
   const float most = largest(scores, call.keys);
   const bool none = most == -__builtin_inff();
   const float base = none ? 0.0f : most;
-  return sum_over<float>(call.keys, [&](int64_t j) { return scores[j] = none && scores[j] == most ? 0.0f : exp_(scores[j] - base); });
+  return sum_over<float>(call.keys, [&](int64_t j) {
+    return scores[j] = none && scores[j] == most ? 0.0f : exp_(scores[j] - base);
+  });
 }
 
 template <class T>
