@@ -60,7 +60,8 @@ FASTLLM_HD uint32_t dropout_threshold(const Dropout& dropout) {
 FASTLLM_HD double dropout_factor(const Dropout& dropout) { return dropout.p < 1.0 ? 1.0 / (1.0 - dropout.p) : 0.0; }
 // The words of the elements 4 * group to 4 * group + 3.
 FASTLLM_HD Philox4 dropout_words(const Dropout& dropout, uint64_t row, int64_t group) {
-  return philox_at(dropout.key, static_cast<uint32_t>(group), static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32));
+  return philox_at(dropout.key, static_cast<uint32_t>(group), static_cast<uint32_t>(row),
+                   static_cast<uint32_t>(row >> 32));
 }
 
 // x[i] is element `element + i` of `row`.

@@ -72,7 +72,8 @@ void norms() {
   std::vector<float> scratch(3 * kColumns);
   for (int variant = 0; variant < 4; ++variant) {
     const bool center = variant % 2 != 0, dropped = variant / 2 != 0;
-    const NormOptions options{kColumns, weight.data(), bias.data(), 1e-5, dropped ? &kDropout : nullptr, center, dtype_of<T>(), dtype_of<T>()};
+    const NormOptions options{kColumns, weight.data(), bias.data(), 1e-5, dropped ? &kDropout : nullptr,
+                              center, dtype_of<T>(), dtype_of<T>()};
     std::vector<T> y(kColumns), h(kColumns), dx(kColumns), dresidual(kColumns);
     std::vector<float> dweight(kColumns), dbias(kColumns);
     NormRow row{x.data(), residual.data(), y.data(), h.data(), 5, 0, 0};
@@ -147,7 +148,8 @@ void attention() {
   const auto q = made<T>(kRows * kDim, 7919), k = made<T>(kColumnsOf * kDim, 31), v = made<T>(kColumnsOf * kDimV, 17);
   const auto dout = made<T>(kRows * kDimV, 13);
   for (float softcap : {0.0f, 5.0f}) {
-    const AttentionShape shape{kRows, kColumnsOf, kDim, kDimV, 0.2f, softcap, 90, 0, kColumnsOf - kRows, dtype, false, nullptr};
+    const AttentionShape shape{kRows, kColumnsOf, kDim, kDimV, 0.2f, softcap, 90, 0, kColumnsOf - kRows,
+                               dtype, false, nullptr};
     const AttentionHead head{{q.data(), kDim}, {k.data(), kDim}, {v.data(), kDimV}, {nullptr, 0, 0},
                              softcap / 50.0f, -std::numeric_limits<float>::infinity(), 0};
     std::vector<T> out(kRows * kDimV), dq(kRows * kDim), dk(kColumnsOf * kDim), dv(kColumnsOf * kDimV);

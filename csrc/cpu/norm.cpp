@@ -161,7 +161,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_grad_rows(
       const int64_t end = std::min(xs.count, (part + 1) * rows_of_part);
       for (int64_t i = part * rows_of_part; i < end; ++i) {
         const NormGradRow row{dys.at(i), dh.has_value() ? dhs->at(i) : nullptr, xs.at(i),
-                              need_input ? dinputs.mutable_at(i) : nullptr, need_residual ? dresiduals.mutable_at(i) : nullptr,
+                              need_input ? dinputs.mutable_at(i) : nullptr,
+                              need_residual ? dresiduals.mutable_at(i) : nullptr,
                               need_weight ? sum_of(part, 0) : nullptr, need_bias ? sum_of(part, need_weight) : nullptr,
                               i, mean.get(i), rstd.get(i)};
         norm_grad_of_row(options, row, scratch.get());

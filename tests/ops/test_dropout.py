@@ -1,7 +1,10 @@
 """One rule of dropout's masks (fastllm/ops/shared/philox.py) for kernels, C++ and eager: the same bits."""
 
+import functools
+
 import pytest
 import torch
+import torch.utils.checkpoint
 import triton
 import triton.language as tl
 from conftest import DEVICE
@@ -92,6 +95,9 @@ def test_dropout_has_gradients_of_any_order_and_a_mask_for_each_sample():
     seed = draw_seed(DEVICE)
     assert torch.autograd.gradcheck(lambda x: dropout(x, seed, 0.5), x)
     assert torch.autograd.gradgradcheck(lambda x: dropout(x, seed, 0.5).square(), x)
+    assert torch.equal(
+        torch.func.grad(lambda x: dropout(x, seed, 0.5).sum())(x), 2.0 * dropout_mask(seed, x.shape, 0.5)
+    )
     module = RowDropout(0.5, torch.zeros((), dtype=torch.int64, device=DEVICE))
     out = torch.func.vmap(module, randomness="different")(torch.ones(8, 3, 20, device=DEVICE))
     assert len({tuple(sample.flatten().tolist()) for sample in out}) == 8
@@ -137,3 +143,49 @@ def test_fused_dropout_follows_the_row_of_the_whole_batch(backend):
         set_first_row(model, 3)
         assert not torch.equal(model(tokens[:1]), model(tokens[:1]))
     assert embedding_sum([tokens], [model.embed.tables[0].weight], dropout_p=1.0).count_nonzero() == 0
+
+
+@pytest.mark.parametrize("backend", ["triton", pytest.param("native", marks=pytest.mark.runs_on("interpreter"))])
+def test_the_dropout_of_a_layers_attention_follows_the_row_of_the_whole_batch(backend):
+    layer = key_dropout(fastllm.nn.MultiheadAttention(16, 2, dropout=0.5, batch_first=True, device=DEVICE))
+    x = torch.randn(3, 5, 16, device=DEVICE)
+
+    def output(first, rows):
+        set_first_row(layer, first)
+        torch.manual_seed(1)
+        return layer(rows, rows, rows, need_weights=False)[0]
+
+    with fastllm.backend(backend), torch.no_grad():
+        whole = output(0, x)
+        torch.testing.assert_close(torch.cat([output(row, x[row : row + 1]) for row in range(3)]), whole)
+        assert not torch.allclose(output(1, x), whole)
+
+
+@pytest.mark.skipif(not NATIVE, reason="no extension here")
+def test_masks_are_the_same_compiled_and_recomputed():
+    model = key_dropout(Fused().to(DEVICE))
+    set_first_row(model, 3)
+    tokens = torch.randint(9, (6, 5), device=DEVICE)
+    results = []
+    recomputed = functools.partial(torch.utils.checkpoint.checkpoint, model, use_reentrant=False)
+    for call in (model, recomputed, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(1)
+        out = call(tokens)
+        results.append((out, *torch.autograd.grad(out.square().sum(), model.parameters())))
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0])
+
+
+def test_masks_keep_the_right_share_and_are_independent():
+    """Of rows, of columns, of keys that follow one another, and of rows that are alike in their low 32 bits."""
+    p, columns = 0.25, 1003
+    rows = torch.arange(100, device=DEVICE)
+    parts = [rows_kept(torch.tensor(3, device=DEVICE), rows, columns, p)]
+    parts.append(rows_kept(torch.tensor(4, device=DEVICE), rows, columns, p))
+    parts.append(rows_kept(torch.tensor(3, device=DEVICE), rows + 2**32, columns, p))
+    keep = torch.cat(parts).double()
+    assert abs(keep.mean() - (1 - p)) < 5 * (p * (1 - p) / keep.numel()) ** 0.5
+    for view in (keep, keep[:, :300].t()):
+        correlation = torch.corrcoef(view).fill_diagonal_(0)
+        assert correlation.abs().max() < 6 / view.shape[1] ** 0.5
+        assert correlation.std() < 1.1 / view.shape[1] ** 0.5

@@ -110,7 +110,8 @@ inline Span score(const AttentionShape& s, const AttentionHead& h, const Strip& 
 }
 
 // What dropout leaves of one row's probabilities, from a multiple of 4 on.
-inline void drop_scores(const AttentionShape& s, const AttentionHead& h, int64_t row, int64_t column, int64_t n, float* p) {
+inline void drop_scores(const AttentionShape& s, const AttentionHead& h, int64_t row, int64_t column, int64_t n,
+                        float* p) {
   const uint64_t plane = s.dropout->first_row + static_cast<uint64_t>(h.plane);
   drop(p, p, n, *s.dropout, (plane << 32) + static_cast<uint64_t>(row), column);
 }

@@ -49,7 +49,8 @@ void add_weighted(const float* __restrict weights, const T* rows, int64_t stride
   }
 }
 
-// Scores of one query; weights in their place: e^(score - the largest). Returns the weights' sum, 0 where all is hidden.
+// Scores of one query; weights in their place: e^(score - the largest). Returns the weights' sum, 0 where all is
+// hidden.
 float weigh(const AttentionStep& call, int64_t g, float* scores) {
   if (call.mask != nullptr) {
     const int64_t from = g * call.mask_stride;

@@ -50,7 +50,8 @@ inline Vector upper(Vector a, Vector b) { return FASTLLM_SHUFFLE(a, b, 4, 12, 5,
 #endif
 
 // Elements of whole groups of 4 * kVector; how many those are is returned.
-inline int64_t drop_vectors(const float* from, float* to, int64_t n, const Dropout& dropout, uint64_t row, int64_t element) {
+inline int64_t drop_vectors(const float* from, float* to, int64_t n, const Dropout& dropout, uint64_t row,
+                            int64_t element) {
   Unsigned lanes;
   for (int l = 0; l < kVector; ++l) lanes[l] = static_cast<uint32_t>(l);
   const Unsigned low = Unsigned{} + static_cast<uint32_t>(row), high = Unsigned{} + static_cast<uint32_t>(row >> 32);
@@ -74,7 +75,8 @@ inline int64_t drop_vectors(const float* from, float* to, int64_t n, const Dropo
     for (int w = 0; w < 4; ++w) kept[w] = reinterpret_cast<Vector>((words[w] >= threshold) & ones);
     const Vector even[2] = {lower(kept[0], kept[2]), upper(kept[0], kept[2])};
     const Vector odd[2] = {lower(kept[1], kept[3]), upper(kept[1], kept[3])};
-    const Vector in_order[4] = {lower(even[0], odd[0]), upper(even[0], odd[0]), lower(even[1], odd[1]), upper(even[1], odd[1])};
+    const Vector in_order[4] = {lower(even[0], odd[0]), upper(even[0], odd[0]),
+                                lower(even[1], odd[1]), upper(even[1], odd[1])};
     for (int part = 0; part < 4; ++part) {
       const Vector x = load(from + i + part * kVector) * factor;
       const Integers bits = reinterpret_cast<Integers>(x) & reinterpret_cast<Integers>(in_order[part]);
