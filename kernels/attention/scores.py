@@ -101,7 +101,7 @@ def store_tile(matrix, tile, rows, in_rows):
 @triton.jit
 def first_number(dropout, b, heads):
     """The number of the sheet of head 0 of sequence ``b``, counted from the seed's first."""
-    number = b.to(tl.int64) * heads
+    number = tl.cast(b, tl.int64) * heads
     if dropout is not None:
         number += tl.load(dropout.seed + 1)
     return number
