@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "../scalar.h"
+#include "caches.h"
 #include "strided.h"
 
 namespace fastllm {
@@ -98,8 +99,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_rows(const Tensor& x, const std:
   const Rows ys(y), hs(h);
   const Parameter scale(op, weight, columns, wide), shift(op, bias, columns, wide);
   const int h_dtype = residual.has_value() ? residuals->dtype : xs.dtype;
+  const bool past = past_caches(bytes_of(y) + bytes_of(h));
   const NormOptions options{columns, scale.data(), shift.data(), eps,
-                            pointer_to(dropout), center, xs.dtype, h_dtype};
+                            pointer_to(dropout), center, xs.dtype, h_dtype, past};
   const NormOfRow norm_of_row = norm_kernels().norm_of_row[wide];
   torch::stable::parallel_for(0, xs.count, row_grain(columns), [&](int64_t begin, int64_t end) {
     const Scratch scratch(2 * columns * (wide ? 8 : 4));
@@ -110,6 +112,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_rows(const Tensor& x, const std:
       mean.put(i, row.mean);
       rstd.put(i, row.rstd);
     }
+    if (past) order_past_caches();
   });
   return {y, h, mean.tensor, rstd.tensor};
 }
@@ -143,7 +146,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_grad_rows(
   advise_huge_pages(dresidual);
   const Rows dinputs(dinput), dresiduals(dresidual);
   const Parameter scale(op, weight, columns, wide);
-  const NormOptions options{columns, scale.data(), nullptr, 0.0, pointer_to(dropout), center, dys.dtype, xs.dtype};
+  const bool past = past_caches(bytes_of(dinput) + bytes_of(dresidual));
+  const NormOptions options{columns, scale.data(), nullptr, 0.0, pointer_to(dropout), center, dys.dtype, xs.dtype, past};
   const int64_t element = wide ? 8 : 4, wanted = need_weight + need_bias;
   const int64_t rows_of_part = std::max<int64_t>((xs.count + kParts - 1) / kParts, 4);
   const int64_t parts = (xs.count + rows_of_part - 1) / rows_of_part;
@@ -168,6 +172,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_grad_rows(
         norm_grad_of_row(options, row, scratch.get());
       }
     }
+    if (past) order_past_caches();
   });
   const auto add_up = [&](Tensor& out, int64_t which, auto zero) {
     using A = decltype(zero);

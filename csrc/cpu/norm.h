@@ -16,6 +16,7 @@ struct NormOptions {
   const Dropout* dropout;  // null: none
   bool center;
   int x_dtype, h_dtype;
+  bool past_caches;  // what is written is more than the caches hold
 };
 
 // One row. Null for what is not there. With a residual, h = residual + dropout(x) is written and normed, else x.

@@ -8,7 +8,7 @@ from ...backends import pick
 from ...registry import Op, register
 from ..shared.check import check_floating
 from .call import NormCall, check_branch_dropout, checked
-from .operator import empty_is_torchs, fused_norm, norm_refuses
+from .operator import empty_is_torchs, fused_norm, layer_norm_prefers_torch, norm_refuses
 from .reference import add_norm_reference, eager_add_norm
 from .samples import add_layer_norm_examples, add_norm_cost, norm_samples
 
@@ -39,26 +39,6 @@ def add_layer_norm_reference(*args, **options):
 def add_rms_norm_reference(*args, **options):
     """The definition, in at least fp32, each output rounded once; takes add_rms_norm's arguments."""
     return add_norm_reference(add_rms_norm_call(*args, **options))
-
-
-def add_layer_norm_prefers_torch(call: NormCall) -> str | None:
-    """Why PyTorch's own operators serve ``call`` without being asked for, or None.
-
-    On a CPU an add and PyTorch's own layer norm beat the extension where each is one call: without dropout. In fp32
-    they take half its time. In bf16, forward and backward on one core of an AMD EPYC (AVX-512), they take 0.75 of it at
-    512 x 4096 and 0.8 at 1024 x 768; of a bf16 branch and an fp32 residual 0.6 to 0.8 (512 x 384 to 1024 x 768).
-    """
-    reason = empty_is_torchs(call)
-    if reason is not None or call.input.device.type != "cpu" or call.input.dtype == torch.float16:
-        return reason
-    if call.input.dtype.itemsize > 2:
-        return "PyTorch's add and layer norm take half the extension's time in more than 16 bits"
-    dtypes = {t.dtype for t in (call.weight, call.bias) if t is not None}
-    plain = not dtypes - {call.residual.dtype} or dtypes == {torch.float32}  # what is normed is of the residual's
-    added = call.residual.dtype in (call.input.dtype, torch.float32)
-    if added and plain and call.weight_offset == 0.0 and call.dropout_p == 0.0:
-        return "PyTorch's add and layer norm take 0.8 of the extension's time in bfloat16, without dropout"
-    return None
 
 
 def _served(op: str, call: NormCall) -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,7 +158,7 @@ register(
         module=AddLayerNorm,
         call=add_layer_norm_call,
         refuses=norm_refuses,
-        prefers_torch=add_layer_norm_prefers_torch,
+        prefers_torch=layer_norm_prefers_torch,
         examples=add_layer_norm_examples,
     )
 )
