@@ -51,5 +51,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastllm, m) {
   m.def("attention_step(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor");
   m.def("linear_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("add_product_(Tensor(a!) total, Tensor a, Tensor b, bool first) -> ()");
-  m.def("embedding_sum_dropout(Tensor grad, float dropout_p, Tensor seed) -> Tensor");
+  m.def("dropout_rows(Tensor x, float p, Tensor seed) -> Tensor");
 }

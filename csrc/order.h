@@ -11,6 +11,16 @@
 #endif
 
 namespace fastllm {
+
+// Dropout with probability p. A mask has 64-bit rows, counted from `first_row` on: of a tensor the rows along its last
+// dimension, of attention's probabilities (batch * heads + head) * 2^32 + query. Word j % 4 of Philox with the key and
+// the counter (j / 4, row's low word, row's high word, 0) decides on element j of a row.
+struct Dropout {
+  uint64_t key;
+  uint64_t first_row;
+  double p;
+};
+
 // Internal linkage: these are compiled for several instruction sets, and a merged copy would run with the wrong one.
 namespace {
 
@@ -40,28 +50,32 @@ FASTLLM_HD Philox4 philox_at(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2
   }
   return {{c0, c1, c2, c3}};
 }
-FASTLLM_HD Philox4 philox(uint64_t key, uint64_t counter) {
-  return philox_at(key, static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0);
-}
 
-// Dropout keeps element e of a flat tensor when word e % 4 of philox(seed, e / 4) is at least this.
-FASTLLM_HD uint32_t dropout_threshold(double p) {
-  const double scaled = p * 4294967296.0;
+// An element is kept where its word is at least this.
+FASTLLM_HD uint32_t dropout_threshold(const Dropout& dropout) {
+  const double scaled = dropout.p * 4294967296.0;
   return scaled >= 4294967295.0 ? 4294967295u : static_cast<uint32_t>(scaled);
 }
+// What is kept is multiplied by this.
+FASTLLM_HD double dropout_factor(const Dropout& dropout) { return dropout.p < 1.0 ? 1.0 / (1.0 - dropout.p) : 0.0; }
+// The words of the elements 4 * group to 4 * group + 3.
+FASTLLM_HD Philox4 dropout_words(const Dropout& dropout, uint64_t row, int64_t group) {
+  return philox_at(dropout.key, static_cast<uint32_t>(group), static_cast<uint32_t>(row),
+                   static_cast<uint32_t>(row >> 32));
+}
 
-// sum[i] is element `element + i` of the tensor; what is kept is divided by 1 - p.
+// x[i] is element `element + i` of `row`.
 template <class A>
-FASTLLM_HD void apply_dropout(A* sum, int64_t n, double p, uint64_t seed, int64_t element) {
-  const uint32_t threshold = dropout_threshold(p);
-  const A kept = p < 1.0 ? static_cast<A>(1.0 / (1.0 - p)) : A(0);
+FASTLLM_HD void apply_dropout(A* x, int64_t n, const Dropout& dropout, uint64_t row, int64_t element) {
+  const uint32_t threshold = dropout_threshold(dropout);
+  const A factor = static_cast<A>(dropout_factor(dropout));
   Philox4 random{};
   for (int64_t i = 0; i < n; ++i) {
-    const uint64_t e = static_cast<uint64_t>(element + i);
-    if (i == 0 || e % 4 == 0) random = philox(seed, e / 4);
+    const int64_t e = element + i;
+    if (i == 0 || e % 4 == 0) random = dropout_words(dropout, row, e / 4);
     // Not random.word[e % 4]: a computed index would put the words in a GPU's local memory.
     const uint32_t low = e & 1 ? random.word[1] : random.word[0], high = e & 1 ? random.word[3] : random.word[2];
-    sum[i] = p < 1.0 && (e & 2 ? high : low) >= threshold ? sum[i] * kept : A(0);
+    x[i] = dropout.p < 1.0 && (e & 2 ? high : low) >= threshold ? x[i] * factor : A(0);
   }
 }
 

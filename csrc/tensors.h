@@ -98,10 +98,10 @@ struct Backward {
   bool positions;  // the indices are 0, 1, 2, ...
 };
 
-inline Tensor check_dropped(const char* op, const Tensor& grad) {
-  if (!is_supported_float(grad.scalar_type()) || grad.dim() != 2)
-    refuse(op, ": grad must have 2 dimensions and be float64, float32, float16 or bfloat16");
-  return grad.is_contiguous() ? grad : torch::stable::contiguous(grad);
+inline Tensor check_dropped(const char* op, const Tensor& x) {
+  if (!is_supported_float(x.scalar_type()) || x.dim() != 2)
+    refuse(op, ": x must have 2 dimensions and be float64, float32, float16 or bfloat16");
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
 }
 
 inline Backward check_backward(const char* op, const Tensor& grad, const Tensor& indices, bool positions) {

@@ -24,14 +24,28 @@ def tanh(x):
 
 
 @triton.jit
-def is_kept(seed, rows, cols, p):
-    """A (rows, cols) mask that is True with probability 1 - p, a function of seed and position alone (Philox-4x32-10).
+def is_kept(key, low, high, start, threshold, COLS: tl.constexpr):
+    """(rows, COLS): which of the elements start .. start + COLS of the 64-bit rows (``low``, ``high``) dropout keeps.
 
-    ``rows`` (M,) below 2^31 and ``cols`` (N,). Forward and backward draw the same, whatever their tiles.
+    ``low`` is (rows,), ``high`` broadcasts to (rows, 1); ``start`` is a multiple of 4. Element j is kept where word
+    j % 4 of Philox-4x32-10 with the 64-bit ``key`` and the counter (j // 4, low, high, 0) is at least ``threshold`` =
+    p * 2^32, whatever the tile.
     """
-    zero = tl.zeros((rows.shape[0], cols.shape[0]), tl.int32)
-    bits, _, _, _ = tl.philox(seed, zero + cols.to(tl.int32)[None, :], zero + rows.to(tl.int32)[:, None], zero, zero)
-    return tl.uint_to_uniform_float(bits) >= p
+    WIDTH: tl.constexpr = max(COLS, 4)
+    groups = start // 4 + tl.arange(0, WIDTH // 4)
+    zero = low[:, None].to(tl.uint32) * 0 + groups[None, :].to(tl.uint32) * 0
+    c0 = zero + groups[None, :].to(tl.uint32)
+    c1 = zero + low[:, None].to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(key, c0, c1, zero + high.to(tl.uint32), zero, 10)
+    limit = tl.to_tensor(threshold).to(tl.uint32)
+    even = tl.join((w0 >= limit).to(tl.int8), (w2 >= limit).to(tl.int8))
+    odd = tl.join((w1 >= limit).to(tl.int8), (w3 >= limit).to(tl.int8))
+    kept = tl.reshape(tl.join(even, odd), (low.shape[0], WIDTH))
+    if COLS == 2:
+        kept, _ = tl.split(tl.permute(tl.reshape(kept, (low.shape[0], 2, 2)), (0, 2, 1)))
+    elif COLS == 1:
+        kept = tl.sum(tl.where(tl.arange(0, 4)[None, :] == 0, kept, 0), axis=1)[:, None]
+    return kept != 0
 
 
 @triton.jit

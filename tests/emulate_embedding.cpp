@@ -252,25 +252,26 @@ void sum_forward(int64_t columns, double p) {
     t.count[i] = counts[i];
     t.scale[i] = 1.0 + i;
   }
-  const int64_t seed = static_cast<int64_t>(random_bits() >> 2);
+  const int64_t seed[] = {static_cast<int64_t>(random_bits() >> 2), static_cast<int64_t>(random_bits() >> 2)};
+  const Dropout dropout{static_cast<uint64_t>(seed[0]), static_cast<uint64_t>(seed[1]), p};
   Buffer<T> out(rows * columns), dropped(rows * columns);
-  run_grid(rows, columns, N, [&] { sum_tables<T, N>(t, rows, columns, p, &seed, out.data()); });
+  run_grid(rows, columns, N, [&] { sum_tables<T, N>(t, rows, columns, p, seed, out.data()); });
   Buffer<T> ones(rows * columns);
   for (int64_t e = 0; e < rows * columns; ++e) narrow(A(1), ones[e]);
-  run_line(rows * columns / N, [&] { drop<T, N>(ones.data(), rows * columns, p, &seed, dropped.data()); });
+  run_grid(rows, columns, N, [&] { drop<T, N>(ones.data(), rows, columns, p, seed, dropped.data()); });
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t c = 0; c < columns; ++c) {
       A sum = 0;
       for (int i = 0; i < 3; ++i)
         sum += static_cast<A>(t.scale[i]) * widen(data[i][long_ids[i][row % counts[i]] * t.stride[i] + c]);
-      const uint64_t e = static_cast<uint64_t>(row * columns + c);
-      const bool keep = p < 1.0 && philox(static_cast<uint64_t>(seed), e / 4).word[e % 4] >= dropout_threshold(p);
-      const A factor = keep ? static_cast<A>(1.0 / (1.0 - p)) : A(0);
+      const int64_t e = row * columns + c;
+      const uint32_t word = dropout_words(dropout, dropout.first_row + static_cast<uint64_t>(row), c / 4).word[c % 4];
+      const A factor = p < 1.0 && word >= dropout_threshold(dropout) ? static_cast<A>(1.0 / (1.0 - p)) : A(0);
       T expected, mask;
       narrow(sum * factor, expected);
       narrow(factor, mask);
-      REQUIRE(widen(out[static_cast<int64_t>(e)]) == widen(expected), "row %ld column %ld", row, c);
-      REQUIRE(widen(dropped[static_cast<int64_t>(e)]) == widen(mask), "mask at row %ld column %ld", row, c);
+      REQUIRE(widen(out[e]) == widen(expected), "row %ld column %ld", row, c);
+      REQUIRE(widen(dropped[e]) == widen(mask), "mask at row %ld column %ld", row, c);
     }
 }
 

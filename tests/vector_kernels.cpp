@@ -33,7 +33,7 @@ namespace fastllm {
 namespace {
 
 constexpr int64_t kRows = 7, kColumns = 203;
-constexpr uint64_t kSeed = 0x123456789abcdefull;
+constexpr Dropout kDropout{0x123456789abcdefull, 7, 0.25};
 
 template <class T>
 constexpr int dtype_of() {
@@ -72,14 +72,15 @@ void norms() {
   std::vector<float> scratch(3 * kColumns);
   for (int variant = 0; variant < 4; ++variant) {
     const bool center = variant % 2 != 0, dropped = variant / 2 != 0;
-    const NormOptions options{kColumns, weight.data(), bias.data(), 1e-5, 0.25, center, dtype_of<T>(), dtype_of<T>()};
+    const NormOptions options{kColumns, weight.data(), bias.data(), 1e-5, dropped ? &kDropout : nullptr,
+                              center, dtype_of<T>(), dtype_of<T>()};
     std::vector<T> y(kColumns), h(kColumns), dx(kColumns), dresidual(kColumns);
     std::vector<float> dweight(kColumns), dbias(kColumns);
-    NormRow row{x.data(), residual.data(), y.data(), h.data(), dropped ? &kSeed : nullptr, 5 * kColumns, 0, 0};
+    NormRow row{x.data(), residual.data(), y.data(), h.data(), 5, 0, 0};
     isa_default::norm_kernels.norm_of_row[0](options, row, scratch.data());
     isa_default::norm_kernels.norm_grad_of_row[0](
         options,
-        {dy.data(), x.data(), h.data(), dx.data(), dresidual.data(), dweight.data(), dbias.data(), row.seed, row.element,
+        {dy.data(), x.data(), h.data(), dx.data(), dresidual.data(), dweight.data(), dbias.data(), row.row,
          row.mean, row.rstd},
         scratch.data());
     write(y), write(h), write(dx), write(dresidual), write(dweight), write(dbias);
@@ -147,7 +148,8 @@ void attention() {
   const auto q = made<T>(kRows * kDim, 7919), k = made<T>(kColumnsOf * kDim, 31), v = made<T>(kColumnsOf * kDimV, 17);
   const auto dout = made<T>(kRows * kDimV, 13);
   for (float softcap : {0.0f, 5.0f}) {
-    const AttentionShape shape{kRows, kColumnsOf, kDim, kDimV, 0.2f, softcap, 90, 0, kColumnsOf - kRows, dtype, false, nullptr, 0.0};
+    const AttentionShape shape{kRows, kColumnsOf, kDim, kDimV, 0.2f, softcap, 90, 0, kColumnsOf - kRows,
+                               dtype, false, nullptr};
     const AttentionHead head{{q.data(), kDim}, {k.data(), kDim}, {v.data(), kDimV}, {nullptr, 0, 0},
                              softcap / 50.0f, -std::numeric_limits<float>::infinity(), 0};
     std::vector<T> out(kRows * kDimV), dq(kRows * kDim), dk(kColumnsOf * kDim), dv(kColumnsOf * kDimV);
@@ -170,7 +172,7 @@ void rows() {
   const void* tables[] = {a.data(), nullptr, b.data()};
   const double scales[] = {1.0, 2.0, 0.5};
   std::vector<T> sum(kColumns), total(kColumns);
-  isa_default::kernels.combine_rows[dtype_of<T>()](sum.data(), tables, scales, 3, kColumns, 0.25, &kSeed, 3 * kColumns);
+  isa_default::kernels.combine_rows[dtype_of<T>()](sum.data(), tables, scales, 3, kColumns, &kDropout, 3);
   const auto grad = made<T>(kRows * kColumns, 17);
   const int64_t tokens[] = {1, 3, 5, 6};
   std::vector<double> scratch(3 * kColumns);

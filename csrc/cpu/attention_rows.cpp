@@ -46,7 +46,7 @@ struct Call {
   const char* op;
   Tensor q, k, v;
   std::optional<Tensor> bias, slopes;
-  std::optional<uint64_t> seed;
+  std::optional<Dropout> dropout;
   AttentionShape shape;
   int64_t first_plane;
 
@@ -54,7 +54,7 @@ struct Call {
        const std::optional<Tensor>& slopes_, const std::optional<Tensor>& seed_, double scale, double softcap,
        int64_t left, int64_t right, int64_t offset, double dropout_p, int64_t plane)
       : op(op_), q(four(op, q_)), k(four(op, k_)), v(four(op, v_)), bias(bias_), slopes(slopes_),
-        seed(read_seed(op, seed_)), first_plane(plane) {
+        dropout(read_dropout(op, seed_, dropout_p)), first_plane(plane) {
     const bool fits = q.size(0) == k.size(0) && k.size(0) == v.size(0) && k.size(1) == v.size(1) &&
                       k.size(2) == v.size(2) && q.size(3) == k.size(3);
     if (!fits || (q.size(1) > 0 && (k.size(1) == 0 || q.size(1) % k.size(1) != 0)))
@@ -68,9 +68,9 @@ struct Call {
                                slopes->scalar_type() != ScalarType::Float))
       refuse(op, ": slopes must be float32 (batch, heads)");
     shape = {q.size(2), k.size(2), q.size(3), v.size(3), static_cast<float>(scale), static_cast<float>(softcap),
-             left, right, offset, dtype_index(q.scalar_type()), boolean, seed.has_value() ? &*seed : nullptr, dropout_p};
+             left, right, offset, dtype_index(q.scalar_type()), boolean, pointer_to(dropout)};
   }
-  Call(const Call&) = delete;  // the shape points at the seed
+  Call(const Call&) = delete;  // the shape points at the dropout
 
   int64_t heads() const { return q.size(1); }
   int64_t planes() const { return q.size(0) * heads(); }

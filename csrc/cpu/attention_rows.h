@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "../order.h"
+
 namespace fastllm {
 
 // What all heads share. The dtypes are rows.h's; a boolean bias is bytes.
@@ -13,8 +15,7 @@ struct AttentionShape {
   int64_t offset;
   int dtype;
   bool boolean;            // the bias hides where it is 0, else it is float32 and added
-  const uint64_t* seed;    // null: no dropout
-  double dropout_p;
+  const Dropout* dropout;  // null: none
 };
 
 // The rows of a matrix, `stride` elements apart, columns side by side.

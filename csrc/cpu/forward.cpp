@@ -68,7 +68,7 @@ Tensor embedding_sum_fwd(const std::vector<Tensor>& weights_, const std::vector<
   }
   const ScalarType dtype = weights[0].scalar_type();
   const int64_t columns = weights[0].size(1), element = element_size(dtype);
-  const std::optional<uint64_t> seed = read_seed(op, seed_);
+  const std::optional<Dropout> dropout = read_dropout(op, seed_, dropout_p);
   Tensor out = empty_like_device(weights[0], {rows, columns}, dtype);
   if (out.numel() == 0) return out;
   advise_huge_pages(out);
@@ -100,30 +100,26 @@ Tensor embedding_sum_fwd(const std::vector<Tensor>& weights_, const std::vector<
         if (++at[t] == l.count) at[t] = 0;
       }
       combine(data + i * columns * element, row.data(), scales.data(), static_cast<int64_t>(tables), columns,
-              dropout_p, seed.has_value() ? &*seed : nullptr, i * columns);
+              pointer_to(dropout), i);
     }
   });
   return out;
 }
 
-// The gradient that passes the dropout of embedding_sum_fwd: the same mask on the same flat elements.
-Tensor embedding_sum_dropout(const Tensor& grad_, double dropout_p, const Tensor& seed_) {
-  const char* op = "embedding_sum_dropout";
-  const Tensor grad = check_dropped(op, grad_);
-  const uint64_t seed = *read_seed(op, seed_);
-  const int64_t rows = grad.size(0), columns = grad.size(1), element = element_size(grad.scalar_type());
-  Tensor out = empty_like_device(grad, {rows, columns}, grad.scalar_type());
+// What dropout leaves of the rows of x, (rows, columns).
+Tensor dropout_rows(const Tensor& x_, double p, const Tensor& seed) {
+  const char* op = "dropout_rows";
+  const Tensor x = check_dropped(op, x_);
+  const Dropout dropout = *read_dropout(op, seed, p);
+  const int64_t rows = x.size(0), columns = x.size(1), bytes = columns * element_size(x.scalar_type());
+  Tensor out = empty_like_device(x, {rows, columns}, x.scalar_type());
   if (out.numel() == 0) return out;
   advise_huge_pages(out);
-  const char* from = static_cast<const char*>(grad.const_data_ptr());
+  const char* from = static_cast<const char*>(x.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
-  const auto combine = row_kernels().combine_rows[dtype_index(grad.scalar_type())];
+  const DropRow drop_row = row_kernels().drop_row[dtype_index(x.scalar_type())];
   torch::stable::parallel_for(0, rows, grain(columns), [&](int64_t begin, int64_t end) {
-    const double one = 1.0;
-    for (int64_t i = begin; i < end; ++i) {
-      const void* row = from + i * columns * element;
-      combine(to + i * columns * element, &row, &one, 1, columns, dropout_p, &seed, i * columns);
-    }
+    for (int64_t i = begin; i < end; ++i) drop_row(from + i * bytes, to + i * bytes, columns, dropout, i);
   });
   return out;
 }
@@ -134,5 +130,5 @@ Tensor embedding_sum_dropout(const Tensor& grad_, double dropout_p, const Tensor
 STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
   m.impl("embedding_fwd", TORCH_BOX(&fastllm::embedding_fwd));
   m.impl("embedding_sum_fwd", TORCH_BOX(&fastllm::embedding_sum_fwd));
-  m.impl("embedding_sum_dropout", TORCH_BOX(&fastllm::embedding_sum_dropout));
+  m.impl("dropout_rows", TORCH_BOX(&fastllm::dropout_rows));
 }

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "../scalar.h"
+#include "caches.h"
 #include "strided.h"
 
 namespace fastllm {
@@ -84,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_rows(const Tensor& x, const std:
   const int64_t columns = x.size(x.dim() - 1);
   const bool wide = is_wide(x, residual);
   const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
-  const std::optional<uint64_t> seed = read_seed(op, seed_);
+  const std::optional<Dropout> dropout = read_dropout(op, seed_, dropout_p);
   const Rows xs(x);
   const std::optional<Rows> residuals = residual.has_value() ? std::optional<Rows>(*residual) : std::nullopt;
   Tensor y = empty_like_device(x, shape_of(x), x.scalar_type());
@@ -97,18 +98,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_rows(const Tensor& x, const std:
   advise_huge_pages(h);
   const Rows ys(y), hs(h);
   const Parameter scale(op, weight, columns, wide), shift(op, bias, columns, wide);
-  const NormOptions options{columns, scale.data(), shift.data(), eps, dropout_p, center, xs.dtype, residual.has_value() ? residuals->dtype : xs.dtype};
+  const int h_dtype = residual.has_value() ? residuals->dtype : xs.dtype;
+  const bool past = past_caches(bytes_of(y) + bytes_of(h));
+  const NormOptions options{columns, scale.data(), shift.data(), eps,
+                            pointer_to(dropout), center, xs.dtype, h_dtype, past};
   const NormOfRow norm_of_row = norm_kernels().norm_of_row[wide];
   torch::stable::parallel_for(0, xs.count, row_grain(columns), [&](int64_t begin, int64_t end) {
     const Scratch scratch(2 * columns * (wide ? 8 : 4));
     for (int64_t i = begin; i < end; ++i) {
       NormRow row{xs.at(i), residual.has_value() ? residuals->at(i) : nullptr, ys.mutable_at(i),
-                  residual.has_value() ? hs.mutable_at(i) : nullptr, seed.has_value() ? &*seed : nullptr, i * columns,
-                  0, 0};
+                  residual.has_value() ? hs.mutable_at(i) : nullptr, i, 0, 0};
       norm_of_row(options, row, scratch.get());
       mean.put(i, row.mean);
       rstd.put(i, row.rstd);
     }
+    if (past) order_past_caches();
   });
   return {y, h, mean.tensor, rstd.tensor};
 }
@@ -127,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_grad_rows(
   const int64_t columns = normed.size(normed.dim() - 1);
   const bool wide = rstd_.scalar_type() == ScalarType::Double;
   const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
-  const std::optional<uint64_t> seed = read_seed(op, seed_);
+  const std::optional<Dropout> dropout = read_dropout(op, seed_, dropout_p);
   const Rows dys(dy), xs(normed);
   const std::optional<Rows> dhs = dh.has_value() ? std::optional<Rows>(*dh) : std::nullopt;
   const Stats mean{mean_, wide}, rstd{rstd_, wide};
@@ -142,7 +146,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_grad_rows(
   advise_huge_pages(dresidual);
   const Rows dinputs(dinput), dresiduals(dresidual);
   const Parameter scale(op, weight, columns, wide);
-  const NormOptions options{columns, scale.data(), nullptr, 0.0, dropout_p, center, dys.dtype, xs.dtype};
+  const bool past = past_caches(bytes_of(dinput) + bytes_of(dresidual));
+  const NormOptions options{columns, scale.data(), nullptr, 0.0, pointer_to(dropout), center, dys.dtype, xs.dtype, past};
   const int64_t element = wide ? 8 : 4, wanted = need_weight + need_bias;
   const int64_t rows_of_part = std::max<int64_t>((xs.count + kParts - 1) / kParts, 4);
   const int64_t parts = (xs.count + rows_of_part - 1) / rows_of_part;
@@ -160,12 +165,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_grad_rows(
       const int64_t end = std::min(xs.count, (part + 1) * rows_of_part);
       for (int64_t i = part * rows_of_part; i < end; ++i) {
         const NormGradRow row{dys.at(i), dh.has_value() ? dhs->at(i) : nullptr, xs.at(i),
-                              need_input ? dinputs.mutable_at(i) : nullptr, need_residual ? dresiduals.mutable_at(i) : nullptr,
+                              need_input ? dinputs.mutable_at(i) : nullptr,
+                              need_residual ? dresiduals.mutable_at(i) : nullptr,
                               need_weight ? sum_of(part, 0) : nullptr, need_bias ? sum_of(part, need_weight) : nullptr,
-                              seed.has_value() ? &*seed : nullptr, i * columns, mean.get(i), rstd.get(i)};
+                              i, mean.get(i), rstd.get(i)};
         norm_grad_of_row(options, row, scratch.get());
       }
     }
+    if (past) order_past_caches();
   });
   const auto add_up = [&](Tensor& out, int64_t which, auto zero) {
     using A = decltype(zero);

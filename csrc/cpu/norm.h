@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "../order.h"
+
 namespace fastllm {
 
 // What all rows share. weight (with its offset added) and bias, (columns) in the accumulator's dtype, may be null.
@@ -11,9 +13,10 @@ struct NormOptions {
   const void* weight;
   const void* bias;
   double eps;
-  double dropout_p;
+  const Dropout* dropout;  // null: none
   bool center;
   int x_dtype, h_dtype;
+  bool past_caches;  // what is written is more than the caches hold
 };
 
 // One row. Null for what is not there. With a residual, h = residual + dropout(x) is written and normed, else x.
@@ -22,9 +25,8 @@ struct NormRow {
   const void* residual;
   void* y;
   void* h;
-  const uint64_t* seed;  // null: no dropout
-  int64_t element;       // the number of the row's first element in the whole tensor
-  double mean, rstd;     // results
+  int64_t row;
+  double mean, rstd;  // results
 };
 
 // y is of x_dtype, like dy; what was normed is of h_dtype, like dh and dresidual. dweight and dbias, in the
@@ -37,8 +39,7 @@ struct NormGradRow {
   void* dresidual;
   void* dweight;
   void* dbias;
-  const uint64_t* seed;
-  int64_t element;
+  int64_t row;
   double mean, rstd;
 };
 

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "../order.h"
+
 namespace fastllm {
 
 enum Dtype : int { kF32, kF64, kBF16, kF16, kDtypes };
@@ -22,16 +24,19 @@ struct Segment {
 using SumRows = void (*)(void* out, const Segment&, int64_t begin, int64_t columns, double scale, bool accumulate,
                          void* scratch);
 
-// out = sum over tables of scale * row; a null row adds nothing. With `seed`, dropout by order.h's rule, the first
-// element being number `element` of the whole tensor.
+// out = sum over tables of scale * row; a null row adds nothing. `dropout`, where not null, is of `row`.
 using CombineRows = void (*)(void* out, const void* const* rows, const double* scales, int64_t tables, int64_t columns,
-                             double dropout_p, const uint64_t* seed, int64_t element);
+                             const Dropout* dropout, int64_t row);
+
+// out = what dropout leaves of x, a row of `columns`.
+using DropRow = void (*)(const void* x, void* out, int64_t columns, const Dropout&, int64_t row);
 
 // By the dtype of the rows; sum_rows also by whether out is float32 although the rows are not.
 struct RowKernels {
   const char* name;
   SumRows sum_rows[kDtypes][2];
   CombineRows combine_rows[kDtypes];
+  DropRow drop_row[kDtypes];
 };
 
 // The best of level.h's level().

@@ -36,10 +36,10 @@ class Rows {
   }
 
   const void* at(int64_t row, int64_t column = 0) const {
-    return static_cast<const char*>(tensor_.const_data_ptr()) + offset(row) + column * bytes_;
+    return data_ + offset(row) + column * bytes_;
   }
   void* mutable_at(int64_t row, int64_t column = 0) const {
-    return static_cast<char*>(tensor_.mutable_data_ptr()) + offset(row) + column * bytes_;
+    return const_cast<char*>(data_) + offset(row) + column * bytes_;
   }
 
  private:
@@ -53,6 +53,7 @@ class Rows {
   }
 
   Tensor tensor_;
+  const char* data_ = static_cast<const char*>(tensor_.const_data_ptr());
   int64_t bytes_;
   std::vector<int64_t> sizes_, strides_;  // from the innermost on
 };

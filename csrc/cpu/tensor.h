@@ -7,6 +7,7 @@
 #include <unistd.h>
 #endif
 
+#include "../order.h"
 #include "../tensors.h"
 #include "rows.h"
 
@@ -22,10 +23,16 @@ inline Dtype dtype_index(ScalarType dtype) {
   }
 }
 
-inline std::optional<uint64_t> read_seed(const char* op, const std::optional<Tensor>& seed) {
+// What `seed`, the key and the number of the first row, makes of a probability; nothing without a seed.
+inline std::optional<Dropout> read_dropout(const char* op, const std::optional<Tensor>& seed, double p) {
   if (!seed.has_value()) return std::nullopt;
-  if (seed->numel() != 1 || seed->scalar_type() != ScalarType::Long) refuse(op, ": seed must be one int64");
-  return static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+  if (seed->numel() != 2 || seed->scalar_type() != ScalarType::Long || !seed->is_contiguous())
+    refuse(op, ": seed must be two int64, the key and the first row");
+  const int64_t* words = static_cast<const int64_t*>(seed->const_data_ptr());
+  return Dropout{static_cast<uint64_t>(words[0]), static_cast<uint64_t>(words[1]), p};
+}
+inline const Dropout* pointer_to(const std::optional<Dropout>& dropout) {
+  return dropout.has_value() ? &*dropout : nullptr;
 }
 
 // Ask for huge pages under a large fresh output: the page faults of its first writes cost more than the writes.

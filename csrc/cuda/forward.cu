@@ -69,8 +69,8 @@ void visit_float(ScalarType dtype, F&& f) {
 }
 
 const int64_t* seed_pointer(const char* op, const Tensor& seed) {
-  if (seed.numel() != 1 || seed.scalar_type() != ScalarType::Long || !seed.is_cuda())
-    refuse(op, ": seed must be one int64 on the GPU");
+  if (seed.numel() != 2 || seed.scalar_type() != ScalarType::Long || !seed.is_cuda() || !seed.is_contiguous())
+    refuse(op, ": seed must be two int64 on the GPU, the key and the first row");
   return static_cast<const int64_t*>(seed.const_data_ptr());
 }
 
@@ -118,27 +118,25 @@ Tensor embedding_sum_fwd(const std::vector<Tensor>& weights_, const std::vector<
   return out;
 }
 
-// The gradient that passes the dropout of embedding_sum_fwd: the same mask on the same flat elements.
-Tensor embedding_sum_dropout(const Tensor& grad_, double dropout_p, const Tensor& seed_) {
-  const char* op = "embedding_sum_dropout";
-  const Tensor grad = check_dropped(op, grad_);
-  Tensor out = empty_like_device(grad, {grad.size(0), grad.size(1)}, grad.scalar_type());
-  const int64_t elements = out.numel();
-  if (elements == 0) return out;
-  const OnDevice device(grad);
+// What dropout leaves of the rows of x, (rows, columns).
+Tensor dropout_rows(const Tensor& x_, double p, const Tensor& seed_) {
+  const char* op = "dropout_rows";
+  const Tensor x = check_dropped(op, x_);
+  const int64_t rows = x.size(0), columns = x.size(1);
+  Tensor out = empty_like_device(x, {rows, columns}, x.scalar_type());
+  if (out.numel() == 0) return out;
+  const OnDevice device(x);
   const int64_t* seed = seed_pointer(op, seed_);
-  visit_float(grad.scalar_type(), [&](auto zero) {
+  visit_float(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    constexpr int64_t kThreads = 256;
-    const T* from = static_cast<const T*>(grad.const_data_ptr());
+    const T* from = static_cast<const T*>(x.const_data_ptr());
     T* to = static_cast<T*>(out.mutable_data_ptr());
-    const bool vectors = elements % kVector<T> == 0 && divides(from, 16);
-    const int64_t threads = vectors ? elements / kVector<T> : elements;
-    const unsigned blocks = static_cast<unsigned>((threads + kThreads - 1) / kThreads);
-    if (vectors) {
-      drop<T, kVector<T>><<<blocks, kThreads, 0, device.stream()>>>(from, elements, dropout_p, seed, to);
+    if (columns % kVector<T> == 0 && divides(from, 16)) {
+      const Shape shape(rows, columns, kVector<T>);
+      drop<T, kVector<T>><<<shape.grid, shape.block, 0, device.stream()>>>(from, rows, columns, p, seed, to);
     } else {
-      drop<T, 1><<<blocks, kThreads, 0, device.stream()>>>(from, elements, dropout_p, seed, to);
+      const Shape shape(rows, columns, 1);
+      drop<T, 1><<<shape.grid, shape.block, 0, device.stream()>>>(from, rows, columns, p, seed, to);
     }
   });
   check_cuda(cudaGetLastError(), "drop");
@@ -151,5 +149,5 @@ Tensor embedding_sum_dropout(const Tensor& grad_, double dropout_p, const Tensor
 STABLE_TORCH_LIBRARY_IMPL(fastllm, CUDA, m) {
   m.impl("embedding_fwd", TORCH_BOX(&fastllm::embedding_fwd));
   m.impl("embedding_sum_fwd", TORCH_BOX(&fastllm::embedding_sum_fwd));
-  m.impl("embedding_sum_dropout", TORCH_BOX(&fastllm::embedding_sum_dropout));
+  m.impl("dropout_rows", TORCH_BOX(&fastllm::dropout_rows));
 }

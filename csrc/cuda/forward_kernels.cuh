@@ -55,6 +55,13 @@ FASTLLM_DEVICE int64_t id_of(const Tables& t, int table, int64_t row) {
                           : static_cast<const int32_t*>(t.ids[table])[at];
 }
 
+// Dropout of a row's elements from `column` on; `seed` is the key and the number of the first row.
+template <class A, int N>
+FASTLLM_DEVICE void drop_pack(Pack<A, N>& values, int64_t row, int64_t column, double p, const int64_t* seed) {
+  const Dropout dropout{static_cast<uint64_t>(seed[0]), static_cast<uint64_t>(seed[1]), p};
+  apply_dropout(values.v, N, dropout, dropout.first_row + static_cast<uint64_t>(row), column);
+}
+
 template <class T, int N>
 FASTLLM_KERNEL void sum_tables(Tables t, int64_t rows, int64_t columns, double dropout_p, const int64_t* seed,
                                T* out) {
@@ -73,20 +80,21 @@ FASTLLM_KERNEL void sum_tables(Tables t, int64_t rows, int64_t columns, double d
 #pragma unroll
     for (int c = 0; c < N; ++c) sum.v[c] += scale * widen(part.v[c]);
   }
-  const int64_t element = row * columns + column;
-  if (seed != nullptr) apply_dropout(sum.v, N, dropout_p, static_cast<uint64_t>(*seed), element);
+  if (seed != nullptr) drop_pack(sum, row, column, dropout_p, seed);
   Pack<T, N> result;
 #pragma unroll
   for (int c = 0; c < N; ++c) narrow(sum.v[c], result.v[c]);
-  store_streaming(out + element, result);
+  store_streaming(out + row * columns + column, result);
 }
 
 template <class T, int N>
-FASTLLM_KERNEL void drop(const T* from, int64_t elements, double dropout_p, const int64_t* seed, T* to) {
-  const int64_t element = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * N;
-  if (element >= elements) return;
+FASTLLM_KERNEL void drop(const T* from, int64_t rows, int64_t columns, double p, const int64_t* seed, T* to) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int64_t column = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * N;
+  if (row >= rows || column >= columns) return;
+  const int64_t element = row * columns + column;
   Pack<Acc<T>, N> values = widened(load_streaming<T, N>(from + element));
-  apply_dropout(values.v, N, dropout_p, static_cast<uint64_t>(*seed), element);
+  drop_pack(values, row, column, p, seed);
   Pack<T, N> result;
 #pragma unroll
   for (int c = 0; c < N; ++c) narrow(values.v[c], result.v[c]);

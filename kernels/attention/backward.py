@@ -21,6 +21,7 @@ from .bias_gradient import attention_dbias
 from .problem import Problem
 from .scores import (  # fmt: skip
     column_range,
+    first_number,
     kept,
     load_tile,
     locate,
@@ -79,6 +80,7 @@ class QueryHeads(NamedTuple):
     start: tl.tensor
     n_rows: tl.tensor
     seed: tl.tensor
+    number: tl.tensor
 
 
 @triton.jit
@@ -100,7 +102,7 @@ def _dkdv_tiles(
         rows = start + tl.arange(0, tile.block_m)
         in_rows = rows < queries.n_rows
         sheet = sheet_of(
-            b, head, queries.n_rows, keys.n_cols, score, queries.seed, sizes.heads, BOTTOM_RIGHT=flags.bottom_right
+            b, head, queries.n_rows, keys.n_cols, score, queries.seed, queries.number, BOTTOM_RIGHT=flags.bottom_right
         )
         q_rows = matrix_of(q_plane, b, head, queries.start, sizes.dim, BLOCK=tile.block_d, ALIGN=flags.align)
         dout_rows = matrix_of(dout_plane, b, head, queries.start, sizes.dim_v, BLOCK=tile.block_dv, ALIGN=flags.align)
@@ -149,7 +151,9 @@ def _attention_bwd_dkdv_kernel(
         v_tile = load_tile(matrix_of(v, b, head_kv, start_k, sizes.dim_v, BLOCK_DV, flags.align), cols, in_cols)
         keys = KeyTile(cols, first, n_cols, k_tile, v_tile)
         seed = tl.load(dropout.seed) if dropout is not None else 0
-        queries = QueryHeads(b, head_kv * sizes.group, start_q, n_rows, seed)
+        queries = QueryHeads(
+            b, head_kv * sizes.group, start_q, n_rows, seed, first_number(dropout, b, sizes.heads)
+        )  # fmt: skip
         offset = n_cols - n_rows if flags.bottom_right else 0
         begin, full_begin, full_end, end = row_range(
             first, first + BLOCK_N - 1, n_rows, n_cols, offset, score, BLOCK_M=tile.block_m
@@ -240,7 +244,8 @@ def _attention_bwd_dq_kernel(
         delta = tl.load(stats.delta + at_stats, mask=in_rows, other=0.0)
         own = RowTile(rows, q_tile, dout_tile, row_max, row_log2, delta)
         seed = tl.load(dropout.seed) if dropout is not None else 0
-        sheet = sheet_of(b, head, n_rows, n_cols, score, seed, sizes.heads, BOTTOM_RIGHT=flags.bottom_right)
+        number = first_number(dropout, b, sizes.heads)
+        sheet = sheet_of(b, head, n_rows, n_cols, score, seed, number, BOTTOM_RIGHT=flags.bottom_right)
         keys = matrix_of(k, b, head_kv, start_k, sizes.dim, BLOCK_D, flags.align)
         values = matrix_of(v, b, head_kv, start_k, sizes.dim_v, BLOCK_DV, flags.align)
         begin, full_begin, full_end, end = column_range(

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..launch import cdiv
-from .scores import kept, load_tile, matrix_of, probabilities, scores, sheet_of, span_of
+from .scores import first_number, kept, load_tile, matrix_of, probabilities, scores, sheet_of, span_of
 from .tiles import dbias_tile
 from .values import Matrix
 
@@ -98,7 +98,8 @@ def _attention_dbias_kernel(
         last_col = n_cols if over.col else tl.minimum(n_cols, first_col + BLOCK_N)
         for head in range(first_head, last_head):
             head_kv = head // sizes.group
-            sheet = sheet_of(b, head, n_rows, n_cols, score, seed, sizes.heads, BOTTOM_RIGHT=flags.bottom_right)
+            number = first_number(dropout, b, sizes.heads)
+            sheet = sheet_of(b, head, n_rows, n_cols, score, seed, number, BOTTOM_RIGHT=flags.bottom_right)
             queries = matrix_of(q, b, head, start_q, sizes.dim, BLOCK=STEP, ALIGN=flags.align)
             keys = matrix_of(k, b, head_kv, start_k, sizes.dim, BLOCK=STEP, ALIGN=flags.align)
             values = matrix_of(v, b, head_kv, start_k, sizes.dim_v, BLOCK=STEP_V, ALIGN=flags.align)

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ..launch import cdiv, launch_options, next_power_of_2
 from .online_softmax import forward_tiles, row_results
-from .scores import column_range, load_tile, locate, matrix_of, sheet_of, span_of, store_tile
+from .scores import column_range, first_number, load_tile, locate, matrix_of, sheet_of, span_of, store_tile
 from .values import Matrix, TileShape
 
 # Most rows of a sequence that is split: queries times heads of a group, as a power of 2. A guess. The sequence's own
@@ -78,7 +78,8 @@ def _attention_split_kernel(
         plane = place.to(tl.int64) * (sizes.heads // sizes.group) + head_kv
         at = (plane * tl.num_programs(1) + tl.program_id(1)) * BLOCK_M + tl.arange(0, BLOCK_M)
         seed = tl.load(dropout.seed) if dropout is not None else 0
-        sheet = sheet_of(b, head, n_rows, n_cols, score, seed, sizes.heads, BOTTOM_RIGHT=flags.bottom_right)
+        number = first_number(dropout, b, sizes.heads)
+        sheet = sheet_of(b, head, n_rows, n_cols, score, seed, number, BOTTOM_RIGHT=flags.bottom_right)
         begin, full_begin, full_end, end = column_range(
             first_row,
             tl.minimum(first_row + QUERIES, n_rows) - 1,

@@ -13,7 +13,7 @@ import triton.language as tl
 from .decode import attention_decode, splits
 from .online_softmax import forward_tiles, row_results
 from .problem import Problem
-from .scores import column_range, load_tile, locate, matrix_of, sheet_of, store_tile
+from .scores import column_range, first_number, load_tile, locate, matrix_of, sheet_of, store_tile
 from .tiles import forward_tile
 
 
@@ -48,7 +48,8 @@ def _attention_fwd_kernel(
         values = matrix_of(v, b, head_kv, start_k, sizes.dim_v, BLOCK=BLOCK_DV, ALIGN=flags.align)
         q_tile = load_tile(queries, rows, in_rows)
         seed = tl.load(dropout.seed) if dropout is not None else 0
-        sheet = sheet_of(b, head, n_rows, n_cols, score, seed, sizes.heads, BOTTOM_RIGHT=flags.bottom_right)
+        number = first_number(dropout, b, sizes.heads)
+        sheet = sheet_of(b, head, n_rows, n_cols, score, seed, number, BOTTOM_RIGHT=flags.bottom_right)
         acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
         row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         row_sum = tl.zeros((BLOCK_M,), tl.float32)

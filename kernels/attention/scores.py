@@ -15,7 +15,7 @@ ceil(length / BLOCK) tiles or one more, without knowing any length on the host.
 import triton
 import triton.language as tl
 
-from ..math import tanh
+from ..math import is_kept, tanh
 from .values import Matrix, Sheet
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -99,8 +99,20 @@ def store_tile(matrix, tile, rows, in_rows):
 
 
 @triton.jit
-def sheet_of(b, head, n_rows, n_cols, score, seed, heads, BOTTOM_RIGHT: tl.constexpr):
-    """The sheet of (b, head); several, along the first dimension, where ``head`` is (rows, 1)."""
+def first_number(dropout, b, heads):
+    """The number of the sheet of head 0 of sequence ``b``, counted from the seed's first."""
+    number = tl.cast(b, tl.int64) * heads
+    if dropout is not None:
+        number += tl.load(dropout.seed + 1)
+    return number
+
+
+@triton.jit
+def sheet_of(b, head, n_rows, n_cols, score, seed, number, BOTTOM_RIGHT: tl.constexpr):
+    """The sheet of (b, head); several, along the first dimension, where ``head`` is (rows, 1).
+
+    ``number`` is of b's first sheet.
+    """
     offset = n_cols - n_rows if BOTTOM_RIGHT else 0
     slope = 0.0
     if score.slopes is not None:
@@ -108,7 +120,7 @@ def sheet_of(b, head, n_rows, n_cols, score, seed, heads, BOTTOM_RIGHT: tl.const
     bias = 0
     if score.bias is not None:
         bias = score.bias + b * score.bias_batch + head * score.bias_head
-    return Sheet(n_rows, n_cols, offset, b * heads + head, slope, bias, seed)
+    return Sheet(n_rows, n_cols, offset, number + head, slope, bias, seed)
 
 
 @triton.jit
@@ -159,21 +171,8 @@ def probabilities(t, row_max, row_log2, unit, EXACT: tl.constexpr):
 
 @triton.jit
 def kept(seed, number, rows, start, threshold, BLOCK_N: tl.constexpr):
-    """Which of the columns start .. start + BLOCK_N of ``rows`` dropout keeps, (rows, BLOCK_N).
-
-    Philox-4x32-10 with the 64-bit key ``seed`` and the counter (column // 4, row, number, 0), where number = batch *
-    heads + head; column % 4 picks the word, which is kept if >= threshold = p * 2^32.
-    """
-    groups = start // 4 + tl.arange(0, BLOCK_N // 4)
-    zero = rows[:, None] * 0 + groups[None, :] * 0
-    c0 = (zero + groups[None, :]).to(tl.uint32)
-    c1 = (zero + rows[:, None]).to(tl.uint32)
-    c2 = (zero + number).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, zero.to(tl.uint32), 10)
-    limit = threshold.to(tl.uint32)
-    even = tl.join((w0 >= limit).to(tl.int8), (w2 >= limit).to(tl.int8))
-    odd = tl.join((w1 >= limit).to(tl.int8), (w3 >= limit).to(tl.int8))
-    return tl.reshape(tl.join(even, odd), (rows.shape[0], BLOCK_N)) != 0
+    """Which of the columns start .. start + BLOCK_N of ``rows`` dropout keeps, in the sheet of ``number``."""
+    return is_kept(seed, rows, number.to(tl.uint32), start, threshold, BLOCK_N)
 
 
 @triton.jit

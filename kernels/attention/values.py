@@ -52,7 +52,10 @@ class Score(NamedTuple):
 
 
 class WeightDropout(NamedTuple):
-    """A weight is kept where its 32 random bits are at least ``threshold``; the kept ones are scaled."""
+    """A weight is kept where its 32 random bits are at least ``threshold``; the kept ones are scaled.
+
+    ``seed`` (2,): Philox's key, and the number of the first plane of scores.
+    """
 
     seed: torch.Tensor
     threshold: int
@@ -116,7 +119,7 @@ class Matrix(NamedTuple):
 
 
 class Sheet(NamedTuple):
-    """In a kernel: the scores (n_rows, n_cols) of one head of one sequence; ``number`` is batch * heads + head.
+    """In a kernel: the scores (n_rows, n_cols) of one head of one sequence; ``number`` is its plane's for dropout.
 
     ``bias`` points at the bias of the score (0, 0). It, ``slope`` and dropout's ``seed`` are 0 where the call has none.
     """

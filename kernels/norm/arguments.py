@@ -15,7 +15,7 @@ from ..math import is_kept, starts
 
 
 class NormInputs(NamedTuple):
-    """``seed`` is for the dropout of ``x`` before ``residual`` is added."""
+    """``seed``, a key and the number of the first row, is for the dropout of ``x`` before ``residual`` is added."""
 
     x: torch.Tensor
     residual: torch.Tensor | None
@@ -38,10 +38,17 @@ class NormPlaces(NamedTuple):
     residual: tuple[int, int, int]
 
 
+class BranchDropout(NamedTuple):
+    """An element is kept where its random word is at least ``threshold``; the kept ones are scaled by ``scale``."""
+
+    threshold: int
+    scale: float
+
+
 class NormNumbers(NamedTuple):
     eps: float
     offset: float
-    dropout_p: float
+    dropout: BranchDropout
 
 
 class NormForwardPass(NamedTuple):
@@ -92,8 +99,12 @@ class NormBackwardPass(NamedTuple):
     n_rows: int
     n_cols: int
     offset: float
-    dropout_p: float
+    dropout: BranchDropout
     center: bool
+
+
+def _branch_dropout(p: float) -> BranchDropout:
+    return BranchDropout(int(p * 2**32), 1.0 / (1.0 - p))
 
 
 def forward_pass(call, outputs: NormOutputs) -> NormForwardPass:
@@ -107,7 +118,7 @@ def forward_pass(call, outputs: NormOutputs) -> NormForwardPass:
         NormPlaces(x.layout, residual.layout),
         x.count,
         n_cols,
-        NormNumbers(call.eps, call.offset, call.dropout_p),
+        NormNumbers(call.eps, call.offset, _branch_dropout(call.dropout_p)),
         call.center,
     )
 
@@ -126,7 +137,7 @@ def backward_pass(call, outputs: NormGradOutputs) -> NormBackwardPass:
         x.count,
         n_cols,
         call.offset,
-        call.dropout_p,
+        _branch_dropout(call.dropout_p),
         call.center,
     )
 
@@ -142,6 +153,8 @@ def row_starts(rows, place):
 
 
 @triton.jit
-def dropped(x, seed_ptr, rows, cols, p):
-    """Dropout of ``x``: (rows, cols)."""
-    return tl.where(is_kept(tl.load(seed_ptr), rows, cols, p), x * (1.0 / (1.0 - p)), 0.0)
+def drop_branch(x, key, rows, start, dropout, COLS: tl.constexpr):
+    """Dropout of ``x``, the columns from ``start`` on of ``rows``, counted from the seed's first row."""
+    high = (rows >> 32).to(tl.uint32)[:, None]
+    kept = is_kept(key, rows.to(tl.uint32), high, start, dropout.threshold, COLS)
+    return tl.where(kept, x * dropout.scale, 0.0)

@@ -21,8 +21,7 @@ import triton.language as tl
 
 from ..device import device_info
 from ..launch import cdiv, cluster_blocks, launch_options, next_power_of_2, processor_count, tuned
-from ..math import is_kept
-from .arguments import NormBackwardPass, NormGradOutputs, backward_pass, row_starts, tile_warps
+from .arguments import NormBackwardPass, NormGradOutputs, backward_pass, drop_branch, row_starts, tile_warps
 from .forward import blocked_launch, rows_and_columns
 from .long_row import is_long, norm_bwd_row
 
@@ -77,7 +76,7 @@ def _row_means_kernel(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _norm_bwd_kernel(
-    inputs, means, outputs, places, n_rows, n_cols, offset, p,
+    inputs, means, outputs, places, n_rows, n_cols, offset, dropout,
     CENTER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """``means`` are those of :func:`_row_means_kernel`, or None where a tile holds whole rows and takes them itself."""
@@ -88,7 +87,7 @@ def _norm_bwd_kernel(
     if inputs.weight is not None:
         weight = tl.load(inputs.weight + cols, mask=in_cols, other=0.0).to(tl.float32) + offset
     if inputs.seed is not None and outputs.dinput is not None:
-        seed = tl.load(inputs.seed)
+        key, first_row = tl.load(inputs.seed), tl.load(inputs.seed + 1)
     dweight = tl.zeros((BLOCK_N,), tl.float32)
     dbias = tl.zeros((BLOCK_N,), tl.float32)
     for tile in tl.range(program, tl.cdiv(n_rows, BLOCK_M), programs, num_stages=STAGES):
@@ -126,7 +125,7 @@ def _norm_bwd_kernel(
                 tl.store(outputs.dresidual + at, dx.to(outputs.dresidual.dtype.element_ty), mask=mask)
             if outputs.dinput is not None:
                 if inputs.seed is not None:
-                    dx = tl.where(is_kept(seed, rows, cols, p), dx * (1.0 / (1.0 - p)), 0.0)
+                    dx = drop_branch(dx, key, rows + first_row, tl.program_id(1) * BLOCK_N, dropout, BLOCK_N)
                 tl.store(outputs.dinput + at, dx.to(outputs.dinput.dtype.element_ty), mask=mask)
         if outputs.dweight is not None:
             dweight += tl.sum(dy * xhat, axis=0)
@@ -252,7 +251,7 @@ def norm_bwd(call):
         # One program a multiprocessor, two of wide rows. For more occupancy than that ptxas would spill.
         registers = min(255, 2048 // n_warps) if grid.whole or dropout else 128
         _norm_bwd_kernel[(grid.programs, cdiv(n_cols, grid.block_n))](
-            work.inputs, means, partial, work.places, n_rows, n_cols, work.offset, work.dropout_p,
+            work.inputs, means, partial, work.places, n_rows, n_cols, work.offset, work.dropout,
             CENTER=work.center, BLOCK_M=grid.block_m, BLOCK_N=grid.block_n, STAGES=settings["STAGES"],
             **launch_options(call.x.device, num_warps=n_warps, maxnreg=registers),
         )  # fmt: skip

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from ..launch import cdiv, cluster_blocks, launch_options, next_power_of_2, tuned
-from .arguments import NormForwardPass, NormOutputs, dropped, forward_pass, row_starts, tile_warps
+from .arguments import NormForwardPass, NormOutputs, drop_branch, forward_pass, row_starts, tile_warps
 from .long_row import is_long, norm_fwd_row
 from .packed import norm_fwd_packed, packable
 
@@ -46,11 +46,11 @@ def blocked_launch(kernel: str, x: torch.Tensor, *key) -> tuple[int, dict]:
 
 
 @triton.jit
-def _with_residual(x, inputs, outputs, residual_at, h_at, rows, cols, mask, p):
+def _with_residual(x, inputs, outputs, residual_at, h_at, rows, start, mask, dropout, COLS: tl.constexpr):
     """h in fp32, stored where there is a residual; else ``x``."""
     if inputs.residual is not None:
         if inputs.seed is not None:
-            x = dropped(x, inputs.seed, rows, cols, p)
+            x = drop_branch(x, tl.load(inputs.seed), rows + tl.load(inputs.seed + 1), start, dropout, COLS)
         x += tl.load(inputs.residual + residual_at, mask=mask, other=0.0).to(tl.float32)
         h = x.to(outputs.h.dtype.element_ty)
         tl.store(outputs.h + h_at, h, mask=mask)
@@ -71,7 +71,7 @@ def _norm_fwd_kernel(
     residual_at = row_starts(rows, places.residual)[:, None] + cols[None, :]
     y_at = rows[:, None] * n_cols + cols[None, :]
     x = tl.load(inputs.x + x_at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    x = _with_residual(x, inputs, outputs, residual_at, y_at, rows, cols, mask, numbers.dropout_p)
+    x = _with_residual(x, inputs, outputs, residual_at, y_at, rows, 0, mask, numbers.dropout, BLOCK_N)
     if CENTER:
         mean = tl.sum(x, axis=1) / n_cols
         mean += tl.sum(tl.where(mask, x - mean[:, None], 0.0), axis=1) / n_cols
@@ -109,7 +109,7 @@ def _norm_fwd_blocked_kernel(
         at = cols[None, :]
         x = tl.load(x_ptr + at, mask=mask, other=0.0, eviction_policy=KEEP).to(tl.float32)
         x = _with_residual(
-            x, inputs, outputs, residual_start + at, row * n_cols + at, rows, cols, mask, numbers.dropout_p
+            x, inputs, outputs, residual_start + at, row * n_cols + at, rows, start, mask, numbers.dropout, BLOCK_N
         )
         if CENTER:
             count = tl.minimum(n_cols - start, BLOCK_N)

@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 
 from ..launch import cdiv, launch_options, next_power_of_2, tuned
-from ..math import is_kept
-from .arguments import NormBackwardPass, NormForwardPass, dropped, row_starts
+from .arguments import NormBackwardPass, NormForwardPass, drop_branch, row_starts
 
 # A row of more columns is long: LONG fill a tile alone, and more than UNALIGNED_LONG would spill in one tile where rows
 # do not begin at multiples of 16 elements.
@@ -46,6 +45,8 @@ def _norm_fwd_row_kernel(
     if inputs.residual is not None:
         residual_ptr = inputs.residual + row_starts(row, places.residual)
         h_ptr = outputs.h + row * n_cols
+        if inputs.seed is not None:
+            key, first_row = tl.load(inputs.seed), tl.load(inputs.seed + 1)
     xs = ()
     total = tl.zeros((1, SEGMENT), tl.float32)
     for segment in tl.static_range(SEGMENTS):
@@ -54,8 +55,8 @@ def _norm_fwd_row_kernel(
         x = tl.load(x_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
         if inputs.residual is not None:
             if inputs.seed is not None:
-                cols = segment * SEGMENT + tl.arange(0, SEGMENT)
-                x = dropped(x, inputs.seed, row + tl.arange(0, 1), cols, numbers.dropout_p)
+                rows = row + tl.arange(0, 1) + first_row
+                x = drop_branch(x, key, rows, segment * SEGMENT, numbers.dropout, SEGMENT)
             x += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
             x = x.to(outputs.h.dtype.element_ty).to(tl.float32)
         xs = xs + (x,)  # noqa: RUF005
@@ -102,7 +103,7 @@ def _norm_fwd_row_kernel(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _norm_bwd_row_kernel(
-    inputs, outputs, places, n_rows, n_cols, offset, p,
+    inputs, outputs, places, n_rows, n_cols, offset, dropout,
     CENTER: tl.constexpr, SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     NEED_DX: tl.constexpr = outputs.dinput is not None or outputs.dresidual is not None
@@ -121,7 +122,7 @@ def _norm_bwd_row_kernel(
         dweights = dweights + (tl.zeros((1, SEGMENT), tl.float32),)  # noqa: RUF005
         dbiases = dbiases + (tl.zeros((1, SEGMENT), tl.float32),)  # noqa: RUF005
     if inputs.seed is not None and outputs.dinput is not None:
-        seed = tl.load(inputs.seed)
+        key, first_row = tl.load(inputs.seed), tl.load(inputs.seed + 1)
     for index in tl.range(tl.program_id(0), n_rows, tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(index, tl.int64)
         dy_row = inputs.dy + row_starts(row, places.dy)
@@ -163,9 +164,8 @@ def _norm_bwd_row_kernel(
                     tl.store(outputs.dresidual + out_at, dx.to(outputs.dresidual.dtype.element_ty), mask=mask)
                 if outputs.dinput is not None:
                     if inputs.seed is not None:
-                        cols = segment * SEGMENT + tl.arange(0, SEGMENT)
-                        kept = is_kept(seed, row + tl.arange(0, 1), cols, p)
-                        dx = tl.where(kept, dx * (1.0 / (1.0 - p)), 0.0)
+                        rows = row + tl.arange(0, 1) + first_row
+                        dx = drop_branch(dx, key, rows, segment * SEGMENT, dropout, SEGMENT)
                     tl.store(outputs.dinput + out_at, dx.to(outputs.dinput.dtype.element_ty), mask=mask)
             dweight = dweights[segment] + dy * xhats[segment] if outputs.dweight is not None else dweights[segment]
             new_dweights = new_dweights + (dweight,)  # noqa: RUF005
@@ -213,7 +213,7 @@ def norm_bwd_row(work: NormBackwardPass, blocks: int, programs: int, n_stages: i
     )
     segment, n_warps = settings["SEGMENT"], settings["num_warps"]
     _norm_bwd_row_kernel[(programs,)](
-        work.inputs, work.outputs, work.places, work.n_rows, n_cols, work.offset, work.dropout_p, CENTER=work.center,
+        work.inputs, work.outputs, work.places, work.n_rows, n_cols, work.offset, work.dropout, CENTER=work.center,
         SEGMENTS=cdiv(n_cols, segment), SEGMENT=segment, STAGES=settings["STAGES"],
         **launch_options(work.inputs.x.device, num_warps=n_warps, num_ctas=blocks, maxnreg=min(255, 2048 // n_warps)),
     )  # fmt: skip

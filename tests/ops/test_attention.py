@@ -181,7 +181,7 @@ def _identity_values(cols):
 def test_dropout_drops_what_the_host_says(backend, monkeypatch):
     q, k, _ = (t.detach() for t in qkv(2, 3, 19, 24))
     v = _identity_values(24)
-    seed = torch.tensor([-(2**40) + 5], device=DEVICE)
+    seed = torch.tensor([-(2**40) + 5, 2**33 + 9], device=DEVICE)
     monkeypatch.setattr(module, "draw_seed", lambda device: seed)
     kept = dropout_kept(
         seed, torch.arange(6, device=DEVICE).view(2, 3), torch.arange(19, device=DEVICE), 24, 0.4
@@ -211,7 +211,7 @@ def test_dropout_probabilities(backend):
 @pytest.mark.runs_on("anywhere")
 def test_dropout_is_exact_to_more_than_eight_bits():
     planes, rows = torch.arange(64).view(8, 8), torch.arange(64)
-    kept = dropout_kept(torch.tensor([11]), planes, rows, 256, 0.0015)
+    kept = dropout_kept(torch.tensor([11, 0]), planes, rows, 256, 0.0015)
     dropped = 1 - kept.float().mean().item()
     # 2^20 draws: the deviation of the mean is 3.8e-5; a p rounded to 1/256 would be 0 or 0.0039.
     assert abs(dropped - 0.0015) < 1.6e-4

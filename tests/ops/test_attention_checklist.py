@@ -115,7 +115,7 @@ def test_packed_offsets_past_32_bits():
 @pytest.mark.runs_on("anywhere")
 def test_dropout_words_differ_past_32_bits_of_scores():
     # Planes and rows whose scores lie 2^32 apart in one long count; and the kernels' own words there.
-    seed = torch.tensor([17])
+    seed = torch.tensor([17, 0])
     planes = torch.tensor([0, 2**16, 2**30])
     words = [dropout_kept(seed, planes, torch.tensor([row]), 64, 0.5) for row in (0, 2**20)]
     masks = torch.stack(words).reshape(6, 64)
@@ -149,7 +149,7 @@ def test_gradients_that_are_one_expanded_number(backend):
 def test_the_dropout_seed_is_a_tensor():
     # A CUDA graph replays its launches: a number read by the host would repeat one mask for ever.
     seed = draw_seed(DEVICE)
-    assert (seed.dtype, seed.shape, seed.device.type) == (torch.int64, (1,), DEVICE.type)
+    assert (seed.dtype, seed.shape, seed.device.type) == (torch.int64, (2,), DEVICE.type)
     assert not torch.equal(seed, draw_seed(DEVICE))
 
 

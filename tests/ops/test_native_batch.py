@@ -69,6 +69,7 @@ def _attention(name, tensors):
 
 # Op -> what makes its call of some rows, and how many tensors of rows it takes.
 CALLS = {
+    "layer_norm": (_norm, 1),
     "rms_norm": (_norm, 1),
     "add_layer_norm": (_norm, 2),
     "add_rms_norm": (_norm, 2),

@@ -70,7 +70,7 @@ void forward(const AttentionShape& s, const AttentionHead& h, const AttentionOut
         const float before = f.most[r], here = largest_score(t, count) * scale, most = here > before ? here : before;
         const float top = most == -__builtin_inff() ? 0.0f : most;
         const float sum = soften(t, count, scale, top);
-        if (s.seed != nullptr) drop(s, h, first + r, column + span.begin, count, t);
+        if (s.dropout != nullptr) drop_scores(s, h, first + r, column + span.begin, count, t);
         if (most != before) {
           const float factor = exp_(before - top);
           float* __restrict out = f.out + r * f.dim_v;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../attention_rows.h"
+#include "dropout.h"
 #include "tiles.h"
 
 namespace fastllm::FASTLLM_ISA {
@@ -108,15 +109,11 @@ inline Span score(const AttentionShape& s, const AttentionHead& h, const Strip& 
   return {from, to};
 }
 
-// What dropout leaves of one row's probabilities, from a multiple of 4 on: the same mask as the reference's.
-inline void drop(const AttentionShape& s, const AttentionHead& h, int64_t row, int64_t column, int64_t n, float* p) {
-  const uint32_t threshold = dropout_threshold(s.dropout_p);
-  const float kept = s.dropout_p < 1.0 ? static_cast<float>(1.0 / (1.0 - s.dropout_p)) : 0.0f;
-  for (int64_t c = 0; c < n; c += 4) {
-    const Philox4 random = philox_at(*s.seed, static_cast<uint32_t>((column + c) / 4), static_cast<uint32_t>(row),
-                                     static_cast<uint32_t>(h.plane));
-    for (int64_t l = 0; l < 4; ++l) p[c + l] = random.word[l] >= threshold ? p[c + l] * kept : 0.0f;
-  }
+// What dropout leaves of one row's probabilities, from a multiple of 4 on.
+inline void drop_scores(const AttentionShape& s, const AttentionHead& h, int64_t row, int64_t column, int64_t n,
+                        float* p) {
+  const uint64_t plane = s.dropout->first_row + static_cast<uint64_t>(h.plane);
+  drop(p, p, n, *s.dropout, (plane << 32) + static_cast<uint64_t>(row), column);
 }
 
 inline Wide from_row(const Wide& x, int64_t row) { return {x.data + row * x.width, x.width}; }

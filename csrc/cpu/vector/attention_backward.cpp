@@ -96,14 +96,14 @@ void differentiate(const AttentionShape& s, const AttentionHead& h, const Attent
     const int64_t row = strip.row + r, column = block.column + span.begin;
     float *weights = p + r * b.width + span.begin, *grads = ds + r * b.width + span.begin;
     const float* slopes = b.slopes + r * b.width + span.begin;
-    if (s.seed != nullptr) drop(s, h, row, column, count, grads);
+    if (s.dropout != nullptr) drop_scores(s, h, row, column, count, grads);
     const float most = b.most[row], log = b.log[row], delta = b.delta[row];
     for (int64_t c = 0; c < count; c += kVector) {
       const Vector weight = exp_to_89(load(weights + c) * scale - most - log);
       store(weights + c, weight);
       store(grads + c, (load(grads + c) - delta) * weight);
     }
-    if (s.seed != nullptr) drop(s, h, row, column, count, weights);
+    if (s.dropout != nullptr) drop_scores(s, h, row, column, count, weights);
     if (g.dbias != nullptr) {
       float* dbias = g.dbias + row * g.dbias_row + column * g.dbias_column;
       const int64_t there = smaller(count, s.columns - column);

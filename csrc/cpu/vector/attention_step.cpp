@@ -49,7 +49,8 @@ void add_weighted(const float* __restrict weights, const T* rows, int64_t stride
   }
 }
 
-// Scores of one query; weights in their place: e^(score - the largest). Returns the weights' sum, 0 where all is hidden.
+// Scores of one query; weights in their place: e^(score - the largest). Returns the weights' sum, 0 where all is
+// hidden.
 float weigh(const AttentionStep& call, int64_t g, float* scores) {
   if (call.mask != nullptr) {
     const int64_t from = g * call.mask_stride;
@@ -65,7 +66,9 @@ float weigh(const AttentionStep& call, int64_t g, float* scores) {
   const float most = largest(scores, call.keys);
   const bool none = most == -__builtin_inff();
   const float base = none ? 0.0f : most;
-  return sum_over<float>(call.keys, [&](int64_t j) { return scores[j] = none && scores[j] == most ? 0.0f : exp_(scores[j] - base); });
+  return sum_over<float>(call.keys, [&](int64_t j) {
+    return scores[j] = none && scores[j] == most ? 0.0f : exp_(scores[j] - base);
+  });
 }
 
 template <class T>

@@ -30,7 +30,7 @@ inline void add_run(const float* __restrict x, int64_t depth, const T* __restric
 template <int R>
 inline void add_run(const float* __restrict x, int64_t depth, const BF16* __restrict w, Vector (&sums)[R][kVectors]) {
   for (int64_t v = 0; v < kVectors; v += 2) {
-    const Bits two = read<Bits>(w + v * kVector);
+    const Unsigned two = read<Unsigned>(w + v * kVector);
     const Vector even = reinterpret_cast<Vector>(two << 16), odd = reinterpret_cast<Vector>(two & 0xFFFF0000u);
     for (int r = 0; r < R; ++r) {
       sums[r][v] = multiply_add(load(x + r * depth + v * kVector), even, sums[r][v]);

@@ -4,6 +4,7 @@
 
 #include "../../order.h"
 #include "../../scalar.h"
+#include "dropout.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {
@@ -78,7 +79,7 @@ constexpr int64_t kBlock = 512;
 
 template <class T>
 void combine_rows(void* out_, const void* const* rows, const double* scales, int64_t tables, int64_t columns,
-                  double dropout_p, const uint64_t* seed, int64_t element) {
+                  const Dropout* dropout, int64_t row) {
   using A = Acc<T>;
   T* __restrict out = static_cast<T*>(out_);
   A sum[kBlock];
@@ -87,12 +88,31 @@ void combine_rows(void* out_, const void* const* rows, const double* scales, int
     for (int64_t c = 0; c < n; ++c) sum[c] = A(0);
     for (int64_t t = 0; t < tables; ++t) {
       if (rows[t] == nullptr) continue;
-      const T* __restrict row = static_cast<const T*>(rows[t]) + begin;
+      const T* __restrict one = static_cast<const T*>(rows[t]) + begin;
       const A scale = static_cast<A>(scales[t]);
-      for (int64_t c = 0; c < n; ++c) sum[c] += scale * widen(row[c]);
+      for (int64_t c = 0; c < n; ++c) sum[c] += scale * widen(one[c]);
     }
-    if (seed != nullptr) apply_dropout(sum, n, dropout_p, *seed, element + begin);
+    if (dropout != nullptr) drop(sum, sum, n, *dropout, dropout->first_row + static_cast<uint64_t>(row), begin);
     for (int64_t c = 0; c < n; ++c) narrow(sum[c], out[begin + c]);
+  }
+}
+
+template <class T>
+void drop_row(const void* x_, void* out_, int64_t columns, const Dropout& dropout, int64_t row_) {
+  using A = Acc<T>;
+  const T* x = static_cast<const T*>(x_);
+  T* out = static_cast<T*>(out_);
+  const uint64_t row = dropout.first_row + static_cast<uint64_t>(row_);
+  if constexpr (sizeof(T) == sizeof(A)) {
+    drop(x, out, columns, dropout, row, 0);
+  } else {
+    A wide[kBlock];
+    for (int64_t begin = 0; begin < columns; begin += kBlock) {
+      const int64_t n = columns - begin < kBlock ? columns - begin : kBlock;
+      for (int64_t c = 0; c < n; ++c) wide[c] = widen(x[begin + c]);
+      drop(wide, wide, n, dropout, row, begin);
+      for (int64_t c = 0; c < n; ++c) narrow(wide[c], out[begin + c]);
+    }
   }
 }
 
@@ -109,6 +129,7 @@ const RowKernels kernels = {
      {sum_rows<BF16, BF16>, sum_rows<BF16, float>},
      {sum_rows<F16, F16>, sum_rows<F16, float>}},
     {combine_rows<float>, combine_rows<double>, combine_rows<BF16>, combine_rows<F16>},
+    {drop_row<float>, drop_row<double>, drop_row<BF16>, drop_row<F16>},
 };
 
 }  // namespace fastllm::FASTLLM_ISA

@@ -17,15 +17,16 @@ namespace fastllm::FASTLLM_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kVector = 16;
+#define FASTLLM_LANES 16
 constexpr int kTileRows = 12;  // with 2 vectors a row 24 of 32 registers
 #elif defined(__AVX2__) && defined(__FMA__)
-constexpr int kVector = 8;
+#define FASTLLM_LANES 8
 constexpr int kTileRows = 6;  // with 2 vectors a row 12 of 16 registers
 #else
-constexpr int kVector = 4;
+#define FASTLLM_LANES 4
 constexpr int kTileRows = 6;
 #endif
+constexpr int kVector = FASTLLM_LANES;
 constexpr int64_t kPanel = 2 * kVector;
 
 typedef float Vector __attribute__((vector_size(4 * kVector)));
@@ -33,23 +34,14 @@ typedef int32_t Integers __attribute__((vector_size(4 * kVector)));
 // For bits of numbers that may be anything, NaN included: signed sums of them could overflow.
 typedef uint32_t Unsigned __attribute__((vector_size(4 * kVector)));
 
-inline Vector load(const float* from) {
-  Vector x;
-  __builtin_memcpy(&x, from, sizeof x);
-  return x;
-}
-inline void store(float* to, Vector x) { __builtin_memcpy(to, &x, sizeof x); }
-// n elements, at most a vector; zeros after them.
-inline Vector load_some(const float* from, int64_t n) {
-  if (n == kVector) return load(from);
-  Vector x{};
-  __builtin_memcpy(&x, from, static_cast<size_t>(n) * sizeof(float));
-  return x;
-}
-inline void store_some(float* to, Vector x, int64_t n) {
-  if (n == kVector) return store(to, x);
-  __builtin_memcpy(to, &x, static_cast<size_t>(n) * sizeof(float));
-}
+}  // namespace
+}  // namespace fastllm::FASTLLM_ISA
+
+#include "halves.h"
+
+namespace fastllm::FASTLLM_ISA {
+namespace {
+
 // x where there are elements, zeros after them.
 inline Vector keep_some(Vector x, int64_t n) {
   if (n == kVector) return x;

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ..linear import linear
 from ..shared.widened import widens
-from .sdpa import scaled_dot_product_attention
+from .sdpa import sdpa_request, served
 
 
 def _check_mask(name: str, mask, shapes, query) -> None:
@@ -70,7 +70,7 @@ def multihead_attention(module, query, key, value, masks: AttentionMasks):
         k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
     q, k, v = (x.unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2) for x in (q, k, v))
     dropout_p = module.dropout if module.training else 0.0
-    out = scaled_dot_product_attention(q, k, v, mask, dropout_p, causal)
+    out = served(sdpa_request(q, k, v, mask, dropout_p, causal), getattr(module, "first_row", None))
     out = module.out_proj(out.transpose(1, 2).flatten(-2))
     if not batched:
         return out.squeeze(0), None
@@ -115,7 +115,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     With ``need_weights=False`` the attention is :func:`fastllm.functional.scaled_dot_product_attention`, and the
     weights, (N, heads, L, S), never exist. With ``need_weights=True``, torch's default, the weights are needed, so the
     call is torch's own. Nested tensors also take torch's own call.
+
+    ``first_row`` is set by :func:`fastllm.training.dropout.key_dropout`.
     """
+
+    first_row: torch.Tensor | None = None
 
     def forward(
         self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..shared.philox import philox
+from ..shared.philox import dropout_scale, rows_kept
 from .call import AttentionCall, sequence_call
 
 
@@ -12,19 +12,13 @@ def dropout_kept(seed: torch.Tensor, planes: torch.Tensor, rows: torch.Tensor, c
     """Which probabilities dropout keeps: bool (*planes.shape, len(rows), cols).
 
     Args:
-        seed: one int64, the Philox key (:func:`fastllm.ops.shared.philox.draw_seed`).
+        seed: two int64, the Philox key and the number of plane 0 (:func:`fastllm.ops.shared.philox.draw_seed`).
         planes: int64, batch * heads + head of each plane of scores.
         rows: (r,) int64, query positions within their sequence.
         cols: how many key positions, from 0.
         p: the probability of dropping, exact to 2^-32.
-
-    Every element has a random word of its own, keyed by (batch, head, row, column): it depends on no tile size.
     """
-    groups = torch.arange((cols + 3) // 4, device=rows.device)
-    shape = (*planes.shape, rows.numel(), groups.numel())
-    words = philox(seed, groups.expand(shape), rows.view(-1, 1).expand(shape), planes[..., None, None].expand(shape))
-    limit = min(int(p * 2**32), 2**32 - 1)
-    return torch.stack([w >= limit for w in words], -1).flatten(-2)[..., :cols]
+    return rows_kept(seed[0], ((planes + seed[1]) << 32).unsqueeze(-1) + rows, cols, p)
 
 
 def visible(rows: torch.Tensor, cols: torch.Tensor, offset: int, left: int, right: int) -> torch.Tensor | None:
@@ -74,7 +68,7 @@ def dense_attention(call: AttentionCall, kept: torch.Tensor | None = None) -> tu
     lse = (total.log() + highest).masked_fill(empty, -torch.inf).squeeze(-1)
     p = (e / total)[..., :-1]
     if call.dropout_p > 0:
-        p = p.masked_fill(~kept, 0.0) * (1.0 / (1.0 - call.dropout_p) if call.dropout_p < 1 else 0.0)
+        p = p.masked_fill(~kept, 0.0) * dropout_scale(call.dropout_p)
     return p @ v, lse
 
 

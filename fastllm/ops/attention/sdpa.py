@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ...backends import pick
 from ...registry import Op, Sample, register
-from ..shared.philox import draw_seed
+from ..shared.philox import draw_seed, first_row_of
 from .attention import attention_prefers_torch, kernels_refuse
 from .call import AttentionCall, AttentionRequest, TorchArguments, cast_qkv, check_dropout, check_qkv, check_scale
 from .forms import CHUNKS, attention_by_form, form_of, formed
@@ -85,7 +85,7 @@ def _variant(mask) -> str | None:
     return mask.variant.name if isinstance(mask, CausalBias) else None
 
 
-def _request(
+def sdpa_request(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):  # fmt: skip
     """The arguments of :func:`scaled_dot_product_attention` as one value, after all checks."""
@@ -126,9 +126,11 @@ def _request(
     return formed(AttentionRequest(call, False, given, tuple(leading)))
 
 
-def _seeded(call: AttentionCall) -> AttentionCall:
+def _seeded(call: AttentionCall, first_row: torch.Tensor | None = None) -> AttentionCall:
     """``call`` with the seed of its dropout mask. PyTorch's own operator takes no seed, and none is drawn for it."""
-    return call._replace(seed=draw_seed(call.q.device)) if call.dropout_p > 0 else call
+    if call.dropout_p == 0:
+        return call
+    return call._replace(seed=draw_seed(call.q.device, first_row_of(call.q.shape[:2], first_row)))
 
 
 def _refuses(backend: str, request: AttentionRequest) -> str | None:
@@ -146,7 +148,7 @@ def _prefers_torch(request: AttentionRequest) -> str | None:
 
 def scaled_dot_product_attention_reference(*args, **options):
     """The definition, all scores at once, in at least fp32; takes scaled_dot_product_attention's arguments."""
-    request = _request(*args, **options)
+    request = sdpa_request(*args, **options)
     call, leading = request.call, request.leading
     k, v = call.k, call.v
     v = v.repeat_interleave(k.shape[1] // v.shape[1], 1) if v.shape[1] < k.shape[1] else v
@@ -181,11 +183,19 @@ def scaled_dot_product_attention(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    request = _request(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return served(sdpa_request(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa))
+
+
+def served(request: AttentionRequest, first_row: torch.Tensor | None = None) -> torch.Tensor:
+    """The output of :func:`scaled_dot_product_attention`.
+
+    ``first_row``, one int64: how many sequences of a batch come before the call's, for the dropout mask. PyTorch's own
+    operator draws another mask.
+    """
     choice = pick(OP, request)
     form = form_of(request, choice)
     if form is None or form.name == CHUNKS:
-        out, _ = apply_attention(_seeded(request.call), choice.backend)
+        out, _ = apply_attention(_seeded(request.call, first_row), choice.backend)
     else:
         out = attention_by_form(request, form)
     if len(request.leading) == 2 or (form is not None and form.as_given):
@@ -222,7 +232,7 @@ def _examples(device):
 
 
 def _cost(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    q, k, v, mask = _request(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa).call[:4]
+    q, k, v, mask = sdpa_request(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa).call[:4]
     # A top-left diagonal leaves as many pairs as a band from the bottom right that starts Sk - Sq earlier.
     window = (None, q.shape[-2] - k.shape[-2]) if is_causal and q.shape[-2] >= k.shape[-2] else None
     if is_causal and window is None:
@@ -239,7 +249,7 @@ register(
         samples=_samples,
         cost=_cost,
         backends=("eager", "triton", "native", "hopper"),
-        call=_request,
+        call=sdpa_request,
         refuses=_refuses,
         prefers_torch=_prefers_torch,
         form=form_of,

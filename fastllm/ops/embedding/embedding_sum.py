@@ -13,7 +13,8 @@ from ...extension import operator
 from ...registry import Cost, Op, Sample, register
 from ..shared.autograd import apply
 from ..shared.check import check_number
-from ..shared.philox import draw_seed, dropout_mask
+from ..shared.dropout import dropped, dropped_gradient
+from ..shared.philox import draw_seed, dropout_mask, dropout_scale, first_row_of
 from .call import check_indices, check_table, normalised_padding
 from .eager import gather_eager
 from .embedding import Embedding
@@ -49,8 +50,8 @@ def _filled(indices, device) -> list[torch.Tensor]:
     return [positions if i is None else i for i in indices]
 
 
-def embedding_sum_reference(indices, weights, *, padding_idx=None, scale=1.0, dropout_p=0.0):
-    """The definition, in at least fp32, rounded once to the tables' dtype."""
+def embedding_sum_reference(indices, weights, *, padding_idx=None, scale=1.0, dropout_p=0.0, first_row=None):
+    """The definition, in at least fp32, rounded once to the tables' dtype. ``first_row``: as in the call."""
     dtype = weights[0].dtype
     wide = torch.promote_types(dtype, torch.float32)
     padding = _per_table("padding_idx", padding_idx, None, len(weights))
@@ -60,8 +61,8 @@ def embedding_sum_reference(indices, weights, *, padding_idx=None, scale=1.0, dr
     parts = [s * F.embedding(i, w.to(wide), p) for i, w, p, s in zip(indices, weights, padding, scales, strict=True)]
     total = sum(parts[1:], parts[0])
     if dropout_p > 0.0:
-        kept = dropout_mask(draw_seed(total.device), total.shape, dropout_p)
-        total = torch.where(kept, total * (1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0), 0.0)
+        kept = dropout_mask(draw_seed(total.device, first_row_of(total.shape[:-1], first_row)), total.shape, dropout_p)
+        total = torch.where(kept, total * dropout_scale(dropout_p), 0.0)
     return total.to(dtype)
 
 
@@ -69,12 +70,7 @@ def _sum_fake(weights, indices, rows, *options):
     return weights[0].new_empty((rows, weights[0].shape[1]))
 
 
-def _dropout_fake(grad, dropout_p, seed):
-    return grad.new_empty(grad.shape)
-
-
 _embedding_sum_fwd = operator("embedding_sum_fwd", _sum_fake)
-_embedding_sum_dropout = operator("embedding_sum_dropout", _dropout_fake)
 
 
 class EmbeddingSumCall(NamedTuple):
@@ -87,14 +83,16 @@ class EmbeddingSumCall(NamedTuple):
     padding: tuple[int | None, ...]
     dropout_p: float
     positions: tuple[bool, ...]  # of each table: the ids are 0, 1, 2, ...
+    first_row: torch.Tensor | None = None  # one int64: entries of dimension 0 before these ids', for the dropout mask
 
     def tensors(self):
         return tuple(self.weights)
 
     def by_torch(self):
         return embedding_sum_reference(
-            self.indices, self.weights, padding_idx=self.padding, scale=self.scales, dropout_p=self.dropout_p
-        )
+            self.indices, self.weights, padding_idx=self.padding, scale=self.scales, dropout_p=self.dropout_p,
+            first_row=self.first_row,
+        )  # fmt: skip
 
 
 class _Sum(NamedTuple):
@@ -119,16 +117,8 @@ class _Sum(NamedTuple):
             part = gather_eager(f"embedding_sum: indices[{t}]", ids, weight).to(wide) * scale
             total = part if total is None else total + part
         total = total.expand(*self.shape, total.shape[-1]).reshape(rows, total.shape[-1])
-        return self.dropout(total, seed).to(weights[0].dtype)
-
-    def dropout(self, x, seed):
-        """This call's mask on ``x`` (rows, columns), scaled: its own transpose."""
-        if seed is None:
-            return x
-        if self.native:
-            return _embedding_sum_dropout(x, self.dropout_p, seed)
-        kept = dropout_mask(seed, x.shape, self.dropout_p)
-        return torch.where(kept, x * (1.0 / (1.0 - self.dropout_p) if self.dropout_p < 1.0 else 0.0), 0.0)
+        total = total if seed is None else dropped(total, seed, self.dropout_p)
+        return total.to(weights[0].dtype)
 
     def table_grad(self, grad, indices, weight_rows, t):
         """The gradient of table ``t`` from that of the sum, once through dropout."""
@@ -160,33 +150,11 @@ class _EmbeddingSum(torch.autograd.Function):
         grads = [None] * tables
         if grad is not None:
             seed, *indices = ctx.saved_tensors
-            grad = _dropped(grad, seed, ctx.call)
+            grad = grad if seed is None else dropped_gradient(grad, seed, ctx.call.dropout_p)
             for t in range(tables):
                 if ctx.needs_input_grad[2 + tables + t]:
                     grads[t] = ctx.call.table_grad(grad, indices[t], ctx.rows[t], t)
         return None, None, *[None] * tables, *grads
-
-
-class _Dropped(torch.autograd.Function):
-    @staticmethod
-    def forward(x, seed, call):
-        return call.dropout(x, seed)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, seed, ctx.call = inputs
-        ctx.save_for_backward(seed)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (seed,) = ctx.saved_tensors
-        return _Dropped.apply(grad, seed, ctx.call), None, None
-
-
-def _dropped(x, seed, call):
-    if seed is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _Dropped.apply(x, seed, call)
-    return call.dropout(x, seed)
 
 
 def _check(indices, weights, dropout_p):
@@ -275,13 +243,17 @@ def embedding_sum(indices, weights, *, padding_idx=None, scale=1.0, dropout_p=0.
             assertion, as in torch.
         BackendError: the backend asked for cannot serve the call.
     """
-    call = _call(indices, weights, padding_idx=padding_idx, scale=scale, dropout_p=dropout_p)
+    return _served(_call(indices, weights, padding_idx=padding_idx, scale=scale, dropout_p=dropout_p))
+
+
+def _served(call: EmbeddingSumCall) -> torch.Tensor:
     backend = pick("embedding_sum", call).backend
     if plain_eager(backend):
         return call.by_torch()
-    indices, weights, shape, *options = call
+    indices, weights, shape, *options, _ = call
     total = _Sum(backend == "native", shape, *options)
-    seed = draw_seed(weights[0].device) if dropout_p > 0.0 else None
+    first_row = first_row_of(shape, call.first_row)
+    seed = draw_seed(weights[0].device, first_row) if call.dropout_p > 0.0 else None
     ids = [_laid_out(i, shape) for i in indices]
     needs = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
     if torch.compiler.is_compiling() and not needs:
@@ -322,17 +294,19 @@ class EmbeddingSum(torch.nn.Module):
         )
         self.scale = scale
         self.dropout = dropout
+        self.first_row: torch.Tensor | None = None  # set by fastllm.training.dropout.key_dropout
 
     def forward(self, *indices):
         if len(indices) > len(self.tables):
             raise ValueError(f"EmbeddingSum: got {len(indices)} indices for {len(self.tables)} tables")
-        return embedding_sum(
+        call = _call(
             [*indices, *[None] * (len(self.tables) - len(indices))],
             [table.weight for table in self.tables],
             padding_idx=[table.padding_idx for table in self.tables],
             scale=self.scale,
             dropout_p=self.dropout if self.training else 0.0,
         )
+        return _served(call._replace(first_row=self.first_row))
 
     def extra_repr(self):
         return f"scale={self.scale}, dropout={self.dropout}"

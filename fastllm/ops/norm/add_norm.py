@@ -8,7 +8,7 @@ from ...backends import pick
 from ...registry import Op, register
 from ..shared.check import check_floating
 from .call import NormCall, check_branch_dropout, checked
-from .operator import empty_is_torchs, fused_norm, norm_refuses
+from .operator import empty_is_torchs, fused_norm, layer_norm_prefers_torch, norm_refuses
 from .reference import add_norm_reference, eager_add_norm
 from .samples import add_layer_norm_examples, add_norm_cost, norm_samples
 
@@ -41,24 +41,9 @@ def add_rms_norm_reference(*args, **options):
     return add_norm_reference(add_rms_norm_call(*args, **options))
 
 
-def add_layer_norm_prefers_torch(call: NormCall) -> str | None:
-    """Why PyTorch's own operators serve ``call`` without being asked for, or None.
-
-    On a CPU an add and PyTorch's own layer norm beat the extension where each is one call: without dropout. In fp32
-    they take half its time. In bf16, forward and backward on one core of an AMD EPYC (AVX-512), they take 0.75 of it at
-    512 x 4096 and 0.8 at 1024 x 768; of a bf16 branch and an fp32 residual 0.6 to 0.8 (512 x 384 to 1024 x 768).
-    """
-    reason = empty_is_torchs(call)
-    if reason is not None or call.input.device.type != "cpu" or call.input.dtype == torch.float16:
-        return reason
-    if call.input.dtype.itemsize > 2:
-        return "PyTorch's add and layer norm take half the extension's time in more than 16 bits"
-    dtypes = {t.dtype for t in (call.weight, call.bias) if t is not None}
-    plain = not dtypes - {call.residual.dtype} or dtypes == {torch.float32}  # what is normed is of the residual's
-    added = call.residual.dtype in (call.input.dtype, torch.float32)
-    if added and plain and call.weight_offset == 0.0 and call.dropout_p == 0.0:
-        return "PyTorch's add and layer norm take 0.8 of the extension's time in bfloat16, without dropout"
-    return None
+def _served(op: str, call: NormCall) -> tuple[torch.Tensor, torch.Tensor]:
+    backend = pick(op, call).backend
+    return eager_add_norm(call) if backend == "eager" else fused_norm(call, backend)
 
 
 def add_layer_norm(
@@ -73,7 +58,8 @@ def add_layer_norm(
         normalized_shape, weight, bias, eps, weight_offset: as in :func:`fastllm.functional.layer_norm`.
         dropout_p: probability in [0, 1) that an element of ``input`` is dropped before the add, the others scaled by
             1 / (1 - dropout_p). As in torch's scaled_dot_product_attention, the caller passes 0 when not training.
-            Drawn from the device's default generator; backends draw different masks from the same seed.
+            The mask is fixed by a seed from the device's default generator, the row and the element: it is the same on
+            every backend.
 
     Returns:
         (y, h): y in the input's dtype, h in the residual's. y is the norm of the rounded h.
@@ -85,8 +71,7 @@ def add_layer_norm(
     """
     options = dict(dropout_p=dropout_p, weight_offset=weight_offset)
     call = add_layer_norm_call(input, residual, normalized_shape, weight, bias, eps, **options)
-    backend = pick("add_layer_norm", call).backend
-    return eager_add_norm(call) if backend == "eager" else fused_norm(call, backend)
+    return _served("add_layer_norm", call)
 
 
 def add_rms_norm(input, residual, normalized_shape, weight=None, eps=None, *, dropout_p=0.0, weight_offset=0.0):
@@ -99,7 +84,8 @@ def add_rms_norm(input, residual, normalized_shape, weight=None, eps=None, *, dr
         normalized_shape, weight, eps, weight_offset: as in :func:`fastllm.functional.rms_norm`.
         dropout_p: probability in [0, 1) that an element of ``input`` is dropped before the add, the others scaled by
             1 / (1 - dropout_p). As in torch's scaled_dot_product_attention, the caller passes 0 when not training.
-            Drawn from the device's default generator; backends draw different masks from the same seed.
+            The mask is fixed by a seed from the device's default generator, the row and the element: it is the same on
+            every backend.
 
     Returns:
         (y, h): y in the input's dtype, h in the residual's. y is the norm of the rounded h.
@@ -111,17 +97,20 @@ def add_rms_norm(input, residual, normalized_shape, weight=None, eps=None, *, dr
     """
     options = dict(dropout_p=dropout_p, weight_offset=weight_offset)
     call = add_rms_norm_call(input, residual, normalized_shape, weight, eps, **options)
-    backend = pick("add_rms_norm", call).backend
-    return eager_add_norm(call) if backend == "eager" else fused_norm(call, backend)
+    return _served("add_rms_norm", call)
 
 
 class DropsBranch:
-    """Before one of torch's norm modules: dropout of the branch, in training mode only."""
+    """Before one of torch's norm modules: dropout of the branch, in training mode only.
+
+    ``first_row`` is set by :func:`fastllm.training.dropout.key_dropout`.
+    """
 
     def __init__(self, *args, dropout_p: float = 0.0, **kwargs):
         super().__init__(*args, **kwargs)
         check_branch_dropout(type(self).__name__, dropout_p)
         self.dropout_p = dropout_p
+        self.first_row: torch.Tensor | None = None
 
     @property
     def active_dropout(self) -> float:
@@ -138,9 +127,10 @@ class AddLayerNorm(DropsBranch, torch.nn.LayerNorm):
     """
 
     def forward(self, input, residual):
-        return add_layer_norm(
+        call = add_layer_norm_call(
             input, residual, self.normalized_shape, self.weight, self.bias, self.eps, dropout_p=self.active_dropout
         )
+        return _served("add_layer_norm", call._replace(first_row=self.first_row))
 
 
 class AddRMSNorm(DropsBranch, torch.nn.RMSNorm):
@@ -150,9 +140,10 @@ class AddRMSNorm(DropsBranch, torch.nn.RMSNorm):
     """
 
     def forward(self, input, residual):
-        return add_rms_norm(
+        call = add_rms_norm_call(
             input, residual, self.normalized_shape, self.weight, self.eps, dropout_p=self.active_dropout
         )
+        return _served("add_rms_norm", call._replace(first_row=self.first_row))
 
 
 register(
@@ -167,7 +158,7 @@ register(
         module=AddLayerNorm,
         call=add_layer_norm_call,
         refuses=norm_refuses,
-        prefers_torch=add_layer_norm_prefers_torch,
+        prefers_torch=layer_norm_prefers_torch,
         examples=add_layer_norm_examples,
     )
 )

@@ -11,7 +11,10 @@ from ..shared.check import check_floating, check_number
 
 
 class NormCall(NamedTuple):
-    """One call of a norm. The add norms have a ``residual``; ``center`` is layer norm, without it RMS norm."""
+    """One call of a norm. The add norms have a ``residual``; ``center`` is layer norm, without it RMS norm.
+
+    ``first_row``, one int64: how many entries of dimension 0 come before the input's, for the dropout mask.
+    """
 
     input: torch.Tensor
     residual: torch.Tensor | None
@@ -22,6 +25,7 @@ class NormCall(NamedTuple):
     weight_offset: float
     dropout_p: float
     center: bool
+    first_row: torch.Tensor | None = None
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         return self.input, self.residual, self.weight, self.bias
@@ -160,7 +164,7 @@ def checked(op: str, call: NormCall) -> NormCall:
         TypeError: an argument is of the wrong kind.
         ValueError: a shape, device or option does not fit.
     """
-    input, residual, weight, bias, shape, eps, offset, dropout_p, center = call
+    input, residual, weight, bias, shape, eps = call[:6]
     check_floating(op, "input", input)
     if residual is not None:
         check_floating(op, "residual", residual)
@@ -185,6 +189,6 @@ def checked(op: str, call: NormCall) -> NormCall:
             )
         _check_together(op, name, parameter, input)
     check_norm_options(op, call)
-    if not center:
+    if not call.center:
         eps = default_eps(eps, input.dtype if residual is None else residual.dtype)
-    return NormCall(input, residual, weight, bias, shape, eps, offset, dropout_p, center)
+    return call._replace(shape=shape, eps=eps)

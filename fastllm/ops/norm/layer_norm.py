@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from ...backends import pick
 from ...registry import Op, register
 from .call import NormCall, checked
-from .operator import empty_is_torchs, fused_norm, norm_refuses
+from .operator import fused_norm, layer_norm_prefers_torch, norm_refuses
 from .reference import eager_norm, norm_reference
-from .samples import norm_cost, norm_samples
+from .samples import layer_norm_examples, norm_cost, norm_samples
 
 
 def layer_norm_reference(*args, **options):
@@ -63,10 +63,11 @@ register(
         reference=layer_norm_reference,
         samples=lambda device, dtype: norm_samples(device, dtype, bias=True),
         cost=norm_cost,
-        backends=("eager", "triton"),
+        backends=("eager", "triton", "native"),
         module=LayerNorm,
         call=layer_norm_call,
         refuses=norm_refuses,
-        prefers_torch=empty_is_torchs,
+        prefers_torch=layer_norm_prefers_torch,
+        examples=layer_norm_examples,
     )
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..shared.dropout import dropout
+from ..shared.philox import draw_seed, first_row_of
 from .call import NormCall
 
 
@@ -25,13 +27,22 @@ def norm_reference(call: NormCall) -> torch.Tensor:
     return y.to(call.input.dtype)
 
 
+def branch_seed(call: NormCall) -> torch.Tensor:
+    """A seed of the dropout of ``call.input``, whose rows are those that are normed."""
+    rows = call.input.shape[: call.input.dim() - len(call.shape)]
+    return draw_seed(call.input.device, first_row_of(rows, call.first_row))
+
+
 def added(call: NormCall) -> torch.Tensor:
     """residual + dropout(input), in at least fp32, rounded once to the residual's dtype."""
     input, residual = call.input, call.residual
     if call.dropout_p == 0.0 and input.dtype == residual.dtype:
         return residual + input  # PyTorch's own add of 16-bit numbers is in fp32, rounded once
     wide = torch.promote_types(torch.promote_types(input.dtype, residual.dtype), torch.float32)
-    branch = input.to(wide) if call.dropout_p == 0.0 else F.dropout(input.to(wide), call.dropout_p)
+    branch = input.to(wide)
+    if call.dropout_p > 0.0:
+        rows = branch.flatten(-len(call.shape))
+        branch = dropout(rows, branch_seed(call), call.dropout_p).view(branch.shape)
     return (residual.to(wide) + branch).to(residual.dtype)
 
 

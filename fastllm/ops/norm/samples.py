@@ -50,19 +50,25 @@ def norm_samples(device: torch.device, dtype: torch.dtype, *, bias: bool, residu
         yield sample("strided_residual", make(6, 36), (36,), other=make(6, 3, 50)[:, 2, 7:43])
 
 
-def add_layer_norm_examples(device: torch.device) -> Iterator[Sample]:
+def _example(name: str, device: torch.device, dtype, residual=None, **options) -> Sample:
+    x, *others = (torch.zeros(2, 64, device=device, dtype=d) for d in (dtype, residual) if d is not None)
+    options["weight"] = torch.ones(64, device=device, dtype=dtype)
+    return Sample(name, (x, *others, (64,)), options)
+
+
+def layer_norm_examples(device: torch.device) -> Iterator[Sample]:
     """The calls that ``fastllm info`` tells apart: on a CPU some of them are PyTorch's own."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        yield _example(str(dtype).removeprefix("torch."), device, dtype)
 
-    def example(name, dtype, wide=None, **kwargs):
-        x, residual = (torch.zeros(2, 64, device=device, dtype=d) for d in (dtype, wide or dtype))
-        kwargs["weight"] = torch.ones(64, device=device, dtype=dtype)
-        return Sample(name, (x, residual, (64,)), kwargs)
 
-    yield example("float32", torch.float32)
-    yield example("bfloat16", torch.bfloat16)
-    yield example("bfloat16 with dropout", torch.bfloat16, dropout_p=0.1)
-    yield example("bfloat16 beside a float32 residual", torch.bfloat16, torch.float32)
-    yield example("float16", torch.float16)
+def add_layer_norm_examples(device: torch.device) -> Iterator[Sample]:
+    """The same beside a residual, and with dropout."""
+    yield _example("float32", device, torch.float32, torch.float32)
+    yield _example("float32 with dropout", device, torch.float32, torch.float32, dropout_p=0.1)
+    yield _example("bfloat16", device, torch.bfloat16, torch.bfloat16)
+    yield _example("bfloat16 beside a float32 residual", device, torch.bfloat16, torch.float32)
+    yield _example("float16", device, torch.float16, torch.float16)
 
 
 def norm_cost(input, normalized_shape, weight=None, bias=None, eps=None, *, weight_offset=0.0) -> Cost:
