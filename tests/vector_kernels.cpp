@@ -73,7 +73,7 @@ void norms() {
   for (int variant = 0; variant < 4; ++variant) {
     const bool center = variant % 2 != 0, dropped = variant / 2 != 0;
     const NormOptions options{kColumns, weight.data(), bias.data(), 1e-5, dropped ? &kDropout : nullptr,
-                              center, dtype_of<T>(), dtype_of<T>()};
+                              center, dtype_of<T>(), dtype_of<T>(), false};
     std::vector<T> y(kColumns), h(kColumns), dx(kColumns), dresidual(kColumns);
     std::vector<float> dweight(kColumns), dbias(kColumns);
     NormRow row{x.data(), residual.data(), y.data(), h.data(), 5, 0, 0};

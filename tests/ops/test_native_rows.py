@@ -51,6 +51,25 @@ def test_rows_of_any_width(columns):
             assert_all_as_true(got, truth, yardstick, dtype, f"{name} {columns}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_results_are_written_past_the_caches_with_the_same_bits(dtype):
+    """32 MiB and more: rows that lie at the beginning of a cache line and others, with a broken vector at their end."""
+    rows, columns = (32 << 20) // (4104 * dtype.itemsize) + 1, 4104
+    x, residual, dy, dh = (torch.randn(37, columns).to(dtype).repeat(rows // 37 + 1, 1)[:rows] for _ in range(4))
+    w, b = (torch.randn(columns).to(dtype).requires_grad_() for _ in range(2))
+
+    def bits(some):
+        leaves = [t[some].requires_grad_() for t in (x, residual)]
+        with fastllm.backend("native"):
+            outs = add_layer_norm(*leaves, (columns,), w, b)
+            return (*(o.detach() for o in outs), torch.autograd.grad(outs, leaves[0], (dy[some], dh[some]))[0])
+
+    whole = bits(slice(None))
+    for some in (slice(0, 7), slice(rows // 2, rows // 2 + 7), slice(rows - 7, rows)):
+        for a, part in zip(whole, bits(some), strict=True):
+            assert torch.equal(a[some], part)
+
+
 def test_logits_of_any_size():
     """exp and tanh where they saturate, and where 1 - 2 / (e^2x + 1) would cancel."""
     spread = torch.cat([torch.linspace(-s, s, 97) for s in (1e-4, 0.1, 0.7, 2, 20, 88, 200, 1e4, 1e30)])
