@@ -72,7 +72,7 @@ def test_kernels_refuse_other_dtypes_by_name():
 
 def test_an_op_without_the_chosen_backend_keeps_its_default():
     with fastllm.backend("native"):
-        assert picked("layer_norm", torch.ones(2, 3), (3,)) == "eager"
+        assert picked("linear", torch.ones(2, 3), torch.ones(4, 3)) == "eager"
 
 
 @pytest.mark.runs_on("gpu", "interpreter")
@@ -81,14 +81,14 @@ def test_an_implicit_fallback_is_said_once(monkeypatch):
     monkeypatch.setattr(backends, "_told", set())
     x = torch.ones(2, 3, device=DEVICE)
     with monkeypatch.context() as patch:
-        record = replace(registry.OPS["layer_norm"], refuses=lambda backend, call: "too odd")
-        patch.setitem(registry.OPS, "layer_norm", record)
-        with pytest.warns(RuntimeWarning, match="layer_norm: eager instead of triton: too odd"):
-            assert picked("layer_norm", x, (3,)) == "eager"
+        record = replace(registry.OPS["rms_norm"], refuses=lambda backend, call: "too odd")
+        patch.setitem(registry.OPS, "rms_norm", record)
+        with pytest.warns(RuntimeWarning, match="rms_norm: eager instead of triton: too odd"):
+            assert picked("rms_norm", x, (3,)) == "eager"
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert picked("layer_norm", x, (3,)) == "eager"
-    assert picked("layer_norm", x, (3,)) == "triton"
+            assert picked("rms_norm", x, (3,)) == "eager"
+    assert picked("rms_norm", x, (3,)) == "triton"
 
 
 WITHOUT_TRITON = """

@@ -204,7 +204,8 @@ void norm_grad_of_vectors(const NormOptions& o, const NormGradRow& row, void* sc
   const bool input_past = o.past_caches && streams(dinput), residual_past = o.past_caches && streams(dresidual);
   float sums[2];
   sums_over<2>(n, sums, [=](int64_t c, int64_t some) {
-    const Vector scaled = (load_some(x + c, some) - mean) * rstd;
+    // Beside the last elements there is 0, and (0 - mean) * rstd may be infinite.
+    const Vector scaled = keep_some((load_some(x + c, some) - mean) * rstd, some);
     if (dinput != nullptr && !input_past) __builtin_prefetch(dinput + c, 1);
     if (dresidual != nullptr && !residual_past) __builtin_prefetch(dresidual + c, 1);
     Vector g = load_some(dy + c, some);
