@@ -17,6 +17,7 @@ import triton.language as tl
 from ..launch import cdiv, launch_options, next_power_of_2
 from .online_softmax import forward_tiles, row_results
 from .scores import column_range, first_number, load_tile, locate, matrix_of, sheet_of, span_of, store_tile
+from .tiles import register_bound
 from .values import Matrix, TileShape
 
 # Most rows of a sequence that is split: queries times heads of a group, as a power of 2. A guess. The sequence's own
@@ -228,7 +229,10 @@ def attention_decode(problem, split: KeySplit, out, statistics):
     _attention_split_kernel[(programs.per_head * problem.heads_kv, row_tiles)](
         *map(problem.plane, (problem.q, problem.k, problem.v)), partial, problem.score, problem.dropout, problem.sizes,
         programs, flags=problem.flags(), tile=shape, split=split, GROUP=group,
-        **launch_options(problem.q.device, num_warps=tile["num_warps"], num_stages=tile["num_stages"]),
+        **launch_options(
+            problem.q.device, num_warps=tile["num_warps"], num_stages=tile["num_stages"],
+            **register_bound(problem.q.dtype, problem.pressure),
+        ),
     )  # fmt: skip
     _attention_merge_kernel[(rows * problem.heads * problem.batch,)](
         partial, problem.plane(out), statistics, problem.sinks, problem.dropout, problem.score.unit, problem.sizes,
