@@ -19,7 +19,7 @@ from fastllm.training.dropout import RowDropout, key_dropout, set_first_row
 
 pytestmark = pytest.mark.runs_on("gpu", "interpreter")
 
-NATIVE = why_not("native", DEVICE.type) is None
+NOT_NATIVE = why_not("native", DEVICE.type)
 # A key and a first row: of few bits, of all bits, and so that rows pass 2^32, and 2^63 - 1.
 SEEDS = [(5, 0), (-(2**62) + 12345, 2**32 - 2), (2**61 + 7, 2**63 - 2)]
 # Less than a vector of every instruction set, whole vectors, and their rests.
@@ -57,7 +57,7 @@ def test_a_kernels_words_are_the_rules(columns):
 
 
 @pytest.mark.cpu_level
-@pytest.mark.skipif(not NATIVE, reason="no extension here")
+@pytest.mark.skipif(NOT_NATIVE is not None, reason=f"native: {NOT_NATIVE}")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_the_extensions_words_are_the_rules(dtype):
     for key, first in SEEDS:
@@ -75,7 +75,7 @@ def test_the_extensions_words_are_the_rules(dtype):
 @pytest.mark.cpu_level
 @pytest.mark.parametrize("shape", [(3, 1), (4, 7), (2, 3, 70), (2, 130)])
 def test_every_backend_drops_the_same_elements(shape):
-    backends = ["eager", "triton", *(["native"] if NATIVE and DEVICE.type == "cpu" else [])]
+    backends = ["eager", "triton", *(["native"] if NOT_NATIVE is None and DEVICE.type == "cpu" else [])]
     x, zero = torch.rand(shape, device=DEVICE) + 1, torch.zeros(shape, device=DEVICE)
     for function in (add_rms_norm, add_layer_norm):
         found = []
@@ -161,7 +161,7 @@ def test_the_dropout_of_a_layers_attention_follows_the_row_of_the_whole_batch(ba
         assert not torch.allclose(output(1, x), whole)
 
 
-@pytest.mark.skipif(not NATIVE, reason="no extension here")
+@pytest.mark.skipif(NOT_NATIVE is not None, reason=f"native: {NOT_NATIVE}")
 def test_masks_are_the_same_compiled_and_recomputed():
     model = key_dropout(Fused().to(DEVICE))
     set_first_row(model, 3)

@@ -9,8 +9,8 @@ namespace {
 
 double inverse_root(double x) { return 1.0 / __builtin_sqrt(x); }
 
-// sum_over's partial sums in registers, for `kSums` sums over one pass of a row. `vectors(c, v)` takes kVector elements
-// from c on and gives kSums terms of each; `one(c)` takes one element. In the same order, so the same bits, at every width.
+// sum_over's partial sums in registers, for `kSums` sums over one pass of a row. vectors(c, some) takes `some` elements
+// from c on, at most a vector, and gives kSums terms of each. In the same order, so the same bits, at every width.
 template <int kSums>
 struct Terms {
   Vector of[kSums];
