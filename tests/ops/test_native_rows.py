@@ -15,7 +15,14 @@ from contract import assert_all_as_true, assert_as_true, run
 
 import fastllm
 from fastllm.extension import load as extension
-from fastllm.functional import add_layer_norm, cross_entropy, linear_cross_entropy, rms_norm
+from fastllm.functional import (
+    add_layer_norm,
+    add_rms_norm,
+    cross_entropy,
+    layer_norm,
+    linear_cross_entropy,
+    rms_norm,
+)
 from fastllm.ops.cross_entropy import kl_rows, products
 from fastllm.ops.cross_entropy.kl_call import DIRECTIONS, Divergence
 from fastllm.registry import OPS, Sample
@@ -68,6 +75,16 @@ def test_large_results_are_written_past_the_caches_with_the_same_bits(dtype):
     for some in (slice(0, 7), slice(rows // 2, rows // 2 + 7), slice(rows - 7, rows)):
         for a, part in zip(whole, bits(some), strict=True):
             assert torch.equal(a[some], part)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_normed_is_the_sum_as_it_was_rounded(dtype, dropout_p):
+    x, residual = (torch.randn(9, 300).to(dtype) for _ in range(2))
+    with fastllm.backend("native"):
+        for add, norm in ((add_layer_norm, layer_norm), (add_rms_norm, rms_norm)):
+            y, h = add(x, residual, (300,), eps=1e-5, dropout_p=dropout_p)
+            assert torch.equal(y, norm(h, (300,), eps=1e-5))
 
 
 def test_logits_of_any_size():
