@@ -46,6 +46,15 @@ def _product_fake(total, a, b, first):
 _add_bf16_product = extension.operator("add_product_", _product_fake)
 
 
+def _adds_bf16(total, a, b) -> bool:
+    """Whether the extension adds this product: in bfloat16, to a total in fp32, on a CPU that it multiplies on.
+
+    PyTorch's products may be capped below the extension's: then a total of 16 bits comes here, which it does not take.
+    """
+    dtypes = total.dtype, a.dtype, b.dtype
+    return dtypes == (torch.float32, torch.bfloat16, torch.bfloat16) and extension.bf16_products() != "none"
+
+
 def add_product(total, a, b, backend: str, first: bool) -> None:
     """``total += a.T @ b``, summed in at least fp32. A total of 16 bits is the product alone, rounded once."""
     wide = torch.promote_types(total.dtype, torch.float32)
@@ -57,7 +66,7 @@ def add_product(total, a, b, backend: str, first: bool) -> None:
         onednn.onednn_add_weight_grad(total, a, b, first)
     elif total.dtype == a.dtype == b.dtype == wide:
         torch.addmm(total, a.t(), b, beta=0 if first else 1, out=total)
-    elif backend == "native" and narrow and a.dtype == torch.bfloat16 and extension.bf16_products() != "none":
+    elif backend == "native" and _adds_bf16(total, a, b):
         _add_bf16_product(total, a, b if b.stride(1) == 1 else b.contiguous(), first)
     elif narrow and a.is_cuda:
         torch.addmm(total, a.t(), b, out_dtype=total.dtype, beta=0 if first else 1, out=total)
