@@ -175,9 +175,6 @@ def test_a_tokenizer_can_be_given(refused):
     assert read_run_config("run/config.toml").model.vocab_size == 280
 
 
-# Refusals
-
-
 @pytest.mark.parametrize(
     ("pattern", "arguments"),
     [

@@ -38,9 +38,6 @@ def tokenizer():
     return Tokenizer.train([TEXT], 300, special_tokens=SPECIAL_TOKENS["masked"])
 
 
-# Readers
-
-
 def test_pairs_from_a_table_and_from_two_files(tmp_path):
     (tmp_path / "pairs.tsv").write_text("a cat\teine Katze\textra\n \tleer\nhouse\tHaus\r\n")
     expected = [{"source": "a cat", "target": "eine Katze"}, {"source": "house", "target": "Haus"}]
@@ -181,9 +178,6 @@ def test_examples_survive_and_damage_is_named(tmp_path, tokenizer):
         prepare_examples(tmp_path, "classify", "toy", train, train[:2], tokenizer)
 
 
-# Features
-
-
 def test_long_texts_keep_their_beginning_and_end(tokenizer):
     ids = tokenizer.encode(TEXT)
     made = text_ids(TEXT, tokenizer, 18)
@@ -209,9 +203,6 @@ def test_an_answers_tokens_decode_to_it_in_every_window_that_holds_it(tokenizer,
         for offset in window["_offsets"]:
             covered |= set(range(*offset)) if offset else set()
     assert covered >= {i for i, c in enumerate(TEXT) if not c.isspace()}
-
-
-# Scores
 
 
 def test_scores_of_labels_by_hand():
@@ -324,9 +315,6 @@ def test_intervals_of_translations_are_sacrebleus():
     assert intervals["bleu"] == pytest.approx((mean - half, min(100, mean + half)), abs=0.02)
     assert translation_intervals(["a b c d e"], ["a b c d e"], resamples=10)["bleu"] == pytest.approx((100, 100))
     assert translation_intervals(["a b", "c"], ["d", "e"], resamples=10)["bleu"] == (0, 0)
-
-
-# Predictions
 
 
 def test_the_best_span_is_the_best_of_all_windows(tokenizer):

@@ -34,9 +34,6 @@ def tokenizer():
     return Tokenizer.train([prose(50)], 300)
 
 
-# Corpus
-
-
 def test_default_corpus_is_every_topic_once_with_every_tenth_held_out():
     from pydoc_data.topics import topics
 
@@ -137,9 +134,6 @@ def test_xz_line_is_what_the_validation_text_adds_to_the_compressed_training_tex
     assert 1.0 < xz_bits_per_byte(default_corpus()) < 2.5
 
 
-# Tokenizer
-
-
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(max_size=60))
 def test_any_text_survives_encoding_and_streaming(text):
@@ -204,9 +198,6 @@ def test_too_small_a_vocabulary_and_a_file_that_is_no_tokenizer_are_refused(tmp_
         Tokenizer.load(tmp_path / "none.json")
 
 
-# Token files
-
-
 def test_numpy_alone_can_read_a_token_file(tokenizer, tmp_path):
     documents = [prose(3, 1), prose(2, 2)]
     write_token_file(tmp_path / "t.bin", documents, tokenizer)
@@ -266,9 +257,6 @@ def test_a_failed_write_leaves_nothing_behind(tokenizer, tmp_path):
         write_token_file(tmp_path / "t.bin", documents(), tokenizer)
     assert (tmp_path / "t.bin").read_bytes() == before
     assert os.listdir(tmp_path) == ["t.bin"]
-
-
-# Prepared folders
 
 
 def test_a_prepared_folder_is_used_again_for_the_same_text_and_made_anew_for_another(tmp_path):

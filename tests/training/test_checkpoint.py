@@ -99,9 +99,6 @@ def test_a_finished_run_can_be_given_more_steps(config, tmp_path):
     assert resume(tmp_path / "run", quiet=True).steps == 8  # the new budget was saved
 
 
-# Checkpoints
-
-
 @pytest.fixture
 def finished(config, tmp_path):
     train(config(checkpoint_interval=3), tmp_path / "run", quiet=True)

@@ -50,9 +50,6 @@ def test_flags_cover_optional_and_repeated_types():
     assert given == {"data": ["a", "b", "c"], "deduplicate": False, "num_kv_heads": 2, "bias": False}
 
 
-# Commands
-
-
 def test_to_toml_leaves_out_what_is_not_set():
     assert "steps" not in to_toml({"training": TrainingConfig()}).replace("checkpoint", "")
 

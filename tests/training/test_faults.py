@@ -283,9 +283,6 @@ def test_a_display_that_lost_its_reader_is_silent(monkeypatch, capfd):
     assert capfd.readouterr().err == "fastllm: warning: standard output: Broken pipe; nothing more is shown\n"
 
 
-# Signals
-
-
 def test_a_signal_while_handlers_are_put_back_is_no_error():
     before = signal.getsignal(signal.SIGINT)
     stop = StopRequest()

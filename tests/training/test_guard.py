@@ -110,9 +110,6 @@ def test_a_spiking_loss_is_skipped(config, tmp_path, poison):
     assert [line["step"] for line in lines] == [40]
 
 
-# Dropout
-
-
 def test_a_rows_mask_is_its_own_whatever_rows_are_with_it():
     key = torch.tensor(7)
     whole = rows_kept(key, torch.arange(16), 1001, 0.3)

@@ -95,9 +95,6 @@ def test_evaluation_is_repeatable_and_leaves_everything_alone(folder):
         assert results[0].main in results[0].scores
 
 
-# Masks
-
-
 @pytest.fixture(scope="module")
 def words():
     text = "Unbelievably long extraordinary words, split into several pieces each; short ones not. " * 30
@@ -151,9 +148,6 @@ def test_masks_keep_to_what_is_allowed_and_to_the_most():
     assert len(drawn(ids, np.arange(40), 2, 0.5, allowed, most=3)[1]) == 3
     assert len(drawn(ids, np.zeros(40, int), 2, 0.05, most=3)[1]) == 3  # one word, longer than all that is wanted
     assert len(drawn(ids, np.arange(40), 2, 0.5, np.zeros(40, bool))[1]) == 0
-
-
-# Pairs
 
 
 def test_pairs_follow_each_other_or_come_from_another_document(folder):
@@ -264,9 +258,6 @@ def test_no_answer_is_given_where_some_questions_have_none(folder, monkeypatch, 
     scores = objective.evaluate(model, 4, "float32", 0).scores
     assert scores.get("unanswerable_exact_match") == (1.0 if unanswerable else None)
     assert scores["exact_match"] == (1 / len(examples) if unanswerable else 0.0)
-
-
-# Settings
 
 
 def test_the_model_gets_what_the_objective_needs():

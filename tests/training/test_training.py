@@ -29,9 +29,6 @@ from fastllm.training.step import StepSettings, batch_gradients, train_step
 pytestmark = pytest.mark.usefixtures("short_runs")
 
 
-# Schedule
-
-
 def test_linear_schedule_rises_over_the_warm_up_and_falls_to_the_floor():
     config = TrainingConfig(warmup=0.1, min_lr=0.2)
     assert lr_scale(config, 0.05) == pytest.approx(0.5)
@@ -55,9 +52,6 @@ def test_progress_follows_the_nearer_budget():
     assert progress(TrainingConfig(steps=10, max_seconds=10), 7, 5.0) == 0.7
     assert TrainingConfig().with_budget().max_seconds == 105
     assert TrainingConfig(steps=3).with_budget().max_seconds is None
-
-
-# Steps
 
 
 def as_batch(tokens, targets):
@@ -166,9 +160,6 @@ def test_measuring_leaves_model_and_random_state_alone(monkeypatch):
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, model.parameters(), strict=True))
 
 
-# Evaluation
-
-
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     corpus = Corpus("toy", [prose(60)], [prose(5, 1), prose(4, 2)])
@@ -210,9 +201,6 @@ def test_evaluation_draws_no_random_numbers(dataset):
     state = torch.get_rng_state()
     evaluate(model, dataset.validation, 32, 4)
     assert torch.equal(state, torch.get_rng_state())
-
-
-# Runs
 
 
 def test_a_run_learns_and_leaves_all_it_promises(whole_run, config, tmp_path, capsys):
