@@ -15,7 +15,7 @@ from torch import nn
 from ..functional import geglu, swiglu
 from .calls import own
 from .deferred import value_of
-from .plain import plain
+from .plain import only_input, plain
 from .probe import Differs, Parts, as_measured, changed, keeps, parts_of, run, settings_of, stand_in, undisturbed
 from .swap import forward_of
 
@@ -58,13 +58,9 @@ class GatedMLP:
 
 @forward_of("gated_mlp")
 def gated_mlp_forward(module, original, mlp: GatedMLP, *args, **kwargs):
-    if len(args) == 1 and not kwargs:
-        (x,) = args
-    elif not args and len(kwargs) == 1 and mlp.argument in kwargs:
-        x = kwargs[mlp.argument]
-    else:
+    x = value_of(only_input(args, kwargs, mlp.argument))
+    if x is None:
         return original(module, *args, **kwargs)
-    x = value_of(x)
     down = getattr(module, mlp.down)
     if changed(module, mlp.settings) or not as_measured(module, mlp.others):
         own(mlp.op, "its attributes or parts have changed since it was measured")

@@ -13,7 +13,7 @@ from ..functional import layer_norm, rms_norm
 from ..ops.norm.native import norm_of_rows, takes_rms
 from .calls import own, watched
 from .deferred import value_of
-from .plain import plain
+from .plain import only_input, plain
 from .probe import Differs, changed, keeps, run, settings_of, stand_in, undisturbed
 from .swap import forward_of
 
@@ -55,13 +55,9 @@ class Norm:
 
 @forward_of("norm")
 def norm_forward(module, original, norm: Norm, *args, **kwargs):
-    if len(args) == 1 and not kwargs:
-        (x,) = args
-    elif not args and len(kwargs) == 1 and norm.argument in kwargs:
-        x = kwargs[norm.argument]
-    else:
+    x = value_of(only_input(args, kwargs, norm.argument))
+    if x is None:
         return original(module, *args, **kwargs)
-    x = value_of(x)
     weight = None if norm.weight is None else getattr(module, norm.weight)
     bias = None if norm.bias is None else getattr(module, norm.bias)
     out = _output_dtype(norm, x, weight) if plain(x, weight, bias) else None

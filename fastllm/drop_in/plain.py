@@ -28,6 +28,13 @@ def plain(*tensors) -> bool:
     return _functorch.peek_interpreter_stack() is None and torch.autograd.forward_ad._current_level < 0
 
 
+def only_input(args: tuple, kwargs: dict, name: str):
+    """The one input of a forward, given by place or by its ``name``; None where anything else is given."""
+    if len(args) == 1 and not kwargs:
+        return args[0]
+    return kwargs.get(name) if not args and len(kwargs) == 1 else None
+
+
 def hooked(module: torch.nn.Module) -> bool:
     """Whether somebody looks at ``module``'s inputs or outputs: they must get what they expect."""
     return bool(
