@@ -41,10 +41,11 @@ from ..data.clean.features import (
     page_counts,
     text_tokens,
 )  # fmt: skip
-from ..data.clean.main_text import decide, render, word_list
+from ..data.clean.main_text import decide, word_list
 from ..data.clean.markup import Markup, read_markup
 from ..data.clean.page_types import PageTypes, page_tokens
 from ..data.clean.page_words import PageWords
+from ..data.clean.rendering import render
 from .cleaning import Score, report
 from .marked_pages import MarkedPage, read_marked, words
 
