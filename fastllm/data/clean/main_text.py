@@ -27,7 +27,8 @@ _COPY = 12
 _LEAST = 0.1
 # The model's features take 2.5 KB of memory for each block.
 _MOST_BLOCKS = 50_000
-# The title belongs to a text that begins at most this many blocks after it, unless it is less likely than this.
+# The title belongs to a text that begins at most this many blocks of other text after it, unless it is less likely
+# than this.
 _BEFORE, _TITLE = 6, 0.2
 # The fewest blocks of code and definitions in a reference, the fewest words in its part, and their share of the blocks.
 _REFERENCE, _LARGE, _CODES = 15, 1000, 0.1
@@ -120,9 +121,13 @@ def _tables_of_contents(markup: Markup) -> list[int]:
 
 
 def _title(markup: Markup, first: int) -> int | None:
-    """The block of the page's only ``h1``, if it comes shortly before block ``first``."""
+    """The block of the page's only ``h1``, if it comes shortly before block ``first``: links alone are not counted."""
     found = [block for block, place in enumerate(markup.places) if markup.tags[place] == "h1"]
-    return found[0] if len(found) == 1 and first - _BEFORE <= found[0] < first else None
+    if len(found) != 1 or found[0] >= first:
+        return None
+    between = range(found[0] + 1, first)
+    text = sum(markup.linked[block] < _ALL_LINK * len(markup.texts[block]) for block in between)
+    return found[0] if text < _BEFORE else None
 
 
 def _sums(markup: Markup, words: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, ...]:

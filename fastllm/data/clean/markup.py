@@ -7,28 +7,30 @@ tag costs the same however deep it lies, so that the walk's time grows with the 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html import unescape
 
+from .code_rows import join_code_rows
+from .mathematics import formula, image_formula
 from .page_data import carried
 from .streamed import in_place
+from .tokens import ATTRIBUTES, tokens
+from .white_space import (
+    CODE,
+    COLLAPSED,
+    KEPT,
+    LINES,
+    holds_line_numbers,
+    is_shown_as_block,
+    kept_space,
+    marked,
+    unmarked,
+)  # fmt: skip
+from .white_space import LINE_MARK as _LINE
 
-# A page's own control characters are removed; this one then stands for a line break.
+# Removed from a page, so that marks of white space are ours. References never stand for one.
 _CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f]")
-_LINE = "\x01"
 _AROUND_LINE = re.compile(f" ?{_LINE} ?")
-
-# What these elements hold is no text of the page. Everything up to their first end tag is one token.
-_RAW = "script|style|iframe|noembed|noframes|svg|math|textarea|title|canvas|object|audio|video"
-# Quotes count right after "=" alone. Every loop ends at ">" or at the page's end, so that nothing is tried twice.
-_ATTRIBUTES = r"""(?:[^>=]+(?=[>=]|\Z)|=\s*(?:"[^"]*(?:"|\Z)|'[^']*(?:'|\Z))?)*"""
-_TOKEN = re.compile(
-    rf"<(?:(?i:({_RAW}|template(?![^>]*shadowrootmode)))(?![-\w:]){_ATTRIBUTES}"
-    r"(?:(?<=/)>|>(?s:.)*?(?:</(?i:\1)(?![-\w:])[^>]*(?:>|\Z)|\Z)|\Z)"
-    rf"|(/?)([a-zA-Z][^\s/>]*)({_ATTRIBUTES})(?:>|\Z)"
-    r"|!--(?:-?>|(?s:.)*?(?:--!?>|\Z))|[!?/][^>]*(?:>|\Z))"
-)
 
 _PARAGRAPH_ENDS = {
     "address", "article", "aside", "blockquote", "center", "details", "dialog", "dir", "div", "dl", "fieldset",
@@ -40,6 +42,7 @@ _BLOCKS = {
     *_PARAGRAPH_ENDS, *_TABLE_PARTS, "body", "noscript", "button", "select", "option", "legend", "template", "frameset",
     "marquee", "applet",
 }  # fmt: skip
+_VOID = {"area", "base", "col", "embed", "input", "link", "meta", "param", "source", "track", "wbr"}
 # An end tag inside these closes nothing outside them.
 _SCOPES = {"table", "td", "th", "caption", "template", "marquee", "applet"}
 # A start tag that implies the end of others: the tags that it ends, and the elements that bound the search.
@@ -59,17 +62,19 @@ _BEGINNING = 60
 # Two of these in a row stand apart, as words in a menu or under a post.
 _INLINE_GAP = {"span", "a", "label", "time"}
 
-# Tags that are cut at once, and at most: 100 times as many as the fullest of 511 benchmark pages has.
-_AT_ONCE, _MOST = 100_000, 2_000_000
-
-_BODY = re.compile(rf"<body\b({_ATTRIBUTES})", re.IGNORECASE)
+_BODY = re.compile(rf"<body\b({ATTRIBUTES})", re.IGNORECASE)
 _UNSHOWN = re.compile(
     r"""\shidden(?=[\s>=/]|$)|display\s*:\s*none|[\s"'](?:sr-only|visually-?hidden|screen-reader-text)[\s"']""",
     re.IGNORECASE,
 )
 _NO_FRAMES = re.compile(r"<noframes\b[^>]{0,500}>((?s:.)*?)(?:</noframes|\Z)", re.IGNORECASE)
 _ANY_TAG = re.compile(r"<[^<>]*>")
-_KEPT_SPACE = re.compile(r"white-space\s*:\s*(?:pre|break-spaces)\b(?!-line)", re.IGNORECASE)
+# What shows a formula that the page also has as MathML or TeX, for the eyes alone.
+_DRAWN = re.compile(
+    r"""\bclass\s*=\s*["']?[^"'>]*(?<![\w-])(?:katex-html|MathJax(?:_Preview|_Display|_CHTML|_SVG)?|mjx-math)(?![\w-])"""
+)
+# Names stand at the beginning of a tag: a bound on the time that a tag takes.
+_NAMES = 1000
 
 
 @dataclass
@@ -105,6 +110,12 @@ class Markup:
     carried: str = ""
 
 
+def _is_drawn(attributes: str) -> bool:
+    return ("katex" in attributes or "MathJax" in attributes or "mjx" in attributes) and bool(
+        _DRAWN.search(attributes[:1000])
+    )
+
+
 class _Walk:
     def __init__(self):
         self.page = Markup()
@@ -117,15 +128,33 @@ class _Walk:
         # The depth of the stack where the open link began; -1: none is open.
         self.link = -1
         self.shown = ""
+        # Of each element what becomes of its white space, whether that is so since an element within a block, and
+        # whether its text is left out: 2, if that of all elements inside is, 1, if its own alone is.
+        self.spaces: list[int] = []
+        self.inline: list[bool] = []
+        self.silent: list[int] = []
+        # Cells' texts as they are in the source, where white space is lost.
+        self.cells: dict[int, str] = {}
+        self.known: dict[tuple[str, str], tuple[bool, int | None]] = {}
 
-    def push(self, tag: str, attributes: str) -> None:
+    def says(self, tag: str, attributes: str) -> tuple[bool, int | None]:
+        """Whether a tag's attributes hide its element, and what they say of its white space."""
+        if len(attributes) <= 6:
+            return False, None
+        key = (tag, attributes)
+        if key not in self.known:
+            self.known[key] = _UNSHOWN.search(attributes) is not None, kept_space(tag, attributes)
+        return self.known[key]
+
+    def push(self, tag: str, attributes: str, block: bool = True) -> None:
         page, number = self.page, len(self.page.tags)
         parent = self.stack[-1] if self.stack else -1
         row = page.rows[parent] if parent >= 0 else -1
         cell = page.cells[parent] if parent >= 0 else -1
         item = page.items[parent] if parent >= 0 else -1
         unshown = parent >= 0 and page.unshown[parent]
-        preformatted = parent >= 0 and page.preformatted[parent]
+        space = self.spaces[parent] if parent >= 0 else COLLAPSED
+        silent = self.silent[parent] if parent >= 0 and self.silent[parent] > 1 else 0
         if tag == "tr":
             row = number
         elif tag in ("td", "th"):
@@ -134,12 +163,18 @@ class _Walk:
             row = cell = -1
         elif tag == "li":
             item = number
-        elif tag == "pre":
-            preformatted = True
-        if len(attributes) > 6:
-            unshown = unshown or _UNSHOWN.search(attributes) is not None
-            if "white-space" in attributes and _KEPT_SPACE.search(attributes):
-                preformatted = True
+        hidden, own = self.says(tag, attributes)
+        unshown = unshown or hidden
+        if unshown and tag == "span":
+            silent = max(silent, 1)
+        if holds_line_numbers(tag, attributes, space == CODE) or (tag == "span" and _is_drawn(attributes)):
+            silent = 2
+        inline = parent >= 0 and self.inline[parent] and space != COLLAPSED
+        if own is None and tag == "pre":
+            own = CODE
+        if own is not None and own != space:
+            # Inside text whose lines are lines of one, they stay so.
+            space, inline = CODE if space == CODE and own == KEPT else own, inline or not block
         page.tags.append(tag)
         page.attributes.append(attributes)
         page.parents.append(parent)
@@ -149,7 +184,10 @@ class _Walk:
         page.cells.append(cell)
         page.items.append(item)
         page.unshown.append(unshown)
-        page.preformatted.append(preformatted)
+        page.preformatted.append(space >= KEPT)
+        self.spaces.append(space)
+        self.inline.append(inline)
+        self.silent.append(silent)
         depth = len(self.stack)
         self.open.setdefault(tag, []).append(depth)
         if tag in _SCOPES:
@@ -174,15 +212,17 @@ class _Walk:
         """End the current block."""
         if not self.pieces:
             return
-        text = "".join(self.pieces)
+        raw = "".join(self.pieces)
         self.pieces.clear()
         page, place = self.page, self.stack[-1]
-        if "&" in text:
-            text = _CONTROLS.sub("", unescape(text)) if _LINE not in text else _unescape_lines(text)
-        if page.preformatted[place]:
+        text = unescape(raw) if "&" in raw else raw
+        if page.preformatted[place] and not self.inline[place]:
             text = text.replace(_LINE, "\n").replace("\r\n", "\n").replace("\r", "\n").strip("\n").rstrip()
         else:
-            text = _in_order(text)
+            raw, text = text, _in_order(text)
+            if page.tags[place] == "td" and len(raw) - len(text) > 1:
+                self.cells[len(page.texts)] = raw
+        text = unmarked(text)
         if text and not text.isspace() and not (self.shown and text[:_BEGINNING] in self.shown):
             page.texts.append(text)
             page.places.append(place)
@@ -192,7 +232,7 @@ class _Walk:
 
     def start(self, tag: str, attributes: str) -> None:
         if tag in _BLOCKS:
-            inside = self.page.preformatted[self.stack[-1]]
+            inside = self.spaces[self.stack[-1]] == CODE
             if tag in _PARAGRAPH_ENDS and (found := self.open.get("p")) and found[-1] > self.scopes[-1]:
                 self.flush()
                 self.pop_to(found[-1])
@@ -206,10 +246,9 @@ class _Walk:
                 if first is not None:
                     self.flush()
                     self.pop_to(first)
-            if inside and self.page.preformatted[self.stack[-1]]:
-                # In preformatted text a block is a line.
-                if self.pieces and not self.pieces[-1].endswith(("\n", _LINE)):
-                    self.pieces.append(_LINE)
+            if inside and self.spaces[self.stack[-1]] == CODE:
+                # In code a block is a line.
+                self.end_line()
             else:
                 self.flush()
             if tag != "hr":
@@ -222,8 +261,32 @@ class _Walk:
                 self.flush()
             else:
                 self.pieces.append(_LINE)
-        elif "-" in tag or (len(attributes) > 6 and tag == "span" and _UNSHOWN.search(attributes)):
+        elif tag == "img":
+            if shown := image_formula(attributes):
+                self.pieces.append(shown)
+        elif "-" in tag:
             self.push(tag, attributes)
+        elif (len(attributes) > 6 and tag not in _VOID) or self.open.get(tag):
+            self.start_inline(tag, attributes)
+
+    def start_inline(self, tag: str, attributes: str) -> None:
+        """Push an element within a block, if its attributes tell it from the text around it."""
+        hidden, own = self.says(tag, attributes)
+        space = self.spaces[self.stack[-1]]
+        if own is not None and own != space and is_shown_as_block(attributes):
+            self.flush()
+            self.push(tag, attributes)
+            return
+        differs = own is not None and own != space
+        if tag == "span":
+            differs = differs or hidden or _is_drawn(attributes)
+        # Inside an element that was pushed, the end of another of its tag is not its own.
+        if differs or self.open.get(tag) or (space == CODE and holds_line_numbers(tag, attributes, True)):
+            self.push(tag, attributes, False)
+
+    def end_line(self) -> None:
+        if self.pieces and not self.pieces[-1].endswith(("\n", _LINE)):
+            self.pieces.append(_LINE)
 
     def _after_line(self) -> bool:
         for piece in reversed(self.pieces):
@@ -241,14 +304,14 @@ class _Walk:
             if tag == "br":
                 self.pieces.append(_LINE)
             if found and found[-1] > max(0, limit):
-                place = self.page.preformatted[self.stack[-1]]
-                if place and found[-1] > 0 and self.page.preformatted[self.stack[found[-1] - 1]]:
-                    if self.pieces and not self.pieces[-1].endswith(("\n", _LINE)) and tag in _BLOCKS:
-                        self.pieces.append(_LINE)
-                elif tag in _BLOCKS or place:
+                first, last = self.stack[found[-1]], self.stack[-1]
+                if self.spaces[last] == CODE and self.spaces[self.stack[found[-1] - 1]] == CODE:
+                    if tag in _BLOCKS:
+                        self.end_line()
+                elif tag in _BLOCKS or (self.page.preformatted[last] and not self.inline[first]):
                     self.flush()
                 self.pop_to(found[-1])
-            elif tag in _BLOCKS and not self.page.preformatted[self.stack[-1]]:
+            elif tag in _BLOCKS and self.spaces[self.stack[-1]] != CODE:
                 self.flush()
 
     def read(self, page: str, shown: str = "") -> None:
@@ -257,14 +320,21 @@ class _Walk:
         result, stack = self.page, self.stack
         self.shown = shown
         previous, apart = "", False
-        for text, closing, tag, attributes in _tokens(page):
+        for text, maths, closing, tag, attributes in tokens(page):
             if text:
-                if not result.unshown[stack[-1]] or result.tags[stack[-1]] != "span":
+                top = stack[-1]
+                if not self.silent[top]:
+                    if self.inline[top] or self.spaces[top] == LINES:
+                        text = marked(text, self.spaces[top])
                     if apart and pieces and pieces[-1][-1].isalnum() and text[0].isalnum():
                         pieces.append(" ")
                     pieces.append(text)
                     if self.link >= 0 and not text.isspace():
                         self.linked += len(text)
+                previous, apart = "", False
+            if maths is not None and self.silent[stack[-1]] < 2:
+                if shown := formula(*maths):
+                    pieces.append(shown)
                 previous, apart = "", False
             if tag is None:
                 continue
@@ -280,25 +350,10 @@ class _Walk:
         self.pop_to(1)
 
 
-def _tokens(page: str) -> Iterator[tuple[str, str | None, str | None, str | None]]:
-    """(text before it, "/" of an end tag, name, attributes) of each tag; at last the text after them, with no tag."""
-    for _ in range(_MOST // _AT_ONCE):
-        parts = _TOKEN.split(page, _AT_ONCE)
-        yield from zip(parts[0::5], parts[2::5], parts[3::5], parts[4::5], strict=False)
-        page = parts[-1]
-        if len(parts) <= 5 * _AT_ONCE:
-            yield page, None, None, None
-            return
-
-
 def _in_order(text: str) -> str:
     """``text`` with single spaces, and lines where marks were."""
     text = " ".join(text.split())
     return _AROUND_LINE.sub("\n", text).strip() if _LINE in text else text
-
-
-def _unescape_lines(text: str) -> str:
-    return _LINE.join(_CONTROLS.sub("", unescape(part)) for part in text.split(_LINE))
 
 
 def read_markup(page: str, with_carried: bool = True) -> Markup:
@@ -320,5 +375,6 @@ def read_markup(page: str, with_carried: bool = True) -> Markup:
         walk.push(name, "")
         walk.read(_CONTROLS.sub("", markup), shown)
     walk.pop_to(0)
+    join_code_rows(walk.page, walk.cells)
     walk.page.carried = unescape(_ANY_TAG.sub(" ", "\n".join(markup for _, markup in found)))
     return walk.page
