@@ -62,7 +62,8 @@ FASTLLM_HD void narrow(float x, BF16& out) {
   const uint32_t quiet_nan = (bits >> 16) | 0x40u;
   out.bits = static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? quiet_nan : rounded);
 }
-// Plain arithmetic, which the compiler turns into vector code. The exponent is moved by a multiplication, which is exact and also normalises subnormal numbers.
+// Plain arithmetic, which the compiler turns into vector code. The exponent is moved by a multiplication, which is
+// exact and also normalises subnormal numbers.
 FASTLLM_HD float widen(F16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t rest = static_cast<uint32_t>(x.bits & 0x7FFFu) << 13;

@@ -68,8 +68,8 @@ inline std::vector<int64_t> with_last(const Tensor& indices, int64_t columns) {
   return shape;
 }
 
-// A fresh contiguous tensor on `like`'s device. new_empty() looks its operator up by name at every call: 1.1 of the 2.6 us
-// that a product of one row with 64 x 64 weights took.
+// A fresh contiguous tensor on `like`'s device. new_empty() looks its operator up by name at every call: 1.1 of the 2.6
+// us that a product of one row with 64 x 64 weights took.
 inline Tensor empty_like_device(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
   std::vector<int64_t> strides(shape.size());
   int64_t stride = 1;
@@ -82,8 +82,8 @@ inline Tensor empty_like_device(const Tensor& like, const std::vector<int64_t>& 
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle fresh = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), type,
-                                                  device_type, device_index, &fresh));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                                                  type, device_type, device_index, &fresh));
   return Tensor(fresh);
 }
 
@@ -129,7 +129,8 @@ inline void check_output(const char* op, const Tensor& out, const Backward& b) {
   if (from != to && (to != ScalarType::Float || from == ScalarType::Double))
     refuse(op, ": out must have grad's dtype, or be float32 beside a 16-bit grad");
   if (out.size(1) > 1 && out.stride(1) != 1) refuse(op, ": the columns of out must be contiguous");
-  if (b.positions && b.tokens > out.size(0)) refuse(op, ": ", b.tokens, " positions in a table of ", out.size(0), " rows");
+  if (b.positions && b.tokens > out.size(0))
+    refuse(op, ": ", b.tokens, " positions in a table of ", out.size(0), " rows");
 }
 
 inline void check_sum(const char* op, const std::vector<Tensor>& weights, const std::vector<Tensor>& indices,

@@ -1,5 +1,5 @@
-// Products of 32 x 32 blocks on matrix tiles, for the sources that are compiled for AMX and AVX-512 whatever the rest is
-// compiled for. Internal linkage, and nothing of the standard library: the linker could take it for everybody's.
+// Products of 32 x 32 blocks on matrix tiles, for the sources that are compiled for AMX and AVX-512 whatever the rest
+// is compiled for. Internal linkage, and nothing of the standard library: the linker could take it for everybody's.
 #pragma once
 
 #include <immintrin.h>
@@ -60,7 +60,8 @@ inline void transpose_16x16(__m512i r[16]) {
 inline void see_memory() { __asm__ volatile("" ::: "memory"); }
 
 // c (32 x 32, rows `to` apart) = a (32 x 32 blocks, rows `along` apart) times b (16 blocks pairs x 32, `across` apart).
-inline void multiply(float* c, int64_t to, const uint16_t* a, int64_t along, const Pair* b, int64_t across, int64_t blocks) {
+inline void multiply(float* c, int64_t to, const uint16_t* a, int64_t along, const Pair* b, int64_t across,
+                     int64_t blocks) {
   see_memory();
   _tile_zero(0);
   _tile_zero(1);

@@ -223,7 +223,8 @@ void amx_backward(const PlaneShape& s, Plane dout, Plane q, Plane k, Plane v, Pl
         float *t = w.t + (r + h) * count, *dp = w.dp + (r + h) * count;
         inverse[h] = _mm512_set1_ps(1 / soften(t, seen_by(s, i + r + h), seen, s.scale));
         __m512 sum = _mm512_setzero_ps();
-        for (int64_t c = 0; c < seen; c += 16) sum = _mm512_fmadd_ps(_mm512_load_ps(t + c), _mm512_load_ps(dp + c), sum);
+        for (int64_t c = 0; c < seen; c += 16)
+          sum = _mm512_fmadd_ps(_mm512_load_ps(t + c), _mm512_load_ps(dp + c), sum);
         delta[h] = _mm512_mul_ps(_mm512_set1_ps(_mm512_reduce_add_ps(sum)), inverse[h]);
       }
       for (int64_t c = 0; c < seen; c += 16) {

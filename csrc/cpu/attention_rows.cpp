@@ -84,7 +84,8 @@ struct Call {
     if (bias.has_value())
       h.bias = {rows_of_bias(batch, head), bias->stride(2), bias->stride(3)};
     if (slopes.has_value())
-      h.slope = static_cast<const float*>(slopes->const_data_ptr())[batch * slopes->stride(0) + head * slopes->stride(1)];
+      h.slope =
+          static_cast<const float*>(slopes->const_data_ptr())[batch * slopes->stride(0) + head * slopes->stride(1)];
     return h;
   }
 
@@ -110,17 +111,20 @@ void check_column(const char* op, const Tensor& x, const Call& call) {
 // The blocks of a head's rows in turns from both ends: under a causal edge, threads that share a head have like work.
 int64_t from_both_ends(int64_t i, int64_t n) { return i % 2 == 0 ? i / 2 : n - 1 - i / 2; }
 
-// Fills out (B, H, Sq, Dv), lse, most and log (B, H, Sq). bias is expanded to (B, H, Sq, Sk), slopes to (B, H); sinks (H,).
+// Fills out (B, H, Sq, Dv), lse, most and log (B, H, Sq). bias is expanded to (B, H, Sq, Sk), slopes to (B, H); sinks
+// (H,).
 void attention_rows(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& bias,
                     const std::optional<Tensor>& sinks, const std::optional<Tensor>& slopes,
                     const std::optional<Tensor>& seed, Tensor out, Tensor lse, Tensor most, Tensor log, double scale,
-                    double softcap, int64_t left, int64_t right, int64_t offset, double dropout_p, int64_t first_plane) {
+                    double softcap, int64_t left, int64_t right, int64_t offset, double dropout_p,
+                    int64_t first_plane) {
   const char* op = "attention_rows";
   const Call call(op, q, k, v, bias, slopes, seed, scale, softcap, left, right, offset, dropout_p, first_plane);
   const AttentionShape& s = call.shape;
   check_out(op, out, s.rows, s.dim_v, call);
   for (const Tensor& x : std::vector<Tensor>{lse, most, log}) check_column(op, x, call);
-  if (sinks.has_value() && (sinks->numel() != call.heads() || sinks->scalar_type() != ScalarType::Float || !sinks->is_contiguous()))
+  if (sinks.has_value() &&
+      (sinks->numel() != call.heads() || sinks->scalar_type() != ScalarType::Float || !sinks->is_contiguous()))
     refuse(op, ": sinks must be float32, contiguous, one a head");
   if (call.planes() * s.rows == 0) return;
   const AttentionKernels& kernels = attention_kernels();
@@ -132,7 +136,8 @@ void attention_rows(const Tensor& q, const Tensor& k, const Tensor& v, const std
       const int64_t first = from_both_ends(i % blocks, blocks) * kRowsOfTask;
       AttentionHead head = call.head(b, h);
       if (sinks.has_value()) head.sink = static_cast<const float*>(sinks->const_data_ptr())[h];
-      const AttentionOutput output{rows_out_of(out, b, h), column_of(lse, b, h), column_of(most, b, h), column_of(log, b, h)};
+      const AttentionOutput output{rows_out_of(out, b, h), column_of(lse, b, h), column_of(most, b, h),
+                                   column_of(log, b, h)};
       kernels.forward(s, head, output, first, std::min(s.rows, first + kRowsOfTask), scratch.get());
     }
   });
@@ -166,8 +171,8 @@ void add_groups(const std::optional<Tensor>& to, const Tensor& from, int64_t gro
   });
 }
 
-// Fills dq, dk and dv, where they are there, and delta (B, H, Sq); adds to dbias, float32, expanded to the scores: where it
-// is broadcast over batch or heads, each plane needs one of its own.
+// Fills dq, dk and dv, where they are there, and delta (B, H, Sq); adds to dbias, float32, expanded to the scores:
+// where it is broadcast over batch or heads, each plane needs one of its own.
 void attention_grad_rows(const Tensor& dout_, const std::optional<Tensor>& dlse, const Tensor& out_, const Tensor& most,
                          const Tensor& log, const Tensor& q, const Tensor& k, const Tensor& v,
                          const std::optional<Tensor>& bias, const std::optional<Tensor>& slopes,
@@ -191,7 +196,8 @@ void attention_grad_rows(const Tensor& dout_, const std::optional<Tensor>& dlse,
   const bool grouped = call.group() > 1;
   const auto apart = [&](const std::optional<Tensor>& x) {
     const bool there = grouped && x.has_value();
-    return empty_like_device(call.q, {there ? call.planes() : 0, there ? x->size(2) : 0, there ? x->size(3) : 0}, ScalarType::Float);
+    return empty_like_device(call.q, {there ? call.planes() : 0, there ? x->size(2) : 0, there ? x->size(3) : 0},
+                             ScalarType::Float);
   };
   Tensor dk_apart = apart(dk), dv_apart = apart(dv);
   const auto plane_of = [](const Tensor& x, int64_t plane) {

@@ -151,8 +151,8 @@ Tensor embedding_bwd(const Tensor& grad, const Tensor& indices, int64_t num_rows
 
 void embedding_bwd_(Tensor out, const Tensor& grad, const Tensor& indices, int64_t padding_idx,
                     bool scale_grad_by_freq, std::optional<int64_t> vocab_start, double scale, bool accumulate) {
-  backward_into(out, check_backward("embedding_bwd_", grad, indices, false), padding_idx, scale_grad_by_freq, vocab_start,
-                scale, accumulate);
+  backward_into(out, check_backward("embedding_bwd_", grad, indices, false), padding_idx, scale_grad_by_freq,
+                vocab_start, scale, accumulate);
 }
 
 }  // namespace

@@ -30,7 +30,8 @@ Column column(const char* op, const std::optional<Tensor>& t, int64_t rows, Scal
 }
 
 // x (rows, classes); target (rows,) int64, or probabilities of x's shape; weight (classes,), factor, dlse and dentropy
-// (rows,) in the accumulator's dtype. The gradient for them goes to dx, which may be x, and to dtarget. softcap 0: none.
+// (rows,) in the accumulator's dtype. The gradient for them goes to dx, which may be x, and to dtarget. softcap 0:
+// none.
 std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_rows(
     const Tensor& x, const Tensor& target, const std::optional<Tensor>& weight, const std::optional<Tensor>& factor_,
     const std::optional<Tensor>& dlse_, const std::optional<Tensor>& dentropy_, const std::optional<Tensor>& dx,

@@ -1,5 +1,5 @@
-// divergence_rows on the CPU: how a student's row of logits differs from its teacher's, and the gradients of both in the
-// same pass over the row.
+// divergence_rows on the CPU: how a student's row of logits differs from its teacher's, and the gradients of both in
+// the same pass over the row.
 #include "divergence.h"
 
 #include "strided.h"
@@ -7,8 +7,9 @@
 namespace fastllm {
 namespace {
 
-// student (rows, classes); teacher of its shape, or with indices (rows, k) int64 probabilities (rows, k); factor (rows,)
-// in the accumulator's dtype. The gradients for it go to dstudent and dteacher, which may be the logits. softcap 0: none.
+// student (rows, classes); teacher of its shape, or with indices (rows, k) int64 probabilities (rows, k); factor
+// (rows,) in the accumulator's dtype. The gradients for it go to dstudent and dteacher, which may be the logits.
+// softcap 0: none.
 Tensor divergence_rows(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& indices_,
                        const std::optional<Tensor>& factor, const std::optional<Tensor>& dstudent,
                        const std::optional<Tensor>& dteacher, int64_t direction, double beta, double temperature,
@@ -47,7 +48,8 @@ Tensor divergence_rows(const Tensor& student, const Tensor& teacher, const std::
   const std::optional<Rows> dts = dteacher.has_value() ? std::optional<Rows>(*dteacher) : std::nullopt;
   const DivergenceOptions options{classes, kept, static_cast<int>(direction), beta, temperature, softcap,
                                   teacher_softcap, xs.dtype, teachers.dtype,
-                                  dxs.has_value() ? dxs->dtype : xs.dtype, dts.has_value() ? dts->dtype : teachers.dtype};
+                                  dxs.has_value() ? dxs->dtype : xs.dtype,
+                                  dts.has_value() ? dts->dtype : teachers.dtype};
   const void* factors = factor.has_value() ? factor->const_data_ptr() : nullptr;
   void* results = values.mutable_data_ptr();
   const DivergenceOfRow divergence_of_row = divergence_kernels().divergence_of_row[wide];

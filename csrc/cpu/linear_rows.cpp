@@ -32,8 +32,9 @@ Tensor linear_rows(const Tensor& x_, const Tensor& weight_, const std::optional<
   Tensor y = empty_like_device(x, shape, dtype);
   if (y.numel() == 0) return y;
   const int64_t rows = y.numel() / outputs;
-  const LinearRows call{x.const_data_ptr(), weight.const_data_ptr(), added.has_value() ? added->const_data_ptr() : nullptr,
-                        y.mutable_data_ptr(), dtype_index(dtype), rows, depth, outputs, weight.stride(0)};
+  const LinearRows call{x.const_data_ptr(), weight.const_data_ptr(),
+                        added.has_value() ? added->const_data_ptr() : nullptr, y.mutable_data_ptr(),
+                        dtype_index(dtype), rows, depth, outputs, weight.stride(0)};
   const auto kernel = linear_kernels().linear_rows;
   const int64_t grain = std::max<int64_t>(1, kWorth / std::max<int64_t>(1, depth));
   torch::stable::parallel_for(0, outputs, grain, [&](int64_t begin, int64_t end) {

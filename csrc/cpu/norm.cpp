@@ -147,7 +147,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_grad_rows(
   const Rows dinputs(dinput), dresiduals(dresidual);
   const Parameter scale(op, weight, columns, wide);
   const bool past = past_caches(bytes_of(dinput) + bytes_of(dresidual));
-  const NormOptions options{columns, scale.data(), nullptr, 0.0, pointer_to(dropout), center, dys.dtype, xs.dtype, past};
+  const NormOptions options{columns, scale.data(), nullptr, 0.0, pointer_to(dropout),
+                            center, dys.dtype, xs.dtype, past};
   const int64_t element = wide ? 8 : 4, wanted = need_weight + need_bias;
   const int64_t rows_of_part = std::max<int64_t>((xs.count + kParts - 1) / kParts, 4);
   const int64_t parts = (xs.count + rows_of_part - 1) / rows_of_part;

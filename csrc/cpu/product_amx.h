@@ -1,6 +1,6 @@
 // total += a^T b of bfloat16 matrices, summed in float32: on the matrix units (AMX) of a CPU, or by its vector units'
-// products of pairs of bfloat16, which take as long as oneDNN's products that are rounded to bfloat16 (one core of an AMD
-// EPYC of the fourth generation, 631 x 8192 x 512: 0.93 of its time, 0.44 of a product in float32).
+// products of pairs of bfloat16, which take as long as oneDNN's products that are rounded to bfloat16 (one core of an
+// AMD EPYC of the fourth generation, 631 x 8192 x 512: 0.93 of its time, 0.44 of a product in float32).
 #pragma once
 
 #include <cstdint>

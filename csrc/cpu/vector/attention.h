@@ -83,17 +83,17 @@ struct Strip {
   Wide q;
 };
 
-// The scores of a strip with a block: written to `t`, rows `width` apart, -inf where a row does not see a column. What is
-// returned are the columns that were written, from a whole panel to a whole vector. Without features the scores still
-// lack the scale. `slopes`, laid out as t, is as add_features's.
+// The scores of a strip with a block: written to `t`, rows `width` apart, -inf where a row does not see a column. What
+// is returned are the columns that were written, from a whole panel to a whole vector. Without features the scores
+// still lack the scale. `slopes`, laid out as t, is as add_features's.
 inline Span score(const AttentionShape& s, const AttentionHead& h, const Strip& strip, const Block& block, float* t,
                   int64_t width, float* slopes) {
   const Span seen = seen_by(s, strip.row, strip.row + strip.rows - 1);
   const int64_t begin = larger(seen.begin - block.column, 0), end = smaller(seen.end - block.column, block.n);
   if (begin >= end) return {0, 0};
   const int64_t from = begin / kPanel * kPanel, to = (end + kVector - 1) / kVector * kVector;
-  multiply<false, false>(strip.rows, t + from, width, to - from, {strip.q.data, strip.q.width, 1}, block.keys + from * s.dim,
-                         kPanel * s.dim, s.dim);
+  multiply<false, false>(strip.rows, t + from, width, to - from, {strip.q.data, strip.q.width, 1},
+                         block.keys + from * s.dim, kPanel * s.dim, s.dim);
   const bool features = has_features(s, h);
   for (int64_t r = 0; r < strip.rows; ++r) {
     float* one = t + r * width;

@@ -65,7 +65,8 @@ void read_rows(const AttentionShape& s, const AttentionHead& h, const AttentionU
     b.most[r] = u.max.at(r);
     b.log[r] = u.log.at(r);
     const Wide out = widened_from(b.rows, s.dtype, u.out, r, 1, s.dim_v);
-    const float along = dot(out.data, from_row(b.dout, r).data, b.dim_v) - (u.dlse.data == nullptr ? 0.0f : u.dlse.at(r));
+    const float along =
+        dot(out.data, from_row(b.dout, r).data, b.dim_v) - (u.dlse.data == nullptr ? 0.0f : u.dlse.at(r));
     b.delta[r] = b.log[r] == __builtin_inff() ? 0.0f : along;
     g.delta.at(r) = b.delta[r];
   }
@@ -78,8 +79,8 @@ void clear_outside(float* x, const Span& span, int64_t n) {
   clear(x + span.end, n - span.end);
 }
 
-// The probabilities of a strip with a block, and the gradient of its products q k: p and ds, zeros where nothing is seen.
-// Adds ds k to dq.
+// The probabilities of a strip with a block, and the gradient of its products q k: p and ds, zeros where nothing is
+// seen. Adds ds k to dq.
 void differentiate(const AttentionShape& s, const AttentionHead& h, const AttentionGradient& g, const Backward& b,
                    const Strip& strip, const Block& block, float* p, float* ds) {
   const Span span = score(s, h, strip, block, p, b.width, b.slopes);
@@ -89,8 +90,9 @@ void differentiate(const AttentionShape& s, const AttentionHead& h, const Attent
     clear_outside(ds + r * b.width, span, b.width);
   }
   if (count == 0) return;
-  multiply<false, false>(strip.rows, ds + span.begin, b.width, count, {from_row(b.dout, strip.row).data, b.dout.width, 1},
-                         b.values_turned + span.begin * s.dim_v, kPanel * s.dim_v, s.dim_v);
+  multiply<false, false>(strip.rows, ds + span.begin, b.width, count,
+                         {from_row(b.dout, strip.row).data, b.dout.width, 1}, b.values_turned + span.begin * s.dim_v,
+                         kPanel * s.dim_v, s.dim_v);
   const float scale = has_features(s, h) ? 1.0f : s.scale;
   for (int64_t r = 0; r < strip.rows; ++r) {
     const int64_t row = strip.row + r, column = block.column + span.begin;

@@ -106,7 +106,9 @@ constexpr int64_t kStep = 256;
 
 int result_dtype(int gate, int up) { return gate == up ? gate : kF32; }
 int64_t bytes_of(int dtype) { return dtype == kF32 ? 4 : 2; }
-const void* past(const void* from, int dtype, int64_t c) { return static_cast<const char*>(from) + c * bytes_of(dtype); }
+const void* past(const void* from, int dtype, int64_t c) {
+  return static_cast<const char*>(from) + c * bytes_of(dtype);
+}
 void* past(void* from, int dtype, int64_t c) { return static_cast<char*>(from) + c * bytes_of(dtype); }
 
 template <int kActivation>

@@ -20,7 +20,8 @@ inline Vector load(const float* from) { return read<Vector>(from); }
 
 inline Unsigned widened(Halves x) {
 #if FASTLLM_LANES == 8 && defined(__AVX2__)
-  return reinterpret_cast<Unsigned>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(x)));  // GCC 12 makes 4 instructions of the other
+  // GCC 12 makes 4 instructions of the other.
+  return reinterpret_cast<Unsigned>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(x)));
 #else
   return __builtin_convertvector(x, Unsigned);
 #endif
@@ -60,9 +61,11 @@ inline Halves narrowed(Vector x, const BF16*) {
 
 inline Halves narrowed(Vector x, const F16*) {
 #if FASTLLM_LANES == 16
-  return reinterpret_cast<Halves>(_mm512_cvtps_ph(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  return reinterpret_cast<Halves>(
+      _mm512_cvtps_ph(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif FASTLLM_LANES == 8 && defined(__F16C__)
-  return reinterpret_cast<Halves>(_mm256_cvtps_ph(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  return reinterpret_cast<Halves>(
+      _mm256_cvtps_ph(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
   Halves y;
   for (int64_t i = 0; i < kVector; ++i) {

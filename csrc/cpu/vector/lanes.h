@@ -1,5 +1,5 @@
-// Vectors of 8 floats, and what is loaded as such from any dtype. Internal linkage, because each instruction set has its
-// own copy.
+// Vectors of 8 floats, and what is loaded as such from any dtype. Internal linkage, because each instruction set has
+// its own copy.
 #pragma once
 
 #include <cstdint>

@@ -15,8 +15,8 @@ constexpr int64_t kRun = kVectors * kVector;
 // group.
 constexpr int kGroup = 3;
 
-// One stream of weights: in pieces of 4 streams side by side, which are 2 KB apart at 512 columns, reading took 1.5 times
-// as long. The order of the 32 partial sums is one at every level.
+// One stream of weights: in pieces of 4 streams side by side, which are 2 KB apart at 512 columns, reading took 1.5
+// times as long. The order of the 32 partial sums is one at every level.
 template <int R, class T>
 inline void add_run(const float* __restrict x, int64_t depth, const T* __restrict w, Vector (&sums)[R][kVectors]) {
   for (int64_t v = 0; v < kVectors; ++v) {
@@ -25,8 +25,8 @@ inline void add_run(const float* __restrict x, int64_t depth, const T* __restric
   }
 }
 
-// Two numbers of w lie in 32 bits, and each is widened by one instruction: of 16 those at even places, then the others. So
-// lies x in whole runs. Little endian.
+// Two numbers of w lie in 32 bits, and each is widened by one instruction: of 16 those at even places, then the others.
+// So lies x in whole runs. Little endian.
 template <int R>
 inline void add_run(const float* __restrict x, int64_t depth, const BF16* __restrict w, Vector (&sums)[R][kVectors]) {
   for (int64_t v = 0; v < kVectors; v += 2) {

@@ -38,7 +38,9 @@ void sums_over(int64_t n, float* sums, const Vectors& vectors) {
 }
 
 // The number of a row in the whole batch.
-inline uint64_t of_batch(const NormOptions& o, int64_t row) { return o.dropout->first_row + static_cast<uint64_t>(row); }
+inline uint64_t of_batch(const NormOptions& o, int64_t row) {
+  return o.dropout->first_row + static_cast<uint64_t>(row);
+}
 
 // Calls with(x, h), numbers of o's two dtypes, where they are one dtype or h's is float32; says whether they are.
 template <class With>
@@ -64,7 +66,8 @@ inline void each_vector(int64_t n, const With& with) {
 // The statistics of the row `from` and what it becomes. `sum` is of its elements, or without a mean of their squares;
 // kept(c, some, x) sees each vector of `from` in the last pass, and next(c) every place in a pass that reads no memory.
 template <class X, class From, class Next, class Kept>
-inline void finish_row(const NormOptions& o, NormRow& row, const From* from, float sum, const Next& next, const Kept& kept) {
+inline void finish_row(const NormOptions& o, NormRow& row, const From* from, float sum, const Next& next,
+                       const Kept& kept) {
   const int64_t n = o.columns;
   const float* weight = static_cast<const float*>(o.weight);
   const float* bias = static_cast<const float*>(o.bias);
@@ -74,8 +77,9 @@ inline void finish_row(const NormOptions& o, NormRow& row, const From* from, flo
   float mean = 0.0f, square = sum;
   if (o.center) {
     const float near = sum / count;
-    // The first sum's rounding error grows with the mean, and beside a small spread it would be all of x - mean: the sum
-    // of x - near corrects it. The squares beside `near` serve where they are those beside the mean but for a small part.
+    // The first sum's rounding error grows with the mean, and beside a small spread it would be all of x - mean: the
+    // sum of x - near corrects it. The squares beside `near` serve where they are those beside the mean but for a small
+    // part.
     float sums[2];
     sums_over<2>(n, sums, [=](int64_t c, int64_t some) {
       next(c);
@@ -232,7 +236,9 @@ void norm_grad_of_vectors(const NormOptions& o, const NormGradRow& row, void* sc
   });
   if (dropped == nullptr) return;
   drop(dropped, dropped, n, *o.dropout, of_batch(o, row.row), 0);
-  each_vector(n, [=](int64_t c, int64_t some) { store_some(dinput + c, load_some(dropped + c, some), some, input_past); });
+  each_vector(n, [=](int64_t c, int64_t some) {
+    store_some(dinput + c, load_some(dropped + c, some), some, input_past);
+  });
 }
 
 // dx = rstd (g - mean(g) - x^ mean(g x^)), g = dy weight, x^ = (x - mean) rstd; without the middle term for RMS norm.

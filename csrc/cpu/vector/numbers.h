@@ -84,8 +84,8 @@ A largest(const A* __restrict x, int64_t n) {
   return lanes[0];
 }
 
-// e^x: 2^n times a polynomial in what is left of x, |r| <= ln(2) / 2, as in Cephes' expf (Moshier). Relative error below
-// 2e-7; 0 below -87, where it would be subnormal.
+// e^x: 2^n times a polynomial in what is left of x, |r| <= ln(2) / 2, as in Cephes' expf (Moshier). Relative error
+// below 2e-7; 0 below -87, where it would be subnormal.
 inline float exp_(float x) {
   const float bounded = x > 88.0f ? 88.0f : x;
   const float shifted = bounded * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
@@ -131,7 +131,8 @@ inline float log_of(float x) {
   const uint32_t bits = as_bits(scaled);
   const float half = as_float((bits & 0x007FFFFFu) | 0x3F000000u);  // in [0.5, 1)
   const bool low = half < 0.707106781f;
-  const float e = static_cast<float>(static_cast<int32_t>(bits >> 23) - 126) - (small ? 25.0f : 0.0f) - (low ? 1.0f : 0.0f);
+  const float e =
+      static_cast<float>(static_cast<int32_t>(bits >> 23) - 126) - (small ? 25.0f : 0.0f) - (low ? 1.0f : 0.0f);
   const float m = low ? half + half - 1.0f : half - 1.0f;
   const float z = m * m;
   float p = 7.0376836292e-2f;

@@ -54,9 +54,11 @@ inline Vector all(float x) { return Vector{} + x; }
 // a * b + c, rounded once where the instruction set has it.
 inline Vector multiply_add(Vector a, Vector b, Vector c) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<Vector>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+  return reinterpret_cast<Vector>(
+      _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
 #elif defined(__AVX2__) && defined(__FMA__)
-  return reinterpret_cast<Vector>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+  return reinterpret_cast<Vector>(
+      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
 #else
   return a * b + c;
 #endif
@@ -202,7 +204,8 @@ inline void pack_turned(float* to, const Wide& from, int64_t n, int64_t columns)
 #if defined(__AVX2__)
     for (; l + 8 <= some; l += 8) {
       int64_t c = 0;
-      for (; c + 8 <= columns; c += 8) turn_8x8(to + c * kPanel + l, kPanel, from.data + (r + l) * from.width + c, from.width);
+      for (; c + 8 <= columns; c += 8)
+        turn_8x8(to + c * kPanel + l, kPanel, from.data + (r + l) * from.width + c, from.width);
       for (; c < columns; ++c)
         for (int64_t i = l; i < l + 8; ++i) to[c * kPanel + i] = from.data[(r + i) * from.width + c];
     }
