@@ -65,9 +65,9 @@ def selected(names: Sequence[str]) -> list[Op]:
     """
     for name in names:
         if name not in OPS:
-            raise ValueError(f"bench: no op {name!r}; the ops are {', '.join(OPS)}")
+            raise ValueError(f"no op {name!r}; the ops are {', '.join(OPS)}")
         if not shapes_of(name):
-            raise ValueError(f"bench: {name} has no shapes (bench/{name}.py)")
+            raise ValueError(f"{name} has no shapes (bench/{name}.py)")
     return [op for name, op in OPS.items() if (name in names if names else shapes_of(name))]
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -29,11 +31,12 @@ from .timing import copy_bandwidth, keep_freed_memory
 DRAWING = 15.0
 DTYPES = ("bfloat16", "float16", "float32")
 EPILOG = """
-fastllm bench compare A.json B.json   two runs side by side, with a verdict in each row
-fastllm bench report A.json           the plots and the page of a run again (--out FOLDER: elsewhere)
-fastllm bench train --help            the training step
-fastllm bench regress FILE            anybody's Triton kernels held to a committed file, without a GPU
-fastllm bench export FORMAT           the ops' calls for Hugging Face's `kernels benchmark` or FlashInfer-Bench
+commands (each has --help):
+  fastllm bench compare A.json B.json  two runs side by side, with a verdict in each row
+  fastllm bench report A.json          draw the plots and the page of a run again
+  fastllm bench train                  the bundled model's training step beside plain PyTorch
+  fastllm bench regress FILE           compare what anybody's Triton kernels take with a committed file, without a GPU
+  fastllm bench export FORMAT          write the ops' calls for Hugging Face's kernels or for FlashInfer-Bench
 """
 
 
@@ -44,30 +47,39 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("ops", nargs="*", metavar="OP", help="ops to time (all); or one of the commands below")
+    parser.add_argument("ops", nargs="*", metavar="OP", help="ops to time (default: all), or one of the commands below")
     parser.add_argument(
         "--static", action="store_true", help="what is known without a GPU: compiled kernels and a model of their time"
     )
     parser.add_argument(
         "--tune", action="store_true", help="search launch settings on this GPU; rewrites kernels/tuned.py"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: %(default)s)"
+    )
     parser.add_argument(
         "--dtype", nargs="+", choices=DTYPES,
-        help="(bfloat16; float32 on a CPU that has no products of bfloat16)",
+        help="precisions (default: bfloat16; float32 on a CPU that has no products of bfloat16)",
     )  # fmt: skip
     parser.add_argument("--shape", nargs="+", default=[""], help="only shapes whose name contains one of these")
     parser.add_argument(
         "--sweep", action="store_true", help="after the shapes, a series of sizes, for GB/s and TFLOP/s over the size"
     )
-    parser.add_argument("--provider", nargs="+", default=[], help="beside fastllm and eager, only these")
+    parser.add_argument("--provider", nargs="+", default=[], help="time only these beside fastllm and eager PyTorch")
     parser.add_argument(
         "--rival", action="append", default=[], metavar="MODULE:FUNCTION",
         help="a function of yours with OP's arguments, or FILE.py:FUNCTION, as one more provider; may be repeated",
     )  # fmt: skip
-    parser.add_argument("--compile", nargs="+", metavar="OP", help="time torch.compile only beside these ops (all)")
-    parser.add_argument("--rounds", type=int, help="samples of each provider")
-    parser.add_argument("--budget", type=float, default=240.0, metavar="SECONDS", help="for everything (%(default)g)")
+    parser.add_argument(
+        "--compile", nargs="+", metavar="OP", help="time torch.compile beside these ops only (default: all)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, metavar="N",
+        help=f"samples of each provider (default: {ROUNDS['cpu']} on a CPU, {ROUNDS['cuda']} on a GPU)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--budget", type=float, default=240.0, metavar="SECONDS", help="time for everything (default: %(default)g)"
+    )
     parser.add_argument(
         "--cpu", metavar="LEVELS",
         help="one table of several levels of this CPU, each in a process of its own: avx2,avx512,amx",
@@ -88,6 +100,10 @@ def main(argv: list[str] | None = None) -> int:
 
         train.main(argv[1:])
         return 0
+    if argv[:1] == ["compare"]:
+        return _compare(argv[1:])
+    if argv[:1] == ["report"]:
+        return _report(argv[1:])
     if argv[:1] == ["regress"]:
         from .regress import main as regress
 
@@ -98,11 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         return export(argv[1:])
     parser = _parser()
     options = parser.parse_args(argv)
-    try:
-        if options.ops[:1] == ["compare"]:
-            return _compare(options.ops[1:])
-        if options.ops[:1] == ["report"]:
-            return _report(options.ops[1:], options.out)
+    with _named_errors(parser):
         ops = cases.selected(options.ops)
         compiled = {op.name for op in cases.selected(options.compile or [])}
         if options.rounds is not None and options.rounds < 2:
@@ -123,8 +135,6 @@ def main(argv: list[str] | None = None) -> int:
             from .tune import main as tune
 
             return tune(ops, options.dtype, options.shape)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
     if options.static:
         from .static import both_tables
 
@@ -206,21 +216,37 @@ def _shown(found: Run, folder: Path) -> list[Path]:
     return [*(folder / f"{name}.png" for name in pictures), write_page(found, pictures, folder / "bench.html")]
 
 
-def _compare(files: list[str]) -> int:
-    if len(files) != 2:
-        raise ValueError("compare: expected two files")
+def _compare(argv: list[str]) -> int:
+    parser = Parser(prog="fastllm bench compare", description="Two runs side by side, with a verdict in each row.")
+    parser.add_argument("before", type=path, metavar="A.json", help="the bench.json of the run to compare with")
+    parser.add_argument("after", type=path, metavar="B.json", help="the bench.json of the run to judge")
+    options = parser.parse_args(argv)
     from .report import compare
 
-    compare(*map(Path, files))
+    with _named_errors(parser):
+        compare(options.before, options.after)
     return 0
 
 
-def _report(files: list[str], folder: Path | None) -> int:
-    if len(files) != 1:
-        raise ValueError("report: expected one file")
-    file = Path(files[0])
-    found = read_run(file)
-    folder = folder or file.parent
-    folder.mkdir(parents=True, exist_ok=True)
+def _report(argv: list[str]) -> int:
+    parser = Parser(prog="fastllm bench report", description="Draw the plots and the page of a run again.")
+    parser.add_argument("file", type=path, metavar="A.json", help="the bench.json of the run")
+    parser.add_argument("--out", type=path, metavar="FOLDER", help="where to write (default: the folder of A.json)")
+    options = parser.parse_args(argv)
+    with _named_errors(parser):
+        found = read_run(options.file)
+        folder = options.out or options.file.parent
+        folder.mkdir(parents=True, exist_ok=True)
     print("written:", *_shown(found, folder))
     return 0
+
+
+@contextlib.contextmanager
+def _named_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """What the user gave and cannot be used, on one line that names the file or the option."""
+    try:
+        yield
+    except OSError as error:
+        parser.error(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except ValueError as error:
+        parser.error(str(error))

@@ -1,4 +1,4 @@
-"""``fastllm bench regress``: what Triton kernels take, held to a committed file, on a machine without a GPU.
+"""Compare what Triton kernels take (registers, spills, memory, bytes) with a committed file, without a GPU.
 
 A file of calls, anybody's, is measured twice in processes of their own: its kernels are compiled for each architecture
 (registers, spills, shared memory, launch limits), and run in Triton's interpreter (bytes loaded and stored). Each

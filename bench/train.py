@@ -1,6 +1,6 @@
 """The bundled model's whole training step beside the same model in plain PyTorch.
 
-    python -m fastllm.bench.train [--preset small] [--batch-size 16] [--dtype bfloat16] [--steps 5] [--rounds 7] ...
+    fastllm bench train [--preset small] [--batch-size 16] [--dtype bfloat16] [--steps 5] [--rounds 7] ...
 
 Every provider starts from the same weights and takes the same batches. Before anything is timed, each takes CHECKED
 steps and its losses must equal fastllm's; one that differs, or fails, is reported with the reason and without a time.
@@ -156,7 +156,7 @@ def table(rows: list[Row], title: str):
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the module's docstring."""
-    parser = Parser(prog="python -m fastllm.bench.train", description=first_paragraph(__doc__))
+    parser = Parser(prog="fastllm bench train", description=first_paragraph(__doc__))
     parser.add_argument("--preset", choices=list(PRESETS), default="small", help="the model (default: %(default)s)")
     parser.add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="sequences a step (default: %(default)s)"

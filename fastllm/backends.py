@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 
 from . import extension
+from .config import InputError
 from .registry import OPS, Call, Op
 
 BACKENDS = ("eager", "triton", "native", "hopper")
@@ -57,7 +58,7 @@ _observers: list[Callable[[str, Choice], None]] = []
 
 def _check_choice(name: str, source: str) -> str:
     if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"{source}: expected auto, {', '.join(BACKENDS)}; got {name!r}")
+        raise InputError(f"{source}: expected auto, {', '.join(BACKENDS)}; got {name!r}")
     return name
 
 

@@ -32,7 +32,10 @@ ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(sig
 
 def _parser(command: str | None) -> argparse.ArgumentParser:
     """The parser; of the commands only ``command`` knows its arguments, so that no other one is imported."""
-    parser = Parser(prog="fastllm", description="Train and use a language model built on fused kernels.")
+    parser = Parser(
+        prog="fastllm",
+        description="Fast kernels for PyTorch models, and a language model from scratch that is built on them.",
+    )
     parser.add_argument("--version", action="version", version=f"fastllm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text in COMMANDS.items():
@@ -154,10 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check_backend() -> None:
     from .backends import chosen_backend
 
-    try:
-        chosen_backend()
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    chosen_backend()  # raises InputError
 
 
 def _execute(argv: list[str]) -> int:
@@ -165,6 +165,7 @@ def _execute(argv: list[str]) -> int:
         import_module(".api", __package__)
         from .bench.command import main as bench
 
+        _check_backend()
         return bench(argv[1:])
     if "torch" not in sys.modules:  # later it changes nothing here, only what this process starts
         other_work.wait_asleep(os.environ)

@@ -40,7 +40,7 @@ def option(default: Any, help: str, **limits: Any) -> Any:
 
     Args:
         limits: ``choices`` (a tuple), ``minimum`` and ``maximum`` (inclusive), ``above`` and ``below`` (exclusive),
-            ``resume=True`` (may be changed when a run is resumed).
+            ``resume=True`` (may be changed when a run is resumed), ``metavar`` (what the help calls the value).
     """
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
@@ -92,7 +92,7 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, title: str, defaults: 
         default = setting.default if defaults is None else getattr(defaults, setting.name)
         text = setting.metadata.get("help", "").replace("%", "%%")
         if default not in (None, (), dataclasses.MISSING):
-            text += f" (default: {default})"
+            text += f" (default: {' '.join(default) if setting.repeated else default})"
         keywords: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS, "dest": setting.name}
         if setting.type is bool:
             keywords["action"] = argparse.BooleanOptionalAction
@@ -101,7 +101,8 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, title: str, defaults: 
             if setting.choices:
                 keywords["choices"] = setting.choices
             else:
-                keywords["metavar"] = {int: "N", float: "X"}.get(setting.type, "TEXT")
+                named = {int: "N", float: "X"}.get(setting.type, "TEXT")
+                keywords["metavar"] = setting.metadata.get("metavar", named)
             if setting.repeated:
                 keywords.update(nargs="+", action="extend")
         group.add_argument(setting.flag, **keywords)

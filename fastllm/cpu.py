@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from .config import InputError
+
 LEVELS = ("baseline", "avx2", "avx512", "amx")
 # What lowers the instruction sets of this library, of PyTorch's kernels, of oneDNN and of MKL.
 CAPS = ("FASTLLM_CPU", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
@@ -61,11 +63,11 @@ def wished(environment: Mapping[str, str] = os.environ) -> str:
     """The level to which FASTLLM_CPU holds this library: one of :data:`LEVELS`; the highest where it is not set.
 
     Raises:
-        ValueError: it has another value.
+        InputError: it has another value.
     """
     wish = environment.get("FASTLLM_CPU") or LEVELS[-1]
     if wish not in LEVELS:
-        raise ValueError(f"FASTLLM_CPU: expected {', '.join(LEVELS[:-1])} or {LEVELS[-1]}, got {wish!r}")
+        raise InputError(f"FASTLLM_CPU: expected {', '.join(LEVELS[:-1])} or {LEVELS[-1]}, got {wish!r}")
     return wish
 
 
@@ -146,7 +148,7 @@ def _seconds(dtype: torch.dtype) -> float:
     taken = []
     for _ in range(4):
         start = time.perf_counter()
-        a @ a
+        torch.matmul(a, a)
         taken.append(time.perf_counter() - start)
     return min(taken[1:])
 

@@ -11,6 +11,7 @@ import torch
 import fastllm
 import fastllm.functional as FF
 from fastllm import cpu, extension, matmul, timing
+from fastllm.config import InputError
 
 CPU = torch.device("cpu")
 AVX2 = frozenset({"avx2", "fma", "f16c"})
@@ -153,11 +154,11 @@ def test_of_torchs_cap_and_ours_the_lower_one_wins(torchs, ours):
 
 def test_a_wrong_cap_is_an_error_that_names_the_levels():
     message = "FASTLLM_CPU: expected baseline, avx2, avx512 or amx, got 'sse9'"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         cpu.wished({"FASTLLM_CPU": "sse9"})
     result = _python("import fastllm", FASTLLM_CPU="sse9")
     assert result.returncode == 1
-    assert result.stderr.strip().endswith(f"ValueError: {message}")
+    assert result.stderr.strip().endswith(f"InputError: {message}")
     assert cpu.wished({"FASTLLM_CPU": ""}) == "amx"
 
 

@@ -27,9 +27,11 @@ class DataConfig:
 
     data: tuple[str, ...] = option(
         (), "text files or folders, each file a document; or what fastllm prepare or fastllm tokenizer encode wrote; "
-        "without it, the language reference that Python carries"
+        "without it, the language reference that Python carries", metavar="PATH",
     )  # fmt: skip
-    tokenizer: str | None = option(None, "a tokenizer.json to use; without it one is trained on the training text")
+    tokenizer: str | None = option(
+        None, "a tokenizer.json to use; without it one is trained on the training text", metavar="FILE"
+    )
     deduplicate: bool = option(True, "remove paragraphs that occurred before")
 
 

@@ -14,7 +14,7 @@ Model = LanguageModel | Encoder | EncoderDecoder
 
 
 def build_model(config: ModelConfig) -> Model:
-    """A new model of this shape, with weights drawn from torch's default generator."""
+    """A new model of this shape, in training mode, on the default device, with weights from torch's generator."""
     model = model_class(config)(config)
     assert isinstance(model, Model)
     return model

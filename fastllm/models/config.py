@@ -38,7 +38,7 @@ class ModelConfig:
     encoder: str = _field("none", "the part that reads its whole input at once", choices=("none", *ENCODERS))
     decoder: str = _field("transformer", "the part that predicts one token after another", choices=("none", *KINDS))
     heads: tuple[str, ...] = _field((), "heads on an encoder", choices=HEADS)
-    labels: tuple[str, ...] = _field((), "names of the classes; training takes them from its data")
+    labels: tuple[str, ...] = _field((), "names of the classes; training takes them from its data", metavar="LABEL")
     vocab_size: int = _field(50257, "tokens in the vocabulary")
     context_length: int = _field(1024, "longest sequence, in tokens")
     num_layers: int = _field(12, "blocks of attention and MLP, or recurrent ones")

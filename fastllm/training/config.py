@@ -73,8 +73,8 @@ class TrainingConfig:
     eval_interval: int = option(50, "steps between evaluations; 0: only at the end", minimum=0, resume=True)
     eval_windows: int = option(
         128,
-        "most windows that an evaluation during the run scores, each with half a context of new tokens; the last one "
-        "scores the whole split; 0: each does",
+        "windows that an evaluation during the run scores at most, each with half a context of new tokens; 0: the "
+        "whole split, which the last evaluation always scores",
         minimum=0, resume=True,
     )  # fmt: skip
     checkpoint_interval: int = option(500, "steps between checkpoints; 0: only at the end", minimum=0, resume=True)
@@ -90,7 +90,7 @@ class TrainingConfig:
         "without it, only steps that are not finite are skipped",
         above=0, resume=True,
     )  # fmt: skip
-    wandb: str | None = option(None, "a Weights & Biases project to log to as well", resume=True)
+    wandb: str | None = option(None, "a Weights & Biases project to log to as well", metavar="PROJECT", resume=True)
     parallel: str = option(
         "ddp", "how the processes that torchrun starts train together: the whole model on each, or fully sharded",
         choices=("ddp", "fsdp"), resume=True,

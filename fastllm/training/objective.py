@@ -63,22 +63,26 @@ class ObjectiveConfig:
     mask_probability: float = option(0.15, "mlm: part of the tokens to predict", above=0, below=1)
     whole_word: bool = option(True, "mlm: mask all pieces of a word or none")
     label_smoothing: float | None = option(
-        None, "seq2seq and classify: probability spread over all tokens or labels; 0.1 and 0 if not given",
+        None, "probability spread over all tokens or labels; if not given 0.1 for seq2seq and 0 for classify",
         minimum=0, below=1,
     )  # fmt: skip
     token_dropout: float = option(0.0, "classify: part of a text's tokens that training masks", minimum=0, below=1)
     pretrained: str | None = option(
-        None, "start from this run's or model's weights, shape and tokenizer; heads that it lacks are new"
+        None,
+        "start from this run's or model's weights, shape and tokenizer; heads that it lacks are new",
+        metavar="FOLDER",
     )
     lora_rank: int = option(
-        0, "with pretrained: train adapters of this rank (LoRA) and new heads, the rest stays as it is; 0: train all",
+        0, "with --pretrained: train adapters of this rank (LoRA) and new heads, and nothing else; 0: train everything",
         minimum=0,
     )  # fmt: skip
     tokenizer_kind: str = option(
         "bpe", "tasks: the kind of the tokenizer that is trained on the examples where none is given", choices=KINDS
     )
     held_out: str | None = option(
-        None, "a file or folder to score on, or several with commas between them; without it a tenth of the data"
+        None,
+        "a file or folder to score on, or several with commas between them; without it a tenth of the data",
+        metavar="PATH",
     )
 
     beta: float = option(0.1, "dpo: how strongly the model is held to its starting point", above=0)
@@ -86,7 +90,9 @@ class ObjectiveConfig:
         "sigmoid", "dpo: the loss of a pair; ipo's is the difference from 1 / (2 beta), squared",
         choices=("sigmoid", "hinge", "ipo"),
     )  # fmt: skip
-    teacher: str | None = option(None, "distill: the run or model to learn from; its tokenizer is used")
+    teacher: str | None = option(
+        None, "distill: the run or model to learn from; its tokenizer is used", metavar="FOLDER"
+    )
     teacher_share: float = option(0.5, "distill: the teacher's share of the loss; the rest is the text's loss",
                                   above=0, maximum=1)  # fmt: skip
     temperature: float = option(

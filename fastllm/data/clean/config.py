@@ -26,16 +26,23 @@ class CleanConfig:
     """How documents are cleaned."""
 
     extractor: str = option(
-        "fast", "main text of HTML by a fast walk over landmarks and link density, by trafilatura, by its baseline, or "
-        "all visible text", choices=tuple(EXTRACTORS),
+        "fast", "what finds the main text of HTML: fast, a walk over the tags and a small learned model; trafilatura; "
+        "baseline, which is trafilatura's too; or all, which keeps all visible text", choices=tuple(EXTRACTORS),
     )  # fmt: skip
-    rules: tuple[str, ...] = option(DEFAULT_RULES, f"quality rules in this order, of {', '.join(RULES)}; or none")
-    language: tuple[str, ...] = option((), "keep only documents in these languages (ISO 639-1, such as en de)")
+    rules: tuple[str, ...] = option(
+        DEFAULT_RULES, f"quality rules, applied in the order given: {', '.join(RULES)}; or none", metavar="RULE"
+    )
+    language: tuple[str, ...] = option(
+        (), "keep only documents in these languages (ISO 639-1, such as en de)", metavar="CODE"
+    )
     language_probability: float = option(0.65, "least probability of the language", minimum=0.0, maximum=1.0)
-    block_urls: str | None = option(None, "leave out documents from the hosts, or host/path, in this file, one a line")
+    block_urls: str | None = option(
+        None, "leave out documents from the hosts that this file names, one host or host/path a line", metavar="FILE"
+    )
     quality_reference: str | None = option(
         None,
         "keep only texts whose words are as common as in this file or folder of text or JSON lines (unigram model)",
+        metavar="PATH",
     )
     quality_share: float = option(
         0.95, "share of the reference's own passages that --quality-reference would keep", above=0.0, below=1.0

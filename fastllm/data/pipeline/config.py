@@ -15,7 +15,9 @@ class PipelineConfig:
     """How sources are read and what is written; nothing here but ``workers`` may change a byte of the output's rule."""
 
     format: str | None = option(None, "what the files are, whatever their names say", choices=NAMES)
-    text_field: str = option("text", "the field of a JSON line that holds the text; html: that holds a page")
+    text_field: str = option(
+        "text", "the field of a JSON line that holds the text; a field called html holds a page", metavar="NAME"
+    )
     near_duplicates: bool = option(True, "remove near duplicates (MinHash)")
     similarity: float = option(
         0.75, "least share of common runs of five words in near duplicates", minimum=0.5, maximum=1.0
