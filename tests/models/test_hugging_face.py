@@ -137,6 +137,8 @@ def test_transformers_is_not_imported(tmp_path):
         (llama, {"rope_parameters": {"rope_type": "yarn"}}, "rope_type: expected 'default', got 'yarn'"),
         (bert, {"is_decoder": True}, "is_decoder: expected False"),
         (bert, {"hidden_act": "relu"}, "hidden_act: expected gelu with a head for masked tokens, got 'relu'"),
+        (llama, {"num_hidden_layers": 1}, r"model\.layers\.1\..* is there, and the configuration has 1 layers"),
+        (gpt2, {"n_layer": 1}, r"transformer\.h\.1\..* is there, and the configuration has 1 layers"),
         (llama, {"num_hidden_layers": 3}, r"model\.layers\.2\.input_layernorm\.weight is missing"),
     ],
 )
