@@ -21,7 +21,8 @@ bytes      type    content
 128-135    uint64  number of sentence starts, uint64 each
 136-167    bytes   SHA-256 of the document starts and the sentence starts as stored
 168-171    uint32  number of this shard, from 0
-172-255    zeros
+172-203    bytes   SHA-256 of bytes 0-171; zeros in files of version 0.2.0 and earlier
+204-255    zeros
 =========  ======  ===================================================================
 
 A start is the position of an id in this file, ascending. A document's ids reach from its start to the end-of-text
@@ -65,9 +66,12 @@ HEADER = np.dtype(
         ("sentences", "<u8"),
         ("starts_sha256", "V32"),
         ("shard", "<u4"),
-        ("reserved", "V84"),
+        ("header_sha256", "V32"),
+        ("reserved", "V52"),
     ]
 )
+# Bytes of the header that its own SHA-256 is of.
+DESCRIBED = 172
 # Text that is encoded at once, on all cores, in characters.
 BATCH = 1 << 20
 
@@ -162,8 +166,13 @@ class TokenWriter:
         header["sentences"] = len(self._starts["sentence"])
         header["sha256"] = np.void(self._digest.digest())
         header["starts_sha256"] = np.void(digest.digest())
+        header["header_sha256"] = np.void(_header_digest(header.tobytes()))
         self._file.seek(0)
         self._file.write(header.tobytes())
+
+
+def _header_digest(header: bytes) -> bytes:
+    return hashlib.sha256(header[:DESCRIBED]).digest()
 
 
 def encoded(documents: Iterable[str], tokenizer: Tokenizer) -> Iterable[tuple[np.ndarray, np.ndarray, int]]:
@@ -236,6 +245,8 @@ def open_token_file(path: str | Path, tokenizer: Tokenizer | None = None, shard:
         np.memmap(path, "<u8", mode="r", offset=offset, shape=(number,)) if number else np.zeros(0, "<u8")
         for offset, number in ((document_offset, documents), (sentence_offset, sentences))
     ]
+    if header["header_sha256"].tobytes() not in (bytes(32), _header_digest(start)):
+        raise InputError(f"{path}: damaged token file: its header does not match its own SHA-256")
     digests = []
     for arrays in ((tokens,), starts):
         digest = hashlib.sha256()

@@ -37,6 +37,8 @@ PIECE = 1 << 18
 # How byte-level tokenizers spell bytes: printable Latin-1 as itself, the others from U+0100 on (Radford et al. 2019).
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+# Normalizers that change a character, or what follows it and combines with it, whatever else is in the text.
+_BY_CHARACTER = ("BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "StripAccents")
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 _BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(0x100 + i): b for i, b in enumerate(_OTHERS)}
 
@@ -55,6 +57,24 @@ def _pieces(text: str) -> Iterator[str]:
         yield text[start : cut.end()]
         start = cut.end()
     yield text[start:]
+
+
+def _may_be_cut(parts: dict) -> bool:
+    """Whether :func:`_pieces` is right for the tokenizer of this definition."""
+    splitter, normalizer = parts.get("pre_tokenizer") or {}, parts.get("normalizer") or {}
+    kind = splitter.get("type")
+    single = parts["model"].get("type") == "BPE" and not parts["model"].get("merges")
+    by_words = kind in ("BertPreTokenizer", "Whitespace") or (
+        kind == "ByteLevel" and not splitter.get("add_prefix_space", True) and splitter.get("use_regex", True)
+    )
+    steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
+    # A token of its own may reach across the cut.
+    others = [token for token in parts.get("added_tokens") or [] if not token.get("special")]
+    return (
+        (by_words or (kind == "Split" and single))
+        and all(step.get("type") in _BY_CHARACTER for step in steps)
+        and not any("\n" in token["content"] or token.get("lstrip") or token.get("rstrip") for token in others)
+    )
 
 
 def _chat_template(folder: Path) -> str | None:
@@ -88,11 +108,9 @@ class Tokenizer:
         self._inner.no_padding()
         self.definition = definition
         parts = json.loads(definition)
-        splitter = (parts.get("pre_tokenizer") or {}).get("type")
-        self._byte_level = splitter == "ByteLevel"
-        single = parts["model"].get("type") == "BPE" and not parts["model"].get("merges")
-        # The kinds that :func:`_pieces` is right for.
-        self._cuts = splitter in ("ByteLevel", "BertPreTokenizer", "Whitespace") or (splitter == "Split" and single)
+        # Alone, or one step of several: Llama 3's text is split by a pattern first.
+        self._byte_level = '"ByteLevel"' in json.dumps([parts.get("pre_tokenizer"), parts.get("decoder")])
+        self._cuts = _may_be_cut(parts)
 
     @classmethod
     def train(
@@ -152,7 +170,12 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return self._inner.get_vocab_size()
+        """One more than the largest id; below it there may be ids that no token has."""
+        return self._size
+
+    @cached_property
+    def _size(self) -> int:
+        return max(self._inner.get_vocab().values(), default=-1) + 1
 
     @cached_property
     def end_of_text(self) -> int:
@@ -188,9 +211,9 @@ class Tokenizer:
         token = self.token(index)
         if token in self._special_names:
             return token.encode()
-        if self._byte_level:
+        if self._byte_level and all(character in _BYTE_OF for character in token):
             return bytes(_BYTE_OF[character] for character in token)
-        if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+        if _BYTE_TOKEN.fullmatch(token):
             return bytes([int(token[3:5], 16)])
         return token.removeprefix("##").encode()
 

@@ -46,6 +46,12 @@ def _labels(values: Mapping, weights: Mapping[str, torch.Tensor]) -> tuple[str, 
     return tuple(str(names.get(i, names.get(str(i), f"LABEL_{i}"))) for i in range(len(weights["classifier.weight"])))
 
 
+def _tied(weights: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the head for masked tokens has the token embedding's weight; files leave the copy out."""
+    head = weights.get("cls.predictions.decoder.weight")
+    return head is None or torch.equal(head, weights[_TABLES["encoder.token_embedding.weight"]])
+
+
 def bert_config(values: Mapping, weights: Mapping[str, torch.Tensor]) -> ModelConfig:
     """The shape of a BERT, from its config.json; its heads from what weights there are.
 
@@ -58,7 +64,11 @@ def bert_config(values: Mapping, weights: Mapping[str, torch.Tensor]) -> ModelCo
     kind = values.get("position_embedding_type", "absolute")
     if kind != "absolute":
         raise ValueError(f"position_embedding_type: expected absolute, got {kind!r}")
+    if values.get("is_decoder", False):
+        raise ValueError("is_decoder: expected False; this encoder sees the tokens on both sides")
     heads = _heads(set(weights))
+    if "mlm" in heads and activation != "gelu":
+        raise ValueError(f"hidden_act: expected gelu with a head for masked tokens, got {activation!r}")
     return ModelConfig(
         encoder="transformer", decoder="none", heads=heads,
         labels=_labels(values, weights) if "classify" in heads else (),
@@ -67,7 +77,7 @@ def bert_config(values: Mapping, weights: Mapping[str, torch.Tensor]) -> ModelCo
         hidden_size=values["hidden_size"], intermediate_size=values["intermediate_size"], positions="learned",
         segments=values.get("type_vocab_size", 2), norm="layer", norm_position="post",
         norm_eps=values.get("layer_norm_eps", 1e-12), embedding_norm=True, activation=_ACTIVATIONS[activation],
-        dropout=values.get("hidden_dropout_prob", 0.1),
+        tie_embeddings=_tied(weights), dropout=values.get("hidden_dropout_prob", 0.1),
     )  # fmt: skip
 
 
@@ -103,5 +113,9 @@ def bert_weights(weights: Mapping[str, torch.Tensor], config: ModelConfig) -> di
             for ours, name in _LAYER.items():
                 result[f"{mine}.{ours}.{part}"] = take(f"{theirs}.{name}.{part}")
     if "mlm" in config.heads:
-        result["masked.head.bias"] = take("cls.predictions.bias")
+        # Of two biases that differ, the head's own is the one that is added.
+        own = weights.get("cls.predictions.decoder.bias")
+        result["masked.head.bias"] = take("cls.predictions.bias") if own is None else own
+        if not config.tie_embeddings:
+            result["masked.head.weight"] = take("cls.predictions.decoder.weight")
     return result

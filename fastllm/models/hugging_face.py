@@ -6,6 +6,7 @@ One :class:`Layout` for each decoder's ``model_type``; transformers itself is no
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from .from_bert import bert_config, bert_weights
 from .from_t5 import t5_config, t5_weights
 
 Weights = Mapping[str, torch.Tensor]
+# Of the first number in a parameter's name.
+_LAYER = re.compile(r"\b(?:h|layers?|block)\.([0-9]+)\.")
 INDEX = "model.safetensors.index.json"
 
 
@@ -215,6 +218,15 @@ def read_weights(folder: Path, single: str) -> dict[str, torch.Tensor]:
         except (safetensors.SafetensorError, OSError) as error:
             raise ValueError(f"{file} cannot be read (cut short or damaged): {error}") from error
     return weights
+
+
+def check_layers(weights: Weights, config) -> None:
+    """Raise a ValueError if there are weights of a layer that ``config`` does not have; names one."""
+    for name in weights:
+        found = _LAYER.search(name)
+        layers = config.encoder_layers if "encoder." in name else config.num_layers
+        if found and int(found[1]) >= layers:
+            raise ValueError(f"{name} is there, and the configuration has {layers} layers")
 
 
 def to_ours(layout: Layout, weights: Weights, config) -> dict[str, torch.Tensor]:

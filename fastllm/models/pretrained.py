@@ -14,7 +14,7 @@ import torch
 
 from ..files import save_tensors, sync_folder
 from .config import ModelConfig
-from .hugging_face import READERS, layout_for, read_weights, to_theirs
+from .hugging_face import READERS, check_layers, layout_for, read_weights, to_theirs
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -126,6 +126,7 @@ class Pretrained(torch.nn.Module):
         if cls is not found and not cls.reads_all:
             raise ValueError(f"{folder / CONFIG} describes a {found.__name__}, not a {cls.__name__}")
         try:
+            check_layers(weights, config)
             converted = convert(weights, config)
         except ValueError as error:
             raise ValueError(f"{folder} does not fit its config: {error}") from error

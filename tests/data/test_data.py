@@ -230,6 +230,8 @@ def test_vocabularies_beyond_16_bits_take_32(tmp_path, tokenizer, monkeypatch):
         (lambda b: b[:24] + b"\xff" * 8 + b[32:], "bytes expected"),
         (lambda b: b[:112] + b"\1" + b[113:], "bytes expected"),
         (lambda b: b"", "not a token file"),
+        (lambda b: b[:16] + bytes([b[16] ^ 1]) + b[17:], "header"),
+        (lambda b: b[:41] + bytes([b[41] ^ 8]) + b[42:], "header"),
     ],
 )
 def test_a_damaged_token_file_is_refused_by_name(tokenizer, tmp_path, damage, message):

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prose import prose
@@ -13,6 +14,7 @@ from fastllm.config import InputError
 from fastllm.data import Tokenizer
 from fastllm.data.sentences import sentence_starts
 from fastllm.data.tokenizer import END_OF_TEXT, KINDS, SPECIAL_TOKENS
+from fastllm.training.objectives.masked import Pieces
 
 LOSSLESS = ("bpe", "unigram", "char")
 TRAINING = [
@@ -189,3 +191,54 @@ def test_a_tokenizer_of_other_makers_takes_its_own_separator(tmp_path, trained):
 def test_sentences(text, expected):
     bounds = [*sentence_starts(text), len(text)]
     assert [text[a:b].strip() for a, b in itertools.pairwise(bounds)] == expected
+
+
+def _byte_level(pre_tokenizer, normalizer=None, *added):
+    """One that somebody else trained: BPE over bytes after these steps."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizer, tokenizers.decoders.ByteLevel()
+    if normalizer is not None:
+        inner.normalizer = normalizer
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=[END_OF_TEXT], show_progress=False
+    )
+    inner.train_from_iterator(TRAINING, trainer)
+    inner.add_tokens(list(added))
+    return inner
+
+
+@pytest.mark.parametrize(
+    ("splitter", "normalizer", "added"),
+    [
+        ({"add_prefix_space": False}, None, []),
+        ({"add_prefix_space": True}, None, []),
+        ({"add_prefix_space": False, "use_regex": False}, None, []),
+        ({"add_prefix_space": False}, tokenizers.normalizers.Prepend("x"), []),
+        ({"add_prefix_space": False}, tokenizers.normalizers.Replace("\n\n", "Q"), []),
+        ({"add_prefix_space": False}, None, ["\n\nThe quick"]),
+        ({"add_prefix_space": False}, None, [tokenizers.AddedToken("fox", rstrip=True)]),
+    ],
+)
+def test_a_long_text_has_the_tokens_of_the_whole_with_anybodys_tokenizer(splitter, normalizer, added, monkeypatch):
+    monkeypatch.setattr("fastllm.data.tokenizer.PIECE", 20)
+    inner = _byte_level(tokenizers.pre_tokenizers.ByteLevel(**splitter), normalizer, *added)
+    tokenizer = Tokenizer(inner.to_str())
+    text = "The quick brown fox\n\nThe quick brown fox\n\n" * 4 + "end"
+    expected = inner.encode(text, add_special_tokens=False).ids
+    assert tokenizer.encode(text) == expected
+    assert tokenizer.encode_batch([text])[0][0].tolist() == expected
+
+
+def test_bytes_of_tokens_whose_text_is_split_by_a_pattern_first():
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r" ?\p{L}+|\s+| ?[^\s\p{L}]+"), "isolated")
+    bytes_ = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner = _byte_level(tokenizers.pre_tokenizers.Sequence([split, bytes_]))
+    definition = json.loads(inner.to_str())
+    definition["model"]["vocab"]["no bytes"] = 500  # spelt otherwise, after ids that no token has
+    tokenizer = Tokenizer(json.dumps(definition))
+    text = "the fox \u65e5\u672c quickly"
+    ids = np.array(tokenizer.encode(text))
+    assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+    assert Pieces(tokenizer).words(ids)[-1] == 3
+    assert (tokenizer.vocab_size, tokenizer.token_bytes(500)) == (501, b"no bytes")

@@ -99,6 +99,26 @@ def test_encoders_and_encoder_decoders_come_as_what_they_are(tmp_path):
         EncoderDecoder.from_pretrained(tmp_path / "bert")
 
 
+SMALL_BERT = dict(
+    vocab_size=V, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
+    max_position_embeddings=24,
+)  # fmt: skip
+
+
+def bert(**options):
+    return randomised(transformers.BertForMaskedLM(transformers.BertConfig(**SMALL_BERT, **options)))
+
+
+def test_a_head_for_masked_tokens_with_a_matrix_and_a_bias_of_its_own(tmp_path):
+    theirs, ids = bert(tie_word_embeddings=False), torch.randint(V, (2, 9))
+    assert not torch.equal(theirs.cls.predictions.decoder.bias, theirs.cls.predictions.bias)
+    theirs.save_pretrained(tmp_path)
+    ours = load_model(tmp_path)
+    with torch.no_grad():
+        logits = ours.masked_logits(ours.encode(ids).states)
+        torch.testing.assert_close(logits, theirs(ids).logits, rtol=1e-5, atol=2e-6)
+
+
 def test_transformers_is_not_imported(tmp_path):
     gpt2().save_pretrained(tmp_path)
     code = (
@@ -115,6 +135,10 @@ def test_transformers_is_not_imported(tmp_path):
         (gpt2, {"n_head": None}, "num_heads"),
         (llama, {"attention_bias": True}, "attention_bias: expected False, got True"),
         (llama, {"rope_parameters": {"rope_type": "yarn"}}, "rope_type: expected 'default', got 'yarn'"),
+        (bert, {"is_decoder": True}, "is_decoder: expected False"),
+        (bert, {"hidden_act": "relu"}, "hidden_act: expected gelu with a head for masked tokens, got 'relu'"),
+        (llama, {"num_hidden_layers": 1}, r"model\.layers\.1\..* is there, and the configuration has 1 layers"),
+        (gpt2, {"n_layer": 1}, r"transformer\.h\.1\..* is there, and the configuration has 1 layers"),
         (llama, {"num_hidden_layers": 3}, r"model\.layers\.2\.input_layernorm\.weight is missing"),
     ],
 )
