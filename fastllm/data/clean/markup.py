@@ -13,6 +13,7 @@ from html import unescape
 from .code_rows import join_code_rows
 from .mathematics import formula, image_formula
 from .page_data import carried
+from .page_state import SHOWN, state_markup
 from .streamed import in_place
 from .tokens import ATTRIBUTES, tokens
 from .white_space import (
@@ -57,6 +58,8 @@ _IMPLIED = {
     "tbody": (("tbody", "thead", "tfoot", "tr", "td", "th", "caption"), ("table",)),
 }
 _IMPLIED["thead"] = _IMPLIED["tfoot"] = _IMPLIED["tbody"]
+# The fewest characters of a block of running text, and the largest share of them in links.
+LONG, LINKED = 80, 0.3
 # Carried text that begins with this many characters of what the page shows is not read twice.
 _BEGINNING = 60
 # Two of these in a row stand apart, as words in a menu or under a post.
@@ -314,6 +317,11 @@ class _Walk:
             elif tag in _BLOCKS and self.spaces[self.stack[-1]] != CODE:
                 self.flush()
 
+    def running(self) -> int:
+        """The characters of long blocks that are mostly outside links."""
+        pairs = zip(self.page.texts, self.page.linked, strict=True)
+        return sum(len(text) for text, linked in pairs if len(text) > LONG and linked < LINKED * len(text))
+
     def read(self, page: str, shown: str = "") -> None:
         """Walk over ``page``; blocks of whose beginning ``shown`` has already are left out."""
         pieces, start, end = self.pieces, self.start, self.end
@@ -359,7 +367,8 @@ def _in_order(text: str) -> str:
 def read_markup(page: str, with_carried: bool = True) -> Markup:
     """Walk over ``page``, then over what it carries as data, in elements ``carried-...`` of their own.
 
-    A page that shows frames alone is read as readers without frames see it.
+    A page that shows frames alone is read as readers without frames see it. A page that shows hardly any text is read
+    as its script would show it, if its data tells.
     """
     page = in_place(_CONTROLS.sub("", page))
     walk = _Walk()
@@ -370,6 +379,10 @@ def read_markup(page: str, with_carried: bool = True) -> Markup:
         for without_frames in _NO_FRAMES.finditer(page):
             walk.read(without_frames[1])
     found = carried(page) if with_carried else []
+    if with_carried and walk.running() < SHOWN:
+        known = sum(len(markup) for name, markup in found if name != "carried-description")
+        if len(state := state_markup(page)) > 2 * known:
+            walk.read(_CONTROLS.sub("", state))
     for name, markup in found:
         shown = "\n".join(walk.page.texts)
         walk.push(name, "")
