@@ -28,7 +28,7 @@ _OFF = 8.0
 # cross-validated, takes a share of 0.17 to 0.37 for main text, by weight. 0.00 to 0.09 is.
 _LANDMARK_TAGS = {
     "aside": "aside", "figcaption": "caption", "dialog": "dialog", "footer": "footer", "nav": "navigation",
-    "amp-sidebar": "navigation", "amp-consent": "dialog",
+    "amp-sidebar": "navigation", "amp-consent": "dialog", "amp-ad": "advertisement", "amp-embed": "advertisement",
 }  # fmt: skip
 _LANDMARK_ROLES = {
     "complementary": "aside", "dialog": "dialog", "alertdialog": "dialog", "navigation": "navigation",

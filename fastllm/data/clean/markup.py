@@ -226,6 +226,9 @@ class _Walk:
             if page.tags[place] == "td" and len(raw) - len(text) > 1:
                 self.cells[len(page.texts)] = raw
         text = unmarked(text)
+        if page.tags[place] == "noscript" and text[:1] == "<" and text[-1:] == ">":
+            # A browser that runs scripts saves what is inside as text.
+            text = ""
         if text and not text.isspace() and not (self.shown and text[:_BEGINNING] in self.shown):
             page.texts.append(text)
             page.places.append(place)
