@@ -199,6 +199,8 @@ BESIDE = {
     "a footer by name": '<div class="article footer"><h3>{0}</h3><p>{1}</p></div>',
     "a caption": "<figure><img src=a.png><figcaption><b>{0}</b> {1}</figcaption></figure>",
     "a footer": "<footer><h3>{0}</h3><p>{1}</p></footer>",
+    "a form for answers": '<div id="post-form"><h3>{0}</h3><p>{1}</p></div>',
+    "a form to subscribe": '<div class="subscription-widget-wrap"><h3>{0}</h3><p>{1}</p></div>',
     "AMP's advertisement": "<amp-ad width=300><div placeholder><h3>{0}</h3><p>{1}</p></div></amp-ad>",
     "a complement": '<section role="complementary"><h3>{0}</h3><p>{1}</p></section>',
 }
