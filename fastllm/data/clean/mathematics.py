@@ -111,4 +111,5 @@ def _joined(tag: str, parts: list[str]) -> str:
 
 
 def _grouped(text: str) -> str:
+    text = text.strip()
     return text if len(unescape(text)) < 2 or text.isalnum() else f"({text})"
