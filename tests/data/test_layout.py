@@ -205,3 +205,17 @@ def test_hostile_layout_takes_linear_time(piece):
 def test_marks_of_white_space_are_never_a_pages_own():
     markup = read_markup("<p>a\x03\x04b &#3;c&#1;</p><pre>\x03d</pre>")
     assert markup.texts == ["ab c", "d"]
+
+
+def test_names_and_times_beside_each_other_stand_apart():
+    source = (
+        "<p><a href=/u><span>ann</span></a><span class=when><time>4 May</time></span><span>12</span></p><p>x<b>y</b>z"
+    )
+    assert read_markup(source).texts == ["ann 4 May 12", "xyz"]
+
+
+@pytest.mark.parametrize("name", ["quote no-group", "starlight-aside starlight-aside--note", "admonition warning"])
+def test_a_quotation_and_a_note_in_an_aside_are_part_of_the_text(name):
+    said = paragraph("bread", random.Random(5), 2)
+    assert said in between(f'<aside class="{name}"><blockquote><p>{said}</p></blockquote></aside>')
+    assert said not in between(f'<aside class="pullquote"><blockquote><p>{said}</p></blockquote></aside>')

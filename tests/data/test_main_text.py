@@ -199,6 +199,9 @@ BESIDE = {
     "a footer by name": '<div class="article footer"><h3>{0}</h3><p>{1}</p></div>',
     "a caption": "<figure><img src=a.png><figcaption><b>{0}</b> {1}</figcaption></figure>",
     "a footer": "<footer><h3>{0}</h3><p>{1}</p></footer>",
+    "a form for answers": '<div id="post-form"><h3>{0}</h3><p>{1}</p></div>',
+    "a form to subscribe": '<div class="subscription-widget-wrap"><h3>{0}</h3><p>{1}</p></div>',
+    "AMP's advertisement": "<amp-ad width=300><div placeholder><h3>{0}</h3><p>{1}</p></div></amp-ad>",
     "a complement": '<section role="complementary"><h3>{0}</h3><p>{1}</p></section>',
 }
 
@@ -243,6 +246,20 @@ PARAGRAPHS = "".join(f"<p>{text}</p>" for text in WALL)
 def test_a_text_for_narrow_and_for_wide_screens_comes_once():
     page = f"<body><main><article><h1>The wall</h1><div class=desktop>{PARAGRAPHS}</div><div class=mobile>{PARAGRAPHS}"
     assert extract_fast(page) == "\n\n".join(["The wall", *WALL])
+
+
+def test_a_text_that_a_page_says_twice_in_the_same_way_stays():
+    page = f"<body><main><article><h1>The wall</h1><p>{WALL[0]}</p><p>{WALL[1]}</p><p>{WALL[0]}</p></article></main>"
+    assert extract_fast(page) == "\n\n".join(["The wall", WALL[0], WALL[1], WALL[0]])
+    # Classes of screens tell copies apart.
+    page = page.replace(f"<p>{WALL[0]}", f"<p class=narrow>{WALL[0]}", 1)
+    assert extract_fast(page) == "\n\n".join(["The wall", WALL[0], WALL[1]])
+
+
+def test_markup_that_a_browser_saved_as_text_is_none():
+    saved = "&lt;img src=&quot;https://example.org/wall.jpg&quot; alt=&quot;The wall in its first winter&quot;&gt;"
+    page = f"<p>{WALL[0]}</p><noscript>{saved}</noscript><noscript>In 1 < 2 frames</noscript>"
+    assert read_markup(page).texts == [WALL[0], "In 1 < 2 frames"]
 
 
 def test_code_that_repeats_stays():

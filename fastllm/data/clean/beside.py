@@ -28,7 +28,7 @@ _OFF = 8.0
 # cross-validated, takes a share of 0.17 to 0.37 for main text, by weight. 0.00 to 0.09 is.
 _LANDMARK_TAGS = {
     "aside": "aside", "figcaption": "caption", "dialog": "dialog", "footer": "footer", "nav": "navigation",
-    "amp-sidebar": "navigation", "amp-consent": "dialog",
+    "amp-sidebar": "navigation", "amp-consent": "dialog", "amp-ad": "advertisement", "amp-embed": "advertisement",
 }  # fmt: skip
 _LANDMARK_ROLES = {
     "complementary": "aside", "dialog": "dialog", "alertdialog": "dialog", "navigation": "navigation",
@@ -42,11 +42,13 @@ _ROLE = re.compile(r"""(?<![\w-])role\s*=\s*["']?\s*([a-z]+)""", re.IGNORECASE)
 _NAMED = re.compile(
     r"""(?<![\w-])(?:class|id)\s*=\s*(?:"[^"]*?|'[^']*?|[^\s"'>]*?)(?<![a-z])"""
     r"""(?:(?P<modal>modal|pop-?up)|(?P<newsletter>newsletters?|subscribe|signup)|(?P<breadcrumbs>breadcrumbs?)"""
-    r"""|(?P<foot>footer|copyright))(?![a-z])""",
+    r"""|(?P<foot>footer|copyright)|(?P<subscription>subscription-widget)"""
+    r"""|(?P<answering>(?:post|reply|answer|comment)-?form|quick-?reply))(?![a-z])""",
     re.IGNORECASE,
 )
 # Each match has one of these, which are found sooner.
-_NAME_HINTS = ("modal", "popup", "pop-up", "newsletter", "subscribe", "signup", "breadcrumb", "footer", "copyright")
+_NAME_HINTS = ("modal", "popup", "pop-up", "newsletter", "subscribe", "signup", "breadcrumb", "footer", "copyright",
+                "subscription", "form", "reply")  # fmt: skip
 # Taken off the log-odds of what is hidden: tabs that wait for a click, and copies. 0.5 to 1 are as good, 2 is worse.
 _HIDDEN = 1.0
 

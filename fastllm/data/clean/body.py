@@ -6,10 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .markup import Markup
+from .markup import LINKED, LONG, Markup
 
-# The fewest characters of a block of running text, and the largest share of them in links.
-LONG, LINKED = 80, 0.3
 _HEADINGS = {"h1": 1, "h2": 2, "h3": 3, "h4": 4, "h5": 5, "h6": 6}
 
 

@@ -10,9 +10,9 @@ from html import unescape
 
 import numpy as np
 
-from .body import LINKED, LONG, Running, body_columns, last_headings, nearest
+from .body import Running, body_columns, last_headings, nearest
 from .cards import card_columns
-from .markup import Markup
+from .markup import LINKED, LONG, Markup
 from .page_types import PageTypes, page_tokens
 from .page_words import FIRST_WORDS, WORD, PageWords, repeated
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from html import unescape
 
 from .code_rows import join_code_rows
-from .mathematics import formula, image_formula
+from .mathematics import formula, image_formula, is_drawn
 from .page_data import carried
+from .page_state import SHOWN, state_markup
 from .streamed import in_place
 from .tokens import ATTRIBUTES, tokens
 from .white_space import (
@@ -57,9 +58,11 @@ _IMPLIED = {
     "tbody": (("tbody", "thead", "tfoot", "tr", "td", "th", "caption"), ("table",)),
 }
 _IMPLIED["thead"] = _IMPLIED["tfoot"] = _IMPLIED["tbody"]
+# The fewest characters of a block of running text, and the largest share of them in links.
+LONG, LINKED = 80, 0.3
 # Carried text that begins with this many characters of what the page shows is not read twice.
 _BEGINNING = 60
-# Two of these in a row stand apart, as words in a menu or under a post.
+# Two of these in a row stand apart, as words in a menu or the name and the time of a post.
 _INLINE_GAP = {"span", "a", "label", "time"}
 
 _BODY = re.compile(rf"<body\b({ATTRIBUTES})", re.IGNORECASE)
@@ -69,9 +72,11 @@ _UNSHOWN = re.compile(
 )
 _NO_FRAMES = re.compile(r"<noframes\b[^>]{0,500}>((?s:.)*?)(?:</noframes|\Z)", re.IGNORECASE)
 _ANY_TAG = re.compile(r"<[^<>]*>")
-# What shows a formula that the page also has as MathML or TeX, for the eyes alone.
-_DRAWN = re.compile(
-    r"""\bclass\s*=\s*["']?[^"'>]*(?<![\w-])(?:katex-html|MathJax(?:_Preview|_Display|_CHTML|_SVG)?|mjx-math)(?![\w-])"""
+# Asides that are part of the text: quotations in posts, notes and warnings in documentation.
+_PART_OF_TEXT = re.compile(
+    r"""(?<![\w-])class\s*=\s*(?:"[^"]*?|'[^']*?|)(?<![a-z])(?:quote|admonition|callout|notecard|note|notice|warning|tip|hint"""
+    r"""|alert|caution|important|danger|info|footnotes?|starlight-aside)(?![a-z])""",
+    re.IGNORECASE,
 )
 # Names stand at the beginning of a tag: a bound on the time that a tag takes.
 _NAMES = 1000
@@ -110,12 +115,6 @@ class Markup:
     carried: str = ""
 
 
-def _is_drawn(attributes: str) -> bool:
-    return ("katex" in attributes or "MathJax" in attributes or "mjx" in attributes) and bool(
-        _DRAWN.search(attributes[:1000])
-    )
-
-
 class _Walk:
     def __init__(self):
         self.page = Markup()
@@ -128,8 +127,9 @@ class _Walk:
         # The depth of the stack where the open link began; -1: none is open.
         self.link = -1
         self.shown = ""
-        # Of each element what becomes of its white space, whether that is so since an element within a block, and
-        # whether its text is left out: 2, if that of all elements inside is, 1, if its own alone is.
+        # Of each element its name in the source, what becomes of its white space, whether that is so since an element
+        # within a block, and whether its text is left out: 2 with that of all elements inside, 1 alone.
+        self.names: list[str] = []
         self.spaces: list[int] = []
         self.inline: list[bool] = []
         self.silent: list[int] = []
@@ -167,7 +167,7 @@ class _Walk:
         unshown = unshown or hidden
         if unshown and tag == "span":
             silent = max(silent, 1)
-        if holds_line_numbers(tag, attributes, space == CODE) or (tag == "span" and _is_drawn(attributes)):
+        if holds_line_numbers(tag, attributes, space == CODE) or (tag == "span" and is_drawn(attributes)):
             silent = 2
         inline = parent >= 0 and self.inline[parent] and space != COLLAPSED
         if own is None and tag == "pre":
@@ -175,7 +175,9 @@ class _Walk:
         if own is not None and own != space:
             # Inside text whose lines are lines of one, they stay so.
             space, inline = CODE if space == CODE and own == KEPT else own, inline or not block
-        page.tags.append(tag)
+        self.names.append(tag)
+        part_of_text = tag == "aside" and _PART_OF_TEXT.search(attributes[:_NAMES]) is not None
+        page.tags.append("div" if part_of_text else tag)
         page.attributes.append(attributes)
         page.parents.append(parent)
         page.starts.append(len(page.texts))
@@ -199,7 +201,7 @@ class _Walk:
         while len(self.stack) > depth:
             number = self.stack.pop()
             page.ends[number] = len(page.texts)
-            self.open[page.tags[number]].pop()
+            self.open[self.names[number]].pop()
         while self.scopes[-1] >= depth:
             self.scopes.pop()
         if self.link > depth:
@@ -223,6 +225,9 @@ class _Walk:
             if page.tags[place] == "td" and len(raw) - len(text) > 1:
                 self.cells[len(page.texts)] = raw
         text = unmarked(text)
+        if page.tags[place] == "noscript" and text[:1] == "<" and text[-1:] == ">":
+            # A browser that runs scripts saves what is inside as text.
+            text = ""
         if text and not text.isspace() and not (self.shown and text[:_BEGINNING] in self.shown):
             page.texts.append(text)
             page.places.append(place)
@@ -279,7 +284,7 @@ class _Walk:
             return
         differs = own is not None and own != space
         if tag == "span":
-            differs = differs or hidden or _is_drawn(attributes)
+            differs = differs or hidden or is_drawn(attributes)
         # Inside an element that was pushed, the end of another of its tag is not its own.
         if differs or self.open.get(tag) or (space == CODE and holds_line_numbers(tag, attributes, True)):
             self.push(tag, attributes, False)
@@ -314,6 +319,11 @@ class _Walk:
             elif tag in _BLOCKS and self.spaces[self.stack[-1]] != CODE:
                 self.flush()
 
+    def running(self) -> int:
+        """The characters of long blocks that are mostly outside links."""
+        pairs = zip(self.page.texts, self.page.linked, strict=True)
+        return sum(len(text) for text, linked in pairs if len(text) > LONG and linked < LINKED * len(text))
+
     def read(self, page: str, shown: str = "") -> None:
         """Walk over ``page``; blocks of whose beginning ``shown`` has already are left out."""
         pieces, start, end = self.pieces, self.start, self.end
@@ -343,7 +353,7 @@ class _Walk:
                 end(tag)
                 previous = tag
             elif tag not in ("body", "html", "head"):
-                apart = previous == tag and tag in _INLINE_GAP and not result.preformatted[stack[-1]]
+                apart = (apart or previous in _INLINE_GAP) and tag in _INLINE_GAP and not result.preformatted[stack[-1]]
                 start(tag, attributes or "")
                 previous = ""
         self.flush()
@@ -359,7 +369,8 @@ def _in_order(text: str) -> str:
 def read_markup(page: str, with_carried: bool = True) -> Markup:
     """Walk over ``page``, then over what it carries as data, in elements ``carried-...`` of their own.
 
-    A page that shows frames alone is read as readers without frames see it.
+    A page that shows frames alone is read as readers without frames see it. A page that shows hardly any text is read
+    as its script would show it, if its data tells.
     """
     page = in_place(_CONTROLS.sub("", page))
     walk = _Walk()
@@ -370,6 +381,10 @@ def read_markup(page: str, with_carried: bool = True) -> Markup:
         for without_frames in _NO_FRAMES.finditer(page):
             walk.read(without_frames[1])
     found = carried(page) if with_carried else []
+    if with_carried and walk.running() < SHOWN:
+        known = sum(len(markup) for name, markup in found if name != "carried-description")
+        if len(state := state_markup(page)) > 2 * known:
+            walk.read(_CONTROLS.sub("", state))
     for name, markup in found:
         shown = "\n".join(walk.page.texts)
         walk.push(name, "")

@@ -25,6 +25,10 @@ _IMAGE = re.compile(
 _IMAGE_TEXT = re.compile(r"""\balt\s*=\s*(?:"([^"]*)"|'([^']*)')""", re.IGNORECASE)
 # Names stand at the beginning of a tag: a bound on the time that a tag takes.
 _NAMES = 1000
+# What shows a formula that the page also has as MathML or TeX, for the eyes alone.
+_DRAWN = re.compile(
+    r"""\bclass\s*=\s*["']?[^"'>]*(?<![\w-])(?:katex-html|MathJax(?:_Preview|_Display|_CHTML|_SVG)?|mjx-math)(?![\w-])"""
+)
 # Elements that nest deeper are read as a row.
 _DEEPEST = 200
 
@@ -48,6 +52,13 @@ def image_formula(attributes: str) -> str:
     found = _IMAGE_TEXT.search(attributes)
     tex = (found[1] or found[2] or "") if found else ""
     return _in_signs(tex, False) if tex.strip() else ""
+
+
+def is_drawn(attributes: str) -> bool:
+    """Whether an element shows a formula for the eyes, which the page also has as MathML or TeX."""
+    return ("katex" in attributes or "MathJax" in attributes or "mjx" in attributes) and bool(
+        _DRAWN.search(attributes[:1000])
+    )
 
 
 def _in_signs(tex: str, displayed: bool) -> str:
@@ -100,4 +111,5 @@ def _joined(tag: str, parts: list[str]) -> str:
 
 
 def _grouped(text: str) -> str:
+    text = text.strip()
     return text if len(unescape(text)) < 2 or text.isalnum() else f"({text})"

@@ -36,14 +36,19 @@ _OUT, _MENU_ITEM, _TEXT, _SHORT, _LONELY_LINK = -4.0, -3.0, 3.0, 2.0, 1.5
 
 
 def shows_nothing(markup: Markup) -> bool:
-    """Whether all that a page has for readers is its description, or a notice that it needs scripts."""
-    for text, place in zip(markup.texts, markup.places, strict=True):
+    """Whether all that a page has for readers is its description, or a notice that it needs scripts beside links."""
+    noticed = linked = False
+    for block, (text, place) in enumerate(zip(markup.texts, markup.places, strict=True)):
         parent = markup.parents[place]
         if parent >= 0 and "carried-description" in (markup.tags[place], markup.tags[parent]):
             continue
-        if len(text) > _NOTICE or not _NEEDS_SCRIPTS.search(text):
+        if len(text) <= _NOTICE and _NEEDS_SCRIPTS.search(text):
+            noticed = True
+        elif markup.linked[block] > _LINKED * len(text):
+            linked = True
+        else:
             return False
-    return True
+    return noticed or not linked
 
 
 def rule_odds(markup: Markup) -> np.ndarray:
