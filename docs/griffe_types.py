@@ -1,55 +1,74 @@
-"""For mkdocstrings: the types of fastllm/functional.pyi in the signatures, and Sphinx's roles as plain code."""
+"""For mkdocstrings: the types of the stubs in the signatures, and Sphinx's roles as plain code."""
 
 from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 import griffe
 
 ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`[~!.]?([^`<>]+)`")
-STUB = Path(__file__).parent.parent / "fastllm" / "functional.pyi"
+PACKAGE = Path(__file__).parent.parent / "fastllm"
+# Where functions are -> the stub that has their types.
+STUBS = {"fastllm.ops.": PACKAGE / "functional.pyi", "fastllm.losses.": PACKAGE / "losses" / "__init__.pyi"}
 
 
 class Roles(griffe.Extension):
-    """Takes the roles, as in :func:`fastllm.accelerate`, out of every docstring."""
+    """Takes what Markdown does not know out of every docstring: roles, as in :func:`fastllm.accelerate`, and ``::``."""
 
     def on_object(self, *, obj: griffe.Object, **more: object) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = ROLE.sub(r"`\1`", obj.docstring.value)
+            text = ROLE.sub(r"`\1`", obj.docstring.value)
+            obj.docstring.value = re.sub(r"::$", ":", text, flags=re.MULTILINE)  # before a block of code
 
 
 class Types(griffe.Extension):
-    """Gives the public functions of the ops the types of the stub. Where overloads differ, a type is their union."""
+    """Gives public functions the signature of their stub. Where overloads differ, a type is their union."""
 
     def on_function(self, *, func: griffe.Function, **more: object) -> None:
-        stubs = _stubs()
-        if not func.path.startswith("fastllm.ops.") or not func.parent.is_module or func.name not in stubs:
+        file = next((file for place, file in STUBS.items() if func.path.startswith(place)), None)
+        forms = _forms(file).get(func.name) if file is not None and func.parent.is_module else None
+        if not forms:
             return
-        *types, returned = zip(*stubs[func.name], strict=True)
-        for parameter, found in zip((p for p in func.parameters if p.name != "*"), types, strict=True):
-            parameter.annotation = _union(found)
-        func.returns = _union(returned)
+        shown = forms[0].args  # the form with a default for every option
+        plain = griffe.ParameterKind.positional_or_keyword
+        defaults = [None] * (len(shown.args) - len(shown.defaults)) + shown.defaults + shown.kw_defaults
+        func.parameters = griffe.Parameters(
+            *(
+                griffe.Parameter(
+                    argument.arg,
+                    annotation=_union(form[argument.arg] for form in map(_types, forms)),
+                    kind=plain if argument in shown.args else griffe.ParameterKind.keyword_only,
+                    default=None if default is None else ast.unparse(default),
+                )
+                for argument, default in zip((*shown.args, *shown.kwonlyargs), defaults, strict=True)
+            )
+        )
+        func.returns = _union(form["return"] for form in map(_types, forms))
 
 
-def _union(types: tuple[str, ...]) -> str:
-    joined = " | ".join(dict.fromkeys(types))
-    return "bool" if joined in ("Literal[False] | Literal[True]", "Literal[True] | Literal[False]") else joined
+def _types(form: ast.FunctionDef) -> dict[str, str]:
+    """Parameter, and ``return`` -> type."""
+    found = {argument.arg: argument.annotation for argument in (*form.args.args, *form.args.kwonlyargs)}
+    return {name: ast.unparse(kind) for name, kind in {**found, "return": form.returns}.items()}
+
+
+def _union(types: Iterable[str]) -> str:
+    kinds = dict.fromkeys(types)
+    return "bool" if kinds.keys() <= {"bool", "Literal[False]", "Literal[True]"} else " | ".join(kinds)
 
 
 @cache
-def _stubs() -> dict[str, list[tuple[str, ...]]]:
-    """Function -> for each overload the types of its parameters, in order, and of what it returns."""
-    tree = ast.parse(STUB.read_text("utf-8"))
-    aliases = {node.target.id: ast.unparse(node.value) for node in tree.body if isinstance(node, ast.AnnAssign)}
-    found: dict[str, list[tuple[str, ...]]] = {}
-    for node in tree.body:
+def _forms(file: Path) -> dict[str, list[ast.FunctionDef]]:
+    """Function -> its overloads in a stub, whose aliases are written out."""
+    text = file.read_text("utf-8")
+    for name, meaning in re.findall(r"^(_\w+): TypeAlias = (.*)$", text, re.MULTILINE):
+        text = re.sub(rf"\b{name}\b(?!:)", meaning, text)
+    found: dict[str, list[ast.FunctionDef]] = {}
+    for node in ast.parse(text).body:
         if isinstance(node, ast.FunctionDef):
-            given = [argument.annotation for argument in (*node.args.args, *node.args.kwonlyargs)]
-            texts = [ast.unparse(part) for part in (*given, node.returns)]
-            found.setdefault(node.name, []).append(
-                tuple(re.sub(r"\b_\w+", lambda name: aliases.get(name[0], name[0]), text) for text in texts)
-            )
+            found.setdefault(node.name, []).append(node)
     return found
