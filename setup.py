@@ -49,6 +49,7 @@ setup(
     package_dir={"fastllm": "fastllm", "fastllm.kernels": "kernels", "fastllm.bench": "bench", "fastllm.csrc": "csrc"},
     package_data={
         "fastllm": ["py.typed", "*.pyi"],
+        "fastllm.losses": ["*.pyi"],
         "fastllm.serving": ["page.html"],
         "fastllm.data.clean": ["block_model.npz"],
         "fastllm.bench": ["personal_lines.txt"],

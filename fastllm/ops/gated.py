@@ -98,7 +98,9 @@ def _gated_bwd(*args):
 # On a CPU, by csrc/cpu/gated.cpp. It knows the kind by its place among _ACTIVATIONS.
 _NUMBER = {kind: number for number, kind in enumerate(_ACTIVATIONS)}
 _rows = extension.operator("gated_rows", _fwd_fake)
-_grad_rows = extension.operator("gated_grad_rows", lambda *args: _bwd_fake(*args[:4], args[4:]))
+_grad_rows = extension.operator(
+    "gated_grad_rows", lambda dy, gate, up, kind, *needs: _bwd_fake(dy, gate, up, kind, needs)
+)
 
 
 class _Gated(torch.autograd.Function):
@@ -195,7 +197,11 @@ def swiglu(gate, up=None):
 
 
 class SwiGLU(torch.nn.Module):
-    """:func:`swiglu` as a module: ``forward(gate, up=None)``."""
+    """:func:`swiglu` as a module: ``forward(gate, up=None)``.
+
+    Shape:
+        ``gate`` and ``up`` (..., N) give (..., N). ``gate`` (..., 2 N) alone gives (..., N), from its halves.
+    """
 
     def forward(self, gate, up=None):
         return swiglu(gate, up)
@@ -235,7 +241,14 @@ def geglu(gate, up=None, *, approximate="none"):
 
 
 class GEGLU(torch.nn.Module):
-    """:func:`geglu` as a module: ``forward(gate, up=None)``."""
+    """:func:`geglu` as a module: ``forward(gate, up=None)``.
+
+    Args:
+        approximate: "none" for GELU by the error function, "tanh" for its approximation, as in torch.nn.GELU.
+
+    Shape:
+        ``gate`` and ``up`` (..., N) give (..., N). ``gate`` (..., 2 N) alone gives (..., N), from its halves.
+    """
 
     def __init__(self, approximate: str = "none"):
         super().__init__()

@@ -38,8 +38,8 @@ def _turned(x, cos, sin, interleaved: bool):
 
 def rotary_embedding_reference(query, key, cos, sin, *, position_ids=None, offset=0, interleaved=False):
     """The definition, in at least fp32, rounded once."""
-    tables = _rows(cos, sin, position_ids, offset, query.shape[-2])
-    return tuple(None if x is None else _turned(x, *tables, interleaved) for x in (query, key))
+    cos, sin = _rows(cos, sin, position_ids, offset, query.shape[-2])
+    return tuple(None if x is None else _turned(x, cos, sin, interleaved) for x in (query, key))
 
 
 class RotaryCall(NamedTuple):
@@ -244,7 +244,7 @@ def rotary_embedding(query, key, cos, sin, *, position_ids=None, offset=0, inter
 
     Args:
         query: (B, H, S, D) or (H, S, D), floating point, any strides: a view of a packed projection is read in place.
-            key: the same, with its own H, or None.
+        key: the same, with its own H, or None.
         cos, sin: cosines and sines of the angles, (P, R / 2), or (B, P, R / 2) if they differ by sequence; floating
             point (fp32 keeps large positions exact), any strides. The first R of the D features are rotated, R <= D,
             the others copied. Of tables (S, R) that repeat each angle, pass one half: ``cos[..., : R // 2]`` for

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Literal
 
 from ..config import InputError, option, settings
 from ..data.tokenizer import KINDS, SPECIAL_TOKENS
@@ -86,10 +87,9 @@ class ObjectiveConfig:
     )
 
     beta: float = option(0.1, "dpo: how strongly the model is held to its starting point", above=0)
-    dpo_loss: str = option(
-        "sigmoid", "dpo: the loss of a pair; ipo's is the difference from 1 / (2 beta), squared",
-        choices=("sigmoid", "hinge", "ipo"),
-    )  # fmt: skip
+    dpo_loss: Literal["sigmoid", "hinge", "ipo"] = option(
+        "sigmoid", "dpo: the loss of a pair; ipo's is the difference from 1 / (2 beta), squared"
+    )
     teacher: str | None = option(
         None, "distill: the run or model to learn from; its tokenizer is used", metavar="FOLDER"
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import fastllm
 import fastllm.functional as F
-from fastllm import nn
+from fastllm import losses, nn
 
 x, weight, target = torch.randn(4, 8), torch.randn(16, 8), torch.randint(16, (4,))
 query = torch.randn(1, 2, 4, 8)
@@ -25,6 +25,11 @@ loss, accuracy = F.linear_cross_entropy(x, weight, target, return_accuracy=True)
 # A misspelt option is seen before anything runs.
 F.cross_entropy(x @ weight.T, target, reduction="avg")  # pyright: ignore[reportArgumentType]
 F.geglu(x, x, approximate="erf")  # pyright: ignore[reportArgumentType]
+
+chosen, rejected = torch.randn(4), torch.randn(4)
+assert_type(losses.dpo(chosen, rejected, chosen, rejected, kind="ipo"), Tensor)
+assert_type(losses.grpo(query[0, 0], None, chosen, x, return_metrics=True), tuple[Tensor, dict[str, Tensor]])
+losses.ppo(query[0, 0], None, chosen, x, kl_estimator="k4")  # pyright: ignore[reportArgumentType]
 
 model = torch.nn.Sequential(nn.LayerNorm(8), torch.nn.Linear(8, 16), nn.RMSNorm(16))
 assert_type(fastllm.accelerate(model), fastllm.Report)

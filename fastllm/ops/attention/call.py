@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import numbers
 from typing import NamedTuple
 
 import torch
 
 from ..shared.autograd import autocasted
+from ..shared.check import is_number
 
 
 class AttentionCall(NamedTuple):
@@ -190,7 +190,7 @@ def check_qkv(op: str, query, key, value) -> None:
 
 
 def check_dropout(op: str, p) -> float:
-    if not isinstance(p, numbers.Real) or not 0 <= p <= 1:
+    if not is_number(p) or not 0 <= p <= 1:
         raise ValueError(f"{op}: dropout_p must lie between 0 and 1, got {p!r}")
     return float(p)
 
@@ -199,13 +199,13 @@ def check_scale(op: str, scale, dim: int) -> float:
     """``scale``, by default 1 / sqrt(dim)."""
     if scale is None:
         return 1.0 / math.sqrt(dim) if dim > 0 else 1.0
-    if not isinstance(scale, numbers.Real) or not -math.inf < scale < math.inf:
+    if not is_number(scale) or not -math.inf < scale < math.inf:
         raise ValueError(f"{op}: scale must be a finite number, got {scale!r}")
     return float(scale)
 
 
 def check_softcap(op: str, softcap) -> float:
-    if softcap is not None and (not isinstance(softcap, numbers.Real) or not softcap >= 0):
+    if softcap is not None and (not is_number(softcap) or not softcap >= 0):
         raise ValueError(f"{op}: softcap must be a number >= 0 (None or 0: none), got {softcap!r}")
     return float(softcap or 0.0)
 

@@ -5,7 +5,7 @@ The backward computes the scores again from the saved row statistics. A chunk is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -107,8 +107,9 @@ class _Dense:
         edge = (call.left >= 0 and last - call.left > cols.start) or (
             call.right >= 0 and first + call.right < cols.stop - 1
         )
-        if edge:
-            t = t.masked_fill_(~visible(i, j, self.offset, call.left, call.right), -torch.inf)
+        seen = visible(i, j, self.offset, call.left, call.right) if edge else None
+        if seen is not None:
+            t = t.masked_fill_(~seen, -torch.inf)
         return t, capped
 
     def bias_chunk(self, bias: torch.Tensor, at: _Chunk, rows: slice, cols: slice) -> torch.Tensor:
@@ -121,16 +122,17 @@ class _Dense:
 
     def kept(self, at: _Chunk, rows: slice, cols: slice) -> torch.Tensor:
         """The dropout mask of a chunk, scaled by 1 / (1 - p)."""
-        device, p = self.q.device, self.call.dropout_p
+        device, p, seed = self.q.device, self.call.dropout_p, self.call.seed
+        assert seed is not None, "a call that drops something has a seed"
         planes = torch.arange(self.batch * self.heads, device=device) + self.first_plane
         planes = planes.view(self.batch, self.heads_kv, self.group)[at.batch, at.heads]
         i = torch.arange(rows.start, rows.stop, device=device)
-        mask = dropout_kept(self.call.seed, planes, i, cols.stop, p)[..., cols]
+        mask = dropout_kept(seed, planes, i, cols.stop, p)[..., cols]
         return mask.to(self.wide).mul_(1.0 / (1.0 - p) if p < 1 else 0.0)
 
-    def sinks(self, at: _Chunk) -> torch.Tensor:
+    def sinks_of(self, sinks: torch.Tensor, at: _Chunk) -> torch.Tensor:
         """The sinks of a chunk's heads, to be broadcast to its scores."""
-        return self.call.sinks.to(self.wide).view(self.heads_kv, self.group, 1, 1)[at.heads]
+        return sinks.to(self.wide).view(self.heads_kv, self.group, 1, 1)[at.heads]
 
     def forward(self, out: torch.Tensor, lse: torch.Tensor, stats: torch.Tensor) -> None:
         """Fills the three."""
@@ -139,7 +141,7 @@ class _Dense:
         for at, row_slices in self.chunks():
             k = call.k[at.batch, at.heads].to(self.wide)
             v = call.v[at.batch, at.heads].to(self.narrow)
-            sink = None if call.sinks is None else self.sinks(at)
+            sink = None if call.sinks is None else self.sinks_of(call.sinks, at)
             for rows in row_slices:
                 cols = self.columns(rows)
                 t, _ = self.scores(self.rows_of(self.q, at, rows).to(self.wide), k, at, rows, cols)
@@ -201,8 +203,8 @@ class _Dense:
                 if kept is not None:
                     dp *= kept
                 ds = dp.sub_(delta).mul_(p)
-                if dsinks is not None:
-                    per_head = (torch.exp(self.sinks(at) - high - log) * delta).sum((0, 3, 4))
+                if dsinks is not None and call.sinks is not None:
+                    per_head = (torch.exp(self.sinks_of(call.sinks, at) - high - log) * delta).sum((0, 3, 4))
                     dsinks.view(self.heads_kv, self.group)[at.heads] -= per_head
                 if dbias is not None:
                     of_chunk = self.bias_chunk(dbias, at, rows, cols)
@@ -216,10 +218,9 @@ class _Dense:
                     dq[where] = torch.matmul(ds, k[:, :, cols]).unflatten(2, (self.group, -1)).to(dq.dtype)
                 if dk is not None:
                     self._collect(dk, dk_sum, torch.matmul(ds.transpose(-1, -2), q.to(self.narrow)), at, cols)
-            if not one:
-                for grad, total in ((dk, dk_sum), (dv, dv_sum)):
-                    if grad is not None:
-                        grad[plane] = total.to(grad.dtype)
+            for grad, total in ((dk, dk_sum), (dv, dv_sum)):
+                if grad is not None and total is not None:
+                    grad[plane] = total.to(grad.dtype)
 
     @staticmethod
     def _collect(grad, total, product, at: _Chunk, cols: slice) -> None:
@@ -242,28 +243,31 @@ class Sequence(NamedTuple):
     at_q: slice | None = None
     at_k: slice | None = None
 
-    def of_q(self, x: torch.Tensor | None) -> torch.Tensor | None:
+    def of_q(self, x: torch.Tensor) -> torch.Tensor:
         """The view of a tensor shaped like the query."""
-        return x if x is None or self.at_q is None else x[self.at_q].transpose(0, 1).unsqueeze(0)
+        return x if self.at_q is None else x[self.at_q].transpose(0, 1).unsqueeze(0)
 
-    def of_k(self, x: torch.Tensor | None) -> torch.Tensor | None:
+    def of_k(self, x: torch.Tensor) -> torch.Tensor:
         """The view of a tensor shaped like the key."""
-        return x if x is None or self.at_k is None else x[self.at_k].transpose(0, 1).unsqueeze(0)
+        return x if self.at_k is None else x[self.at_k].transpose(0, 1).unsqueeze(0)
 
-    def of_row(self, x: torch.Tensor | None) -> torch.Tensor | None:
+    def of_row(self, x: torch.Tensor) -> torch.Tensor:
         """The view of a tensor with one number a row of scores, or two."""
-        return x if x is None or self.at_q is None else x[..., self.at_q].unsqueeze(-3)
+        return x if self.at_q is None else x[..., self.at_q].unsqueeze(-3)
 
-    def of_bias(self, x: torch.Tensor | None) -> torch.Tensor | None:
+    def of_bias(self, x: torch.Tensor) -> torch.Tensor:
         """The view of a tensor shaped like the bias."""
-        if x is None or self.index is None:
-            return x
-        return sequence_bias(x, self.index, self.dense.rows, self.dense.cols)
+        return x if self.index is None else sequence_bias(x, self.index, self.dense.rows, self.dense.cols)
+
+
+def if_given(view: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor | None) -> torch.Tensor | None:
+    """``view(x)``, or None where there is no tensor."""
+    return None if x is None else view(x)
 
 
 def each_sequence(call: AttentionCall) -> Iterator[Sequence]:
     """The sequences of a packed call, or the dense call as it is."""
-    if not call.packed:
+    if call.cu_q is None or call.cu_k is None:
         yield Sequence(_Dense(call, 0))
         return
     bounds_q, bounds_k = call.cu_q.tolist(), call.cu_k.tolist()
@@ -294,21 +298,29 @@ def eager_attention_bwd(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Fills the buffers of ``wanted``; returns (dbias, dsinks), None where not wanted."""
     wide = torch.promote_types(call.q.dtype, torch.float32)
-    dbias = torch.zeros(call.bias.shape, dtype=wide, device=call.q.device) if wanted.bias else None
-    dsinks = torch.zeros(call.sinks.shape, dtype=wide, device=call.q.device) if wanted.sinks else None
+    dbias = (
+        torch.zeros(call.bias.shape, dtype=wide, device=call.q.device)
+        if wanted.bias and call.bias is not None
+        else None
+    )
+    dsinks = (
+        torch.zeros(call.sinks.shape, dtype=wide, device=call.q.device)
+        if wanted.sinks and call.sinks is not None
+        else None
+    )
     for grad in wanted[:3]:
         if grad is not None and (call.packed or not upstream.dout.numel()):
             grad.zero_()
     for sequence in each_sequence(call):
         sequence.dense.backward(
             ForwardResult(sequence.of_q(forward.out), sequence.of_row(forward.stats)),
-            OutputGradients(sequence.of_q(upstream.dout), sequence.of_row(upstream.dlse)),
+            OutputGradients(sequence.of_q(upstream.dout), if_given(sequence.of_row, upstream.dlse)),
             AttentionGradients(
-                sequence.of_q(wanted.dq), sequence.of_k(wanted.dk), sequence.of_k(wanted.dv),
-                sequence.of_bias(dbias), dsinks,
+                if_given(sequence.of_q, wanted.dq), if_given(sequence.of_k, wanted.dk),
+                if_given(sequence.of_k, wanted.dv), if_given(sequence.of_bias, dbias), dsinks,
             ),
         )  # fmt: skip
     return (
-        None if dbias is None else dbias.to(call.bias.dtype),
-        None if dsinks is None else dsinks.to(call.sinks.dtype),
+        None if dbias is None or call.bias is None else dbias.to(call.bias.dtype),
+        None if dsinks is None or call.sinks is None else dsinks.to(call.sinks.dtype),
     )

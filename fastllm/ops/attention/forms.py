@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from ...backends import Choice, forward_mode, under_transform
 from ..shared.widened import widens
 from .amx import amx_attention, amx_refuses
-from .call import AttentionCall, AttentionForm, AttentionRequest
+from .call import AttentionCall, AttentionForm, AttentionRequest, TorchArguments
 from .step import step_attention, takes_step
 from .widened import widened_attention
 
@@ -33,28 +33,29 @@ def formed(request: AttentionRequest) -> AttentionRequest:
     """``request`` with its form, on a CPU, where the choice of a backend asks for it: it takes 2 us to find."""
     if not request.call.q.is_cpu:
         return request
-    return AttentionRequest(*request[:-1], _eager_form(request, True))
+    return request._replace(form=_found_form(request, True))
 
 
 def form_of(request: AttentionRequest, choice: Choice) -> AttentionForm | None:
     """The form that serves a call which ``choice`` leaves to eager, and why; None where another backend serves."""
-    if choice.backend != "eager":
-        return None
+    return eager_form(request, choice.asked) if choice.backend == "eager" else None
+
+
+def eager_form(request: AttentionRequest, asked: bool = False) -> AttentionForm:
+    """The form in which eager serves a call, and why. ``asked``: whether somebody asked for eager."""
     form = request.form
-    if form is None or (choice.asked and form.name in (AMX, STEP)):
-        return _eager_form(request, not choice.asked)
-    return form
+    return _found_form(request, not asked) if form is None or (asked and form.name in (AMX, STEP)) else form
 
 
-def _eager_form(request: AttentionRequest, ours: bool) -> AttentionForm:
-    """The form in which eager serves a call, and why. ``ours``: whether the extension's are among the forms."""
+def _found_form(request: AttentionRequest, ours: bool) -> AttentionForm:
+    """As :func:`eager_form`. ``ours``: whether the extension's are among the forms."""
     call = request.call
     one = ours and not call.causal and call.dropout_p == 0.0 and takes_step(call.q, call.k, call.v, call.bias)
     if one and _only_chunks(request) is None:
         return _STEP
     wide = widens(call.q) and not under_transform() and call.q.layout == torch.strided
     if request.given is not None:
-        if not wide and _few(request):
+        if not wide and _few(call, request.given):
             return AttentionForm(TORCH, f"it has at most {FEW_SCORES} scores", as_given=True)
         if not wide and call.dropout_p > 0:
             return AttentionForm(TORCH, "PyTorch's generator draws the dropout mask, as without fastllm")
@@ -76,8 +77,7 @@ def _eager_form(request: AttentionRequest, ours: bool) -> AttentionForm:
     return _PLAIN
 
 
-def _few(request: AttentionRequest) -> bool:
-    call, given = request.call, request.given
+def _few(call: AttentionCall, given: TorchArguments) -> bool:
     if call.bottom_right or call.q.shape[-2] * call.k.shape[-2] > FEW_SCORES:
         return False
     if given.query.dim() < 4:
@@ -154,10 +154,12 @@ def torch_fault(call: AttentionCall) -> str | None:
 
 def attention_by_form(request: AttentionRequest, form: AttentionForm) -> torch.Tensor:
     """The output by AMX or PyTorch's operator; of the given shape if ``form.as_given``, else (B, H, Sq, Dv)."""
-    call = request.call
-    if form.as_given:
-        *arguments, scale, enable_gqa = request.given
-        return F.scaled_dot_product_attention(*arguments, scale=scale, enable_gqa=enable_gqa)
+    call, given = request.call, request.given
+    if form.as_given and given is not None:
+        query, key, value, mask, dropout_p, causal, scale, gqa = given
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, dropout_p, causal, scale=scale, enable_gqa=gqa
+        )  # fmt: skip
     if form.name == AMX:
         return amx_attention(call)
     if form.name == STEP:

@@ -11,10 +11,9 @@ from typing import NamedTuple
 import torch
 
 from ... import extension
-from ...backends import Choice
 from .call import AttentionCall, AttentionRequest, ForwardResult, OutputGradients, Wanted
-from .eager import Sequence, each_sequence
-from .forms import CHUNKS, TORCH, WIDENED, form_of, has_gradient
+from .eager import Sequence, each_sequence, if_given
+from .forms import CHUNKS, TORCH, WIDENED, eager_form, has_gradient
 
 # Work is heads * rows * columns * head dim. From this much on the extension serves a call that PyTorch's operator could
 # serve too, under a causal edge and without one. PyTorch's time over the extension's, forward and backward in float32
@@ -27,7 +26,6 @@ MIN_CAUSAL_WORK, MIN_WORK = 2**22, 2**24
 # columns: 1.01 and 1.45 with 64 rows, 0.69 and 1.36 with 16.
 MIN_ROWS = 64
 _TOO_SMALL = f"PyTorch's fused kernel is faster for fewer than {MIN_ROWS} queries and for small calls"
-_EAGER = Choice("eager", "")
 _UNMEASURED = "the extension is measured on CPUs with AVX2"
 _UNITS = "in 16 bits PyTorch's fused kernel has this CPU's matrix units"
 
@@ -41,7 +39,7 @@ def native_loses(request: AttentionRequest) -> str | None:
     The extension is 1.2 to 12 times as fast as eager's chunks of scores.
     """
     call = request.call
-    form = form_of(request, _EAGER)
+    form = eager_form(request)
     if form.name not in (TORCH, WIDENED, CHUNKS):
         return form.why
     if request.given is not None and call.dropout_p > 0 and form.name == TORCH:
@@ -108,32 +106,35 @@ def native_attention_bwd(
     call: AttentionCall, forward: ForwardResult, upstream: OutputGradients, wanted: Wanted
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """As :func:`fastllm.ops.attention.eager.eager_attention_bwd`."""
-    dbias = call.bias.new_zeros(call.bias.shape, dtype=torch.float32) if wanted.bias else None
+    dbias = None
+    if wanted.bias and call.bias is not None:
+        dbias = call.bias.new_zeros(call.bias.shape, dtype=torch.float32)
     delta = torch.zeros_like(forward.stats[0])
     for sequence in each_sequence(call):
         dense = sequence.dense.call
         bias, slopes, numbers = _operands(sequence)
         of_planes = None
-        if wanted.bias:
+        if dbias is not None and dense.bias is not None:
             # One sum for each plane of scores, of the bias's rows and columns: several threads sum the planes.
             of_planes = delta.new_zeros(*dense.q.shape[:2], *dense.bias.shape[2:])
         _grad_rows(
-            sequence.of_q(upstream.dout), sequence.of_row(upstream.dlse), sequence.of_q(forward.out),
+            sequence.of_q(upstream.dout), if_given(sequence.of_row, upstream.dlse), sequence.of_q(forward.out),
             *(sequence.of_row(x) for x in forward.stats), dense.q, dense.k, dense.v, bias, slopes, call.seed,
-            sequence.of_q(wanted.dq), sequence.of_k(wanted.dk), sequence.of_k(wanted.dv),
+            if_given(sequence.of_q, wanted.dq), if_given(sequence.of_k, wanted.dk), if_given(sequence.of_k, wanted.dv),
             None if of_planes is None else of_planes.expand(*dense.q.shape[:3], dense.k.shape[2]),
             sequence.of_row(delta), *numbers,
         )  # fmt: skip
-        if wanted.bias:
+        if dbias is not None and of_planes is not None:
             total = sequence.of_bias(dbias)
             total += of_planes.sum_to_size(total.shape)
-    return None if dbias is None else dbias.to(call.bias.dtype), _dsinks(call, forward, delta) if wanted.sinks else None
+    dsinks = None
+    if wanted.sinks and call.sinks is not None:
+        by_head = _dsinks(call.sinks, forward, delta)
+        dsinks = (by_head if call.packed else by_head.sum(0)).to(call.sinks.dtype)
+    return None if dbias is None or call.bias is None else dbias.to(call.bias.dtype), dsinks
 
 
-def _dsinks(call: AttentionCall, forward: ForwardResult, delta: torch.Tensor) -> torch.Tensor:
-    """The gradient of the sinks, whose probabilities have no value to weigh."""
-    sinks = call.sinks.float().unsqueeze(-1)
+def _dsinks(sinks: torch.Tensor, forward: ForwardResult, delta: torch.Tensor) -> torch.Tensor:
+    """The gradient of the sinks, whose probabilities have no value to weigh, (..., heads) in float32."""
     most, log = forward.stats
-    by_head = (torch.exp(sinks - most - log) * delta).sum(-1)
-    by_head = by_head if call.packed else by_head.sum(0)
-    return by_head.neg().to(call.sinks.dtype)
+    return (torch.exp(sinks.float().unsqueeze(-1) - most - log) * delta).sum(-1).neg()

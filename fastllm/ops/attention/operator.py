@@ -67,10 +67,10 @@ def _forward_of(backend: str):
 def _buffers(call: AttentionCall, needs) -> Wanted:
     heads, heads_kv, rows, cols = call.sizes()
     shapes = ((call.q, heads, rows), (call.k, heads_kv, cols), (call.v, heads_kv, cols))
-    filled = [
+    dq, dk, dv = [
         like_query(call, h, s, x.shape[-1]) if need else None for (x, h, s), need in zip(shapes, needs[:3], strict=True)
     ]
-    return Wanted(*filled, *needs[3:])
+    return Wanted(dq, dk, dv, needs[3], needs[4])
 
 
 def _bwd_fake(dout, dlse, out, stats, needs, *values):
@@ -78,7 +78,7 @@ def _bwd_fake(dout, dlse, out, stats, needs, *values):
     wanted = _buffers(call, needs)
     grads = list(wanted[:3])
     for x, need in ((call.bias, wanted.bias), (call.sinks, wanted.sinks)):
-        grads.append(x.new_empty(x.shape) if need else None)
+        grads.append(x.new_empty(x.shape) if need and x is not None else None)
     return tuple(call.q.new_empty(0) if g is None else g for g in grads)
 
 

@@ -67,7 +67,7 @@ def dense_attention(call: AttentionCall, kept: torch.Tensor | None = None) -> tu
     total = total.masked_fill(empty, 1.0)
     lse = (total.log() + highest).masked_fill(empty, -torch.inf).squeeze(-1)
     p = (e / total)[..., :-1]
-    if call.dropout_p > 0:
+    if kept is not None:
         p = p.masked_fill(~kept, 0.0) * dropout_scale(call.dropout_p)
     return p @ v, lse
 
@@ -77,16 +77,17 @@ def _sequence(call: AttentionCall, first_plane: int) -> tuple[torch.Tensor, torc
     if call.dropout_p == 0:
         return dense_attention(call)
     batch, heads, rows, _ = call.q.shape
-    device = call.q.device
+    device, seed = call.q.device, call.seed
+    assert seed is not None, "a call that drops something has a seed"
     planes = torch.arange(first_plane, first_plane + batch * heads, device=device).view(batch, heads)
-    kept = dropout_kept(call.seed, planes, torch.arange(rows, device=device), call.k.shape[2], call.dropout_p)
+    kept = dropout_kept(seed, planes, torch.arange(rows, device=device), call.k.shape[2], call.dropout_p)
     return dense_attention(call, kept)
 
 
 def reference(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out, lse)`` of a call; out in q's dtype, lse in at least fp32."""
     q = call.q
-    if not call.packed:
+    if call.cu_q is None or call.cu_k is None:
         out, lse = _sequence(call, 0)
         return out.to(q.dtype), lse
     heads = q.shape[1]

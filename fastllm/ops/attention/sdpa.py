@@ -111,7 +111,7 @@ def sdpa_request(
     rows, cols = query.shape[-2], key.shape[-2]
     leading, of_key, of_value = _leading(query, key, value, enable_gqa)
     mask = None
-    if variant is not None:
+    if attn_mask is not None and variant is not None:
         if tuple(attn_mask.shape[-2:]) != (rows, cols):
             raise ValueError(f"{OP}: attn_mask is for lengths {list(attn_mask.shape)}, got {_got(query, key, value)}")
     elif attn_mask is not None:

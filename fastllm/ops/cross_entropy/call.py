@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.nn._reduction import legacy_get_string
 
 from ..shared.autograd import autocasts
 from ..shared.check import check_flag, check_floating, check_integer, check_number
@@ -33,7 +34,7 @@ def _reduction(size_average, reduce, reduction: str) -> str:
     """``reduction``, or what torch's deprecated flags ask for (with torch's warning)."""
     if size_average is None and reduce is None:
         return reduction
-    return torch.nn._reduction.legacy_get_string(size_average, reduce)
+    return legacy_get_string(size_average, reduce)
 
 
 def cross_entropy_call(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -40,8 +41,10 @@ class LayerLoss(NamedTuple):
         """What begins an operator's arguments, and the rest of them."""
         loss = 3 + len(Loss._fields)
         chunking = loss + len(Chunking._fields)
-        values = Loss(*args[3:loss]), Chunking(*args[loss:chunking]), *args[chunking : chunking + 2]
-        return LayerLoss(*args[:3], *values), args[chunking + 2 :]
+        target, weight, token_weight = args[:3]
+        how = Loss(*args[3:loss]), Chunking(*args[loss:chunking])
+        backend, op = args[chunking : chunking + 2]
+        return LayerLoss(target, weight, token_weight, *how, backend, op), args[chunking + 2 :]
 
 
 LAYER_LOSS_SCHEMA = (
@@ -109,7 +112,9 @@ def rows_to_compute(y, ignore_index: int, chunking: Chunking):
     keep, most = y != ignore_index, chunking.max_targets
     if most is not None and y.is_cuda:
         # The host does not wait to learn which rows they are: a stable sort puts them first.
-        torch._assert_async(keep.sum() <= most, "linear_cross_entropy: more targets count than max_targets")
+        torch.ops.aten._assert_async.msg(
+            keep.sum() <= most, "linear_cross_entropy: more targets count than max_targets"
+        )
         return torch.argsort((~keep).to(torch.uint8), stable=True)[:most]
     index = keep.nonzero().squeeze(1)
     if most is not None and len(index) > most:
@@ -184,11 +189,13 @@ def in_chunks(
             parts.append((at, row_losses(labelled, upstream.of(at), wanted)))
             gradients.add(at, xc, mine, z)
     if index is None and len(parts) == 1:
-        of_rows = parts[0][1]
+        loss, lse, accuracy, entropy = parts[0][1]
     else:
-        of_rows = [torch.zeros(n, dtype=wide, device=x.device) if want else None for want in (True, True, *wanted)]
+        zeros = functools.partial(torch.zeros, n, dtype=wide, device=x.device)
+        loss, lse = zeros(), zeros()
+        accuracy, entropy = zeros() if wanted.accuracy else None, zeros() if wanted.entropy else None
         for at, rows in parts:
-            for whole, some in zip(of_rows, rows, strict=True):
+            for whole, some in zip((loss, lse, accuracy, entropy), rows, strict=True):
                 if whole is not None:
                     whole[at] = some
-    return *of_rows, gradients.x, gradients.weight, gradients.bias
+    return loss, lse, accuracy, entropy, gradients.x, gradients.weight, gradients.bias

@@ -60,7 +60,7 @@ class LinearKLDivCall(NamedTuple):
     def of(args: tuple) -> tuple[LinearKLDivCall, tuple]:
         """What begins an operator's arguments, and the rest of them."""
         end = 8 + len(Divergence._fields)
-        return LinearKLDivCall(*args[:8], Divergence(*args[8:end])), args[end:]
+        return LinearKLDivCall._make((*args[:8], Divergence(*args[8:end]))), args[end:]
 
     def rows(self) -> LinearKLDivCall:
         """With one leading dimension."""
@@ -186,8 +186,12 @@ def _checked_divergence(divergence: Divergence) -> Divergence:
         check_number(_NAME, "max_workspace_mb", workspace)
     if workspace is not None and not workspace > 0:
         raise ValueError(f"{_NAME}: max_workspace_mb must be positive, got {workspace}")
-    plain = (None if value is None else float(value) for value in (beta, temperature, softcap, teacher_softcap))
-    return Divergence(direction, *plain, ignore_index, reduction, None if workspace is None else float(workspace))
+    softcap, teacher_softcap, workspace = (
+        None if value is None else float(value) for value in (softcap, teacher_softcap, workspace)
+    )
+    return Divergence(
+        direction, float(beta), float(temperature), softcap, teacher_softcap, ignore_index, reduction, workspace
+    )
 
 
 def linear_kl_div_call(

@@ -69,9 +69,12 @@ def _eager_divergences(chunk: _Chunk, call: LinearKLDivCall, out) -> torch.Tenso
             log_p = dense(chunk.teacher[at], chunk.indices[at], n_classes, wide)
         else:
             log_p, slope_p = log_softmax_of(chunk.teacher[at].to(wide), how.teacher_softcap, how.temperature)
-        values[at], *slopes = divergence_and_slopes(log_p, log_q, how, tuple(t is not None for t in out))
+        needs = out[0] is not None, out[1] is not None
+        values[at], *slopes = divergence_and_slopes(log_p, log_q, how, needs)
         for into, slope, bend in zip(out, slopes, (slope_q, slope_p), strict=True):
             if into is not None:
+                assert slope is not None, "divergence_and_slopes has been asked for it"
+                assert chunk.factor is not None, "a gradient has a factor"
                 # T^2 of the loss over the T that the logits are divided by.
                 factor = (chunk.factor[at] * how.temperature).unsqueeze(1)
                 into[at] = (slope if bend is None else slope.mul_(bend)).mul_(factor)
@@ -90,19 +93,20 @@ def kl_in_chunks(call: LinearKLDivCall, factor: torch.Tensor | None, needs: tupl
     x, teacher = call.input, call.teacher_input
     n, n_classes = len(x), len(call.linear_weight)
     needs = needs if factor is not None else (False,) * 6
-    of_student, of_teacher, has_head = any(needs[:3]), any(needs[3:]), call.teacher_weight is not None
+    of_student, of_teacher = any(needs[:3]), any(needs[3:])
+    head = None if call.teacher_weight is None else Layer(teacher, call.teacher_weight, call.teacher_bias)
     losses = torch.zeros(n, dtype=call.wide, device=x.device)
     index = _rows_to_compute(call)
     count = n if index is None else len(index)
-    by_logits = torch.zeros_like(teacher, memory_format=torch.contiguous_format) if needs[3] and not has_head else None
-    row_bytes = n_classes * (x.element_size() + (teacher.element_size() if has_head or of_teacher else 0))
+    by_logits = torch.zeros_like(teacher, memory_format=torch.contiguous_format) if needs[3] and head is None else None
+    row_bytes = n_classes * (x.element_size() + (teacher.element_size() if head is not None or of_teacher else 0))
     workspace = call.divergence.max_workspace_mb or DEFAULT_WORKSPACE_MB.get(x.device.type, 128.0)
     rows = chunk_plan(count, row_bytes, workspace).rows
     chunks = math.ceil(count / rows)
     mine = LayerGradients.of(Layer(*call[:3]), needs[:3], backend, chunks, index is None)
-    theirs = LayerGradients.of(Layer(*call[3:6]), needs[3:], backend, chunks, index is None) if has_head else None
+    theirs = None if head is None else LayerGradients.of(head, needs[3:], backend, chunks, index is None)
     logits = x.new_empty(min(rows, count), n_classes)
-    beside = teacher.new_empty(min(rows, count), n_classes) if has_head or of_teacher else None
+    beside = teacher.new_empty(min(rows, count), n_classes) if head is not None or of_teacher else None
     # Autocast would narrow the fp32 sums again.
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, count, rows):
@@ -111,20 +115,20 @@ def kl_in_chunks(call: LinearKLDivCall, factor: torch.Tensor | None, needs: tupl
             xc, tc, z = x[at], teacher[at], logits[: stop - start]
             z_teacher = None if beside is None else beside[: stop - start]
             logits_into(xc, call.linear_weight, call.linear_bias, z)
-            if has_head:
-                logits_into(tc, call.teacher_weight, call.teacher_bias, z_teacher)
+            # A head's logits, or what was given: logits or probabilities.
+            of_teacher_rows = tc if head is None else logits_into(tc, head.weight, head.bias, z_teacher)
             indices = None if call.teacher_indices is None else call.teacher_indices[at]
-            chunk = _Chunk(z, z_teacher if has_head else tc, indices, None if factor is None else factor[at])
+            chunk = _Chunk(z, of_teacher_rows, indices, None if factor is None else factor[at])
             losses[at] = DIVERGENCES[backend](
                 chunk, call, (z if of_student else None, z_teacher if of_teacher else None)
             )
             if of_student:
                 mine.add(at, xc, z, z)
-            if has_head and of_teacher:
+            if theirs is not None and of_teacher:
                 theirs.add(at, tc, z_teacher, z_teacher)
-            elif by_logits is not None:
+            elif by_logits is not None and z_teacher is not None:
                 by_logits[at] = z_teacher
     kept = kept_positions(call)
     losses = losses if kept is None else torch.where(kept, losses, 0.0)
-    of_theirs = (theirs.x, theirs.weight, theirs.bias) if has_head else (by_logits, None, None)
+    of_theirs = (by_logits, None, None) if theirs is None else (theirs.x, theirs.weight, theirs.bias)
     return losses, mine.x, mine.weight, mine.bias, *of_theirs

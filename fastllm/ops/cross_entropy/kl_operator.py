@@ -131,13 +131,18 @@ def _linear_kl_div_bwd(dloss, total, *args):
     return grads
 
 
+def _call_of(layers, indices, target, divergence) -> LinearKLDivCall:
+    x, weight, bias, teacher_x, teacher_weight, teacher_bias = layers
+    return LinearKLDivCall(x, weight, bias, teacher_x, teacher_weight, teacher_bias, indices, target, divergence)
+
+
 class LinearKLDiv(torch.autograd.Function):
     """(loss, denominator, six gradients left by the forward) of a student's layer, a teacher's, and a KLNode."""
 
     @staticmethod
     def forward(*args):
         *layers, node = args
-        call = LinearKLDivCall(*layers, node.indices, node.target, node.divergence)
+        call = _call_of(layers, node.indices, node.target, node.divergence)
         return linear_kl_div_fwd(*call.flat(), node.backend, node.with_gradient, node.needs)
 
     @staticmethod
@@ -165,7 +170,7 @@ class LinearKLDiv(torch.autograd.Function):
         divergence, backend = ctx.divergence, ctx.backend
 
         def call_of(layers):
-            return LinearKLDivCall(*layers, indices, target, divergence)
+            return _call_of(layers, indices, target, divergence)
 
         def launch(inputs, outputs_grad, extras, needs):
             return _linear_kl_div_bwd(*outputs_grad, *extras, *call_of(inputs).flat(), backend, needs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -96,7 +97,7 @@ def linear_cross_entropy(
     )  # fmt: skip
     loss, *rows = linear_loss("linear_cross_entropy", call, loss_dtype(call.input, target))
     asked = zip((return_lse, return_accuracy, return_entropy), rows, strict=True)
-    others = [values.view(target.shape) for want, values in asked if want]
+    others = [values.view(target.shape) for want, values in asked if want and values is not None]
     return (loss, *others) if others else loss
 
 
@@ -123,7 +124,8 @@ def linear_loss(op: str, call: LinearCrossEntropyCall, dtype: torch.dtype):
 def _in_chunks(call: LinearCrossEntropyCall, dtype: torch.dtype, backend: str):
     """(loss, lse, accuracy, entropy), the last three (N,), by the backend's rows of logits."""
     x, target, loss = call.input, call.target, call.loss
-    needs = tuple(t is not None and t.requires_grad and torch.is_grad_enabled() for t in call.layer())
+    need_dx, need_dw, need_db = (t is not None and t.requires_grad and torch.is_grad_enabled() for t in call.layer())
+    needs = need_dx, need_dw, need_db
     alone = not (call.return_lse or call.return_entropy)
     with_gradient = (
         any(needs) and (loss.reduction != "none" or (alone and scales_rows(needs))) and not call.recompute
@@ -152,7 +154,18 @@ def linear_cross_entropy_plan(
     input, linear_weight, *, reduction="mean", softcap=None, max_workspace_mb=None, max_targets=None, recompute=False,
     return_entropy=False,
 ) -> LinearCrossEntropyPlan:  # fmt: skip
-    """How :func:`linear_cross_entropy` would run such a call: print it before running."""
+    """How :func:`linear_cross_entropy` would run such a call: rows at a time, workspace, number of products.
+
+    Nothing is computed, and no tensor of the logits' size is made. Print the plan before a run.
+
+    Args:
+        input: (..., D) hidden states. Its ``requires_grad``, and the weight's, decide which products there are.
+        linear_weight: (V, D).
+        reduction, softcap, max_workspace_mb, max_targets, recompute, return_entropy: as in linear_cross_entropy.
+
+    Raises:
+        TypeError, ValueError: linear_cross_entropy would refuse the call.
+    """
     target = torch.empty(input.shape[:-1], dtype=torch.int64, device=input.device)
     call = linear_cross_entropy_call(
         input, linear_weight, target, reduction=reduction, softcap=softcap, max_workspace_mb=max_workspace_mb,
@@ -174,9 +187,13 @@ def linear_cross_entropy_plan(
 
 # torch has the class since 2.13; before, ours stands on what torch's is made of.
 _Loss = torch.nn.modules.loss._WeightedLoss
+if TYPE_CHECKING:
+    _Base = _Loss
+else:
+    _Base = getattr(torch.nn, "LinearCrossEntropyLoss", _Loss)
 
 
-class LinearCrossEntropyLoss(getattr(torch.nn, "LinearCrossEntropyLoss", _Loss)):
+class LinearCrossEntropyLoss(_Base):
     """The loss of a linear layer's outputs, which are never held all at once. The layer is its submodule ``linear``.
 
     ``torch.nn.LinearCrossEntropyLoss``'s state_dict keys and arguments up to ``options``, and a subclass of it where

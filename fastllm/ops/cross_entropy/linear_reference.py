@@ -74,13 +74,13 @@ def linear_definition(call: LinearCrossEntropyCall):
     total = denominator(rows, y, call.weight, token_weight, loss)
     whole = rows.view(target.shape) if loss.reduction == "none" else rows.sum() / total
     accuracy = entropy = None
-    z = loss.of_logits(logits) if call.return_accuracy or call.return_entropy else None
     if call.return_accuracy:
+        z = loss.of_logits(logits)
         keep = y != loss.ignore_index
         own = z.gather(1, torch.where(keep, y, 0).unsqueeze(1).long()).squeeze(1)
         accuracy = (keep & (own >= z.amax(1))).to(wide).view(target.shape)
     if call.return_entropy:
-        log_p = torch.log_softmax(z, 1)
+        log_p = torch.log_softmax(loss.of_logits(logits), 1)
         # p log p is 0 at p = 0.
         entropy = -torch.where(log_p == -math.inf, 0, log_p.exp() * log_p).sum(1).view(target.shape)
     return whole, lse.view(target.shape), accuracy, entropy

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import numbers
 
 import torch
 
 from ...registry import Op, Sample, register
-from ..shared.check import check_number
+from ..shared.check import check_number, is_number
 from .call import LinearCrossEntropyCall, linear_cross_entropy_call
 from .linear import linear_loss
 from .linear_reference import linear_definition, shifted
@@ -83,7 +82,8 @@ def _rows(call: LinearCrossEntropyCall):
     loss, _, accuracy, entropy = linear_loss(_NAME, call, wide)
     outputs = _turned(call, loss, entropy)
     log_probs, entropy = outputs if call.return_entropy else (outputs, None)
-    return log_probs, accuracy.view(call.target.shape) if call.return_accuracy else None, entropy
+    accuracy = accuracy.view(call.target.shape) if call.return_accuracy and accuracy is not None else None
+    return log_probs, accuracy, entropy
 
 
 def _turned(call: LinearCrossEntropyCall, loss, entropy):
@@ -96,7 +96,7 @@ def _turned(call: LinearCrossEntropyCall, loss, entropy):
 
 
 def _checked(input, linear_weight, target, *, temperature=1.0, softcap=None, **options) -> LinearCrossEntropyCall:
-    if not isinstance(temperature, numbers.Real | torch.SymFloat | torch.SymInt) or not 0.0 < temperature < math.inf:
+    if not is_number(temperature) or not 0.0 < temperature < math.inf:
         raise ValueError(f"{_NAME}: temperature must be a number, positive and finite; got {temperature!r}")
     # softcap * tanh(x / softcap) / temperature, as the loss has it: the cap is taken of scaled logits there.
     if softcap is not None:

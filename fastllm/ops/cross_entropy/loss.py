@@ -101,7 +101,8 @@ class Labelled(NamedTuple):
     def of(args: tuple) -> tuple[Labelled, tuple]:
         """What begins an operator's arguments, and the rest of them."""
         end = 3 + len(Loss._fields)
-        return Labelled(*args[:3], Loss(*args[3:end])), args[end:]
+        logits, target, weight = args[:3]
+        return Labelled(logits, target, weight, Loss(*args[3:end])), args[end:]
 
 
 LABELLED_SCHEMA = f"Tensor logits, Tensor target, Tensor? weight, {LOSS_SCHEMA}"

@@ -113,7 +113,7 @@ def native_cross_entropy_bwd(upstream, labelled: Labelled, statistics, needs, ou
         _in_rows(labelled), (factor, upstream.lse, None),
         (None if dx is None else dx.rows, None if dtarget is None else dtarget.rows),
     )  # fmt: skip
-    if scale_last:
+    if scale_last and dx is not None:
         native_scale_gradient(dx.rows, dloss)
     return tuple(t.new_empty(0) if given is None else given.finished() for t, given in ((x, dx), (target, dtarget)))
 

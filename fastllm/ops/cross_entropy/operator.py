@@ -161,7 +161,7 @@ class CrossEntropy(torch.autograd.Function):
             return _cross_entropy_bwd(*outputs_grad, *extras, *labelled.flat(), needs, backend)[: len(inputs)]
 
         def formula(x, q=None):
-            value, lse = loss_and_lse(Labelled(x, q if probabilities else target, weight, loss))
+            value, lse = loss_and_lse(Labelled(x, target if q is None else q, weight, loss))
             value = value.to(ctx.dtype)
             return value.reshape(-1) if loss.reduction == "none" else value, lse.reshape(-1)
 

@@ -29,7 +29,7 @@ def eager_row_losses(labelled: Labelled, upstream: LossGradients, wanted: Extras
     n_classes = z.shape[1]
     keep = y != loss.ignore_index
     index = torch.where(keep, y, 0).unsqueeze(1)
-    smoothing = loss.label_smoothing
+    smoothing, share = loss.label_smoothing, loss.label_smoothing / n_classes
     if loss.logit_scale != 1.0:
         z.mul_(loss.logit_scale)
     slope_of_cap = None
@@ -49,7 +49,6 @@ def eager_row_losses(labelled: Labelled, upstream: LossGradients, wanted: Extras
     slope = mass
     if smoothing != 0.0:
         spread = z.sum(1) if weight is None else z @ weight.to(z.dtype)
-        share = smoothing / n_classes
         losses = (1 - smoothing) * losses - share * spread
         slope = (1 - smoothing) * mass + share * (n_classes if weight is None else weight.sum().to(z.dtype))
     if loss.has_penalty:

@@ -32,7 +32,7 @@ def gather_eager(name: str, indices: torch.Tensor, weight: torch.Tensor, start: 
     """Rows of ``weight`` by PyTorch's own operators. With ``start``, zeros for ids outside its range."""
     if start is not None:
         with named_errors(name, indices, weight, partial=True):
-            torch._assert_async((indices >= 0).all())
+            torch.ops.aten._assert_async((indices >= 0).all())
         foreign = (indices < start) | (indices >= start + weight.shape[0])
         # Foreign ids read a row of zeros behind the table, which exists even where the table has no rows.
         table = torch.cat([weight, weight.new_zeros(1, weight.shape[1])])

@@ -50,7 +50,9 @@ def _filled(indices, device) -> list[torch.Tensor]:
     return [positions if i is None else i for i in indices]
 
 
-def embedding_sum_reference(indices, weights, *, padding_idx=None, scale=1.0, dropout_p=0.0, first_row=None):
+def embedding_sum_reference(
+    indices, weights, *, padding_idx=None, scale: float | Sequence[float] = 1.0, dropout_p=0.0, first_row=None
+):
     """The definition, in at least fp32, rounded once to the tables' dtype. ``first_row``: as in the call."""
     dtype = weights[0].dtype
     wide = torch.promote_types(dtype, torch.float32)
@@ -112,10 +114,13 @@ class _Sum(NamedTuple):
         if self.native:
             return _embedding_sum_fwd(list(weights), list(indices), rows, list(self.scales), self.dropout_p, seed)
         wide = torch.promote_types(weights[0].dtype, torch.float32)
-        total = None
-        for t, (ids, weight, scale) in enumerate(zip(indices, weights, self.scales, strict=True)):
-            part = gather_eager(f"embedding_sum: indices[{t}]", ids, weight).to(wide) * scale
-            total = part if total is None else total + part
+
+        def part(t):
+            return gather_eager(f"embedding_sum: indices[{t}]", indices[t], weights[t]).to(wide) * self.scales[t]
+
+        total = part(0)
+        for t in range(1, len(weights)):
+            total = total + part(t)
         total = total.expand(*self.shape, total.shape[-1]).reshape(rows, total.shape[-1])
         total = total if seed is None else dropped(total, seed, self.dropout_p)
         return total.to(weights[0].dtype)
@@ -250,8 +255,8 @@ def _served(call: EmbeddingSumCall) -> torch.Tensor:
     backend = pick("embedding_sum", call).backend
     if plain_eager(backend):
         return call.by_torch()
-    indices, weights, shape, *options, _ = call
-    total = _Sum(backend == "native", shape, *options)
+    indices, weights, shape, scales, padding, dropout_p, positions, _ = call
+    total = _Sum(backend == "native", shape, scales, padding, dropout_p, positions)
     first_row = first_row_of(shape, call.first_row)
     seed = draw_seed(weights[0].device, first_row) if call.dropout_p > 0.0 else None
     ids = [_laid_out(i, shape) for i in indices]

@@ -7,7 +7,7 @@ import torch
 from ...backends import pick
 from ...registry import Op, register
 from ..shared.check import check_floating
-from .call import NormCall, check_branch_dropout, checked
+from .call import NormCall, check_branch_dropout, checked, default_eps
 from .operator import empty_is_torchs, fused_norm, layer_norm_prefers_torch, norm_refuses
 from .reference import add_norm_reference, eager_add_norm
 from .samples import add_layer_norm_examples, add_norm_cost, norm_samples
@@ -27,6 +27,7 @@ def add_rms_norm_call(
 ) -> NormCall:
     """The arguments of :func:`add_rms_norm`, checked, as one value."""
     check_floating("add_rms_norm", "residual", residual)
+    eps = default_eps(eps, residual.dtype)
     call = NormCall(input, residual, weight, None, normalized_shape, eps, weight_offset, dropout_p, False)
     return checked("add_rms_norm", call)
 
@@ -100,7 +101,7 @@ def add_rms_norm(input, residual, normalized_shape, weight=None, eps=None, *, dr
     return _served("add_rms_norm", call)
 
 
-class DropsBranch:
+class DropsBranch(torch.nn.Module):
     """Before one of torch's norm modules: dropout of the branch, in training mode only.
 
     ``first_row`` is set by :func:`fastllm.training.dropout.key_dropout`.

@@ -105,27 +105,35 @@ class NormBackward(NamedTuple):
             return WantedGradients(input or residual, False, weight, bias)
         return WantedGradients(input, residual, weight, bias)
 
+    def weight_grad_dtype(self) -> torch.dtype:
+        """The weight's dtype; x's where no gradient of a weight is wanted."""
+        return self.x.dtype if self.weight is None or not self.needs[2] else self.weight.dtype
+
     def new_gradients(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(dinput, dresidual, dweight, dbias), uninitialised; one that is not wanted is empty."""
         x, wanted, n_cols = self.x, self.wanted(), self.x.shape[-1]
         return (
             x.new_empty(x.shape if wanted.input else 0, dtype=self.input_dtype),
             x.new_empty(x.shape if wanted.residual else 0),
-            x.new_empty(n_cols if wanted.weight else 0, dtype=self.weight.dtype if wanted.weight else x.dtype),
+            x.new_empty(n_cols if wanted.weight else 0, dtype=self.weight_grad_dtype()),
             x.new_empty(n_cols if wanted.bias else 0, dtype=self.bias_dtype),
         )
+
+
+def _not_dimensions(op: str, normalized_shape) -> TypeError:
+    return TypeError(f"{op}: normalized_shape must be an integer or a sequence of them, got {normalized_shape!r}")
 
 
 def _dimensions(op: str, normalized_shape) -> tuple[int, ...]:
     try:
         shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     except TypeError:
-        shape = (None,)
+        raise _not_dimensions(op, normalized_shape) from None
     # The types that are wrong: NumPy's integers and symbolic integers are right, but are not of type int.
     if isinstance(normalized_shape, str) or any(
         isinstance(n, float | str | bool | torch.Tensor | type(None)) for n in shape
     ):
-        raise TypeError(f"{op}: normalized_shape must be an integer or a sequence of them, got {normalized_shape!r}")
+        raise _not_dimensions(op, normalized_shape)
     if not shape:
         raise ValueError(f"{op}: normalized_shape must name at least one dimension, got ()")
     return shape
@@ -143,8 +151,7 @@ def default_eps(eps: float | None, dtype: torch.dtype) -> float:
 
 def check_norm_options(op: str, call: NormCall) -> None:
     """Raises TypeError or ValueError where eps, weight_offset or dropout_p is not what it may be."""
-    if call.eps is not None or call.center:
-        check_number(op, "eps", call.eps)
+    check_number(op, "eps", call.eps)
     check_number(op, "weight_offset", call.weight_offset)
     if not -math.inf < call.weight_offset < math.inf:
         raise ValueError(f"{op}: weight_offset must be finite, got {call.weight_offset}")
@@ -158,13 +165,13 @@ def check_branch_dropout(op: str, dropout_p: float) -> None:
 
 
 def checked(op: str, call: NormCall) -> NormCall:
-    """``call`` with its shape as a tuple and RMS norm's default eps as a number, once everything in it fits.
+    """``call`` with its shape as a tuple, once everything in it fits.
 
     Raises:
         TypeError: an argument is of the wrong kind.
         ValueError: a shape, device or option does not fit.
     """
-    input, residual, weight, bias, shape, eps = call[:6]
+    input, residual, weight, bias, shape = call[:5]
     check_floating(op, "input", input)
     if residual is not None:
         check_floating(op, "residual", residual)
@@ -189,6 +196,4 @@ def checked(op: str, call: NormCall) -> NormCall:
             )
         _check_together(op, name, parameter, input)
     check_norm_options(op, call)
-    if not call.center:
-        eps = default_eps(eps, input.dtype if residual is None else residual.dtype)
-    return call._replace(shape=shape, eps=eps)
+    return call._replace(shape=shape)

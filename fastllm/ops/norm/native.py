@@ -88,5 +88,4 @@ def norm_grad_rows(call: NormBackward):
         call.dy, call.dh, call.x, weight, call.seed, call.mean, call.rstd, call.input_dtype, call.dropout_p,
         call.center, *wanted,
     )  # fmt: skip
-    dtype = call.weight.dtype if wanted.weight else call.x.dtype
-    return dinput, dresidual, dweight.to(dtype), dbias.to(call.bias_dtype)
+    return dinput, dresidual, dweight.to(call.weight_grad_dtype()), dbias.to(call.bias_dtype)

@@ -134,10 +134,10 @@ class _Norm(torch.autograd.Function):
             return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
 
         def launch(inputs, outputs_grad, extras, needs):
-            x, weight, _ = inputs
+            (dy,), (x, weight, _), (mean, rstd) = outputs_grad, inputs, extras
             dx, _, *others = backward_by(
                 NormBackward(
-                    *outputs_grad, None, x, weight, None, *extras, x.dtype, bias_dtype, offset, 0.0, center,
+                    dy, None, x, weight, None, mean, rstd, x.dtype, bias_dtype, offset, 0.0, center,
                     (needs[0], False, *needs[1:]), backend,
                 )
             )  # fmt: skip
@@ -151,15 +151,14 @@ class _Norm(torch.autograd.Function):
         dx, dweight, dbias = gradients(launch, formula, (normed, weight, bias), inner, (dy,), (mean, rstd))
         if ctx.added and dh is not None and dx is not None:
             dx = dx + dh
-        dinput = dx if needs[0] else None
-        if needs[0] and dropout_p > 0.0:
-            dinput = dropout(dx, seed, dropout_p)
-        dinput = dinput.to(ctx.input_dtype) if needs[0] else None
+        dinput = None
+        if needs[0] and dx is not None:
+            dinput = (dropout(dx, seed, dropout_p) if dropout_p > 0.0 else dx).to(ctx.input_dtype)
         return dinput, dx if ctx.added and needs[1] else None, dweight, dbias, None, None
 
 
-def fused_norm(call: NormCall, backend: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(y, h) by the kernels of ``backend``; h is None without a residual."""
+def fused_norm(call: NormCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, h) by the kernels of ``backend``; h is empty without a residual."""
     x, residual, weight, bias, shape, eps, offset, dropout_p, center, _ = call
     seed = branch_seed(call) if dropout_p > 0.0 else None
     options = NormOptions(float(eps), float(offset), float(dropout_p), center, backend)
@@ -167,7 +166,7 @@ def fused_norm(call: NormCall, backend: str) -> tuple[torch.Tensor, torch.Tensor
         rows = [None if t is None else t.flatten(-len(shape)) for t in (x, residual)]
         flat = [None if t is None else t.reshape(-1) for t in (weight, bias)]
         y, h, _, _ = apply(_Norm, *rows, *flat, seed, options)
-        return y.view(x.shape), None if residual is None else h.view(x.shape)
+        return y.view(x.shape), h if residual is None else h.view(x.shape)
     weight, bias = (t if t is None or t.is_contiguous() else t.contiguous() for t in (weight, bias))
     y, h, _, _ = apply(_Norm, x, residual, weight, bias, seed, options)
-    return y, None if residual is None else h
+    return y, h

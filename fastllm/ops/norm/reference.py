@@ -36,6 +36,7 @@ def branch_seed(call: NormCall) -> torch.Tensor:
 def added(call: NormCall) -> torch.Tensor:
     """residual + dropout(input), in at least fp32, rounded once to the residual's dtype."""
     input, residual = call.input, call.residual
+    assert residual is not None, "an add norm has a residual"
     if call.dropout_p == 0.0 and input.dtype == residual.dtype:
         return residual + input  # PyTorch's own add of 16-bit numbers is in fp32, rounded once
     wide = torch.promote_types(torch.promote_types(input.dtype, residual.dtype), torch.float32)

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 from ...backends import pick
 from ...registry import Op, register
-from .call import NormCall, checked
+from ..shared.check import check_floating
+from .call import NormCall, checked, default_eps
 from .operator import empty_is_torchs, fused_norm, norm_refuses
 from .reference import eager_norm, norm_reference
 from .samples import norm_cost, norm_samples
@@ -20,6 +21,8 @@ def rms_norm_reference(*args, **options):
 
 def rms_norm_call(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0) -> NormCall:
     """The arguments of :func:`rms_norm`, checked, as one value."""
+    check_floating("rms_norm", "input", input)
+    eps = default_eps(eps, input.dtype)
     return checked("rms_norm", NormCall(input, None, weight, None, normalized_shape, eps, weight_offset, 0.0, False))
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
 
 from ...backends import device_type_of, under_transform
 
 Tensors = Sequence[torch.Tensor | None]
-_unwrapped = torch._C._functorch.unwrap_if_dead
 
 
 def autocasts(device_type: str) -> bool:
@@ -17,7 +17,7 @@ def autocasts(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def autocasted(*tensors):
+def autocasted(*tensors) -> tuple:
     """What torch's autocast does to the arguments of an operator that it runs in its dtype; None is passed over."""
     device_type = device_type_of(tensors[0])
     if not autocasts(device_type):
@@ -42,10 +42,11 @@ def apply(function: type[torch.autograd.Function], *args):
     if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     # Tensors that outlived a transform, as in torch's own unwrap_dead_wrappers().
-    args = [_unwrapped(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
+    args = [unwrap_if_dead(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
     if not torch.is_grad_enabled() and torch.autograd.forward_ad._current_level < 0:
         return function.forward(*args)  # no graph: 3 us less
-    return super(torch.autograd.Function, function).apply(*args)  # the next class after torch.autograd.Function
+    # The next class after torch.autograd.Function.
+    return super(torch.autograd.Function, function).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]  # no stub
 
 
 def _distinct(args: Sequence, found: list) -> list:
@@ -71,14 +72,13 @@ def _pulled(formula: Callable, inputs: Tensors, wanted: Sequence[int], outputs_g
         outputs = formula(*merged)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
-    outputs, pull = torch.func.vjp(of_wanted, *[inputs[i] for i in wanted])
+    outputs, pull, *_ = torch.func.vjp(of_wanted, *[inputs[i] for i in wanted])
     return pull(tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, outputs_grad, strict=True)))
 
 
 def scalable(*grads: torch.Tensor | None) -> bool:
     """Whether gradients may be multiplied in place by the upstream gradients ``grads``: not where those are batched."""
-    batched = torch._C._functorch.is_legacy_batchedtensor
-    return not under_transform() and not any(grad is not None and batched(grad) for grad in grads)
+    return not under_transform() and not any(grad is not None and is_legacy_batchedtensor(grad) for grad in grads)
 
 
 class _Gradients(torch.autograd.Function):
@@ -110,7 +110,7 @@ class _Gradients(torch.autograd.Function):
 
             return _pulled(ctx.formula, full[:n], wanted, full[n:])
 
-        _, pull = torch.func.vjp(first_order, *[primals[i] for i in given])
+        _, pull, *_ = torch.func.vjp(first_order, *[primals[i] for i in given])
         result = [None] * len(tensors)
         for i, grad in zip(given, pull(tuple(second_grads)), strict=True):
             result[i] = grad

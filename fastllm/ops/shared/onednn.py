@@ -40,7 +40,9 @@ def multiplied(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x (M, K) @ weight (N, K).T, where :func:`onednn_serves`."""
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()  # oneDNN copies other layouts element by element: 70 ms for 70 x 48
-    return _product()(x, weight, None, "none", [], "")
+    product = _product()
+    assert product is not None, "onednn_serves has said so"
+    return product(x, weight, None, "none", [], "")
 
 
 def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:

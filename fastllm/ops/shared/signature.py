@@ -34,7 +34,7 @@ def keywords_of(function: Callable, but: tuple[str, ...] = ()) -> Callable[[Call
             signature.bind(*args, **kwargs)  # raises TypeError for an unknown keyword
             return init(*args, **{**options, **kwargs})
 
-        filled.__signature__ = signature
+        filled.__dict__["__signature__"] = signature
         return filled
 
     return decorate

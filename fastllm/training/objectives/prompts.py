@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from ...data.batches import IGNORE
@@ -51,9 +53,13 @@ class DPO(ExampleObjective):
         beta, kind: as in :func:`fastllm.losses.dpo`.
     """
 
-    def __init__(self, dataset, context_length: int, batch_size: int, seed: int, *, beta: float, kind: str):
+    def __init__(
+        self, dataset, context_length: int, batch_size: int, seed: int, *, beta: float,
+        kind: Literal["sigmoid", "hinge", "ipo"],
+    ):  # fmt: skip
         super().__init__(dataset, context_length, batch_size, seed)
-        self.beta, self.kind = beta, kind
+        self.beta = beta
+        self.kind: Literal["sigmoid", "hinge", "ipo"] = kind
 
     def _features(self, examples: list[dict]) -> Features:
         return preference_features(examples, self.dataset.tokenizer, self.context_length)

@@ -48,7 +48,7 @@ td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; bo
 .samples { flex: 1 1 min(400px, 100%); min-width: 0 } pre { white-space: pre-wrap; background: #f6f6f6; padding: .8rem;
 max-height: 24rem; overflow: auto; overflow-wrap: anywhere } .key { display: inline-block; width: 1.8em; height: 0;
 vertical-align: middle; margin-right: .4em; border-top: .2em solid } .wide { overflow-x: auto }
-td:first-child { white-space: nowrap }
+td:first-child, .results td, .results th { white-space: nowrap }
 @media (max-width: 700px) { body { margin: 1rem auto } .runs { gap: .3rem 1rem }
 td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 8rem } } tr.differs td { background: #fff6e5 }
 """
@@ -68,6 +68,7 @@ def _picture(title: str, curves: list[tuple[tuple[str, str], list[float], list[f
     """An SVG of one quantity over the steps, a line for each run."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     FigureCanvasSVG(figure)
@@ -84,6 +85,10 @@ def _picture(title: str, curves: list[tuple[tuple[str, str], list[float], list[f
         )
     if logarithmic and all(value > 0 for _, _, values in curves for value in values):
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_formatter("{x:g}")  # 0.1 instead of 10^-1
+        # Within a decade the ticks between powers of ten are the only ones.
+        axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else NullFormatter())
     shown = sorted(value for _, _, values in curves for value in values[len(values) // 50 :])
     if not logarithmic and len(shown) > 20 and shown[-1] > shown[0]:
         # A few outliers must not flatten the rest.
@@ -91,7 +96,7 @@ def _picture(title: str, curves: list[tuple[tuple[str, str], list[float], list[f
         axes.set_ylim(top=min(shown[-1], high + 0.3 * (high - shown[0])) + 0.03 * (high - shown[0]) + 1e-12)
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel("step", fontsize=9)
-    axes.tick_params(labelsize=8)
+    axes.tick_params(which="both", labelsize=8)
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     out = io.StringIO()
@@ -180,7 +185,8 @@ def make_page(runs: list[Path], out: Path) -> None:
         out,
         f'<!doctype html><html lang="en"><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width"><title>{html.escape(", ".join(names))}</title>'
-        f'<style>{_STYLE}</style><h1>Training runs</h1><div class="runs">{legend}</div><h2>Results</h2>{results}'
+        f'<style>{_STYLE}</style><h1>Training runs</h1><div class="runs">{legend}</div><h2>Results</h2>'
+        f'<div class="results">{results}</div>'
         f'<h2>Curves</h2><div class="curves">{"".join(pictures)}</div>'
         f'<h2>Samples</h2><div class="runs">{samples}</div>'
         f"<h2>Settings{'; those that differ come first' if differs else ''}</h2>{settings}</html>\n",
