@@ -184,8 +184,11 @@ def _at_work(*transforms: str) -> bool:
 
 
 def plain_eager(backend: str) -> bool:
-    """Whether a call that eager serves must be made of PyTorch's operators alone, without a node of our own."""
-    return backend == "eager" and under_transform()
+    """Whether a call that eager serves must be made of PyTorch's operators alone, without a node of our own.
+
+    An exported program keeps no node's backward: in ours the gradient would be that of an operator without one.
+    """
+    return backend == "eager" and (under_transform() or torch.compiler.is_exporting())
 
 
 @contextlib.contextmanager
@@ -214,7 +217,8 @@ def pick(op: str, call: Call) -> Choice:
     """The backend that serves ``call`` of the op ``op``, and why.
 
     A backend that was asked for serves the call or raises. Otherwise PyTorch's operators serve what the op prefers to
-    leave to them and what kernels cannot take (vmap, forward mode, sparse and nested tensors). The first backend of
+    leave to them and what kernels cannot take (vmap, forward mode, sparse and nested tensors, torch.export). The first
+    backend of
     :data:`PREFERENCE` that takes the call serves all others. That a preferred one refuses is said once, as a warning.
 
     Raises:
@@ -242,6 +246,8 @@ def _pick(op: str, call: Call) -> Choice:
                 f"call: {reason}; or choose the eager or auto backend"
             )
         return Choice(asked, "asked for", True)
+    if torch.compiler.is_exporting():
+        return Choice("eager", "an exported program has PyTorch's operators")
     names = _preferred(record, device_type)
     if not names:
         return Choice("eager", f"PyTorch's own operators are the choice on {device_type}")

@@ -172,6 +172,10 @@ def multiplies(dtype: torch.dtype) -> bool:
     return _measured(dtype) if known is None else known
 
 
+# What torch.compiler.assume_constant_result does: a compiler takes the answer instead of reading /proc/cpuinfo.
+multiplies._dynamo_marked_constant = True
+
+
 def matmul_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where ``device`` has products of it, else float32: what may be narrow is to be multiplied in it."""
     return torch.bfloat16 if device.type != "cpu" or multiplies(torch.bfloat16) else torch.float32

@@ -237,3 +237,10 @@ def test_a_call_holds_no_wide_copy_of_the_weight():
         linear_op.widened_weight_grad(x.new_ones(9, 8192), x, torch.empty_like(weight))
     assert 0 < largest <= widened.BLOCK
     assert forms.WIDENED != forms.TORCH
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=contract.case_id)
+def test_a_compiler_takes_what_this_cpu_multiplies_as_it_is(dtype):
+    x, weight = torch.randn(3, 8).to(dtype), torch.randn(5, 8).to(dtype)
+    compiled = torch.compile(FF.linear, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, weight), FF.linear(x, weight))

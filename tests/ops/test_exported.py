@@ -1,0 +1,46 @@
+"""torch.export of every op: a program of PyTorch's operators, with their gradients."""
+
+import pytest
+import torch
+from contract import case_id, copy, leaves, outputs, upstream
+
+from fastllm.registry import OPS
+
+pytestmark = pytest.mark.runs_on("anywhere")
+
+
+class Called(torch.nn.Module):
+    """An op on the tensors of a sample that take a gradient, as parameters."""
+
+    def __init__(self, op, sample):
+        super().__init__()
+        self.op, self.args, self.kwargs = op, sample.args, dict(sample.kwargs)
+        self.values = torch.nn.ParameterList(leaves(sample))
+
+    def forward(self):
+        values = iter(self.values)
+
+        def leaf(x):
+            return next(values) if isinstance(x, torch.Tensor) and x.requires_grad else x
+
+        args, kwargs = torch.utils._pytree.tree_map(leaf, (self.args, self.kwargs))
+        return tuple(outputs(self.op.function(*args, **kwargs)))
+
+
+def gradients(module, values, name):
+    outs = outputs(module())
+    grads = [g for o, g in zip(outs, upstream(name, outs), strict=True) if o.requires_grad]
+    return outs, torch.autograd.grad([o for o in outs if o.requires_grad], list(values), grads, allow_unused=True)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=case_id)
+def test_an_exported_op_is_of_pytorchs_operators_and_has_their_gradient(op):
+    sample = next(s for s in op.samples(torch.device("cpu"), torch.float32) if leaves(s))
+    module = Called(op, copy(sample))
+    program = torch.export.export(module, (), strict=False)
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not [name for name in called if "fastllm" in name or "set_grad" in name]
+    exported = program.module()
+    got = gradients(exported, exported.parameters(), sample.name)
+    expected = gradients(module, module.parameters(), sample.name)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
