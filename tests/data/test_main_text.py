@@ -200,6 +200,7 @@ BESIDE = {
     "a caption": "<figure><img src=a.png><figcaption><b>{0}</b> {1}</figcaption></figure>",
     "a footer": "<footer><h3>{0}</h3><p>{1}</p></footer>",
     "a form for answers": '<div id="post-form"><h3>{0}</h3><p>{1}</p></div>',
+    "a plugin's box": '<div id="jp-relatedposts" class="jp-relatedposts"><h3>{0}</h3><p>{1}</p></div>',
     "a form to subscribe": '<div class="subscription-widget-wrap"><h3>{0}</h3><p>{1}</p></div>',
     "AMP's advertisement": "<amp-ad width=300><div placeholder><h3>{0}</h3><p>{1}</p></div></amp-ad>",
     "a complement": '<section role="complementary"><h3>{0}</h3><p>{1}</p></section>',
@@ -260,6 +261,12 @@ def test_markup_that_a_browser_saved_as_text_is_none():
     saved = "&lt;img src=&quot;https://example.org/wall.jpg&quot; alt=&quot;The wall in its first winter&quot;&gt;"
     page = f"<p>{WALL[0]}</p><noscript>{saved}</noscript><noscript>In 1 < 2 frames</noscript>"
     assert read_markup(page).texts == [WALL[0], "In 1 < 2 frames"]
+
+
+@pytest.mark.parametrize("text", ["Skip to content", "Zum Inhalt springen", "Aller au contenu principal"])
+def test_links_that_jump_to_the_text_are_left_out(text):
+    page = f"<body><a class=skip-link href=#content>{text}</a><main><h1>The wall</h1>{PARAGRAPHS}</main>"
+    assert extract_fast(page) == "\n\n".join(["The wall", *WALL])
 
 
 def test_code_that_repeats_stays():

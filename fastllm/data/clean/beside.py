@@ -43,12 +43,18 @@ _NAMED = re.compile(
     r"""(?<![\w-])(?:class|id)\s*=\s*(?:"[^"]*?|'[^']*?|[^\s"'>]*?)(?<![a-z])"""
     r"""(?:(?P<modal>modal|pop-?up)|(?P<newsletter>newsletters?|subscribe|signup)|(?P<breadcrumbs>breadcrumbs?)"""
     r"""|(?P<foot>footer|copyright)|(?P<subscription>subscription-widget)"""
-    r"""|(?P<answering>(?:post|reply|answer|comment)-?form|quick-?reply))(?![a-z])""",
+    r"""|(?P<answering>(?:post|reply|answer|comment)-?form|quick-?reply)"""
+    r"""|(?P<plugin>sharedaddy|jp-relatedposts|addtoany|a2a_kit|addthis|sharethis|shareaholic|yarpp|outbrain|taboola|zergnet"""
+    r"""|revcontent|mashsb|heateor))(?![a-z])""",
     re.IGNORECASE,
 )
+# Subscriptions, forms for answers and plugins' own names are on too few of these pages to change it.
 # Each match has one of these, which are found sooner.
-_NAME_HINTS = ("modal", "popup", "pop-up", "newsletter", "subscribe", "signup", "breadcrumb", "footer", "copyright",
-                "subscription", "form", "reply")  # fmt: skip
+_NAME_HINTS = (
+    "modal", "popup", "pop-up", "newsletter", "subscribe", "signup", "breadcrumb", "footer", "copyright",
+    "subscription", "form", "reply", "sharedaddy", "relatedposts", "addtoany", "a2a_kit", "addthis", "sharethis",
+    "shareaholic", "yarpp", "outbrain", "taboola", "zergnet", "revcontent", "mashsb", "heateor",
+)  # fmt: skip
 # Taken off the log-odds of what is hidden: tabs that wait for a click, and copies. 0.5 to 1 are as good, 2 is worse.
 _HIDDEN = 1.0
 
