@@ -269,6 +269,21 @@ def test_links_that_jump_to_the_text_are_left_out(text):
     assert extract_fast(page) == "\n\n".join(["The wall", *WALL])
 
 
+@pytest.mark.parametrize("around", ["<article>{}</article>{}", "<main>{}</main>{}", "<div role='main'>{}</div>{}"])
+def test_teasers_outside_a_short_article_and_outside_the_main_landmark_are_left_out(around):
+    cards = [paragraph("bread", random.Random(number), 1) for number in range(8)]
+    teasers = "".join(
+        f"<div><h3><a href=/{i}>{name}</a></h3><p>{cards[i]}</p></div>" for i, name in enumerate(HEADLINES)
+    )
+    article = around.format(f"<h1>The wall</h1>{PARAGRAPHS}", f"<section>{teasers}</section>")
+    assert extract_fast(f"<title>The wall</title><body>{article}") == "\n\n".join(["The wall", *WALL])
+
+
+def test_a_title_outside_the_article_stays():
+    page = f"<meta property=og:type content=article><body><main><h1>The wall</h1><article>{PARAGRAPHS}</article></main>"
+    assert extract_fast(page) == "\n\n".join(["The wall", *WALL])
+
+
 def test_code_that_repeats_stays():
     code = "for wall in walls: print(wall.name, wall.height, wall.length, wall.year, wall.stone, wall.owner)"
     page = f"<body><main><h1>Loops</h1><p>{WALL[0]}</p><pre>{code}</pre><p>{WALL[1]}</p><pre>{code}</pre>"

@@ -31,7 +31,7 @@ _LEAST = 0.1
 _MOST_BLOCKS = 50_000
 # The title belongs to a text that begins at most this many blocks of other text after it, unless it is less likely
 # than this. On the 511 pages, cross-validated, mean F1 is the same at 0.05, 0.1 and 0.2.
-_BEFORE, _TITLE = 6, 0.05
+_BEFORE, _TITLE = 6, 0.1
 # The fewest blocks of code and definitions in a reference, the fewest words in its part, and their share of the blocks.
 _REFERENCE, _LARGE, _CODES = 15, 1000, 0.1
 # Smaller parts count as references for what their text says of the rest: if so much of it is kept, the blocks that are
