@@ -200,6 +200,7 @@ BESIDE = {
     "a caption": "<figure><img src=a.png><figcaption><b>{0}</b> {1}</figcaption></figure>",
     "a footer": "<footer><h3>{0}</h3><p>{1}</p></footer>",
     "a form for answers": '<div id="post-form"><h3>{0}</h3><p>{1}</p></div>',
+    "a plugin's box": '<div id="jp-relatedposts" class="jp-relatedposts"><h3>{0}</h3><p>{1}</p></div>',
     "a form to subscribe": '<div class="subscription-widget-wrap"><h3>{0}</h3><p>{1}</p></div>',
     "AMP's advertisement": "<amp-ad width=300><div placeholder><h3>{0}</h3><p>{1}</p></div></amp-ad>",
     "a complement": '<section role="complementary"><h3>{0}</h3><p>{1}</p></section>',
@@ -260,6 +261,27 @@ def test_markup_that_a_browser_saved_as_text_is_none():
     saved = "&lt;img src=&quot;https://example.org/wall.jpg&quot; alt=&quot;The wall in its first winter&quot;&gt;"
     page = f"<p>{WALL[0]}</p><noscript>{saved}</noscript><noscript>In 1 < 2 frames</noscript>"
     assert read_markup(page).texts == [WALL[0], "In 1 < 2 frames"]
+
+
+@pytest.mark.parametrize("text", ["Skip to content", "Zum Inhalt springen", "Aller au contenu principal"])
+def test_links_that_jump_to_the_text_are_left_out(text):
+    page = f"<body><a class=skip-link href=#content>{text}</a><main><h1>The wall</h1>{PARAGRAPHS}</main>"
+    assert extract_fast(page) == "\n\n".join(["The wall", *WALL])
+
+
+@pytest.mark.parametrize("around", ["<article>{}</article>{}", "<main>{}</main>{}", "<div role='main'>{}</div>{}"])
+def test_teasers_outside_a_short_article_and_outside_the_main_landmark_are_left_out(around):
+    cards = [paragraph("bread", random.Random(number), 1) for number in range(8)]
+    teasers = "".join(
+        f"<div><h3><a href=/{i}>{name}</a></h3><p>{cards[i]}</p></div>" for i, name in enumerate(HEADLINES)
+    )
+    article = around.format(f"<h1>The wall</h1>{PARAGRAPHS}", f"<section>{teasers}</section>")
+    assert extract_fast(f"<title>The wall</title><body>{article}") == "\n\n".join(["The wall", *WALL])
+
+
+def test_a_title_outside_the_article_stays():
+    page = f"<meta property=og:type content=article><body><main><h1>The wall</h1><article>{PARAGRAPHS}</article></main>"
+    assert extract_fast(page) == "\n\n".join(["The wall", *WALL])
 
 
 def test_code_that_repeats_stays():

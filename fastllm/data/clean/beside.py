@@ -43,12 +43,22 @@ _NAMED = re.compile(
     r"""(?<![\w-])(?:class|id)\s*=\s*(?:"[^"]*?|'[^']*?|[^\s"'>]*?)(?<![a-z])"""
     r"""(?:(?P<modal>modal|pop-?up)|(?P<newsletter>newsletters?|subscribe|signup)|(?P<breadcrumbs>breadcrumbs?)"""
     r"""|(?P<foot>footer|copyright)|(?P<subscription>subscription-widget)"""
-    r"""|(?P<answering>(?:post|reply|answer|comment)-?form|quick-?reply))(?![a-z])""",
+    r"""|(?P<answering>(?:post|reply|answer|comment)-?form|quick-?reply)"""
+    r"""|(?P<plugin>sharedaddy|jp-relatedposts|addtoany|a2a_kit|addthis|sharethis|shareaholic|yarpp|outbrain|taboola|zergnet"""
+    r"""|revcontent|mashsb|heateor))(?![a-z])""",
     re.IGNORECASE,
 )
+# Subscriptions, forms for answers and plugins' own names are on too few of these pages to change it.
 # Each match has one of these, which are found sooner.
-_NAME_HINTS = ("modal", "popup", "pop-up", "newsletter", "subscribe", "signup", "breadcrumb", "footer", "copyright",
-                "subscription", "form", "reply")  # fmt: skip
+_NAME_HINTS = (
+    "modal", "popup", "pop-up", "newsletter", "subscribe", "signup", "breadcrumb", "footer", "copyright",
+    "subscription", "form", "reply", "sharedaddy", "relatedposts", "addtoany", "a2a_kit", "addthis", "sharethis",
+    "shareaholic", "yarpp", "outbrain", "taboola", "zergnet", "revcontent", "mashsb", "heateor",
+)  # fmt: skip
+# Articles beside the main one have at most this share of its running text. On the 511 pages, cross-validated, leaving
+# out what is outside of the article and of the main landmark moves mean F1 by 0.0005 (interval of the difference:
+# -0.0005 to 0.0020).
+_TEASERS = 0.3
 # Taken off the log-odds of what is hidden: tabs that wait for a click, and copies. 0.5 to 1 are as good, 2 is worse.
 _HIDDEN = 1.0
 
@@ -115,3 +125,47 @@ def landmark_odds(markup: Markup, running: Running) -> np.ndarray:
     places = np.asarray(markup.places)
     beside = (np.asarray(kinds) & ~kinds[running.best])[places] != 0
     return np.where(beside, -_OFF, -_HIDDEN * np.asarray(markup.unshown)[places])
+
+
+def outside_odds(markup: Markup, running: Running, declared: bool) -> np.ndarray:
+    """What blocks outside the article and outside the main landmark lose, for each block but first headings.
+
+    The article is the outermost ``article`` around the most running text, if others have far less, as teasers and
+    comments have, and it has the page's first heading, or it is the only one of a page that is declared as an article.
+
+    Args:
+        declared: whether schema.org's data or OpenGraph's say that the page is an article.
+    """
+    parents, places = markup.parents, np.asarray(markup.places)
+    starts, ends = np.asarray(markup.starts), np.asarray(markup.ends)
+    article = main = -1
+    at = running.best
+    while at >= 0:
+        if markup.tags[at] == "article":
+            article = at
+        elif markup.tags[at] == "main" or (
+            (role := _ROLE.search(markup.attributes[at][:_NAMES])) and role[1].lower() == "main"
+        ):
+            main = at
+        at = parents[at]
+    index = np.arange(len(places))
+    headings = np.asarray([tag == "h1" for tag in markup.tags])
+    first = headings[places] | headings[np.maximum(np.asarray(parents)[places], 0)]
+
+    def inside(element: int) -> np.ndarray:
+        return (index >= starts[element]) & (index < ends[element])
+
+    outside = np.zeros(len(places), bool)
+    if main >= 0:
+        outside |= ~inside(main)
+    if article >= 0:
+        total = np.concatenate([[0.0], np.cumsum(running.characters)])
+        articles = np.asarray([tag == "article" for tag in markup.tags])
+        others = articles & ((starts < starts[article]) | (ends > ends[article]))
+        most = (total[ends] - total[starts])[others].max(initial=0.0)
+        alone = articles.sum() == 1 and declared
+        if most < _TEASERS * (total[ends[article]] - total[starts[article]]) and (
+            first[inside(article)].any() or alone
+        ):
+            outside |= ~inside(article)
+    return np.where(outside & ~first, -_OFF, 0.0)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .beside import comment_odds, landmark_odds
+from .beside import comment_odds, landmark_odds, outside_odds
 from .body import Running
-from .features import Lexicon, context, features
+from .features import DECLARED_ARTICLE, Lexicon, context, features
 from .markup import Markup
 from .page_types import TYPES, PageTypes
 from .page_words import PageWords
@@ -76,6 +76,7 @@ def combine(markup: Markup, rows: np.ndarray, first: np.ndarray, second: np.ndar
     odds = log_odds((first + second) / 2) - _CAUTIONS.get(type, 0.0)
     running = Running.of(markup)
     odds += comment_odds(markup, running, type == "forum") + landmark_odds(markup, running)
+    odds += outside_odds(markup, running, bool(rows[0, DECLARED_ARTICLE] > 0))
     return 1 / (1 + np.exp(-odds))
 
 

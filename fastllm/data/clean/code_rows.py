@@ -43,7 +43,7 @@ def join_code_rows(markup: Markup, cells: dict[int, str]) -> None:
     for rows in tables.values():
         removed += _join(markup, rows, cells)
     if removed:
-        _remove(markup, removed)
+        remove_blocks(markup, removed)
 
 
 def _is_indented(text: str) -> bool:
@@ -89,7 +89,8 @@ def _line(markup: Markup, block: int, cells: dict[int, str]) -> str:
     return cells.get(block, markup.texts[block]).replace("\u00a0", " ").strip("\r\n").rstrip()
 
 
-def _remove(markup: Markup, blocks: list[int]) -> None:
+def remove_blocks(markup: Markup, blocks: list[int]) -> None:
+    """Take ``blocks`` out of ``markup``'s columns, in place."""
     keep = np.ones(len(markup.texts), bool)
     keep[blocks] = False
     before = np.concatenate([[0], np.cumsum(keep)])

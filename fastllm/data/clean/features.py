@@ -13,7 +13,7 @@ import numpy as np
 from .body import Running, body_columns, last_headings, nearest
 from .cards import card_columns
 from .markup import LINKED, LONG, Markup
-from .page_types import PageTypes, page_tokens
+from .page_types import TYPES, PageTypes, page_tokens
 from .page_words import FIRST_WORDS, WORD, PageWords, repeated
 
 _ATTRIBUTE = re.compile(
@@ -37,6 +37,8 @@ _PAGE_KINDS = (
     frozenset(["Service", "LocalBusiness", "ProfessionalService", "FAQPage", "WebApplication", "SoftwareApplication"]),
     frozenset(["website"]),
 )  # fmt: skip
+# The column of the features that tells whether a page declares the first kind; the page's types come last.
+DECLARED_ARTICLE = -len(TYPES) - len(_PAGE_KINDS)
 
 # Elements that are told apart: a bit for each, set for all that lies inside.
 LANDMARKS = (
