@@ -3,8 +3,8 @@
     python -m fastllm.bench.post_training [--tokens 8192] [--hidden 512] [--vocabulary 50304] [--rounds 3]
         [--only NAME ...]
 
-The other ways are all the logits, beside the default workspace and beside one that holds all of them too; the logits
-of as many rows as this library takes at a time, checkpointed, which is plain PyTorch at equal memory; and, where
+The other ways are all the logits, beside 64 MiB of workspace and beside one that holds all of them too; the logits of
+as many rows as this library takes at a time, checkpointed, which is plain PyTorch at equal memory; and, where
 liger-kernel is installed, its chunked GRPO loss, a sequence of 256 tokens at a time. Each way runs forward and
 backward in this process, in fp32; its peak is what the process grows by, over the inputs and with the gradients of the
 student. Rounds alternate the two of a pair; the ratio of a round is within that round, of the process's CPU seconds,
@@ -29,13 +29,14 @@ from .memory import peak
 from .timing import ratios
 
 LENGTH = 256  # tokens of a sequence of the GRPO loss
+WORKSPACE_MB = 64
 
 
 def _in_checkpointed_chunks(x, w, y):
     def own(x, y):
         return F.log_softmax(F.linear(x, w), -1).gather(-1, y.unsqueeze(-1)).sum()
 
-    rows = linear_cross_entropy_plan(x, w, reduction="none").rows
+    rows = linear_cross_entropy_plan(x, w, reduction="none", max_workspace_mb=WORKSPACE_MB).rows
     chunks = zip(x.split(rows), y.split(rows), strict=True)
     return torch.stack([checkpoint(own, *some, use_reentrant=False) for some in chunks]).sum()
 
@@ -51,7 +52,7 @@ def _beside_liger(x, w, y):
     gain, mask = torch.randn(len(x) // LENGTH), torch.ones(len(x) // LENGTH, LENGTH)
     loss = liger.LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False, epsilon_high=0.28)
     return (
-        lambda: losses.dapo(linear_log_probs(x, w, y).view_as(mask), None, gain, mask),
+        lambda: losses.dapo(linear_log_probs(x, w, y, max_workspace_mb=WORKSPACE_MB).view_as(mask), None, gain, mask),
         lambda: loss(x.view(*mask.shape, -1), w, y.view_as(mask), mask, gain)[0],
     )
 
@@ -73,7 +74,7 @@ def pairs(x, w, y, teacher) -> dict[str, tuple[str, Callable[[], torch.Tensor], 
     return {
         "linear_log_probs": (
             "all the logits",
-            lambda: linear_log_probs(x, w, y).sum(),
+            lambda: linear_log_probs(x, w, y, max_workspace_mb=WORKSPACE_MB).sum(),
             lambda: logs(x, w).gather(-1, y.unsqueeze(-1)).sum(),
         ),
         "linear_log_probs in one chunk": (
@@ -83,7 +84,7 @@ def pairs(x, w, y, teacher) -> dict[str, tuple[str, Callable[[], torch.Tensor], 
         ),
         "linear_log_probs at equal memory": (
             "checkpointed chunks",
-            lambda: linear_log_probs(x, w, y).sum(),
+            lambda: linear_log_probs(x, w, y, max_workspace_mb=WORKSPACE_MB).sum(),
             lambda: _in_checkpointed_chunks(x, w, y),
         ),
         **({} if liger is None else {"grpo": ("Liger", *liger)}),

@@ -39,8 +39,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastllm, m) {
       "bool center) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "norm_grad_rows(Tensor dy, Tensor? dh, Tensor normed, Tensor? weight, Tensor? seed, Tensor mean, Tensor rstd, "
-      "ScalarType input_dtype, float dropout_p, bool center, bool need_input, "
-      "bool need_residual, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)");
+      "ScalarType input_dtype, ScalarType weight_dtype, ScalarType bias_dtype, float dropout_p, bool center, "
+      "bool need_input, bool need_residual, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("gated_rows(Tensor gate, Tensor? up, int activation) -> Tensor");
   m.def(
       "gated_grad_rows(Tensor dy, Tensor gate, Tensor? up, int activation, bool need_gate, bool need_up)"

@@ -1,6 +1,7 @@
 // cross_entropy_rows on the CPU: the loss of each row of logits, and its gradient in the same pass over the row.
 #include "cross_entropy.h"
 
+#include "caches.h"
 #include "strided.h"
 
 namespace fastllm {
@@ -58,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_rows(
   const Column factor = column(op, factor_, n_rows, dtype), dlse = column(op, dlse_, n_rows, dtype),
                dentropy = column(op, dentropy_, n_rows, dtype);
   LossOptions options{classes, weight.has_value() ? weight->const_data_ptr() : nullptr, static_cast<double>(classes),
-                      smoothing, scale, softcap, z_loss, entropy || dentropy_.has_value(), 0, 0};
+                      smoothing, scale, softcap, z_loss, entropy || dentropy_.has_value(), 0, 0, false};
   if (weight.has_value()) {
     options.weight_sum = 0;
     for (int64_t c = 0; c < classes; ++c)
@@ -67,12 +68,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_rows(
   Tensor loss = empty_like_device(x, {n_rows}, dtype), lse = empty_like_device(x, {n_rows}, dtype);
   Tensor hits = empty_like_device(x, {accuracy ? n_rows : 0}, dtype);
   Tensor entropies = empty_like_device(x, {entropy ? n_rows : 0}, dtype);
-  const auto put = [wide](Tensor& t, int64_t i, double value) {
+  const auto put = [wide](void* values, int64_t i, double value) {
     if (wide)
-      static_cast<double*>(t.mutable_data_ptr())[i] = value;
+      static_cast<double*>(values)[i] = value;
     else
-      static_cast<float*>(t.mutable_data_ptr())[i] = static_cast<float>(value);
+      static_cast<float*>(values)[i] = static_cast<float>(value);
   };
+  void* const losses = loss.mutable_data_ptr();
+  void* const lses = lse.mutable_data_ptr();
+  void* const all_hits = hits.mutable_data_ptr();
+  void* const all_entropies = entropies.mutable_data_ptr();
 
   const Rows xs(x);
   const Tensor indices = probabilities || target.is_contiguous() ? target : torch::stable::contiguous(target);
@@ -81,6 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_rows(
   const std::optional<Rows> dqs = dtarget.has_value() ? std::optional<Rows>(*dtarget) : std::nullopt;
   options.x_dtype = xs.dtype;
   options.q_dtype = probabilities ? qs->dtype : kF32;
+  options.past_caches = dx.has_value() && dx->const_data_ptr() != x.const_data_ptr() && past_caches(bytes_of(*dx));
   const auto* ids = probabilities ? nullptr : static_cast<const int64_t*>(indices.const_data_ptr());
   const LossOfRow loss_of_row = cross_entropy_kernels().loss_of_row[wide];
   torch::stable::parallel_for(0, n_rows, row_grain(classes), [&](int64_t begin, int64_t end) {
@@ -91,11 +97,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_rows(
                   dxs.has_value() ? dxs->mutable_at(i) : nullptr, dqs.has_value() ? dqs->mutable_at(i) : nullptr,
                   factor[i], dlse[i], dentropy[i], 0, 0, 0, 0};
       loss_of_row(options, row, scratch.get());
-      put(loss, i, row.loss);
-      put(lse, i, row.lse);
-      if (accuracy) put(hits, i, row.hit);
-      if (entropy) put(entropies, i, row.entropy);
+      put(losses, i, row.loss);
+      put(lses, i, row.lse);
+      if (accuracy) put(all_hits, i, row.hit);
+      if (entropy) put(all_entropies, i, row.entropy);
     }
+    if (options.past_caches) order_past_caches();
   });
   return {loss, lse, hits, entropies};
 }

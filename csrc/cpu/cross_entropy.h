@@ -13,6 +13,7 @@ struct LossOptions {
   double smoothing, scale, cap, z_loss;
   bool entropy;
   int x_dtype, q_dtype;
+  bool past_caches;  // dx is more than the caches hold, and not x
 };
 
 // One row. Null for what is not there; dx may be x.

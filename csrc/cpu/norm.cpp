@@ -2,6 +2,7 @@
 #include "norm.h"
 
 #include <cstring>
+#include <type_traits>
 
 #include "../scalar.h"
 #include "caches.h"
@@ -56,21 +57,26 @@ void check_rows(const char* op, const Tensor& x, const std::optional<Tensor>& ot
     refuse(op, ": the tensors must have one shape");
 }
 
-struct Stats {
-  Tensor tensor;
-  bool wide;
-  void put(int64_t i, double value) {
-    if (tensor.numel() == 0) return;
-    if (wide)
-      static_cast<double*>(tensor.mutable_data_ptr())[i] = value;
+// A number of each row, or of none; a tensor's own functions take longer than a short row.
+class Stats {
+ public:
+  Stats(const Tensor& tensor, bool wide)
+      : data_(tensor.numel() == 0 ? nullptr : tensor.mutable_data_ptr()), wide_(wide) {}
+  void put(int64_t i, double value) const {
+    if (data_ == nullptr) return;
+    if (wide_)
+      static_cast<double*>(data_)[i] = value;
     else
-      static_cast<float*>(tensor.mutable_data_ptr())[i] = static_cast<float>(value);
+      static_cast<float*>(data_)[i] = static_cast<float>(value);
   }
   double get(int64_t i) const {
-    if (tensor.numel() == 0) return 0.0;
-    return wide ? static_cast<const double*>(tensor.const_data_ptr())[i]
-                : static_cast<double>(static_cast<const float*>(tensor.const_data_ptr())[i]);
+    if (data_ == nullptr) return 0.0;
+    return wide_ ? static_cast<const double*>(data_)[i] : static_cast<double>(static_cast<const float*>(data_)[i]);
   }
+
+ private:
+  void* data_;
+  bool wide_;
 };
 
 // y as x; h as residual, empty without one; mean (empty unless centered) and rstd (rows,) in the accumulator's dtype.
@@ -91,9 +97,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_rows(const Tensor& x, const std:
   Tensor y = empty_like_device(x, shape_of(x), x.scalar_type());
   Tensor h = residual.has_value() ? empty_like_device(x, shape_of(x), residual->scalar_type())
                                   : empty_like_device(x, {0}, x.scalar_type());
-  Stats mean{empty_like_device(x, {center ? xs.count : 0}, dtype), wide};
-  Stats rstd{empty_like_device(x, {xs.count}, dtype), wide};
-  if (xs.count == 0) return {y, h, mean.tensor, rstd.tensor};
+  Tensor mean_ = empty_like_device(x, {center ? xs.count : 0}, dtype);
+  Tensor rstd_ = empty_like_device(x, {xs.count}, dtype);
+  if (xs.count == 0) return {y, h, mean_, rstd_};
+  const Stats mean(mean_, wide), rstd(rstd_, wide);
   advise_huge_pages(y);
   advise_huge_pages(h);
   const Rows ys(y), hs(h);
@@ -114,34 +121,49 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_rows(const Tensor& x, const std:
     }
     if (past) order_past_caches();
   });
-  return {y, h, mean.tensor, rstd.tensor};
+  return {y, h, mean_, rstd_};
 }
 
 // Rows are summed into dweight and dbias part by part, and the parts in order: the same bits for any number of threads.
 constexpr int64_t kParts = 64;
 
-// (dinput as dy, dresidual as normed, dweight, dbias in the accumulator's dtype); empty where not needed.
+// to = from, n sums in the accumulator's dtype, rounded to `dtype`.
+template <class A>
+void round_sums(const A* from, void* to, ScalarType dtype, int64_t n) {
+  const auto rounded = [&](auto* out) {
+    for (int64_t c = 0; c < n; ++c) narrow(static_cast<Acc<std::decay_t<decltype(*out)>>>(from[c]), out[c]);
+  };
+  switch (dtype) {
+    case ScalarType::Double: return rounded(static_cast<double*>(to));
+    case ScalarType::BFloat16: return rounded(static_cast<BF16*>(to));
+    case ScalarType::Half: return rounded(static_cast<F16*>(to));
+    default: return rounded(static_cast<float*>(to));
+  }
+}
+
+// (dinput, dresidual as normed, dweight, dbias); empty where not needed.
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_grad_rows(
     const Tensor& dy, const std::optional<Tensor>& dh, const Tensor& normed, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& seed_, const Tensor& mean_, const Tensor& rstd_, ScalarType input_dtype,
-    double dropout_p, bool center, bool need_input, bool need_residual, bool need_weight, bool need_bias) {
+    ScalarType weight_dtype, ScalarType bias_dtype, double dropout_p, bool center, bool need_input, bool need_residual, bool need_weight, bool need_bias) {
   const char* op = "norm_grad_rows";
   check_rows(op, normed, dy);
   check_rows(op, normed, dh);
   const int64_t columns = normed.size(normed.dim() - 1);
   const bool wide = rstd_.scalar_type() == ScalarType::Double;
-  const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
   const std::optional<Dropout> dropout = read_dropout(op, seed_, dropout_p);
   const Rows dys(dy), xs(normed);
   const std::optional<Rows> dhs = dh.has_value() ? std::optional<Rows>(*dh) : std::nullopt;
-  const Stats mean{mean_, wide}, rstd{rstd_, wide};
   if (rstd_.numel() != xs.count || (center && mean_.numel() != xs.count)) refuse(op, ": one mean and rstd a row");
+  if (!is_supported_float(weight_dtype) || !is_supported_float(bias_dtype))
+    refuse(op, ": gradients are float64, float32, float16 or bfloat16");
+  const Stats mean(mean_, wide), rstd(rstd_, wide);
   const auto grad = [&](bool needed, ScalarType type) {
     return empty_like_device(dy, needed ? shape_of(normed) : std::vector<int64_t>{0}, type);
   };
   Tensor dinput = grad(need_input, input_dtype), dresidual = grad(need_residual, normed.scalar_type());
-  Tensor dweight = empty_like_device(dy, {need_weight ? columns : 0}, dtype);
-  Tensor dbias = empty_like_device(dy, {need_bias ? columns : 0}, dtype);
+  Tensor dweight = empty_like_device(dy, {need_weight ? columns : 0}, weight_dtype);
+  Tensor dbias = empty_like_device(dy, {need_bias ? columns : 0}, bias_dtype);
   advise_huge_pages(dinput);
   advise_huge_pages(dresidual);
   const Rows dinputs(dinput), dresiduals(dresidual);
@@ -177,13 +199,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_grad_rows(
   });
   const auto add_up = [&](Tensor& out, int64_t which, auto zero) {
     using A = decltype(zero);
-    A* to = static_cast<A*>(out.mutable_data_ptr());
+    char* const to = static_cast<char*>(out.mutable_data_ptr());
+    const ScalarType to_dtype = out.scalar_type();
     torch::stable::parallel_for(0, columns, 4096, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) to[c] = zero;
+      const Scratch room((end - begin) * element);
+      A* const total = static_cast<A*>(room.get());
+      for (int64_t c = begin; c < end; ++c) total[c - begin] = zero;
       for (int64_t part = 0; part < parts; ++part) {
         const A* from = reinterpret_cast<const A*>(sum_of(part, which));
-        for (int64_t c = begin; c < end; ++c) to[c] += from[c];
+        for (int64_t c = begin; c < end; ++c) total[c - begin] += from[c];
       }
+      round_sums(total, to + begin * element_size(to_dtype), to_dtype, end - begin);
     });
   };
   for (int64_t which = 0; which < wanted; ++which) {

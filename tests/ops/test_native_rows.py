@@ -4,6 +4,7 @@ That it is right with every option: tests/test_ops.py and tests/ops/test_losses_
 """
 
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from fastllm.functional import (
 )
 from fastllm.ops.cross_entropy import kl_rows, products
 from fastllm.ops.cross_entropy.kl_call import DIRECTIONS, Divergence
+from fastllm.ops.cross_entropy.loss import Labelled, Loss
+from fastllm.ops.cross_entropy.native import native_row_losses
 from fastllm.registry import OPS, Sample
 
 NEEDS_PRODUCTS = pytest.mark.skipif(
@@ -85,6 +88,31 @@ def test_what_is_normed_is_the_sum_as_it_was_rounded(dtype, dropout_p):
         for add, norm in ((add_layer_norm, layer_norm), (add_rms_norm, rms_norm)):
             y, h = add(x, residual, (300,), eps=1e-5, dropout_p=dropout_p)
             assert torch.equal(y, norm(h, (300,), eps=1e-5))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "columns"),
+    [
+        *itertools.product((torch.float32, torch.bfloat16, torch.float16), (7,), (1, 63, 65, 1000)),
+        (torch.float32, 130, 65552),  # the gradient goes past the caches
+    ],
+)
+def test_plain_rows_of_logits_have_the_bits_of_the_general_way(dtype, rows, columns):
+    """Rows whose entropy is wanted go the general way."""
+    x = (3 * torch.randn(7, columns)).to(dtype).repeat(rows // 7 + 1, 1)[:rows]
+    target = torch.randint(columns, (rows,))
+    target[0] = -100
+    if columns > 1:
+        x[1, 0], x[2, 1:], x[3], x[4, 1] = torch.nan, -torch.inf, -torch.inf, torch.inf
+    upstream = torch.rand(rows), torch.rand(rows), None
+    labelled = Labelled(x, target, None, Loss(logit_scale=0.7, z_loss=0.1, reduction="none"))
+    plain, general = torch.empty_like(x), torch.empty_like(x)
+    got = native_row_losses(labelled, upstream, (plain, None), (True, False))
+    expected = native_row_losses(labelled, upstream, (general, None), (True, True))
+    for a, b in zip((plain, *got[:3]), (general, *expected[:3]), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    assert got[0].isfinite().any()
+    torch.testing.assert_close(native_row_losses(labelled, (None,) * 3)[0], got[0], rtol=0, atol=0, equal_nan=True)
 
 
 def test_logits_of_any_size():

@@ -1,7 +1,7 @@
 // Built once per instruction set, like rows.cpp.
 #include "../cross_entropy.h"
 
-#include "numbers.h"
+#include "passes.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {
@@ -15,8 +15,108 @@ void transform(A* __restrict z, int64_t n, A scale, A cap) {
     for (int64_t c = 0; c < n; ++c) z[c] = cap * tanh_(z[c] / cap);
 }
 
+// numbers.h's exp_, its bits too, for x <= 88 and NaN.
+inline Vector exp_to_88(Vector x) {
+  const Vector shifted = x * 1.44269504f + 12582912.0f;
+  const Vector n = shifted - 12582912.0f;
+  const Vector r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vector p = all(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const Vector y = (p * (r * r) + r) + 1.0f;
+  const Unsigned power = (reinterpret_cast<Unsigned>(shifted) - 0x4B400000u + 127u) << 23;
+  return x < -87.0f ? Vector{} : y * reinterpret_cast<Vector>(power);
+}
+
+inline Vector larger(Vector x, Vector than) { return x > than ? x : than; }
+
+// The largest of n logits times `scale`; NaNs are passed over.
+template <class X>
+float largest_scaled(const X* x, int64_t n, float scale) {
+  constexpr int kParts = 4;
+  const float none = -__builtin_inff();
+  Vector found[kParts] = {all(none), all(none), all(none), all(none)};
+  int64_t c = 0;
+  for (; c + kParts * kVector <= n; c += kParts * kVector)
+    for (int part = 0; part < kParts; ++part)
+      found[part] = larger(load(x + c + part * kVector) * scale, found[part]);
+  for (; c + kVector <= n; c += kVector) found[0] = larger(load(x + c) * scale, found[0]);
+  float top = largest_of(larger(larger(found[0], found[1]), larger(found[2], found[3])));
+  for (; c < n; ++c) {
+    const float one = widen(x[c]) * scale;
+    top = one > top ? one : top;
+  }
+  return top;
+}
+
+// Whether loss_of_vectors takes the row.
+bool is_plain(const LossOptions& o, const LossRow& row) {
+  return row.q == nullptr && o.cap == 0.0 && o.smoothing == 0.0 && !o.entropy;
+}
+
+// loss_of_row of 32 or 16 bits, vector by vector: the same numbers, in the same order.
+template <class X>
+void loss_of_vectors(const LossOptions& o, LossRow& row, float* e) {
+  const int64_t n = o.classes;
+  const X* x = static_cast<const X*>(row.x);
+  X* dx = static_cast<X*>(row.dx);
+  const float scale = static_cast<float>(o.scale), z_loss = static_cast<float>(o.z_loss);
+  const float infinity = __builtin_inff();
+  const bool counts = row.target >= 0;
+  const float top = largest_scaled(x, n, scale), base = top == -infinity ? 0.0f : top;
+  const bool past = o.past_caches && streams(dx);
+  const bool fresh = dx != nullptr && dx != x && !past;
+  float sum;
+  sums_over<1>(n, &sum, [=](int64_t c, int64_t some) {
+    __builtin_prefetch(x + n + c);
+    if (fresh) __builtin_prefetch(dx + c, 1);
+    const Vector one = keep_some(exp_to_88(load_some(x + c, some) * scale - base), some);
+    if (dx != nullptr) store_some(e + c, one, some);
+    return Terms<1>{{one}};
+  });
+  const float rel = log_(sum);  // -log of the largest class's probability
+  const float lse = top == infinity ? infinity : base + rel;
+  float mass = 0.0f, loss = 0.0f;
+  row.hit = 0;
+  if (counts) {
+    const float own = widen(x[row.target]) * scale - base;
+    mass = o.weight != nullptr ? static_cast<const float*>(o.weight)[row.target] : 1.0f;
+    loss = mass * (rel - own);
+    row.hit = own + base >= top;
+    if (z_loss != 0.0f) loss += z_loss * mass * lse * lse;
+  }
+  row.loss = loss;
+  row.lse = lse;
+  row.entropy = 0;
+  if (dx == nullptr) return;
+  const float factor = counts ? static_cast<float>(row.factor) : 0.0f;
+  const float slope = mass + 2.0f * z_loss * mass * lse;
+  const float along = (factor == 0.0f ? 0.0f : factor * slope) + static_cast<float>(row.dlse);
+  if (factor == 0.0f && along == 0.0f)  // zeros, whatever the logits are
+    return each_vector(n, [=](int64_t c, int64_t some) { store_some(dx + c, Vector{}, some, past); });
+  const float part = along / sum;
+  const int64_t at = factor == 0.0f ? -1 : row.target / kVector * kVector, lane = row.target - at;
+  const float of_target = factor == 0.0f ? 0.0f : (e[row.target] * part - factor * mass) * scale;
+  each_vector(n, [=](int64_t c, int64_t some) {
+    Vector v = load_some(e + c, some) * part * scale;
+    if (c == at) v[lane] = of_target;
+    store_some(dx + c, v, some, past);
+  });
+}
+
 template <class A>
 void loss_of_row(const LossOptions& o, LossRow& row, void* scratch) {
+  if constexpr (sizeof(A) == sizeof(float)) {
+    float* const e = static_cast<float*>(scratch);
+    if (is_plain(o, row)) {
+      if (o.x_dtype == kBF16) return loss_of_vectors<BF16>(o, row, e);
+      if (o.x_dtype == kF16) return loss_of_vectors<F16>(o, row, e);
+      return loss_of_vectors<float>(o, row, e);
+    }
+  }
   const int64_t n = o.classes;
   A* __restrict z = static_cast<A*>(scratch);  // logits, then less the largest
   A* __restrict e = z + n;                     // their exponentials, then the gradient

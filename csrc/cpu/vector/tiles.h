@@ -81,21 +81,56 @@ inline Vector exp_to_89(Vector x) {
   return x < -87.0f ? Vector{} : y * reinterpret_cast<Vector>(power);
 }
 
+#if defined(__AVX2__)
+// The halves of a vector, and of its half, added until one number is left.
+inline float sum_of_eight(__m256 x) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+// The same of the larger of two, the first where one is NaN.
+inline float largest_of_eight(__m256 x) {
+  const __m128 lower = _mm256_castps256_ps128(x), four = _mm_max_ps(_mm256_extractf128_ps(x, 1), lower);
+  const __m128 two = _mm_max_ps(_mm_movehl_ps(four, four), four);
+  return _mm_cvtss_f32(_mm_max_ss(_mm_movehdup_ps(two), two));
+}
+#endif
+#if defined(__AVX512F__)
+inline __m256 lower_half(__m512 x) { return _mm512_castps512_ps256(x); }
+inline __m256 upper_half(__m512 x) {
+  return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1));
+}
+#endif
+
 inline float sum_of(Vector x) {
+#if defined(__AVX512F__)
+  const __m512 all = reinterpret_cast<__m512>(x);
+  return sum_of_eight(_mm256_add_ps(lower_half(all), upper_half(all)));
+#elif FASTLLM_LANES == 8
+  return sum_of_eight(reinterpret_cast<__m256>(x));
+#else
   float lanes[kVector];
   store(lanes, x);
   for (int half = kVector / 2; half > 0; half /= 2)
     for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
   return lanes[0];
+#endif
 }
 
 // NaNs are passed over.
 inline float largest_of(Vector x) {
+#if defined(__AVX512F__)
+  const __m512 all = reinterpret_cast<__m512>(x);
+  return largest_of_eight(_mm256_max_ps(upper_half(all), lower_half(all)));
+#elif FASTLLM_LANES == 8
+  return largest_of_eight(reinterpret_cast<__m256>(x));
+#else
   float lanes[kVector];
   store(lanes, x);
   for (int half = kVector / 2; half > 0; half /= 2)
     for (int l = 0; l < half; ++l) lanes[l] = lanes[l + half] > lanes[l] ? lanes[l + half] : lanes[l];
   return lanes[0];
+#endif
 }
 
 inline int64_t panels(int64_t columns) { return (columns + kPanel - 1) / kPanel; }

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ... import extension
+from ..shared.autograd import without_autocast
 from .chunks import chunk_plan
 from .kl_call import DIRECTIONS, LinearKLDivCall
 from .kl_rows import dense, divergence_and_slopes, kept_positions, log_softmax_of
@@ -108,7 +109,7 @@ def kl_in_chunks(call: LinearKLDivCall, factor: torch.Tensor | None, needs: tupl
     logits = x.new_empty(min(rows, count), n_classes)
     beside = teacher.new_empty(min(rows, count), n_classes) if head is not None or of_teacher else None
     # Autocast would narrow the fp32 sums again.
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         for start in range(0, count, rows):
             stop = min(start + rows, count)
             at = slice(start, stop) if index is None else index[start:stop]

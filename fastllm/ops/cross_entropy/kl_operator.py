@@ -100,9 +100,10 @@ def _bwd_fake(dloss, total, *args):
 
 def _scale(grads, factor) -> None:
     """``grads`` times a scalar, in place, where that is not 1."""
-    for grad in grads:
-        if grad.numel() and (grad.is_cuda or factor != 1):
-            grad.mul_(factor)
+    if factor.is_cuda or factor.item() != 1:
+        for grad in grads:
+            if grad.numel():
+                grad.mul_(factor)
 
 
 @define(

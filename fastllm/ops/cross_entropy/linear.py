@@ -51,7 +51,8 @@ def linear_cross_entropy(
         shift: the target of each input is the one ``shift`` positions later along the last dimension; 1 for next-token
             prediction from unshifted tokens. The last ``shift`` positions count as ignored.
         max_workspace_mb: MiB of workspace, which decide the number of rows in a chunk, at least one. None is 1200 on
-            CUDA (2400 from 16,384 rows on) and 64 elsewhere. See :func:`linear_cross_entropy_plan`.
+            CUDA (2400 from 16,384 rows on). Elsewhere it is 64, or more: what 1024 rows take, but no more than
+            ``linear_weight`` has. See :func:`linear_cross_entropy_plan`.
         recompute: keep no gradients between forward and backward. The backward computes the logits again, a fourth
             matrix multiplication. fp16 (whose gradients of a mean would underflow before a loss scale reaches them),
             compiled code and a second backward always do so. "none" does so too, except where the extension serves
@@ -175,7 +176,7 @@ def linear_cross_entropy_plan(
     tokens, most = target.numel(), call.chunking.max_targets
     row_bytes = bytes_per_row(len(linear_weight), input.dtype, backend, softcap is not None, return_entropy)
     rows = tokens if most is None else min(tokens, most)
-    plan = chunk_plan(rows, row_bytes, workspace_mb(call.chunking, input.device.type, rows))
+    plan = chunk_plan(rows, row_bytes, workspace_mb(call.chunking, linear_weight, rows, row_bytes))
     needs = (input.requires_grad, linear_weight.requires_grad, False)
     if not torch.is_grad_enabled() or not any(needs):
         return replace(plan, lane="1 matmul, loss only")

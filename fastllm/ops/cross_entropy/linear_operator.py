@@ -11,7 +11,7 @@ from ..shared.autograd import gradients, scalable
 from .call import LinearCrossEntropyCall
 from .chunks import LAYER_LOSS_SCHEMA, KeptLogits, LayerLoss, in_chunks
 from .linear_reference import denominator, linear_definition
-from .loss import row_out_of_range
+from .loss import every_counts, row_out_of_range
 from .operator import LossGradients
 from .products import Layer
 from .rows import Extras
@@ -59,16 +59,33 @@ def _fwd_fake(x, w, bias, *args):
 
 def _given(grads, layer: Layer, needs):
     """Gradients in their tensors' dtypes; an empty tensor for one that is not needed."""
-    blank = _outputs(layer, _NOTHING)
-    return tuple(g.to(b.dtype) if need else b for g, b, need in zip(grads, blank, needs, strict=True))
+    if not any(needs):
+        return _outputs(layer, _NOTHING)
+    x, w, bias = layer
+    dtypes = x.dtype, w.dtype, x.dtype if bias is None else bias.dtype
+    return tuple(
+        g.to(dtype) if need else x.new_empty(0, dtype=dtype)
+        for g, dtype, need in zip(grads, dtypes, needs, strict=True)
+    )
+
+
+def _of_every_row(call: LayerLoss, dtype) -> tuple[LayerLoss, torch.Tensor | None]:
+    """``call``, which need not look for ignored rows as there are none, and its denominator where that is a count."""
+    if call.chunking.max_targets is None:
+        call = call._replace(chunking=call.chunking._replace(skip_ignored=False))
+    weighed = call.loss.reduction == "mean" and (call.weight is not None or call.token_weight is not None)
+    count = len(call.target) if call.loss.reduction == "mean" else 1
+    return call, None if weighed else torch.full((), count, dtype=dtype)
 
 
 def _unit_factor(call: LayerLoss, total, dtype):
     """The derivative of the whole loss by each row's, (N,)."""
-    share = (1 / total).to(dtype)
-    if call.token_weight is None:
-        return share.expand(len(call.target)).contiguous()
-    return call.token_weight * share
+    share = total.reciprocal().to(dtype)
+    if call.token_weight is not None:
+        return call.token_weight * share
+    if share.is_cpu:
+        return torch.full(call.target.shape, share.item(), dtype=dtype)  # a third of what the next line takes
+    return share.expand(len(call.target)).contiguous()
 
 
 def scales_rows(needs) -> bool:
@@ -96,7 +113,7 @@ def _scale(grad, factor, backend: str) -> None:
 
 def _scale_all(grads, factor, backend: str) -> None:
     """:func:`_scale`, where the factor is not 1 or only the device knows it."""
-    if factor.is_cuda or factor.dim() or factor != 1:
+    if factor.is_cuda or factor.dim() or factor.item() != 1:  # a tensor takes 5 us to compare
         for grad in grads:
             _scale(grad, factor, backend)
 
@@ -123,13 +140,18 @@ def _linear_cross_entropy_scale_(dx, dw, db, dloss, backend):
 def _linear_cross_entropy_fwd(x, w, bias, *args):
     call, (dtype, with_gradient, needs, *wanted, keep) = LayerLoss.of(args)
     layer, reduction = Layer(x, w, bias), call.loss.reduction
-    if x.device.type == "cpu":
-        error = row_out_of_range(call.target, call.loss.ignore_index, w.shape[0], call.op)
-        if error is not None:
-            raise error
-    needs = needs if with_gradient else _NOTHING
     wide = torch.promote_types(x.dtype, torch.float32)
-    total = denominator(x.new_empty(0, dtype=wide), call.target, call.weight, call.token_weight, call.loss)
+    total = None
+    if x.is_cpu:
+        if every_counts(call.target, call.loss.ignore_index, w.shape[0]):
+            call, total = _of_every_row(call, wide)
+        else:
+            error = row_out_of_range(call.target, call.loss.ignore_index, w.shape[0], call.op)
+            if error is not None:
+                raise error
+    needs = needs if with_gradient else _NOTHING
+    if total is None:
+        total = denominator(x.new_empty(0, dtype=wide), call.target, call.weight, call.token_weight, call.loss)
     upstream = LossGradients(_unit_factor(call, total, wide) if with_gradient else None)
     kept = KeptLogits.of(layer, call) if keep else None
     losses, lse, accuracy, entropy, *grads = in_chunks(layer, call, upstream, needs, Extras(*wanted), kept)

@@ -47,7 +47,8 @@ def linear_log_probs(
         ignore_index: targets of this value are ignored: log-probability and entropy 0, no gradient. On CPU their logits
             are not computed.
         max_workspace_mb: MiB of workspace, which decide the number of rows in a chunk, at least one. None is 1200 on
-            CUDA (2400 from 16,384 rows on) and 64 elsewhere.
+            CUDA (2400 from 16,384 rows on). Elsewhere it is 64, or more: what 1024 rows take, but no more than
+            ``linear_weight`` has.
 
     Returns:
         The log-probabilities in nats, of the target's shape, in fp32 at least, because 16 bits are too few for the

@@ -149,6 +149,14 @@ def row_out_of_range(target: torch.Tensor, ignore_index: int, n_classes: int, op
     return _not_a_class(f"{op}: target {target[row].item()} of row {row} of the logits is", ignore_index, n_classes)
 
 
+def every_counts(target: torch.Tensor, ignore_index: int, n_classes: int) -> bool:
+    """Whether all targets are classes and, what one look at the smallest and the largest can tell, none is ignored."""
+    if target.numel() == 0:
+        return False
+    least, most = map(int, target.aminmax())
+    return least >= 0 and most < n_classes and not least <= ignore_index <= most
+
+
 def _first_bad(target: torch.Tensor, ignore_index: int, n_classes: int) -> list[int] | None:
     """The position of the first target that is not a class."""
     if target.numel() > 0:

@@ -120,7 +120,7 @@ def native_cross_entropy_bwd(upstream, labelled: Labelled, statistics, needs, ou
 
 def native_scale_gradient(dx, dloss):
     """``dx`` times the scalar ``dloss``, in place; what is 0 stays so whatever the factor."""
-    if dloss == 1:
+    if dloss.item() == 1:
         return
     zeros = None if dloss.isfinite() else dx == 0
     dx.mul_(dloss)

@@ -31,12 +31,12 @@ def _norm_rows_fake(*args):
 
 
 def _norm_grad_rows_fake(*args):
-    _, _, x, _, _, _, rstd, input_dtype, _, _, *needs = args
+    x, input_dtype, dtypes, needs = args[2], args[7], args[8:10], args[12:]
     n = x.shape[-1]
     return (
         x.new_empty(x.shape if needs[0] else 0, dtype=input_dtype),
         x.new_empty(x.shape if needs[1] else 0),
-        *(rstd.new_empty(n if need else 0) for need in needs[2:]),
+        *(x.new_empty(n if need else 0, dtype=dtype) for need, dtype in zip(needs[2:], dtypes, strict=True)),
     )
 
 
@@ -84,8 +84,7 @@ def norm_grad_rows(call: NormBackward):
     """(dinput, dresidual, dweight, dbias), as kernels/norm/backward.py's launcher returns them."""
     weight = _fitting(call.weight, call.offset, call.rstd.dtype)
     wanted = call.wanted()
-    dinput, dresidual, dweight, dbias = _grad_rows(
-        call.dy, call.dh, call.x, weight, call.seed, call.mean, call.rstd, call.input_dtype, call.dropout_p,
-        call.center, *wanted,
+    return _grad_rows(
+        call.dy, call.dh, call.x, weight, call.seed, call.mean, call.rstd, call.input_dtype,
+        call.weight_grad_dtype(), call.bias_dtype, call.dropout_p, call.center, *wanted,
     )  # fmt: skip
-    return dinput, dresidual, dweight.to(call.weight_grad_dtype()), dbias.to(call.bias_dtype)
