@@ -51,7 +51,7 @@ RULES = (
     Rule(r"/usr/share/doc/python3\.11/html/\{[^}]*\}", "pages notes", "pages of pydoc instead of Debian's"),
     Rule(r"srun ", None, "needs Slurm", "docs/training[.]md"),
     Rule(r"--tune$", None, "searches settings on a GPU"),
-    Rule(r"^(bench/gpu\.sh results)$", r"FASTLLM_GPU_DRY_RUN=1 \1 240", "a dry run takes every path that needs no GPU"),
+    Rule(r"^(bench/gpu\.sh results)$", r"FASTLLM_GPU_DRY_RUN=1 \1 800", "a dry run takes every path that needs no GPU"),
     Rule(r"--cpu \S+", "--cpu avx2", "not every CPU has the other levels"),
     Rule(r"--nproc-per-node 8", "--nproc-per-node 2", "two processes do for eight", "docs/training[.]md"),
     Rule(r"--tensor-parallel 4", "--tensor-parallel 2", "two processes do for eight", "docs/training[.]md"),
