@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from ..models.mode import evaluation_mode
 
 # Below it the division could overflow, and only the likeliest token is left anyway.
 COLDEST = 1e-30
+NOT_FINITE = "the model's scores are not finite: nothing can be drawn from them"
 
 
 def filter_logits(
@@ -22,7 +24,13 @@ def filter_logits(
     Exactly ``top_k`` are kept, also where several are equal to the least of them.
     The nucleus is the smallest set of most likely tokens whose probabilities reach ``top_p`` (Holtzman et al. 2020);
     it always holds the most likely one.
+
+    Raises:
+        ValueError, TypeError: an argument is out of its range, or no number; ``temperature`` may not be 0 here.
     """
+    check_sampling(0, temperature, top_k, top_p)
+    if temperature == 0.0:
+        raise ValueError("temperature must be above 0 where logits are divided by it, got 0")
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         largest = logits.topk(top_k, dim=-1)
@@ -47,7 +55,13 @@ class Sampling(NamedTuple):
 def check_sampling(
     max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int | None = None
 ) -> None:
-    """Raise ValueError for a sampling argument out of its range."""
+    """Raise ValueError for a sampling argument out of its range, TypeError for one that is no number of its kind."""
+    for name, value in (("max_new_tokens", max_new_tokens), ("top_k", top_k), ("seed", seed)):
+        if not isinstance(value, Integral) and (value is not None or name == "max_new_tokens"):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
+        if not isinstance(value, Real) and (value is not None or name == "temperature"):
+            raise TypeError(f"{name} must be a number, got {value!r}")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
     if not 0.0 <= temperature < float("inf"):
@@ -85,6 +99,7 @@ def generate(
 
     Raises:
         ValueError: an argument is out of its range, the prompt is empty, or, in the stream, the model gives a NaN.
+        TypeError: an argument is no number of its kind.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
     if len(tokens) == 0:
@@ -111,7 +126,7 @@ def _stream(model, tokens, max_new_tokens, sampling: Sampling, stop_token):
             with torch.inference_mode():
                 logits = model.last_logits(torch.tensor([fresh], device=device), cache)[0]
                 if not logits.max().isfinite():
-                    raise InputError("the model's scores are not finite: nothing can be drawn from them")
+                    raise InputError(NOT_FINITE)
                 if sampling.temperature < COLDEST:
                     token = int(logits.argmax())
                 else:

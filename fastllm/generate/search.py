@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 import torch
 
+from ..config import InputError
 from ..models import DecoderCache, Encoded, EncoderDecoder
 from ..models.mode import evaluation_mode
+from .sampling import NOT_FINITE
 
 
 class Hypothesis(NamedTuple):
@@ -18,10 +20,16 @@ class Hypothesis(NamedTuple):
 
 
 def _logits(model, tokens: torch.Tensor, memory: Encoded | None, cache: DecoderCache) -> torch.Tensor:
-    """fp32 logits (B, V) of the token after the last of ``tokens`` (B, T)."""
-    if isinstance(model, EncoderDecoder):
-        return model.last_logits(tokens, memory, cache).float()
-    return model.last_logits(tokens, cache).float()
+    """fp32 logits (B, V) of the token after the last of ``tokens`` (B, T).
+
+    Raises:
+        InputError: a row's largest is NaN or infinite.
+    """
+    given = (tokens, memory, cache) if isinstance(model, EncoderDecoder) else (tokens, cache)
+    logits = model.last_logits(*given).float()
+    if not logits.amax(-1).isfinite().all():
+        raise InputError(NOT_FINITE)
+    return logits
 
 
 def _check(model, start: torch.Tensor, max_new_tokens: int) -> int:
@@ -45,7 +53,7 @@ def greedy(
         max_new_tokens: no more than this, nor than the model's context holds.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or the model gives a NaN.
     """
     steps = _check(model, start, max_new_tokens)
     with evaluation_mode(model), torch.inference_mode():
@@ -80,7 +88,7 @@ def beam_search(
             simple form); 0 favours short ones.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or the model gives a NaN.
     """
     steps = _check(model, start, max_new_tokens)
     if beams < 1:

@@ -60,7 +60,7 @@ class Context:
 
 def _heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
     """(B, T, H * D) as (B, H, T, D), packed (total, H * D) as (total, H, D): views, the attention takes any strides."""
-    x = x.view(*x.shape[:-1], -1, head_dim)
+    x = x.view(*x.shape[:-1], x.shape[-1] // head_dim, head_dim)
     return x.transpose(1, 2) if x.dim() == 4 else x
 
 

@@ -60,6 +60,8 @@ class Embedded(nn.Module):
 
     def check_tokens(self, tokens: torch.Tensor, start: int = 0) -> None:
         """Refuse what is not (batch, length) of integers, or reaches past the context."""
+        if not isinstance(tokens, torch.Tensor):
+            raise TypeError(f"tokens must be a tensor, got {type(tokens).__name__}")
         if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"tokens must be (batch, length) of int64 or int32, got {list(tokens.shape)} of {tokens.dtype}"

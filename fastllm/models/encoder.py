@@ -105,8 +105,9 @@ class Encoder(Pretrained):
             return self.dropout(torch.tanh(self.pooler(states[:, 0])))
         there = torch.ones_like(states[..., :1], dtype=torch.bool) if mask is None else mask[..., None]
         if self.config.pooling == "max":
-            return self.dropout(states.masked_fill(~there, -torch.inf).amax(1))
-        return self.dropout((states * there).sum(1) / there.sum(1))
+            largest = states.masked_fill(~there, -torch.inf).amax(1)
+            return self.dropout(largest.masked_fill(~there.any(1), 0.0))
+        return self.dropout((states * there).sum(1) / there.sum(1).clamp(min=1))
 
     def masked_logits(self, states: torch.Tensor) -> torch.Tensor:
         """(..., vocab_size) for states (..., hidden_size)."""

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import nn as fast
+from ..backends import under_transform
 from . import next_token
 from .blocks import Block, Context, Stream, relative_bucket, rotary_tables
 from .cache import Encoded, KVCache
@@ -15,9 +16,21 @@ from .embedding import Embedded, make_norm
 
 
 def length_mask(tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """(B, S), True for the first ``lengths[b]`` of each row."""
+    """(B, S), True for the first ``lengths[b]`` of each row.
+
+    Raises:
+        TypeError: ``lengths`` is no tensor of integers.
+        ValueError: its shape is not (B,), or, on a CPU, a length is below 0 or above S.
+    """
+    if not isinstance(lengths, torch.Tensor) or lengths.dtype not in (torch.int64, torch.int32):
+        got = lengths.dtype if isinstance(lengths, torch.Tensor) else type(lengths).__name__
+        raise TypeError(f"lengths must be a tensor of int64 or int32, got {got}")
     if lengths.shape != tokens.shape[:1]:
         raise ValueError(f"lengths must be ({len(tokens)},), one for each sequence, got {list(lengths.shape)}")
+    readable = lengths.device.type == "cpu" and type(lengths) is torch.Tensor
+    readable = readable and not (torch.compiler.is_compiling() or under_transform())
+    if readable and bool(((lengths < 0) | (lengths > tokens.shape[1])).any()):
+        raise ValueError(f"lengths must be from 0 to {tokens.shape[1]}, got {lengths.tolist()}")
     return torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
 
 
@@ -112,7 +125,7 @@ class TransformerEncoder(TransformerStack):
         x = self.embed(tokens.flatten()[there], positions, segments)
         x = through(self, x, Context(False, rotary, bias, (starts, length)))
         states = x.new_zeros(mask.numel(), x.shape[-1]).index_copy(0, there, x)
-        return Encoded(states.view(*mask.shape, -1), mask)
+        return Encoded(states.view(*mask.shape, x.shape[-1]), mask)
 
 
 class TransformerDecoder(TransformerStack):

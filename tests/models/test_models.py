@@ -252,6 +252,11 @@ def test_filters_keep_what_they_say():
     for k in range(1, 6):
         assert filter_logits(tied, top_k=k).isfinite().sum(-1).tolist() == [k, k]
     assert filter_logits(tied, top_k=3)[0, [1, 3]].tolist() == [2.0, 2.0]
+    for option in ({"temperature": 0.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))} must be"):
+            filter_logits(tied, **option)
+    with pytest.raises(TypeError, match=r"top_k must be a whole number, got 2\.5"):
+        filter_logits(tied, top_k=2.5)
 
 
 @pytest.mark.parametrize(

@@ -328,3 +328,25 @@ def test_models_refuse_what_they_lack():
         build_model(ModelConfig(**SHAPE, encoder="gru")).to(DEVICE)(ragged()[0])
     with pytest.raises(ValueError, match="lengths must be"):
         encoder().encode(ragged()[0], torch.tensor([1], device=DEVICE))
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_lengths_are_checked_and_nothing_has_a_state(kind):
+    model = encoder(kind).eval()
+    tokens, lengths, _ = ragged()
+    for wrong, error in ((lengths.double(), TypeError), (lengths.tolist(), TypeError), (lengths + 1, ValueError)):
+        if error is TypeError or lengths.device.type == "cpu":
+            with pytest.raises(error, match="lengths must be"):
+                model.encode(tokens, wrong)
+    with pytest.raises(TypeError, match="tokens must be a tensor, got list"):
+        model.encode(tokens.tolist())
+    for packed in (False, True) if kind == "transformer" else (None,):
+        model.encoder.packed = packed
+        assert model.class_logits(model.encode(tokens[:0], lengths[:0])).shape == (0, 2)
+    if kind in KINDS:
+        decoder = build_model(ModelConfig(**SHAPE, decoder=kind)).to(DEVICE).eval()
+        assert decoder(tokens[:0]).shape == (0, 11, 41)
+    for pooling in ("mean", "max"):
+        model = encoder(kind, pooling=pooling).eval()
+        encoded = model.encode(tokens, lengths * torch.tensor([1, 0, 1], device=DEVICE))
+        assert model.class_logits(encoded).isfinite().all()

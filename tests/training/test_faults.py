@@ -18,7 +18,7 @@ from fastllm.config import InputError, build_settings, read_plain
 from fastllm.data import Tokenizer
 from fastllm.data.token_file import TokenWriter
 from fastllm.files import folder_to_fill, whole_file, whole_folder
-from fastllm.generate.sampling import generate
+from fastllm.generate import beam_search, generate, greedy
 from fastllm.models import Transformer
 from fastllm.training import TrainingConfig, launch, resume, train
 from fastllm.training.checkpoints.checkpoint import checkpoints, read_state
@@ -222,6 +222,9 @@ def test_a_model_that_gives_nan_is_a_clear_error(monkeypatch):
     torch.nn.init.constant_(model.token_embedding.weight, float("nan"))
     with pytest.raises(ValueError, match="scores are not finite"):
         list(generate(model, [1], max_new_tokens=2))
+    for search in (greedy, beam_search):
+        with pytest.raises(ValueError, match="scores are not finite"):
+            search(model, torch.ones(2, 1, dtype=torch.long), max_new_tokens=2, stop_token=0)
     torch.nn.init.normal_(model.token_embedding.weight)
     coldest = list(generate(model, [1], max_new_tokens=4, temperature=1e-45))
     assert coldest == list(generate(model, [1], max_new_tokens=4, temperature=0.0))
