@@ -31,6 +31,7 @@ import numpy as np
 from ..commands.parser import first_paragraph
 from ..data.clean.block_model import BlockModel, Trees, combine
 from ..data.clean.body import last_headings
+from ..data.clean.elements import Markup
 from ..data.clean.features import (
     Lexicon,
     character_classes,
@@ -42,7 +43,7 @@ from ..data.clean.features import (
     text_tokens,
 )  # fmt: skip
 from ..data.clean.main_text import decide, word_list
-from ..data.clean.markup import Markup, read_markup
+from ..data.clean.markup import read_markup
 from ..data.clean.page_types import PageTypes, page_tokens
 from ..data.clean.page_words import PageWords
 from ..data.clean.rendering import render

@@ -7,7 +7,7 @@ import re
 import numpy as np
 
 from .body import Running
-from .markup import Markup
+from .elements import Markup
 
 _COMMENTS = re.compile(
     r"""(?<![\w-])(?:class|id)\s*=\s*(?:"[^"]*?|'[^']*?|[^\s"'>]*?)(?<![a-z])(?:comments?|comment_?list|comentarios?|"""

@@ -14,8 +14,8 @@ import numpy as np
 
 from .beside import comment_odds, landmark_odds, outside_odds
 from .body import Running
+from .elements import Markup
 from .features import DECLARED_ARTICLE, Lexicon, context, features
-from .markup import Markup
 from .page_types import TYPES, PageTypes
 from .page_words import PageWords
 from .small_pages import log_odds

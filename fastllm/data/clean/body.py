@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .markup import LINKED, LONG, Markup
+from .elements import Markup
+from .markup import LINKED, LONG
 
 _HEADINGS = {"h1": 1, "h2": 2, "h3": 3, "h4": 4, "h5": 5, "h6": 6}
 

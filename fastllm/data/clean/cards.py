@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .markup import Markup
+from .elements import Markup
 
 # The fewest siblings of one tag that are cards, and their fewest blocks on average.
 _LEAST, _BLOCKS = 3, 1.5

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-if TYPE_CHECKING:
-    from .markup import Markup
+from .elements import Markup
 
 # The fewest rows of a cell with a number and a cell with text that are code for their numbers alone: a guess.
 _NUMBERED = 3

@@ -12,7 +12,8 @@ import numpy as np
 
 from .body import Running, body_columns, last_headings, nearest
 from .cards import card_columns
-from .markup import LINKED, LONG, Markup
+from .elements import Markup
+from .markup import LINKED, LONG
 from .page_types import TYPES, PageTypes, page_tokens
 from .page_words import FIRST_WORDS, WORD, PageWords, repeated
 

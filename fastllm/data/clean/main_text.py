@@ -8,7 +8,8 @@ import numpy as np
 
 from .block_model import block_model
 from .body import nearest
-from .markup import Markup, read_markup
+from .elements import Markup
+from .markup import read_markup
 from .page_words import WORD, PageWords
 from .rendering import data_rows, render
 from .small_pages import blend, log_odds, rule_odds, shows_nothing

@@ -7,10 +7,10 @@ tag costs the same however deep it lies, so that the walk's time grows with the 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from html import unescape
 
 from .code_rows import join_code_rows
+from .elements import Markup
 from .mathematics import formula, image_formula, is_drawn
 from .page_data import carried
 from .page_state import SHOWN, state_markup
@@ -24,8 +24,8 @@ from .white_space import (
     holds_line_numbers,
     is_shown_as_block,
     kept_space,
-    marked,
     unmarked,
+    with_marks,
 )  # fmt: skip
 from .white_space import LINE_MARK as _LINE
 
@@ -80,39 +80,6 @@ _PART_OF_TEXT = re.compile(
 )
 # Names stand at the beginning of a tag: a bound on the time that a tag takes.
 _NAMES = 1000
-
-
-@dataclass
-class Markup:
-    """A page's elements and blocks, each a column in the order of the page; element 0 is the body.
-
-    Attributes:
-        tags, attributes, parents: each element's name, its tag's inside, and the number of its parent (or -1).
-        starts, ends: the number of the first block in each element, and of the first block after it.
-        rows, cells, items: the table row, the table cell and the list item that each element lies in, or -1.
-        unshown, preformatted: whether each element is hidden, and whether its white space counts.
-        texts: each block's text, its white space tidied except in ``preformatted`` ones.
-        places: the element that each block lies in.
-        linked: about how many characters of each block are in links.
-        links: how many links begin in each block.
-        carried: what the page carries as data, as text.
-    """
-
-    tags: list[str] = field(default_factory=list)
-    attributes: list[str] = field(default_factory=list)
-    parents: list[int] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    cells: list[int] = field(default_factory=list)
-    items: list[int] = field(default_factory=list)
-    unshown: list[bool] = field(default_factory=list)
-    preformatted: list[bool] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)
-    linked: list[int] = field(default_factory=list)
-    links: list[int] = field(default_factory=list)
-    carried: str = ""
 
 
 class _Walk:
@@ -335,7 +302,7 @@ class _Walk:
                 top = stack[-1]
                 if not self.silent[top]:
                     if self.inline[top] or self.spaces[top] == LINES:
-                        text = marked(text, self.spaces[top])
+                        text = with_marks(text, self.spaces[top])
                     if apart and pieces and pieces[-1][-1].isalnum() and text[0].isalnum():
                         pieces.append(" ")
                     pieces.append(text)

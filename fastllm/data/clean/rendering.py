@@ -6,7 +6,7 @@ import re
 from itertools import groupby
 
 from .code_rows import table_of
-from .markup import Markup
+from .elements import Markup
 
 _PERMALINK = re.compile(r"\s*[\u00b6\uf0c1](?=\s|$)|\s+#$")
 # In headings with a link of at most so many characters, which a sign alone has.

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from .markup import Markup
+from .elements import Markup
 
 # Words and blocks from which on the model alone decides, and up to either of which the rules alone do. Of the 511
 # pages that the model was learned from, 39 have fewer than 500 words and 5 fewer than 100.

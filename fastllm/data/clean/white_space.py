@@ -71,7 +71,7 @@ def holds_line_numbers(tag: str, attributes: str, in_code: bool) -> bool:
     return (in_code or tag in ("td", "th", "div")) and _NUMBERS.search(attributes) is not None
 
 
-def marked(text: str, space: int) -> str:
+def with_marks(text: str, space: int) -> str:
     """``text`` with marks where white space stays, for text that is collapsed later on."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\n", LINE_MARK)
     if space == LINES:
