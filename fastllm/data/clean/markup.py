@@ -21,9 +21,9 @@ from .white_space import (
     COLLAPSED,
     KEPT,
     LINES,
-    holds_line_numbers,
     is_shown_as_block,
     kept_space,
+    line_numbers,
     marked,
     unmarked,
 )  # fmt: skip
@@ -135,15 +135,16 @@ class _Walk:
         self.silent: list[int] = []
         # Cells' texts as they are in the source, where white space is lost.
         self.cells: dict[int, str] = {}
-        self.known: dict[tuple[str, str], tuple[bool, int | None]] = {}
+        self.known: dict[tuple[str, str], tuple[bool, int | None, int]] = {}
 
-    def says(self, tag: str, attributes: str) -> tuple[bool, int | None]:
-        """Whether a tag's attributes hide its element, and what they say of its white space."""
+    def says(self, tag: str, attributes: str) -> tuple[bool, int | None, int]:
+        """Whether a tag's attributes hide its element, what they say of its white space, and of line numbers."""
         if len(attributes) <= 6:
-            return False, None
+            return False, None, 0
         key = (tag, attributes)
         if key not in self.known:
-            self.known[key] = _UNSHOWN.search(attributes) is not None, kept_space(tag, attributes)
+            hidden = _UNSHOWN.search(attributes) is not None
+            self.known[key] = hidden, kept_space(tag, attributes), line_numbers(tag, attributes)
         return self.known[key]
 
     def push(self, tag: str, attributes: str, block: bool = True) -> None:
@@ -163,11 +164,11 @@ class _Walk:
             row = cell = -1
         elif tag == "li":
             item = number
-        hidden, own = self.says(tag, attributes)
+        hidden, own, numbers = self.says(tag, attributes)
         unshown = unshown or hidden
         if unshown and tag == "span":
             silent = max(silent, 1)
-        if holds_line_numbers(tag, attributes, space == CODE) or (tag == "span" and is_drawn(attributes)):
+        if numbers > 1 or (numbers and space == CODE) or (tag == "span" and is_drawn(attributes)):
             silent = 2
         inline = parent >= 0 and self.inline[parent] and space != COLLAPSED
         if own is None and tag == "pre":
@@ -276,7 +277,7 @@ class _Walk:
 
     def start_inline(self, tag: str, attributes: str) -> None:
         """Push an element within a block, if its attributes tell it from the text around it."""
-        hidden, own = self.says(tag, attributes)
+        hidden, own, numbers = self.says(tag, attributes)
         space = self.spaces[self.stack[-1]]
         if own is not None and own != space and is_shown_as_block(attributes):
             self.flush()
@@ -286,7 +287,7 @@ class _Walk:
         if tag == "span":
             differs = differs or hidden or is_drawn(attributes)
         # Inside an element that was pushed, the end of another of its tag is not its own.
-        if differs or self.open.get(tag) or (space == CODE and holds_line_numbers(tag, attributes, True)):
+        if differs or self.open.get(tag) or (space == CODE and numbers):
             self.push(tag, attributes, False)
 
     def end_line(self) -> None:
