@@ -320,10 +320,9 @@ class _Walk:
             elif tag in _BLOCKS and self.spaces[self.stack[-1]] != CODE:
                 self.flush()
 
-    def running(self) -> int:
-        """The characters of long blocks that are mostly outside links."""
-        pairs = zip(self.page.texts, self.page.linked, strict=True)
-        return sum(len(text) for text, linked in pairs if len(text) > LONG and linked < LINKED * len(text))
+    def shows_little(self) -> bool:
+        """Whether nearly all that the page shows is links."""
+        return sum(map(len, self.page.texts)) - sum(self.page.linked) < SHOWN
 
     def read(self, page: str, shown: str = "") -> None:
         """Walk over ``page``; blocks of whose beginning ``shown`` has already are left out."""
@@ -382,7 +381,7 @@ def read_markup(page: str, with_carried: bool = True) -> Markup:
         for without_frames in _NO_FRAMES.finditer(page):
             walk.read(without_frames[1])
     found = carried(page) if with_carried else []
-    if with_carried and walk.running() < SHOWN:
+    if with_carried and walk.shows_little():
         known = sum(len(markup) for name, markup in found if name != "carried-description")
         if len(state := state_markup(page)) > 2 * known:
             walk.read(_CONTROLS.sub("", state))

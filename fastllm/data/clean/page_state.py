@@ -25,8 +25,8 @@ _ASSIGNED = re.compile(
 _PARSED = re.compile(r"JSON\.parse\(\s*")
 _TAG = re.compile(r"</(?:p|div|h\d|li|ul|section)>|<br\s*/?>", re.IGNORECASE)
 _SENTENCE = re.compile(r"\w[.!?\u3002\uff01\uff1f]|[,;:] \w")
-# A text's fewest characters, and those of all texts of its kind; of running text that a page shows, so that its data
-# is not looked for. Guesses.
+# A text's fewest characters, and those of all texts of its kind; those outside links that a page shows, so that its
+# data is not looked for. Guesses.
 _TEXT, _ALL, SHOWN = 80, 300, 300
 _TITLES = ("headline", "title", "heading", "name")
 # What is said about a page, or to nobody.
