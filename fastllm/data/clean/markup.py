@@ -383,8 +383,8 @@ def read_markup(page: str, with_carried: bool = True) -> Markup:
     found = carried(page) if with_carried else []
     if with_carried and walk.shows_little():
         known = sum(len(markup) for name, markup in found if name != "carried-description")
-        if len(state := state_markup(page)) > 2 * known:
-            walk.read(_CONTROLS.sub("", state))
+        if known < SHOWN:
+            walk.read(_CONTROLS.sub("", state_markup(page)))
     for name, markup in found:
         shown = "\n".join(walk.page.texts)
         walk.push(name, "")
