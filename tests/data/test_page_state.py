@@ -59,6 +59,14 @@ def test_a_page_that_shows_its_text_is_read_as_it_is():
     assert texts == OTHER * 2
 
 
+def test_items_of_a_list_and_parts_of_a_shop_are_no_article():
+    items = [{"title": f"Wall {number}", "body": text} for number, text in enumerate(WALL)]
+    parts = {"title": "Lamps", "guide": {"text": WALL[0] + WALL[1]}, "delivery": {"html": WALL[2] + WALL[3]}}
+    for data in ({"list": items}, parts):
+        source = page(f'<script id="__NEXT_DATA__" type="application/json">{json.dumps(data)}</script>')
+        assert not any(text in " ".join(read_markup(source).texts) for text in WALL)
+
+
 def test_settings_and_messages_are_no_text():
     messages = {f"label{number}": f"Please choose the number {number} of lamps" for number in range(99)}
     data = json.dumps({"locale": messages, "api": "https://example.org/" + "a" * 400, "flags": [True, None, 1.5]})

@@ -21,9 +21,9 @@ from .white_space import (
     COLLAPSED,
     KEPT,
     LINES,
-    holds_line_numbers,
     is_shown_as_block,
     kept_space,
+    line_numbers,
     unmarked,
     with_marks,
 )  # fmt: skip
@@ -102,15 +102,16 @@ class _Walk:
         self.silent: list[int] = []
         # Cells' texts as they are in the source, where white space is lost.
         self.cells: dict[int, str] = {}
-        self.known: dict[tuple[str, str], tuple[bool, int | None]] = {}
+        self.known: dict[tuple[str, str], tuple[bool, int | None, int]] = {}
 
-    def says(self, tag: str, attributes: str) -> tuple[bool, int | None]:
-        """Whether a tag's attributes hide its element, and what they say of its white space."""
+    def says(self, tag: str, attributes: str) -> tuple[bool, int | None, int]:
+        """Whether a tag's attributes hide its element, what they say of its white space, and of line numbers."""
         if len(attributes) <= 6:
-            return False, None
+            return False, None, 0
         key = (tag, attributes)
         if key not in self.known:
-            self.known[key] = _UNSHOWN.search(attributes) is not None, kept_space(tag, attributes)
+            hidden = _UNSHOWN.search(attributes) is not None
+            self.known[key] = hidden, kept_space(tag, attributes), line_numbers(tag, attributes)
         return self.known[key]
 
     def push(self, tag: str, attributes: str, block: bool = True) -> None:
@@ -130,11 +131,11 @@ class _Walk:
             row = cell = -1
         elif tag == "li":
             item = number
-        hidden, own = self.says(tag, attributes)
+        hidden, own, numbers = self.says(tag, attributes)
         unshown = unshown or hidden
         if unshown and tag == "span":
             silent = max(silent, 1)
-        if holds_line_numbers(tag, attributes, space == CODE) or (tag == "span" and is_drawn(attributes)):
+        if numbers > 1 or (numbers and space == CODE) or (tag == "span" and is_drawn(attributes)):
             silent = 2
         inline = parent >= 0 and self.inline[parent] and space != COLLAPSED
         if own is None and tag == "pre":
@@ -243,7 +244,7 @@ class _Walk:
 
     def start_inline(self, tag: str, attributes: str) -> None:
         """Push an element within a block, if its attributes tell it from the text around it."""
-        hidden, own = self.says(tag, attributes)
+        hidden, own, numbers = self.says(tag, attributes)
         space = self.spaces[self.stack[-1]]
         if own is not None and own != space and is_shown_as_block(attributes):
             self.flush()
@@ -253,7 +254,7 @@ class _Walk:
         if tag == "span":
             differs = differs or hidden or is_drawn(attributes)
         # Inside an element that was pushed, the end of another of its tag is not its own.
-        if differs or self.open.get(tag) or (space == CODE and holds_line_numbers(tag, attributes, True)):
+        if differs or self.open.get(tag) or (space == CODE and numbers):
             self.push(tag, attributes, False)
 
     def end_line(self) -> None:
@@ -286,10 +287,9 @@ class _Walk:
             elif tag in _BLOCKS and self.spaces[self.stack[-1]] != CODE:
                 self.flush()
 
-    def running(self) -> int:
-        """The characters of long blocks that are mostly outside links."""
-        pairs = zip(self.page.texts, self.page.linked, strict=True)
-        return sum(len(text) for text, linked in pairs if len(text) > LONG and linked < LINKED * len(text))
+    def shows_little(self) -> bool:
+        """Whether nearly all that the page shows is links."""
+        return sum(map(len, self.page.texts)) - sum(self.page.linked) < SHOWN
 
     def read(self, page: str, shown: str = "") -> None:
         """Walk over ``page``; blocks of whose beginning ``shown`` has already are left out."""
@@ -348,10 +348,10 @@ def read_markup(page: str, with_carried: bool = True) -> Markup:
         for without_frames in _NO_FRAMES.finditer(page):
             walk.read(without_frames[1])
     found = carried(page) if with_carried else []
-    if with_carried and walk.running() < SHOWN:
+    if with_carried and walk.shows_little():
         known = sum(len(markup) for name, markup in found if name != "carried-description")
-        if len(state := state_markup(page)) > 2 * known:
-            walk.read(_CONTROLS.sub("", state))
+        if known < SHOWN:
+            walk.read(_CONTROLS.sub("", state_markup(page)))
     for name, markup in found:
         shown = "\n".join(walk.page.texts)
         walk.push(name, "")

@@ -25,9 +25,12 @@ _ASSIGNED = re.compile(
 _PARSED = re.compile(r"JSON\.parse\(\s*")
 _TAG = re.compile(r"</(?:p|div|h\d|li|ul|section)>|<br\s*/?>", re.IGNORECASE)
 _SENTENCE = re.compile(r"\w[.!?\u3002\uff01\uff1f]|[,;:] \w")
-# A text's fewest characters, and those of all texts of its kind; of running text that a page shows, so that its data
-# is not looked for. Guesses.
+# A text's fewest characters, and those of all texts of its kind; those outside links that a page shows, so that its
+# data is not looked for. Guesses.
 _TEXT, _ALL, SHOWN = 80, 300, 300
+# What other texts have at most beside an article, of its characters, and a copy's beginning. Guesses.
+_MOST_BESIDE, _BEGINNING = 0.6, 60
+_ANY_TAG = re.compile(r"<[^<>]*>")
 _TITLES = ("headline", "title", "heading", "name")
 # What is said about a page, or to nobody.
 _NOT_SHOWN = re.compile(
@@ -124,18 +127,24 @@ def _paragraphs(found: list[_Found]) -> Iterator[str]:
 
 def state_markup(page: str) -> str:
     """The markup of the text that ``page`` carries as a script's data, or nothing."""
-    best: list[_Found] = []
-    size = 0
-    for value in _values(page):
-        kinds: dict[tuple[str, ...], list[_Found]] = defaultdict(list)
+    kinds: dict[tuple[str, ...], list[_Found]] = defaultdict(list)
+    for number, value in enumerate(_values(page)):
         for found in _strings(value):
-            kinds[found.kind].append(found)
-        for found in kinds.values():
-            texts = {item.text for item in found if _is_text(item.text)}
-            if (total := sum(map(len, texts))) > size:
-                best, size = found, total
-    if size < _ALL:
+            kinds[(str(number), *found.kind)].append(found)
+    groups: list[tuple[int, list[_Found]]] = []
+    for found in kinds.values():
+        texts = {item.text: item.title for item in found if _is_text(item.text)}
+        groups.append((sum(map(len, texts)) if len(set(texts.values())) == 1 else 0, found))
+    groups.sort(key=lambda group: -group[0])
+    if not groups or groups[0][0] < _ALL:
         return ""
+    size, best = groups[0]
+    whole = _ANY_TAG.sub("", "".join(item.text for item in best))
+    for other, found in groups[1:]:
+        # An article is most of what there is to read, but for its own copies. The parts of a shop are alike.
+        first = next((item.text for item in found if _is_text(item.text)), "")
+        if other > _MOST_BESIDE * size and _ANY_TAG.sub("", first)[:_BEGINNING] not in whole:
+            return ""
     parts = [f"<h1>{escape(best[0].title)}</h1>"] if best[0].title else []
     for text in dict.fromkeys(_paragraphs(best)):
         if _TAG.search(text):

@@ -61,14 +61,14 @@ def is_shown_as_block(attributes: str) -> bool:
     return "display" in attributes and _BLOCK_STYLE.search(attributes) is not None
 
 
-def holds_line_numbers(tag: str, attributes: str, in_code: bool) -> bool:
-    """Whether an element is a line's number, or a column of them."""
+def line_numbers(tag: str, attributes: str) -> int:
+    """Whether an element is a line's number, or a column of them: 2 anywhere, 1 inside code, or 0."""
     if tag in _HOLDERS or not any(map(attributes.__contains__, _NUMBER_HINTS)):
-        return False
+        return 0
     attributes = attributes[:_NAMES]
-    if (in_code or tag == "td") and _NUMBERS_IN_CODE.search(attributes):
-        return True
-    return (in_code or tag in ("td", "th", "div")) and _NUMBERS.search(attributes) is not None
+    if _NUMBERS.search(attributes):
+        return 2 if tag in ("td", "th", "div") else 1
+    return (2 if tag == "td" else 1) if _NUMBERS_IN_CODE.search(attributes) else 0
 
 
 def with_marks(text: str, space: int) -> str:
