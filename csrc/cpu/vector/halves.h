@@ -19,8 +19,10 @@ inline V read(const void* from) {
 inline Vector load(const float* from) { return read<Vector>(from); }
 
 inline Unsigned widened(Halves x) {
-#if FASTLLM_LANES == 8 && defined(__AVX2__)
-  // GCC 12 makes 4 instructions of the other.
+  // GCC 12 makes 4 instructions of the last.
+#if FASTLLM_LANES == 16
+  return reinterpret_cast<Unsigned>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(x)));
+#elif FASTLLM_LANES == 8 && defined(__AVX2__)
   return reinterpret_cast<Unsigned>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(x)));
 #else
   return __builtin_convertvector(x, Unsigned);
@@ -51,7 +53,9 @@ inline Unsigned rounded_bits(Vector x) {
 
 inline Halves narrowed(Vector x, const BF16*) {
   const Unsigned found = rounded_bits(x) >> 16;
-#if FASTLLM_LANES == 8 && defined(__AVX2__)
+#if FASTLLM_LANES == 16
+  return reinterpret_cast<Halves>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(found)));
+#elif FASTLLM_LANES == 8 && defined(__AVX2__)
   const __m256i packed = _mm256_packus_epi32(reinterpret_cast<__m256i>(found), reinterpret_cast<__m256i>(found));
   return reinterpret_cast<Halves>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
 #else
