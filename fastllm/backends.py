@@ -183,12 +183,17 @@ def _at_work(*transforms: str) -> bool:
     return any(layer.key() in kinds for layer in functorch.get_interpreter_stack())
 
 
-def plain_eager(backend: str) -> bool:
-    """Whether a call that eager serves must be made of PyTorch's operators alone, without a node of our own.
+def operators_alone() -> bool:
+    """Whether a call must be made of PyTorch's operators: under a transform, and for an exported program.
 
-    An exported program keeps no node's backward: in ours the gradient would be that of an operator without one.
+    Such a program keeps no node's backward, so the gradient would be that of an operator of ours, which has none.
     """
-    return backend == "eager" and (under_transform() or torch.compiler.is_exporting())
+    return under_transform() or torch.compiler.is_exporting()
+
+
+def plain_eager(backend: str) -> bool:
+    """Whether a call that eager serves must be made of PyTorch's operators alone, without a node of our own."""
+    return backend == "eager" and operators_alone()
 
 
 @contextlib.contextmanager

@@ -17,10 +17,11 @@ from contract import (
     truth_of,
     upstream,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastllm
-from fastllm.registry import OPS
+from fastllm.registry import OPS, Sample
 
 pytestmark = pytest.mark.runs_on("gpu", "interpreter")
 
@@ -237,6 +238,20 @@ def test_meta_tensors_give_shapes(op):
         expected, _ = run(op.function, copy(sample), "eager", grads=False)
         got = outputs(op.function(*args, **kwargs))
         assert [(o.shape, o.dtype, o.device.type) for o in got] == [(o.shape, o.dtype, "meta") for o in expected]
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=case_id)
+def test_fake_tensors_pass_forward_and_backward(op):
+    for sample in map(copy, few(op)):
+        with FakeTensorMode() as mode:
+            args, kwargs = contract.pytree.tree_map_only(
+                torch.Tensor, mode.from_tensor, (sample.args, dict(sample.kwargs))
+            )
+            outs = [o for o in outputs(op.function(*args, **kwargs)) if o.requires_grad]
+            wanted = leaves(Sample(sample.name, args, kwargs))
+            grads = torch.autograd.grad(outs, wanted, [torch.ones_like(o) for o in outs], allow_unused=True)
+        for leaf, grad in zip(wanted, grads, strict=True):
+            assert grad is None or (grad.shape, grad.dtype) == (leaf.shape, leaf.dtype)
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=case_id)

@@ -77,8 +77,11 @@ def _add_tokenizer(gguf, writer, tokenizer: Tokenizer) -> None:
     size = tokenizer.vocab_size
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([tokenizer.token(index) for index in range(size)])
-    writer.add_token_types([int(kinds.CONTROL if index in special else kinds.NORMAL) for index in range(size)])
+    # llama.cpp's own converter names so what no token has.
+    missing = {index for index in range(size) if not tokenizer.token(index)}
+    writer.add_token_list([f"[PAD{index}]" if index in missing else tokenizer.token(index) for index in range(size)])
+    kind_of = dict.fromkeys(special, kinds.CONTROL) | dict.fromkeys(missing, kinds.UNUSED)
+    writer.add_token_types([int(kind_of.get(index, kinds.NORMAL)) for index in range(size)])
     merges = definition["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     # A document begins and ends with the same token.

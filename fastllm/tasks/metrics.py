@@ -144,6 +144,18 @@ def translation_scores(
     return {"bleu": bleu.corpus_score(*pair).score, "chrf": chrf.corpus_score(*pair).score}
 
 
+def _with_plain_numbers(metric) -> None:
+    """Let ``metric`` score in Python's floats: a mean over NumPy's float32 and a float 0.0 is an error in Python."""
+    compute = metric._compute_score_from_stats
+
+    def plain(stats):
+        score = compute(stats)
+        score.score = float(score.score)
+        return score
+
+    metric._compute_score_from_stats = plain
+
+
 def translation_intervals(
     references: Sequence[str], translations: Sequence[str], tokenize: str = "13a", resamples: int = 1000
 ) -> dict[str, tuple[float, float]]:
@@ -156,6 +168,7 @@ def translation_intervals(
     """
     result = {}
     for name, metric in zip(("bleu", "chrf"), _metrics(tokenize), strict=True):
+        _with_plain_numbers(metric)
         score = metric.corpus_score(list(translations), [list(references)], n_bootstrap=resamples)
         found = json.loads(score.format(width=6, signature=str(metric.get_signature()), is_json=True))
         # It says neither where all of the drawn scores are 0.

@@ -315,6 +315,9 @@ def test_intervals_of_translations_are_sacrebleus():
     assert intervals["bleu"] == pytest.approx((mean - half, min(100, mean + half)), abs=0.02)
     assert translation_intervals(["a b c d e"], ["a b c d e"], resamples=10)["bleu"] == pytest.approx((100, 100))
     assert translation_intervals(["a b", "c"], ["d", "e"], resamples=10)["bleu"] == (0, 0)
+    # Some of the drawn scores are 0 then, others are not.
+    least, most = translation_intervals(["abcdefgh", "c"], ["abxxxxxxx", "e"], resamples=40)["chrf"]
+    assert least < translation_scores(["abcdefgh", "c"], ["abxxxxxxx", "e"])["chrf"] <= most
 
 
 def test_the_best_span_is_the_best_of_all_windows(tokenizer):

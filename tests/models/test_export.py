@@ -1,5 +1,7 @@
 """fastllm export: what it writes is read back, by transformers too."""
 
+import json
+
 import pytest
 import torch
 from extras import needed
@@ -53,7 +55,10 @@ GPT = TOY.replace(positions="learned", norm="layer", bias=True, qk_norm=False, a
 @pytest.mark.parametrize("shape", [LLAMA, LLAMA.replace(tie_embeddings=False, head_size=24), GPT])
 def test_gguf_holds_the_weights_the_shape_and_the_tokenizer(tmp_path, capsys, shape):
     gguf = needed("gguf", "gguf")
-    tokenizer = Tokenizer.train(["some words of some length"], 264)
+    definition = json.loads(Tokenizer.train(["some words of some length"], 264).definition)
+    size = len(definition["model"]["vocab"])
+    definition["model"]["vocab"]["last"] = size + 1  # after an id that no token has
+    tokenizer = Tokenizer(json.dumps(definition))
     model = Transformer(shape.replace(vocab_size=tokenizer.vocab_size))
     save_model(tmp_path / "model", model, tokenizer)
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "out"), "--format", "gguf"]) == 0
@@ -64,8 +69,8 @@ def test_gguf_holds_the_weights_the_shape_and_the_tokenizer(tmp_path, capsys, sh
     assert kind == ("gpt2" if shape is GPT else "llama")
     assert (values[f"{kind}.block_count"], values[f"{kind}.attention.head_count"]) == (2, 2)
     assert values[f"{kind}.context_length"] == 32
-    assert values["tokenizer.ggml.tokens"] == [tokenizer.token(i) for i in range(tokenizer.vocab_size)]
-    assert values["tokenizer.ggml.token_type"] == [3] + [1] * (tokenizer.vocab_size - 1)
+    assert values["tokenizer.ggml.tokens"] == [*map(tokenizer.token, range(size)), f"[PAD{size}]", "last"]
+    assert values["tokenizer.ggml.token_type"] == [3] + [1] * (size - 1) + [5, 1]
     assert values["tokenizer.ggml.merges"][0] == "m e"
     assert values["tokenizer.ggml.bos_token_id"] == tokenizer.end_of_text
     found = {one.name: torch.tensor(one.data).view(*reversed(one.shape.tolist())) for one in reader.tensors}

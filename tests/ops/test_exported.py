@@ -4,6 +4,7 @@ import pytest
 import torch
 from contract import case_id, copy, leaves, outputs, upstream
 
+from fastllm import nn
 from fastllm.registry import OPS
 
 pytestmark = pytest.mark.runs_on("anywhere")
@@ -33,14 +34,28 @@ def gradients(module, values, name):
     return outs, torch.autograd.grad([o for o in outs if o.requires_grad], list(values), grads, allow_unused=True)
 
 
+def exported_with_torchs_operators(module, *args):
+    program = torch.export.export(module, args, strict=False)
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not [name for name in called if "fastllm" in name or "set_grad" in name]
+    return program.module()
+
+
 @pytest.mark.parametrize("op", OPS.values(), ids=case_id)
 def test_an_exported_op_is_of_pytorchs_operators_and_has_their_gradient(op):
     sample = next(s for s in op.samples(torch.device("cpu"), torch.float32) if leaves(s))
     module = Called(op, copy(sample))
-    program = torch.export.export(module, (), strict=False)
-    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert not [name for name in called if "fastllm" in name or "set_grad" in name]
-    exported = program.module()
+    exported = exported_with_torchs_operators(module)
     got = gradients(exported, exported.parameters(), sample.name)
     expected = gradients(module, module.parameters(), sample.name)
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_exported_dropout_is_drawn_at_each_call_and_has_its_gradient():
+    exported = exported_with_torchs_operators(nn.AddRMSNorm(16, dropout_p=0.5).train(), *torch.ones(2, 4, 16))
+    x = torch.ones(4, 16, requires_grad=True)
+    first, again = (exported(x, torch.zeros(4, 16))[1] for _ in range(2))
+    assert not torch.equal(first, again)
+    (grad,) = torch.autograd.grad(first.sum(), x)
+    assert torch.equal(grad, first)
+    assert set(grad.unique().tolist()) == {0.0, 2.0}

@@ -5,6 +5,7 @@ import torch
 from conftest import DEVICE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import fastllm
@@ -249,3 +250,11 @@ def test_errors_name_the_function_and_the_argument():
     if DEVICE.type == "cpu":
         with pytest.raises(IndexError, match=r"^linear_log_probs: target \d+ at position \[0\] is out of range"):
             linear_log_probs(x, w, y + 33)
+
+
+def test_fake_tensors_leave_no_logits_behind():
+    """The logits that the extension keeps for the backward would be looked at there."""
+    with FakeTensorMode():
+        x, w, y = _call()
+        grads = torch.autograd.grad(linear_log_probs(x, w, y).sum(), (x, w))
+    assert [g.shape for g in grads] == [x.shape, w.shape]

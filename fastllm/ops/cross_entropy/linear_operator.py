@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ...registry import define
-from ..shared.autograd import gradients, scalable
+from ..shared.autograd import gradients, scalable, traced
 from .call import LinearCrossEntropyCall
 from .chunks import LAYER_LOSS_SCHEMA, KeptLogits, LayerLoss, in_chunks
 from .linear_reference import denominator, linear_definition
@@ -234,7 +234,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             _linear_cross_entropy_scale_(*grads, _of_kept(dloss, call), call.backend)
             return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None
         outputs_grad = dloss, dlse, dentropy
-        if ctx.has_logits and not torch.is_grad_enabled() and scalable(*outputs_grad):
+        if ctx.has_logits and not torch.is_grad_enabled() and scalable(*outputs_grad) and not traced(logits):
             # Overwritten with their gradient; a second backward computes them again.
             ctx.has_logits = False
             grads = _layer_gradients(outputs_grad, total, Layer(x, w, bias), call, needs, KeptLogits(logits.data))

@@ -82,6 +82,12 @@ def _pulled(formula: Callable, inputs: Tensors, wanted: Sequence[int], outputs_g
     return pull(tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, outputs_grad, strict=True)))
 
 
+def traced(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` has no values, or a tracer records what becomes of it: then operators alone may look at it."""
+    modes = torch._C._TorchDispatchModeKey
+    return type(tensor) is not torch.Tensor or torch._C._get_dispatch_mode(modes.PROXY) is not None
+
+
 def scalable(*grads: torch.Tensor | None) -> bool:
     """Whether gradients may be multiplied in place by the upstream gradients ``grads``: not where those are batched."""
     return not under_transform() and not any(grad is not None and is_legacy_batchedtensor(grad) for grad in grads)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...backends import chosen_backend, device_type_of, under_transform, why_not
+from ...backends import chosen_backend, device_type_of, operators_alone, why_not
 from ...extension import operator
 from .autograd import apply
 from .philox import dropout_mask, dropout_scale
@@ -25,7 +25,7 @@ def _native(x: torch.Tensor) -> bool:
 
 def dropped(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     """What dropout leaves of ``x``, of one dimension at least: its own transpose."""
-    if x.numel() and not under_transform() and _native(x):
+    if x.numel() and not operators_alone() and _native(x):
         return _dropout_rows(x.reshape(-1, x.shape[-1]), p, seed).view(x.shape)
     return torch.where(dropout_mask(seed, x.shape, p), x * dropout_scale(p), 0.0)
 
@@ -48,7 +48,7 @@ class _Dropout(torch.autograd.Function):
 
 def dropout(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     """:func:`dropped`, differentiable to any order; nothing of the size of ``x`` is kept for the backward."""
-    return dropped(x, seed, p) if under_transform() else apply(_Dropout, x, seed, p)
+    return dropped(x, seed, p) if operators_alone() else apply(_Dropout, x, seed, p)
 
 
 def dropped_gradient(grad: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
