@@ -17,14 +17,14 @@ def note(text):
         file.write(text + "\n")
 
 
-def faulty(self, step):
+def faulty(self, step, done=1.0):
     if rank == "1" and life == 0 and step == 4:
         note("killed")
         os.kill(os.getpid(), signal.SIGKILL)
     if rank == "1" and life == 1 and step == 5:
         note("hung")
         time.sleep(600)
-    return batch(self, step)
+    return batch(self, step, done)
 
 
 CausalLM.batch = faulty

@@ -174,8 +174,9 @@ class Run:
         elif auto:
             say(f"precision: {self.state.dtype}, for this CPU ({cpu.level()}) has no products of bfloat16")
         say(
-            f"MFU = {flops_per_token / 1e6:.1f} MFLOP/token (6 N + attention) x tokens/s / "
-            f"{peak / 1e9:,.0f} GFLOP/s (matrix product measured here, {self.state.dtype})"
+            f"MFU = {flops_per_token / 1e6:.1f} MFLOP/token (6 N + attention over "
+            f"{self.config.model.context_length:,} tokens) x tokens/s / {peak / 1e9:,.0f} GFLOP/s (matrix product "
+            f"measured here, {self.state.dtype})"
         )
         return Measured(peak, flops_per_token)
 
@@ -185,10 +186,14 @@ class Run:
         with keep_random_state(self.device), torch.no_grad():
             self.objective.losses(self.model, row)
 
-    def sample(self) -> Batch:
-        """A forward pass's worth of the next batch, for measuring and compiling."""
-        part = rows_of(self.objective.batch(self.state.step), self.config.training.rows)[0]
-        return to_device(part, self.device)
+    def rows(self, batch: Batch) -> int:
+        """Sequences of a forward pass. Where a batch has shorter ones, and so more, a pass has as many tokens."""
+        return self.config.training.rows * len(next(iter(batch.values()))) // self.config.training.batch_size
+
+    def sample(self, done: float = 1.0) -> Batch:
+        """A forward pass's worth of the next batch, for measuring and compiling; ``done`` as for the objective."""
+        batch = self.objective.batch(self.state.step, done)
+        return to_device(rows_of(batch, self.rows(batch))[0], self.device)
 
     def _epochs(self) -> float:
         """How often the training data were seen: by tokens, or by examples."""

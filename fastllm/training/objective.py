@@ -51,6 +51,7 @@ OBJECTIVES = {
 # Settings of one objective, which are refused for the others.
 OWN = {
     "mask_probability": ("mlm", "mlm+nsp"), "whole_word": ("mlm", "mlm+nsp"), "token_dropout": ("classify",),
+    "short_windows": ("causal",),
     "beta": ("dpo",), "dpo_loss": ("dpo",), "teacher": ("distill",), "teacher_share": ("distill",),
     "temperature": ("distill",), "direction": ("distill",), "jsd_beta": ("distill",),
 }  # fmt: skip
@@ -86,6 +87,10 @@ class ObjectiveConfig:
         metavar="PATH",
     )
 
+    short_windows: float | None = option(
+        None, "causal: part of the run, from its beginning, whose windows are a quarter of context_length long, and "
+        "four times as many; 0.5 if not given, 0 with pretrained", minimum=0, maximum=1,
+    )  # fmt: skip
     beta: float = option(0.1, "dpo: how strongly the model is held to its starting point", above=0)
     dpo_loss: Literal["sigmoid", "hinge", "ipo"] = option(
         "sigmoid", "dpo: the loss of a pair; ipo's is the difference from 1 / (2 beta), squared"

@@ -65,8 +65,11 @@ class Objective(Protocol):
     name. A part of a batch therefore weighs ``counts(part) / counts(batch)``, term by term.
     """
 
-    def batch(self, step: int) -> Batch:
-        """The batch of ``step`` in host memory: a function of (data, seed, step) alone. No global generator is used."""
+    def batch(self, step: int, done: float = 1.0) -> Batch:
+        """The batch of ``step``, when the part ``done`` of the run is over, in host memory.
+
+        A function of (data, seed, step, done) alone. No global generator is used.
+        """
         ...
 
     def counts(self, batch: Batch) -> dict[str, int]:

@@ -125,12 +125,12 @@ class Session:
         timer.start()
         self._check_data()
         self.ranks.beat(state.step, "data")
-        batch = run.objective.batch(state.step)
+        batch = run.objective.batch(state.step, done)
         timer.mark("data")
         self.ranks.beat(state.step, "step")
         # Dropout is a function of (seed, step, row): it needs no saved state, and nothing else can shift it.
         seed = derive_seed(config.seed, "dropout", state.step)
-        settings = StepSettings(config.rows, config.clip, state.dtype, seed, self.loss_scale.value)
+        settings = StepSettings(run.rows(batch), config.clip, state.dtype, seed, self.loss_scale.value)
         step = batch_gradients(
             run.objective, run.model, batch, settings, losses=self.losses, ranks=self.ranks, mark=timer.mark
         )
@@ -185,8 +185,12 @@ class Session:
         run, losses = self.run, self.run.objective.losses
         if self.config.compile:
             losses = torch.compile(losses)
+            # Windows may become longer on the way.
+            stages = map(run.sample, (progress(self.config, self.state.step, self.state.seconds), 1.0))
+            samples = {next(iter(sample.values())).shape: sample for sample in stages}
             with keep_random_state(run.device), autocast(run.device, self.state.dtype):
-                torch.stack([*losses(run.model, run.sample()).values()]).sum().backward()
+                for sample in samples.values():
+                    torch.stack([*losses(run.model, sample).values()]).sum().backward()
             run.model.zero_grad(set_to_none=True)
         return losses
 

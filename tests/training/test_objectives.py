@@ -83,6 +83,26 @@ def test_a_batch_is_a_function_of_seed_and_step_and_losses_of_parts_add_up(name,
     assert whole == {key: sum(part[key] for part in parts) for key in whole}
 
 
+def test_windows_are_short_and_many_until_the_part_of_the_run_that_was_asked_for(folder):
+    data = dataset("causal", folder)
+
+    def batch(done, step=3, **given):
+        return make_objective(ObjectiveConfig("causal", **given), data, 32, 4, 0).batch(step, done)
+
+    for done, given, shape in (
+        (0.0, {}, (16, 8)), (0.49, {}, (16, 8)), (0.5, {}, (4, 32)), (1.0, {}, (4, 32)),
+        (0.2, {"short_windows": 0.2}, (4, 32)), (0.19, {"short_windows": 0.2}, (16, 8)),
+        (0.0, {"short_windows": 0.0}, (4, 32)), (0.99, {"short_windows": 1.0}, (16, 8)),
+        (0.0, {"pretrained": "a"}, (4, 32)), (0.0, {"pretrained": "a", "short_windows": 0.5}, (16, 8)),
+    ):  # fmt: skip
+        found = batch(done, **given)
+        assert found["tokens"].shape == found["targets"].shape == shape
+        assert torch.equal(found["tokens"][:, 1:], found["targets"][:, :-1])
+    text = data.train.tokens[:]
+    seen = torch.cat([batch(0.0, step)["tokens"] for step in range(len(text) // (16 * 8))])
+    assert len(seen.unique(dim=0)) > 0.9 * len(seen)  # an epoch, and not the same quarter of each long window
+
+
 def test_evaluation_is_repeatable_and_leaves_everything_alone(folder):
     for name, encoder, decoder in cells()[::3]:
         objective, model = setting(name, encoder, decoder, folder)

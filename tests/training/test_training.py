@@ -19,7 +19,7 @@ from fastllm.training import optimizer as optimizer_module
 from fastllm.training.checkpoints import saving
 from fastllm.training.clock import Clock
 from fastllm.training.measure import faster_dtype
-from fastllm.training.objectives import CausalLM
+from fastllm.training.objectives import CausalLM, ObjectiveConfig
 from fastllm.training.optimizer import orthogonal
 from fastllm.training.reports import meters
 from fastllm.training.reports.progress import read_metrics
@@ -245,9 +245,43 @@ def test_how_often_one_looks_changes_nothing(config, tmp_path, monkeypatch):
     assert losses[0] == losses[1]
 
 
+def test_a_run_begins_with_short_windows_and_every_pass_has_as_many_tokens(config, tmp_path, monkeypatch):
+    shapes, losses = [], CausalLM.losses
+
+    def seen(model, batch):
+        shapes.append(tuple(batch["tokens"].shape))
+        return losses(model, batch)
+
+    monkeypatch.setattr(CausalLM, "losses", staticmethod(seen))
+    result = train(config(steps=4, micro_batch_size=2), tmp_path / "run", quiet=True)
+    assert shapes == 4 * [(8, 8)] + 4 * [(2, 32)]
+    lines = [line["tokens"] for line in read_metrics(result.folder / "metrics.jsonl") if "lr" in line]
+    assert lines == [128, 256, 384, 512]
+
+
+def test_short_windows_and_long_ones_are_compiled_before_the_clock_starts(config, tmp_path, monkeypatch):
+    shapes, starts = [], []
+
+    class Started(Clock):
+        def __init__(self, *arguments):
+            starts.append(len(shapes))
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(session, "Clock", Started)
+    monkeypatch.setattr(
+        torch, "compile", lambda f: lambda model, batch: (shapes.append(batch["tokens"].shape), f(model, batch))[1]
+    )
+    train(config(compile=True, steps=2), tmp_path / "run", quiet=True)
+    assert starts == [2]
+    assert shapes == 2 * [(16, 8), (4, 32)]
+
+
 def test_recomputing_activations_and_compiling_change_nothing(config, tmp_path, monkeypatch):
-    train(config(), tmp_path / "a", quiet=True)
-    train(config(checkpoint_activations=True), tmp_path / "b", quiet=True)
+    def plain(**training):
+        return replace(config(**training), objective=ObjectiveConfig(short_windows=0.0))  # one shape to compile
+
+    train(plain(), tmp_path / "a", quiet=True)
+    train(plain(checkpoint_activations=True), tmp_path / "b", quiet=True)
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
     # Inductor takes half a minute; what is ours is that the compiled function is the one that trains.
     calls = []
@@ -257,7 +291,7 @@ def test_recomputing_activations_and_compiling_change_nothing(config, tmp_path, 
         return lambda *batch: (calls.append(1), compiled(*batch))[1]
 
     monkeypatch.setattr(torch, "compile", compile_)
-    train(config(compile=True), tmp_path / "c", quiet=True)
+    train(plain(compile=True), tmp_path / "c", quiet=True)
     assert len(calls) == 7  # one to compile, before the clock starts
     for name, value in load_file(tmp_path / "c" / "model" / "model.safetensors").items():
         torch.testing.assert_close(

@@ -11,7 +11,7 @@ from .distill import Distill, TeacherTerm
 from .examples import SMOOTHING, Answer, Classify, Seq2Seq
 from .masked import MaskedLM
 from .prompts import DPO, Instruct
-from .streams import CausalLM, PrefixLM
+from .streams import SHORT_WINDOWS, CausalLM, PrefixLM
 
 
 def make_objective(config: ObjectiveConfig, dataset: Any, context_length: int, batch_size: int, seed: int) -> Objective:
@@ -39,4 +39,9 @@ def make_objective(config: ObjectiveConfig, dataset: Any, context_length: int, b
     if name == "distill":
         divergence = TeacherTerm(config.teacher_share, config.direction, config.temperature, config.jsd_beta)
         return Distill(*arguments, teacher=load_language_model(config.teacher or "", "teacher"), divergence=divergence)
-    return {"causal": CausalLM, "prefix": PrefixLM, "answer": Answer, "instruct": Instruct}[name](*arguments)
+    if name == "causal":
+        short = config.short_windows
+        if short is None:
+            short = 0.0 if config.pretrained else SHORT_WINDOWS
+        return CausalLM(*arguments, short_windows=short)
+    return {"prefix": PrefixLM, "answer": Answer, "instruct": Instruct}[name](*arguments)

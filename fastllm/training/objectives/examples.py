@@ -66,7 +66,7 @@ class ExampleObjective:
             raise InputError(f"context_length: no example fits into {context_length} tokens")
         self._order = ExampleOrder(self.train.lengths(), batch_size, dataset.train.sha256, seed)
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, done: float = 1.0) -> Batch:
         return self.train.batch(self._order(step))
 
     def _whole(self, limit: int) -> bool:
@@ -133,8 +133,8 @@ class Classify(ExampleObjective):
         self._key = (dataset.train.sha256, seed)
         self._mask = dataset.tokenizer.special("mask") if token_dropout else None
 
-    def batch(self, step: int) -> Batch:
-        batch = super().batch(step)
+    def batch(self, step: int, done: float = 1.0) -> Batch:
+        batch = super().batch(step, done)
         if self._mask is None:
             return batch
         tokens = batch["tokens"]

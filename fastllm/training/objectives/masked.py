@@ -224,7 +224,7 @@ class MaskedLM:
             batch["next"] = torch.tensor([row["next"] for row in rows])
         return batch
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, done: float = 1.0) -> Batch:
         sample = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
         epochs, index = np.divmod(sample, len(self._train))
         numbers = np.empty_like(index)

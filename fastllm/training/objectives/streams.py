@@ -12,6 +12,11 @@ from ...data.batches import IGNORE
 from ..evaluate import Evaluation, evaluate, evaluating, mean_losses
 from ..objective_base import Batch, TrainedModel
 
+# How much shorter windows are while they are short, and how many more of them a batch has.
+SHORTER = 4
+# Part of a run of new weights in which they are.
+SHORT_WINDOWS = 0.5
+
 
 def perplexity(nats: float) -> float:
     """exp(nats), infinite where a float cannot hold it."""
@@ -19,14 +24,23 @@ def perplexity(nats: float) -> float:
 
 
 class CausalLM:
-    """Each token predicted from those before it. A batch is ``tokens`` and ``targets``, one token later."""
+    """Each token predicted from those before it. A batch is ``tokens`` and ``targets``, one token later.
 
-    def __init__(self, dataset: Dataset, context_length: int, batch_size: int, seed: int):
+    Args:
+        short_windows: part of the run, from its beginning, whose windows are a quarter of ``context_length`` long. A
+            batch then has four times as many of them: as many tokens, from more places of the text.
+    """
+
+    def __init__(
+        self, dataset: Dataset, context_length: int, batch_size: int, seed: int, *, short_windows: float = 0.0
+    ):  # fmt: skip
         self.dataset, self.context_length, self.seed = dataset, context_length, seed
         self._batches = Batches(dataset.train, context_length, batch_size, seed)
+        self._short_windows = short_windows
+        self._short = Batches(dataset.train, max(1, context_length // SHORTER), batch_size * SHORTER, seed)
 
-    def batch(self, step: int) -> Batch:
-        tokens, targets = self._batches(step)
+    def batch(self, step: int, done: float = 1.0) -> Batch:
+        tokens, targets = (self._short if done < self._short_windows else self._batches)(step)
         return {"tokens": tokens, "targets": targets}
 
     @staticmethod
@@ -63,7 +77,7 @@ class PrefixLM(CausalLM):
         within = torch.arange(tokens.shape[1]) < prefix[:, None] - 1
         return {"tokens": tokens, "targets": targets.masked_fill(within, IGNORE), "prefix": prefix}
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, done: float = 1.0) -> Batch:
         return self._prefixed(*self._batches(step), self.seed, step)
 
     @staticmethod
