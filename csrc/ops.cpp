@@ -24,8 +24,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastllm, m) {
   m.def(
       "attention_grad_rows(Tensor dout, Tensor? dlse, Tensor out, Tensor most, Tensor log, Tensor q, Tensor k, "
       "Tensor v, Tensor? bias, Tensor? slopes, Tensor? seed, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, "
-      "Tensor(d!)? dbias, Tensor(e!) delta, float scale, float softcap, int left, int right, int offset, float dropout_p, "
-      "int first_plane) -> ()");
+      "Tensor(d!)? dbias, Tensor(e!) delta, float scale, float softcap, int left, int right, int offset, "
+      "float dropout_p, int first_plane) -> ()");
   m.def(
       "cross_entropy_rows(Tensor x, Tensor target, Tensor? weight, Tensor? factor, Tensor? dlse, Tensor? dentropy, "
       "Tensor(a!)? dx, Tensor(b!)? dtarget, int ignore_index, float smoothing, float softcap, float scale, "

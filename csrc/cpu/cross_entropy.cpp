@@ -86,7 +86,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_rows(
   const std::optional<Rows> dqs = dtarget.has_value() ? std::optional<Rows>(*dtarget) : std::nullopt;
   options.x_dtype = xs.dtype;
   options.q_dtype = probabilities ? qs->dtype : kF32;
-  options.past_caches = dx.has_value() && dx->const_data_ptr() != x.const_data_ptr() && past_caches(bytes_of(*dx));
+  options.past_caches = dx.has_value() && dx->const_data_ptr() != x.const_data_ptr() &&
+                        past_caches(bytes_of(*dx), classes * element_size(dx->scalar_type()));
   const auto* ids = probabilities ? nullptr : static_cast<const int64_t*>(indices.const_data_ptr());
   const LossOfRow loss_of_row = cross_entropy_kernels().loss_of_row[wide];
   torch::stable::parallel_for(0, n_rows, row_grain(classes), [&](int64_t begin, int64_t end) {

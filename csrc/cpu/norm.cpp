@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_rows(const Tensor& x, const std:
   const Rows ys(y), hs(h);
   const Parameter scale(op, weight, columns, wide), shift(op, bias, columns, wide);
   const int h_dtype = residual.has_value() ? residuals->dtype : xs.dtype;
-  const bool past = past_caches(bytes_of(y) + bytes_of(h));
+  const bool past = past_caches(bytes_of(y) + bytes_of(h), columns * element_size(x.scalar_type()));
   const NormOptions options{columns, scale.data(), shift.data(), eps,
                             pointer_to(dropout), center, xs.dtype, h_dtype, past};
   const NormOfRow norm_of_row = norm_kernels().norm_of_row[wide];
@@ -145,7 +145,8 @@ void round_sums(const A* from, void* to, ScalarType dtype, int64_t n) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_grad_rows(
     const Tensor& dy, const std::optional<Tensor>& dh, const Tensor& normed, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& seed_, const Tensor& mean_, const Tensor& rstd_, ScalarType input_dtype,
-    ScalarType weight_dtype, ScalarType bias_dtype, double dropout_p, bool center, bool need_input, bool need_residual, bool need_weight, bool need_bias) {
+    ScalarType weight_dtype, ScalarType bias_dtype, double dropout_p, bool center, bool need_input,
+    bool need_residual, bool need_weight, bool need_bias) {
   const char* op = "norm_grad_rows";
   check_rows(op, normed, dy);
   check_rows(op, normed, dh);
@@ -168,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_grad_rows(
   advise_huge_pages(dresidual);
   const Rows dinputs(dinput), dresiduals(dresidual);
   const Parameter scale(op, weight, columns, wide);
-  const bool past = past_caches(bytes_of(dinput) + bytes_of(dresidual));
+  const bool past = past_caches(bytes_of(dinput) + bytes_of(dresidual), columns * element_size(input_dtype));
   const NormOptions options{columns, scale.data(), nullptr, 0.0, pointer_to(dropout),
                             center, dys.dtype, xs.dtype, past};
   const int64_t element = wide ? 8 : 4, wanted = need_weight + need_bias;
