@@ -31,7 +31,7 @@ MENTIONS = (
     r".*\b(NAME|FILE|PAGES|MODEL_FOLDER|RUN|FOLDER)\b.*",
     r".*\.\.\..*",
     r"fastllm (bench|train|info|serve|eval|answer|translate|prepare|tokenizer|generate|classify|report|plan|export)",
-    r"fastllm (bench regress|tokenizer show|train --data|translate --beams 5 --file)",
+    r"fastllm (bench regress|tokenizer show|train --data|train --device mps|translate --beams 5 --file)",
     r"pip install (-e '?\.(\[[\w,]+\])?'?|torch|torch==[\d.]+|'sacrebleu\[ja\]')",
     r"FASTLLM_CUDA=1 pip install -e \.",
     r"python -m fastllm\.bench\.cleaning",
@@ -97,7 +97,7 @@ RULES = (
     Rule(r"bench\.post_training --tokens 2048", "bench.post_training --tokens 128 --rounds 1", _BENCH),
     Rule(r"bench\.experts$", "bench.experts --dtype float32 --rounds 1", _BENCH),
     Rule(r"tests/transformers_checks\.py$", "tests/transformers_checks.py llama", "one architecture, not 18"),
-    Rule(r"bench\.narrow_models", "bench.narrow_models --size small --rounds 1", _BENCH),
+    Rule(r"bench\.narrow_models( --size small medium)?", "bench.narrow_models --size small --rounds 1", _BENCH),
     Rule(r"^python docs/static\.py$", "python docs/static.py --check", "all kernels take minutes to compile"),
 )
 

@@ -25,8 +25,10 @@ def _logits(model, tokens: torch.Tensor, memory: Encoded | None, cache: DecoderC
     Raises:
         InputError: a row's largest is NaN or infinite.
     """
-    given = (tokens, memory, cache) if isinstance(model, EncoderDecoder) else (tokens, cache)
-    logits = model.last_logits(*given).float()
+    if isinstance(model, EncoderDecoder):
+        logits = model.last_logits(tokens, memory, cache).float()
+    else:
+        logits = model.last_logits(tokens, cache).float()
     if not logits.amax(-1).isfinite().all():
         raise InputError(NOT_FINITE)
     return logits

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import compress
+
 import numpy as np
 
 from .elements import Markup
@@ -93,5 +95,8 @@ def remove_blocks(markup: Markup, blocks: list[int]) -> None:
     before = np.concatenate([[0], np.cumsum(keep)])
     markup.starts[:] = before[markup.starts].tolist()
     markup.ends[:] = before[markup.ends].tolist()
-    for column in (markup.texts, markup.places, markup.linked, markup.links):
-        column[:] = [value for value, stays in zip(column, keep.tolist(), strict=True) if stays]
+    stays = keep.tolist()
+    markup.texts[:] = compress(markup.texts, stays)
+    markup.places[:] = compress(markup.places, stays)
+    markup.linked[:] = compress(markup.linked, stays)
+    markup.links[:] = compress(markup.links, stays)
