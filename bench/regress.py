@@ -266,5 +266,6 @@ def main(argv: list[str]) -> int:
         print(f"worse: {line}")
     if verdict.better and not bad:
         print("--update keeps what is better")
-    print(f"{len(now.kernels)} kernels, {len(bad)} failures")
+    kernels = {(row["call"], row["kernel"]) for row in now.kernels}
+    print(f"kernels: {len(kernels)}, architectures: {len(now.arches)}, failures: {len(bad)}")
     return int(bool(bad))
