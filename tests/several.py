@@ -18,6 +18,9 @@ MODEL = [
     "2",
     "--hidden-size",
     "32",
+    # As many outputs as the vocabulary: AdamW's, beside a table that --tensor-parallel splits.
+    "--intermediate-size",
+    "300",
     "--dropout",
     "0.1",
     "--data",

@@ -77,13 +77,18 @@ class AdamW(_Optimizer):
         return {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
     def _update(self, group, parameters: list[Any]):
-        kept = [self.state[p] for p in parameters]
-        averages, squares, steps = ([one[key] for one in kept] for key in ("exp_avg", "exp_avg_sq", "step"))
-        adamw(
-            parameters, [p.grad for p in parameters], averages, squares, [], steps,
-            fused=True, amsgrad=False, maximize=False, eps=_ADAMW_EPS,
-            lr=group["lr"], weight_decay=group["weight_decay"], beta1=self._betas[0], beta2=self._betas[1],
-        )  # fmt: skip
+        # The kernel takes either tensors or DTensors. A split vocabulary's group may hold both.
+        by_type: dict[type, list[Any]] = {}
+        for p in parameters:
+            by_type.setdefault(type(p.data), []).append(p)
+        for alike in by_type.values():
+            kept = [self.state[p] for p in alike]
+            averages, squares, steps = ([one[key] for one in kept] for key in ("exp_avg", "exp_avg_sq", "step"))
+            adamw(
+                alike, [p.grad for p in alike], averages, squares, [], steps,
+                fused=True, amsgrad=False, maximize=False, eps=_ADAMW_EPS,
+                lr=group["lr"], weight_decay=group["weight_decay"], beta1=self._betas[0], beta2=self._betas[1],
+            )  # fmt: skip
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
