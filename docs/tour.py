@@ -27,8 +27,8 @@ CURVES = {
     "language-models": (
         [("lm-transformer", "Transformer"), ("lm-lstm", "LSTM"), ("lm-gru", "GRU")], ["bits_per_byte", "perplexity"],
     ),
-    "instructions": ([("told", "answers")], ["perplexity"]),
-    "preferences": ([("preferring", "dpo")], ["preference_accuracy", "reward_accuracy", "margin"]),
+    "instructions": ([("docstrings-told", "answers")], ["perplexity"]),
+    "preferences": ([("docstrings-preferring", "dpo")], ["preference_accuracy", "reward_accuracy", "margin"]),
     "distillation": ([("alone", "the student alone"), ("taught", "with the teacher")], ["bits_per_byte"]),
 }  # fmt: skip
 # (Picture, score) -> what chance gives, or the model before the run, by `fastllm eval`: a dashed line.
