@@ -13,6 +13,7 @@ from torch.optim.adamw import adamw
 
 from ..cpu import matmul_dtype
 from ..models.blocks import Attention, CrossAttention
+from ..models.head import Head
 from .config import TrainingConfig
 from .objective_base import TrainedModel
 
@@ -91,20 +92,42 @@ class AdamW(_Optimizer):
             )  # fmt: skip
 
 
+def _of_gram(gram: torch.Tensor) -> torch.Tensor:
+    """What x is multiplied with to become its orthogonal factor: a polynomial of ``gram`` = x x^T.
+
+    All products are of the short side: 1024 x 256 takes 8.0 ms in place of 14.3, and 512 x 256 6.7 in place of 7.9, on
+    one core of an AMD EPYC held to AVX2. In float32 the factor is within 4e-4 of the same iteration in float64 where
+    singular values span nine decades, and within 2e-6 where they are alike. The iteration in bfloat16 is within 0.25
+    and 0.014.
+    """
+    a, b, c = _NEWTON_SCHULZ
+    factor = None
+    for left in reversed(range(_NEWTON_SCHULZ_STEPS)):
+        step = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        step.diagonal().add_(a)
+        factor = step if factor is None else step @ factor
+        if left:
+            gram = step @ gram @ step
+    return factor
+
+
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     """Nearly the orthogonal factor of ``matrix`` (rows, columns): its singular values become about 1.
 
-    In bfloat16; in float32 on a CPU without products of bfloat16. Newton-Schulz iteration on the smaller side;
-    K. Jordan et al., Muon: an optimizer for hidden layers (2024).
+    In bfloat16; in float32 on a CPU without products of bfloat16, for long matrices by way of their Gram matrix.
+    Newton-Schulz iteration on the smaller side; K. Jordan et al., Muon: an optimizer for hidden layers (2024).
     """
     a, b, c = _NEWTON_SCHULZ
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.to(matmul_dtype(matrix.device))
     x = x.T if tall else x
     x = x / x.norm().clamp(min=_LEAST_NORM)
-    for _ in range(_NEWTON_SCHULZ_STEPS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if x.dtype == torch.float32 and x.shape[1] >= 2 * len(x):
+        x = _of_gram(x @ x.T) @ x
+    else:
+        for _ in range(_NEWTON_SCHULZ_STEPS):
+            gram = x @ x.T
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if tall else x
 
 
@@ -175,15 +198,10 @@ class Muon(_Optimizer):
 def parameter_groups(model: TrainedModel) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """The trainable parameters by what they are: ``hidden`` matrices, ``embedding`` tables (a head too), ``vector``s.
 
-    A head is what gives as many outputs as the vocabulary has tokens; Muon's orthogonal update suits neither it nor
-    the tables (Jordan et al. 2024). Vectors (norms, biases) are never decayed.
+    Muon's orthogonal update suits neither the tables nor a head (Jordan et al. 2024). Vectors (norms, biases) are never
+    decayed.
     """
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    tables |= {
-        id(m.weight)
-        for m in model.modules()
-        if isinstance(m, nn.Linear) and m.out_features == model.config.vocab_size and m.weight.ndim == 2
-    }
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Embedding, Head))}
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {"hidden": [], "embedding": [], "vector": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -253,7 +271,10 @@ class Optimizers:
                 raise ValueError(f"optimizer state of an unknown parameter: {name}")
             optimizer, parameter = by_name[name]
             shape = () if quantity == "step" else tuple(parameter.shape)
-            if quantity not in optimizer.quantities or tuple(value.shape) != shape or value.is_complex():
+            if quantity not in optimizer.quantities:
+                kept = " and ".join(sorted(optimizer.quantities))
+                raise ValueError(f"optimizer state {key}: {type(optimizer).__name__}, which trains it, keeps {kept}")
+            if tuple(value.shape) != shape or value.is_complex():
                 raise ValueError(f"optimizer state {key}: {tuple(value.shape)} does not fit the parameter {shape}")
             found.setdefault(name, set()).add(quantity)
             # The step count of AdamW is a scalar that lives beside the parameter.

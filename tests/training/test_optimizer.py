@@ -9,7 +9,7 @@ from toy import TOY
 from fastllm.models import Transformer, build_model
 from fastllm.training import TrainingConfig
 from fastllm.training import optimizer as optimizer_module
-from fastllm.training.optimizer import Optimizers, parameter_groups
+from fastllm.training.optimizer import Optimizers, orthogonal, parameter_groups
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 GPT = replace(TOY, positions="learned", norm="layer", activation="gelu", bias=True, tie_embeddings=False)
@@ -26,6 +26,25 @@ def test_every_parameter_has_one_group_and_tables_and_vectors_none_of_muon(shape
     assert all(p.ndim == 2 for _, p in groups["hidden"])
     assert all(p.ndim == 1 for _, p in groups["vector"])
     assert len(groups["embedding"]) == (1 if shape is TOY else 3)
+
+
+def test_a_matrix_with_as_many_rows_as_the_vocabulary_is_no_head():
+    shape = replace(TOY, vocab_size=TOY.mlp_size)
+    names = {name for name, _ in parameter_groups(Transformer(shape))["hidden"]}
+    assert names == {name for name, _ in parameter_groups(Transformer(TOY))["hidden"]}
+
+
+@pytest.mark.parametrize("rows", [64, 128, 256])
+@pytest.mark.parametrize("decades", [0, 6])
+def test_the_factor_of_a_long_matrix_in_float32_is_that_of_the_iteration(rows, decades, monkeypatch):
+    left, right = (torch.linalg.qr(torch.randn(n, 64, dtype=torch.float64))[0] for n in (rows, 64))
+    matrix = left * torch.logspace(0, -decades, 64, dtype=torch.float64) @ right.T
+    factors = {}
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        monkeypatch.setattr(optimizer_module, "matmul_dtype", lambda device, dtype=dtype: dtype)
+        factors[dtype] = orthogonal(matrix.to(dtype)).double()
+    errors = {dtype: (factor - factors[torch.float64]).norm() for dtype, factor in factors.items()}
+    assert errors[torch.float32] <= 0.01 * errors[torch.bfloat16]
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -120,3 +139,6 @@ def test_optimizer_state_survives_a_round_trip_and_a_stranger_is_refused():
     assert all(torch.equal(value, state[key]) for key, value in fresh.state_dict().items())
     with pytest.raises(ValueError, match="unknown parameter: head"):
         fresh.load_state_dict({"head:step": torch.zeros(())})
+    name, parameter = parameter_groups(model)["hidden"][0]
+    with pytest.raises(ValueError, match=f"{name}:exp_avg: Muon, which trains it, keeps momentum_buffer"):
+        fresh.load_state_dict({f"{name}:exp_avg": torch.zeros_like(parameter)})
