@@ -252,6 +252,7 @@ def test_errors_name_the_function_and_the_argument():
             linear_log_probs(x, w, y + 33)
 
 
+@pytest.mark.runs_on("interpreter")  # the extension alone keeps logits, on a CPU
 def test_fake_tensors_leave_no_logits_behind():
     """The logits that the extension keeps for the backward would be looked at there."""
     with FakeTensorMode():
