@@ -100,15 +100,20 @@ def _of_gram(gram: torch.Tensor) -> torch.Tensor:
     singular values span nine decades, and within 2e-6 where they are alike. The iteration in bfloat16 is within 0.25
     and 0.014.
     """
-    a, b, c = _NEWTON_SCHULZ
-    factor = None
-    for left in reversed(range(_NEWTON_SCHULZ_STEPS)):
-        step = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-        step.diagonal().add_(a)
-        factor = step if factor is None else step @ factor
-        if left:
-            gram = step @ gram @ step
+    factor = step = _step_of_gram(gram)
+    for _ in range(_NEWTON_SCHULZ_STEPS - 1):
+        gram = step @ gram @ step
+        step = _step_of_gram(gram)
+        factor = step @ factor
     return factor
+
+
+def _step_of_gram(gram: torch.Tensor) -> torch.Tensor:
+    """What a step of the iteration multiplies x with from the left."""
+    a, b, c = _NEWTON_SCHULZ
+    step = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+    step.diagonal().add_(a)
+    return step
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
