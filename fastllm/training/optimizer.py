@@ -168,7 +168,7 @@ class Muon(_Optimizer):
     Of the factor of queries, keys and values together, the values have 0.79 at the start, queries and keys 0.12 each.
 
     Momentum, decay and the step are PyTorch's operators. For 10.6 million parameters they take 14.6 ms, and the
-    orthogonal factors 1.0 s, on one core of an AMD EPYC held to AVX2.
+    orthogonal factors 0.75 s, on one core of an AMD EPYC held to AVX2.
 
     The orthogonal factor of a matrix needs all of it: an update that is spread is gathered, and every rank computes the
     factor as a single process would, then keeps its part. (On DTensors themselves torch's would add up parts of bf16
