@@ -31,9 +31,9 @@ import torch
 import triton
 
 from .. import kernels
-from ..commands.parser import first_paragraph
 from ..kernels.attention.problem import bulk_copies
 from ..kernels.device import GPUS
+from ..parser import first_paragraph
 from ..registry import OPS
 from .attention import decoding, dense, packed, parameter, slopes
 from .capture import CUDA, launches

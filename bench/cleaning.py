@@ -21,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..commands.parser import first_paragraph
 from ..data.clean import CleanConfig, Document, Rejection, clean
 from ..data.clean.html import EXTRACTORS
 from ..data.optional import require
+from ..parser import first_paragraph
 from .marked_pages import MarkedPage, read_marked, words
 
 RESAMPLES = 2000

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from .. import cpu
-from ..commands.parser import Parser
 from ..config import path
 from ..matmul import matmul_flops
+from ..parser import Parser
 from ..registry import Op
 from . import cases, levels
 from .environment import environment

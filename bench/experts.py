@@ -16,7 +16,7 @@ import torch
 
 import fastllm
 
-from ..commands.parser import first_paragraph
+from ..parser import first_paragraph
 
 # Experts, experts for each token, tokens, hidden size, inner size.
 SHAPES = ((8, 2, 1024, 512, 1024), (64, 8, 512, 256, 256), (64, 8, 1, 512, 512))

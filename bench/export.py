@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from ..commands.parser import Parser
 from ..config import path
+from ..parser import Parser
 from . import cases, export_flashinfer, export_kernels
 from .exported import calls
 from .results import read_run

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from .. import cpu
-from ..commands.parser import first_paragraph
 from ..generate import beam_search, generate
 from ..models import EncoderDecoder, ModelConfig, Transformer, load_model
+from ..parser import first_paragraph
 from .environment import environment
 from .timing import ratios, seconds
 

@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 
-from ..commands.parser import first_paragraph
 from ..data.clean.block_model import BlockModel, Trees, combine
 from ..data.clean.body import last_headings
 from ..data.clean.elements import Markup
@@ -47,6 +46,7 @@ from ..data.clean.markup import read_markup
 from ..data.clean.page_types import PageTypes, page_tokens
 from ..data.clean.page_words import PageWords
 from ..data.clean.rendering import render
+from ..parser import first_paragraph
 from .cleaning import Score, report
 from .marked_pages import MarkedPage, read_marked, words
 

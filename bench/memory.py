@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..commands.parser import first_paragraph
 from ..functional import linear_cross_entropy, linear_cross_entropy_plan
+from ..parser import first_paragraph
 from .environment import environment
 from .timing import ratios
 

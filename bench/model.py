@@ -22,8 +22,8 @@ from unittest import mock
 
 import torch
 
-from ..commands.parser import first_paragraph
 from ..kernels import device
+from ..parser import first_paragraph
 from ..registry import Op
 from . import cases
 from .run import plan

@@ -26,7 +26,7 @@ import torch
 import fastllm
 
 from .. import cpu
-from ..commands.parser import first_paragraph
+from ..parser import first_paragraph
 from .environment import environment
 from .memory import peak
 

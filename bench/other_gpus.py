@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 import triton
 
-from ..commands.parser import first_paragraph
 from ..kernels.device import OTHER_GPUS, DeviceInfo
+from ..parser import first_paragraph
 from ..registry import OPS
 from . import cases
 from .capture import CUDA, Launch, launches

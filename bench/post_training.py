@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .. import losses
-from ..commands.parser import first_paragraph
 from ..functional import linear_cross_entropy_plan, linear_kl_div, linear_log_probs
+from ..parser import first_paragraph
 from .memory import peak
 from .timing import ratios
 

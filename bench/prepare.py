@@ -31,8 +31,8 @@ from torch.utils._pytree import tree_map_only
 from triton.runtime.cache import triton_key
 
 from ..backends import KERNEL_DTYPES
-from ..commands.parser import first_paragraph
 from ..kernels.device import GPUS
+from ..parser import first_paragraph
 from ..registry import OPS, Sample
 from . import cases
 from .capture import CUDA, check_compiles, launches

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..commands.parser import Parser, first_paragraph
 from ..kernels.device import GPUS
+from ..parser import Parser, first_paragraph
 
 FORMAT = "fastllm-regress/1"
 # Figure -> what more of it, or less of it, means. Those of ALLOWED may be exceeded by what the committed file allows.

@@ -30,8 +30,8 @@ import triton
 from triton import knobs
 from triton.runtime.cache import get_cache_manager
 
-from ..commands.parser import first_paragraph
 from ..kernels.device import GPUS
+from ..parser import first_paragraph
 from ..registry import OPS, Op
 from . import cases
 from .capture import CUDA, Launch, check_compiles, launches

@@ -12,10 +12,10 @@ import tempfile
 import zlib
 from pathlib import Path
 
-from ..commands.parser import first_paragraph
 from ..data.clean import Document, Rejection
 from ..data.clean.html import EXTRACTORS
 from ..data.clean.unigram import like_reference
+from ..parser import first_paragraph
 from .marked_pages import read_marked, words
 
 SHARES = (0.99, 0.95, 0.9, 0.8, 0.7)

@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 
 from .. import cpu
-from ..commands.parser import Parser, first_paragraph
 from ..matmul import matmul_flops
 from ..models import PRESETS, Transformer, TransformerConfig
+from ..parser import Parser, first_paragraph
 from ..training.config import TrainingConfig
 from .environment import environment
 from .timing import Quartiles, interleaved, ratios, seconds, synchronize

@@ -20,8 +20,8 @@ from importlib import import_module
 
 from . import other_work
 from .commands import COMMANDS, WITHOUT_TORCH
-from .commands.parser import Parser
 from .config import InputError
+from .parser import Parser
 from .version import __version__
 
 # Arguments that may be empty.

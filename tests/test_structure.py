@@ -126,6 +126,36 @@ def import_circles() -> Iterator[str]:
         yield " ".join(circle)
 
 
+# The rooms from the ground up: each imports those on its own line and on the lines before. Modules that no line names
+# serve all of them.
+FLOORS = (
+    "registry kernels extension data",
+    "ops functional nn losses",
+    "models drop_in api",
+    "generate tasks",
+    "training serving",
+    "commands",
+    "cli __main__",
+)
+
+
+def floor(module: str) -> int | None:
+    """Which line of FLOORS names the room of ``fastllm.<room>...``; None for a module that all may import."""
+    room = module.split(".")[1] if "." in module else ""
+    return next((number for number, rooms in enumerate(FLOORS) if room in rooms.split()), None)
+
+
+def upward_imports() -> Iterator[str]:
+    """Imports of a room that stands above the importing one."""
+    modules = {module_name(path) for path in trees()}
+    for path, tree in trees().items():
+        own = floor(module_name(path))
+        for other in sorted(imports(path, tree, modules)):
+            above = floor(other)
+            if own is not None and above is not None and above > own:
+                yield f"{path} imports {other}"
+
+
 def hidden_modules() -> Iterator[str]:
     for path in trees():
         inside = path.startswith(("fastllm/ops/", "kernels/"))
@@ -195,6 +225,7 @@ RULES = {
     "signature": (long_signatures, f"more than {HOST} positional parameters, {KERNEL} on a kernel; pass a value"),
     "inputs": (indexed_inputs, "setup_context indexes its inputs; unpack them by name"),
     "circle": (import_circles, "these import one another"),
+    "upward": (upward_imports, "a room imports those below it only"),
     "hidden": (hidden_modules, "a module in ops/ or kernels/ has no underscore"),
     "twice": (names_defined_twice, "a public name is defined once in fastllm and kernels"),
     "late": (late_attributes, "an attribute is born in __init__"),
@@ -234,6 +265,7 @@ def test_every_allowed_line_has_a_rule():
         ("signature", "import triton\n@triton.jit\ndef k(" + ", ".join(f"a{i}" for i in range(17)) + "): pass"),
         ("inputs", "class F:\n    def setup_context(ctx, inputs, output):\n        ctx.x = inputs[3]"),
         ("circle", "def f():\n    from .backends import pick"),
+        ("upward", "def f():\n    from .commands import COMMANDS"),
         ("twice", "def f(): pass\ndef pick(): pass"),
         ("late", "class A:\n    def f(self):\n        self.x = 1"),
     ],

@@ -16,10 +16,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..commands.parser import first_paragraph
 from ..config import InputError, check_encodable
 from ..data.corpus import lines_of, read_text
 from ..data.sources.compressed import SUFFIXES
+from ..parser import first_paragraph
 from .forms import FORMS
 from .prompts import read_instructions, read_preferences
 

@@ -1,4 +1,4 @@
-"""The parser of a command's arguments."""
+"""The parser of a command's arguments, and what it says of a command."""
 
 from __future__ import annotations
 
