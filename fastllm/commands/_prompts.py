@@ -10,7 +10,6 @@ import torch
 
 from ..config import InputError
 from ..data import Tokenizer
-from ..data.batches import IGNORE
 from ..models import LanguageModel
 from ..tasks.features import answer_features, preference_features
 from ..tasks.metrics import wilson_interval
@@ -20,6 +19,7 @@ from ..tasks.read import read_examples
 from ..training.checkpoints.model_folder import language_model_folder, load_language_model
 from ..training.config import read_run_config
 from ..training.loop import CONFIG
+from ..training.objective_base import target_count
 from ..training.objectives import ObjectiveConfig
 from ..training.objectives.streams import perplexity
 from ..training.prompts import fitting
@@ -75,7 +75,7 @@ def _of_instructions(model, tokenizer, examples, arguments) -> tuple[dict, list[
     nats, counts = [], []
     for number in range(len(features)):
         batch = {name: tensor.to(model.head.weight.device) for name, tensor in features.batch([number]).items()}
-        counts.append(int((batch["targets"] != IGNORE).sum()))
+        counts.append(target_count(batch))
         nats.append(model.loss(batch["tokens"], batch["targets"]).item() * counts[-1])
     loss = sum(nats) / sum(counts)
     lines = [{**e, "loss": a / n} for e, a, n in zip(examples, nats, counts, strict=True)]

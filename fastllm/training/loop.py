@@ -36,8 +36,8 @@ from .dropout import key_dropout
 from .evaluate import Evaluation
 from .lora import ADAPTER, load_adapter
 from .measure import faster_dtype
-from .objective_base import TrainedModel
-from .objectives import Batch, make_objective, rows_of, to_device
+from .objective_base import Batch, TrainedModel, row_count, rows_of, to_device
+from .objectives import make_objective
 from .optimizer import Optimizers
 from .parallel.ranks import ALONE, Ranks
 from .reports.progress import Display
@@ -188,7 +188,7 @@ class Run:
 
     def rows(self, batch: Batch) -> int:
         """Sequences of a forward pass. Where a batch has shorter ones, and so more, a pass has as many tokens."""
-        return self.config.training.rows * len(next(iter(batch.values()))) // self.config.training.batch_size
+        return self.config.training.rows * row_count(batch) // self.config.training.batch_size
 
     def sample(self, done: float = 1.0) -> Batch:
         """A forward pass's worth of the next batch, for measuring and compiling; ``done`` as for the objective."""

@@ -11,6 +11,8 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
+from ..data.batches import IGNORE
+
 Batch = dict[str, torch.Tensor]
 # Endings of the names of those scores for which less is better.
 LESS = ("bits_per_byte", "perplexity", "loss")
@@ -93,6 +95,16 @@ class Objective(Protocol):
         Draws no random number from torch's generators and leaves the model as it was.
         """
         ...
+
+
+def row_count(batch: Batch) -> int:
+    """The number of sequences in ``batch``."""
+    return len(next(iter(batch.values())))
+
+
+def target_count(batch: Batch) -> int:
+    """How many of the ``targets`` of ``batch`` (in host memory) are not ignored."""
+    return int((batch["targets"] != IGNORE).sum())
 
 
 def rows_of(batch: Batch, rows: int) -> list[Batch]:

@@ -61,7 +61,7 @@ def batch_gradients(
     gradients are exchanged once, with the last micro-batch.
 
     Args:
-        losses: the objective's own, or what ``ranks.losses`` or torch.compile made of them.
+        losses: the objective's own, or what torch.compile made of them.
         mark: called with "forward" before the micro-batch that exchanges gradients.
     """
     losses = losses or objective.losses

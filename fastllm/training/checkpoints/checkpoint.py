@@ -17,7 +17,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -65,6 +65,10 @@ class State:
     cpu: str | None = None
     loss_scale: float | None = None
     scaled_steps: int = 0
+
+    def copy(self) -> State:
+        """This state with lists of its own: what a run's next steps do to theirs does not show."""
+        return replace(self, losses=self.losses and [*self.losses], norms=self.norms and [*self.norms])
 
 
 def read_state(path: Path) -> State:

@@ -6,7 +6,6 @@ import copy
 import functools
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -104,9 +103,8 @@ class Saver:
             self._snapshot = Snapshot(self._live)
         snapshot = self._snapshot
         snapshot.take(tensors)
-        state = replace(state, losses=state.losses and [*state.losses], norms=state.norms and [*state.norms])
         self.saving = state.step
-        self._start(self._write, snapshot, state)
+        self._start(self._write, snapshot, state.copy())
 
     def _start(self, write: Callable[..., None], *arguments: object) -> None:
         """Call ``write`` in a thread."""

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +49,7 @@ class ShardedSaver(Saver):
         self.wait(final=False)
         parts = {name: self._host(tensor) for name, tensor in (*self._live.named_parameters(), *tensors.items())}
         self.saving = state.step
-        state = replace(state, losses=state.losses and [*state.losses], norms=state.norms and [*state.norms])
-        self._start(self._write_parts, state, parts)
+        self._start(self._write_parts, state.copy(), parts)
 
     def _host(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy in host memory; of a part, one that still says where it belongs."""

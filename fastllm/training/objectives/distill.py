@@ -11,7 +11,7 @@ from ...data import Dataset, TokenFile, evaluation_batches
 from ...data.batches import IGNORE
 from ..device import autocast
 from ..evaluate import Evaluation, bits_per_byte, evaluating
-from ..objective_base import Batch, TrainedModel
+from ..objective_base import Batch, TrainedModel, target_count
 from .streams import CausalLM
 
 
@@ -77,7 +77,7 @@ class Distill(CausalLM):
         self.teacher, self.divergence = teacher.eval().requires_grad_(False), divergence
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        targets = int((batch["targets"] != IGNORE).sum())
+        targets = target_count(batch)
         return {"text": targets, "teacher": targets} if self.divergence.share < 1 else {"teacher": targets}
 
     def _teacher(self, device: torch.device) -> nn.Module:

@@ -10,11 +10,11 @@ from torch import nn
 
 from ...config import InputError
 from ...data import derive_seed
-from ...data.batches import IGNORE, permute
+from ...data.batches import permute
 from ...tasks.features import Features, class_features, pair_features, span_features
 from ...tasks.store import TaskDataset
 from ..evaluate import Evaluation, evaluating, mean_losses
-from ..objective_base import Batch, TrainedModel, to_device
+from ..objective_base import Batch, TrainedModel, target_count, to_device
 from .streams import perplexity
 
 # Label smoothing of translation (Vaswani et al. 2017).
@@ -97,11 +97,11 @@ class Seq2Seq(ExampleObjective):
 
     @staticmethod
     def counts(batch: Batch) -> dict[str, int]:
-        return {"loss": int((batch["targets"] != IGNORE).sum())}
+        return {"loss": target_count(batch)}
 
     @staticmethod
     def tokens(batch: Batch) -> int:
-        return int(batch["lengths"].sum() + (batch["targets"] != IGNORE).sum())
+        return int(batch["lengths"].sum()) + target_count(batch)
 
     def losses(self, model: TrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
         # Smoothing is for learning; what is scored is the likelihood.

@@ -18,7 +18,7 @@ from ...config import InputError
 from ...data import Dataset, TokenFile, Tokenizer, derive_seed
 from ...data.batches import IGNORE, permute
 from ..evaluate import Evaluation, evaluating, mean_losses
-from ..objective_base import Batch, TrainedModel, to_device
+from ..objective_base import Batch, TrainedModel, target_count, to_device
 
 # Of the tokens chosen for prediction: replaced with the mask, replaced with any token; the rest stay.
 MASKED, REPLACED = 0.8, 0.1
@@ -237,7 +237,7 @@ class MaskedLM:
     def counts(self, batch: Batch) -> dict[str, int]:
         counts = {}
         if self.masking:
-            counts["mlm"] = int((batch["targets"] != IGNORE).sum())
+            counts["mlm"] = target_count(batch)
         if self.pairs:
             counts["nsp"] = len(batch["next"])
         return counts

@@ -6,13 +6,12 @@ from typing import Literal
 
 import torch
 
-from ...data.batches import IGNORE
 from ...losses import dpo
 from ...tasks.features import Features, answer_features, preference_features
 from ...tasks.preferences import SIDES, pair_log_probs, preference_scores, score_pairs
 from ..device import autocast
 from ..evaluate import Evaluation, evaluating, mean_losses
-from ..objective_base import Batch, TrainedModel
+from ..objective_base import Batch, TrainedModel, target_count
 from .examples import ExampleObjective
 from .streams import perplexity
 
@@ -26,7 +25,7 @@ class Instruct(ExampleObjective):
 
     @staticmethod
     def counts(batch: Batch) -> dict[str, int]:
-        return {"loss": int((batch["targets"] != IGNORE).sum())}
+        return {"loss": target_count(batch)}
 
     @staticmethod
     def tokens(batch: Batch) -> int:

@@ -10,7 +10,7 @@ import torch
 from ...data import Batches, Dataset, derive_seed, evaluation_batches
 from ...data.batches import IGNORE
 from ..evaluate import Evaluation, evaluate, evaluating, mean_losses
-from ..objective_base import Batch, TrainedModel
+from ..objective_base import Batch, TrainedModel, target_count
 
 # How much shorter windows are while they are short, and how many more of them a batch has.
 SHORTER = 4
@@ -45,7 +45,7 @@ class CausalLM:
 
     @staticmethod
     def counts(batch: Batch) -> dict[str, int]:
-        return {"loss": int((batch["targets"] != IGNORE).sum())}
+        return {"loss": target_count(batch)}
 
     @staticmethod
     def tokens(batch: Batch) -> int:

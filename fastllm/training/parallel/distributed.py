@@ -122,12 +122,14 @@ class Group(Ranks):
     def __init__(self, training: TrainingConfig, device_type: str):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._training, self._device_type = training, device_type
-        # Ranks that see different rows, and this one's place among them.
         self.parts, self.part = self.size, self.rank
+        # The ranks that see other rows of a batch; None: all of them.
+        self._data_group: dist.ProcessGroup | None = None
         # The saving thread has a group of its own: its messages cannot meet the step's.
         self.quiet: Any = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
         self._watch = Watch(self.rank, self.size, training.hang_timeout)
-        self._module: Any = None  # what torch's engine has put its hooks on, once there is a model
+        # What an engine of torch's has put its hooks on, once there is a model; None without an engine.
+        self._module: Any = None
 
     def device(self, device: torch.device) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
@@ -138,10 +140,10 @@ class Group(Ranks):
             return dtype
         return "float32" if self._device_type == "cpu" else narrow_dtype(torch.device(self._device_type)) or "float32"
 
-    def mine(self, batch: Batch) -> tuple[Batch, int]:
-        rows = len(next(iter(batch.values()))) // self.parts
-        first = self.part * rows
-        return {name: tensor[first : first + rows] for name, tensor in batch.items()}, first
+    def shares(self, losses, model, batch, weights, elsewhere):
+        if self._module is None:
+            return super().shares(losses, model, batch, weights, elsewhere)
+        return self._module(losses, batch, weights, elsewhere)
 
     def upstream(self, loss: torch.Tensor) -> torch.Tensor:
         # Both engines give the mean of the ranks' gradients; the sum is wanted.
@@ -152,8 +154,6 @@ class Group(Ranks):
         dist.all_reduce(packed, group=self._data_group)
         for value, total in zip(values, packed.unbind(), strict=True):
             value.copy_(total)
-
-    _data_group: dist.ProcessGroup | None = None
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
         mine = torch.tensor(values, dtype=torch.float64)
@@ -218,9 +218,6 @@ class DataParallel(Group):
                 find_unused_parameters=not isinstance(objective, CausalLM),
             )
 
-    def shares(self, losses, model, batch, weights, elsewhere):
-        return self._module(losses, batch, weights, elsewhere)
-
     def exchange(self, last: bool) -> AbstractContextManager:
         return contextlib.nullcontext() if last else self._module.no_sync()
 
@@ -244,7 +241,17 @@ class Spectator(Saver):
         pass
 
 
-class FullySharded(Group):
+class Sharded(Group):
+    """Ranks that each hold a part of the model's tensors, write their own parts, and make the whole model together."""
+
+    def whole(self, model: nn.Module, make: Callable[[], nn.Module]) -> nn.Module | None:
+        return whole_model(model, make, self.rank == 0)
+
+    def saver(self, folder: Path, model: nn.Module, tokenizer: Tokenizer, keep: Keep, tell: Callable[[str], None]):
+        return ShardedSaver(folder, model, tokenizer, keep, tell, self.quiet)
+
+
+class FullySharded(Sharded):
     """FSDP2: parameters, gradients and optimiser state in equal parts; a block's weights are gathered as it runs."""
 
     def __init__(self, training: TrainingConfig, device_type: str):
@@ -276,9 +283,6 @@ class FullySharded(Group):
         draw(device, random=False)
         return model, read_sharded(checkpoint, model, self.quiet)
 
-    def shares(self, losses, model, batch, weights, elsewhere):
-        return self._module(losses, batch, weights, elsewhere)
-
     @contextlib.contextmanager
     def exchange(self, last: bool) -> Iterator[None]:
         self._module.set_requires_gradient_sync(last)
@@ -296,14 +300,8 @@ class FullySharded(Group):
         yield
         self._module.reshard()
 
-    def whole(self, model: nn.Module, make: Callable[[], nn.Module]) -> nn.Module | None:
-        return whole_model(model, make, self.rank == 0)
 
-    def saver(self, folder: Path, model: nn.Module, tokenizer: Tokenizer, keep: Keep, tell: Callable[[str], None]):
-        return ShardedSaver(folder, model, tokenizer, keep, tell, self.quiet)
-
-
-class VocabParallel(Group):
+class VocabParallel(Sharded):
     """Embedding and head split by vocabulary over ``tensor_parallel`` ranks; groups of them see different rows.
 
     The other parameters are whole on every rank; gradients are added up over the groups when the last part is done.
@@ -348,9 +346,3 @@ class VocabParallel(Group):
         for grad in (*whole, *split):
             grad.mul_(factor.to(grad.dtype))
         return norm
-
-    def whole(self, model: nn.Module, make: Callable[[], nn.Module]) -> nn.Module | None:
-        return whole_model(model, make, self.rank == 0)
-
-    def saver(self, folder: Path, model: nn.Module, tokenizer: Tokenizer, keep: Keep, tell: Callable[[str], None]):
-        return ShardedSaver(folder, model, tokenizer, keep, tell, self.quiet)

@@ -14,7 +14,7 @@ from torch import nn
 from ...data import Tokenizer
 from ..checkpoints.checkpoint import SHARDED, Keep, load_checkpoint
 from ..checkpoints.saving import Saver
-from ..objectives import Batch, Objective, rows_of
+from ..objective_base import Batch, Objective, row_count, rows_of
 
 Losses = Callable[[nn.Module, Batch], dict[str, torch.Tensor]]
 
@@ -38,12 +38,17 @@ def shares(
 
 
 class Ranks:
-    """What a step needs of the other processes. This class: there are none."""
+    """What a step needs of the other processes. This class: there are none.
+
+    Of ``size`` ranks this one is number ``rank``. They see ``parts`` different parts of a batch, this one number
+    ``part``.
+    """
 
     rank, size = 0, 1
+    part, parts = 0, 1
 
     def device(self, device: torch.device) -> torch.device:
-        """This rank's own one of the devices of that kind."""
+        """The one of that kind of device that this rank works on."""
         return device
 
     def describe(self) -> str:
@@ -102,10 +107,8 @@ class Ranks:
 
     def mine(self, batch: Batch) -> tuple[Batch, int]:
         """This rank's rows of ``batch``, and the number of its first row."""
-        if self.size == 1:
-            return batch, 0
-        rows = len(next(iter(batch.values()))) // self.size
-        first = self.rank * rows
+        rows = row_count(batch) // self.parts
+        first = self.part * rows
         return {name: tensor[first : first + rows] for name, tensor in batch.items()}, first
 
     def stand_in(self, objective: Objective, batch: Batch, rows: int) -> Batch:
