@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import io
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...files import whole_file
-from .progress import read_metrics
+from .progress import METRICS, read_metrics
+
+if TYPE_CHECKING:
+    import numpy as np
 
 BLUE, ORANGE, GREY = "#2a78b5", "#d9662b", "#666666"
 # The entries of an evaluation that are not scores.
 PLACE = {"step", "tokens", "seconds", "validation_tokens", "validation_loss"}
 
 
-def smooth(values: list[float], span: int) -> list[float]:
-    """The mean of each value and its ``span`` neighbours on either side, or as many as there are.
+# One in this many of a run's steps is at its start, where losses are far above the rest. It is the span of smoothing
+# too. A guess.
+START = 50
 
-    At the start, where values fall steeply, it takes no more values after than before.
+
+def after_the_start(values: list[float]) -> list[float]:
+    """``values`` without those of the start, which would flatten the rest of a picture."""
+    return values[len(values) // START :]
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """The mean of each value and its neighbours, one in :data:`START` of all values on either side.
+
+    At the ends there are fewer. At the start, where values fall steeply, it takes no more values after than before.
     """
+    span = len(values) // START
     sums = [0.0, *itertools.accumulate(values)]
     result = []
     for i in range(len(values)):
@@ -28,13 +44,13 @@ def smooth(values: list[float], span: int) -> list[float]:
     return result
 
 
-def new_figure(panels: int, width: float = 4.6, height: float = 3.8):
-    """A figure and its panels in a row."""
+def new_figure(panels: int, width: float = 4.6, height: float = 3.8, dpi: int = 130):
+    """A figure and its panels in a row, each ``width`` x ``height`` inches; one alone is at least 6 inches wide."""
     # The Agg canvas directly: pyplot would look for a window system and keep global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(6.0, width * panels), height), dpi=130, layout="constrained")
+    figure = Figure(figsize=(max(6.0, width * panels), height), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     for one in axes:
@@ -55,7 +71,7 @@ def save_figure(figure, path: Path) -> Path:
 
 def plot_terms(run: Path, title: str) -> Path:
     """Draw metrics.jsonl into ``run/loss.png``: training and validation loss, and a panel for each score."""
-    lines = read_metrics(run / "metrics.jsonl")
+    lines = read_metrics(run / METRICS)
     train = [line for line in lines if line.get("loss") is not None]
     held = [line for line in lines if line.get("validation_loss") is not None]
     scores = [name for name in (held[-1] if held else {}) if name.startswith("validation_") and name not in PLACE]
@@ -63,7 +79,7 @@ def plot_terms(run: Path, title: str) -> Path:
     if train:
         values = [line["loss"] for line in train]
         axes[0].plot([line["step"] for line in train], values, color=BLUE, linewidth=0.6, alpha=0.25)
-        axes[0].plot([x["step"] for x in train], smooth(values, len(values) // 50), color=BLUE, label="training")
+        axes[0].plot([x["step"] for x in train], smoothed(values), color=BLUE, label="training")
     axes[0].plot([x["step"] for x in held], [x["validation_loss"] for x in held], color=ORANGE, marker="o",
                  markersize=3, label="validation")  # fmt: skip
     axes[0].set_ylabel("loss (nats)")
@@ -77,8 +93,8 @@ def plot_terms(run: Path, title: str) -> Path:
     return save_figure(figure, run / "loss.png")
 
 
-def plot_confusion(table, labels, path: Path) -> Path:
-    """Draw counts (labels x predictions) as a coloured table."""
+def plot_confusion(table: np.ndarray, labels: Sequence[str], path: Path) -> Path:
+    """Draw counts (labels, predictions), of integers, as a coloured table."""
     figure, (axes,) = new_figure(1, height=4.2)
     axes.grid(False)
     shares = table / table.sum(1, keepdims=True).clip(min=1)

@@ -11,12 +11,10 @@ from ..checkpoints.checkpoint import State
 from ..config import TrainingConfig
 from ..evaluate import Evaluation
 from ..schedule import progress
-from .progress import Display, Metrics, duration
+from .progress import PHASES, Display, Metrics, duration
 
 # Metrics are written and shown this often.
 FLUSH_SECONDS = 1.0
-# Where the host spends a step: making the batch, the parts before the last exchange, up to the gradient's norm, update.
-PHASES = ("data", "forward", "backward", "update")
 
 
 def finite(value: float | None) -> float | None:

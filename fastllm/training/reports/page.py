@@ -17,8 +17,8 @@ from typing import Any
 from ...config import InputError
 from ...files import write_text
 from ..config import read_run_config
-from .curves import smooth
-from .progress import read_metrics
+from .curves import after_the_start, smoothed
+from .progress import METRICS, PHASES, read_metrics
 
 COLOURS = ("#2a78b5", "#d9662b", "#3a9d5d", "#8a5fb0", "#b5862a", "#c2487a", "#4d4d4d", "#2aa5a5")
 # The next style is taken when the colours run out: matplotlib's name, and the legend's in CSS.
@@ -37,7 +37,6 @@ CURVES = (
     ("skipped", "skipped steps so far", False),
     ("rank_skew_seconds", "slowest rank minus fastest, seconds", False),
 )
-PHASES = ("data_seconds", "forward_seconds", "backward_seconds", "update_seconds")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd }
@@ -61,7 +60,7 @@ def _curve(lines: list[dict[str, Any]], key: str) -> tuple[list[float], list[flo
         if isinstance(line.get(key), int | float) and math.isfinite(line[key]) and isinstance(line.get("step"), int)
     ]
     steps, values = [step for step, _ in points], [float(value) for _, value in points]
-    return steps, smooth(values, len(values) // 50) if key in SMOOTHED else values
+    return steps, smoothed(values) if key in SMOOTHED else values
 
 
 def _picture(title: str, curves: list[tuple[tuple[str, str], list[float], list[float]]], logarithmic: bool) -> str:
@@ -89,7 +88,7 @@ def _picture(title: str, curves: list[tuple[tuple[str, str], list[float], list[f
         axes.yaxis.set_major_formatter("{x:g}")  # 0.1 instead of 10^-1
         # Within a decade the ticks between powers of ten are the only ones.
         axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else NullFormatter())
-    shown = sorted(value for _, _, values in curves for value in values[len(values) // 50 :])
+    shown = sorted(value for _, _, values in curves for value in after_the_start(values))
     if not logarithmic and len(shown) > 20 and shown[-1] > shown[0]:
         # A few outliers must not flatten the rest.
         high = shown[int(0.995 * (len(shown) - 1))]
@@ -119,7 +118,7 @@ def _result(lines: list[dict[str, Any]]) -> list[str]:
     steps = [line for line in lines if "lr" in line]
     scores = [line for line in lines if "validation_loss" in line]
     last = steps[-1] if steps else {}
-    spent = [sum(line.get(phase) or 0.0 for line in steps) for phase in PHASES]
+    spent = [sum(line.get(f"{phase}_seconds") or 0.0 for line in steps) for phase in PHASES]
     total = sum(spent)
 
     def shown(value: object, form: str) -> str:
@@ -149,7 +148,7 @@ def make_page(runs: list[Path], out: Path) -> None:
     for run in runs:
         if not (run / "config.toml").is_file():
             raise InputError(f"{run}: no run: config.toml is missing")
-        lines = [line for line in read_metrics(run / "metrics.jsonl") if isinstance(line, dict)]
+        lines = [line for line in read_metrics(run / METRICS) if isinstance(line, dict)]
         metrics.append(lines)
         tables = asdict(read_run_config(run / "config.toml"))
         configs.append({f"{table}.{key}": value for table, part in tables.items() for key, value in part.items()})
@@ -169,7 +168,7 @@ def make_page(runs: list[Path], out: Path) -> None:
             pictures.append(_picture(title, curves, logarithmic))
     header = [
         "run", "steps", "tokens", "seconds", "loss", "validation loss", "bits per byte", "tokens/s", "MFU", "skipped",
-        "data / forward / backward / update",
+        " / ".join(PHASES),
     ]  # fmt: skip
     results = _table(header, [[name, *_result(lines)] for name, lines in zip(names, metrics, strict=True)])
     keys = list(dict.fromkeys(key for config in configs for key in config))

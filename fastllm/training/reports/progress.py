@@ -25,6 +25,8 @@ from ...files import naming, write_text
 # Seconds between plain lines where the output is not a terminal.
 LINE_INTERVAL = 5.0
 METRICS = "metrics.jsonl"
+# Where the host spends a step: making the batch, the parts before the last exchange, up to the gradient's norm, update.
+PHASES = ("data", "forward", "backward", "update")
 
 
 def printable(text: str) -> str:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 from ...config import InputError
 from ...data import Dataset, derive_seed
-from ...files import whole_file, write_text
+from ...files import write_text
 from ...generate.sampling import generate
 from ...models import LanguageModel, Model
 from ...tasks.show import show
 from ...tasks.store import TaskDataset
 from ..evaluate import bits_per_byte
-from .curves import smooth
-from .progress import read_metrics
+from .curves import BLUE, GREY, ORANGE, after_the_start, new_figure, plot_terms, save_figure, smoothed
+from .progress import METRICS, read_metrics
 
 SAMPLES, SAMPLE_TOKENS = 4, 200
 TEMPERATURE, TOP_P = 0.8, 0.95
@@ -27,45 +26,30 @@ def plot_loss(run: Path, dataset: Any, title: str) -> Path:
 
     Where there are no bits per byte: each term of the loss, and each score beside it.
     """
-    if not any("validation_bits_per_byte" in line for line in read_metrics(run / "metrics.jsonl")):
-        from .curves import plot_terms
-
+    lines = read_metrics(run / METRICS)
+    if not any("validation_bits_per_byte" in line for line in lines):
         return plot_terms(run, title)
-    # The Agg canvas directly: pyplot would look for a window system and keep global state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
-
-    lines = read_metrics(run / "metrics.jsonl")
     # A skipped step, or a score, that is not finite has null there.
     train = [line for line in lines if line.get("loss") is not None]
-    validation = [line for line in lines if line.get("validation_bits_per_byte") is not None]
+    held = [line for line in lines if line.get("validation_bits_per_byte") is not None]
     to_bits = bits_per_byte(1.0, dataset.train)
-    blue, orange, grey = "#2a78b5", "#d9662b", "#666666"
-
-    figure = Figure(figsize=(9, 5.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    bits, scores = [line["loss"] * to_bits for line in train], [line["validation_bits_per_byte"] for line in held]
+    figure, (axes,) = new_figure(1, width=9, height=5.2, dpi=150)
     if train:
         steps = [line["step"] for line in train]
-        bits = [line["loss"] * to_bits for line in train]
-        axes.plot(steps, bits, color=blue, linewidth=0.6, alpha=0.25)
-        axes.plot(steps, smooth(bits, len(bits) // 50), color=blue, linewidth=1.8, label="training (with dropout)")
-    if validation:
-        final = validation[-1]
-        x, y = [line["step"] for line in validation], [line["validation_bits_per_byte"] for line in validation]
-        axes.plot(x, y, color=orange, linewidth=1.8, marker="o", markersize=3.5, label="validation")
+        axes.plot(steps, bits, color=BLUE, linewidth=0.6, alpha=0.25)
+        axes.plot(steps, smoothed(bits), color=BLUE, linewidth=1.8, label="training (with dropout)")
+    if held:
+        steps = [line["step"] for line in held]
+        axes.plot(steps, scores, color=ORANGE, linewidth=1.8, marker="o", markersize=3.5, label="validation")
         axes.annotate(
-            f"{final['validation_bits_per_byte']:.3f}", (x[-1], y[-1]), xytext=(6, 0),
-            textcoords="offset points", va="center", color=orange, fontweight="bold",
+            f"{scores[-1]:.3f}", (steps[-1], scores[-1]), xytext=(6, 0), textcoords="offset points", va="center",
+            color=ORANGE, fontweight="bold",
         )  # fmt: skip
     xz = dataset.summary.xz_bits_per_byte
     if xz is not None:
-        axes.axhline(xz, color=grey, linewidth=1.2, linestyle=(0, (5, 3)), label=f"xz -9, training text seen: {xz:.3f}")
-    # The first steps are far above the rest and would flatten it.
-    shown = [line["loss"] * to_bits for line in train[len(train) // 50 :]] + [
-        line["validation_bits_per_byte"] for line in validation
-    ]
+        axes.axhline(xz, color=GREY, linewidth=1.2, linestyle=(0, (5, 3)), label=f"xz -9, training text seen: {xz:.3f}")
+    shown = [*after_the_start(bits), *scores]
     if shown:
         low, high = min([*shown, *([xz] if xz is not None else [])]), max(shown)
         axes.set_ylim(low - 0.06 * (high - low) - 0.02, high + 0.03 * (high - low) + 0.02)
@@ -73,22 +57,20 @@ def plot_loss(run: Path, dataset: Any, title: str) -> Path:
     axes.set_xlabel("step")
     axes.set_ylabel("bits per byte")
     axes.set_title(title, loc="left", fontsize=11)
-    axes.grid(color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     if train and train[-1]["seconds"] > 0:
-        # The clock runs in step with the steps: one more scale over the same axis.
-        rate = train[-1]["seconds"] / train[-1]["step"]
-        top = axes.secondary_xaxis("top", functions=(lambda step: step * rate, lambda seconds: seconds / rate))
-        top.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:g} s"))
-        top.spines["top"].set_visible(False)
-        top.tick_params(length=0, labelcolor=grey, labelsize=8)
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    with whole_file(run / "loss.png") as file:
-        file.write(image.getvalue())
-    return run / "loss.png"
+        _add_seconds(axes, train[-1]["seconds"] / train[-1]["step"])
+    return save_figure(figure, run / "loss.png")
+
+
+def _add_seconds(axes, rate: float) -> None:
+    """A scale of seconds over the steps, ``rate`` each: the clock runs in step with them."""
+    from matplotlib.ticker import FuncFormatter
+
+    top = axes.secondary_xaxis("top", functions=(lambda step: step * rate, lambda seconds: seconds / rate))
+    top.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:g} s"))
+    top.spines["top"].set_visible(False)
+    top.tick_params(length=0, labelcolor=GREY, labelsize=8)
 
 
 def write_samples(run: Path, model: Model, dataset: Dataset | TaskDataset, seed: int) -> str:
