@@ -13,6 +13,8 @@ from ...config import InputError
 from ...models.config import TransformerConfig
 
 GIB = 2**30
+# The most that the loss takes by itself, from 16,384 tokens on.
+LOGITS_BYTES = 2400 * 2.0**20
 
 
 class TooLarge(InputError):
@@ -114,8 +116,12 @@ def parameter_count(config: TransformerConfig) -> int:
         layer += config.head_dim * (config.num_heads + 2 * config.kv_heads) + h + gates * mlp + h
         norm += h if config.norm == "layer" else 0
     total = config.num_layers * (layer + 2 * norm) + norm * (2 if config.embedding_norm else 1)
-    total += config.vocab_size * h * (1 if config.tie_embeddings else 2)
-    return total + (config.context_length * h if config.positions == "learned" else 0)
+    return total + table_parameters(config) + (config.context_length * h if config.positions == "learned" else 0)
+
+
+def table_parameters(config: TransformerConfig) -> int:
+    """Parameters of the token embedding and of the head, a shared table counted once."""
+    return config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
 
 
 def kept_bytes(
@@ -124,7 +130,7 @@ def kept_bytes(
     """Bytes that the forward pass of ``rows`` whole contexts keeps for the backward, weights not counted.
 
     Counted on a forward pass with tensors that have no memory (FakeTensorMode): each storage that autograd saves, once.
-    Of one and of two layers, and on from there: layers are alike.
+    Layers are alike, so that models of one layer and of two are counted, and the rest follows.
 
     Args:
         dtype: "bfloat16" is autocast over fp32 weights; with ``narrow`` the weights are bf16 too, as FSDP gathers them.
@@ -150,6 +156,7 @@ def _kept_by(config: TransformerConfig, layers: int, rows: int, dtype: str, reco
         model.checkpoint_activations = recompute
         own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
         saved: dict[int, int] = {}
+        held: list[torch.Tensor] = []
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
@@ -158,7 +165,6 @@ def _kept_by(config: TransformerConfig, layers: int, rows: int, dtype: str, reco
                 held.append(tensor)  # so that no other storage gets its address
             return tensor
 
-        held: list[torch.Tensor] = []
         tokens = torch.zeros(rows, config.context_length, dtype=torch.int64)
         with (
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
@@ -168,13 +174,29 @@ def _kept_by(config: TransformerConfig, layers: int, rows: int, dtype: str, reco
         return sum(saved.values())
 
 
+def _bytes_of_a_row(config: TransformerConfig, dtype: str, recompute: bool, narrow: bool) -> int:
+    """What a sequence of a micro-batch takes while it is trained on."""
+    row = kept_bytes(config, 1, dtype, recompute, narrow)
+    if recompute:
+        # The block that is being recomputed.
+        row += _kept_by(config, 2, 1, dtype, False, narrow) - _kept_by(config, 1, 1, dtype, False, narrow)
+    return row
+
+
+def _flops_of_a_token(config: TransformerConfig) -> int:
+    """6 N + 12 layers x hidden x context, as :func:`fastllm.models.transformer.flops_per_token` without a model."""
+    looked_up = 0 if config.tie_embeddings else table_parameters(config) // 2
+    attention = 12 * config.num_layers * config.hidden_size * config.context_length
+    return 6 * (parameter_count(config) - looked_up) + attention
+
+
 def state_bytes(config: TransformerConfig, optimizer: str) -> dict[str, float]:
     """Bytes of weights, gradients and optimiser state, all in fp32: 4 each a parameter, AdamW 8, Muon 4.
 
     (ZeRO's 16 bytes a parameter, Rajbhandari et al. 2020, section 3.1, without its copy in 16 bits.)
     """
     parameters = parameter_count(config)
-    hidden = parameters - config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
+    hidden = parameters - table_parameters(config)
     moments = 8 * parameters if optimizer == "adamw" else 8 * (parameters - hidden) + 4 * hidden
     return {"weights": 4.0 * parameters, "gradients": 4.0 * parameters, "optimizer state": float(moments)}
 
@@ -225,20 +247,15 @@ def plan(
             f"batch_tokens: {batch_tokens:,} are less than one sequence of {config.context_length:,} for each of "
             f"{gpus:,} GPUs"
         )
-    share = gpus if parallel == "fsdp" else 1
-    memory = {name: size / share for name, size in state_bytes(config, optimizer).items()}
-    tables = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
-    block = (parameters - tables) / config.num_layers
-    if parallel == "fsdp" and gpus > 1:
-        memory["gathered"] = (2 * block + tables) * (2 + 4)
+    split = parallel == "fsdp" and gpus > 1
+    memory = {name: size / (gpus if split else 1) for name, size in state_bytes(config, optimizer).items()}
+    if split:
+        block = (parameters - table_parameters(config)) / config.num_layers
+        memory["gathered"] = (2 * block + table_parameters(config)) * (2 + 4)
     elif dtype == "bfloat16":
         memory["bf16 copies of weights"] = 2.0 * parameters
-    narrow = parallel == "fsdp" and gpus > 1 and dtype == "bfloat16"
-    row = kept_bytes(config, 1, dtype, checkpoint_activations, narrow)
-    if checkpoint_activations:
-        # The block that is being recomputed.
-        row += _kept_by(config, 2, 1, dtype, False, narrow) - _kept_by(config, 1, 1, dtype, False, narrow)
-    memory["logits"] = 2400 * 2.0**20  # the most that the loss takes by itself, from 16,384 tokens on
+    memory["logits"] = LOGITS_BYTES
+    row = _bytes_of_a_row(config, dtype, checkpoint_activations, narrow=split and dtype == "bfloat16")
     limit = gpu.memory * (1 - reserve)
     largest = int((limit - sum(memory.values())) // row)
     if largest < 1:
@@ -250,9 +267,7 @@ def plan(
         micro_batch = max(rows for rows in range(1, min(largest, sequences) + 1) if sequences % rows == 0)
     memory["activations"] = float(row) * micro_batch
     micro_steps = -(-sequences // micro_batch)
-    flops = 6 * (parameters - (0 if config.tie_embeddings else tables / 2)) + (
-        12 * config.num_layers * config.hidden_size * config.context_length
-    )
+    flops = _flops_of_a_token(config)
     done = flops * (4 / 3 if checkpoint_activations else 1)
     compute = done * batch_tokens / (gpus * gpu.flops * efficiency)
     sent = sent_bytes(parameters, gpus, micro_steps, parallel)
