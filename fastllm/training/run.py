@@ -16,7 +16,7 @@ from ..config import InputError, settings
 from ..data import derive_seed
 from ..files import whole_folder
 from ..matmul import matmul_flops
-from ..models import build_model, load_model
+from ..models import Model, build_model, load_model
 from ..version import __version__
 from .average import WeightAverage
 from .checkpoints.checkpoint import (
@@ -86,34 +86,14 @@ class Run:
         if config.objective.lora_rank and ranks.size > 1:
             raise InputError(f"lora_rank: adapters are trained by one process, not by {ranks.size}")
         training = config.training.with_budget()
+        self.config = replace(config, training=training)
         self.objective = make_objective(
             config.objective, dataset, config.model.context_length, training.batch_size, training.seed
         )
-        make = self._make = lambda: build_model(config.model)
-        self.model: TrainedModel
-        if checkpoint is None:
-            with keep_random_state(self.device):
-                torch.manual_seed(derive_seed(training.seed, "weights"))
-                dtype = ranks.dtype(training.dtype)
-                self.model = ranks.build(lambda: new_model(config), self.device, dtype)
-            self.optimizers = Optimizers(self.model, training)
-            self.average = WeightAverage(self.model, training.ema_decay)
-            self.state = State(step=0, seconds=0.0, tokens=0, dtype=dtype, data=dataset.train.sha256)
-        else:
-            self.state = read_state(checkpoint)
-            if self.state.data != dataset.train.sha256:
-                raise InputError(f"{checkpoint}: made from other training tokens than {dataset.train.path}")
-            check_settings(checkpoint, self.state.settings, fixed_settings(training), folder / CONFIG)
-            saved = load_config(checkpoint)
-            if saved != config.model:
-                raise InputError(f"{checkpoint}: another model than in {folder / CONFIG}")
-            self.model, tensors = ranks.load(checkpoint, make, self.device, self.state.dtype)
-            if config.objective.lora_rank:  # whose weights are merged
-                with keep_random_state(self.device):
-                    self.model = new_model(config).to(self.device)
-                load_adapter(self.model, checkpoint / ADAPTER)
-            self.optimizers = Optimizers(self.model, training)
-            self.average = WeightAverage(self.model, training.ema_decay)
+        self.state, self.model, tensors = self._begin() if checkpoint is None else self._go_on(checkpoint)
+        self.optimizers = Optimizers(self.model, training)
+        self.average = WeightAverage(self.model, training.ema_decay)
+        if checkpoint is not None:
             try:
                 self.optimizers.load_state_dict(self.average.load(tensors))
             except ValueError as error:
@@ -122,7 +102,35 @@ class Run:
         key_dropout(self.model).train()
         ranks.attach(self.model, self.objective)
         self.model.checkpoint_activations = training.checkpoint_activations
-        self.config = replace(config, training=training)
+
+    def _make(self) -> Model:
+        """A new model of this run's shape."""
+        return build_model(self.config.model)
+
+    def _begin(self) -> tuple[State, TrainedModel, dict[str, torch.Tensor]]:
+        """The state and the model of a new run; there are no tensors of a checkpoint."""
+        training = self.config.training
+        with keep_random_state(self.device):
+            torch.manual_seed(derive_seed(training.seed, "weights"))
+            dtype = self.ranks.dtype(training.dtype)
+            model = self.ranks.build(lambda: new_model(self.config), self.device, dtype)
+        state = State(step=0, seconds=0.0, tokens=0, dtype=dtype, data=self.dataset.train.sha256)
+        return state, model, {}
+
+    def _go_on(self, checkpoint: Path) -> tuple[State, TrainedModel, dict[str, torch.Tensor]]:
+        """The state, the model and the optimisers' tensors of ``checkpoint``, which must be of this run."""
+        state, config = read_state(checkpoint), self.config
+        if state.data != self.dataset.train.sha256:
+            raise InputError(f"{checkpoint}: made from other training tokens than {self.dataset.train.path}")
+        check_settings(checkpoint, state.settings, fixed_settings(config.training), self.folder / CONFIG)
+        if load_config(checkpoint) != config.model:
+            raise InputError(f"{checkpoint}: another model than in {self.folder / CONFIG}")
+        model, tensors = self.ranks.load(checkpoint, self._make, self.device, state.dtype)
+        if config.objective.lora_rank:  # whose weights are merged
+            with keep_random_state(self.device):
+                model = new_model(config).to(self.device)
+            load_adapter(model, checkpoint / ADAPTER)
+        return state, model, tensors
 
     def measure(self) -> Measured:
         """Measure the device; say and record what will be trained, where and how.
@@ -132,31 +140,17 @@ class Run:
         """
         if self.ranks.size == 1 and chosen_backend() != "auto":
             self._try_one_row()
-        measured = {}
+        times = {}
         auto = self.state.dtype == "auto"
         if auto:
-            self.state.dtype, measured = faster_dtype(self.objective, self.model, self.sample())
+            self.state.dtype, times = faster_dtype(self.objective, self.model, self.sample())
         before, self.state.cpu = self.state.cpu, cpu.kind() if self.device.type == "cpu" else None
-        peak = matmul_flops(self.device, getattr(torch, self.state.dtype))
-        flops_per_token = self.model.flops_per_token(self.config.model.context_length)
-        environment = {
-            "step": self.state.step,
-            "fastllm": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
-            "cpu": self.state.cpu,
-            "threads": torch.get_num_threads(),
-            "ranks": self.ranks.size,
-            "dtype": self.state.dtype,
-            "seconds_per_forward_backward": measured,
-            "matmul_flops": peak,
-            "flops_per_token": flops_per_token,
-            "parameters": self.model.num_parameters(),
-        }
+        measured = Measured(
+            peak=matmul_flops(self.device, getattr(torch, self.state.dtype)),
+            flops_per_token=self.model.flops_per_token(self.config.model.context_length),
+        )
         if self.ranks.rank == 0:
-            with open(self.folder / SESSIONS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(environment) + "\n")
+            self._record(measured, times)
         say = self.display.say
         say(self.config.to_toml())
         if self.state.step:
@@ -168,17 +162,37 @@ class Run:
                 )
         say(self.dataset.describe())
         say(f"model: {self.model.num_parameters():,} parameters on {self.device}{self.ranks.describe()}")
-        if measured:
-            times = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in measured.items())
-            say(f"precision: {self.state.dtype}, forward and backward measured: {times}")
+        if times:
+            in_words = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in times.items())
+            say(f"precision: {self.state.dtype}, forward and backward measured: {in_words}")
         elif auto:
             say(f"precision: {self.state.dtype}, for this CPU ({cpu.level()}) has no products of bfloat16")
         say(
-            f"MFU = {flops_per_token / 1e6:.1f} MFLOP/token (6 N + attention over "
-            f"{self.config.model.context_length:,} tokens) x tokens/s / {peak / 1e9:,.0f} GFLOP/s (matrix product "
-            f"measured here, {self.state.dtype})"
+            f"MFU = {measured.flops_per_token / 1e6:.1f} MFLOP/token (6 N + attention over "
+            f"{self.config.model.context_length:,} tokens) x tokens/s / {measured.peak / 1e9:,.0f} GFLOP/s (matrix "
+            f"product measured here, {self.state.dtype})"
         )
-        return Measured(peak, flops_per_token)
+        return measured
+
+    def _record(self, measured: Measured, times: dict[str, float]) -> None:
+        """Add a line to sessions.jsonl: where this session trains, and what was measured."""
+        environment = {
+            "step": self.state.step,
+            "fastllm": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
+            "cpu": self.state.cpu,
+            "threads": torch.get_num_threads(),
+            "ranks": self.ranks.size,
+            "dtype": self.state.dtype,
+            "seconds_per_forward_backward": times,
+            "matmul_flops": measured.peak,
+            "flops_per_token": measured.flops_per_token,
+            "parameters": self.model.num_parameters(),
+        }
+        with open(self.folder / SESSIONS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(environment) + "\n")
 
     def _try_one_row(self) -> None:
         """The losses of one sequence: what cannot be computed is refused before anything is written."""
