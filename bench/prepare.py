@@ -32,6 +32,7 @@ from triton.runtime.cache import triton_key
 
 from ..backends import KERNEL_DTYPES
 from ..kernels.device import GPUS
+from ..other_work import cores
 from ..parser import first_paragraph
 from ..registry import OPS, Sample
 from . import cases
@@ -188,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     packing.add_argument("--arch", type=int, default=90, choices=list(GPUS), help="sm version (%(default)s)")
     packing.add_argument("--op", nargs="+", choices=sorted(OPS), help="only these ops (all)")
     packing.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="begin no op after it")
-    packing.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)")
+    packing.add_argument("--workers", type=int, default=cores(), help="processes (%(default)s)")
     unpacking = commands.add_parser("unpack", help="put the kernels where Triton looks for them")
     unpacking.add_argument("folder", type=Path)
     unpacking.add_argument("cache", type=Path)

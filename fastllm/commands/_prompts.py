@@ -24,8 +24,11 @@ from ..training.objectives.streams import perplexity
 from ..training.prompts import fitting
 from ..training.run import CONFIG
 
+# Pairs, or windows of a text, that are scored at a time. A guess.
+ROWS = 8
 
-def form_asked(arguments: argparse.Namespace, task: str, folder: Path) -> str | None:
+
+def form_asked(arguments: argparse.Namespace, task: str) -> str | None:
     """What JSON lines a language model is to be scored on: "instruct" or "dpo"; None for text.
 
     Raises:
@@ -84,7 +87,7 @@ def _of_instructions(model, tokenizer, examples, arguments) -> tuple[dict, list[
 
 def _of_preferences(model, tokenizer, examples, arguments) -> tuple[dict, list[dict]]:
     features = preference_features(examples, tokenizer, model.config.context_length)
-    own, reference, beta = score_pairs(model, features, 8), None, arguments.beta
+    own, reference, beta = score_pairs(model, features, ROWS), None, arguments.beta
     settings = _objective_of(arguments)
     path = arguments.reference
     if settings is not None and settings.objective == "dpo":
@@ -94,8 +97,8 @@ def _of_preferences(model, tokenizer, examples, arguments) -> tuple[dict, list[d
         if other.config.context_length < model.config.context_length:
             raise InputError(f"reference: {path} reads {other.config.context_length} tokens, the model "
                              f"{model.config.context_length}")  # fmt: skip
-        reference = score_pairs(other, features, 8)
-    scores = preference_scores(own, reference, beta or 0.1)
+        reference = score_pairs(other, features, ROWS)
+    scores = preference_scores(own, reference, beta or ObjectiveConfig.beta)
     interval = wilson_interval(scores.pop("right"), len(examples))
     scores = {
         "preference_accuracy": scores.pop("preference_accuracy"),

@@ -37,7 +37,7 @@ from ..training.checkpoints.checkpoint import load_config
 from ..training.evaluate import evaluate
 from ..training.objectives.distill import student_scores
 from ._model import add_length_penalty, add_model_arguments, check_length_penalty, chosen_folder, load_for, task_of
-from ._prompts import beside, form_asked, scores_of_prompts
+from ._prompts import ROWS, beside, form_asked, scores_of_prompts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -140,11 +140,11 @@ def _text(model, tokenizer, arguments) -> dict:
         write_token_file(path, [*corpus.train, *corpus.validation], tokenizer)
         held_out, context = open_token_file(path, tokenizer), model.config.context_length
         if arguments.teacher is None:
-            result = evaluate(model, held_out, context, 8, "float32")
+            result = evaluate(model, held_out, context, ROWS)
         else:
             teacher = beside(arguments.teacher, "teacher", tokenizer).to(model.head.weight.device)
             context = min(context, teacher.config.context_length)
-            result = student_scores(model, teacher, held_out, context, 8)
+            result = student_scores(model, teacher, held_out, context, ROWS)
     return {**result.scores, "loss": result.loss, "tokens": result.tokens}
 
 
@@ -192,7 +192,7 @@ def _run(arguments: argparse.Namespace, out: Path | None) -> int:
     paradigms = [] if arguments.blimp is None else read_blimp(arguments.blimp)
     model, tokenizer = load_for(folder, arguments.device)
     predictions = []
-    form = form_asked(arguments, task, folder)
+    form = form_asked(arguments, task)
     if form is not None:
         scores, predictions = scores_of_prompts(model, tokenizer, form, arguments)
     elif task in TASKS:

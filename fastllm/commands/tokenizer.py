@@ -11,6 +11,7 @@ from rich.text import Text
 
 from ..config import InputError, read_plain
 from ..data import DataConfig, Tokenizer, load_corpus, prepare
+from ..data.token_shards import SHARD_TOKENS
 from ..data.tokenizer import KINDS, SPECIAL_TOKENS
 from ..data.tokenizer_show import ShownPieces, ShownSample
 from ..files import folder_to_fill
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", required=True, metavar="FOLDER", help="where to write the token files, for fastllm train --data"
     )
     encode.add_argument(
-        "--shard-tokens", type=int, default=1 << 28, metavar="N", help="tokens in one file (default: %(default)s)"
+        "--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N", help="tokens in one file (default: %(default)s)"
     )
     encode.add_argument("--quiet", action="store_true", help="print nothing but errors")
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # One document in ten is held out.
 HELD_OUT = 10
-# xz -9 remembers 64 MiB and compresses a few MB/s; above this its line is left out.
+# xz -9 remembers 64 MiB and compresses a few MB/s. A text of more characters, or of more bytes, is left out.
 XZ_LIMIT = 16 << 20
 
 
@@ -35,7 +35,7 @@ class Corpus:
 
     @property
     def characters(self) -> int:
-        """The bytes of all documents."""
+        """The characters of all documents."""
         return sum(map(len, (*self.train, *self.validation)))
 
     @property
@@ -225,7 +225,7 @@ def xz_bits_per_byte(corpus: Corpus | PreparedCorpus) -> float | None:
     """The bits per byte that ``xz -9`` needs for the validation text after the training text.
 
     8 * (size(train + validation) - size(train)) / bytes(validation), documents joined by a newline.
-    None where the text is longer than :data:`XZ_LIMIT`.
+    None where the text has more characters or bytes than :data:`XZ_LIMIT`.
     """
     if corpus.characters > XZ_LIMIT:
         return None

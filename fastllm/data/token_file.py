@@ -45,6 +45,7 @@ import numpy as np
 from ..config import InputError
 from ..files import whole_file
 from .concatenated import Concatenated
+from .digest import arrays_sha256
 from .tokenizer import Tokenizer
 
 MAGIC = b"fastllmT"
@@ -213,6 +214,49 @@ def open_token_file(path: str | Path, tokenizer: Tokenizer | None = None, shard:
             or shard. The message names the file.
     """
     path = Path(path)
+    header = _read_header(path)
+    count, itemsize, documents, sentences = (
+        int(header[name]) for name in ("tokens", "itemsize", "documents", "sentences")
+    )
+    made_with = header["tokenizer"].tobytes().hex()
+    if tokenizer is not None and made_with != tokenizer.fingerprint:
+        raise InputError(
+            f"{path}: made with another tokenizer (fingerprint {made_with[:12]}, this one has "
+            f"{tokenizer.fingerprint[:12]})"
+        )
+    if header["shard"] != shard:
+        raise InputError(f"{path}: shard {header['shard']}, expected shard {shard}")
+    tokens = np.memmap(path, f"<u{itemsize}", mode="r", offset=OFFSET, shape=(count,))
+    starts = [
+        np.memmap(path, "<u8", mode="r", offset=int(header[f"{kind}_offset"]), shape=(number,))
+        if number
+        else np.zeros(0, "<u8")
+        for kind, number in (("document", documents), ("sentence", sentences))
+    ]
+    if header["header_sha256"].tobytes() not in (bytes(32), _header_digest(header.tobytes())):
+        raise InputError(f"{path}: damaged token file: its header does not match its own SHA-256")
+    digests = [arrays_sha256([tokens]), arrays_sha256(starts)]
+    if digests != [header[name].tobytes().hex() for name in ("sha256", "starts_sha256")]:
+        raise InputError(f"{path}: damaged token file: its SHA-256 does not match its header")
+    return TokenFile(
+        path=path,
+        tokens=tokens,
+        vocab_size=int(header["vocab_size"]),
+        documents=documents,
+        bytes=int(header["bytes"]),
+        tokenizer=made_with,
+        sha256=digests[0],
+        document_starts=starts[0],
+        sentence_starts=starts[1],
+    )
+
+
+def _read_header(path: Path) -> np.void:
+    """The header of a token file whose parts lie where this version puts them, and which ends with the last of them.
+
+    Raises:
+        InputError: the file is missing, is not a token file of this version, or has another length.
+    """
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -232,38 +276,4 @@ def open_token_file(path: str | Path, tokenizer: Tokenizer | None = None, shard:
     placed = int(header["document_offset"]) == document_offset and sentence_offset == document_offset + 8 * documents
     if size != expected or not count or not placed:
         raise InputError(f"{path}: damaged token file: {expected} bytes expected, {size} found")
-    made_with = header["tokenizer"].tobytes().hex()
-    if tokenizer is not None and made_with != tokenizer.fingerprint:
-        raise InputError(
-            f"{path}: made with another tokenizer (fingerprint {made_with[:12]}, this one has "
-            f"{tokenizer.fingerprint[:12]})"
-        )
-    if header["shard"] != shard:
-        raise InputError(f"{path}: shard {header['shard']}, expected shard {shard}")
-    tokens = np.memmap(path, f"<u{itemsize}", mode="r", offset=OFFSET, shape=(count,))
-    starts = [
-        np.memmap(path, "<u8", mode="r", offset=offset, shape=(number,)) if number else np.zeros(0, "<u8")
-        for offset, number in ((document_offset, documents), (sentence_offset, sentences))
-    ]
-    if header["header_sha256"].tobytes() not in (bytes(32), _header_digest(start)):
-        raise InputError(f"{path}: damaged token file: its header does not match its own SHA-256")
-    digests = []
-    for arrays in ((tokens,), starts):
-        digest = hashlib.sha256()
-        for part in arrays:
-            for begin in range(0, len(part), 1 << 20):
-                digest.update(part[begin : begin + (1 << 20)].data)
-        digests.append(digest)
-    if [digest.digest() for digest in digests] != [header[name].tobytes() for name in ("sha256", "starts_sha256")]:
-        raise InputError(f"{path}: damaged token file: its SHA-256 does not match its header")
-    return TokenFile(
-        path=path,
-        tokens=tokens,
-        vocab_size=int(header["vocab_size"]),
-        documents=documents,
-        bytes=int(header["bytes"]),
-        tokenizer=made_with,
-        sha256=digests[0].hexdigest(),
-        document_starts=starts[0],
-        sentence_starts=starts[1],
-    )
+    return header

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from .concatenated import Concatenated
+from .digest import arrays_sha256
 from .token_file import TokenFile, TokenWriter, encoded, open_token_file
 from .tokenizer import Tokenizer
 
@@ -29,7 +29,6 @@ def write_token_shards(
     rest = iter(encoded(documents, tokenizer))
     names: list[str] = []
     following = next(rest, None)
-    digest = hashlib.sha256()
     while following is not None or not names:
         names.append(f"{name}-{len(names):05d}.bin")
         with TokenWriter(folder / names[-1], tokenizer, shard=len(names) - 1) as writer:
@@ -41,11 +40,8 @@ def write_token_shards(
     for old in folder.glob(f"{name}-*.bin"):
         if old.name not in names:
             old.unlink()
-    for number, file in enumerate(names):
-        tokens = open_token_file(folder / file, tokenizer, number).tokens
-        for begin in range(0, len(tokens), 1 << 20):
-            digest.update(np.asarray(tokens[begin : begin + (1 << 20)]).data)
-    return names, digest.hexdigest()
+    written = (open_token_file(folder / file, tokenizer, number).tokens for number, file in enumerate(names))
+    return names, arrays_sha256(written)
 
 
 def open_token_shards(

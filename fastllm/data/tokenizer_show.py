@@ -40,7 +40,7 @@ class ShownPieces:
     @property
     def strings(self) -> list[str]:
         """The pieces as text; bytes of a character that lies in several pieces as ``\\xNN``."""
-        return [self._tokenizer.token_bytes(index).decode("utf-8", "backslashreplace") for index in self.ids]
+        return [self._string(index) for index in self.ids]
 
     @property
     def bytes_per_token(self) -> float:

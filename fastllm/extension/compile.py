@@ -208,7 +208,7 @@ def _jobs() -> int:
         raise ValueError(f"MAX_JOBS: expected a positive number, got {wish!r}")
     if wish:
         return int(wish)
-    # A container or a batch system may allow fewer cores than there are.
+    # As fastllm.other_work.cores, which this file cannot import: a container may allow fewer cores than there are.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from ...config import option
 from ..sources import NAMES, Limits
-
-MIB = 1 << 20
+from ..sources.limits import MIB
 
 
 @dataclass(frozen=True)

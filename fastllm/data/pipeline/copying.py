@@ -8,7 +8,6 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,25 +24,20 @@ from .shards import Shards, compress, rejection_line
 from .work import document_line
 
 
-@dataclass
 class WithoutRepeats:
     """Copies shards but for their duplicates and repeated passages, which go to ``rejected``, and counts those.
 
-    Attributes:
-        ids: the names of documents that others repeat, of the shards copied so far. Shards are copied in order.
+    Shards are copied in order.
     """
 
-    shards: Shards
-    config: PipelineConfig
-    duplicates: Duplicates
-    counts: Counter[str]
-    ids: dict[int, str] = field(default_factory=dict)
-
-    def __post_init__(self):
-        self.repeated = self.duplicates.repeated()
-        work, length = self.shards.work, self.config.exact_substrings
-        self.sentences = RepeatedSentences(work, self.duplicates) if self.config.sentence_dedup else None
-        self.substrings = RepeatedSubstrings(work, self.duplicates, length) if length else None
+    def __init__(self, shards: Shards, config: PipelineConfig, duplicates: Duplicates, counts: Counter[str]):
+        self.shards, self.config, self.duplicates, self.counts = shards, config, duplicates, counts
+        # The documents that others repeat, and those of the shards copied so far by their names.
+        self.repeated = duplicates.repeated()
+        self.ids: dict[int, str] = {}
+        work, length = shards.work, config.exact_substrings
+        self.sentences = RepeatedSentences(work, duplicates) if config.sentence_dedup else None
+        self.substrings = RepeatedSubstrings(work, duplicates, length) if length else None
 
     def copy(self, number: int, target: Path, size: int) -> tuple[int, np.ndarray]:
         """Write what stays of shard ``number``, which holds ``size`` bytes of text, to ``target``, if anything does.

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections import Counter
@@ -27,11 +26,13 @@ import numpy as np
 from ...config import InputError
 from ...files import read_json, write_text
 from ...locks import lock as take_lock
+from ...other_work import cores
 from ..clean import CleanConfig
 from ..digest import file_sha256
 from ..prepared import PREPARED
 from ..sources import Failure, SourceEntry, plan_sources
-from .config import MIB, PipelineConfig
+from ..sources.limits import MIB
+from .config import PipelineConfig
 from .copying import WithoutRepeats
 from .duplicates import find_duplicates
 from .pool import Pool
@@ -39,7 +40,7 @@ from .report import write_report
 from .shards import Shards
 from .work import Batch, BatchResult, batches, run_batch
 
-# More processes than this no machine has cores for.
+# No machine has cores for more processes than this.
 MOST_WORKERS = 1024
 Tell = Callable[[float, str], None]
 
@@ -85,7 +86,7 @@ def prepare_text(
         results = _results(batches(work, config, start), cleaning, config, workers, engine)
         _clean(results, work, start, shards, config, tell)
         tell(1.0, "comparing documents")
-        return _finish(out, shards, cleaning, config, settings, key)
+        return _finish(out, shards, config, settings, key)
 
 
 @contextlib.contextmanager
@@ -138,7 +139,7 @@ def _results(
         yield from results(work, cleaning, config)
         return
     if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = cores()
     if workers == 0:
         for batch in work:
             yield batch, run_batch(batch.items, cleaning, config)
@@ -169,9 +170,7 @@ def _clean(
     shards.flush(following)
 
 
-def _finish(
-    out: Path, shards: Shards, cleaning: CleanConfig, config: PipelineConfig, settings: dict[str, Any], key: str
-) -> dict[str, Any]:
+def _finish(out: Path, shards: Shards, config: PipelineConfig, settings: dict[str, Any], key: str) -> dict[str, Any]:
     """Write the shards without what occurs again, the reports, and last the file that makes the folder whole."""
     written, counts = shards.done(), shards.counts()
     duplicates = find_duplicates(shards.work, config.near_duplicates, config.similarity)

@@ -10,7 +10,6 @@ pickle is written or read, no file outside the folder is opened, and nothing is 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 import shutil
@@ -25,6 +24,7 @@ import torch
 
 from ...config import InputError
 from ...data import Tokenizer
+from ...data.digest import file_sha256
 from ...files import read_json, read_tensors, remove, whole_folder, write_text
 from ...models import Model, ModelConfig, load_model
 from ..lora import ADAPTER, has_lora, merged, save_adapter
@@ -131,19 +131,11 @@ def save_model(folder: Path, model: Model, tokenizer: Tokenizer) -> None:
 def write_manifest(folder: Path) -> None:
     """Record size and SHA-256 of every file in ``folder``, for :func:`check`."""
     files = {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
     (folder / MANIFEST).write_text(json.dumps(files, indent=1) + "\n", "utf-8")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -236,7 +228,7 @@ def check(path: Path) -> None:
             raise InputError(f"{file}: damaged: missing")
         if found != size:
             raise InputError(f"{file}: damaged: {size} bytes expected, {found} found")
-        if _sha256(file) != sha256:
+        if file_sha256(file) != sha256:
             raise InputError(f"{file}: damaged: its SHA-256 does not match the manifest")
     for file in (path / SHARDED).glob("*"):
         if file.relative_to(path).as_posix() not in expected:
