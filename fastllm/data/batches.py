@@ -52,6 +52,19 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
     return result.astype(np.int64)
 
 
+def shuffled(sample: np.ndarray, count: int, *key: object) -> np.ndarray:
+    """Which of ``count`` items each of the numbers ``sample`` is: every item once an epoch, in a permuted order.
+
+    Sample number s lies in epoch s // count, whose order depends on ``key`` and the epoch alone.
+    """
+    epochs, index = np.divmod(sample, count)
+    result = np.empty_like(index)
+    for epoch in np.unique(epochs):
+        rows = epochs == epoch
+        result[rows] = permute(index[rows], count, derive_seed(*key, epoch))
+    return result
+
+
 class Batches:
     """``batches(step)`` -> (tokens, targets), each (batch_size, context_length) int64; targets are one token later.
 

@@ -8,7 +8,7 @@ import torch
 
 from ..data import Tokenizer
 from ..models.mode import evaluation_mode
-from .features import text_ids
+from .features import padded, text_ids
 
 
 @torch.no_grad()
@@ -21,9 +21,7 @@ def classify(model, tokenizer: Tokenizer, texts: Sequence[str], *, rows: int = 3
         for begin in range(0, len(ids), rows):
             part = ids[begin : begin + rows]
             lengths = torch.tensor([len(row) for row in part])
-            tokens = torch.full((len(part), int(lengths.max())), tokenizer.special("sep"))
-            for row, values in zip(tokens, part, strict=True):
-                row[: len(values)] = torch.tensor(values)
+            tokens = padded(part, tokenizer.special("sep"))
             encoded = model.encode(tokens.to(device), lengths.to(device))
             result.append(model.class_logits(encoded).float().softmax(-1).cpu())
     return torch.cat(result) if result else torch.zeros(0, model.config.num_classes)

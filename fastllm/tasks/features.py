@@ -11,9 +11,18 @@ import torch
 from ..config import InputError
 from ..data import Tokenizer
 from ..data.batches import IGNORE
+from .prompts import SIDES
 
 # Part of the room for a text by which the windows of a long one advance.
 STRIDE = 0.5
+
+
+def padded(rows: Sequence[Sequence[int] | np.ndarray], filler: int, width: int | None = None) -> torch.Tensor:
+    """``rows`` as one tensor (rows, width) of int64, filled up at the right; as wide as the longest without a width."""
+    table = np.full((len(rows), max(map(len, rows)) if width is None else width), filler, np.int64)
+    for out, row in zip(table, rows, strict=True):
+        out[: len(row)] = row
+    return torch.from_numpy(table)
 
 
 @dataclass
@@ -45,11 +54,7 @@ class Features:
         result = {}
         for name in rows[0]:
             if name in self.fillers:
-                width = max(len(row[name]) for row in rows)
-                table = np.full((len(rows), width), self.fillers[name], np.int64)
-                for out, row in zip(table, rows, strict=True):
-                    out[: len(row[name])] = row[name]
-                result[name] = torch.from_numpy(table)
+                result[name] = padded([row[name] for row in rows], self.fillers[name])
             elif not name.startswith("_"):
                 result[name] = torch.tensor([row[name] for row in rows])
         for name, array in self.measures.items():
@@ -177,14 +182,14 @@ def preference_features(examples: list[dict], tokenizer: Tokenizer, context: int
     Pairs with an answer that makes more than ``context`` tokens are left out.
     """
     end, rows, fillers = tokenizer.end_of_text, [], {}
-    for name in ("chosen", "rejected"):
+    for name in SIDES:
         fillers |= {name: end, f"{name}_targets": IGNORE}
     for example in examples:
         row = {}
-        for name in ("chosen", "rejected"):
+        for name in SIDES:
             row[name], row[f"{name}_targets"] = _predicting(pair_parts(example, name), tokenizer)
             if "reference" in example:
                 row[f"reference_{name}"] = float(example["reference"][name])
         if max(len(row["chosen"]), len(row["rejected"])) <= context:
             rows.append(row)
-    return Features(rows, fillers, {f"{name}_lengths": name for name in ("chosen", "rejected")})
+    return Features(rows, fillers, {f"{name}_lengths": name for name in SIDES})

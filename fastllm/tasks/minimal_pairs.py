@@ -14,6 +14,7 @@ from ..config import InputError, check_encodable
 from ..data import Tokenizer, evaluation_windows
 from ..data.corpus import lines_of, read_text
 from ..models.mode import evaluation_mode
+from .features import padded
 
 # Logits held at once: 2^24 are 64 MiB in fp32.
 LOGITS = 1 << 24
@@ -91,13 +92,10 @@ def log_probabilities(model, tokenizer: Tokenizer, sentences: Sequence[str]) -> 
             # The longest of a part is its last; the part is as large as LOGITS allows.
             part = rows[-max(1, LOGITS // (len(rows[-1][1]) * model.config.vocab_size)) :]
             del rows[-len(part) :]
-            width = len(part[-1][1])
-            tokens = torch.full((len(part), width), tokenizer.end_of_text)
-            scored = torch.zeros(len(part), width - 1, dtype=torch.bool)
-            for row, mask, (_, ids, skip) in zip(tokens, scored, part, strict=True):
-                row[: len(ids)] = torch.tensor(ids)
+            tokens = padded([ids for _, ids, _ in part], tokenizer.end_of_text).to(device)
+            scored = torch.zeros(len(part), tokens.shape[1] - 1, dtype=torch.bool)
+            for mask, (_, ids, skip) in zip(scored, part, strict=True):
                 mask[skip : len(ids) - 1] = True
-            tokens = tokens.to(device)
             logits = model(tokens[:, :-1]).float()
             chosen = logits.gather(-1, tokens[:, 1:, None])[..., 0] - logits.logsumexp(-1)
             sums = chosen.double().masked_fill(~scored.to(device), 0.0).sum(-1).tolist()

@@ -14,11 +14,10 @@ from ..data.batches import IGNORE
 from ..losses import sequence_log_probs
 from ..models.mode import evaluation_mode
 from .features import Features, preference_features
+from .prompts import SIDES
 
 if TYPE_CHECKING:
     from ..models import LanguageModel
-
-SIDES = ("chosen", "rejected")
 
 
 def pair_log_probs(model: LanguageModel, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

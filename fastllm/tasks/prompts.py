@@ -19,6 +19,8 @@ from .chat import answers_of, prompt_of
 # The names under which files have a prompt and its answer, in order of preference.
 PROMPTS = ("prompt", "instruction", "question")
 ANSWERS = ("answer", "completion", "response", "output")
+# The two answers of a pair.
+SIDES = ("chosen", "rejected")
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -89,7 +91,7 @@ def _ending(value, where: str) -> list[dict]:
 
 
 def _preference(value: dict, where: str) -> dict:
-    for name in ("chosen", "rejected"):
+    for name in SIDES:
         if name not in value:
             raise InputError(f"{where}: a pair without {name}: expected prompt, chosen and rejected")
     prompt, chosen, rejected = value.get("prompt"), value["chosen"], value["rejected"]
@@ -98,7 +100,7 @@ def _preference(value: dict, where: str) -> dict:
     if isinstance(chosen, list) != isinstance(rejected, list):
         raise InputError(f"{where}: chosen and rejected: expected two texts or two lists of messages")
     if isinstance(chosen, list):
-        sides = [_ending(side, f"{where}: {name}") for name, side in (("chosen", chosen), ("rejected", rejected))]
+        sides = [_ending(side, f"{where}: {name}") for name, side in zip(SIDES, (chosen, rejected), strict=True)]
         before = sides[0][:-1]
         if sides[1][:-1] != before:
             raise InputError(f"{where}: chosen and rejected: the messages before the last one differ")
@@ -112,7 +114,7 @@ def _preference(value: dict, where: str) -> dict:
         prompt = _messages(prompt, f"{where}: prompt")
     else:
         _text(prompt, f"{where}: prompt", empty=True)
-    for name, side in (("chosen", chosen), ("rejected", rejected)):
+    for name, side in zip(SIDES, (chosen, rejected), strict=True):
         _text(side, f"{where}: {name}")
     if chosen == rejected:
         raise InputError(f"{where}: chosen and rejected are the same")

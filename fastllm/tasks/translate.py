@@ -10,7 +10,7 @@ import torch
 from ..data import Tokenizer
 from ..generate.search import beam_search, greedy
 from ..models.mode import evaluation_mode
-from .features import source_ids
+from .features import padded, source_ids
 
 # A translation has at most this many times the source's tokens, whose number is rounded up to a multiple of BUCKET.
 RATIO, BUCKET = 2, 8
@@ -38,10 +38,7 @@ def translate(
     result, count = [""] * len(sources), 0
     for size, part in parts:
         lengths = torch.tensor([len(sources[i]) for i in part])
-        longest = int(lengths.max())
-        tokens = torch.full((len(part), longest), end)
-        for row, i in zip(tokens, part, strict=True):
-            row[: len(sources[i])] = torch.tensor(sources[i])
+        tokens = padded([sources[i] for i in part], end)
         with evaluation_mode(model), torch.inference_mode():
             memory = model.encode(tokens.to(device), lengths.to(device))
         start = torch.full((len(part), 1), end, device=device)

@@ -21,7 +21,7 @@ from .session import train_run
 from .setup import fitted, open_data, reopen_data, with_pretrained, with_teacher
 
 RUNS = Path("runs")
-# The first that a run writes, and what follows.
+# The file that a run writes first, and the names of what it writes after it.
 LOCK = "lock"
 WRITTEN = (CONFIG, "data", "checkpoints", "model", METRICS, SESSIONS, "skipped", "loss.png", "samples.txt")
 

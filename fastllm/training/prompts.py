@@ -9,8 +9,8 @@ from pathlib import Path
 from ..config import InputError
 from ..data import Tokenizer
 from ..tasks.features import answer_ids, pair_parts
-from ..tasks.preferences import SIDES, score_pairs, with_reference
-from ..tasks.prompts import rendered
+from ..tasks.preferences import score_pairs, with_reference
+from ..tasks.prompts import SIDES, rendered
 from ..tasks.store import TaskDataset, prepare_examples
 from .checkpoints.model_folder import load_language_model
 from .config import RunConfig

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...config import InputError
 from ...data import derive_seed
-from ...data.batches import permute
+from ...data.batches import permute, shuffled
 from ...tasks.features import Features, class_features, pair_features, span_features
 from ...tasks.store import TaskDataset
 from ..evaluate import Evaluation, evaluating, mean_losses
@@ -42,12 +42,7 @@ class ExampleOrder:
         pool, place = divmod(step, POOL)
         size = POOL * self.batch_size
         sample = pool * size + np.arange(size, dtype=np.int64)
-        count = len(self._sum)
-        epochs, index = np.divmod(sample, count)
-        numbers = np.empty_like(index)
-        for epoch in np.unique(epochs):
-            rows = epochs == epoch
-            numbers[rows] = permute(index[rows], count, derive_seed("examples", *self._key, epoch))
+        numbers = shuffled(sample, len(self._sum), "examples", *self._key)
         order = np.lexsort((self._sum[numbers], self._longest[numbers]))
         numbers = numbers[order].reshape(POOL, self.batch_size)
         return numbers[permute(np.array([place]), POOL, derive_seed("pool", *self._key, pool))[0]]

@@ -16,7 +16,8 @@ from torch import nn
 
 from ...config import InputError
 from ...data import Dataset, TokenFile, Tokenizer, derive_seed
-from ...data.batches import IGNORE, permute
+from ...data.batches import IGNORE, shuffled
+from ...tasks.features import padded
 from ..evaluate import Evaluation, evaluating, mean_losses
 from ..objective_base import Batch, TrainedModel, target_count, to_device
 
@@ -65,8 +66,10 @@ class Masking:
     """How tokens are hidden: BERT's rule.
 
     Attributes:
-        probability: part of the allowed tokens to choose. most: never more than this many.
-        mask: the id that stands for a hidden token. vocabulary: ids that replace a token now and then.
+        probability: part of the allowed tokens to choose.
+        most: never more than this many.
+        mask: the id that stands for a hidden token.
+        vocabulary: ids that replace a token now and then.
     """
 
     probability: float
@@ -81,7 +84,9 @@ def mask_tokens(
     """Choose tokens of ``ids`` (changed in place), whole words at a time, and hide them.
 
     Args:
-        words: the word that each token belongs to. allowed: where a token may be chosen.
+        ids: (tokens,), integers.
+        words: (tokens,), the number of the word that each token belongs to.
+        allowed: (tokens,), True where a token may be chosen.
 
     Returns:
         The positions chosen, in order, and the ids that were there.
@@ -134,8 +139,10 @@ class MaskedLM:
     what follows A in its document, and otherwise from another one.
 
     Args:
-        masking: hide tokens and predict them. pairs: predict whether B follows A.
-        probability: part of the tokens that are chosen. whole_word: all pieces of a word or none.
+        masking: hide tokens and predict them.
+        pairs: predict whether B follows A.
+        probability: part of the tokens that are chosen.
+        whole_word: all pieces of a word or none.
 
     A batch: ``tokens``, ``segments`` (B, S), ``lengths`` (B,); with masking ``positions`` and ``targets`` (B, M), -100
     where a row has fewer; with pairs ``next`` (B,), 0 where B follows A.
@@ -213,25 +220,20 @@ class MaskedLM:
         ]
         width = self.context_length
         batch = {
-            "tokens": stacked(rows, "tokens", width, self.sep),
-            "segments": stacked(rows, "segments", width, 0),
+            "tokens": padded([row["tokens"] for row in rows], self.sep, width),
+            "segments": padded([row["segments"] for row in rows], 0, width),
             "lengths": torch.tensor([len(row["tokens"]) for row in rows]),
         }
         if self.masking:
-            batch["positions"] = stacked(rows, "positions", self.most, 0)
-            batch["targets"] = stacked(rows, "targets", self.most, IGNORE)
+            batch["positions"] = padded([row["positions"] for row in rows], 0, self.most)
+            batch["targets"] = padded([row["targets"] for row in rows], IGNORE, self.most)
         if self.pairs:
             batch["next"] = torch.tensor([row["next"] for row in rows])
         return batch
 
     def batch(self, step: int, done: float = 1.0) -> Batch:
         sample = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
-        epochs, index = np.divmod(sample, len(self._train))
-        numbers = np.empty_like(index)
-        for epoch in np.unique(epochs):
-            rows = epochs == epoch
-            key = derive_seed("sentences", self.dataset.train.sha256, self.seed, epoch)
-            numbers[rows] = permute(index[rows], len(self._train), key)
+        numbers = shuffled(sample, len(self._train), "sentences", self.dataset.train.sha256, self.seed)
         return self._batch(self.dataset.train, self._train, numbers, self.seed, step)
 
     def counts(self, batch: Batch) -> dict[str, int]:
@@ -280,11 +282,3 @@ class MaskedLM:
             scores["nsp_accuracy"] = right / total
         main = "mlm_loss" if self.masking else "nsp_accuracy"
         return Evaluation(sum(losses.values()), counts.get("mlm", total), scores, main, not limit)
-
-
-def stacked(rows: list[dict], name: str, width: int, filler: int) -> torch.Tensor:
-    """(rows, width) int64 of the arrays ``row[name]``, filled up at the right."""
-    result = np.full((len(rows), width), filler, np.int64)
-    for out, row in zip(result, rows, strict=True):
-        out[: len(row[name])] = row[name]
-    return torch.from_numpy(result)

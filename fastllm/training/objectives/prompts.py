@@ -8,7 +8,8 @@ import torch
 
 from ...losses import dpo
 from ...tasks.features import Features, answer_features, preference_features
-from ...tasks.preferences import SIDES, pair_log_probs, preference_scores, score_pairs
+from ...tasks.preferences import pair_log_probs, preference_scores, score_pairs
+from ...tasks.prompts import SIDES
 from ..device import autocast
 from ..evaluate import Evaluation, evaluating, mean_losses
 from ..objective_base import Batch, TrainedModel, target_count
