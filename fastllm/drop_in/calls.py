@@ -12,6 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .. import backends
+from .columns import aligned
 from .deferred import Deferred
 
 
@@ -79,8 +80,7 @@ class Calls:
             rows.append((backend, op, forward, backward, str(len({s.path for s in alike})), what, why, first))
         if len(rows) == 1:
             return "no call has reached fastllm"
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return aligned(rows)
 
     def to_json(self, **options) -> str:
         """A list of the fields of :class:`Served`; options are json.dumps's."""

@@ -16,7 +16,19 @@ from ..functional import geglu, swiglu
 from .calls import own
 from .deferred import value_of
 from .plain import plain
-from .probe import Differs, Parts, as_measured, changed, keeps, parts_of, run, settings_of, stand_in, undisturbed
+from .probe import (
+    Differs,
+    Parts,
+    as_measured,
+    changed,
+    keeps,
+    parts_of,
+    refusal,
+    run,
+    settings_of,
+    stand_in,
+    undisturbed,
+)
 from .swap import forward_of
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
@@ -279,8 +291,7 @@ def recognise_experts(module: nn.Module) -> Experts | str:
                 except Differs as error:
                     why = str(error)
                 except Exception as error:
-                    message = str(error).split("\n")[0][:120]
-                    why = why or f"its forward does not take such tensors ({type(error).__name__}: {message})"
+                    why = why or refusal(error, "such tensors")
     return why
 
 

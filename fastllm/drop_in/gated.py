@@ -16,7 +16,19 @@ from ..functional import geglu, swiglu
 from .calls import own
 from .deferred import value_of
 from .plain import only_input, plain
-from .probe import Differs, Parts, as_measured, changed, keeps, parts_of, run, settings_of, stand_in, undisturbed
+from .probe import (
+    Differs,
+    Parts,
+    as_measured,
+    changed,
+    keeps,
+    parts_of,
+    refusal,
+    run,
+    settings_of,
+    stand_in,
+    undisturbed,
+)
 from .swap import forward_of
 
 FORMULAS = {
@@ -138,8 +150,7 @@ def recognise_gated(module: nn.Module) -> GatedMLP | str:
         except Differs as error:
             return str(error)
         except Exception as error:
-            message = str(error).split("\n")[0][:120]
-            return f"its forward does not take a lone random tensor ({type(error).__name__}: {message})"
+            return refusal(error)
 
 
 class _Stage(nn.Module):
@@ -159,7 +170,7 @@ def _recognise(module, argument: str) -> GatedMLP | str:
     others = {name: p for name, p in module.named_children() if name not in linears and name not in dropouts}
     stages = {name: _Stage(1.0 + i) for i, name in enumerate(dropouts)} | {None: nn.Identity()}
     for gate, up, down in _roles(linears):
-        small = _small_layers(linears, gate, up, down)
+        small = _small_layers(linears, up, down)
         measured = [(x, *_outputs(module, stages, small, others, x, training)) for x, training in _inputs()]
         for limit, formula, inner, outer in itertools.product(
             _limits(module), FORMULAS, (None, *dropouts), (None, *dropouts)
@@ -227,7 +238,7 @@ def _close(a, b) -> bool:
     return bool(((a - b).abs().amax() <= 1e-6 * b.abs().amax()).item())
 
 
-def _small_layers(linears, gate: str, up: str | None, down: str) -> dict[str, nn.Linear]:
+def _small_layers(linears, up: str | None, down: str) -> dict[str, nn.Linear]:
     generator = torch.Generator().manual_seed(1)
     small = {}
     for name, layer in linears.items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -255,61 +257,121 @@ def _number(value) -> float | None:
 
 def _step(plan: Logits, tensor, func, args, kwargs):
     """One more deferred step after ``plan``, or NotImplemented."""
-    name = getattr(func, "__name__", "")
-    last = len(plan.shape) - 1
-    if name == "contiguous" and not args and not kwargs:
-        if plan.laid_out().is_contiguous():
-            return tensor
-        return plan._derive(tensor, lambda x: x.contiguous(), class_dim=plan.class_dim, cast=True)
-    if name in ("float", "to", "double", "half", "bfloat16") and not kwargs:
-        dtype = {"float": torch.float32, "double": torch.float64}.get(name) or (args[0] if len(args) == 1 else None)
-        if dtype is plan.dtype or dtype == plan.rows.device:
-            return tensor
-        if dtype is torch.float32 and plan.dtype.itemsize < 4:
-            return plan._derive(tensor, lambda x: x.to(dtype), class_dim=plan.class_dim, cast=True)
+    step = _STEPS.get(getattr(func, "__name__", ""))
+    return NotImplemented if step is None else step(plan, tensor, func, args, kwargs)
+
+
+def _contiguous(plan: Logits, tensor, func, args, kwargs):
+    if args or kwargs:
         return NotImplemented
-    if name in ("mul", "div", "true_divide", "__mul__", "__rmul__", "__truediv__", "__div__") and len(args) == 1:
-        number = _number(args[0])
-        if number is None or kwargs or plan.softcap is not None:
-            return NotImplemented
-        factor = number if "mul" in name else 1.0 / number
-        if plan.pending is not None:  # a soft cap ends with the number that tanh's argument was divided by
-            if not math.isclose(factor, plan.pending, rel_tol=1e-9):
-                return NotImplemented
-            changes: dict[str, Any] = dict(softcap=plan.pending, pending=None)
-        elif _number(plan.scale * factor) is None:
-            return NotImplemented
-        else:
-            changes = dict(scale=plan.scale * factor, last=factor)
-        return plan._derive(tensor, lambda x: func(x, args[0]), class_dim=plan.class_dim, **changes)
-    if name in ("add", "__add__", "__radd__") and len(args) == 1 and not kwargs and _is_shift(plan, args[0]):
-        result = plan.laid_out() + torch.empty_like(args[0], device="meta")
-        return plan._derive(
-            tensor, lambda x: func(x, args[0]), result=result, shift=(args[0], args[0]._version), last=1.0
-        )  # fmt: skip
-    if name == "tanh" and not args and not kwargs and plan.softcap is None and plan.pending is None:
-        # tanh(z / cap), and cap to come: the scale before the division is the logits' own.
-        return plan._derive(
-            tensor, func, class_dim=plan.class_dim, scale=plan.scale / plan.last, pending=1.0 / plan.last
-        )  # fmt: skip
-    if plan.class_dim != last:
+    if plan.laid_out().is_contiguous():
+        return tensor
+    return plan._derive(tensor, lambda x: x.contiguous(), class_dim=plan.class_dim, cast=True)
+
+
+def _cast(plan: Logits, tensor, func, args, kwargs):
+    if kwargs:
         return NotImplemented
-    if name in ("view", "reshape") and not kwargs:
-        sizes = args[0] if len(args) == 1 and isinstance(args[0], tuple | list | torch.Size) else args
-        if all(type(s) is int for s in sizes) and sizes and sizes[-1] == plan.shape[-1]:
-            rows = plan.rows.reshape(*sizes[:-1], plan.rows.shape[-1])
-            return plan._derive(tensor, lambda x: func(x, *args), rows=rows)
-    if name == "flatten" and last >= 2 and (tuple(args), dict(kwargs)) in (((0, last - 1), {}), ((0, -2), {})):
-        return plan._derive(tensor, lambda x: func(x, *args), rows=plan.rows.flatten(0, -2))
-    if name == "__getitem__" and _keeps_classes(args[0], len(plan.shape)):
-        rows = plan.rows[args[0]]
-        if rows.dim() > 1:
-            shape = (*rows.shape[:-1], plan.shape[-1])
-            result = None if _is_basic(args[0]) else torch.empty(shape, dtype=plan.dtype, device="meta")
-            return plan._derive(tensor, lambda x: func(x, args[0]), rows=rows, result=result)
-    if last == 2 and _swaps_the_last_two(name, args):
-        return plan._derive(tensor, lambda x: func(x, *args), class_dim=1)
+    named = {"float": torch.float32, "double": torch.float64}.get(func.__name__)
+    dtype = named or (args[0] if len(args) == 1 else None)
+    if dtype is plan.dtype or dtype == plan.rows.device:
+        return tensor
+    if dtype is torch.float32 and plan.dtype.itemsize < 4:
+        return plan._derive(tensor, lambda x: x.to(dtype), class_dim=plan.class_dim, cast=True)
     return NotImplemented
+
+
+def _scaled(plan: Logits, tensor, func, args, kwargs):
+    number = _number(args[0]) if len(args) == 1 else None
+    if number is None or kwargs or plan.softcap is not None:
+        return NotImplemented
+    factor = number if "mul" in func.__name__ else 1.0 / number
+    if plan.pending is not None:  # a soft cap ends with the number that tanh's argument was divided by
+        if not math.isclose(factor, plan.pending, rel_tol=1e-9):
+            return NotImplemented
+        changes: dict[str, Any] = dict(softcap=plan.pending, pending=None)
+    elif _number(plan.scale * factor) is None:
+        return NotImplemented
+    else:
+        changes = dict(scale=plan.scale * factor, last=factor)
+    return plan._derive(tensor, lambda x: func(x, args[0]), class_dim=plan.class_dim, **changes)
+
+
+def _shifted(plan: Logits, tensor, func, args, kwargs):
+    if len(args) != 1 or kwargs or not _is_shift(plan, args[0]):
+        return NotImplemented
+    result = plan.laid_out() + torch.empty_like(args[0], device="meta")
+    shift = args[0], args[0]._version
+    return plan._derive(tensor, lambda x: func(x, args[0]), result=result, shift=shift, last=1.0)
+
+
+def _bent(plan: Logits, tensor, func, args, kwargs):
+    if args or kwargs or plan.softcap is not None or plan.pending is not None:
+        return NotImplemented
+    # tanh(z / cap), and cap to come: the scale before the division is the logits' own.
+    scale, pending = plan.scale / plan.last, 1.0 / plan.last
+    return plan._derive(tensor, func, class_dim=plan.class_dim, scale=scale, pending=pending)
+
+
+def _with_classes_last(step: Callable) -> Callable:
+    """``step`` where the last dimension of the logits is that of the classes; NotImplemented elsewhere."""
+
+    @functools.wraps(step)
+    def checked(plan: Logits, *arguments):
+        return step(plan, *arguments) if plan.class_dim == len(plan.shape) - 1 else NotImplemented
+
+    return checked
+
+
+@_with_classes_last
+def _reshaped(plan: Logits, tensor, func, args, kwargs):
+    sizes = args[0] if len(args) == 1 and isinstance(args[0], tuple | list | torch.Size) else args
+    if kwargs or not sizes or not all(type(s) is int for s in sizes) or sizes[-1] != plan.shape[-1]:
+        return NotImplemented
+    rows = plan.rows.reshape(*sizes[:-1], plan.rows.shape[-1])
+    return plan._derive(tensor, lambda x: func(x, *args), rows=rows)
+
+
+@_with_classes_last
+def _flattened(plan: Logits, tensor, func, args, kwargs):
+    last = len(plan.shape) - 1
+    if last < 2 or (tuple(args), dict(kwargs)) not in (((0, last - 1), {}), ((0, -2), {})):
+        return NotImplemented
+    return plan._derive(tensor, lambda x: func(x, *args), rows=plan.rows.flatten(0, -2))
+
+
+@_with_classes_last
+def _indexed(plan: Logits, tensor, func, args, kwargs):
+    if not _keeps_classes(args[0], len(plan.shape)):
+        return NotImplemented
+    rows = plan.rows[args[0]]
+    if rows.dim() < 2:
+        return NotImplemented
+    shape = (*rows.shape[:-1], plan.shape[-1])
+    result = None if _is_basic(args[0]) else torch.empty(shape, dtype=plan.dtype, device="meta")
+    return plan._derive(tensor, lambda x: func(x, args[0]), rows=rows, result=result)
+
+
+@_with_classes_last
+def _transposed(plan: Logits, tensor, func, args, kwargs):
+    if len(plan.shape) != 3 or not _swaps_the_last_two(func.__name__, args):
+        return NotImplemented
+    return plan._derive(tensor, lambda x: func(x, *args), class_dim=1)
+
+
+# The name of a tensor's method -> the deferred step that it is: (plan, tensor, method, arguments, named arguments) to a
+# deferred tensor, or to NotImplemented where the values are needed.
+_STEPS: dict[str, Callable] = {
+    "contiguous": _contiguous,
+    **dict.fromkeys(("float", "to", "double", "half", "bfloat16"), _cast),
+    **dict.fromkeys(("mul", "div", "true_divide", "__mul__", "__rmul__", "__truediv__", "__div__"), _scaled),
+    **dict.fromkeys(("add", "__add__", "__radd__"), _shifted),
+    "tanh": _bent,
+    **dict.fromkeys(("view", "reshape"), _reshaped),
+    "flatten": _flattened,
+    "__getitem__": _indexed,
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims", "permute"), _transposed),
+}
 
 
 def _is_shift(plan: Logits, other) -> bool:

@@ -14,7 +14,7 @@ from ..ops.norm.native import norm_of_rows, takes_rms
 from .calls import own, watched
 from .deferred import value_of
 from .plain import only_input, plain
-from .probe import Differs, changed, keeps, run, settings_of, stand_in, undisturbed
+from .probe import Differs, changed, keeps, refusal, run, settings_of, stand_in, undisturbed
 from .swap import forward_of
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -193,8 +193,7 @@ def recognise(module: torch.nn.Module) -> Norm | str:
         except Differs as error:
             return str(error)
         except Exception as error:
-            message = str(error).split("\n")[0][:120]
-            return f"its forward does not take a lone random tensor ({type(error).__name__}: {message})"
+            return refusal(error)
 
 
 def _recognise(module, argument: str) -> Norm | str:

@@ -114,6 +114,12 @@ def undisturbed(gpus: Iterable[torch.device] = ()) -> Iterator[None]:
         yield
 
 
+def refusal(error: Exception, inputs: str = "a lone random tensor") -> str:
+    """Why a foreign forward that raised ``error`` on ``inputs`` is nothing that was found."""
+    message = str(error).split("\n")[0][:120]
+    return f"its forward does not take {inputs} ({type(error).__name__}: {message})"
+
+
 def run(module: torch.nn.Module, *args):
     """The forward of a stand-in.
 

@@ -12,6 +12,7 @@ import torch
 
 from ..registry import OPS
 from .calls import Calls, counted
+from .columns import aligned
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,7 @@ class Report:
                 rows.append((title, str(len(paths)), what, by or "-", why, paths[0]))
         if len(rows) == 1:
             return "nothing in this model that fastllm serves"
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return aligned(rows)
 
     def to_json(self, **options) -> str:
         """``{"swapped": [...], "left": [...]}`` with the fields of :class:`Entry`; options are json.dumps's."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from ..functional import embedding, embedding_sum
@@ -18,40 +20,48 @@ def _own(ids: torch.Tensor) -> torch.Tensor:
     return kept.clone().expand(ids.shape)
 
 
-class Rows:
-    """The plan of the sum of rows of tables, each by its ids; ``lookups`` are (module, ids) pairs."""
+class _Lookup(NamedTuple):
+    """Rows of a table: ``ids`` (...) of integers, ``weight`` (rows, columns), and the row that gets no gradient."""
 
-    def __init__(self, tables, shape):
-        self.tables = tables  # (ids, weight, padding_idx)
+    ids: torch.Tensor
+    weight: torch.Tensor
+    padding_idx: int | None
+
+
+class Rows:
+    """The plan of the sum of ``lookups``; their ids broadcast to ``shape`` without its last dimension."""
+
+    def __init__(self, lookups: list[_Lookup], shape, versions: list[int] | None = None):
+        self.lookups = lookups
         self.shape = torch.Size(shape)
         self.strides = None  # contiguous
-        self.dtype = tables[0][1].dtype
+        self.dtype = lookups[0].weight.dtype
         self.value = None
-        self.versions = [weight._version for _, weight, _ in tables]
+        # Of the weights, when the forward would have looked up.
+        self.versions = [one.weight._version for one in lookups] if versions is None else versions
 
     @staticmethod
     def of(ids, weight, padding_idx) -> Deferred:
         """Deferred ``F.embedding(ids, weight, padding_idx)``."""
-        return defer(Rows([(_own(ids), weight, padding_idx)], (*ids.shape, weight.shape[1])), weight)
+        return defer(Rows([_Lookup(_own(ids), weight, padding_idx)], (*ids.shape, weight.shape[1])), weight)
 
     def read(self, tensor: Deferred) -> torch.Tensor:
         if self.value is None:
             with as_in_the_forward(tensor.requires_grad):
-                self.value = self._compute([weight for _, weight, _ in self.tables])
+                self.value = self._compute([one.weight for one in self.lookups])
         return self.value if torch.is_grad_enabled() else self.value.detach()
 
     def _compute(self, weights):
-        for (_, weight, _), version in zip(self.tables, self.versions, strict=True):
-            if weight._version != version:
+        for one, version in zip(self.lookups, self.versions, strict=True):
+            if one.weight._version != version:
                 raise RuntimeError(
                     "these embeddings were not computed in the forward, and their table has changed since; "
                     'fastllm.accelerate(model, skip="embedding_sum") keeps embeddings as they were'
                 )
+        indices = [one.ids for one in self.lookups]
+        paddings = [one.padding_idx for one in self.lookups]
         if len(weights) == 1:
-            ids, _, padding = self.tables[0]
-            return serve(None, embedding, ids, weights[0], padding)
-        indices = [ids for ids, _, _ in self.tables]
-        paddings = [padding for _, _, padding in self.tables]
+            return serve(None, embedding, indices[0], weights[0], paddings[0])
         return serve(None, embedding_sum, indices, weights, padding_idx=paddings)
 
     def gradients(self, grad, inputs, needs):
@@ -64,7 +74,7 @@ class Rows:
 
     def handle(self, tensor, func, args, kwargs):
         name = getattr(func, "__name__", "")
-        if name == "to" and not kwargs and len(args) == 2 and args[1] in (self.dtype, self.tables[0][1].device):
+        if name == "to" and not kwargs and len(args) == 2 and args[1] in (self.dtype, self.lookups[0].weight.device):
             return tensor
         if name not in ("add", "__add__", "__radd__") or kwargs or len(args) != 2:
             return NotImplemented
@@ -74,10 +84,9 @@ class Rows:
             return NotImplemented
         if first.dtype != second.dtype or first.shape[-1] != second.shape[-1]:
             return NotImplemented
-        tables = [*first.tables, *second.tables]
-        if len({weight.device for _, weight, _ in tables}) > 1:
+        lookups = [*first.lookups, *second.lookups]
+        if len({one.weight.device for one in lookups}) > 1:
             return NotImplemented
-        shape = torch.broadcast_shapes(*(ids.shape for ids, _, _ in tables))
-        plan = Rows(tables, (*shape, first.shape[-1]))
-        plan.versions = [*first.versions, *second.versions]
-        return defer(plan, *(weight for _, weight, _ in tables))
+        shape = torch.broadcast_shapes(*(one.ids.shape for one in lookups))
+        plan = Rows(lookups, (*shape, first.shape[-1]), [*first.versions, *second.versions])
+        return defer(plan, *(one.weight for one in lookups))

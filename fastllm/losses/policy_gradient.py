@@ -161,14 +161,16 @@ def ppo(log_probs, old_log_probs, advantages, mask, *, clip=0.2, **options):
     -min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) + beta KL - entropy_coef entropy.
 
     Args:
-        log_probs: (B, T), floating point, of the sampled tokens under the policy; they get the gradient. old_log_probs:
-        (B, T), under the policy that sampled them, or None if that is this policy. No gradient.
+        log_probs: (B, T), floating point, of the sampled tokens under the policy; they get the gradient.
+        old_log_probs: (B, T), under the policy that sampled them, or None if that is this policy. No gradient.
         advantages: (B,) for whole answers or (B, T). No gradient.
         mask: (B, T), boolean or numbers; tokens where it is not 0 count. Values elsewhere have no influence.
         clip: positive, how far the ratio may move from 1; a pair: below and above.
-        reference_log_probs: (B, T), under the reference model of the KL penalty; without gradient. beta: its factor.
+        reference_log_probs: (B, T), under the reference model of the KL penalty. No gradient.
+        beta: the factor of the KL penalty.
         kl_estimator: "k1", "k2" or "k3", see :func:`kl_estimate`.
-        entropy: (B, T), as :func:`fastllm.functional.linear_log_probs` returns. entropy_coef: its factor.
+        entropy: (B, T), as :func:`fastllm.functional.linear_log_probs` returns it.
+        entropy_coef: the factor of the entropy.
 
     Returns:
         The loss. Metrics, means over all tokens: clip_share, the share of tokens whose clipped term is the smaller one;

@@ -23,7 +23,8 @@ def sequence_log_probs(log_probs, mask, *, average=False):
     """The log-probability of each answer: the sum over its tokens, or their mean.
 
     Args:
-        log_probs: (B, T), floating point. mask: (B, T), boolean or numbers; tokens where it is not 0 are the answer's.
+        log_probs: (B, T), floating point.
+        mask: (B, T), boolean or numbers; tokens where it is not 0 are the answer's.
         average: return the mean over an answer's tokens, which ORPO and SimPO need.
 
     Returns:
@@ -241,7 +242,8 @@ def simpo(policy_chosen, policy_rejected, *, beta=2.0, gamma=1.0, label_smoothin
 
     Args:
         policy_chosen, policy_rejected: the log-probabilities (B,) of the answers, means over their tokens.
-        beta: positive. gamma: the margin that a pair should have, at least 0.
+        beta: positive.
+        gamma: the margin that a pair should have, at least 0.
         label_smoothing: as in :func:`dpo`.
 
     Returns:
@@ -269,7 +271,8 @@ def kto(
     another one undesirable_weight (1 - sigmoid(beta (z - r))), where z = max(0, kl).
 
     Args:
-        policy, reference: the summed log-probabilities (B,) of the answers. desirable: (B,), boolean.
+        policy, reference: the summed log-probabilities (B,) of the answers.
+        desirable: (B,), boolean.
         kl: the policy's divergence from the reference: a number or a scalar tensor, which gets no gradient. The paper
             takes the mean of r over answers that are paired with other prompts of the batch; 0 leaves it out.
 
@@ -308,8 +311,9 @@ def reward_model(chosen, rejected, *, margin=None, center=0.0, return_metrics=Fa
     A pair's loss is -log sigmoid(chosen - rejected - margin) + center (chosen + rejected)^2.
 
     Args:
-        chosen, rejected: the model's rewards (B,). margin: (B,), how much better the chosen one is (Touvron et al.
-            2023, arXiv:2307.09288, equation 2), or None for 0.
+        chosen, rejected: the model's rewards (B,).
+        margin: (B,), how much better the chosen one is (Touvron et al. 2023, arXiv:2307.09288, equation 2), or None for
+            0.
         center: at least 0; pulls the rewards toward a mean of 0 (Eisenstein et al. 2023, arXiv:2312.09244).
 
     Returns:
