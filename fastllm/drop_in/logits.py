@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +10,7 @@ from ..functional import linear, linear_cross_entropy
 from ..ops.shared.widened import widens
 from .calls import serve
 from .deferred import Deferred, as_in_the_forward, defer
+from .logit_steps import step_after
 from .plain import plain
 
 SKIP = 'fastllm.accelerate(model, skip="linear_cross_entropy") keeps logits as they were'
@@ -159,7 +157,7 @@ class Logits:
             return torch.empty(self.shape, dtype=self.dtype, device="meta")
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
 
-    def _derive(self, tensor, step, *, rows=None, result=None, class_dim=None, cast=False, **changes) -> Deferred:
+    def derive(self, tensor, step, *, rows=None, result=None, class_dim=None, cast=False, **changes) -> Deferred:
         """``step`` of these logits; ``result`` is its output laid out, found by ``step`` itself unless given."""
         before = self.laid_out()
         result = step(before) if result is None else result
@@ -196,7 +194,7 @@ class Logits:
         if func is torch.nn.functional.cross_entropy and args and args[0] is tensor:
             return self._loss(_Loss(*args[1:], **kwargs))
         if args and args[0] is tensor and torch.is_grad_enabled():
-            return _step(self, tensor, func, args[1:], kwargs)
+            return step_after(self, tensor, func, args[1:], kwargs)
         return NotImplemented
 
     def _hook(self, tensor, func, args, kwargs):
@@ -243,171 +241,3 @@ class Logits:
                 reduction=asked.reduction, ignore_index=asked.ignore_index, label_smoothing=asked.label_smoothing,
                 softcap=self.softcap, logit_scale=self.scale,
             ).to(out)  # fmt: skip
-
-
-def _number(value) -> float | None:
-    """``value`` as a factor that kernels take, or None."""
-    if type(value) not in (int, float):
-        return None
-    try:
-        return float(value) if math.isfinite(value) and value != 0 else None
-    except OverflowError:
-        return None
-
-
-def _step(plan: Logits, tensor, func, args, kwargs):
-    """One more deferred step after ``plan``, or NotImplemented."""
-    step = _STEPS.get(getattr(func, "__name__", ""))
-    return NotImplemented if step is None else step(plan, tensor, func, args, kwargs)
-
-
-def _contiguous(plan: Logits, tensor, func, args, kwargs):
-    if args or kwargs:
-        return NotImplemented
-    if plan.laid_out().is_contiguous():
-        return tensor
-    return plan._derive(tensor, lambda x: x.contiguous(), class_dim=plan.class_dim, cast=True)
-
-
-def _cast(plan: Logits, tensor, func, args, kwargs):
-    if kwargs:
-        return NotImplemented
-    named = {"float": torch.float32, "double": torch.float64}.get(func.__name__)
-    dtype = named or (args[0] if len(args) == 1 else None)
-    if dtype is plan.dtype or dtype == plan.rows.device:
-        return tensor
-    if dtype is torch.float32 and plan.dtype.itemsize < 4:
-        return plan._derive(tensor, lambda x: x.to(dtype), class_dim=plan.class_dim, cast=True)
-    return NotImplemented
-
-
-def _scaled(plan: Logits, tensor, func, args, kwargs):
-    number = _number(args[0]) if len(args) == 1 else None
-    if number is None or kwargs or plan.softcap is not None:
-        return NotImplemented
-    factor = number if "mul" in func.__name__ else 1.0 / number
-    if plan.pending is not None:  # a soft cap ends with the number that tanh's argument was divided by
-        if not math.isclose(factor, plan.pending, rel_tol=1e-9):
-            return NotImplemented
-        changes: dict[str, Any] = dict(softcap=plan.pending, pending=None)
-    elif _number(plan.scale * factor) is None:
-        return NotImplemented
-    else:
-        changes = dict(scale=plan.scale * factor, last=factor)
-    return plan._derive(tensor, lambda x: func(x, args[0]), class_dim=plan.class_dim, **changes)
-
-
-def _shifted(plan: Logits, tensor, func, args, kwargs):
-    if len(args) != 1 or kwargs or not _is_shift(plan, args[0]):
-        return NotImplemented
-    result = plan.laid_out() + torch.empty_like(args[0], device="meta")
-    shift = args[0], args[0]._version
-    return plan._derive(tensor, lambda x: func(x, args[0]), result=result, shift=shift, last=1.0)
-
-
-def _bent(plan: Logits, tensor, func, args, kwargs):
-    if args or kwargs or plan.softcap is not None or plan.pending is not None:
-        return NotImplemented
-    # tanh(z / cap), and cap to come: the scale before the division is the logits' own.
-    scale, pending = plan.scale / plan.last, 1.0 / plan.last
-    return plan._derive(tensor, func, class_dim=plan.class_dim, scale=scale, pending=pending)
-
-
-def _with_classes_last(step: Callable) -> Callable:
-    """``step`` where the last dimension of the logits is that of the classes; NotImplemented elsewhere."""
-
-    @functools.wraps(step)
-    def checked(plan: Logits, *arguments):
-        return step(plan, *arguments) if plan.class_dim == len(plan.shape) - 1 else NotImplemented
-
-    return checked
-
-
-@_with_classes_last
-def _reshaped(plan: Logits, tensor, func, args, kwargs):
-    sizes = args[0] if len(args) == 1 and isinstance(args[0], tuple | list | torch.Size) else args
-    if kwargs or not sizes or not all(type(s) is int for s in sizes) or sizes[-1] != plan.shape[-1]:
-        return NotImplemented
-    rows = plan.rows.reshape(*sizes[:-1], plan.rows.shape[-1])
-    return plan._derive(tensor, lambda x: func(x, *args), rows=rows)
-
-
-@_with_classes_last
-def _flattened(plan: Logits, tensor, func, args, kwargs):
-    last = len(plan.shape) - 1
-    if last < 2 or (tuple(args), dict(kwargs)) not in (((0, last - 1), {}), ((0, -2), {})):
-        return NotImplemented
-    return plan._derive(tensor, lambda x: func(x, *args), rows=plan.rows.flatten(0, -2))
-
-
-@_with_classes_last
-def _indexed(plan: Logits, tensor, func, args, kwargs):
-    if not _keeps_classes(args[0], len(plan.shape)):
-        return NotImplemented
-    rows = plan.rows[args[0]]
-    if rows.dim() < 2:
-        return NotImplemented
-    shape = (*rows.shape[:-1], plan.shape[-1])
-    result = None if _is_basic(args[0]) else torch.empty(shape, dtype=plan.dtype, device="meta")
-    return plan._derive(tensor, lambda x: func(x, args[0]), rows=rows, result=result)
-
-
-@_with_classes_last
-def _transposed(plan: Logits, tensor, func, args, kwargs):
-    if len(plan.shape) != 3 or not _swaps_the_last_two(func.__name__, args):
-        return NotImplemented
-    return plan._derive(tensor, lambda x: func(x, *args), class_dim=1)
-
-
-# The name of a tensor's method -> the deferred step that it is: (plan, tensor, method, arguments, named arguments) to a
-# deferred tensor, or to NotImplemented where the values are needed.
-_STEPS: dict[str, Callable] = {
-    "contiguous": _contiguous,
-    **dict.fromkeys(("float", "to", "double", "half", "bfloat16"), _cast),
-    **dict.fromkeys(("mul", "div", "true_divide", "__mul__", "__rmul__", "__truediv__", "__div__"), _scaled),
-    **dict.fromkeys(("add", "__add__", "__radd__"), _shifted),
-    "tanh": _bent,
-    **dict.fromkeys(("view", "reshape"), _reshaped),
-    "flatten": _flattened,
-    "__getitem__": _indexed,
-    **dict.fromkeys(("transpose", "swapaxes", "swapdims", "permute"), _transposed),
-}
-
-
-def _is_shift(plan: Logits, other) -> bool:
-    """Whether ``other`` is one constant for each class, as BART adds it, before any scale."""
-    return (
-        type(other) is torch.Tensor
-        and not other.requires_grad
-        and other.numel() == other.shape[-1] == plan.shape[-1]
-        and other.dim() <= len(plan.shape)
-        and (other.dtype, other.device) == (plan.weight.dtype, plan.weight.device)
-        and plan.dtype == other.dtype
-        and (plan.scale, plan.softcap, plan.pending, plan.shift) == (1.0, None, None, None)
-        and plan.class_dim == len(plan.shape) - 1
-    )
-
-
-def _swaps_the_last_two(name: str, args) -> bool:
-    """Whether a method called so turns (B, T, V) to (B, V, T), as cross_entropy wants it."""
-    if name in ("transpose", "swapaxes", "swapdims"):
-        return all(type(a) is int for a in args) and sorted(a % 3 for a in args) == [1, 2]
-    return name == "permute" and [tuple(a) if isinstance(a, list) else a for a in args] in ([0, 2, 1], [(0, 2, 1)])
-
-
-def _is_basic(index) -> bool:
-    parts = index if isinstance(index, tuple) else (index,)
-    return all(isinstance(p, slice | int) or p is Ellipsis for p in parts)
-
-
-def _keeps_classes(index, dims: int) -> bool:
-    """Whether ``index`` leaves the last of ``dims`` dimensions whole, so that it may as well select hidden states."""
-    parts = index if isinstance(index, tuple) else (index,)
-    if any(p is None or isinstance(p, bool | list) for p in parts):
-        return False
-    if not all(isinstance(p, slice | int) or p is Ellipsis or type(p) is torch.Tensor for p in parts):
-        return False
-    taken = sum(p.dim() if isinstance(p, torch.Tensor) and p.dtype == torch.bool else p is not Ellipsis for p in parts)
-    if parts[-1] is Ellipsis or (isinstance(parts[-1], slice) and parts[-1] == slice(None)):
-        return taken <= dims
-    return taken < dims and not any(p is Ellipsis for p in parts)
