@@ -217,7 +217,7 @@ def test_the_matrix_rate_of_narrow_products_follows_the_capability(has, largest,
 def test_linear_cross_entropy_multiplies_no_narrow_matrices(dtype, backend, ignored, no_narrow_products, monkeypatch):
     if backend == "native" and extension.missing() is not None:
         pytest.skip("the extension is not built")
-    monkeypatch.setattr(extension.load, "_bf16_products", "none")
+    monkeypatch.setitem(extension.load._info, "bf16_products", "none")
     x, w, b = torch.randn(50, 24).to(dtype), (torch.randn(5000, 24) * 0.3).to(dtype), torch.randn(5000).to(dtype)
     y = torch.randint(5000, (50,))
     y[:10] = -100 if ignored else 0

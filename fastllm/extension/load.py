@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -42,9 +43,8 @@ _module: ModuleType | None = None
 # Why there is no extension; None: there is one.
 _missing: str | None = None
 _may_build = False
-_matrix_units = False
-_bf16_products = "none"
-_level = "baseline"
+# What the extension says of itself; empty without one.
+_info: dict[str, Any] = {}
 _fakes: dict[str, Callable] = {}
 _operators: dict[str, Callable] = {}
 
@@ -61,22 +61,22 @@ def missing() -> str | None:
 
 def has_cuda() -> bool:
     """Whether it was built with CUDA code."""
-    return _module is not None and _module.build_info()["cuda"] is not None
+    return _info.get("cuda") is not None
 
 
 def has_matrix_units() -> bool:
     """Whether it was built with attention and products on AMX and this machine has it."""
-    return _matrix_units
+    return _info.get("matrix_units", False)
 
 
 def bf16_products() -> str:
     """What sums products of bfloat16 in fp32 here, for ``add_product_``: "amx", "avx512_bf16" or "none"."""
-    return _bf16_products
+    return _info.get("bf16_products", "none")
 
 
 def cpu_level() -> str:
     """The highest of :data:`fastllm.cpu.LEVELS` that the extension uses here; "baseline" without one."""
-    return _level
+    return _info.get("cpu_level", "baseline")
 
 
 def operator(name: str, fake: Callable) -> Callable:
@@ -161,7 +161,7 @@ def _bind(name: str) -> None:
 
 def _load(path: Path | None = None) -> None:
     """Import the extension, from ``path`` or as installed; sets what the functions above tell."""
-    global _module, _missing, _matrix_units, _bf16_products, _level
+    global _module, _missing, _info
     rebuild = "python -m fastllm.build rebuilds it"
     try:
         if path is None:
@@ -181,9 +181,7 @@ def _load(path: Path | None = None) -> None:
         if _is_stale(found):
             _missing = f"the extension {NAME} was built from other sources than those here ({rebuild})"
             return
-        _module, _missing = found, None
-        info = found.build_info()
-        _matrix_units, _bf16_products, _level = (info[key] for key in ("matrix_units", "bf16_products", "cpu_level"))
+        _module, _missing, _info = found, None, found.build_info()
         for name in _fakes:
             _bind(name)
 
