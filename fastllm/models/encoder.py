@@ -138,10 +138,6 @@ class Encoder(Pretrained):
             logits = logits.masked_fill(~encoded.mask[..., None], -torch.inf)
         return logits[..., 0], logits[..., 1]
 
-    def num_parameters(self) -> int:
-        """Parameters, a shared one counted once."""
-        return sum(p.numel() for p in self.parameters())
-
     def flops_per_token(self, context_length: int | None = None) -> int:
         """Training FLOPs per token, as if every token reached the head: :func:`flops_per_token`."""
         return flops_per_token(self, context_length or self.config.context_length)

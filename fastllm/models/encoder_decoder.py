@@ -97,10 +97,6 @@ class EncoderDecoder(Pretrained):
         """An empty cache of the decoder's for ``batch_size`` sequences."""
         return self.decoder.new_cache(batch_size)
 
-    def num_parameters(self) -> int:
-        """Parameters, a shared one counted once."""
-        return sum(p.numel() for p in self.parameters())
-
     def flops_per_token(self, context_length: int | None = None) -> int:
         """Training FLOPs per token if there are as many source tokens as target tokens, since each token passes through
         one half."""

@@ -36,6 +36,10 @@ class Pretrained(torch.nn.Module):
         """Whether a configuration asks for this class."""
         raise NotImplementedError
 
+    def num_parameters(self) -> int:
+        """Parameters, a shared one counted once."""
+        return sum(p.numel() for p in self.parameters())
+
     def save_pretrained(self, folder: str | os.PathLike, *, layout: str = "fastllm") -> None:
         """Write config.json and model.safetensors into ``folder``, which is made if need be.
 
@@ -57,13 +61,8 @@ class Pretrained(torch.nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
         try:
-            shared = {id(p): name for name, p in reversed(list(self.named_parameters(remove_duplicate=False)))}
-            names = set(shared.values())
-            weights = {
-                name: tensor
-                for name, tensor in self.state_dict().items()
-                if name in names or name not in dict(self.named_parameters(remove_duplicate=False))
-            }
+            tied = tied_names(self)
+            weights = {name: tensor for name, tensor in self.state_dict().items() if name not in tied}
             config = {"architecture": type(self).__name__, **dataclasses.asdict(self.config)}
             if foreign is not None:
                 weights, config = to_theirs(foreign, self.state_dict(), self.config), foreign.to_config(self.config)
@@ -151,16 +150,19 @@ def model_class(config) -> type[Pretrained]:
     return next(cls for cls in CLASSES if cls.fits(config))
 
 
+def tied_names(model: torch.nn.Module) -> set[str]:
+    """The further names of parameters that have several; a folder has such a parameter under its first name alone."""
+    first = {name for name, _ in model.named_parameters()}
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)} - first
+
+
 def _load(model: torch.nn.Module, weights: dict[str, torch.Tensor], source: Path) -> torch.nn.Module:
     """``model`` with ``weights``. Only names of shared parameters may be missing in them."""
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         raise ValueError(f"{source} does not fit its config: {error}") from error
-    tied = {name for name, p in model.named_parameters(remove_duplicate=False)} - {
-        name for name, p in model.named_parameters()
-    }
-    missing = [name for name in missing if name not in tied]
+    missing = sorted(set(missing) - tied_names(model))
     if missing or unexpected:
         raise ValueError(f"{source} does not fit its config: missing {missing}, unexpected {unexpected}")
     return model

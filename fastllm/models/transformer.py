@@ -67,10 +67,6 @@ class LanguageModel(Pretrained):
         """Mean cross-entropy in nats (fp32 scalar) of ``targets`` (B, T) given ``tokens``; -100 is ignored."""
         return self.head.loss(self.hidden(tokens, prefix=prefix), targets, self.config.logit_scale)
 
-    def num_parameters(self) -> int:
-        """Parameters, a shared one counted once."""
-        return sum(p.numel() for p in self.parameters())
-
     def flops_per_token(self, context_length: int | None = None) -> int:
         """Training FLOPs per token: 6 N + 12 layers x hidden x context (PaLM's, and nanoGPT's, formula).
 

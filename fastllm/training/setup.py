@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from ..config import InputError
 from ..data import Dataset, Tokenizer, load_dataset, open_dataset
 from ..models import Model, build_model
+from ..models.pretrained import tied_names
 from ..tasks.read import read_examples
 from ..tasks.store import TaskDataset, open_examples, prepare_examples, split_examples, texts
 from .checkpoints.checkpoint import load_config
@@ -160,13 +161,11 @@ def new_model(config: RunConfig) -> Model:
     taken = {name: value for name, value in weights.items() if name in own and value.shape == own[name].shape}
     model.load_state_dict(taken, strict=False)
     body = ("encoder.", "decoder.", "blocks.", "token_embedding.")
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {
-        name for name, _ in model.named_parameters()
-    }
-    missing = [name for name in own if name.startswith(body) and name not in taken and name not in tied]
-    missing = [name for name in missing if name in dict(model.named_parameters(remove_duplicate=False))]
+    new = [name for name in own if name not in taken and name not in tied_names(model)]
+    parameters = {name for name, _ in model.named_parameters()}
+    missing = [name for name in new if name.startswith(body) and name in parameters]
     if missing:
         raise InputError(f"pretrained: {path} does not fit the model: {missing[0]} is missing or of another shape")
     if config.objective.lora_rank:
-        add_lora(model, config.objective.lora_rank, {name for name in own if name not in taken and name not in tied})
+        add_lora(model, config.objective.lora_rank, set(new))
     return model
