@@ -74,6 +74,31 @@ def greedy(
     return [row[: row.index(stop_token)] if stop_token in row else row for row in rows]
 
 
+class _Finished(NamedTuple):
+    """The best finished continuations of each row: ``scores`` (B, beams), best first, -inf where there are fewer.
+
+    ``paths`` (B, beams, steps) are their tokens, of which the first ``lengths`` (B, beams) count.
+    """
+
+    scores: torch.Tensor
+    paths: torch.Tensor
+    lengths: torch.Tensor
+
+    @classmethod
+    def none(cls, paths: torch.Tensor) -> _Finished:
+        """No continuation yet, with room for as many as ``paths``."""
+        scores = torch.full(paths.shape[:2], -torch.inf, device=paths.device)
+        return cls(scores, paths.clone(), torch.zeros(paths.shape[:2], dtype=torch.long, device=paths.device))
+
+    def with_more(self, scores: torch.Tensor, paths: torch.Tensor, length: int) -> _Finished:
+        """The best of these and of those in ``paths``, which end after ``length`` tokens."""
+        count, steps = self.paths.shape[1:]
+        best, order = torch.cat((self.scores, scores), 1).topk(count, 1)
+        lengths = torch.cat((self.lengths, torch.full_like(self.lengths, length)), 1).gather(1, order)
+        kept = torch.cat((self.paths, paths), 1).gather(1, order[..., None].expand(-1, -1, steps))
+        return _Finished(best, kept, lengths)
+
+
 def beam_search(
     model, start: torch.Tensor, *, memory: Encoded | None = None, beams: int = 5, max_new_tokens: int, stop_token: int,
     length_penalty: float = 1.0,
@@ -108,20 +133,10 @@ def beam_search(
         live = torch.full((batch, beams), -torch.inf, device=device)
         live[:, 0] = 0.0
         paths = torch.full((batch, beams, steps), stop_token, device=device)
-        done_scores = torch.full((batch, beams), -torch.inf, device=device)
-        done_paths = paths.clone()
-        done_lengths = torch.zeros(batch, beams, dtype=torch.long, device=device)
-
-        def keep(scores, candidates, length):
-            nonlocal done_scores, done_paths, done_lengths
-            lengths = torch.full_like(done_lengths, length)
-            done_scores, order = torch.cat((done_scores, scores), 1).topk(beams, 1)
-            done_paths = torch.cat((done_paths, candidates), 1).gather(1, order[..., None].expand(-1, -1, steps))
-            done_lengths = torch.cat((done_lengths, lengths), 1).gather(1, order)
-
+        done = _Finished.none(paths)
         for step in range(steps):
             total = live[..., None] + logits.log_softmax(-1).view(batch, beams, -1)
-            keep(total[..., stop_token] / (step + 1) ** length_penalty, paths, step)
+            done = done.with_more(total[..., stop_token] / (step + 1) ** length_penalty, paths, step)
             total[..., stop_token] = -torch.inf
             live, place = total.flatten(1).topk(min(beams, total[0].numel()), 1)
             if live.shape[1] < beams:
@@ -131,12 +146,12 @@ def beam_search(
             paths = paths.gather(1, parent[..., None].expand(-1, -1, steps)).clone()
             paths[..., step] = token
             if step + 1 == steps:
-                keep(live / steps**length_penalty, paths, steps)
+                done = done.with_more(live / steps**length_penalty, paths, steps)
                 break
             # A log-probability only falls: divided by the greatest length it bounds the score that a beam can reach.
-            if (live.max(1).values / steps**length_penalty <= done_scores.min(1).values).all():
+            if (live.max(1).values / steps**length_penalty <= done.scores.min(1).values).all():
                 break
             cache.select((first[:, None] * beams + parent).flatten(), same_memory=True)
             logits = _logits(model, token.view(-1, 1), None, cache)
-    rows = zip(done_paths.tolist(), done_lengths.tolist(), done_scores.tolist(), strict=True)
+    rows = zip(done.paths.tolist(), done.lengths.tolist(), done.scores.tolist(), strict=True)
     return [[Hypothesis(p[:n], s) for p, n, s in zip(*row, strict=True) if s > -float("inf")] for row in rows]
