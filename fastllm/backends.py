@@ -116,8 +116,9 @@ def why_not(name: str, device_type: str, dtypes: Iterable[torch.dtype] = (), op:
     if name == "hopper":
         return _not_hopper(device_type)
     if name == "native":
-        if extension.missing() is not None:
-            return extension.missing()
+        missing = extension.missing()
+        if missing is not None:
+            return missing
         if device_type not in ("cpu", "cuda"):
             return f"the extension serves CPU and CUDA tensors, got {device_type}"
         if device_type == "cuda" and not extension.has_cuda():
@@ -223,8 +224,8 @@ def pick(op: str, call: Call) -> Choice:
 
     A backend that was asked for serves the call or raises. Otherwise PyTorch's operators serve what the op prefers to
     leave to them and what kernels cannot take (vmap, forward mode, sparse and nested tensors, torch.export). The first
-    backend of
-    :data:`PREFERENCE` that takes the call serves all others. That a preferred one refuses is said once, as a warning.
+    backend of :data:`PREFERENCE` that takes the call serves all others. That a preferred one refuses is said once, as a
+    warning.
 
     Raises:
         BackendError: the backend asked for cannot serve the call.
