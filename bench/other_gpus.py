@@ -27,6 +27,7 @@ from ..parser import first_paragraph
 from ..registry import OPS
 from . import cases
 from .capture import CUDA, Launch, launches
+from .limits import Footprint, over_limits
 from .static import read_resources
 
 # The shapes, by parts of their names.
@@ -41,8 +42,6 @@ SHAPES = {
         "d64 causal", "d128 causal", "d256 causal", "d128 window", "d64 bias", "d64 dropout", "d128 decode",
     ),
 }  # fmt: skip
-# Threads of a block, registers of a multiprocessor of NVIDIA's, blocks along the three sides of a grid.
-THREADS, REGISTERS, GRID = 1024, 65536, (2**31 - 1, 65535, 65535)
 
 
 @dataclass(frozen=True)
@@ -86,17 +85,11 @@ def row_of(gpu: DeviceInfo, op: str, shape: str, dtype: torch.dtype, launch: Lau
 
 def breaches(gpu: DeviceInfo, row: OtherRow) -> list[str]:
     """The limits of ``gpu`` that a launch breaks; a spill is one."""
-    found = []
-    threads = row.warps * gpu.lanes
-    if threads > THREADS:
-        found.append(f"{threads} threads")
-    if gpu.vendor == "nvidia" and -(-row.registers // 8) * 8 * threads > REGISTERS:
-        found.append(f"{row.registers} registers for each of {threads} threads")
-    if row.shared > gpu.shared_per_block:
-        found.append(f"{row.shared} bytes of shared memory, of {gpu.shared_per_block}")
-    sides = (*row.grid, 1, 1)[:3]
-    if min(sides) < 1 or any(n > most for n, most in zip(sides, GRID, strict=True)):
-        found.append(f"a grid of {row.grid}")
+    # AMD's registers bound how many blocks share a multiprocessor, never whether one launches.
+    registers = row.registers if gpu.vendor == "nvidia" else 0
+    found = over_limits(Footprint(row.grid, row.warps * gpu.lanes, registers, row.shared), gpu)
+    if 0 in row.grid:
+        found.append(f"an empty grid of {row.grid}")
     if row.spills:
         found.append(f"{row.spills} spills")
     return found

@@ -29,12 +29,11 @@ from triton.runtime.autotuner import Autotuner
 
 from ..kernels.device import GPUS, DeviceInfo
 from .capture import CUDA, pretend, pretended_driver, pretended_properties
+from .limits import Footprint, over_limits
 from .module_files import module_of
 from .static import read_resources
 from .traffic import count_traffic
 
-# What the hardware takes: blocks of a grid by dimension, threads of a block, 32-bit registers of a block.
-GRID, THREADS, REGISTERS = (2**31 - 1, 65535, 65535), 1024, 65536
 # Programs of a launch that the interpreter runs; what they move is scaled to the grid. A guess.
 PROGRAMS = 16
 
@@ -97,22 +96,6 @@ def _no_device(gpu: DeviceInfo, configurations: _Configurations) -> Iterator[Non
         yield
 
 
-def _over_limits(grid: tuple[int, ...], threads: int, registers: int, shared: int, gpu: DeviceInfo) -> list[str]:
-    """Why the launch would fail on the GPU."""
-    found = [
-        f"grid[{i}] is {size:,}, at most {most:,}"
-        for i, (size, most) in enumerate(zip(grid, GRID, strict=False)) if size > most
-    ]  # fmt: skip
-    if threads > THREADS:
-        found.append(f"{threads} threads a block, at most {THREADS}")
-    # Registers are given to a warp in units of 256.
-    if threads // 32 * (-(-registers * 32 // 256) * 256) > REGISTERS:
-        found.append(f"{registers} registers x {threads} threads a block, at most {REGISTERS:,}")
-    if shared > gpu.shared_per_block:
-        found.append(f"{shared:,} bytes of shared memory, at most {gpu.shared_per_block:,}")
-    return found
-
-
 def _reason(error: Exception) -> str:
     if "on meta tensors" in str(error):
         return "it reads a value back to the host, which waits for the GPU and has no answer without one"
@@ -141,7 +124,7 @@ class _Recorder:
             grid=list(grid), warps=used.num_warps, registers=used.registers, spills=used.spills, shared=used.shared,
             occupancy=round(used.occupancy(arch), 4), fp64=used.doubles, tensor_core=used.tensor_core,
             widest_load=max(used.load_widths, default=0), widest_store=max(used.store_widths, default=0),
-            over=_over_limits(grid, used.num_warps * 32, used.registers, used.shared, self.gpu),
+            over=over_limits(Footprint(grid, used.num_warps * 32, used.registers, used.shared), self.gpu),
         )  # fmt: skip
 
     def rows(self) -> list[dict]:

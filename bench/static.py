@@ -35,6 +35,7 @@ from ..parser import first_paragraph
 from ..registry import OPS, Op
 from . import cases
 from .capture import CUDA, Launch, check_compiles, launches
+from .limits import REGISTERS, warp_registers
 from .run import plan
 
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
@@ -42,8 +43,8 @@ _RESOURCES_FILE = "fastllm_resources.json"
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
 _LOADS, _STORES = ("LDG", "LDGSTS"), ("STG",)
 _TENSOR_CORE = ("HGMMA", "HMMA", "QGMMA", "IMMA", "IGMMA", "DMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA")
-# What bounds occupancy on sm_80, sm_90 and sm_100 alike: warps, blocks and registers of a processor.
-WARPS, BLOCKS, REGISTERS = 64, 32, 65536
+# What bounds occupancy on sm_80, sm_90 and sm_100 alike: warps and blocks of a processor, beside a block's registers.
+WARPS, BLOCKS = 64, 32
 _DOUBLE = ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX", "DMMA")
 
 
@@ -102,9 +103,8 @@ class Resources:
 
     def occupancy(self, arch: int) -> float:
         """Share of a processor's warps that can be resident, bounded by registers, shared memory and blocks."""
-        # Registers are given to a warp in units of 256. 1 KB of shared memory a block is the system's, and a processor
-        # has 1 KB more than a block can have.
-        by_registers = REGISTERS // (-(-self.registers * 32 // 256) * 256) // self.num_warps
+        # 1 KB of shared memory a block is the system's, and a processor has 1 KB more than a block can have.
+        by_registers = REGISTERS // warp_registers(self.registers) // self.num_warps
         by_shared = (GPUS[arch].shared_per_block + 1024) // (self.shared + 1024)
         by_warps = WARPS // self.num_warps
         return min(by_registers, by_shared, by_warps, BLOCKS) * self.num_warps / WARPS

@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 from fastllm.backends import backend
 from fastllm.bench import cases
 from fastllm.bench.capture import pretend
-from fastllm.bench.other_gpus import GRID, REGISTERS, THREADS
+from fastllm.bench.limits import Footprint, over_limits
 from fastllm.kernels.device import GPUS, OTHER_GPUS
 from fastllm.registry import OPS
 
@@ -34,15 +34,11 @@ def _like(t):
 
 
 def wrong(gpu, options, grid, descriptors):
-    """What a launch asks of ``gpu`` that it has not."""
-    found, threads = [], options.num_warps * gpu.lanes
-    if threads > THREADS:
-        found.append(f"{threads} threads")
-    if (getattr(options, "maxnreg", None) or 0) * threads > REGISTERS:
-        found.append(f"{options.maxnreg} registers for each of {threads} threads")
-    sides = (*grid, 1, 1)[:3]
-    if min(sides) < 1 or any(n > most for n, most in zip(sides, GRID, strict=True)):
-        found.append(f"a grid of {grid}")
+    """Why ``gpu`` would refuse a launch with these options, grid and boxes of bulk copies."""
+    registers = getattr(options, "maxnreg", None) or 0
+    found = over_limits(Footprint(tuple(grid), options.num_warps * gpu.lanes, registers), gpu)
+    if 0 in grid:
+        found.append(f"an empty grid of {grid}")
     if descriptors and not (gpu.vendor == "nvidia" and gpu.arch >= 90):
         found.append("bulk copies")
     return found + [f"a box of {box}" for box in descriptors if max(box) > BOX]

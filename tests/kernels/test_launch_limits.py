@@ -57,12 +57,14 @@ def _row(gpu, **more):
 def test_what_breaks_a_limit():
     t4, mi300, rdna = (OTHER_GPUS[name] for name in ("sm_75", "gfx942", "gfx1100"))
     assert breaches(t4, _row("sm_75")) == []
-    assert breaches(t4, _row("sm_75", shared=65 << 10)) == ["66560 bytes of shared memory, of 65536"]
-    assert breaches(t4, _row("sm_75", warps=16, registers=129)) == ["129 registers for each of 512 threads"]
-    assert breaches(mi300, _row("gfx942", warps=32)) == ["2048 threads"]
+    assert breaches(t4, _row("sm_75", shared=65 << 10)) == ["66,560 bytes of shared memory, at most 65,536"]
+    assert breaches(t4, _row("sm_75", warps=16, registers=129)) == [
+        "129 registers x 512 threads a block, at most 65,536"
+    ]
+    assert breaches(mi300, _row("gfx942", warps=32)) == ["2048 threads a block, at most 1024"]
     assert breaches(rdna, _row("gfx1100", warps=32, registers=256)) == []
     assert breaches(rdna, _row("gfx1100", spills=3)) == ["3 spills"]
-    assert breaches(t4, _row("sm_75", grid=(1, 65536))) == ["a grid of (1, 65536)"]
+    assert breaches(t4, _row("sm_75", grid=(1, 65536))) == ["grid[1] is 65,536, at most 65,535"]
 
 
 def test_what_a_launch_may_not_ask_for():
@@ -70,12 +72,14 @@ def test_what_a_launch_may_not_ask_for():
     assert wrong(GPUS[90], options, (1,), [[1, 1, 64, 128]]) == []
     assert wrong(GPUS[80], options, (1,), [[1, 1, 64, 128]]) == ["bulk copies"]
     assert wrong(OTHER_GPUS["gfx942"], options, (1,), [[64, 64]]) == [
-        "255 registers for each of 512 threads",
+        "255 registers x 512 threads a block, at most 65,536",
         "bulk copies",
     ]
     assert wrong(GPUS[90], SimpleNamespace(num_warps=64), (0,), [[512]]) == [
-        "2048 threads", "a grid of (0,)", "a box of [512]",
-    ]  # fmt: skip
+        "2048 threads a block, at most 1024",
+        "an empty grid of (0,)",
+        "a box of [512]",
+    ]
     assert _box("tensordesc<bf16[1, 1, 64, 128], shared>") == [1, 1, 64, 128]
 
 
