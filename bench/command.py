@@ -95,38 +95,13 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """See the module's docstring. Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["train"]:
-        from . import train
-
-        train.main(argv[1:])
-        return 0
-    if argv[:1] == ["compare"]:
-        return _compare(argv[1:])
-    if argv[:1] == ["report"]:
-        return _report(argv[1:])
-    if argv[:1] == ["regress"]:
-        from .regress import main as regress
-
-        return regress(argv[1:])
-    if argv[:1] == ["export"]:
-        from .export import main as export
-
-        return export(argv[1:])
+    if argv and argv[0] in COMMANDS:
+        return COMMANDS[argv[0]](argv[1:])
     parser = _parser()
     options = parser.parse_args(argv)
     with _named_errors(parser):
         ops = cases.selected(options.ops)
-        compiled = {op.name for op in cases.selected(options.compile or [])}
-        if options.rounds is not None and options.rounds < 2:
-            raise ValueError(f"--rounds: expected at least 2, got {options.rounds}")
-        if not options.budget > 0:
-            raise ValueError(f"--budget: expected a positive number of seconds, got {options.budget:g}")
-        device = _device(options.device)
-        if options.cpu is not None:
-            names = levels.levels(options.cpu)
-            if device.type != "cpu" or options.static or options.tune:
-                raise ValueError("--cpu: it times the ops on a CPU; leave out --static and --tune, take --device cpu")
-        options.dtype = options.dtype or [cpu.precision(device)]
+        device = _checked(options)
         planned = plan(ops, options.shape, options.sweep, device.type)
         if not planned:
             raise ValueError(f"--shape: no shape of these ops has {' or '.join(map(repr, options.shape))} in its name")
@@ -139,11 +114,41 @@ def main(argv: list[str] | None = None) -> int:
         from .static import both_tables
 
         return both_tables([op.name for op in ops], options.shape, options.budget)
-    began = time.monotonic()
-    if options.cpu is not None:
-        folder = options.out or Path("runs") / f"bench-{datetime.now():%Y%m%d-%H%M%S}"
-        return levels.main(names, argv, options.budget, folder)
     folder = options.out or Path("runs") / f"bench-{datetime.now():%Y%m%d-%H%M%S}"
+    if options.cpu is not None:
+        return levels.main(levels.levels(options.cpu), argv, options.budget, folder)
+    found = _timed(options, planned, device, rivals, folder)
+    refused = {row.provider: row.problem for row in found.rows if row.provider in options.rival and row.problem}
+    for name, problem in refused.items():
+        print(f"fastllm bench: {name} has no time in some calls: {problem}", file=sys.stderr)
+    return 0 if any(row.samples for row in found.rows) and not refused else 1
+
+
+def _checked(options: argparse.Namespace) -> torch.device:
+    """The device of ``options``, whose ``compile`` becomes ops, and ``dtype`` the default where none is given.
+
+    Raises:
+        ValueError: an option has a value that cannot be used, or not beside another.
+    """
+    options.compile = cases.selected(options.compile or [])
+    if options.rounds is not None and options.rounds < 2:
+        raise ValueError(f"--rounds: expected at least 2, got {options.rounds}")
+    if not options.budget > 0:
+        raise ValueError(f"--budget: expected a positive number of seconds, got {options.budget:g}")
+    device = _device(options.device)
+    if options.cpu is not None:
+        levels.levels(options.cpu)
+        if device.type != "cpu" or options.static or options.tune:
+            raise ValueError("--cpu: it times the ops on a CPU; leave out --static and --tune, take --device cpu")
+    options.dtype = options.dtype or [cpu.precision(device)]
+    return device
+
+
+def _timed(
+    options: argparse.Namespace, planned: list[Planned], device: torch.device, rivals: list[Rival], folder: Path
+) -> Run:
+    """The calls timed within ``options.budget`` seconds; writes the times, the plots and the page to ``folder``."""
+    began = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "bench.json"
     kept = keep_freed_memory()
@@ -156,17 +161,14 @@ def main(argv: list[str] | None = None) -> int:
         left = max(0.0, options.budget - (time.monotonic() - began) - min(DRAWING, options.budget / 4))
         found = run(
             planned, device, dtypes=options.dtype, rounds=options.rounds or ROUNDS[device.type],
-            budget=left, only=options.provider, compiled=compiled, environment=where,
-            rivals=rivals, keep=lambda found: write(found, file),
+            budget=left, only=options.provider, compiled={op.name for op in options.compile},
+            environment=where, rivals=rivals, keep=lambda found: write(found, file),
         )  # fmt: skip
     for rival in rivals:
         rival.stop()
     write(found, file)
     print("written:", file, *_shown(found, folder))
-    refused = {row.provider: row.problem for row in found.rows if row.provider in options.rival and row.problem}
-    for name, problem in refused.items():
-        print(f"fastllm bench: {name} has no time in some calls: {problem}", file=sys.stderr)
-    return 0 if any(row.samples for row in found.rows) and not refused else 1
+    return found
 
 
 def _rivals(targets: list[str], ops: list[Op], planned: list[Planned], device: torch.device) -> list[Rival]:
@@ -239,6 +241,29 @@ def _report(argv: list[str]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     print("written:", *_shown(found, folder))
     return 0
+
+
+def _train(argv: list[str]) -> int:
+    from . import train
+
+    train.main(argv)
+    return 0
+
+
+def _regress(argv: list[str]) -> int:
+    from .regress import main as regress
+
+    return regress(argv)
+
+
+def _export(argv: list[str]) -> int:
+    from .export import main as export
+
+    return export(argv)
+
+
+# What imports Triton, plots or tables is imported by the command that needs it.
+COMMANDS = {"compare": _compare, "report": _report, "train": _train, "regress": _regress, "export": _export}
 
 
 @contextlib.contextmanager
