@@ -19,7 +19,6 @@ import json
 import math
 import re
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -36,7 +35,8 @@ from ..kernels.device import GPUS
 from ..parser import first_paragraph
 from ..registry import OPS
 from .attention import decoding, dense, packed, parameter, slopes
-from .capture import CUDA, launches
+from .budget import Budget
+from .capture import CUDA, launches, short_name
 from .cases import code_hash
 from .static import Resources, read_resources
 
@@ -163,7 +163,7 @@ def compiled(call: Call) -> list[Entry]:
         return compiled_hopper(dtype, dim, feature)
     found = {}
     for launch in launches(OPS["attention"], partial(FEATURES[feature](dim), CUDA, getattr(torch, dtype)), GPUS[arch]):
-        kernel = launch.kernel.strip("_").removesuffix("_kernel")
+        kernel = short_name(launch.kernel)
         key = launch.compiled.hash
         if key not in found:
             resources = read_resources(launch.compiled)
@@ -181,7 +181,7 @@ def compiled_hopper(dtype: str, dim: int, feature: str) -> list[Entry]:
     for launch in launches(
         OPS["attention"], partial(HOPPER[feature](dim), CUDA, getattr(torch, dtype)), GPUS[90], "hopper"
     ):
-        kernel = launch.kernel.strip("_").removesuffix("_kernel")
+        kernel = short_name(launch.kernel)
         if kernel in GLUON:
             resources = read_resources(launch.compiled)
             found[kernel] = Entry(feature, dim, dtype, 90, launch.direction, kernel, launch.compiled.hash, resources)
@@ -301,11 +301,11 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     features = [name for name in (*FEATURES, *HOPPER) if any(text in name for text in options.feature)]
     calls = spot() if options.spot else planned(options.arch, options.dtype, options.dim, features)
-    results, began = read(options.results), time.monotonic()
+    results, budget = read(options.results), Budget(options.budget)
     done = []
     for call in calls:
         if call not in results:
-            if time.monotonic() - began > options.budget:
+            if not budget.allows(str(call)):
                 continue
             results[call] = compiled(call)
             if options.results:
@@ -313,13 +313,12 @@ def main(argv: list[str] | None = None) -> int:
         done += results[call]
         print(*map(_line, results[call]), sep="\n", flush=True)
     bad = sum(not entry.fits for entry in done)
-    left = sum(call not in results for call in calls)
-    if left:
-        print(f"{left} calls were not begun in {options.budget:g} s")
+    if budget.left_out:
+        print(f"{len(budget.left_out)} calls were not begun in {options.budget:g} s")
     if options.page:
         options.page.write_text(page(results), encoding="utf-8")
     print(f"{len(done)} kernels, {bad} that spill or do not fit")
-    return int(bad > 0 or left > 0)
+    return int(bad > 0 or bool(budget.left_out))
 
 
 if __name__ == "__main__":

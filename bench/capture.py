@@ -143,6 +143,11 @@ class Launch:
     compiled: Any
 
 
+def short_name(kernel: str) -> str:
+    """A kernel's name as tables show it: ``_forward_kernel`` is ``forward``."""
+    return kernel.strip("_").removesuffix("_kernel")
+
+
 def check_compiles() -> None:
     """Raises RuntimeError where Triton's interpreter is on, so that there is nothing to compile."""
     if knobs.runtime.interpret:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from ..kernels import device
 from ..parser import first_paragraph
 from ..registry import Op
 from . import cases
+from .budget import Budget
 from .run import plan
 from .traffic import measure
 
@@ -76,23 +76,21 @@ class Row:
 
 def rows(
     ops: Iterable[Op], arch: int = 90, dtype: torch.dtype = torch.bfloat16, shapes: Iterable[str] = ("",),
-    budget: float = math.inf, left_out: list[str] | None = None,
+    budget: Budget | None = None,
 ) -> Iterator[Row]:  # fmt: skip
     """The rows of those of the ops' shapes whose name contains one of ``shapes`` and that fit in LARGEST bytes.
 
-    Ops without Triton kernels have no rows. No call begins after ``budget`` seconds; ``left_out`` is given those.
+    Ops without Triton kernels have no rows. No call begins after ``budget``.
 
     Raises:
         RuntimeError: Triton's interpreter is off.
     """
-    began = time.monotonic()
+    budget = budget or Budget()
     for case in plan([op for op in ops if "triton" in op.backends], list(shapes)):
         op, name = case.op, case.name
         if cases.held_bytes(case.make(torch.device("meta"), dtype)) > LARGEST:
             continue
-        if time.monotonic() - began > budget:
-            if left_out is not None:
-                left_out.append(f"{op.name}, {name}: the budget of {budget:g} s was spent")
+        if not budget.allows(f"{op.name}, {name}"):
             continue
         call = case.make(torch.device("cpu"), dtype)
         # The launchers see the GPU's number of processors in place of the interpreter's.
@@ -144,20 +142,21 @@ def main(argv: list[str] | None = None) -> None:
         ops = cases.selected(options.ops)
     except ValueError as error:
         parser.error(str(error))
-    left_out: list[str] = []
-    found = list(rows(ops, options.arch, getattr(torch, options.dtype), options.shape, options.budget, left_out))
+    budget = Budget(options.budget)
+    found = list(rows(ops, options.arch, getattr(torch, options.dtype), options.shape, budget))
     order = {op.name: i for i, op in enumerate(ops)}
     found.sort(key=lambda row: order[row.op])
     if options.json:
         Path(options.json).write_text(json.dumps([asdict(row) for row in found]))
-    from rich.console import Console
     from rich.table import Table
+
+    from .report import console
 
     table = Table(*COLUMNS, title=f"{device.GPUS[options.arch].name}, {options.dtype}")
     for row in found:
         table.add_row(*cells(row))
-    Console(width=None if Console().is_terminal else 200).print(table)
-    for line in left_out:
+    console(200).print(table)
+    for line in budget.left_out:
         print(f"left out: {line}")
 
 

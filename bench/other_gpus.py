@@ -26,7 +26,7 @@ from ..kernels.device import OTHER_GPUS, DeviceInfo
 from ..parser import first_paragraph
 from ..registry import OPS
 from . import cases
-from .capture import CUDA, Launch, launches
+from .capture import CUDA, Launch, launches, short_name
 from .limits import Footprint, over_limits
 from .static import read_resources
 
@@ -75,7 +75,7 @@ def row_of(gpu: DeviceInfo, op: str, shape: str, dtype: torch.dtype, launch: Lau
     else:
         resources = read_resources(compiled)
         registers, spills, matrix = resources.registers, resources.spills, resources.tensor_core
-    kernel = launch.kernel.strip("_").removesuffix("_kernel")
+    kernel = short_name(launch.kernel)
     metadata = compiled.metadata
     return OtherRow(
         gpu.architecture, op, shape, str(dtype).removeprefix("torch."), launch.direction, kernel, launch.grid,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from ..kernels.device import GPUS
 from ..parser import Parser, first_paragraph
+from .interpreter import compiling, interpreting
 
 FORMAT = "fastllm-regress/1"
 # Figure -> what more of it, or less of it, means. Those of ALLOWED may be exceeded by what the committed file allows.
@@ -94,14 +94,6 @@ def read(file: Path) -> Measured:
         raise ValueError(f"{file}: not a file of fastllm bench regress ({type(error).__name__}: {error})") from error
 
 
-def _environments() -> dict[str, dict[str, str]]:
-    """The rows of both processes: Triton reads TRITON_INTERPRET when a kernel is decorated."""
-    common = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    # 3.9 warns while it is unset; 1 is what it and older versions do by default.
-    common.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    return {"compile": common, "bytes": {**common, "TRITON_INTERPRET": "1"}}
-
-
 def measure(file: Path, arches: Iterable[int]) -> Measured:
     """Runs both measurements side by side.
 
@@ -115,7 +107,7 @@ def measure(file: Path, arches: Iterable[int]) -> Measured:
             [sys.executable, "-m", f"{__package__}.regress_measure", what, str(file), "--arch", *map(str, arches)],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for what, environment in _environments().items()
+        for what, environment in (("compile", compiling()), ("bytes", interpreting()))
     }  # fmt: skip
     found = {}
     try:
@@ -194,8 +186,9 @@ def broken(now: Measured) -> list[str]:
 
 
 def _show(now: Measured) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from .report import console
 
     table = Table(title=f"Triton {now.triton}", title_justify="left")
     columns = ("call", "kernel", "sm", "registers", "spills", "shared", "occupancy", "loaded MB", "stored MB")
@@ -207,7 +200,7 @@ def _show(now: Measured) -> None:
         megabytes = [f"{bytes_of[way] / 1e6:,.2f}" if bytes_of else "" for way in ("loaded", "stored")]
         figures = (row["arch"], row["registers"], row["spills"], row["shared"])
         table.add_row(row["call"], row["kernel"], *map(str, figures), f"{row['occupancy']:.0%}", *megabytes)
-    Console(width=None if Console().is_terminal else 160).print(table)
+    console(160).print(table)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,9 +13,9 @@ from .scores import fast_p
 from .timing import Quartiles
 
 
-def console() -> Console:
-    """As wide as the terminal, or wide enough for every table where there is none."""
-    return Console(width=None if Console().is_terminal else 210)
+def console(columns: int = 210) -> Console:
+    """As wide as the terminal, or ``columns`` wide where there is none; every table of a run fits in the default."""
+    return Console(width=None if Console().is_terminal else columns)
 
 
 def _duration(seconds: float) -> str:

@@ -17,7 +17,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -34,7 +33,9 @@ from ..kernels.device import GPUS
 from ..parser import first_paragraph
 from ..registry import OPS, Op
 from . import cases
-from .capture import CUDA, Launch, check_compiles, launches
+from .budget import Budget
+from .capture import CUDA, Launch, check_compiles, launches, short_name
+from .interpreter import compiling, interpreting
 from .limits import REGISTERS, warp_registers
 from .run import plan
 
@@ -213,35 +214,27 @@ def rows(
     dtype: torch.dtype = torch.bfloat16,
     shapes: Sequence[str] = ("",),
     *,
-    budget: float = math.inf,
+    budget: Budget | None = None,
     workers: int = 1,
-    left_out: list[str] | None = None,
 ) -> Iterator[Row]:
     """Compiles what the ops launch on those of their shapes whose name contains one of ``shapes``.
 
     Ops without Triton kernels have no rows. The first shape of every op comes first, as in ``fastllm bench``.
 
     Args:
-        budget: seconds after which no further call is begun; those are added to ``left_out``.
+        budget: no call begins after it; default: all do.
         workers: processes that compile.
 
     Raises:
         RuntimeError: Triton's interpreter is on.
     """
     check_compiles()
-    arches, began = list(arches), time.monotonic()
+    arches, budget = list(arches), budget or Budget()
     todo = [(case.op, case.name) for case in plan([op for op in ops if "triton" in op.backends], list(shapes))]
-
-    def in_time(op: Op, shape: str) -> bool:
-        if time.monotonic() - began < budget:
-            return True
-        if left_out is not None:
-            left_out.append(f"{op.name}, {shape}: the budget of {budget:g} s was spent")
-        return False
 
     if workers == 1:
         for op, shape in todo:
-            if in_time(op, shape):
+            if budget.allows(f"{op.name}, {shape}"):
                 yield from rows_of(op, shape, arches, dtype)
         return
     # A process that has run PyTorch's threads must not be forked.
@@ -250,7 +243,7 @@ def rows(
         while waiting or running:
             while waiting and len(running) < workers:
                 op, shape = waiting.pop(0)
-                if in_time(op, shape):
+                if budget.allows(f"{op.name}, {shape}"):
                     running.append(pool.submit(_compiled_elsewhere, op.name, shape, arches, dtype))
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
@@ -309,7 +302,7 @@ def cells(row: Row) -> list[str]:
         row.op,
         row.shape,
         row.direction[:3],
-        row.kernel.strip("_").removesuffix("_kernel"),
+        short_name(row.kernel),
         str(row.arch),
         ", ".join(grid if n == 1 else f"{grid} ({n} times)" for grid, n in grids),
         str(r.num_warps),
@@ -331,16 +324,13 @@ def both(arguments: Sequence[str], **options) -> dict[str, subprocess.Popen]:
 
     ``{module}`` in an argument is the one's name or the other's.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    # 3.9 warns while it is unset; 1 is what it and older versions do by default.
-    environment.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     return {
         module: subprocess.Popen(
             [sys.executable, "-m", f"{__package__}.{module}", *(a.format(module=module) for a in arguments)],
-            env=environment | more,
+            env=environment,
             **options,
         )
-        for module, more in (("static", {}), ("model", {"TRITON_INTERPRET": "1"}))
+        for module, environment in (("static", compiling()), ("model", interpreting()))
     }
 
 
@@ -371,24 +361,23 @@ def main(argv: list[str] | None = None) -> int:
         ops = cases.selected(options.ops)
     except ValueError as error:
         parser.error(str(error))
-    left_out: list[str] = []
+    budget = Budget(options.budget)
     dtype = getattr(torch, options.dtype)
     workers = max(1, options.workers)
-    found = list(
-        rows(ops, options.arch, dtype, options.shape, budget=options.budget, workers=workers, left_out=left_out)
-    )
+    found = list(rows(ops, options.arch, dtype, options.shape, budget=budget, workers=workers))
     order = {op.name: i for i, op in enumerate(ops)}
     found.sort(key=lambda row: (order[row.op], row.shape, row.direction, row.kernel, row.arch))
     if options.json:
         Path(options.json).write_text(json.dumps([asdict(row) for row in found]))
-    from rich.console import Console
     from rich.table import Table
+
+    from .report import console
 
     table = Table(*COLUMNS, *MIX, title=f"Triton {triton.__version__}, {options.dtype}")
     for row in found:
         table.add_row(*cells(row))
-    Console(width=None if Console().is_terminal else 200).print(table)
-    for line in left_out:
+    console(200).print(table)
+    for line in budget.left_out:
         print(f"left out: {line}")
     bad = [(row, problem) for row in found for problem in problems(row)]
     for row, problem in bad:

@@ -207,13 +207,14 @@ def test_losses_and_activations_move_128_bits_at_a_time(other_rows):
 SPILLING = """
 from fastllm import OPS
 from fastllm.bench import static
+from fastllm.bench.budget import Budget
 from fastllm.kernels.norm import forward as _norm
 _norm.FWD_ROW = 65536
 rows = list(static.rows([OPS["layer_norm"]], [90], shapes=["32768x65536"]))
 assert any("thread-local memory" in problem for row in rows for problem in static.problems(row))
-left_out = []
-assert not list(static.rows([OPS["layer_norm"]], [90], shapes=["one token"], budget=0.0, left_out=left_out))
-assert left_out == ["layer_norm, one token 1x4096: the budget of 0 s was spent"]
+budget = Budget(0.0)
+assert not list(static.rows([OPS["layer_norm"]], [90], shapes=["one token"], budget=budget))
+assert budget.left_out == ["layer_norm, one token 1x4096: the budget of 0 s was spent"]
 print(max(row.resources.spills for row in rows))
 """
 
