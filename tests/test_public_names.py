@@ -33,6 +33,12 @@ def public(module) -> Iterator[tuple[str, object]]:
             yield name, value
 
 
+def members(cls: type) -> dict[str, object]:
+    """What the class defines or inherits of ours: a method may move to a base without a change for its users."""
+    ours = (base for base in reversed(cls.__mro__) if base.__module__.startswith("fastllm"))
+    return {name: value for base in ours for name, value in vars(base).items()}
+
+
 def lines() -> Iterator[str]:
     for suffix in MODULES:
         module = importlib.import_module(f"fastllm{suffix}")
@@ -41,7 +47,7 @@ def lines() -> Iterator[str]:
             yield f"{module.__name__}.{name}: {kind}{signature(value) if callable(value) else ''}"
             if not inspect.isclass(value):
                 continue
-            for method, found in sorted(vars(value).items()):
+            for method, found in sorted(members(value).items()):
                 if isinstance(found, property):
                     yield f"{module.__name__}.{name}.{method}: property"
                 elif not method.startswith("_") and callable(getattr(value, method)):
