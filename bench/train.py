@@ -14,12 +14,14 @@ most during a provider's turns, on CUDA only.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -29,6 +31,7 @@ from ..models import PRESETS, Transformer, TransformerConfig
 from ..parser import Parser, first_paragraph
 from ..training.config import TrainingConfig
 from .environment import environment
+from .rival import first_line
 from .timing import Quartiles, interleaved, ratios, seconds, synchronize
 from .train_steps import OURS, PROVIDERS, Batch, Setting, Step
 
@@ -60,6 +63,37 @@ def batches(config: TransformerConfig, batch_size: int, count: int, device: torc
     return [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
 
 
+class _Checked(NamedTuple):
+    """Providers after their first steps: what takes a step, every provider's losses, why one is not timed."""
+
+    steps: dict[str, Step]
+    losses: dict[str, list[float]]
+    problems: dict[str, str]
+
+
+def _checked(setting: Setting, names: list[str], data: list[Batch], tell: Callable[[str], None]) -> _Checked:
+    """Sets the providers ``names`` up, ours first, and compares their losses on ``data`` with ours."""
+    tolerance = LOSS_TOLERANCE[setting.dtype]
+    found = _Checked({}, {}, {})
+    for name in names:
+        tell(f"{name}: {len(data)} steps, losses compared")
+        try:
+            step = PROVIDERS[name](setting)
+            losses = found.losses[name] = [float(step(batch)) for batch in data]
+        except Exception as error:
+            if name == OURS:
+                raise
+            found.problems[name] = first_line(error)
+            continue
+        ours = found.losses[OURS]
+        worst = max(abs(a - b) / abs(b) for a, b in zip(losses, ours, strict=True))
+        if not math.isfinite(sum(losses)) or worst > tolerance:
+            found.problems[name] = f"losses {losses} differ from {ours} by {worst:.1e}, more than {tolerance:.1e}"
+        else:
+            found.steps[name] = step
+    return found
+
+
 def compare(
     setting: Setting,
     names: list[str],
@@ -75,34 +109,13 @@ def compare(
         steps, rounds: steps a turn, and turns of each provider.
         tell: takes progress lines.
     """
-    config, device, dtype = setting.model.config, setting.device, setting.dtype
+    config, device = setting.model.config, setting.device
     data = batches(config, setting.training.batch_size, max(CHECKED, steps), device)
-    tolerance = LOSS_TOLERANCE[dtype]
-    taken: dict[str, Step] = {}
-    losses: dict[str, list[float]] = {}
-    problems: dict[str, str] = {}
-    for name in [OURS, *names]:
-        tell(f"{name}: {CHECKED} steps, losses compared")
-        try:
-            step = PROVIDERS[name](setting)
-            losses[name] = [float(step(batch)) for batch in data[:CHECKED]]
-        except Exception as error:
-            if name == OURS:
-                raise
-            lines = str(error).strip().splitlines()
-            problems[name] = f"{type(error).__name__}: {lines[0] if lines else ''}"
-            continue
-        worst = max(abs(a - b) / abs(b) for a, b in zip(losses[name], losses[OURS], strict=True))
-        if not math.isfinite(sum(losses[name])) or worst > tolerance:
-            problems[name] = (
-                f"losses {losses[name]} differ from {losses[OURS]} by {worst:.1e}, more than {tolerance:.1e}"
-            )
-        else:
-            taken[name] = step
+    checked = _checked(setting, [OURS, *names], data[:CHECKED], tell)
 
     def turn(name: str) -> None:
         for batch in data[:steps]:
-            taken[name](batch)
+            checked.steps[name](batch)
 
     peaks: dict[str, int] = {}
 
@@ -116,11 +129,12 @@ def compare(
         return elapsed
 
     tell(f"{rounds} rounds of {steps} steps each")
-    samples = interleaved({n: functools.partial(turn, n) for n in taken}, rounds, device, timer=timed)
-    rate = matmul_flops(device, getattr(torch, dtype))
+    samples = interleaved({n: functools.partial(turn, n) for n in checked.steps}, rounds, device, timer=timed)
+    rate = matmul_flops(device, getattr(torch, setting.dtype))
     tokens = setting.training.batch_size * config.context_length
-    rows = [Row(name, problem, losses.get(name, []), []) for name, problem in problems.items()]
-    for name in taken:
+    losses = checked.losses
+    rows = [Row(name, problem, losses.get(name, []), []) for name, problem in checked.problems.items()]
+    for name in checked.steps:
         per_step = [s / steps for s in samples[name]]
         speed = Quartiles.of([tokens / s for s in per_step])
         mfu = speed.median * setting.model.flops_per_token() / rate
@@ -154,8 +168,7 @@ def table(rows: list[Row], title: str):
     return shown
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line; see the module's docstring."""
+def _parser() -> Parser:
     parser = Parser(prog="fastllm bench train", description=first_paragraph(__doc__))
     parser.add_argument("--preset", choices=list(PRESETS), default="small", help="the model (default: %(default)s)")
     parser.add_argument(
@@ -174,6 +187,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hugging-face", action="store_true", help="also transformers' GPT-2")
     parser.add_argument("--nanogpt", type=Path, metavar="FOLDER", help="also nanoGPT, from its checkout there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample and the environment there")
+    return parser
+
+
+def _read(argv: list[str] | None) -> argparse.Namespace:
+    """The options, checked."""
+    parser = _parser()
     options = parser.parse_args(argv)
     for name in ("batch_size", "context_length", "steps", "rounds"):
         value = getattr(options, name)
@@ -181,6 +200,12 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
     if options.nanogpt is not None and not (options.nanogpt / "model.py").is_file():
         parser.error(f"--nanogpt: {options.nanogpt} has no model.py")
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see the module's docstring."""
+    options = _read(argv)
     config = PRESETS[options.preset].replace(dropout=0.0)  # equal losses need equal masks, or none
     if options.context_length:
         config = config.replace(context_length=options.context_length)
