@@ -229,32 +229,43 @@ def main(argv: list[str]) -> int:
         now = measure(options.file, arches)
     except (OSError, ValueError) as error:
         first, _, rest = str(error).partition("\n")
-        print(rest, file=sys.stderr) if rest else None
+        if rest:
+            print(rest, file=sys.stderr)
         parser.error(first)
     _show(now)
     for place, reason in now.failures.items():
         if place.endswith(", bytes"):
             print(f"{place} were not counted: {reason}")
-    bad = broken(now)
     if options.update:
-        for line in bad:
-            print(line)
-        if bad:
-            print(f"{len(bad)} failures; {against} stays as it was")
-            return 1
-        now.allow = committed.allow if committed else now.allow
-        now.write(against)
-        print(f"written: {against}")
-        return 0
+        return _updated(against, committed, now)
     assert committed is not None  # only --update does without
     if options.arch:
         committed.kernels = [row for row in committed.kernels if row["arch"] in options.arch]
     if committed.triton != now.triton:
         print(f"{against} is of Triton {committed.triton}, this is {now.triton}: another compiler gives other figures")
+    return _judged(committed, now)
+
+
+def _updated(against: Path, committed: Measured | None, now: Measured) -> int:
+    """Writes ``now`` to ``against`` unless a call is broken; what the committed file allows stays allowed."""
+    bad = broken(now)
+    for line in bad:
+        print(line)
+    if bad:
+        print(f"{len(bad)} failures; {against} stays as it was")
+        return 1
+    now.allow = committed.allow if committed else now.allow
+    now.write(against)
+    print(f"written: {against}")
+    return 0
+
+
+def _judged(committed: Measured, now: Measured) -> int:
+    """Prints what is better and worse than committed. 1 where anything is worse."""
     verdict = compare(committed, now)
     for line in verdict.better:
         print(f"better: {line}")
-    bad += verdict.worse
+    bad = broken(now) + verdict.worse
     for line in bad:
         print(f"worse: {line}")
     if verdict.better and not bad:

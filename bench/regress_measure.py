@@ -31,6 +31,7 @@ from ..kernels.device import GPUS, DeviceInfo
 from .capture import CUDA, pretend, pretended_driver, pretended_properties
 from .limits import Footprint, over_limits
 from .module_files import module_of
+from .rival import first_line
 from .static import read_resources
 from .traffic import count_traffic
 
@@ -99,8 +100,7 @@ def _no_device(gpu: DeviceInfo, configurations: _Configurations) -> Iterator[Non
 def _reason(error: Exception) -> str:
     if "on meta tensors" in str(error):
         return "it reads a value back to the host, which waits for the GPU and has no answer without one"
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}".removesuffix(": ")
+    return first_line(error).removesuffix(": ")
 
 
 class _Recorder:
