@@ -11,6 +11,8 @@ import ast
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import date
+from functools import partial
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
@@ -24,7 +26,7 @@ from . import cases
 from .cases import calls_of
 from .parity import Judge
 from .report import verdict
-from .run import LARGEST, plan
+from .run import LARGEST, Planned, plan
 from .timing import Quartiles, Timer, interleaved
 
 Settings = dict[str, int]
@@ -95,44 +97,52 @@ def tune(ops: list[Op], dtypes: list[str], shape: list[str], tell: Callable[[str
     """
     if not torch.cuda.is_available():
         raise ValueError("--tune: there is no GPU here, and settings are only worth what was measured")
-    device, found, asked = torch.device("cuda"), {}, set()
+    device = torch.device("cuda")
+    found: dict[tuple, Settings] = {}
+    asked: set[tuple] = set()
     table = Table(_tuned.TUNED)
     with mock.patch.object(_launch, "TUNED", table), backend("triton"):
-        for planned in plan(ops, shape):
-            for dtype in dtypes:
-                kind = getattr(torch, dtype)
-                if cases.held_bytes(planned.make(torch.device("meta"), kind)) > LARGEST["cuda"] // 4:
+        for planned, dtype in product(plan(ops, shape), dtypes):
+            kind = getattr(torch, dtype)
+            if cases.held_bytes(planned.make(torch.device("meta"), kind)) > LARGEST["cuda"] // 4:
+                continue
+            table.asked.clear()
+            trials = _Trials(planned, kind, device, table)
+            for key, start in list(table.asked.items()):
+                if key in asked:
                     continue
-                sample = replace(planned.make(device, kind), name=planned.name)
-                table.asked.clear()
-                judge = Judge(planned.op, planned.op.reference, sample, kind)
-                calls = calls_of({"one": planned.op.function}, sample, "both")
-                calls["one"].run(calls["one"].prepare())
-                for key, start in list(table.asked.items()):
-                    if key in asked:
-                        continue
-                    asked.add(key)
-
-                    def faster(new: Settings, old: Settings, key=key, op=planned.op, judge=judge, call=calls["one"]):
-                        table.trial = {key: new}
-                        try:
-                            if judge.problem(op.function) is not None:
-                                return False
-                        except Exception:  # does not compile, or does not fit
-                            return False
-                        timer = _Switching(device, table, key)
-                        samples = interleaved({"new": (new, call), "old": (old, call)}, ROUNDS, device, timer=timer)
-                        new_time, old_time = (Quartiles.of(samples[name]) for name in ("new", "old"))
-                        return verdict(old_time, new_time) == "faster"
-
-                    best = search(start, faster)
-                    table.trial = {}
-                    if best != start:
-                        found[key] = best
-                        tell(f"{planned.op.name}, {planned.name}, {dtype}: {key}: {start} -> {best}")
+                asked.add(key)
+                best = search(start, partial(trials.is_faster, key))
+                table.trial = {}
+                if best != start:
+                    found[key] = best
+                    tell(f"{planned.op.name}, {planned.name}, {dtype}: {key}: {start} -> {best}")
     if not asked:
         raise ValueError(f"--tune: no launcher of {', '.join(op.name for op in ops)} asks for settings")
     return found
+
+
+class _Trials:
+    """One call under settings that ``table`` is told to answer with. Making it runs the call once."""
+
+    def __init__(self, planned: Planned, dtype: torch.dtype, device: torch.device, table: Table):
+        self.op, self.device, self.table = planned.op, device, table
+        sample = replace(planned.make(device, dtype), name=planned.name)
+        self.judge = Judge(self.op, self.op.reference, sample, dtype)
+        self.call = calls_of({"one": self.op.function}, sample, "both")["one"]
+        self.call.run(self.call.prepare())
+
+    def is_faster(self, key: tuple, new: Settings, old: Settings) -> bool:
+        """Whether the call is right under ``new`` for ``key``, and outside the noise faster than under ``old``."""
+        self.table.trial = {key: new}
+        try:
+            if self.judge.problem(self.op.function) is not None:
+                return False
+        except Exception:  # does not compile, or does not fit
+            return False
+        timer = _Switching(self.device, self.table, key)
+        samples = interleaved({"new": (new, self.call), "old": (old, self.call)}, ROUNDS, self.device, timer=timer)
+        return verdict(Quartiles.of(samples["old"]), Quartiles.of(samples["new"])) == "faster"
 
 
 class _Switching:
