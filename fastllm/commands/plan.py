@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 from dataclasses import replace
+from functools import partial
 
 from ..config import InputError
 from ..models.config import MAX_SIZE, PRESETS
-from ..training.parallel.planner import GIB, GPUS, TooLarge, plan, shape_of
+from ..training.parallel.planner import GIB, GPU, GPUS, Plan, TooLarge, plan, shape_of
 
 MAX_NUMBER = 1e18
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
@@ -62,42 +63,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def run(arguments: argparse.Namespace) -> int:
+def _gpu(arguments: argparse.Namespace) -> GPU:
+    """The GPU's data sheet with the rates that are given in its place.
+
+    Raises:
+        InputError: a rate is out of range.
+    """
+    units = {"memory": 1e9, "flops": 1e12, "within": 1e9, "between": 1e9}
+    given = {name: getattr(arguments, name) for name in units if getattr(arguments, name) is not None}
+    for name, value in given.items():
+        if not 0 < value <= MAX_NUMBER:
+            raise InputError(f"--{name}: expected more than 0 and at most {MAX_NUMBER:g}, got {value}")
+    return replace(GPUS[arguments.gpu], **{name: value * units[name] for name, value in given.items()})
+
+
+def _check(arguments: argparse.Namespace) -> None:
     for name in ("gpus", "gpus_per_node", "context_length", "micro_batch_size"):
         value = getattr(arguments, name)
         if value is not None and not 1 <= value <= MAX_SIZE:
             raise InputError(f"--{name.replace('_', '-')}: expected at least 1 and at most {MAX_SIZE}, got {value}")
     if not 0 < arguments.efficiency <= 1 or not 0 <= arguments.overlap <= 1:
         raise InputError("--efficiency and --overlap: expected parts of 1")
-    given = {
-        "memory": (arguments.memory, 1e9), "flops": (arguments.flops, 1e12), "within": (arguments.within, 1e9),
-        "between": (arguments.between, 1e9),
-    }  # fmt: skip
-    for name, (value, _) in given.items():
-        if value is not None and not 0 < value <= MAX_NUMBER:
-            raise InputError(f"--{name}: expected more than 0 and at most {MAX_NUMBER:g}, got {value}")
-    gpu = replace(
-        GPUS[arguments.gpu], **{name: value * unit for name, (value, unit) in given.items() if value is not None}
-    )
-    context = {} if arguments.context_length is None else {"context_length": arguments.context_length}
+
+
+def run(arguments: argparse.Namespace) -> int:
+    _check(arguments)
+    gpu = _gpu(arguments)
     model = shape_of(arguments.params) if arguments.params else PRESETS[arguments.preset or "gpt2"]
-    model = model.replace(**context)
-    tokens = int(arguments.batch_tokens or max(4e6, model.context_length * arguments.gpus))
-    tokens = max(1, tokens // (model.context_length * arguments.gpus)) * model.context_length * arguments.gpus
-    settings = {
-        "batch_tokens": tokens, "parallel": arguments.parallel, "optimizer": arguments.optimizer,
-        "dtype": arguments.dtype, "gpus_per_node": arguments.gpus_per_node, "efficiency": arguments.efficiency,
-        "overlap": arguments.overlap, "micro_batch": arguments.micro_batch_size,
-    }  # fmt: skip
-    recompute = arguments.checkpoint_activations
+    if arguments.context_length is not None:
+        model = model.replace(context_length=arguments.context_length)
+    context_of_all = model.context_length * arguments.gpus
+    tokens = max(1, int(arguments.batch_tokens or max(4e6, context_of_all)) // context_of_all) * context_of_all
+    planned = partial(
+        plan, model, arguments.gpus, gpu, batch_tokens=tokens, parallel=arguments.parallel,
+        optimizer=arguments.optimizer, dtype=arguments.dtype, gpus_per_node=arguments.gpus_per_node,
+        efficiency=arguments.efficiency, overlap=arguments.overlap, micro_batch=arguments.micro_batch_size,
+    )  # fmt: skip
     try:
-        result = plan(model, arguments.gpus, gpu, checkpoint_activations=recompute, **settings)
+        result = planned(checkpoint_activations=arguments.checkpoint_activations)
     except TooLarge:
-        if recompute:
+        if arguments.checkpoint_activations:
             raise
-        recompute = True
-        result = plan(model, arguments.gpus, gpu, checkpoint_activations=recompute, **settings)
+        result = planned(checkpoint_activations=True)
         print("with --checkpoint-activations: without, not even one sequence fits")
+    _show(result, arguments, gpu, tokens)
+    return 0
+
+
+def _show(result: Plan, arguments: argparse.Namespace, gpu: GPU, tokens: int) -> None:
+    """Prints the plan of a step of ``tokens`` tokens."""
     shape = result.model
     print(
         f"model: {result.parameters / 1e9:.2f}B parameters, {shape.num_layers} layers of {shape.hidden_size}, "
@@ -121,4 +135,3 @@ def run(arguments: argparse.Namespace) -> int:
         f"{result.communication_seconds:.3f} s of communication, the rest is hidden behind compute"
     )
     print(f"{result.tokens_per_second(tokens):,.0f} tokens/s, expected MFU {result.mfu:.1%}")
-    return 0
