@@ -8,6 +8,7 @@ import torch
 
 import fastllm
 from fastllm.bench import command, tune
+from fastllm.bench.run import plan
 from fastllm.kernels import launch as _launch
 
 
@@ -64,6 +65,25 @@ def test_launchers_take_what_the_table_says(device):
             for trial in tune.neighbours(settings):
                 table.trial = {key: trial}
                 torch.testing.assert_close(results(), expected)
+
+
+@pytest.mark.runs_on("gpu", "interpreter")
+def test_a_setting_is_taken_that_is_right_and_faster(device, small, monkeypatch):
+    table = tune.Table()
+    with mock.patch.object(_launch, "TUNED", table), fastllm.backend("triton"):
+        trials = tune._Trials(plan([small], ["first"])[0], torch.float32, device, table)
+        key, start = next(iter(table.asked.items()))
+        slower = {name: 2 * value for name, value in start.items()}
+        monkeypatch.setattr(tune, "_Switching", mock.Mock())  # it flushes a GPU's cache
+        # Seconds that grow with the settings.
+        monkeypatch.setattr(tune, "interleaved", lambda runs, *_, **__: {
+            name: [float(sum(settings.values()))] * 9 for name, (settings, _) in runs.items()
+        })  # fmt: skip
+        assert trials.is_faster(key, start, slower)
+        assert not trials.is_faster(key, slower, start)
+        assert not trials.is_faster(key, start, start)
+        monkeypatch.setattr(trials.judge, "problem", lambda function: "wrong")
+        assert not trials.is_faster(key, start, slower)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU here: there is nothing to refuse")
