@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from importlib.util import find_spec
 from typing import Literal
 
@@ -21,8 +21,9 @@ class ObjectiveKind:
     """
 
     summary: str
-    encoder: bool
-    decoder: bool
+    _: KW_ONLY
+    encoder: bool = False
+    decoder: bool = False
     heads: tuple[str, ...] = ()
     task: bool = False
     tokens: str = "masked"
@@ -30,23 +31,25 @@ class ObjectiveKind:
 
 
 OBJECTIVES = {
-    "causal": ObjectiveKind("the next token", False, True, tokens="causal"),
+    "causal": ObjectiveKind("the next token", decoder=True, tokens="causal"),
     "prefix": ObjectiveKind(
-        "the next token, given a beginning that is read in both directions", False, True, tokens="causal"
+        "the next token, given a beginning that is read in both directions", decoder=True, tokens="causal"
     ),
-    "mlm": ObjectiveKind("masked tokens", True, False, ("mlm",)),
-    "nsp": ObjectiveKind("whether two texts follow each other", True, False, ("nsp",)),
+    "mlm": ObjectiveKind("masked tokens", encoder=True, heads=("mlm",)),
+    "nsp": ObjectiveKind("whether two texts follow each other", encoder=True, heads=("nsp",)),
     "mlm+nsp": ObjectiveKind(
-        "masked tokens and whether two texts follow each other, as BERT", True, False, ("mlm", "nsp")
+        "masked tokens and whether two texts follow each other, as BERT", encoder=True, heads=("mlm", "nsp")
     ),
-    "seq2seq": ObjectiveKind("a text in another language", True, True, task=True, tokens="causal"),
-    "classify": ObjectiveKind("the label of a text", True, False, ("classify",), task=True),
-    "answer": ObjectiveKind("where in a text the answer to a question stands", True, False, ("span",), task=True),
-    "instruct": ObjectiveKind("the answer to a prompt", False, True, task=True, tokens="causal", asks=True),
+    "seq2seq": ObjectiveKind("a text in another language", encoder=True, decoder=True, task=True, tokens="causal"),
+    "classify": ObjectiveKind("the label of a text", encoder=True, heads=("classify",), task=True),
+    "answer": ObjectiveKind(
+        "where in a text the answer to a question stands", encoder=True, heads=("span",), task=True
+    ),
+    "instruct": ObjectiveKind("the answer to a prompt", decoder=True, task=True, tokens="causal", asks=True),
     "dpo": ObjectiveKind(
-        "which of two answers is preferred, by a pretrained model", False, True, task=True, tokens="causal", asks=True
+        "which of two answers is preferred, by a pretrained model", decoder=True, task=True, tokens="causal", asks=True
     ),
-    "distill": ObjectiveKind("the next token, as the text and a teacher have it", False, True, tokens="causal"),
+    "distill": ObjectiveKind("the next token, as the text and a teacher have it", decoder=True, tokens="causal"),
 }
 # Settings of one objective, which are refused for the others.
 OWN = {

@@ -199,7 +199,10 @@ class VocabParallelHead(Head):
 
         (lse_q, whole_q), (lse_p, whole_p) = normalisers(*parts[:2]), normalisers(*parts[2:])
         if options.get("direction") == "jsd":
-            how = Divergence("jsd", options.get("beta", 0.5), temperature, None, None, -100, "none", None)
+            how = Divergence(
+                direction="jsd", beta=options.get("beta", 0.5), temperature=temperature, softcap=None,
+                teacher_softcap=None, ignore_index=-100, reduction="none", max_workspace_mb=None,
+            )  # fmt: skip
             mine = temperature**2 * _divergence_of_parts(parts, whole_q, whole_p, how)
         else:
             apart = linear_kl_div(*parts, target=targets, reduction="none", **options)
