@@ -90,44 +90,48 @@ def _varlen():
     return attention
 
 
+def _mask(rows, cols, causal, window, starts):
+    """FlexAttention's mask function; None where every query sees every key. ``starts``: of packed sequences."""
+    left, right = window or (-1, -1)
+    right = 0 if causal else right
+    if left < 0 and right < 0 and starts is None:
+        return None
+    offset, document = cols - rows, None
+    if starts is not None:
+        document = torch.bucketize(torch.arange(rows, device=starts.device), starts[1:-1], right=True)
+
+    def mask(b, h, i, j):
+        seen = i >= 0
+        if right >= 0:
+            seen = seen & (j <= i + offset + right)
+        if left >= 0:
+            seen = seen & (j >= i + offset - left)
+        return seen if document is None else seen & (document[i] == document[j])
+
+    return mask
+
+
+def _score(offset, softcap, alibi_slopes, bias):
+    """FlexAttention's score function; None where scores stay as they are. ``offset``: keys before the first query."""
+    if softcap is None and alibi_slopes is None and bias is None:
+        return None
+
+    def score(s, b, h, i, j):
+        if softcap:
+            s = softcap * torch.tanh(s / softcap)
+        if alibi_slopes is not None:
+            s = s - alibi_slopes[h] * (i + offset - j).abs()
+        return s if bias is None else s + bias[0, h, i, j]
+
+    return score
+
+
 def _flex():
     """FlexAttention, compiled; its score and mask functions and the block mask are made at the first call."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=False)
     made: dict[tuple, tuple] = {}
-
-    def mask_of(rows, cols, causal, window, starts):
-        left, right = window or (-1, -1)
-        right = 0 if causal else right
-        if left < 0 and right < 0 and starts is None:
-            return None
-        offset, document = cols - rows, None
-        if starts is not None:
-            document = torch.bucketize(torch.arange(rows, device=starts.device), starts[1:-1], right=True)
-
-        def mask(b, h, i, j):
-            seen = i >= 0
-            if right >= 0:
-                seen = seen & (j <= i + offset + right)
-            if left >= 0:
-                seen = seen & (j >= i + offset - left)
-            return seen if document is None else seen & (document[i] == document[j])
-
-        return mask
-
-    def score_of(offset, softcap, alibi_slopes, bias):
-        if softcap is None and alibi_slopes is None and bias is None:
-            return None
-
-        def score(s, b, h, i, j):
-            if softcap:
-                s = softcap * torch.tanh(s / softcap)
-            if alibi_slopes is not None:
-                s = s - alibi_slopes[h] * (i + offset - j).abs()
-            return s if bias is None else s + bias[0, h, i, j]
-
-        return score
 
     def attention(
         query, key, value, *, causal=False, window=None, softcap=None, alibi_slopes=None, bias=None, sinks=None,
@@ -139,10 +143,10 @@ def _flex():
         at = (tuple(query.shape), tuple(key.shape), causal, window, softcap, id(alibi_slopes), id(bias))
         if at not in made:
             rows, cols = query.shape[-2], key.shape[-2]
-            mask = mask_of(rows, cols, causal, window, cu_seqlens_q)
+            mask = _mask(rows, cols, causal, window, cu_seqlens_q)
             if mask is not None:
                 mask = create_block_mask(mask, None, None, rows, cols, device=query.device, _compile=True)
-            made[at] = score_of(cols - rows, softcap, alibi_slopes, bias), mask
+            made[at] = _score(cols - rows, softcap, alibi_slopes, bias), mask
         score, blocks = made[at]
         settings = dict(score_mod=score, block_mask=blocks, enable_gqa=query.shape[1] != key.shape[1])
         if sinks is None:
