@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .concatenated import Concatenated
+
 # Bytes of a file, or values of an array, that are read at once.
 _AT_ONCE = 1 << 20
 
@@ -25,7 +27,7 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def arrays_sha256(arrays: Iterable[np.ndarray]) -> str:
+def arrays_sha256(arrays: Iterable[np.ndarray | Concatenated]) -> str:
     """The SHA-256 of one-dimensional ``arrays`` one after the other, as they are stored, in hexadecimal."""
     digest = hashlib.sha256()
     for array in arrays:
