@@ -8,8 +8,9 @@ from toy import TOY
 
 from fastllm.models import Transformer, build_model
 from fastllm.training import TrainingConfig
-from fastllm.training import optimizer as optimizer_module
-from fastllm.training.optimizer import Optimizers, orthogonal, parameter_groups
+from fastllm.training import orthogonal as orthogonal_module
+from fastllm.training.optimizer import Optimizers, parameter_groups
+from fastllm.training.orthogonal import orthogonal
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 GPT = replace(TOY, positions="learned", norm="layer", activation="gelu", bias=True, tie_embeddings=False)
@@ -41,7 +42,7 @@ def test_the_factor_of_a_long_matrix_in_float32_is_that_of_the_iteration(rows, d
     matrix = left * torch.logspace(0, -decades, 64, dtype=torch.float64) @ right.T
     factors = {}
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        monkeypatch.setattr(optimizer_module, "matmul_dtype", lambda device, dtype=dtype: dtype)
+        monkeypatch.setattr(orthogonal_module, "matmul_dtype", lambda device, dtype=dtype: dtype)
         factors[dtype] = orthogonal(matrix.to(dtype)).double()
     errors = {dtype: (factor - factors[torch.float64]).norm() for dtype, factor in factors.items()}
     assert errors[torch.float32] <= 0.01 * errors[torch.bfloat16]
@@ -49,7 +50,7 @@ def test_the_factor_of_a_long_matrix_in_float32_is_that_of_the_iteration(rows, d
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_optimizers_match_torchs_own_with_decay_on_matrices_only(optimizer, monkeypatch):
-    monkeypatch.setattr(optimizer_module, "matmul_dtype", lambda device: torch.bfloat16)  # as torch's, on any CPU
+    monkeypatch.setattr(orthogonal_module, "matmul_dtype", lambda device: torch.bfloat16)  # as torch's, on any CPU
     config = TrainingConfig(optimizer=optimizer, embedding_weight_decay=0.3)
     model, twin = Transformer(GPT), Transformer(GPT)
     twin.load_state_dict(model.state_dict())
