@@ -5,24 +5,22 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
-from ..cpu import matmul_dtype
-from ..models.blocks import Attention, CrossAttention
+from ..models.blocks import MLP, Attention, CrossAttention
 from ..models.head import Head
 from .config import TrainingConfig
 from .objective_base import TrainedModel
+from .orthogonal import orthogonal
 
-# Muon's quintic iteration, its number of steps, and the least norm that is divided by (Jordan et al. 2024).
-_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-_NEWTON_SCHULZ_STEPS = 5
-_LEAST_NORM = 1e-7
 # What is added to the root of AdamW's second moment.
 _ADAMW_EPS = 1e-8
+# Neurons of an MLP in a block of Muon's.
+_NEURONS = 64
 
 
 class _Optimizer(ABC):
@@ -92,80 +90,52 @@ class AdamW(_Optimizer):
             )  # fmt: skip
 
 
-def _of_gram(gram: torch.Tensor) -> torch.Tensor:
-    """What x is multiplied with to become its orthogonal factor: a polynomial of ``gram`` = x x^T.
+class Blocks(NamedTuple):
+    """How a weight (out, in) is cut: into ``size`` rows each, or ``size`` columns with ``columns``."""
 
-    All products are of the short side: 1024 x 256 takes 8.0 ms in place of 14.3, and 512 x 256 6.7 in place of 7.9, on
-    one core of an AMD EPYC held to AVX2. In float32 the factor is within 4e-4 of the same iteration in float64 where
-    singular values span nine decades, and within 2e-6 where they are alike. The iteration in bfloat16 is within 0.25
-    and 0.014.
-    """
-    factor = step = _step_of_gram(gram)
-    for _ in range(_NEWTON_SCHULZ_STEPS - 1):
-        gram = step @ gram @ step
-        step = _step_of_gram(gram)
-        factor = step @ factor
-    return factor
+    size: int
+    columns: bool = False
 
 
-def _step_of_gram(gram: torch.Tensor) -> torch.Tensor:
-    """What a step of the iteration multiplies x with from the left."""
-    a, b, c = _NEWTON_SCHULZ
-    step = torch.addmm(gram, gram, gram, beta=b, alpha=c)
-    step.diagonal().add_(a)
-    return step
-
-
-def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """Nearly the orthogonal factor of ``matrix`` (rows, columns): its singular values become about 1.
-
-    In bfloat16; in float32 on a CPU without products of bfloat16, for long matrices by way of their Gram matrix.
-    Newton-Schulz iteration on the smaller side; K. Jordan et al., Muon: an optimizer for hidden layers (2024).
-    """
-    a, b, c = _NEWTON_SCHULZ
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.to(matmul_dtype(matrix.device))
-    x = x.T if tall else x
-    x = x / x.norm().clamp(min=_LEAST_NORM)
-    if x.dtype == torch.float32 and x.shape[1] >= 2 * len(x):
-        x = _of_gram(x @ x.T) @ x
-    else:
-        for _ in range(_NEWTON_SCHULZ_STEPS):
-            gram = x @ x.T
-            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
-
-
-def _factor(updates: Sequence[torch.Tensor]) -> tuple[torch.Tensor, float]:
-    """The orthogonal factors of ``updates`` one below the other, and what to multiply them with.
-
-    A tall matrix's factor is multiplied with sqrt(rows / columns), as torch's is. That is left to the caller where
-    there is one matrix, for torch's own rounding.
-    """
-    scales = [math.sqrt(max(1, len(one) / one.shape[1])) for one in updates]
-    factors = [orthogonal(one) for one in updates]
-    if len(factors) == 1:
-        return factors[0], scales[0]
-    return torch.cat([factor.float() * scale for factor, scale in zip(factors, scales, strict=True)]), 1.0
-
-
-def parts(model: TrainedModel) -> dict[int, list[int]]:
-    """id of a weight that holds several linear maps, one below the other -> the rows of each."""
+def blocks_of(model: TrainedModel) -> dict[int, Blocks]:
+    """id of a weight that is cut -> its blocks: of attention each head, of an MLP so many of its neurons."""
     found = {}
     for module in model.modules():
-        if isinstance(module, Attention):
-            found[id(module.qkv.weight)] = module.split
+        if isinstance(module, MLP):
+            size, inputs, output = _NEURONS, [module.up], module.down
+        elif isinstance(module, Attention):
+            size, inputs, output = module.config.head_dim, [module.qkv], module.out
         elif isinstance(module, CrossAttention):
-            found[id(module.key_value.weight)] = 2 * [len(module.key_value.weight) // 2]
+            size, inputs, output = module.config.head_dim, [module.query, module.key_value], module.out
+        else:
+            continue
+        found |= {id(layer.weight): Blocks(size) for layer in inputs}
+        found[id(output.weight)] = Blocks(size, columns=True)
     return found
+
+
+def _factor(update: torch.Tensor, blocks: Blocks | None) -> tuple[torch.Tensor, float]:
+    """The orthogonal factors of the blocks of ``update`` (out, in), in their places, and what to multiply them with.
+
+    Then the rows have a mean square norm of 1, cut or not. For a whole matrix it is torch's sqrt(max(1, out / in)).
+    """
+    if blocks is None:
+        return orthogonal(update), math.sqrt(len(update) / min(update.shape))
+    along = update.T if blocks.columns else update
+    even = len(along) // blocks.size * blocks.size
+    # What is left over is a smaller block.
+    parts = [along[:even].unflatten(0, (-1, blocks.size)), along[None, even:]]
+    factors = [orthogonal(part).flatten(0, 1) for part in parts if part.numel()]
+    rank = sum(len(part) * min(part.shape[1:]) for part in parts)
+    factor = torch.cat(factors)
+    return factor.T if blocks.columns else factor, math.sqrt(len(update) / rank)
 
 
 class Muon(_Optimizer):
     """``torch.optim.Muon`` with Nesterov momentum; matrices may be spread over ranks (DTensors).
 
-    Bit for bit, but on a CPU without products of bfloat16, where :func:`orthogonal` is in float32, and where a matrix
-    holds several maps (:func:`parts`): each of them gets an orthogonal factor of its own, as if it were a matrix apart.
-    Of the factor of queries, keys and values together, the values have 0.79 at the start, queries and keys 0.12 each.
+    Bit for bit, but on a CPU without products of bfloat16, where :func:`orthogonal` is in float32, and for a weight of
+    attention or of an MLP, whose blocks (:func:`blocks_of`) get an orthogonal factor each.
 
     Momentum, decay and the step are PyTorch's operators. For 10.6 million parameters they take 14.6 ms, and the
     orthogonal factors 0.75 s, on one core of an AMD EPYC held to AVX2.
@@ -177,9 +147,9 @@ class Muon(_Optimizer):
 
     quantities = frozenset({"momentum_buffer"})
 
-    def __init__(self, groups: Sequence[dict], momentum: float, parts: Mapping[int, Sequence[int]]):
+    def __init__(self, groups: Sequence[dict], momentum: float, blocks: Mapping[int, Blocks]):
         super().__init__(groups)
-        self._momentum, self._parts = momentum, parts
+        self._momentum, self._blocks = momentum, blocks
 
     def _fresh(self, p: Any):
         return {"momentum_buffer": torch.zeros_like(p.grad)}
@@ -190,7 +160,7 @@ class Muon(_Optimizer):
             update = p.grad.lerp(buffer, self._momentum)
             spread = hasattr(p, "placements")
             whole = update.full_tensor() if spread else update
-            update, scale = _factor(whole.split(self._parts.get(id(p), [len(whole)])))
+            update, scale = _factor(whole, self._blocks.get(id(p)))
             if spread:
                 # Imported where there are such tensors: torch has loaded it by then.
                 from torch.distributed.tensor import distribute_tensor
@@ -229,7 +199,7 @@ class Optimizers:
 
         self._optimizers = [
             AdamW(described(by_adamw, config.lr), (config.beta1, config.beta2)),
-            Muon(described(by_muon, config.muon_lr), config.momentum, parts(model)),
+            Muon(described(by_muon, config.muon_lr), config.momentum, blocks_of(model)),
         ]
         self._names = {id(p): name for group in groups.values() for name, p in group}
 

@@ -9,9 +9,12 @@ from toy import TOY
 from fastllm.models import Transformer, build_model
 from fastllm.training import TrainingConfig
 from fastllm.training import optimizer as optimizer_module
-from fastllm.training.optimizer import Optimizers, orthogonal, parameter_groups
+from fastllm.training import orthogonal as orthogonal_module
+from fastllm.training.optimizer import Optimizers, parameter_groups
+from fastllm.training.orthogonal import orthogonal
 
 pytestmark = pytest.mark.usefixtures("short_runs")
+OUTPUTS = ("out.weight", "down.weight")
 GPT = replace(TOY, positions="learned", norm="layer", activation="gelu", bias=True, tie_embeddings=False)
 
 
@@ -34,6 +37,17 @@ def test_a_matrix_with_as_many_rows_as_the_vocabulary_is_no_head():
     assert names == {name for name, _ in parameter_groups(Transformer(TOY))["hidden"]}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(16, 64), (64, 16), (48, 64)])
+def test_of_several_matrices_each_gets_the_factor_that_it_has_alone(shape, dtype, monkeypatch):
+    monkeypatch.setattr(orthogonal_module, "matmul_dtype", lambda device: dtype)
+    several = torch.randn(3, *shape) * torch.tensor([1e-6, 1.0, 1e6])[:, None, None]
+    # A sum in another order is another rounding, which the iteration may carry on.
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    for one, factor in zip(several, orthogonal(several), strict=True):
+        torch.testing.assert_close(factor, orthogonal(one), rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("rows", [64, 128, 256])
 @pytest.mark.parametrize("decades", [0, 6])
 def test_the_factor_of_a_long_matrix_in_float32_is_that_of_the_iteration(rows, decades, monkeypatch):
@@ -41,27 +55,32 @@ def test_the_factor_of_a_long_matrix_in_float32_is_that_of_the_iteration(rows, d
     matrix = left * torch.logspace(0, -decades, 64, dtype=torch.float64) @ right.T
     factors = {}
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        monkeypatch.setattr(optimizer_module, "matmul_dtype", lambda device, dtype=dtype: dtype)
+        monkeypatch.setattr(orthogonal_module, "matmul_dtype", lambda device, dtype=dtype: dtype)
         factors[dtype] = orthogonal(matrix.to(dtype)).double()
     errors = {dtype: (factor - factors[torch.float64]).norm() for dtype, factor in factors.items()}
     assert errors[torch.float32] <= 0.01 * errors[torch.bfloat16]
 
 
+def blocks(weight: torch.Tensor, name: str, size: int) -> tuple[torch.Tensor, ...]:
+    """The (size, hidden_size) blocks of a hidden weight: of a layer that ends a branch, transposed."""
+    return (weight.T if name.endswith(OUTPUTS) else weight).split(size)
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_optimizers_match_torchs_own_with_decay_on_matrices_only(optimizer, monkeypatch):
-    monkeypatch.setattr(optimizer_module, "matmul_dtype", lambda device: torch.bfloat16)  # as torch's, on any CPU
+    monkeypatch.setattr(orthogonal_module, "matmul_dtype", lambda device: torch.bfloat16)  # as torch's, on any CPU
+    monkeypatch.setattr(optimizer_module, "_NEURONS", 16)  # as many as there are features in a head
     config = TrainingConfig(optimizer=optimizer, embedding_weight_decay=0.3)
     model, twin = Transformer(GPT), Transformer(GPT)
     twin.load_state_dict(model.state_dict())
     ours = Optimizers(model, config)
     groups = parameter_groups(twin)
     hidden = [p for _, p in groups["hidden"]]
-    # Queries, keys and values are matrices of their own.
-    together = {name: p for name, p in groups["hidden"] if "qkv" in name}
-    assert together
-    apart = {name: [torch.nn.Parameter(part.clone()) for part in p.chunk(3)] for name, p in together.items()}
-    split = [p for name, p in groups["hidden"] if name not in together]
-    split += [part for some in apart.values() for part in some]
+    # Each block is a matrix of its own. Of the MLP's second, with four blocks in a row, each has half of the update.
+    apart = {n: [torch.nn.Parameter(part.clone()) for part in blocks(p, n, 16)] for n, p in groups["hidden"]}
+    halved = [part for name, some in apart.items() if "down" in name for part in some]
+    others = [part for name, some in apart.items() if "down" not in name for part in some]
+    split = [{"params": others}, {"params": halved, "lr": 0.01, "weight_decay": 0.2}]
     theirs = [
         torch.optim.Muon(split, lr=0.02, weight_decay=0.1, momentum=0.95)
         if optimizer == "muon"
@@ -71,22 +90,23 @@ def test_optimizers_match_torchs_own_with_decay_on_matrices_only(optimizer, monk
         ),
         torch.optim.AdamW([p for _, p in groups["vector"]], lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
+    peaks = [[group["lr"] for group in one.param_groups] for one in theirs]
     for scale in (1.0, 0.5):
         ours.set_scale(scale)
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
-        for name, p in together.items():
-            for part, grad in zip(apart[name], p.grad.chunk(3), strict=True):
+        for name, p in groups["hidden"] if optimizer == "muon" else ():
+            for part, grad in zip(apart[name], blocks(p.grad, name, 16), strict=True):
                 part.grad = grad.clone()
         ours.step()
-        for one in theirs:
-            for group in one.param_groups:
-                group["lr"] = scale * (0.02 if isinstance(one, torch.optim.Muon) else 3e-3)
+        for one, peak in zip(theirs, peaks, strict=True):
+            for group, lr in zip(one.param_groups, peak, strict=True):
+                group["lr"] = scale * lr
             one.step()
     if optimizer == "muon":
-        for name, p in together.items():
-            p.data = torch.cat(apart[name])
+        for name, p in groups["hidden"]:
+            p.data = torch.cat(apart[name]).T if name.endswith(OUTPUTS) else torch.cat(apart[name])
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q)
 
@@ -95,30 +115,49 @@ def test_optimizers_match_torchs_own_with_decay_on_matrices_only(optimizer, monk
     "shape",
     [
         replace(GPT, num_heads=4, num_kv_heads=2),
-        replace(GPT, num_heads=4, num_kv_heads=1, encoder="transformer", decoder="transformer"),
+        replace(GPT, num_heads=4, num_kv_heads=1, encoder="transformer", decoder="transformer", intermediate_size=100),
         replace(TOY, positions="learned", qk_norm=False, encoder="gru", decoder="gru"),
     ],
     ids=["grouped", "encoder_decoder", "recurrent"],
 )
-def test_muons_update_of_one_map_does_not_depend_on_the_gradients_of_its_neighbours(shape):
-    """A gradient of values that is 100 times as large leaves the bits of queries and keys as they were."""
-    config = TrainingConfig(optimizer="muon")
+def test_muons_update_of_a_block_does_not_depend_on_the_gradients_of_its_neighbours(shape):
+    """A gradient of one head, or of some neurons, that is 100 times as large leaves the bits of the others."""
+
+    def rest(name: str, weight: torch.Tensor) -> torch.Tensor:
+        """All but the last block, which has 36 neurons of 100."""
+        neurons = 36 if shape.mlp_size == 100 else 64
+        count = neurons if "mlp" in name else shape.head_dim
+        return weight[:, :-count] if name.endswith(OUTPUTS) else weight[:-count]
+
     results = []
     for factor in (1, 100):
         torch.manual_seed(1)
         model = build_model(shape)
-        optimizers = Optimizers(model, config)
-        width = shape.kv_heads * shape.head_dim
-        joint = {n: p for n, p in model.named_parameters() if n.endswith(("qkv.weight", "key_value.weight"))}
+        optimizers = Optimizers(model, TrainingConfig(optimizer="muon"))
+        cut = {n: p for n, p in model.named_parameters() if p.ndim == 2 and ("attention" in n or "mlp" in n)}
+        assert cut
         for p in model.parameters():
             p.grad = torch.randn_like(p)
-        for p in joint.values():
-            p.grad[-width:] *= factor
+        for name, p in cut.items():
+            kept = rest(name, p.grad).clone()
+            p.grad.mul_(factor)
+            rest(name, p.grad).copy_(kept)
         optimizers.step()
-        results.append({name: p.detach()[:-width] for name, p in joint.items()})
-    assert results[0]
-    for name, rows in results[0].items():
-        assert torch.equal(rows, results[1][name]), name
+        results.append({name: rest(name, p.detach()) for name, p in cut.items()})
+    for name, part in results[0].items():
+        assert torch.equal(part, results[1][name]), name
+
+
+@pytest.mark.parametrize("size", [16, 24, 64, 128])
+@pytest.mark.parametrize("columns", [False, True])
+def test_rows_of_muons_update_have_a_mean_square_norm_of_one_however_the_weight_is_cut(size, columns, monkeypatch):
+    monkeypatch.setattr(orthogonal_module, "matmul_dtype", lambda device: torch.float32)
+    for shape in ((32, 100), (100, 32), (64, 64)):
+        for blocks in (None, optimizer_module.Blocks(size, columns)):
+            factor, scale = optimizer_module._factor(torch.randn(shape), blocks)
+            assert factor.shape == shape
+            # The iteration leaves singular values between 0.7 and 1.2.
+            assert 0.7 < scale * factor.square().sum(1).mean().sqrt() < 1.2
 
 
 def test_optimizer_state_survives_a_round_trip_and_a_stranger_is_refused():

@@ -15,12 +15,12 @@ from toy import TOY, weights
 from fastllm.data import Corpus, open_dataset, prepare
 from fastllm.models import Transformer
 from fastllm.training import TrainingConfig, evaluate, measure, session, train
-from fastllm.training import optimizer as optimizer_module
+from fastllm.training import orthogonal as orthogonal_module
 from fastllm.training.checkpoints import saving
 from fastllm.training.clock import Clock
 from fastllm.training.measure import faster_dtype
 from fastllm.training.objectives import CausalLM, ObjectiveConfig
-from fastllm.training.optimizer import orthogonal
+from fastllm.training.orthogonal import orthogonal
 from fastllm.training.reports import meters
 from fastllm.training.reports.progress import read_metrics
 from fastllm.training.schedule import lr_scale, progress
@@ -109,7 +109,7 @@ def test_clipping_scales_the_gradient_and_reports_its_norm_before():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_orthogonal_factor_is_computed_in_what_the_device_multiplies(dtype, monkeypatch):
-    monkeypatch.setattr(optimizer_module, "matmul_dtype", lambda device: dtype)
+    monkeypatch.setattr(orthogonal_module, "matmul_dtype", lambda device: dtype)
     for matrix in (torch.randn(40, 24), torch.randn(24, 40)):
         factor = orthogonal(matrix)
         assert (factor.dtype, factor.shape) == (dtype, matrix.shape)
