@@ -116,15 +116,16 @@ step info 60 "$python" -m fastllm info
 pytest=("$python" -m pytest -o addopts="-q --strict-markers --import-mode=importlib" -p no:cacheprovider --tb=short)
 
 correctness() {
-  local tests=(tests/test_ops.py tests -m gpu -v "--junitxml=$out/tests.xml") file package tool checks chosen as_if
+  local tests=(tests/test_ops.py tests -m gpu -v "--junitxml=$out/tests.xml") workers=()
+  local file package tool checks chosen as_if
   while read -r file package; do
     [ -n "$file" ] || continue
     echo "== $file: skipped, not installed here: $package"
     tests+=(--ignore "$file")
   done < <("$python" tests/missing_packages.py)
   # CUDA's settings are read when it starts: see tests/conftest.py.
-  if "$python" -c 'import xdist' 2> /dev/null; then tests+=(-n 6); fi
-  on_gpu tests 210 "${pytest[@]}" "${tests[@]}"
+  if "$python" -c 'import xdist' 2> /dev/null; then workers=(-n 6); fi
+  on_gpu tests 210 "${pytest[@]}" "${tests[@]}" "${workers[@]}"
 
   chosen="(two_backwards and (native or triton or hopper)) or packed_on_a_gpu or gradients_on_a_gpu"
   checks=("${pytest[@]}" -m gpu -x tests/test_ops.py tests/kernels/test_attention_hopper.py
