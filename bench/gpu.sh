@@ -13,6 +13,7 @@
 #
 # --prepare compiles the kernels on a machine without a GPU, for sm_ARCH (default 90), into FOLDER, and --cache uses
 # them. Python's minor version and Triton's must be those of the GPU machine; where they differ, --cache says so.
+# FOLDER is what is carried, 21 MB for sm_90; FOLDER.cache, 480 MB, stays: it makes a second call short.
 set -uo pipefail
 usage=$(sed -n '4,5s/^# *//p' "$0")
 python=${PYTHON:-python3}
@@ -116,15 +117,16 @@ step info 60 "$python" -m fastllm info
 pytest=("$python" -m pytest -o addopts="-q --strict-markers --import-mode=importlib" -p no:cacheprovider --tb=short)
 
 correctness() {
-  local tests=(tests/test_ops.py tests -m gpu -v "--junitxml=$out/tests.xml") file package tool checks chosen as_if
+  local tests=(tests/test_ops.py tests -m gpu -v "--junitxml=$out/tests.xml") workers=()
+  local file package tool checks chosen as_if
   while read -r file package; do
     [ -n "$file" ] || continue
     echo "== $file: skipped, not installed here: $package"
     tests+=(--ignore "$file")
   done < <("$python" tests/missing_packages.py)
   # CUDA's settings are read when it starts: see tests/conftest.py.
-  if "$python" -c 'import xdist' 2> /dev/null; then tests+=(-n 6); fi
-  on_gpu tests 210 "${pytest[@]}" "${tests[@]}"
+  if "$python" -c 'import xdist' 2> /dev/null; then workers=(-n 6); fi
+  on_gpu tests 210 "${pytest[@]}" "${tests[@]}" "${workers[@]}"
 
   chosen="(two_backwards and (native or triton or hopper)) or packed_on_a_gpu or gradients_on_a_gpu"
   checks=("${pytest[@]}" -m gpu -x tests/test_ops.py tests/kernels/test_attention_hopper.py

@@ -1,7 +1,8 @@
 """Triton's cache, filled on a machine without a GPU, to carry to one that has it.
 
 ``python -m fastllm.bench.prepare pack FOLDER`` compiles what the bench's shapes and the tests' samples launch, as
-capture.py does it, and writes kernels.tar.gz and prepared.json there. ``... unpack FOLDER CACHE`` puts the kernels
+capture.py does it, and writes kernels.tar.gz and prepared.json there. Triton's whole cache, 20 times as large, stays
+beside it in FOLDER.cache, where a second call finds what has not changed. ``... unpack FOLDER CACHE`` puts the kernels
 where Triton looks for them (TRITON_CACHE_DIR=CACHE). Triton finds a kernel by its source, the options, the arguments'
 types, and a hash of Triton itself with its shared library, so that the wheel and Python's minor version must be the
 same on both machines.
@@ -209,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{record['kernels']} kernels of commit {record['commit']}, {same}")
         return 0
     check_compiles()
-    cache = options.folder / "cache"
+    cache = options.folder.with_name(f"{options.folder.name}.cache")
     os.environ["TRITON_CACHE_DIR"] = str(cache)
     names = options.op or [op.name for op in OPS.values() if "triton" in op.backends]
     for line in compile_all(names, options.arch, options.budget, options.workers):

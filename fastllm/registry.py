@@ -116,7 +116,9 @@ def define(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
 
         LAUNCHERS[name] = launch
         _LIBRARY.define(schema)
-        _LIBRARY.impl(name, launch, "CPU")
+        # Some of them are made of PyTorch's operators where no kernel serves, as on the GPUs of Apple and Intel.
+        for key in ("CPU", "MPS", "XPU"):
+            _LIBRARY.impl(name, launch, key)
         _LIBRARY.impl(name, on_cuda, "CUDA")
         torch.library.register_fake(f"fastllm::{name}", fake, lib=_LIBRARY)
         return getattr(torch.ops.fastllm, name).default

@@ -37,7 +37,7 @@ def is_kept(key, low, high, start, threshold, COLS: tl.constexpr):
     c0 = zero + groups[None, :].to(tl.uint32)
     c1 = zero + low[:, None].to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(key, c0, c1, zero + high.to(tl.uint32), zero, 10)
-    limit = tl.to_tensor(threshold).to(tl.uint32)
+    limit = tl.cast(threshold, tl.uint32)
     even = tl.join((w0 >= limit).to(tl.int8), (w2 >= limit).to(tl.int8))
     odd = tl.join((w1 >= limit).to(tl.int8), (w3 >= limit).to(tl.int8))
     kept = tl.reshape(tl.join(even, odd), (low.shape[0], WIDTH))

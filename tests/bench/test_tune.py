@@ -45,26 +45,64 @@ def test_the_table_is_rewritten_with_where_and_when():
         tune.rewrite("x = 1", first, "NVIDIA H200", date(2026, 11, 20))
 
 
+# Each with the launchers that ask in its forward and backward.
+ASKS = {
+    "swiglu": {"gated_fwd", "gated_bwd"},
+    "norm": {"norm_fwd", "norm_bwd", "norm_column_sum"},
+    "long norm": {"norm_fwd_row", "norm_bwd_row", "norm_column_sum"},
+    "cross_entropy": {"cross_entropy_fwd", "cross_entropy_mass", "cross_entropy_sum", "cross_entropy_scale"},
+    "cross_entropy of rows": {"cross_entropy_fwd", "cross_entropy_bwd"},
+    "rotary": {"rotary"},
+    "attention": {
+        "attention_split", "attention_fwd", "attention_delta", "attention_bwd_dkdv", "attention_bwd_dq",
+        "attention_dbias",
+    },
+    "decoding": {"attention_split"},
+}  # fmt: skip
+
+
+def _call(name, device):
+    """A function and its tensors."""
+    F = fastllm.functional
+
+    def make(*shape):
+        return torch.randn(shape, device=device, requires_grad=True)
+
+    weight, target = make(64), torch.arange(8, device=device)
+    angles = torch.rand(8, 8, device=device)
+    return {
+        "swiglu": (F.swiglu, make(8, 64), make(8, 64)),
+        "norm": (lambda x, w: F.layer_norm(x, (64,), w), make(8, 64), weight),
+        "long norm": (lambda x, w: F.layer_norm(x, (9000,), w), make(1, 9000), make(9000)),
+        "cross_entropy": (lambda x: F.cross_entropy(x, target), make(8, 64)),
+        "cross_entropy of rows": (lambda x: F.cross_entropy(x, target, reduction="none"), make(8, 64)),
+        "rotary": (lambda x: F.rotary_embedding(x, None, angles.cos(), angles.sin())[0], make(1, 2, 8, 16)),
+        "attention": (
+            lambda q, k, v, b: F.attention(q, k, v, bias=b), *(make(1, 1, 9, 16) for _ in range(3)), make(9, 9),
+        ),
+        "decoding": (F.attention, *(make(1, 1, n, 16).detach() for n in (1, 513, 513))),
+    }[name]  # fmt: skip
+
+
 @pytest.mark.runs_on("gpu", "interpreter")
-def test_launchers_take_what_the_table_says(device):
+@pytest.mark.parametrize("name", ASKS)
+def test_launchers_take_what_the_table_says(device, name):
     table = tune.Table()
-    gate, up, x = (torch.randn(8, 64, device=device) for _ in range(3))
-    target = torch.arange(8, device=device)
+    function, *leaves = _call(name, device)
 
     def results():
-        F = fastllm.functional
-        return F.swiglu(gate, up), F.layer_norm(x, (64,)), F.cross_entropy(x, target)
+        out = function(*leaves)
+        learnt = [x for x in leaves if x.requires_grad]
+        return out, *(torch.autograd.grad(out, learnt, torch.full_like(out, 0.5)) if learnt else ())
 
     with mock.patch.object(_launch, "TUNED", table), fastllm.backend("triton"):
         expected = results()
         asked = dict(table.asked)
-        assert {key[0] for key in asked} == {
-            "gated_fwd", "norm_fwd", "cross_entropy_fwd", "cross_entropy_mass", "cross_entropy_sum",
-        }  # fmt: skip
+        assert {key[0] for key in asked} == ASKS[name]
         for key, settings in asked.items():
             for trial in tune.neighbours(settings):
                 table.trial = {key: trial}
-                torch.testing.assert_close(results(), expected)
+                torch.testing.assert_close(results(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.runs_on("gpu", "interpreter")

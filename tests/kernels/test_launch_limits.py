@@ -1,4 +1,7 @@
-"""What is launched is legal on every GPU: threads, registers, shared memory, grids, options; compiled for a few."""
+"""What is launched is legal on every GPU: threads, registers, shared memory, grids, options; compiled for a few.
+
+And no choice of a launcher follows the number of rows.
+"""
 
 import os
 import subprocess
@@ -39,6 +42,16 @@ def test_every_launch_of_the_samples_is_legal():
     assert [line.split()[0] for line in counts] == gpus
     assert all(int(line.split()[1]) >= (800 if IS_THOROUGH else 40) for line in counts), counts
     assert [line for line in lines if line.startswith("WRONG")] == []
+
+
+def test_no_choice_follows_the_number_of_rows():
+    """Of kernels that sum over something else; tests/kernels/test_batch_invariance.py has the bits."""
+    gpus = EVERY if IS_THOROUGH else ["sm_90", "gfx942"]
+    lines = _run(str(TESTS / "launch_choices.py"), *gpus)
+    counts = {line.split()[0]: int(line.split()[1]) for line in lines if line.endswith(" calls")}
+    assert list(counts) == gpus
+    assert min(counts.values()) >= 100, counts
+    assert [line for line in lines if line.startswith("DIFFERS")] == []
 
 
 def test_kernels_compile_for_other_gpus():
