@@ -8,6 +8,7 @@ from ..functional import embedding, embedding_sum
 from .calls import serve
 from .deferred import Deferred, as_in_the_forward, defer
 
+SKIP = 'fastllm.accelerate(model, skip="embedding_sum") keeps embeddings as they were'
 # When the rows of a table may wait until they are read.
 ALWAYS, IN_TRAINING = "always", "in training"
 
@@ -19,14 +20,17 @@ def _own(ids: torch.Tensor) -> torch.Tensor:
 
 
 class Rows:
-    """The plan of the sum of rows of tables, each by its ids; ``lookups`` are (module, ids) pairs."""
+    """The plan of the sum of rows of tables, each by its ids; ``tables`` are (ids, weight, padding_idx)."""
+
+    too_late = f"these embeddings were summed without looking them up one by one; {SKIP}"
 
     def __init__(self, tables, shape):
-        self.tables = tables  # (ids, weight, padding_idx)
+        self.tables = tables
         self.shape = torch.Size(shape)
         self.strides = None  # contiguous
         self.dtype = tables[0][1].dtype
         self.value = None
+        self.consumed = False
         self.versions = [weight._version for _, weight, _ in tables]
 
     @staticmethod
@@ -45,7 +49,7 @@ class Rows:
             if weight._version != version:
                 raise RuntimeError(
                     "these embeddings were not computed in the forward, and their table has changed since; "
-                    'fastllm.accelerate(model, skip="embedding_sum") keeps embeddings as they were'
+                    f"{SKIP}"
                 )
         if len(weights) == 1:
             ids, _, padding = self.tables[0]
@@ -80,4 +84,5 @@ class Rows:
         shape = torch.broadcast_shapes(*(ids.shape for ids, _, _ in tables))
         plan = Rows(tables, (*shape, first.shape[-1]))
         plan.versions = [*first.versions, *second.versions]
+        first.consumed = second.consumed = True
         return defer(plan, *(weight for _, weight, _ in tables))
