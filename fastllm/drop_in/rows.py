@@ -48,8 +48,7 @@ class Rows:
         for (_, weight, _), version in zip(self.tables, self.versions, strict=True):
             if weight._version != version:
                 raise RuntimeError(
-                    "these embeddings were not computed in the forward, and their table has changed since; "
-                    f"{SKIP}"
+                    f"these embeddings were not computed in the forward, and their table has changed since; {SKIP}"
                 )
         if len(weights) == 1:
             ids, _, padding = self.tables[0]
