@@ -162,8 +162,9 @@ def device_type_of(tensor: torch.Tensor) -> str:
 
 
 def under_transform() -> bool:
-    """Whether vmap or forward-mode differentiation is at work: PyTorch's own operators take them, kernels do not."""
-    return _at_work("Vmap", "Jvp")
+    """Whether vmap, forward-mode differentiation or functionalize is at work: PyTorch's own operators take them,
+    kernels do not."""
+    return _at_work("Vmap", "Jvp", "Functionalize")
 
 
 def forward_mode() -> bool:
@@ -184,12 +185,19 @@ def _at_work(*transforms: str) -> bool:
     return any(layer.key() in kinds for layer in functorch.get_interpreter_stack())
 
 
-def operators_alone() -> bool:
-    """Whether a call must be made of PyTorch's operators: under a transform, and for an exported program.
+def _makes_program() -> bool:
+    """Whether torch.export or torch.jit.trace makes a program of what runs.
 
-    Such a program keeps no node's backward, so the gradient would be that of an operator of ours, which has none.
+    It keeps no node's backward, so the gradient would be that of an operator of ours, which has none; and a trace is
+    loaded where there are PyTorch's operators alone.
     """
-    return under_transform() or torch.compiler.is_exporting()
+    # The second is what torch.jit.is_tracing() asks.
+    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+
+
+def operators_alone() -> bool:
+    """Whether a call must be made of PyTorch's operators: under a transform, and for an exported or traced program."""
+    return _makes_program() or under_transform()
 
 
 def plain_eager(backend: str) -> bool:
@@ -252,8 +260,8 @@ def _pick(op: str, call: Call) -> Choice:
                 f"call: {reason}; or choose the eager or auto backend"
             )
         return Choice(asked, "asked for", True)
-    if torch.compiler.is_exporting():
-        return Choice("eager", "an exported program has PyTorch's operators")
+    if _makes_program():
+        return Choice("eager", "an exported or traced program has PyTorch's operators")
     names = _preferred(record, device_type)
     if not names:
         return Choice("eager", f"PyTorch's own operators are the choice on {device_type}")
@@ -279,7 +287,7 @@ def _preferred(record: Op, device_type: str) -> tuple[str, ...]:
 def _foreign(tensors: Iterable[torch.Tensor]) -> str | None:
     """Why no kernel can take such tensors now, or None."""
     if under_transform():
-        return "kernels support neither vmap nor forward-mode differentiation, and one of them is active"
+        return "kernels support neither vmap nor forward-mode differentiation nor functionalize, and one is active"
     for tensor in tensors:
         if tensor.layout != torch.strided or tensor.is_nested:
             return "kernels take dense tensors, and one of these is sparse or nested"

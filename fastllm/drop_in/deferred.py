@@ -8,12 +8,14 @@ computes its values first and goes on with those. Autograd knows it as the outpu
 wherever it goes, also through code that never asks Python.
 
 Reading a deferred tensor after its weights have changed (logits after the optimizer's step) cannot give what the
-forward would have given, and raises; so does asking for the gradient at logits whose loss has been taken already.
+forward would have given, and raises; so does asking for the gradient at logits whose loss has been taken already, and
+at rows whose sum has been.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,10 +35,16 @@ METADATA = {
     torch.Tensor.is_contiguous,
 }  # fmt: skip
 DIFFERENTIATE = {torch.autograd.backward, torch.autograd.grad, torch.Tensor.backward}
+WATCH = {torch.Tensor.register_hook, torch.Tensor.retain_grad}
+_grad = torch.Tensor.grad.__get__
 
 
 class Deferred(torch.Tensor):
-    """A tensor whose values come from ``plan`` when they are needed; see the module's docstring."""
+    """A tensor whose values come from ``plan`` when they are needed; see the module's docstring.
+
+    ``plan.consumed``: its use was computed without its values, so no gradient passes through them. ``plan.too_late`` is
+    what the error says that answers whoever asks for one.
+    """
 
     plan: Any  # a Logits or a Rows
 
@@ -44,8 +52,14 @@ class Deferred(torch.Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+            return _unread(func, *pytree.tree_map_only(Deferred, _known_of, (args, kwargs)))
+        if func == _grad and not _keeps_its_gradient(args[0].plan.value):
+            return _unread(func, args, kwargs)  # where a backward's ``inputs`` have put it
+        if func in WATCH and _by_distributed(args):
+            return _unread(func, args, kwargs)
+        for tensor in _differentiated(func, args, kwargs):
+            if tensor.plan.consumed:
+                raise RuntimeError(tensor.plan.too_late)
         for tensor in pytree.arg_tree_leaves(*args, **kwargs):
             if isinstance(tensor, Deferred) and tensor.plan.value is None:
                 result = tensor.plan.handle(tensor, func, args, kwargs)
@@ -64,6 +78,37 @@ class Deferred(torch.Tensor):
 
     def __repr__(self, **kwargs):
         return repr(value_of(self))
+
+
+def _known_of(tensor: Deferred) -> torch.Tensor:
+    """The values where they are there, which may have been changed in place, or ``tensor``."""
+    return tensor if tensor.plan.value is None else tensor.plan.value
+
+
+def _keeps_its_gradient(value) -> bool:
+    return value is not None and (value.is_leaf or value.retains_grad)
+
+
+def _unread(func, args, kwargs):
+    """What ``func`` gives of the tensor that stands for values."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def _by_distributed(args) -> bool:
+    """Whether a hook is that of FSDP or DDP, which want to know of the backward and not of its gradients."""
+    return len(args) > 1 and str(getattr(args[1], "__module__", "")).startswith("torch.distributed.")
+
+
+def _differentiated(func, args, kwargs) -> list[Deferred]:
+    """The deferred tensors whose gradient ``func`` asks for."""
+    if func in WATCH:
+        asked = args[:1]
+    elif func in DIFFERENTIATE:
+        asked = inspect.signature(func).bind(*args, **kwargs).arguments.get("inputs")
+    else:
+        return []
+    return [tensor for tensor in pytree.tree_leaves(asked) if isinstance(tensor, Deferred)]
 
 
 def value_of(tensor):

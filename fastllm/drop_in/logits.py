@@ -9,11 +9,12 @@ import torch
 from ..functional import linear, linear_cross_entropy
 from ..ops.shared.widened import widens
 from .calls import serve
-from .deferred import Deferred, as_in_the_forward, defer
+from .deferred import WATCH, Deferred, as_in_the_forward, defer
 from .logit_steps import step_after
 from .plain import plain
 
 SKIP = 'fastllm.accelerate(model, skip="linear_cross_entropy") keeps logits as they were'
+TOO_LATE = f"the loss of these logits was taken without computing them; {SKIP}"
 
 
 class _Values(torch.autograd.Function):
@@ -54,6 +55,8 @@ class Logits:
 
     Each step is a plan of its own, with its parent; ``rows`` are the hidden states that belong to its rows.
     """
+
+    too_late = TOO_LATE
 
     def __init__(
         self, hidden, weight, bias, *, parent: Logits | None = None, step: Any = None, view=False, rows=None, shape,
@@ -184,11 +187,10 @@ class Logits:
     def handle(self, tensor, func, args, kwargs):
         """What ``func`` gives without the values, or NotImplemented."""
         if func is torch.autograd.grad:
-            if self.consumed:
-                raise RuntimeError(f"the loss of these logits was taken without computing them; {SKIP}")
             return NotImplemented
-        if func in (torch.Tensor.register_hook, torch.Tensor.retain_grad):
-            return self._hook(tensor, func, args, kwargs)
+        if func in WATCH:
+            self.read(tensor)  # from here on they are ordinary logits, whose loss passes through them
+            return NotImplemented
         if not self._unread():
             return NotImplemented
         if func is torch.nn.functional.cross_entropy and args and args[0] is tensor:
@@ -196,16 +198,6 @@ class Logits:
         if args and args[0] is tensor and torch.is_grad_enabled():
             return step_after(self, tensor, func, args[1:], kwargs)
         return NotImplemented
-
-    def _hook(self, tensor, func, args, kwargs):
-        ours = func is torch.Tensor.register_hook and str(getattr(args[1], "__module__", "")).startswith("torch.")
-        if self.consumed and not ours:
-            raise RuntimeError(f"the loss of these logits was taken without computing them; {SKIP}")
-        if not ours:
-            self.read(tensor)  # from here on they are ordinary logits, whose loss passes through them
-            return NotImplemented
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
 
     def _loss(self, asked: _Loss):
         target, weight = asked.target, asked.weight

@@ -10,6 +10,7 @@ from ..functional import embedding, embedding_sum
 from .calls import serve
 from .deferred import Deferred, as_in_the_forward, defer
 
+SKIP = 'fastllm.accelerate(model, skip="embedding_sum") keeps embeddings as they were'
 # When the rows of a table may wait until they are read.
 ALWAYS, IN_TRAINING = "always", "in training"
 
@@ -31,12 +32,15 @@ class _Lookup(NamedTuple):
 class Rows:
     """The plan of the sum of ``lookups``; their ids broadcast to ``shape`` without its last dimension."""
 
+    too_late = f"these embeddings were summed without looking them up one by one; {SKIP}"
+
     def __init__(self, lookups: list[_Lookup], shape, versions: list[int] | None = None):
         self.lookups = lookups
         self.shape = torch.Size(shape)
         self.strides = None  # contiguous
         self.dtype = lookups[0].weight.dtype
         self.value = None
+        self.consumed = False
         # Of the weights, when the forward would have looked up.
         self.versions = [one.weight._version for one in lookups] if versions is None else versions
 
@@ -55,8 +59,7 @@ class Rows:
         for one, version in zip(self.lookups, self.versions, strict=True):
             if one.weight._version != version:
                 raise RuntimeError(
-                    "these embeddings were not computed in the forward, and their table has changed since; "
-                    'fastllm.accelerate(model, skip="embedding_sum") keeps embeddings as they were'
+                    f"these embeddings were not computed in the forward, and their table has changed since; {SKIP}"
                 )
         indices = [one.ids for one in self.lookups]
         paddings = [one.padding_idx for one in self.lookups]
@@ -89,4 +92,5 @@ class Rows:
             return NotImplemented
         shape = torch.broadcast_shapes(*(one.ids.shape for one in lookups))
         plan = Rows(lookups, (*shape, first.shape[-1]), [*first.versions, *second.versions])
+        first.consumed = second.consumed = True
         return defer(plan, *(one.weight for one in lookups))

@@ -26,11 +26,11 @@ def filter_logits(
     it always holds the most likely one.
 
     Raises:
-        ValueError, TypeError: an argument is out of its range, or no number; ``temperature`` may not be 0 here.
+        ValueError, TypeError: an argument is out of its range, or no number; ``temperature`` is at least 1e-30 here.
     """
     check_sampling(0, temperature, top_k, top_p)
-    if temperature == 0.0:
-        raise ValueError("temperature must be above 0 where logits are divided by it, got 0")
+    if temperature < COLDEST:
+        raise ValueError(f"temperature must be at least {COLDEST} where logits are divided by it, got {temperature}")
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         largest = logits.topk(top_k, dim=-1)
@@ -39,6 +39,7 @@ def filter_logits(
         ordered, order = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(-1)
         beyond = probabilities.cumsum(-1) - probabilities >= top_p
+        beyond[..., :1] = False  # a top_p below fp32's least number is 0 there
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
     return logits
 

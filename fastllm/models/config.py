@@ -76,8 +76,17 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("heads", "labels"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if type(f.default) is bool:
+                self._require(f.name, isinstance(value, bool), "True or False")
+            elif type(f.default) is float:
+                self._require(f.name, isinstance(value, int | float), "a number")
         optional = ("num_kv_heads", "intermediate_size", "num_encoder_layers", "head_size")
-        for name in ("vocab_size", "context_length", "num_layers", "num_heads", "hidden_size", "segments", *optional):
+        for name in (
+            "vocab_size", "context_length", "num_layers", "num_heads", "hidden_size", "segments", "relative_buckets",
+            "relative_distance", *optional,
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is None and name in optional:
                 continue

@@ -121,11 +121,13 @@ def _from_llama(values: Mapping) -> dict:
         raise ValueError(f"rope_type: expected 'default', got {kind!r}")
     heads = values["num_attention_heads"]
     head_dim = values.get("head_dim")
+    if head_dim is not None and head_dim * heads == values["hidden_size"]:
+        head_dim = None
     kv_heads = values.get("num_key_value_heads")
     return dict(
         vocab_size=values["vocab_size"], context_length=values.get("max_position_embeddings", 2048),
         num_layers=values["num_hidden_layers"], num_heads=heads, num_kv_heads=None if kv_heads == heads else kv_heads,
-        hidden_size=values["hidden_size"], head_size=None if head_dim == values["hidden_size"] // heads else head_dim,
+        hidden_size=values["hidden_size"], head_size=head_dim,
         intermediate_size=values["intermediate_size"], positions="rotary",
         rotary_base=float(rope.get("rope_theta", values.get("rope_theta", 10000.0))), norm="rms",
         norm_eps=values.get("rms_norm_eps", 1e-6), activation="swiglu", bias=False,
@@ -198,6 +200,17 @@ def _full(layout: Layout, name: str) -> str:
     return name if name == HEAD else layout.prefix + name
 
 
+def _shards(index: Path) -> list[Path]:
+    """The files beside ``index`` that it names, or a ValueError."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise ValueError("weight_map names files of other folders")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index} is not an index of weights: {error}") from error
+    return [index.parent / name for name in names]
+
+
 def read_weights(folder: Path, single: str) -> dict[str, torch.Tensor]:
     """All tensors of a folder: of the file ``single``, or of the shards that its index names.
 
@@ -207,8 +220,7 @@ def read_weights(folder: Path, single: str) -> dict[str, torch.Tensor]:
     """
     files = [folder / single]
     if not files[0].is_file() and (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+        files = _shards(folder / INDEX)
     weights: dict[str, torch.Tensor] = {}
     for file in files:
         if not file.is_file():
@@ -280,10 +292,17 @@ def layout_for(config) -> Layout:
 
 def _reader(name: str) -> tuple[Callable, Callable]:
     layout = LAYOUTS[name]
-    return (
-        lambda values, weights: ModelConfig.from_dict(layout.from_config(values)),
-        lambda weights, config: to_ours(layout, weights, config),
-    )
+    table = layout.outside["token_embedding.weight"]
+
+    def config(values: Mapping, weights: Weights) -> ModelConfig:
+        fields = layout.from_config(values)
+        # A file with another head than the table has it untied, whatever its configuration says: so does transformers.
+        head, embedding = weights.get(HEAD), weights.get(_full(layout, table), weights.get(table))
+        if fields["tie_embeddings"] is True and head is not None and embedding is not None:
+            fields["tie_embeddings"] = torch.equal(head, embedding)
+        return ModelConfig.from_dict(fields)
+
+    return config, lambda weights, config: to_ours(layout, weights, config)
 
 
 # model_type -> (configuration of ours from config.json and the weights, state dict of ours from weights and it).

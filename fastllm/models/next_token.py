@@ -18,7 +18,7 @@ from torch.nn.modules import module as torch_modules
 
 from .. import extension
 from .. import nn as fast
-from ..backends import chosen_backend, under_transform
+from ..backends import chosen_backend, operators_alone
 from ..ops.linear_rows import MAX_ROWS, linear_rows
 from ..ops.norm.native import norm_of_rows
 from ..ops.rotary_embedding import rotary_rows
@@ -60,7 +60,7 @@ def allowed(model: nn.Module) -> bool:
         or torch.is_autocast_enabled("cpu")
         or chosen_backend() != "auto"
         or torch.compiler.is_compiling()
-        or under_transform()
+        or operators_alone()
     )
 
 

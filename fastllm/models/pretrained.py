@@ -114,6 +114,8 @@ class Pretrained(torch.nn.Module):
     @classmethod
     def _from_transformers(cls, folder: Path, values: dict):
         make_config, convert = READERS[values["model_type"]]
+        if values.get("quantization_config") is not None:
+            raise ValueError(f"{folder / CONFIG}: quantization_config: expected none; quantised weights are not read")
         weights = read_weights(folder, WEIGHTS)
         try:
             config = make_config(values, weights)
@@ -158,6 +160,9 @@ def tied_names(model: torch.nn.Module) -> set[str]:
 
 def _load(model: torch.nn.Module, weights: dict[str, torch.Tensor], source: Path) -> torch.nn.Module:
     """``model`` with ``weights``. Only names of shared parameters may be missing in them."""
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:  # its scale would be missing
+            raise ValueError(f"{source}: {name} is {tensor.dtype}; quantised weights are not read")
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:

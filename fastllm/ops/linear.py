@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import extension
-from ..backends import Choice, pick, under_transform
+from ..backends import Choice, operators_alone, pick
 from ..registry import Cost, Op, Sample, define, register
 from .linear_rows import linear_rows
 from .shared.autograd import apply, autocasted, gradients
@@ -68,7 +68,7 @@ def _call(input, weight, bias=None) -> LinearCall:
 _OWN = LinearForm(TORCH, "its products are the device's own")
 _FEW = LinearForm(TORCH, f"below {MIN_ROWS} rows blocks do not pay, and the extension does not take the call")
 _ROWS = LinearForm(ROWS, f"up to {MAX_STEP_ROWS} rows the extension reads the weight once, in 16 bits")
-_FOREIGN = LinearForm(TORCH, "a transform is at work, a tensor is sparse or nested, or the weight is a vector")
+_FOREIGN = LinearForm(TORCH, "a transform or a program, a sparse or nested tensor, or a weight that is a vector")
 _BLOCKS = LinearForm(WIDENED, "this CPU has no products of that dtype")
 
 
@@ -79,6 +79,8 @@ def takes_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     """
     if x.numel() == 0 or weight.numel() == 0 or weight.stride(1) != 1 or extension.missing() is not None:
         return False
+    if operators_alone():
+        return False
     return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, weight, bias))
 
 
@@ -88,7 +90,7 @@ def linear_form(call: LinearCall, choice: Choice) -> LinearForm:
     if not widens(x):
         return _OWN
     if (
-        under_transform()
+        operators_alone()
         or weight.dim() != 2
         or any(t is not None and (t.layout != torch.strided or t.is_nested) for t in call)
     ):

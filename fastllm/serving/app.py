@@ -12,7 +12,7 @@ from importlib.resources import files
 
 from starlette.applications import Starlette
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -188,6 +188,8 @@ def make_app(models: dict[str, ServedModel], hosts: tuple[str, ...], seconds: fl
             return JSONResponse(result)
         except BadRequest as error:
             return JSONResponse({"error": str(error)}, 400)
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody reads it
         except (TimeoutError, asyncio.TimeoutError):
             return JSONResponse({"error": f"took more than {seconds:g} s"}, 503)
 

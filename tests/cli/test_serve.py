@@ -172,6 +172,17 @@ def test_other_sites_and_unknown_tasks_are_refused(served, models):
     assert served.post("paint", {"text": "x"})[0] == 404
 
 
+def test_a_browser_that_leaves_in_the_middle_of_a_request_is_no_error(served, caplog):
+    with socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2]))) as connection:
+        connection.sendall(
+            b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 99\r\n\r\n{"
+        )
+        time.sleep(0.2)
+    assert served.post("classify", {"text": "x"})[0] == 200
+    assert "ClientDisconnect" not in caplog.text
+
+
 def test_a_request_that_takes_too_long_ends(models):
     running = Running(models, seconds=1e-6)
     try:

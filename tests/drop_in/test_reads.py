@@ -162,3 +162,66 @@ def test_operators_that_are_recorded_do_not_wait(models):
         return graph(IDS.flip(0)), counter.get_total_flops()
 
     both(models, use)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda loss, tensor: tensor.retain_grad(),
+        lambda loss, tensor: tensor.register_hook(print),
+        lambda loss, tensor: torch.autograd.graph.register_multi_grad_hook([tensor], print),
+        lambda loss, tensor: torch.autograd.grad(loss, tensor, allow_unused=True),
+        lambda loss, tensor: loss.backward(inputs=[tensor]),
+    ],
+)
+@pytest.mark.parametrize("read", [False, True])
+def test_a_gradient_that_is_asked_for_too_late_raises(ask, read, models):
+    model, _ = models
+    ids = torch.randint(V, (2, 5))
+    rows = model.tokens(ids)
+    logits = model.head(rows + model.positions(torch.arange(5)))
+    loss = F.cross_entropy(logits.view(-1, V), ids.view(-1))
+    for tensor, option in ((logits, "linear_cross_entropy"), (rows, "embedding_sum")):
+        if read:
+            tensor.argmax(-1)
+        with pytest.raises(RuntimeError, match=f'skip="{option}"'):
+            ask(loss, tensor)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_gradients_at_what_was_read_or_is_not_yet_taken(models):
+    ids, kept = torch.randint(V, (2, 5)), []
+    for each in models:
+        rows = each.tokens(ids)
+        logits = each.head(rows)
+        got: list = []
+        torch.autograd.graph.register_multi_grad_hook([logits], got.extend)
+        loss = F.cross_entropy(logits.view(-1, V), ids.view(-1))
+        got += torch.autograd.grad(loss, [torch.autograd.graph.get_gradient_edge(rows)], retain_graph=True)
+        loss.backward(inputs=[logits, rows])
+        kept.append([*got, logits.grad, rows.grad])
+    torch.testing.assert_close(*kept)
+
+
+def test_attributes_are_those_of_the_values_once_they_are_there(models):
+    ids = torch.randint(V, (2, 5))
+    for each in models:
+        each.tokens.requires_grad_(False)
+        rows = each.tokens(ids)
+        rows.requires_grad_()
+        assert (rows.requires_grad, rows.is_leaf) == (True, True)
+        each.norm(rows + each.positions(torch.arange(5))).square().sum().backward()
+        rows.detach_().transpose_(0, 1)
+        assert (rows.shape, rows.stride(), rows.grad.shape) == ((5, 2, 8), (8, 40, 1), (2, 5, 8))
+    assert not models[0].tokens(ids).requires_grad
+
+
+def test_a_backward_from_logits_whose_loss_was_taken(models):
+    ids = torch.randint(V, (2, 5))
+    for each in models:
+        logits = each(ids)
+        F.cross_entropy(logits.view(-1, V), ids.view(-1)).backward(retain_graph=True)
+        (grad,) = torch.autograd.grad(logits, [each.head.weight], torch.ones_like(logits), retain_graph=True)
+        each.head.weight.grad += grad
+        torch.autograd.backward([logits], [torch.ones_like(logits)])
+    torch.testing.assert_close(*(each.head.weight.grad for each in models))

@@ -226,3 +226,22 @@ def test_the_command_reports_on_a_folder_and_reads_no_weights(tmp_path, capsys):
     ):
         assert main(["accelerate", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ({"num_attention_heads": "two"}, [], "transformers cannot build this model"),
+        ({"layer_norm_epsilon": "x"}, ["--run"], "transformers cannot build this model"),
+        ({"decoder_start_token_id": None}, ["--run"], "--run: T5ForConditionalGeneration does not take 1 x 4 tokens"),
+    ],
+)
+def test_the_command_says_in_one_line_what_transformers_raises(change, arguments, message, tmp_path, capsys):
+    from fastllm.cli import main
+
+    values = build("t5")[0].config.to_dict() | change
+    (tmp_path / "config.json").write_text(json.dumps(values | {"architectures": ["T5ForConditionalGeneration"]}))
+    assert main(["accelerate", str(tmp_path), "--shape", "1x4", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 
 from fastllm.models import Encoder, EncoderDecoder, Transformer, load_model
@@ -119,6 +120,43 @@ def test_a_head_for_masked_tokens_with_a_matrix_and_a_bias_of_its_own(tmp_path):
         torch.testing.assert_close(logits, theirs(ids).logits, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("model", [gpt2, lambda: llama(tie_word_embeddings=True)])
+def test_another_head_than_the_table_is_its_own_whatever_the_configuration_says(model, tmp_path):
+    model().save_pretrained(tmp_path)
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = torch.randn(V, 32)
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    if torch.equal(theirs.lm_head.weight, theirs.get_input_embeddings().weight):
+        pytest.skip("this transformers ties them all the same")
+    ours, ids = Transformer.from_pretrained(tmp_path), torch.randint(V, (2, 9))
+    assert not ours.config.tie_embeddings
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_quantised_weights_are_refused_by_name(dtype, tmp_path):
+    llama().save_pretrained(tmp_path)
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    weights[name], weights[f"{name}_scale"] = (100 * weights[name]).to(dtype), torch.tensor([0.01])
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"blocks\.1\.attention\.out\.weight is {dtype}; quantised weights"):
+        Transformer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "index", ["{", "null", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../b"}}']
+)
+def test_an_index_that_is_none_is_refused(index, tmp_path):
+    llama().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is not an index of weights"):
+        Transformer.from_pretrained(tmp_path)
+
+
 def test_transformers_is_not_imported(tmp_path):
     gpt2().save_pretrained(tmp_path)
     code = (
@@ -137,6 +175,11 @@ def test_transformers_is_not_imported(tmp_path):
         (llama, {"rope_parameters": {"rope_type": "yarn"}}, "rope_type: expected 'default', got 'yarn'"),
         (bert, {"is_decoder": True}, "is_decoder: expected False"),
         (bert, {"hidden_act": "relu"}, "hidden_act: expected gelu with a head for masked tokens, got 'relu'"),
+        (llama, {"num_attention_heads": 0}, "num_heads must be at least 1, got 0"),
+        (llama, {"num_attention_heads": "4"}, "num_heads must be at least 1, got '4'"),
+        (llama, {"rms_norm_eps": "1e-5"}, "norm_eps must be a number, got '1e-5'"),
+        (llama, {"tie_word_embeddings": "false"}, "tie_embeddings must be True or False, got 'false'"),
+        (llama, {"quantization_config": {"quant_method": "fp8"}}, "quantization_config: expected none"),
         (llama, {"num_hidden_layers": 1}, r"model\.layers\.1\..* is there, and the configuration has 1 layers"),
         (gpt2, {"n_layer": 1}, r"transformer\.h\.1\..* is there, and the configuration has 1 layers"),
         (llama, {"num_hidden_layers": 3}, r"model\.layers\.2\.input_layernorm\.weight is missing"),

@@ -232,6 +232,12 @@ def test_a_seed_repeats_and_leaves_the_global_stream_alone(model):
     assert model.training
 
 
+def test_the_coldest_and_narrowest_draw_is_the_likeliest(model):
+    likeliest = list(generate(model, [5], max_new_tokens=6, temperature=0.0))
+    for options in ({"top_p": 1e-50}, {"temperature": 1e-45}, {"temperature": 1e-29}):
+        assert list(generate(model, [5], max_new_tokens=6, **options)) == likeliest
+
+
 def test_stop_token_ends_the_stream(model):
     drawn = list(generate(model, [5], max_new_tokens=30, seed=1))
     stopped = list(generate(model, [5], max_new_tokens=30, seed=1, stop_token=drawn[10]))
@@ -246,13 +252,20 @@ def test_filters_keep_what_they_say():
     assert kept(top_p=0.6) == [True, True, False, False, False]
     assert kept(top_p=0.1) == [True, False, False, False, False]
     assert kept(top_p=0.86) == [True, True, True, True, False]
+    assert kept(top_p=1e-50) == [True, False, False, False, False]
     assert kept() == [True] * 5
     torch.testing.assert_close(filter_logits(logits, temperature=0.5), logits * 2)
     tied = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0], [3.0, 3.0, 3.0, 3.0, 3.0]])
     for k in range(1, 6):
         assert filter_logits(tied, top_k=k).isfinite().sum(-1).tolist() == [k, k]
     assert filter_logits(tied, top_k=3)[0, [1, 3]].tolist() == [2.0, 2.0]
-    for option in ({"temperature": 0.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}):
+    for option in (
+        {"temperature": 0.0},
+        {"temperature": 1e-45},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+    ):
         with pytest.raises(ValueError, match=f"{next(iter(option))} must be"):
             filter_logits(tied, **option)
     with pytest.raises(TypeError, match=r"top_k must be a whole number, got 2\.5"):

@@ -1,10 +1,11 @@
-"""torch.export of every op: a program of PyTorch's operators, with their gradients."""
+"""torch.export and torch.jit.trace of every op: a program of PyTorch's operators, with their gradients."""
 
 import pytest
 import torch
 from contract import case_id, copy, leaves, outputs, upstream
 
-from fastllm import nn
+import fastllm
+from fastllm import cpu, nn
 from fastllm.registry import OPS
 
 pytestmark = pytest.mark.runs_on("anywhere")
@@ -34,8 +35,8 @@ def gradients(module, values, name):
     return outs, torch.autograd.grad([o for o in outs if o.requires_grad], list(values), grads, allow_unused=True)
 
 
-def exported_with_torchs_operators(module, *args):
-    program = torch.export.export(module, args, strict=False)
+def exported_with_torchs_operators(module, *args, strict=False):
+    program = torch.export.export(module, args, strict=strict)
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not [name for name in called if "fastllm" in name or "set_grad" in name]
     return program.module()
@@ -59,3 +60,58 @@ def test_exported_dropout_is_drawn_at_each_call_and_has_its_gradient():
     (grad,) = torch.autograd.grad(first.sum(), x)
     assert torch.equal(grad, first)
     assert set(grad.unique().tolist()) == {0.0, 2.0}
+
+
+@pytest.fixture
+def _no_narrow_products(monkeypatch):
+    found = cpu.Cpu("avx2", {}, {torch.bfloat16: False, torch.float16: False})
+    monkeypatch.setattr(cpu, "here", lambda: found)
+
+
+def traced_with_torchs_operators(module, *args):
+    traced = torch.jit.trace(module, args)
+    text = str(traced.inlined_graph)
+    kinds = {node.kind() for node in traced.inlined_graph.nodes()}
+    assert "fastllm::" not in text
+    assert {kind.split("::")[0] for kind in kinds} <= {"aten", "prim"}
+    assert "prim::PythonOp" not in kinds
+    return traced
+
+
+@pytest.mark.parametrize("made", [exported_with_torchs_operators, traced_with_torchs_operators])
+@pytest.mark.parametrize("op", OPS.values(), ids=case_id)
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.usefixtures("_no_narrow_products")
+def test_a_program_of_sixteen_bits_without_a_gradient(op, made):
+    samples = {s.name: s for s in op.samples(torch.device("cpu"), torch.bfloat16) if leaves(s)}
+    for name in {next(iter(samples)), "one_token", "one_row"} & set(samples):
+        module = Called(op, copy(samples[name])).requires_grad_(False)
+        torch.testing.assert_close(made(module)(), module(), rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("_no_narrow_products")
+def test_an_accelerated_model_exported_without_a_gradient(strict, dtype):
+    class RMSNorm(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(64))
+            self.eps = 1e-6
+
+        def forward(self, x):
+            wide = x.float()
+            return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+    model = torch.nn.Sequential(RMSNorm(), torch.nn.Linear(64, 1024)).to(dtype).eval()
+    assert fastllm.accelerate(model).swapped
+    x = torch.randn(2, 64, dtype=dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(exported_with_torchs_operators(model, x, strict=strict)(x), model(x))
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=case_id)
+def test_functionalize(op):
+    sample = next(s for s in op.samples(torch.device("cpu"), torch.float32) if leaves(s))
+    module = Called(op, copy(sample))
+    torch.testing.assert_close(torch.func.functionalize(module)(), module(), rtol=1e-3, atol=1e-4)

@@ -13,7 +13,7 @@ import math
 import torch
 
 from ... import extension
-from ...backends import under_transform
+from ...backends import operators_alone
 from ..shared.autograd import apply, gradients
 from .call import AttentionCall, Edge, new_by_token
 from .reference import reference
@@ -33,8 +33,8 @@ def amx_refuses(call: AttentionCall) -> str | None:
         return "they take bfloat16 on CPUs"
     if not extension.has_matrix_units():
         return "this CPU has none, or the extension was not built"
-    if under_transform() or q.layout != torch.strided:
-        return "the extension takes dense tensors outside vmap and forward-mode differentiation"
+    if operators_alone() or q.layout != torch.strided:
+        return "the extension takes dense tensors outside torch.func's transforms, torch.export and torch.jit.trace"
     causal = call.causal
     if mask is not None:
         if mask.dtype != torch.bool or causal:

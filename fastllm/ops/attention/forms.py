@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ...backends import Choice, forward_mode, under_transform
+from ...backends import Choice, forward_mode, operators_alone
 from ..shared.widened import widens
 from .amx import amx_attention, amx_refuses
 from .call import AttentionCall, AttentionForm, AttentionRequest, TorchArguments
@@ -53,7 +53,7 @@ def _found_form(request: AttentionRequest, ours: bool) -> AttentionForm:
     one = ours and not call.causal and call.dropout_p == 0.0 and takes_step(call.q, call.k, call.v, call.bias)
     if one and _only_chunks(request) is None:
         return _STEP
-    wide = widens(call.q) and not under_transform() and call.q.layout == torch.strided
+    wide = widens(call.q) and not operators_alone() and call.q.layout == torch.strided
     if request.given is not None:
         if not wide and _few(call, request.given):
             return AttentionForm(TORCH, f"it has at most {FEW_SCORES} scores", as_given=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from ... import extension
-from ...backends import under_transform
+from ...backends import operators_alone
 from .call import AttentionCall
 
 _NARROW_OR_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,7 +36,7 @@ def takes_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Te
     grad = torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or (mask is not None and mask.requires_grad)
     )
-    return not grad and not under_transform()
+    return not grad and not operators_alone()
 
 
 def step_attention(call: AttentionCall) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ... import extension
-from ...backends import KERNEL_DTYPES, chosen_backend
+from ...backends import KERNEL_DTYPES, chosen_backend, operators_alone
 from .call import NormBackward, NormForward
 
 
@@ -70,6 +70,7 @@ def takes_rms(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
         and chosen_backend() == "auto"
         and extension.missing() is None
         and x.shape[-1] > 0
+        and not operators_alone()
     )
 
 
