@@ -36,7 +36,7 @@ METADATA = {
 }  # fmt: skip
 DIFFERENTIATE = {torch.autograd.backward, torch.autograd.grad, torch.Tensor.backward}
 WATCH = {torch.Tensor.register_hook, torch.Tensor.retain_grad}
-_grad = torch.Tensor.grad.__get__
+_grad = vars(torch._C.TensorBase)["grad"].__get__
 
 
 class Deferred(torch.Tensor):
