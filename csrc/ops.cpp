@@ -31,6 +31,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastllm, m) {
       "Tensor(a!)? dx, Tensor(b!)? dtarget, int ignore_index, float smoothing, float softcap, float scale, "
       "float z_loss, bool accuracy, bool entropy) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "linear_loss_rows(Tensor x, Tensor weight, Tensor target, Tensor(a!)? logits, Tensor? factor, Tensor? dlse, "
+      "Tensor? dentropy, int ignore_index, float smoothing, float softcap, float scale, float z_loss, float total, "
+      "ScalarType? mean, bool keep, bool accuracy, bool entropy, bool need_x, bool need_weight)"
+      " -> (bool, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "divergence_rows(Tensor student, Tensor teacher, Tensor? indices, Tensor? factor, Tensor(a!)? dstudent, "
       "Tensor(b!)? dteacher, int direction, float beta, float temperature, float softcap, float teacher_softcap)"
       " -> Tensor");

@@ -1,7 +1,13 @@
 // cross_entropy_rows on the CPU: the loss of each row of logits, and its gradient in the same pass over the row.
+// linear_loss_rows: the same of a linear layer's logits, with the layer's gradients.
 #include "cross_entropy.h"
 
+#include <algorithm>
+#include <cmath>
+
 #include "caches.h"
+#include "../scalar.h"
+#include "matmul.h"
 #include "strided.h"
 
 namespace fastllm {
@@ -108,7 +114,110 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_rows(
   return {loss, lse, hits, entropies};
 }
 
+// Whether every target is a class and none is ignored.
+bool every_counts(const Tensor& target, int64_t ignore_index, int64_t classes) {
+  const auto* ids = static_cast<const int64_t*>(target.const_data_ptr());
+  return std::all_of(ids, ids + target.numel(),
+                     [=](int64_t id) { return id >= 0 && id < classes && id != ignore_index; });
+}
+
+// The sum of n numbers over `total`, in double with what each sum loses carried on (Neumaier 1974).
+template <class A>
+double mean_of(const A* values, int64_t n, double total) {
+  double sum = 0.0, lost = 0.0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double value = static_cast<double>(values[i]), next = sum + value;
+    lost += std::abs(sum) >= std::abs(value) ? (sum - next) + value : (value - next) + sum;
+    sum = next;
+  }
+  // Infinite sums lose NaN.
+  return (std::isfinite(sum) ? sum + lost : sum) / total;
+}
+
+Tensor number(const Tensor& like, double value, ScalarType dtype) {
+  Tensor one = empty_like_device(like, {}, dtype);
+  void* const to = one.mutable_data_ptr();
+  switch (dtype) {
+    case ScalarType::Double: *static_cast<double*>(to) = value; break;
+    case ScalarType::BFloat16: narrow(static_cast<float>(value), *static_cast<BF16*>(to)); break;
+    case ScalarType::Half: narrow(static_cast<float>(value), *static_cast<F16*>(to)); break;
+    default: *static_cast<float*>(to) = static_cast<float>(value);
+  }
+  return one;
+}
+
+// What PyTorch's operators make of them in A: factor * (1 / total) for each row, 1 where there is no factor; and the
+// losses with their sign turned, 0 for a loss of 0.
+template <class A>
+void shares_of(const A* factor, int64_t n, double total, A* out) {
+  const A share = A(1) / static_cast<A>(total);
+  for (int64_t i = 0; i < n; ++i) out[i] = factor == nullptr ? share : share * factor[i];
+}
+template <class A>
+void turn(A* losses, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) losses[i] = A(0) - losses[i];
+}
+
+// The losses of the logits x (rows, D) weight (classes, D)^T, and the layer's gradients, where every target counts;
+// where one does not, false and nothing is computed. (whether, loss, lse, hits, entropy, logits, dx, dweight), without
+// elements what was not asked for:
+// - `mean`: the loss is the sum of the rows' losses over `total`, in that dtype; else a loss a row, as the others, with
+//   its sign turned if total is negative.
+// - `logits` (rows, classes), where they are known; else they are computed, and come back if `keep`.
+// - `need_x`, `need_weight`: gradients of the rows' losses, for `factor` (rows,) or 1, over `total`, and for dlse and
+//   dentropy (rows,). The logits are overwritten then.
+std::tuple<bool, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_loss_rows(
+    const Tensor& x, const Tensor& weight, const Tensor& target_, const std::optional<Tensor>& known,
+    const std::optional<Tensor>& factor, const std::optional<Tensor>& dlse, const std::optional<Tensor>& dentropy,
+    int64_t ignore_index, double smoothing, double softcap, double scale, double z_loss, double total,
+    std::optional<ScalarType> mean, bool keep, bool accuracy, bool entropy, bool need_x, bool need_weight) {
+  const char* op = "linear_loss_rows";
+  if (x.dim() != 2 || weight.dim() != 2 || x.size(1) != weight.size(1) || x.scalar_type() != weight.scalar_type())
+    refuse(op, ": x must be (rows, D) and weight (classes, D), of one dtype");
+  const int64_t rows = x.size(0), classes = weight.size(0);
+  if (target_.scalar_type() != ScalarType::Long || target_.numel() != rows)
+    refuse(op, ": target must be int64, one a row");
+  if (keep && (need_x || need_weight)) refuse(op, ": a gradient is written over the logits");
+  const auto blank = [&] { return empty_like_device(x, {0}, x.scalar_type()); };
+  const Tensor target = target_.is_contiguous() ? target_ : torch::stable::contiguous(target_);
+  if (!every_counts(target, ignore_index, classes))
+    return {false, blank(), blank(), blank(), blank(), blank(), blank(), blank()};
+  Tensor logits = known.has_value() ? *known : empty_like_device(x, {rows, classes}, x.scalar_type());
+  if (logits.dim() != 2 || logits.size(0) != rows || logits.size(1) != classes ||
+      logits.scalar_type() != x.scalar_type() || !logits.is_contiguous())
+    refuse(op, ": logits must be (rows, classes), contiguous, in x's dtype");
+  if (!known.has_value()) multiply_into(logits, x, turned(weight));
+
+  const bool wide = x.scalar_type() == ScalarType::Double, back = need_x || need_weight;
+  const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
+  std::optional<Tensor> shares, dlogits;
+  if (back) {
+    dlogits = logits;
+    shares = empty_like_device(x, {rows}, dtype);
+    column(op, factor, rows, dtype);  // checks it
+    void* const to = shares->mutable_data_ptr();
+    if (wide)
+      shares_of(doubles(factor), rows, total, static_cast<double*>(to));
+    else
+      shares_of(floats(factor), rows, total, static_cast<float*>(to));
+  }
+  auto [loss, lse, hits, entropies] =
+      cross_entropy_rows(logits, target, std::nullopt, shares, dlse, dentropy, dlogits, std::nullopt, ignore_index,
+                         smoothing, softcap, scale, z_loss, accuracy, entropy);
+  void* const losses = loss.mutable_data_ptr();
+  if (mean.has_value())
+    loss = number(x, wide ? mean_of(static_cast<const double*>(losses), rows, total)
+                          : mean_of(static_cast<const float*>(losses), rows, total), *mean);
+  else if (total < 0.0)
+    wide ? turn(static_cast<double*>(losses), rows) : turn(static_cast<float*>(losses), rows);
+  const auto [dx, dweight] = product_gradients(logits, x, weight, need_x, need_weight);
+  return {true, loss, lse, hits, entropies, keep && !known.has_value() ? logits : blank(), dx, dweight};
+}
+
 }  // namespace
 }  // namespace fastllm
 
-STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) { m.impl("cross_entropy_rows", TORCH_BOX(&fastllm::cross_entropy_rows)); }
+STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
+  m.impl("cross_entropy_rows", TORCH_BOX(&fastllm::cross_entropy_rows));
+  m.impl("linear_loss_rows", TORCH_BOX(&fastllm::linear_loss_rows));
+}

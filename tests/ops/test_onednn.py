@@ -22,7 +22,7 @@ N, D, V = 70, 48, 2100
 @pytest.fixture
 def _served(monkeypatch):
     """oneDNN is asked for all products, whatever this CPU is."""
-    monkeypatch.setattr(onednn, "_product", lambda: torch.ops.mkldnn._linear_pointwise)
+    monkeypatch.setattr(onednn, "_product", lambda *levels: torch.ops.mkldnn._linear_pointwise)
     monkeypatch.setattr(onednn, "FEWEST", 1)
 
 
@@ -51,6 +51,17 @@ def test_products_are_those_of_fp64(calls, bias):
 
 
 @pytest.mark.usefixtures("_served")
+@pytest.mark.parametrize("whole", [0, V * D])
+def test_outputs_are_those_of_fp64_whole_or_in_blocks(monkeypatch, calls, whole):
+    monkeypatch.setattr(onednn, "WHOLE", whole)
+    x, w = torch.randn(2 * N, D)[::2], torch.randn(V, D)
+    out = onednn.onednn_outputs(x, w)
+    assert calls == ([V] if whole else [1024, 1024, 52])
+    assert out.is_contiguous()
+    torch.testing.assert_close(out.double(), x.double() @ w.double().t(), rtol=0, atol=2e-5)
+
+
+@pytest.mark.usefixtures("_served")
 def test_log_probabilities_and_gradients_are_those_of_mkls_products(monkeypatch, calls):
     x, w, y = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True), torch.randint(V, (N,))
 
@@ -60,20 +71,27 @@ def test_log_probabilities_and_gradients_are_those_of_mkls_products(monkeypatch,
 
     mine = both()
     assert calls
-    monkeypatch.setattr(onednn, "_product", lambda: None)
+    monkeypatch.setattr(onednn, "_product", lambda *levels: None)
     for a, e in zip(mine, both(), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(
-    ("maker", "level", "served"),
-    [("AuthenticAMD", "avx512", True), ("AuthenticAMD", "avx2", False), ("GenuineIntel", "avx512", False)],
+    ("maker", "level", "served", "outputs"),
+    [
+        ("AuthenticAMD", "avx512", True, True),
+        ("AuthenticAMD", "avx2", False, True),
+        ("AuthenticAMD", "baseline", False, False),
+        ("GenuineIntel", "avx512", False, False),
+        ("GenuineIntel", "avx2", False, False),
+    ],
 )
-def test_only_cpus_that_were_measured_are_served(monkeypatch, maker, level, served):
+def test_only_cpus_that_were_measured_are_served(monkeypatch, maker, level, served, outputs):
     monkeypatch.setattr(cpu, "maker", lambda: maker)
     monkeypatch.setattr(cpu, "level", lambda: level)
     monkeypatch.setattr(onednn, "_product", onednn._product.__wrapped__)
     large = torch.randn(512, 64), torch.randn(1024, 64)
-    assert onednn.onednn_serves(*large) == (served and torch.backends.mkl.is_available())
-    assert not onednn.onednn_serves(large[0][:8], large[1])
-    assert not onednn.onednn_serves(*(t.double() for t in large))
+    for serves, expected in ((onednn.onednn_serves, served), (onednn.onednn_serves_outputs, outputs)):
+        assert serves(*large) == (expected and torch.backends.mkl.is_available())
+        assert not serves(large[0][:8], large[1])
+        assert not serves(*(t.double() for t in large))

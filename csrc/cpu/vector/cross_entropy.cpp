@@ -15,22 +15,6 @@ void transform(A* __restrict z, int64_t n, A scale, A cap) {
     for (int64_t c = 0; c < n; ++c) z[c] = cap * tanh_(z[c] / cap);
 }
 
-// numbers.h's exp_, its bits too, for x <= 88 and NaN.
-inline Vector exp_to_88(Vector x) {
-  const Vector shifted = x * 1.44269504f + 12582912.0f;
-  const Vector n = shifted - 12582912.0f;
-  const Vector r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  Vector p = all(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  const Vector y = (p * (r * r) + r) + 1.0f;
-  const Unsigned power = (reinterpret_cast<Unsigned>(shifted) - 0x4B400000u + 127u) << 23;
-  return x < -87.0f ? Vector{} : y * reinterpret_cast<Vector>(power);
-}
-
 inline Vector larger(Vector x, Vector than) { return x > than ? x : than; }
 
 // The largest of n logits times `scale`; NaNs are passed over.
@@ -73,7 +57,7 @@ void loss_of_vectors(const LossOptions& o, LossRow& row, float* e) {
   sums_over<1>(n, &sum, [=](int64_t c, int64_t some) {
     __builtin_prefetch(x + n + c);
     if (fresh) __builtin_prefetch(dx + c, 1);
-    const Vector one = keep_some(exp_to_88(load_some(x + c, some) * scale - base), some);
+    const Vector one = keep_some(exp_to_88<Vector, Unsigned>(load_some(x + c, some) * scale - base), some);
     if (dx != nullptr) store_some(e + c, one, some);
     return Terms<1>{{one}};
   });

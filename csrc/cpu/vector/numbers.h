@@ -84,23 +84,38 @@ A largest(const A* __restrict x, int64_t n) {
   return lanes[0];
 }
 
-// e^x: 2^n times a polynomial in what is left of x, |r| <= ln(2) / 2, as in Cephes' expf (Moshier). Relative error
-// below 2e-7; 0 below -87, where it would be subnormal.
-inline float exp_(float x) {
-  const float bounded = x > 88.0f ? 88.0f : x;
-  const float shifted = bounded * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
-  const float n = shifted - 12582912.0f;
-  const float r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  const float y = (p * (r * r) + r) + 1.0f;
-  const float power = as_float((as_bits(shifted) - 0x4B400000u + 127u) << 23);
-  return x < -87.0f ? 0.0f : y * power;
+// e^x of numbers of type V, one or a vector, for x <= 88 and NaN: 2^n times a polynomial in what is left of x,
+// |r| <= ln(2) / 2, as in Cephes' expf (Moshier). Relative error below 2e-7; 0 below -87, where it would be subnormal.
+// multiply_add(a, b, c) is a * b + c, rounded once or twice. U: as many unsigned integers.
+template <class V, class U, class MultiplyAdd>
+inline V exp_by(const V& x, const MultiplyAdd& multiply_add) {
+  const auto all = [](float c) { return V{} + c; };
+  const V shifted = multiply_add(x, all(1.44269504f), all(12582912.0f));  // 1.5 * 2^23: an integer in the low bits
+  const V n = shifted - 12582912.0f;
+  V r = multiply_add(n, all(-0.693359375f), x);
+  r = multiply_add(n, all(2.12194440e-4f), r);
+  V p = all(1.9875691500e-4f);
+  p = multiply_add(p, r, all(1.3981999507e-3f));
+  p = multiply_add(p, r, all(8.3334519073e-3f));
+  p = multiply_add(p, r, all(4.1665795894e-2f));
+  p = multiply_add(p, r, all(1.6666665459e-1f));
+  p = multiply_add(p, r, all(5.0000001201e-1f));
+  const V y = multiply_add(p, r * r, r) + 1.0f;
+  U bits;
+  __builtin_memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits - 0x4B400000u + 127u) << 23;
+  V power;
+  __builtin_memcpy(&power, &bits, sizeof power);
+  return x < -87.0f ? V{} : y * power;
 }
+
+// exp_by with products and sums rounded apart: the same bits on every instruction set.
+template <class V, class U>
+inline V exp_to_88(const V& x) {
+  return exp_by<V, U>(x, [](const V& a, const V& b, const V& c) { return a * b + c; });
+}
+
+inline float exp_(float x) { return exp_to_88<float, uint32_t>(x > 88.0f ? 88.0f : x); }
 inline double exp_(double x) { return __builtin_exp(x); }
 
 // Cephes' tanhf: an odd polynomial below 0.625, where 1 - 2 / (e^2x + 1) would cancel.

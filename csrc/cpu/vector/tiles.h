@@ -64,21 +64,9 @@ inline Vector multiply_add(Vector a, Vector b, Vector c) {
 #endif
 }
 
-// numbers.h's exp_ for x <= 89, NaN and -inf; infinite from 88.4 on.
+// numbers.h's exp_by for x <= 89, NaN and -inf; infinite from 88.4 on.
 inline Vector exp_to_89(Vector x) {
-  const Vector shifted = multiply_add(x, all(1.44269504f), all(12582912.0f));
-  const Vector n = shifted - 12582912.0f;
-  Vector r = multiply_add(n, all(-0.693359375f), x);
-  r = multiply_add(n, all(2.12194440e-4f), r);
-  Vector p = all(1.9875691500e-4f);
-  p = multiply_add(p, r, all(1.3981999507e-3f));
-  p = multiply_add(p, r, all(8.3334519073e-3f));
-  p = multiply_add(p, r, all(4.1665795894e-2f));
-  p = multiply_add(p, r, all(1.6666665459e-1f));
-  p = multiply_add(p, r, all(5.0000001201e-1f));
-  const Vector y = multiply_add(p, r * r, r) + 1.0f;
-  const Unsigned power = (reinterpret_cast<Unsigned>(shifted) - 0x4B400000u + 127u) << 23;
-  return x < -87.0f ? Vector{} : y * reinterpret_cast<Vector>(power);
+  return exp_by<Vector, Unsigned>(x, [](Vector a, Vector b, Vector c) { return multiply_add(a, b, c); });
 }
 
 #if defined(__AVX2__)

@@ -148,6 +148,9 @@ class LinearCrossEntropyCall(NamedTuple):
         return call
 
 
+_BESIDE = ("linear_weight", "target", "linear_bias", "token_weight")
+
+
 def linear_cross_entropy_call(
     input, linear_weight, target, *, linear_bias=None, weight=None, token_weight=None, ignore_index=None, options=None,
     shift=0, max_workspace_mb=None, max_targets=None, recompute=False, return_lse=False, return_accuracy=False,
@@ -158,8 +161,8 @@ def linear_cross_entropy_call(
     ``op``: the function that was called, for errors.
     """
     loss = Loss(ignore_index=-100 if ignore_index is None else ignore_index, **more)
-    for name, tensor in (("input", input), ("linear_weight", linear_weight)):
-        check_floating(op, name, tensor)
+    check_floating(op, "input", input)
+    check_floating(op, "linear_weight", linear_weight)
     for name, tensor in (("linear_bias", linear_bias), ("token_weight", token_weight)):
         if tensor is not None and not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
@@ -185,10 +188,10 @@ def linear_cross_entropy_call(
             )
         if token_weight.requires_grad:
             raise ValueError(f"{op}: token_weight gets no gradient; multiply the losses of reduction='none' instead")
-    others = dict(linear_weight=linear_weight, target=target, linear_bias=linear_bias, token_weight=token_weight)
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != input.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, input on {input.device}; they must be together")
+    device = input.device
+    for name, tensor in zip(_BESIDE, (linear_weight, target, linear_bias, token_weight), strict=True):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, input on {device}; they must be together")
     check_integer(op, "shift", shift)
     if max_workspace_mb is not None:
         check_number(op, "max_workspace_mb", max_workspace_mb)

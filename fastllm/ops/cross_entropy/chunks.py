@@ -146,18 +146,30 @@ class KeptLogits(NamedTuple):
         The extension alone leaves logits as they are.
         """
         count = len(layer.x)
-        if call.backend != "native" or not 0 < count <= _rows_at_once(layer, call):
+        if call.backend != "native" or not 0 < count <= rows_at_once(layer, call):
             return None
         return KeptLogits(layer.x.new_empty(count, len(layer.weight)), known=False)
 
 
-def _rows_at_once(layer: Layer, call: LayerLoss) -> int:
+def rows_at_once(layer: Layer, call: LayerLoss) -> int:
+    """How many rows' logits the workspace holds."""
+    return chunk_plan(*_room(layer, call)).rows
+
+
+def is_one_chunk(layer: Layer, call: LayerLoss) -> bool:
+    """Whether the workspace holds the logits of all rows, of which there are some."""
+    most, row_bytes, workspace = _room(layer, call)
+    return 0 < len(layer.x) == most and most * row_bytes <= workspace * 2**20
+
+
+def _room(layer: Layer, call: LayerLoss) -> tuple[int, int, float]:
+    """(the most rows that are computed, the bytes of each, MiB of workspace)."""
     x, weight, _ = layer
     # Planned for the most rows that may be computed: on CUDA the host does not know the number.
     most = len(x) if call.chunking.max_targets is None else min(len(x), call.chunking.max_targets)
     capped = call.loss.softcap is not None
     row_bytes = bytes_per_row(len(weight), x.dtype, call.backend, capped, call.chunking.for_entropy)
-    return chunk_plan(most, row_bytes, workspace_mb(call.chunking, weight, most, row_bytes)).rows
+    return most, row_bytes, workspace_mb(call.chunking, weight, most, row_bytes)
 
 
 def in_chunks(
@@ -176,7 +188,7 @@ def in_chunks(
     index = rows_to_compute(call.target, call.loss.ignore_index, call.chunking)
     count = n if index is None else len(index)
     needs = needs if upstream.loss is not None else (False, False, False)
-    chunk = _rows_at_once(layer, call)
+    chunk = rows_at_once(layer, call)
     parts = []
     gradients = LayerGradients.of(layer, needs, call.backend, math.ceil(count / chunk), index is None)
     logits = x.new_empty(min(chunk, count), n_classes) if kept is None else kept.logits

@@ -106,14 +106,18 @@ def _checked(*args, **options) -> LinearCrossEntropyCall:
     return linear_cross_entropy_call(*args, **options).under_autocast()
 
 
-def linear_loss(op: str, call: LinearCrossEntropyCall, dtype: torch.dtype):
-    """(loss in ``dtype``, lse, accuracy, entropy) by the backend that serves ``op``, the last three a value a row."""
+def linear_loss(op: str, call: LinearCrossEntropyCall, dtype: torch.dtype, *, turned: bool = False):
+    """(loss in ``dtype``, lse, accuracy, entropy) by the backend that serves ``op``, the last three a value a row.
+
+    ``turned``: the loss with its sign turned.
+    """
     choice = pick(op, call)
     if plain_eager(choice.backend):
         loss, *rows = linear_definition(call)
-        return loss.to(dtype), *rows
+        loss = loss.to(dtype)
+        return 0.0 - loss if turned else loss, *rows
     try:
-        return _in_chunks(call, dtype, choice.backend)
+        return _in_chunks(call, dtype, choice.backend, turned)
     except IndexError:
         # The operator has the target of each row of logits.
         error = out_of_range(call.target, call.loss.ignore_index, len(call.linear_weight), op, shift=call.shift)
@@ -122,7 +126,7 @@ def linear_loss(op: str, call: LinearCrossEntropyCall, dtype: torch.dtype):
         raise error from None
 
 
-def _in_chunks(call: LinearCrossEntropyCall, dtype: torch.dtype, backend: str):
+def _in_chunks(call: LinearCrossEntropyCall, dtype: torch.dtype, backend: str, turned: bool):
     """(loss, lse, accuracy, entropy), the last three (N,), by the backend's rows of logits."""
     x, target, loss = call.input, call.target, call.loss
     need_dx, need_dw, need_db = (t is not None and t.requires_grad and torch.is_grad_enabled() for t in call.layer())
@@ -137,18 +141,20 @@ def _in_chunks(call: LinearCrossEntropyCall, dtype: torch.dtype, backend: str):
         and not torch.compiler.is_compiling()
     )  # fmt: skip
     wide = torch.promote_types(x.dtype, torch.float32)
+    plain = target.dtype == torch.int64 and target.dim() == 1 and not call.shift
     node = LinearLossNode(
         LayerLoss(
-            shifted(target.long(), loss.ignore_index, call.shift).reshape(-1),
+            target if plain else shifted(target.long(), loss.ignore_index, call.shift).reshape(-1),
             None if call.weight is None else call.weight.contiguous(),
             None if call.token_weight is None else call.token_weight.reshape(-1).to(wide),
             loss, call.chunking, backend, call.op,
         ),
-        dtype, with_gradient, needs, call.return_accuracy, call.return_entropy, keep,
+        dtype, with_gradient, needs, call.return_accuracy, call.return_entropy, keep, turned,
     )  # fmt: skip
-    x = x.reshape(target.numel(), x.shape[-1])
+    # Each view would be one more node of the graph.
+    x = x if x.dim() == 2 else x.reshape(target.numel(), x.shape[-1])
     value, *rows = apply(LinearCrossEntropy, x, call.linear_weight, call.linear_bias, node)[:4]
-    return value.view(target.shape) if loss.reduction == "none" else value, *rows
+    return value.view(target.shape) if loss.reduction == "none" and target.dim() != 1 else value, *rows
 
 
 def linear_cross_entropy_plan(

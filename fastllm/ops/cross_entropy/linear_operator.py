@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 
 from ...registry import define
-from ..shared.autograd import gradients, scalable, traced
+from ..shared.autograd import gradients, scalable, traced, unwatched
+from .at_once import AtOnce, at_once
 from .call import LinearCrossEntropyCall
 from .chunks import LAYER_LOSS_SCHEMA, KeptLogits, LayerLoss, in_chunks
 from .linear_reference import denominator, linear_definition
@@ -22,7 +23,8 @@ _NOTHING = (False, False, False)
 class LinearLossNode(NamedTuple):
     """What the gradient's node is given beside the layer. ``needs``: which of the layer's gradients are wanted.
 
-    ``keep``: leave the logits for the backward, where :class:`.chunks.KeptLogits` can.
+    ``keep``: leave the logits for the backward, where :class:`.chunks.KeptLogits` can. ``turned``: the loss is to come
+    with its sign turned, as a log-probability.
     """
 
     call: LayerLoss
@@ -32,6 +34,7 @@ class LinearLossNode(NamedTuple):
     accuracy: bool
     entropy: bool
     keep: bool
+    turned: bool = False
 
 
 def _outputs(layer: Layer, needs):
@@ -58,15 +61,15 @@ def _fwd_fake(x, w, bias, *args):
 
 
 def _given(grads, layer: Layer, needs):
-    """Gradients in their tensors' dtypes; an empty tensor for one that is not needed."""
-    if not any(needs):
-        return _outputs(layer, _NOTHING)
+    """Gradients in their tensors' dtypes; None for one that is not needed."""
     x, w, bias = layer
     dtypes = x.dtype, w.dtype, x.dtype if bias is None else bias.dtype
-    return tuple(
-        g.to(dtype) if need else x.new_empty(0, dtype=dtype)
-        for g, dtype, need in zip(grads, dtypes, needs, strict=True)
-    )
+    return tuple(g.to(dtype) if need else None for g, dtype, need in zip(grads, dtypes, needs, strict=True))
+
+
+def _with_elements(tensors, blank):
+    """``tensors`` with one of ``blank``, which have no elements, for each None: an operator returns tensors alone."""
+    return tuple(b if t is None else t for t, b in zip(tensors, blank, strict=True))
 
 
 def _of_every_row(call: LayerLoss, dtype) -> tuple[LayerLoss, torch.Tensor | None]:
@@ -74,8 +77,17 @@ def _of_every_row(call: LayerLoss, dtype) -> tuple[LayerLoss, torch.Tensor | Non
     if call.chunking.max_targets is None:
         call = call._replace(chunking=call.chunking._replace(skip_ignored=False))
     weighed = call.loss.reduction == "mean" and (call.weight is not None or call.token_weight is not None)
-    count = len(call.target) if call.loss.reduction == "mean" else 1
-    return call, None if weighed else torch.full((), count, dtype=dtype)
+    return call, None if weighed else _total(call, dtype)
+
+
+def _count(call: LayerLoss) -> int:
+    """What a mean divides by where every row counts as one, 1 for the other reductions."""
+    return len(call.target) if call.loss.reduction == "mean" else 1
+
+
+def _total(call: LayerLoss, dtype) -> torch.Tensor:
+    """The same as a tensor, in at least fp32."""
+    return torch.full((), _count(call), dtype=torch.promote_types(dtype, torch.float32))
 
 
 def _unit_factor(call: LayerLoss, total, dtype):
@@ -98,7 +110,7 @@ def scales_rows(needs) -> bool:
 
 def _scale(grad, factor, backend: str) -> None:
     """``grad`` times a scalar in place, or times a factor a row (N,)."""
-    if grad.numel() == 0:
+    if grad is None or grad.numel() == 0:
         return
     if factor.dim():
         grad.mul_(factor.unsqueeze(1))
@@ -138,8 +150,38 @@ def _linear_cross_entropy_scale_(dx, dw, db, dloss, backend):
     _fwd_fake,
 )
 def _linear_cross_entropy_fwd(x, w, bias, *args):
-    call, (dtype, with_gradient, needs, *wanted, keep) = LayerLoss.of(args)
-    layer, reduction = Layer(x, w, bias), call.loss.reduction
+    call, how = LayerLoss.of(args)
+    layer = Layer(x, w, bias)
+    loss, lse, accuracy, entropy, total, logits, *grads = _forward(layer, LinearLossNode(call, *how))
+    total = _total(call, x.dtype) if total is None else total
+    extras = _with_elements((accuracy, entropy, logits), (lse.new_empty(0), lse.new_empty(0), x.new_empty(0)))
+    return loss, lse, *extras[:2], total, extras[2], *_with_elements(grads, _outputs(layer, _NOTHING))
+
+
+def _forward(layer: Layer, node: LinearLossNode):
+    """What :class:`LinearCrossEntropy` returns, None for what was not asked for."""
+    call, dtype, with_gradient, needs, accuracy, entropy, keep, turned = node
+    mean = None if call.loss.reduction == "none" else dtype
+    needs = needs[:2] if with_gradient else _NOTHING[:2]
+    # The gradients that are left for the backward are the loss's own.
+    there = turned and not with_gradient
+    found = at_once(
+        layer, call, AtOnce(-1 if there else _count(call), mean, keep, Extras(accuracy, entropy), needs)
+    )  # fmt: skip
+    if found is None:
+        loss, *rest = _forward_in_chunks(layer, node)
+    else:
+        loss, *rest = found.loss.to(dtype), *found[1:4], None, *found[4:], None
+    return _turned(loss) if turned and not (there and found) else loss, *rest
+
+
+def _turned(loss):
+    return 0.0 - loss  # an ignored target's is 0, not -0
+
+
+def _forward_in_chunks(layer: Layer, node: LinearLossNode):
+    call, dtype, with_gradient, needs, *wanted, keep, _ = node
+    (x, w, _), reduction = layer, call.loss.reduction
     wide = torch.promote_types(x.dtype, torch.float32)
     total = None
     if x.is_cpu:
@@ -155,14 +197,13 @@ def _linear_cross_entropy_fwd(x, w, bias, *args):
     upstream = LossGradients(_unit_factor(call, total, wide) if with_gradient else None)
     kept = KeptLogits.of(layer, call) if keep else None
     losses, lse, accuracy, entropy, *grads = in_chunks(layer, call, upstream, needs, Extras(*wanted), kept)
-    extras = [lse.new_empty(0) if t is None else t for t in (accuracy, entropy)]
     if call.token_weight is not None:
         losses = losses * call.token_weight
     loss = losses if reduction == "none" else losses.sum()
     if reduction == "mean":
         loss = loss / total
-    logits = x.new_empty(0) if kept is None else kept.logits
-    return loss.to(dtype), lse, *extras, total, logits, *_given(grads, layer, needs)
+    logits = None if kept is None else kept.logits
+    return loss.to(dtype), lse, accuracy, entropy, total, logits, *_given(grads, layer, needs)
 
 
 def _bwd_fake(dloss, dlse, dentropy, total, *args):
@@ -176,45 +217,73 @@ def _bwd_fake(dloss, dlse, dentropy, total, *args):
 )
 def _linear_cross_entropy_bwd(*args):
     call, (needs,) = LayerLoss.of(args[7:])
-    return _layer_gradients(args[:3], args[3], Layer(*args[4:7]), call, needs)
+    layer = Layer(*args[4:7])
+    return _with_elements(_layer_gradients(args[:3], args[3], layer, call, needs), _outputs(layer, _NOTHING))
 
 
-def _layer_gradients(outputs_grad, total, layer: Layer, call: LayerLoss, needs, kept: KeptLogits | None = None):
-    """Gradients in the layer's dtypes, empty where not needed. ``outputs_grad``: those of loss, lse and entropy."""
+def _layer_gradients(
+    outputs_grad, total, layer: Layer, call: LayerLoss, needs, kept: KeptLogits | None = None, *, turned: bool = False
+):
+    """Gradients in the layer's dtypes, None where not needed. ``outputs_grad``: those of loss, lse and entropy.
+
+    ``total``: the denominator, or None where every row counted as one. ``turned``: the first of ``outputs_grad`` is the
+    one of the loss with its sign turned.
+    """
     (dloss, dlse, dentropy), x = outputs_grad, layer.x
     wide = torch.promote_types(x.dtype, torch.float32)
     # As the forward's own gradients: for a loss of 1, rounded, then scaled. So both lanes agree bit for bit. In fp16
     # the upstream gradient, a loss scale, comes first.
     alone = dlse is None and dentropy is None
     scale_last = alone and (call.loss.reduction != "none" or scales_rows(needs)) and x.dtype != torch.float16
-    factor = _unit_factor(call, total, wide)
-    if not scale_last:
-        factor = factor * dloss.to(wide) if dloss is not None else torch.zeros_like(factor)
-    upstream = LossGradients(factor, *(None if t is None else t.to(wide).contiguous() for t in (dlse, dentropy)))
-    *_, dx, dw, db = in_chunks(layer, call, upstream, needs, Extras(entropy=dentropy is not None), kept)
-    grads = _given((dx, dw, db), layer, needs)
+    others = [None if t is None else t.to(wide).contiguous() for t in (dlse, dentropy)]
+    found = None
+    if scale_last or (dloss is not None and dloss.dim()):
+        rows = LossGradients(None if scale_last else dloss.to(wide).contiguous(), *others)
+        count = -1 if turned and not scale_last else _count(call)
+        wanted = AtOnce(count, None, False, Extras(), needs[:2])
+        found = at_once(layer, call, wanted, rows, None if kept is None else kept.logits)
+    if turned and dloss is not None and (scale_last or found is None):
+        dloss = -dloss
+    if found is not None:
+        grads = found.dx, found.dw, None
+    else:
+        total = _total(call, x.dtype) if total is None else total
+        factor = _unit_factor(call, total, wide)
+        if not scale_last:
+            factor = factor * dloss.to(wide) if dloss is not None else torch.zeros_like(factor)
+        upstream = LossGradients(factor, *others)
+        *_, dx, dw, db = in_chunks(layer, call, upstream, needs, Extras(entropy=dentropy is not None), kept)
+        grads = _given((dx, dw, db), layer, needs)
     if scale_last:
         _scale_all(grads, _of_kept(dloss, call), call.backend)
     return grads
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """(loss, lse, accuracy, entropy, denominator, logits and three gradients for the backward) of a layer's outputs."""
+    """(loss, lse, accuracy, entropy, denominator, logits and three gradients for the backward) of a layer's outputs.
+
+    What was not asked for is None or has no elements.
+    """
 
     @staticmethod
     def forward(x, w, bias, node: LinearLossNode):
-        call, *how = node
-        return _linear_cross_entropy_fwd(x, w, bias, *call.flat(), *how)
+        call, *how, turned = node
+        if unwatched(x, w, bias, *call[:3]):
+            return _forward(Layer(x, w, bias), node)
+        loss, *rest = _linear_cross_entropy_fwd(x, w, bias, *call.flat(), *how)
+        return _turned(loss) if turned else loss, *rest
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, w, bias, node = inputs
         _, _, accuracy, entropy, *rest = output
         call = node.call
-        ctx.mark_non_differentiable(accuracy, *(() if node.entropy else (entropy,)), *rest)
+        constants = accuracy, None if node.entropy else entropy, *rest
+        ctx.mark_non_differentiable(*(t for t in constants if t is not None))
         ctx.set_materialize_grads(False)
-        ctx.has_gradient, ctx.has_logits = node.with_gradient, rest[1].numel() > 0
-        ctx.has_entropy, ctx.dtype = node.entropy, node.dtype
+        logits = rest[1]
+        ctx.has_gradient, ctx.has_logits = node.with_gradient, logits is not None and logits.numel() > 0
+        ctx.has_entropy, ctx.dtype, ctx.turned = node.entropy, node.dtype, node.turned
         ctx.call = call._replace(target=None, weight=None, token_weight=None)
         ctx.save_for_backward(x, w, bias, call.target, call.weight, call.token_weight, *rest)
 
@@ -227,21 +296,33 @@ class LinearCrossEntropy(torch.autograd.Function):
         x, w, bias, y, weight, token_weight, total, logits, *ready = ctx.saved_tensors
         call = ctx.call._replace(target=y, weight=weight, token_weight=token_weight)
         needs = ctx.needs_input_grad[:3]
-        if ctx.has_gradient and dlse is dentropy is None and not torch.is_grad_enabled() and scalable(dloss):
-            # Handed out once, scaled in place, as in cross_entropy; a second backward computes them again.
-            ctx.has_gradient = False
-            grads = [grad.data for grad in ready]
-            _linear_cross_entropy_scale_(*grads, _of_kept(dloss, call), call.backend)
-            return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None
         outputs_grad = dloss, dlse, dentropy
         if ctx.has_logits and not torch.is_grad_enabled() and scalable(*outputs_grad) and not traced(logits):
             # Overwritten with their gradient; a second backward computes them again.
             ctx.has_logits = False
-            grads = _layer_gradients(outputs_grad, total, Layer(x, w, bias), call, needs, KeptLogits(logits.data))
-            return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None
+            kept = KeptLogits(logits.data)
+            grads = _layer_gradients(outputs_grad, total, Layer(x, w, bias), call, needs, kept, turned=ctx.turned)
+            return *grads, None
+        if ctx.turned and dloss is not None:
+            dloss = -dloss
+        if ctx.has_gradient and dlse is dentropy is None and not torch.is_grad_enabled() and scalable(dloss):
+            # Handed out once, scaled in place, as in cross_entropy; a second backward computes them again.
+            ctx.has_gradient = False
+            grads = [grad.data if need else None for grad, need in zip(ready, needs, strict=True)]
+            factor = _of_kept(dloss, call)
+            if unwatched(factor, *grads):
+                _scale_all(grads, factor, call.backend)
+            else:
+                _linear_cross_entropy_scale_(
+                    *_with_elements(grads, _outputs(Layer(x, w, bias), _NOTHING)), factor, call.backend
+                )
+            return *grads, None
+        outputs_grad = dloss, dlse, dentropy
 
         def launch(inputs, outputs_grad, extras, needs):
-            return _linear_cross_entropy_bwd(*outputs_grad, *extras, *inputs, *call.flat(), needs)
+            (total,) = extras
+            total = _total(call, inputs[0].dtype) if total is None else total
+            return _linear_cross_entropy_bwd(*outputs_grad, total, *inputs, *call.flat(), needs)
 
         def formula(x, w, bias):
             loss, lse, _, entropy = linear_definition(

@@ -80,20 +80,16 @@ def log_prob_rows(input, linear_weight, target, **options):
 
 def _rows(call: LinearCrossEntropyCall):
     wide = torch.promote_types(call.input.dtype, torch.float32)
-    loss, _, accuracy, entropy = linear_loss(_NAME, call, wide)
-    outputs = _turned(call, loss, entropy)
-    log_probs, entropy = outputs if call.return_entropy else (outputs, None)
+    log_probs, _, accuracy, entropy = linear_loss(_NAME, call, wide, turned=True)
+    entropy = _of_targets(call, entropy) if call.return_entropy else None
     accuracy = accuracy.view(call.target.shape) if call.return_accuracy and accuracy is not None else None
     return log_probs, accuracy, entropy
 
 
-def _turned(call: LinearCrossEntropyCall, loss, entropy):
-    """The public function's outputs, of the row losses and the entropies."""
-    log_probs = 0.0 - loss  # an ignored target's is 0, not -0
-    if not call.return_entropy:
-        return log_probs
+def _of_targets(call: LinearCrossEntropyCall, entropy):
+    """The entropies in the targets' shape, 0 where one is ignored."""
     kept = shifted(call.target.long(), call.loss.ignore_index, call.shift) != call.loss.ignore_index
-    return log_probs, torch.where(kept, entropy.view(call.target.shape), 0.0)
+    return torch.where(kept, entropy.view(call.target.shape), 0.0)
 
 
 def _checked(input, linear_weight, target, *, temperature=1.0, softcap=None, **options) -> LinearCrossEntropyCall:
@@ -114,7 +110,8 @@ def linear_log_probs_reference(*args, **options):
     """The definition, with all the logits, in at least fp32; takes linear_log_probs's arguments."""
     call = _checked(*args, **options)
     loss, _, _, entropy = linear_definition(call)
-    return _turned(call, loss, entropy)
+    log_probs = 0.0 - loss
+    return (log_probs, _of_targets(call, entropy)) if call.return_entropy else log_probs
 
 
 def _samples(device, dtype):

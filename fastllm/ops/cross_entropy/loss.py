@@ -29,10 +29,12 @@ class Loss(NamedTuple):
 
     def checked(self, op: str) -> Loss:
         """The same with plain floats. A value out of range: ValueError, or TypeError for ``ignore_index``."""
-        check_integer(op, "ignore_index", self.ignore_index)
-        for name in ("label_smoothing", "softcap", "logit_scale", "z_loss"):
-            if name != "softcap" or self.softcap is not None:
-                check_number(op, name, getattr(self, name))
+        floats = self.label_smoothing, 0.0 if self.softcap is None else self.softcap, self.logit_scale, self.z_loss
+        plain = type(self.ignore_index) is int and all(type(x) is float for x in floats)
+        if not plain:
+            check_integer(op, "ignore_index", self.ignore_index)
+            for name, value in zip(("label_smoothing", "softcap", "logit_scale", "z_loss"), floats, strict=True):
+                check_number(op, name, value)
         if self.reduction not in REDUCTIONS:
             raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}; got {self.reduction!r}")
         if not 0.0 <= self.label_smoothing <= 1.0:
@@ -43,7 +45,7 @@ class Loss(NamedTuple):
             raise ValueError(f"{op}: logit_scale must be finite, got {self.logit_scale}")
         if not 0.0 <= self.z_loss < math.inf:
             raise ValueError(f"{op}: z_loss must be finite and not negative, got {self.z_loss}")
-        if type(self.ignore_index) is int and all(type(x) in (float, type(None)) for x in self[1:-1]):
+        if plain:
             return self
         return self._replace(
             ignore_index=int(self.ignore_index), label_smoothing=float(self.label_smoothing),

@@ -27,9 +27,15 @@ def logits_into(x, weight, bias, out):
     """``out`` (rows, V) = x @ weight.T + bias, of one dtype."""
     if widens(x):
         return widened_linear(x, weight, bias, out)
-    if onednn.onednn_serves(x, weight):
+    if onednn.onednn_serves_outputs(x, weight):
         return onednn.onednn_linear(x, weight, bias, out)
     return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+
+
+def gradients_are_torchs(layer: Layer) -> bool:
+    """Whether a layer without bias has PyTorch's own products for its gradients, in the layer's dtype."""
+    x, weight, bias = layer
+    return bias is None and not widens(x) and not onednn.onednn_serves(x, weight)
 
 
 def rows_gradient_into(dz, weight, out):
