@@ -76,6 +76,23 @@ def test_links_around_a_short_text_that_a_page_states_is_an_article_are_left_out
 
 
 @pytest.mark.parametrize(
+    "start", ["Read more:", "Lea tambi\u00e9n:", "\u00c0 lire aussi :", "Auch lesen:", "DON'T MISS:"]
+)
+def test_lines_that_send_readers_to_another_text_are_left_out(start):
+    """Of a page so long that the model alone decides."""
+    text = [paragraph("harbour", random.Random(seed), 2) for seed in range(70)]
+    line = f"<p>{start} <a href=/mill>The mill that the town remembers</a></p>"
+    body = "".join(f"<p>{part}</p>{line if number == 20 else ''}" for number, part in enumerate(text))
+    page = f"<title>The wall</title>{NEWS}<body><article><h1>The wall</h1>{body}</article>"
+    found = extract_fast(page)
+    assert "mill that the town" not in found
+    assert all(part in found for part in text)
+    # A sentence that begins in the same way stays.
+    sentence = f"Read more of what the <a href=/town>town</a> thinks: {TEXT[0]}"
+    assert "Read more of what the" in extract_fast(page.replace(line, f"<p>{sentence}</p>"))
+
+
+@pytest.mark.parametrize(
     ("head", "expected"),
     [
         (NEWS, True),

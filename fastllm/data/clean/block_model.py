@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .article import leads, teaser_odds
+from .article import leads, read_also_odds, teaser_odds
 from .beside import comment_odds, landmark_odds, outside_odds
 from .body import Running
 from .elements import Markup
@@ -80,6 +80,7 @@ def combine(markup: Markup, rows: np.ndarray, first: np.ndarray, second: np.ndar
     forum = type == "forum"
     caution = _CAUTIONS.get(type, 0.0)
     odds = log_odds((first + second) / 2) - (max(caution, _CAUTIONS["article"]) if stated else caution)
+    odds += read_also_odds(markup, odds)
     running = Running.of(markup)
     odds += comment_odds(markup, running, forum, declared or stated) + landmark_odds(markup, running)
     outside = outside_odds(markup, running, declared)

@@ -19,10 +19,9 @@ _DESCRIPTION = re.compile(
 )
 _ARTICLE_TYPE = r"(?:\w*Article|BlogPosting|LiveBlogPosting|Report|Recipe)"
 _ARTICLE_IN_JSON = re.compile(rf'"@type"\s*:\s*\[?\s*"{_ARTICLE_TYPE}"')
-_ARTICLE_IN_MARKUP = re.compile(rf"""itemtype\s*=\s*["']?https?://schema\.org/{_ARTICLE_TYPE}(?!\w)""", re.IGNORECASE)
-_PUBLISHED = re.compile(
-    r"""<meta\b[^>]{0,300}?(?:property|name)\s*=\s*["']?article:published_time(?!\w)""", re.IGNORECASE
-)
+_ARTICLE_IN_MARKUP = re.compile(rf"""itemtype\s*=\s*["']?https?://schema\.org/{_ARTICLE_TYPE}(?!\w)""")
+_TIME = "article:published_time"
+_PUBLISHED = re.compile(rf"""<meta\b[^>]{{0,300}}?(?:property|name)\s*=\s*["']?{_TIME}(?!\w)""", re.IGNORECASE)
 # A page with more articles in its data is a list of them. A guess: an article's data name one, or it and its page's.
 _MOST_ARTICLES = 3
 # Descriptions and times of publication are in a page's head.
@@ -47,7 +46,9 @@ def states_article(page: str) -> bool:
     """
     if 0 < len(_ARTICLE_IN_JSON.findall(page)) <= _MOST_ARTICLES or len(_ARTICLE_IN_MARKUP.findall(page)) == 1:
         return True
-    return _PUBLISHED.search(page[:_HEAD]) is not None
+    head = page[:_HEAD]
+    # The plain search is far faster, and most pages end with it.
+    return _TIME in head and _PUBLISHED.search(head) is not None
 
 
 def _objects(value: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
