@@ -61,6 +61,8 @@ RUN = 4
 # rows. The 30% of the blocks that are heaviest have 78% of the weight.
 ALWAYS = 0.0067
 FIRST = {"iterations": 150, "depth": 6, "learning_rate": 0.12}
+# Trees of so many seeds are averaged.
+SEEDS = 3
 SECOND = {"iterations": 75, "depth": 5, "learning_rate": 0.096}
 
 
@@ -172,13 +174,20 @@ def _learn_words(pages: Sequence[Labelled], kind: str) -> dict[str, float]:
 
 
 def learn_trees(rows: np.ndarray, labels: np.ndarray, weights: np.ndarray, settings: dict[str, Any]) -> Trees:
+    """The mean of the trees of :data:`SEEDS` seeds, each of which sees its own sample of the light blocks."""
+    return Trees.mean([_trees_of_seed(rows, labels, weights, settings, seed) for seed in range(1, SEEDS + 1)])
+
+
+def _trees_of_seed(
+    rows: np.ndarray, labels: np.ndarray, weights: np.ndarray, settings: dict[str, Any], seed: int
+) -> Trees:
     catboost = import_module("catboost")
 
     chance = np.minimum(1, weights / ALWAYS)
-    seen = np.random.default_rng(1).random(len(weights)) < chance
+    seen = np.random.default_rng(seed).random(len(weights)) < chance
     rows, labels, weights = rows[seen], labels[seen], (weights / chance)[seen]
     model = catboost.CatBoostClassifier(
-        **settings, l2_leaf_reg=5, loss_function="CrossEntropy", verbose=0, thread_count=2, random_seed=1,
+        **settings, l2_leaf_reg=5, loss_function="CrossEntropy", verbose=0, thread_count=2, random_seed=seed,
         border_count=32, rsm=0.3, bootstrap_type="Bernoulli", subsample=0.6, allow_writing_files=False,
     )  # fmt: skip
     model.fit(catboost.Pool(rows, np.clip(labels, 0, 1), weight=weights))

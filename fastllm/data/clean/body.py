@@ -20,9 +20,20 @@ def nearest(parents: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     return np.asarray(result)
 
 
+def _unseen(markup: Markup) -> np.ndarray:
+    """Whether each block is hidden, or in what the page carries as data."""
+    unseen = np.asarray(markup.unshown)[np.asarray(markup.places)]
+    for number, tag in enumerate(markup.tags):
+        if tag.startswith("carried-"):
+            unseen[markup.starts[number] : markup.ends[number]] = True
+    return unseen
+
+
 @dataclass(frozen=True)
 class Running:
     """Where running text is.
+
+    What is hidden or carried as data counts only if a page shows no running text.
 
     Attributes:
         characters: the characters of running text in each block.
@@ -35,10 +46,15 @@ class Running:
     best: int
 
     @classmethod
-    def of(cls, markup: Markup) -> Running:
+    def of(cls, markup: Markup, leave_out: np.ndarray | None = None) -> Running:
+        """``leave_out``: blocks whose text is not counted, a flag for each."""
         length, linked = np.fromiter(map(len, markup.texts), np.float64), np.asarray(markup.linked, np.float64)
         running = (length - linked) * ((length > LONG) & (linked < LINKED * length))
+        if leave_out is not None:
+            running *= ~leave_out
         place, parents = np.asarray(markup.places), np.asarray(markup.parents)
+        seen = running * ~_unseen(markup)
+        running = seen if seen.any() else running
         size, above = len(parents), np.maximum(parents[place], 0)
         scores = np.bincount(above, running, size) + np.bincount(place, running, size) * 0.5
         scores += np.bincount(np.maximum(parents[above], 0), running, size) * 0.5
@@ -74,6 +90,13 @@ def body_columns(markup: Markup, depth: np.ndarray) -> list[np.ndarray]:
         score[place] / max(score[best], 1.0), score[above] / max(score[best], 1.0),
         total[:-1] / whole,
     ]  # fmt: skip
+
+
+def title_blocks(markup: Markup) -> np.ndarray:
+    """Whether each block is an ``h1`` or in one."""
+    first = np.asarray([tag == "h1" for tag in markup.tags])
+    places = np.asarray(markup.places)
+    return first[places] | first[np.maximum(np.asarray(markup.parents)[places], 0)]
 
 
 def last_headings(markup: Markup) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ from .body import Running, body_columns, last_headings, nearest
 from .cards import card_columns
 from .elements import Markup
 from .markup import LINKED, LONG
+from .page_data import states_article
 from .page_types import TYPES, PageTypes, page_tokens
 from .page_words import FIRST_WORDS, WORD, PageWords, repeated
 
@@ -38,8 +39,10 @@ _PAGE_KINDS = (
     frozenset(["Service", "LocalBusiness", "ProfessionalService", "FAQPage", "WebApplication", "SoftwareApplication"]),
     frozenset(["website"]),
 )  # fmt: skip
-# The column of the features that tells whether a page declares the first kind; the page's types come last.
+# The columns of the features that tell whether a page declares the first kind, and whether its data state that it is
+# one article; the page's types come last.
 DECLARED_ARTICLE = -len(TYPES) - len(_PAGE_KINDS)
+STATED_ARTICLE = DECLARED_ARTICLE - 1
 
 # Elements that are told apart: a bit for each, set for all that lies inside.
 LANDMARKS = (
@@ -299,7 +302,7 @@ def page_counts(page: str, markup: Markup, counted: np.ndarray) -> np.ndarray:
         np.log1p(len(length)), np.log1p(whole), linked.sum() / whole, counted[:, 2:4].sum() / whole * 100,
         (length * long).sum() / whole, np.log1p((length * long).sum()), np.log1p(long.sum()), "main" in tags,
         *(np.log1p(tags[tag]) for tag in ("article", "p", "li", "pre", "form")),
-        np.log1p(counted[:, 7].sum()), *(bool(declared & some) for some in _PAGE_KINDS),
+        np.log1p(counted[:, 7].sum()), states_article(page), *(bool(declared & some) for some in _PAGE_KINDS),
     ]  # fmt: skip
     return np.asarray(numbers, np.float64)
 

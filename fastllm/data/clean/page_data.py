@@ -17,6 +17,15 @@ _DESCRIPTION = re.compile(
     r"""[^>]{0,2000}?content\s*=\s*(?:"([^"]*)"|'([^']*)')""",
     re.IGNORECASE,
 )
+_ARTICLE_TYPE = r"(?:\w*Article|BlogPosting|LiveBlogPosting|Report|Recipe)"
+_ARTICLE_IN_JSON = re.compile(rf'"@type"\s*:\s*\[?\s*"{_ARTICLE_TYPE}"')
+_ARTICLE_IN_MARKUP = re.compile(rf"""itemtype\s*=\s*["']?https?://schema\.org/{_ARTICLE_TYPE}(?!\w)""")
+_TIME = "article:published_time"
+_PUBLISHED = re.compile(rf"""<meta\b[^>]{{0,300}}?(?:property|name)\s*=\s*["']?{_TIME}(?!\w)""", re.IGNORECASE)
+# A page with more articles in its data is a list of them. A guess: an article's data name one, or it and its page's.
+_MOST_ARTICLES = 3
+# Descriptions and times of publication are in a page's head.
+_HEAD = 200_000
 _PRELOADED = 'data-preloaded="'
 _NAMES = ("headline", "name")
 _TEXTS = ("articleBody", "text", "description", "reviewBody")
@@ -28,6 +37,18 @@ _ABOUT = {
 }  # fmt: skip
 # JSON that nests deeper holds no text for readers. The second is the most objects that are read for a page.
 _DEEPEST, _MOST = 24, 3000
+
+
+def states_article(page: str) -> bool:
+    """Whether a page's data say that it is one article: schema.org's type, or OpenGraph's time of publication.
+
+    OpenGraph's ``og:type`` says so on lists and shops too, as some site builders write it on every page.
+    """
+    if 0 < len(_ARTICLE_IN_JSON.findall(page)) <= _MOST_ARTICLES or len(_ARTICLE_IN_MARKUP.findall(page)) == 1:
+        return True
+    head = page[:_HEAD]
+    # The plain search is far faster, and most pages end with it.
+    return _TIME in head and _PUBLISHED.search(head) is not None
 
 
 def _objects(value: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
@@ -94,7 +115,7 @@ def _posts(page: str) -> Iterator[str]:
 def carried(page: str) -> list[tuple[str, str]]:
     """(name of the source, markup) for each source of text that ``page`` carries as data."""
     found = [("carried-posts", "".join(_posts(page))), ("carried-schema", "".join(_schema(page)))]
-    head = page[:200_000]
+    head = page[:_HEAD]
     descriptions = dict.fromkeys(" ".join((m[1] or m[2] or "").split()) for m in _DESCRIPTION.finditer(head))
     found.append(("carried-description", "".join(f"<p>{text}</p>" for text in descriptions)))
     return [(name, markup) for name, markup in found if markup]
