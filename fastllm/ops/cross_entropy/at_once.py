@@ -78,13 +78,13 @@ def at_once(
     loss, (total, mean, keep, extras, needs) = call.loss, wanted
     if logits is None and onednn.onednn_serves_outputs(x, weight):
         logits = onednn.onednn_outputs(x, weight)
-    served, *found = _linear_rows(
+    served, row_losses, lse, *others = _linear_rows(
         x, weight, call.target, logits, *(upstream or LossGradients()), loss.ignore_index, loss.label_smoothing,
         loss.softcap or 0.0, loss.logit_scale, loss.z_loss, total, mean, keep, *extras, *needs,
     )  # fmt: skip
     if not served:
         return None
     if logits is not None:
-        found[4] = logits
-    asked = True, True, *extras, keep, *needs
-    return Found(*(t if want else None for t, want in zip(found, asked, strict=True)))
+        others[2] = logits
+    asked = *extras, keep, *needs
+    return Found(row_losses, lse, *(t if want else None for t, want in zip(others, asked, strict=True)))

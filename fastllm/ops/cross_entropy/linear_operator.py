@@ -169,10 +169,10 @@ def _forward(layer: Layer, node: LinearLossNode):
         layer, call, AtOnce(-1 if there else _count(call), mean, keep, Extras(accuracy, entropy), needs)
     )  # fmt: skip
     if found is None:
-        loss, *rest = _forward_in_chunks(layer, node)
+        loss, lse, *rest = _forward_in_chunks(layer, node)
     else:
-        loss, *rest = found.loss.to(dtype), *found[1:4], None, *found[4:], None
-    return _turned(loss) if turned and not (there and found) else loss, *rest
+        loss, lse, *rest = found.loss.to(dtype), found.lse, *found[2:4], None, *found[4:], None
+    return _turned(loss) if turned and not (there and found) else loss, lse, *rest
 
 
 def _turned(loss):

@@ -51,7 +51,7 @@ def onednn_serves_outputs(rows: torch.Tensor, weight: torch.Tensor) -> bool:
 def _takes(rows: torch.Tensor, weight: torch.Tensor) -> bool:
     both_wide = rows.dtype == weight.dtype == torch.float32
     large = rows.device.type == "cpu" and rows.shape[0] * weight.numel() >= FEWEST
-    return both_wide and large and torch.backends.mkldnn.enabled
+    return both_wide and large and bool(torch.backends.mkldnn.enabled)
 
 
 def multiplied(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
