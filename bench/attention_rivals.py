@@ -140,7 +140,8 @@ def _flex():
         _refuse(options)
         if cu_seqlens_q is not None:
             query, key, value = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
-        at = (tuple(query.shape), tuple(key.shape), causal, window, softcap, id(alibi_slopes), id(bias))
+        tensors = (alibi_slopes, bias, cu_seqlens_q)  # what is made holds them, so an id stays one tensor's
+        at = (tuple(query.shape), tuple(key.shape), causal, window, softcap, *map(id, tensors))
         if at not in made:
             rows, cols = query.shape[-2], key.shape[-2]
             mask = _mask(rows, cols, causal, window, cu_seqlens_q)

@@ -198,8 +198,9 @@ def test_hostile_layout_takes_linear_time(piece):
         visible_text(piece * count)
         return time.thread_time() - begin
 
-    few = max(seconds(1000), 0.01)
-    assert seconds(10_000) < 40 * few
+    # The less of two: a collection of garbage may fall into one.
+    few, many = (min(seconds(count) for _ in range(2)) for count in (1000, 10_000))
+    assert many < 40 * max(few, 0.01)
 
 
 def test_marks_of_white_space_are_never_a_pages_own():

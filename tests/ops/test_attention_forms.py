@@ -26,7 +26,7 @@ def picked(name, *args, **kwargs):
 
 @pytest.fixture
 def _no_matrix_units(monkeypatch):
-    monkeypatch.setattr(extension, "_matrix_units", False)
+    monkeypatch.setitem(extension._info, "matrix_units", False)
 
 
 def qkv(rows=300, cols=300, dim=8, dim_v=8, heads_kv=2, grad=True, dtype=torch.float32):

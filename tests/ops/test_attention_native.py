@@ -129,9 +129,9 @@ def test_what_is_served_without_being_asked_for():
 
 def test_levels_that_were_not_measured_are_torchs(monkeypatch):
     request = OPS["attention"].call(*(torch.zeros(1, 8, 512, 64) for _ in range(3)), causal=True)
-    monkeypatch.setattr(extension, "_level", "baseline")
+    monkeypatch.setitem(extension._info, "cpu_level", "baseline")
     assert "AVX2" in native_loses(request)
-    monkeypatch.setattr(extension, "_level", "amx")
+    monkeypatch.setitem(extension._info, "cpu_level", "amx")
     assert native_loses(request) is None
     monkeypatch.setattr("fastllm.ops.shared.widened.multiplies", lambda dtype: True)
     half = OPS["attention"].call(*(torch.zeros(1, 8, 512, 64).half() for _ in range(3)), causal=True)
@@ -146,7 +146,7 @@ def test_a_small_call_in_16_bits_is_the_extensions_where_a_gradient_is_wanted(mo
     for level, dtype, reason in (
         ("avx512", torch.bfloat16, None), ("avx512", torch.float32, "faster"), ("amx", torch.bfloat16, "matrix units"),
     ):  # fmt: skip
-        monkeypatch.setattr(extension, "_level", level)
+        monkeypatch.setitem(extension._info, "cpu_level", level)
         why = native_loses(request(dtype))
         assert why is None if reason is None else reason in why, (level, dtype)
         with torch.no_grad():
