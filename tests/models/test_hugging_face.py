@@ -126,13 +126,13 @@ def test_another_head_than_the_table_is_its_own_whatever_the_configuration_says(
     weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
     weights["lm_head.weight"] = torch.randn(V, 32)
     safetensors.torch.save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    if torch.equal(theirs.lm_head.weight, theirs.get_input_embeddings().weight):
-        pytest.skip("this transformers ties them all the same")
+    # The body alone: whether transformers ties the head is not what is tested.
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval().base_model
     ours, ids = Transformer.from_pretrained(tmp_path), torch.randint(V, (2, 9))
     assert not ours.config.tie_embeddings
     with torch.no_grad():
-        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
+        logits = theirs(ids).last_hidden_state @ weights["lm_head.weight"].T
+        torch.testing.assert_close(ours(ids), logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
