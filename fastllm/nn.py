@@ -6,6 +6,7 @@ from .ops.cross_entropy.linear import LinearCrossEntropyHead, LinearCrossEntropy
 from .ops.embedding.embedding import Embedding
 from .ops.embedding.embedding_sum import EmbeddingSum
 from .ops.gated import GEGLU, SwiGLU
+from .ops.linear import Linear
 from .ops.norm.add_norm import AddLayerNorm, AddRMSNorm
 from .ops.norm.layer_norm import LayerNorm
 from .ops.norm.rms_norm import RMSNorm
@@ -18,6 +19,7 @@ __all__ = [
     "Embedding",
     "EmbeddingSum",
     "LayerNorm",
+    "Linear",
     "LinearCrossEntropyHead",
     "LinearCrossEntropyLoss",
     "MultiheadAttention",

@@ -8,8 +8,10 @@ import torch
 
 from ..functional import cross_entropy, embedding, layer_norm, linear, rms_norm
 from ..ops.attention.multihead import AttentionMasks, multihead_attention
-from ..ops.linear import MAX_STEP_ROWS, MIN_ROWS, takes_rows
+from ..ops.linear import MIN_ROWS, max_step_rows, pays, takes_rows
 from ..ops.linear_rows import linear_rows
+from ..ops.shared.autograd import unwatched
+from ..ops.shared.onednn import onednn_serves_rows
 from ..ops.shared.widened import NARROW, widens
 from .calls import own, watched
 from .deferred import Deferred, value_of
@@ -20,7 +22,7 @@ from .rows import ALWAYS, IN_TRAINING, Rows
 from .swap import forward_of, original_forward
 
 UNFIT = "tensors, dtypes, shapes or devices that it does not take, or vmap, tracing or forward-mode differentiation"
-FEW_ROWS = f"below {MIN_ROWS} rows blocks do not pay, and the extension does not take the call"
+FEW_ROWS = "so few rows do not pay, and the extension does not take the call"
 ORDINARY_LOGITS = "logits are ordinary in evaluation, without gradients, with hooks, of tensors it does not take"
 
 
@@ -91,7 +93,7 @@ def head_forward(module, original, options, input):
         or weight.is_inference()
         or freed_after_forward(module)
     ):
-        if widens(weight):
+        if pays(weight):
             return linear_forward(module, original, options, x)
         own("linear_cross_entropy", ORDINARY_LOGITS)
         return original(module, x)
@@ -102,15 +104,16 @@ def _multiplied(module, original, x, weight):
     """``linear(x, weight, bias)`` where the tensors are ordinary ones of one dtype, else the original forward."""
     bias = module.bias
     columns = x.shape[-1] if x.dim() > 0 else 0
-    few = x.numel() <= MAX_STEP_ROWS * columns and takes_rows(x, weight, bias)
-    if not few and x.numel() < MIN_ROWS * columns:
+    few = x.numel() <= max_step_rows(weight) * columns and takes_rows(x, weight, bias)
+    many = x.numel() >= MIN_ROWS * columns if widens(weight) else onednn_serves_rows(x, weight)
+    if not (few or many):
         own("linear", FEW_ROWS)
         return original(module, x)
     ordinary = plain(x, weight, bias) and _alike(x, weight) and (bias is None or _alike(bias, weight))
     if not ordinary or x.dim() == 0 or columns != weight.shape[1]:
         own("linear", UNFIT)
         return original(module, x)
-    if few and widens(x) and not watched() and not torch.is_autocast_enabled("cpu"):
+    if few and not watched() and unwatched(x, weight, bias) and not torch.is_autocast_enabled("cpu"):
         return linear_rows(x, weight, bias)  # what linear() comes to; without its choices, which take 6 us
     return linear(x, weight, bias)
 

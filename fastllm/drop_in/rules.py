@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..ops.shared.widened import widens
+from ..ops.linear import pays
 from .experts import Experts, looks_like_experts, recognise_experts
 from .gated import GatedMLP, looks_like_gated, recognise_gated
 from .norms import Norm, looks_like_norm, recognise
@@ -205,21 +205,22 @@ _OP_OF = {"conv1d": "linear"}
 
 
 def _products_of(module) -> Decision | None:
-    """For a linear layer whose weight is of a dtype that this CPU does not multiply; None for everything else."""
+    """For a linear layer whose products are faster by functional.linear on this CPU; None for everything else."""
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     conv1d = getattr(pytorch_utils, "Conv1D", nn.Linear)
     cls = next((cls for cls in (nn.Linear, conv1d) if isinstance(module, cls)), None)
     weight = None if cls is None else module._parameters.get("weight")
-    if cls is None or not isinstance(weight, torch.Tensor) or not widens(weight):
+    faster = pays(weight) if isinstance(weight, torch.Tensor) else None
+    if cls is None or faster is None:
         return None
     dtype = str(weight.dtype).removeprefix("torch.")
     why = obstacle(module) or odd_tensors(module)
     if why is None and original_forward(module) is not cls.forward:
-        why = f"this CPU has no products of {dtype}, and its class has a forward of its own, not {cls.__name__}'s"
+        why = f"{faster}, and its class has a forward of its own, not {cls.__name__}'s"
     if why is not None:
         return Decision("linear", None, why)
     kind = Kind("linear" if cls is nn.Linear else "conv1d")
-    return Decision("linear", kind, f"{cls.__name__} in {dtype}: this CPU has no products of that dtype")
+    return Decision("linear", kind, f"{cls.__name__} in {dtype}: {faster}")
 
 
 def _fingerprint(module: nn.Module) -> tuple:

@@ -82,8 +82,8 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.split = [heads * config.head_dim for heads in (config.num_heads, config.kv_heads, config.kv_heads)]
-        self.qkv = nn.Linear(config.hidden_size, sum(self.split), bias=config.bias)
-        self.out = nn.Linear(self.split[0], config.hidden_size, bias=config.bias)
+        self.qkv = fast.Linear(config.hidden_size, sum(self.split), bias=config.bias)
+        self.out = fast.Linear(self.split[0], config.hidden_size, bias=config.bias)
 
     def forward(self, x: torch.Tensor, context: Context, layer: int) -> torch.Tensor:
         config = self.config
@@ -112,9 +112,9 @@ class CrossAttention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.query = nn.Linear(config.hidden_size, config.num_heads * config.head_dim, bias=config.bias)
-        self.key_value = nn.Linear(config.hidden_size, 2 * config.kv_heads * config.head_dim, bias=config.bias)
-        self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.bias)
+        self.query = fast.Linear(config.hidden_size, config.num_heads * config.head_dim, bias=config.bias)
+        self.key_value = fast.Linear(config.hidden_size, 2 * config.kv_heads * config.head_dim, bias=config.bias)
+        self.out = fast.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.bias)
 
     def forward(self, x: torch.Tensor, context: Context, layer: int) -> torch.Tensor:
         config, cache = self.config, context.cache
@@ -135,8 +135,8 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = config.activation
         wide = config.mlp_size * (2 if config.activation in GATED else 1)
-        self.up = nn.Linear(config.hidden_size, wide, bias=config.bias)
-        self.down = nn.Linear(config.mlp_size, config.hidden_size, bias=config.bias)
+        self.up = fast.Linear(config.hidden_size, wide, bias=config.bias)
+        self.down = fast.Linear(config.mlp_size, config.hidden_size, bias=config.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.up(x)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .. import nn as fast
 from .blocks import Residual, Stream
 from .cache import Encoded
 from .config import ModelConfig
@@ -27,10 +28,10 @@ class ConvBlock(Residual):
         size, count = config.hidden_size, len(WIDTHS)
         self.conv_norm = make_norm(config)
         self.filters = nn.ModuleList(
-            nn.Linear(width * size, size // count + (number < size % count), bias=config.bias)
+            fast.Linear(width * size, size // count + (number < size % count), bias=config.bias)
             for number, width in enumerate(WIDTHS)
         )
-        self.out = nn.Linear(size, size, bias=config.bias)
+        self.out = fast.Linear(size, size, bias=config.bias)
 
     def projections(self) -> list[nn.Linear]:
         """What writes into the residual stream."""

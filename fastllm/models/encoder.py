@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .. import nn as fast
 from .cache import Encoded
 from .config import ModelConfig
 from .conv import ConvEncoder
@@ -29,7 +30,7 @@ class MaskedHead(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.transform = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        self.transform = fast.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
         self.norm = make_norm(config)
         self.head = Head(config.hidden_size, config.vocab_size, bias=config.bias)
 
@@ -60,10 +61,10 @@ class Encoder(Pretrained):
         self.encoder = make_encoder(config)
         size, heads, first = config.hidden_size, config.heads, config.pooling == "first"
         self.masked = MaskedHead(config) if "mlm" in heads else None
-        self.pooler = nn.Linear(size, size) if {"nsp", "classify"} & set(heads) and first else None
-        self.next = nn.Linear(size, 2) if "nsp" in heads else None
-        self.classifier = nn.Linear(size, config.num_classes) if "classify" in heads else None
-        self.span = nn.Linear(size, 2) if "span" in heads else None
+        self.pooler = fast.Linear(size, size) if {"nsp", "classify"} & set(heads) and first else None
+        self.next = fast.Linear(size, 2) if "nsp" in heads else None
+        self.classifier = fast.Linear(size, config.num_classes) if "classify" in heads else None
+        self.span = fast.Linear(size, 2) if "span" in heads else None
         self.dropout = nn.Dropout(config.dropout)
         self.encoder.initialize()
         for head in (self.masked, self.pooler, self.next, self.classifier, self.span):

@@ -30,7 +30,7 @@ from .head import Head
 # Modules whose arithmetic is known here. A subclass or a replacement may do something else.
 KNOWN = (
     nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.Dropout, nn.Identity, nn.ModuleList,
-    fast.LayerNorm, fast.RMSNorm, fast.Embedding, Attention, CrossAttention, MLP, Block, Head,
+    fast.Linear, fast.LayerNorm, fast.RMSNorm, fast.Embedding, Attention, CrossAttention, MLP, Block, Head,
 )  # fmt: skip
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _ANY_MODULES_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from .. import cpu
+from .. import nn as fast
 from .blocks import Context, CrossAttention, Residual, Stream
 from .cache import Encoded, RecurrentCache
 from .config import ModelConfig
@@ -38,7 +39,7 @@ class RecurrentBlock(Residual):
         self.recurrence_norm = make_norm(config)
         # Both directions together are as wide as the stream.
         self.recurrence = recurrence(size, size // (1 + bidirectional), batch_first=True, bidirectional=bidirectional)
-        self.out = nn.Linear(size, size, bias=config.bias)
+        self.out = fast.Linear(size, size, bias=config.bias)
         self.cross = cross
         if cross:
             self.cross_norm = make_norm(config)

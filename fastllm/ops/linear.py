@@ -1,4 +1,7 @@
-"""A linear layer, x @ weight.T + bias. In 16 bits it is fast also on CPUs without 16-bit products."""
+"""A linear layer, x @ weight.T + bias.
+
+It is fast also in 16 bits on CPUs without 16-bit products, and in fp32 on AMD's CPUs.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,14 @@ import torch.nn.functional as F
 from .. import extension
 from ..backends import Choice, operators_alone, pick
 from ..registry import Cost, Op, Sample, define, register
-from .linear_rows import linear_rows
-from .shared.autograd import apply, autocasted, gradients
+from .linear_rows import MAX_ROWS, linear_rows
+from .shared import onednn
+from .shared.autograd import apply, autocasted, gradients, unwatched
 from .shared.check import check_floating
 from .shared.widened import NARROW, widened_input_grad, widened_linear, widened_weight_grad, widens
 
 OP = "linear"
-TORCH, WIDENED, ROWS = "PyTorch's operator", "blocks in float32", "rows in float32"
+TORCH, WIDENED, ROWS, ONEDNN = "PyTorch's operator", "blocks in float32", "rows by the extension", "oneDNN"
 # Rows from which blocks pay where there is a gradient. One core of an AMD EPYC held to AVX2, weights of 512 x 512,
 # 2048 x 2048, 2048 x 5504, ms: 2 rows 0.045 / 0.54 / 1.5 by PyTorch and 0.049 / 0.72 / 2.8 in blocks, 4 rows
 # 0.088 / 1.10 / 3.2 and 0.063 / 0.98 / 3.3, 16 rows 0.35 / 7.8 / 26 and 0.12 / 2.0 / 5.8. Fewer are a decoder's step.
@@ -24,7 +28,12 @@ MIN_ROWS = 4
 # Rows up to which the extension reads the weight once in 16 bits, where there is no gradient. The same three, while
 # other work took the cores: 8 rows 0.08 / 1.6 / 4.4 by the extension and 0.37 / 1.9 / 4.9 in blocks, 12 rows
 # 0.12 / 2.7 / 7.4 and 0.41 / 2.2 / 5.7.
-MAX_STEP_ROWS = 8
+MAX_NARROW_ROWS = 8
+# Elements of a weight from which the extension multiplies up to MAX_ROWS rows of float32 on the CPUs that onednn.py
+# names. Processor time of PyTorch's over the extension's, one thread of an AMD EPYC, AVX-512 and AVX2, 1 row and 5:
+# 256 x 256 1.35, 0.98 and 1.27, 0.86; 512 x 512 1.18, 1.21 and 1.26, 1.19; 2048 x 2048 1.48, 1.13 and 1.39, 1.14;
+# 8192 x 512 1.91, 2.38 and 2.94, 2.39.
+MIN_FLOATS = 2**18
 
 
 class LinearCall(NamedTuple):
@@ -39,7 +48,7 @@ class LinearCall(NamedTuple):
 
 
 class LinearForm(NamedTuple):
-    """``name``: TORCH, WIDENED or ROWS."""
+    """``name``: TORCH, WIDENED, ROWS or ONEDNN."""
 
     name: str
     why: str
@@ -67,9 +76,13 @@ def _call(input, weight, bias=None) -> LinearCall:
 
 _OWN = LinearForm(TORCH, "its products are the device's own")
 _FEW = LinearForm(TORCH, f"below {MIN_ROWS} rows blocks do not pay, and the extension does not take the call")
-_ROWS = LinearForm(ROWS, f"up to {MAX_STEP_ROWS} rows the extension reads the weight once, in 16 bits")
+_ROWS = LinearForm(ROWS, f"up to {MAX_NARROW_ROWS} rows the extension reads the weight once, in 16 bits")
+_FLOAT_ROWS = LinearForm(
+    ROWS, f"up to {MAX_ROWS} rows the extension multiplies faster than the library that PyTorch takes"
+)
 _FOREIGN = LinearForm(TORCH, "a transform or a program, a sparse or nested tensor, or a weight that is a vector")
 _BLOCKS = LinearForm(WIDENED, "this CPU has no products of that dtype")
+_ONEDNN = LinearForm(ONEDNN, "oneDNN multiplies float32 faster on this CPU than the library that PyTorch takes")
 
 
 def takes_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
@@ -84,18 +97,47 @@ def takes_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, weight, bias))
 
 
+def max_step_rows(weight: torch.Tensor) -> int:
+    """Rows up to which :func:`takes_rows` decides whether the extension multiplies them with ``weight`` (N, K)."""
+    if widens(weight):
+        return MAX_NARROW_ROWS
+    return MAX_ROWS if weight.numel() >= MIN_FLOATS and onednn.onednn_may_serve(weight) else 0
+
+
+def _float_form(call: LinearCall) -> LinearForm:
+    """The form of a call whose products are in hardware."""
+    x, weight, bias = call
+    if weight.dim() != 2 or not onednn.onednn_may_serve(weight) or operators_alone():
+        return _OWN
+    if any(t is not None and t.layout != torch.strided for t in call):
+        return _OWN
+    # Who looks at operators, to count or to record them, knows PyTorch's.
+    if not (torch.compiler.is_compiling() or unwatched(*call)):
+        return _OWN
+    if x.numel() <= max_step_rows(weight) * x.shape[-1] and takes_rows(x, weight, bias):
+        return _FLOAT_ROWS
+    return _ONEDNN if onednn.onednn_serves_rows(x, weight) else _OWN
+
+
+def pays(weight: torch.Tensor) -> str | None:
+    """Why :func:`linear` of many rows is faster with ``weight`` (N, K) than PyTorch's operator; None: it is not."""
+    if widens(weight):
+        return _BLOCKS.why
+    return _ONEDNN.why if onednn.onednn_may_serve(weight) else None
+
+
 def linear_form(call: LinearCall, choice: Choice) -> LinearForm:
     """What serves a call, and why."""
     x, weight, _ = call
     if not widens(x):
-        return _OWN
+        return _float_form(call)
     if (
         operators_alone()
         or weight.dim() != 2
         or any(t is not None and (t.layout != torch.strided or t.is_nested) for t in call)
     ):
         return _FOREIGN
-    if x.numel() <= MAX_STEP_ROWS * x.shape[-1] and takes_rows(*call):
+    if x.numel() <= MAX_NARROW_ROWS * x.shape[-1] and takes_rows(*call):
         return _ROWS
     return _FEW if x.numel() < MIN_ROWS * x.shape[-1] or weight.numel() == 0 else _BLOCKS
 
@@ -112,14 +154,17 @@ def _fwd_fake(x, weight, bias):
 
 @define("linear_fwd(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _fwd_fake)
 def _linear_fwd(x, weight, bias):
+    if not widens(x):
+        return onednn.onednn_outputs(x, weight, bias)
     # Autocast would narrow the blocks again.
     with torch.autocast(x.device.type, enabled=False):
         return widened_linear(x, weight, bias, _fwd_fake(x, weight, bias))
 
 
 def _bwd_fake(dy, x, weight, needs):
-    """Gradients laid out as what they belong to, which a parameter then takes as it is; empty where not needed."""
-    dx, dw = (torch.empty_like(t) if need else t.new_empty(0) for t, need in zip((x, weight), needs, strict=False))
+    """The weight's gradient laid out as the weight, which takes it as it is; empty where not needed."""
+    dx = x.new_empty(x.shape if needs[0] else 0)
+    dw = torch.empty_like(weight) if needs[1] else weight.new_empty(0)
     return dx, dw, x.new_empty(weight.shape[0] if needs[2] else 0)
 
 
@@ -128,12 +173,21 @@ def _linear_bwd(dy, x, weight, needs):
     dx, dw, db = _bwd_fake(dy, x, weight, needs)
     with torch.autocast(x.device.type, enabled=False):
         if needs[0]:
-            widened_input_grad(dy, weight, dx)
+            dx = widened_input_grad(dy, weight, dx) if widens(dy) else onednn.onednn_input_grad(dy, weight)
         if needs[1]:
-            widened_weight_grad(dy, x, dw)
+            _weight_grad_into(dw, dy, x)
         if needs[2]:
             db.copy_(dy.sum(0, dtype=torch.float32))
     return dx, dw, db
+
+
+def _weight_grad_into(dw, dy, x):
+    if widens(dy):
+        widened_weight_grad(dy, x, dw)
+    elif onednn.onednn_serves(x, dw):
+        onednn.onednn_add_weight_grad(dw, dy, x, first=True)
+    else:
+        torch.mm(dy.t(), x, out=dw)
 
 
 class _Linear(torch.autograd.Function):
@@ -159,7 +213,8 @@ def linear(input, weight, bias=None):
 
     On a CPU without products of a 16-bit dtype, blocks of the tensors are widened to fp32 and multiplied there, forward
     and backward, so that a 16-bit model runs at the speed of an fp32 one in half its memory. A call of up to 8 rows
-    that needs no gradient reads the weight once, in 16 bits. All other calls are PyTorch's operator.
+    that needs no gradient reads the weight once, in 16 bits. On AMD's CPUs large products in fp32 are oneDNN's, and up
+    to 5 rows that need no gradient the extension's. All other calls are PyTorch's operator.
 
     Args:
         input: (..., in_features), floating point, any strides.
@@ -182,6 +237,15 @@ def linear(input, weight, bias=None):
         return linear_rows(*call)
     x, weight, bias = call
     return apply(_Linear, x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+
+
+class Linear(torch.nn.Linear):
+    """``torch.nn.Linear`` with the same arguments and state_dict keys, multiplied by :func:`linear` where that pays."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(..., in_features) to (..., out_features)."""
+        product = F.linear if pays(self.weight) is None else linear
+        return product(input, self.weight, self.bias)
 
 
 def _samples(device, dtype):

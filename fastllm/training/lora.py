@@ -43,7 +43,7 @@ def add_lora(model: TrainedModel, rank: int, trained: Collection[str] = ()) -> n
     """
     import peft
 
-    targets = [name for name, m in model.named_modules() if type(m) is nn.Linear and "blocks" in name.split(".")]
+    targets = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and "blocks" in name.split(".")]
     config = peft.LoraConfig(r=rank, lora_alpha=ALPHA_PER_RANK * rank, target_modules=targets)
     peft.inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():

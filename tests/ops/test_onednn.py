@@ -1,4 +1,6 @@
-"""oneDNN's products of a linear layer in blocks of classes: the numbers, also of strided views, and who is asked."""
+"""oneDNN's products of a linear layer, whole or in blocks of classes: the numbers, also of views, and who is asked."""
+
+import math
 
 import pytest
 import torch
@@ -22,20 +24,24 @@ N, D, V = 70, 48, 2100
 @pytest.fixture
 def _served(monkeypatch):
     """oneDNN is asked for all products, whatever this CPU is."""
-    monkeypatch.setattr(onednn, "_product", lambda *levels: torch.ops.mkldnn._linear_pointwise)
-    monkeypatch.setattr(onednn, "FEWEST", 1)
+    monkeypatch.setattr(onednn, "_fewest", lambda: 1)
+    monkeypatch.setattr(onednn, "_faster_for_all", lambda: True)
 
 
 @pytest.fixture
 def calls(monkeypatch):
     seen, real = [], onednn.multiplied
-    monkeypatch.setattr(onednn, "multiplied", lambda x, weight: seen.append(len(weight)) or real(x, weight))
+    monkeypatch.setattr(
+        onednn, "multiplied", lambda x, weight, *bias: seen.append(len(weight)) or real(x, weight, *bias)
+    )
     return seen
 
 
 @pytest.mark.usefixtures("_served")
+@pytest.mark.parametrize(("whole", "called"), [(0, [1024, 1024, 52] + [D] * 9), (V * D, [1024, 1024, 52, D, D, D])])
 @pytest.mark.parametrize("bias", [False, True])
-def test_products_are_those_of_fp64(calls, bias):
+def test_products_are_those_of_fp64(monkeypatch, calls, bias, whole, called):
+    monkeypatch.setattr(onednn, "WHOLE", whole)
     x, w, z = torch.randn(2 * N, D)[::2], torch.randn(V, D), torch.randn(N, V + 3)[:, :V]
     b = torch.randn(V) if bias else None
     out, rows, total = torch.empty(N, V + 1)[:, :V], torch.empty(N, D), torch.full((V, D), float("nan"))
@@ -43,7 +49,7 @@ def test_products_are_those_of_fp64(calls, bias):
     rows_gradient_into(z, w, rows)
     for first in (True, False):
         add_product(total, z, x, "native", first)
-    assert calls == [1024, 1024, 52] + [D] * 9
+    assert calls == called
     wide = torch.nn.functional.linear(x.double(), w.double(), None if b is None else b.double())
     torch.testing.assert_close(out.double(), wide, rtol=0, atol=2e-5)
     torch.testing.assert_close(rows.double(), z.double() @ w.double(), rtol=0, atol=1e-3)
@@ -71,7 +77,7 @@ def test_log_probabilities_and_gradients_are_those_of_mkls_products(monkeypatch,
 
     mine = both()
     assert calls
-    monkeypatch.setattr(onednn, "_product", lambda *levels: None)
+    monkeypatch.setattr(onednn, "_fewest", lambda: math.inf)
     for a, e in zip(mine, both(), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-3)
 
@@ -89,9 +95,15 @@ def test_log_probabilities_and_gradients_are_those_of_mkls_products(monkeypatch,
 def test_only_cpus_that_were_measured_are_served(monkeypatch, maker, level, served, outputs):
     monkeypatch.setattr(cpu, "maker", lambda: maker)
     monkeypatch.setattr(cpu, "level", lambda: level)
-    monkeypatch.setattr(onednn, "_product", onednn._product.__wrapped__)
-    large = torch.randn(512, 64), torch.randn(1024, 64)
-    for serves, expected in ((onednn.onednn_serves, served), (onednn.onednn_serves_outputs, outputs)):
+    for name in ("_fewest", "_faster_for_all"):
+        monkeypatch.setattr(onednn, name, getattr(onednn, name).__wrapped__)
+    large = torch.randn(4096, 64), torch.randn(1024, 64)
+    for serves, expected in ((onednn.onednn_serves, served), (onednn.onednn_serves_rows, outputs)):
         assert serves(*large) == (expected and torch.backends.mkl.is_available())
         assert not serves(large[0][:8], large[1])
         assert not serves(*(t.double() for t in large))
+        torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags() warns of GPUs
+        try:
+            assert not serves(*large)
+        finally:
+            torch._C._set_mkldnn_enabled(True)

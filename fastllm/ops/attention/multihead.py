@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..linear import linear
-from ..shared.widened import widens
+from ..linear import linear, pays
 from .sdpa import sdpa_request, served
 
 
@@ -79,7 +78,7 @@ def multihead_attention(module, query, key, value, masks: AttentionMasks):
 
 def _project(module, query, key, value):
     bias = module.in_proj_bias
-    product = linear if widens(module.out_proj.weight) else F.linear
+    product = linear if pays(module.out_proj.weight) else F.linear
     if not module._qkv_same_embed_dim:
         weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
     elif query is key and key is value:

@@ -76,7 +76,7 @@ def at_once(
         return None
     x, weight, _ = layer
     loss, (total, mean, keep, extras, needs) = call.loss, wanted
-    if logits is None and onednn.onednn_serves_outputs(x, weight):
+    if logits is None and onednn.onednn_serves_rows(x, weight):
         logits = onednn.onednn_outputs(x, weight)
     served, row_losses, lse, *others = _linear_rows(
         x, weight, call.target, logits, *(upstream or LossGradients()), loss.ignore_index, loss.label_smoothing,

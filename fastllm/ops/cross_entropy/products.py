@@ -27,7 +27,7 @@ def logits_into(x, weight, bias, out):
     """``out`` (rows, V) = x @ weight.T + bias, of one dtype."""
     if widens(x):
         return widened_linear(x, weight, bias, out)
-    if onednn.onednn_serves_outputs(x, weight):
+    if onednn.onednn_serves_rows(x, weight):
         return onednn.onednn_linear(x, weight, bias, out)
     return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
@@ -41,7 +41,7 @@ def gradients_are_torchs(layer: Layer) -> bool:
 def rows_gradient_into(dz, weight, out):
     """``out`` (rows, D) = dz @ weight, of one dtype."""
     if onednn.onednn_serves(out, weight):
-        return onednn.onednn_input_grad(dz, weight, out)
+        return out.copy_(onednn.onednn_input_grad(dz, weight))
     return widened_input_grad(dz, weight, out) if widens(dz) else torch.mm(dz, weight, out=out)
 
 

@@ -1,101 +1,130 @@
 """Products of float32 matrices by oneDNN, where it multiplies faster than the library that PyTorch takes (MKL).
 
-MKL does not use AVX-512 on AMD's CPUs. One thread of an AMD EPYC of family 26 multiplied 320 rows of 512 features and
-8192 classes at 99 GFLOP/s by MKL and at 188 by oneDNN in blocks of 1024 classes; the products of the gradients at 104
-and 107 against 164. Held to AVX2, MKL's products of the gradients are as fast or faster, and oneDNN takes 0.81 to 0.95
-of MKL's time for the outputs: 0.87 for 128 rows of 768 features and 4096 classes, 0.90 for 2048, 0.95 for 333 x 512 x
-16384 (medians of turns).
+MKL does not use AVX-512 on AMD's CPUs. GFLOP/s of one thread of an AMD EPYC of family 26, M rows, K features and N
+classes, by MKL and by oneDNN:
+
+======================  =================  =================  =================
+held to                 outputs            rows' gradient     weight's gradient
+======================  =================  =================  =================
+AVX-512, 4096 384 1536  107, 242           104, 242           105, 192
+AVX-512, 2048 1024 256  102, 228           101, 227           103, 197
+AVX-512, 2048 2048 2048 102, 218           103, 214           104, 198
+AVX2, 4096 384 1536     106, 120           104, 122           105, 105
+AVX2, 2048 1024 256     104, 120           104, 124           106, 109
+AVX2, 2048 2048 2048    111, 123           112, 120           111, 113
+======================  =================  =================  =================
+
+So at AVX2 the weight's gradient is left to MKL. The bits did not depend on the number of threads, 1 or 2, for any
+product of seven shapes at both levels.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 
 from ... import cpu
 
-# Classes that are multiplied at once: 1024 measured as above; 2048 and more gained nothing.
+# Classes of a large weight that are multiplied at once: oneDNN lays a weight out anew, in memory of its own.
 CLASSES = 1024
-# Multiplications below which PyTorch's product is kept: oneDNN compiles and looks up code for each shape. A guess.
-FEWEST = 2**24
-
-
-# A weight of so many elements, 16 MiB, is multiplied whole where that saves a copy: oneDNN lays it out anew, in memory
-# of its own. 128 x 768 x 4096 takes 0.78 instead of 0.87 of MKL's time at AVX2.
+# Elements of a weight up to which it is multiplied whole, 16 MiB. 128 x 768 x 4096 takes 0.78 of MKL's time at AVX2 so
+# and 0.87 in blocks, which are copied together.
 WHOLE = 2**22
-# Levels at which oneDNN is faster for the outputs and for the gradients, and for the outputs alone.
-_ALL, _OUTPUTS = ("avx512", "amx"), ("avx2", "avx512", "amx")
+# Rows of a weight's gradient that are multiplied at once. 4096 x 1536 x 384 at AVX-512: 200 GFLOP/s; 154 whole.
+ROWS = 512
+# Rows from which a weight is turned by PyTorch first for the rows' gradient: 4096 x 768 x 3072 at AVX2 runs at 115
+# instead of 104 GFLOP/s then, and 1024 x 4096 x 4096 at 108 instead of 120.
+TURNED = 2048
+# Multiplications below which PyTorch's product is kept, by level. Forward and backward of functional.linear over
+# PyTorch's, processor time of one thread: 64 x 256 x 1024 (2^24) 1.43 at AVX-512 and 0.86 at AVX2, 512 x 768 x 768
+# (2^28) 1.9 and 1.03, 2048 x 256 x 1024 (2^29) 1.9 and 1.05. Matrix units were not measured.
+FEWEST = {"avx2": 2**28, "avx512": 2**24, "amx": 2**24}
+# Levels at which oneDNN is faster for the weight's gradient too.
+_ALL = ("avx512", "amx")
 
 
 @functools.cache
-def _product(levels: tuple[str, ...] = _ALL):
-    """oneDNN's ``x @ weight.T`` as PyTorch exposes it to its compiler, or None where it is not the faster one."""
-    if cpu.maker() != "AuthenticAMD" or cpu.level() not in levels:
-        return None
+def _fewest() -> float:
+    """:data:`FEWEST` on a CPU like those on which oneDNN was measured to be the faster one; else infinity."""
+    if cpu.maker() != "AuthenticAMD" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return math.inf
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
-        return None
-    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+        return math.inf
+    return FEWEST.get(cpu.level(), math.inf)
+
+
+@functools.cache
+def _faster_for_all() -> bool:
+    return cpu.level() in _ALL
+
+
+# A compiler takes the answers instead of reading /proc/cpuinfo.
+for _answer in (_fewest, _faster_for_all):
+    _answer._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def onednn_serves(rows: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether products of ``rows`` (N, D) with a ``weight`` (V, D), and of its gradients, are oneDNN's."""
-    return _takes(rows, weight) and _product() is not None
+    """Whether products of ``rows`` (..., K) with a ``weight`` (N, K), and of both gradients, are oneDNN's."""
+    return onednn_serves_rows(rows, weight) and _faster_for_all()
 
 
-def onednn_serves_outputs(rows: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the product ``rows @ weight.T`` is, whatever serves the gradients."""
-    return _takes(rows, weight) and _product(_OUTPUTS) is not None
+def onednn_serves_rows(rows: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether ``rows @ weight.T`` and the gradient of the rows are, whatever serves the gradient of the weight."""
+    if not onednn_may_serve(weight) or rows.dtype != torch.float32 or rows.device.type != "cpu":
+        return False
+    return rows.numel() * len(weight) >= _fewest() and bool(torch.backends.mkldnn.enabled)
 
 
-def _takes(rows: torch.Tensor, weight: torch.Tensor) -> bool:
-    both_wide = rows.dtype == weight.dtype == torch.float32
-    large = rows.device.type == "cpu" and rows.shape[0] * weight.numel() >= FEWEST
-    return both_wide and large and bool(torch.backends.mkldnn.enabled)
+def onednn_may_serve(weight: torch.Tensor) -> bool:
+    """Whether oneDNN serves products with ``weight`` (N, K) if only there are enough rows."""
+    return weight.dtype == torch.float32 and weight.device.type == "cpu" and _fewest() < math.inf
 
 
-def multiplied(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x (M, K) @ weight (N, K).T, where :func:`onednn_serves_outputs`."""
+def multiplied(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x (M, K) @ weight (N, K).T + bias (N,), where :func:`onednn_serves_rows`."""
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()  # oneDNN copies other layouts element by element: 70 ms for 70 x 48
-    product = _product(_OUTPUTS)
-    assert product is not None, "onednn_serves_outputs has said so"
-    return product(x, weight, None, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def onednn_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
-    """``out`` (M, V) = x (M, D) @ weight (V, D).T + bias (V,)."""
+    """``out`` (M, N) = x (M, K) @ weight (N, K).T + bias (N,)."""
     for first in range(0, len(weight), CLASSES):
         some = slice(first, first + CLASSES)
-        part = multiplied(x, weight[some])
-        if bias is None:
-            out[:, some] = part
-        else:
-            torch.add(part, bias[some], out=out[:, some])
+        out[:, some] = multiplied(x, weight[some], None if bias is None else bias[some])
     return out
 
 
-def onednn_outputs(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x (M, D) @ weight (V, D).T, a fresh tensor."""
+def onednn_outputs(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x (M, K) @ weight (N, K).T + bias (N,), a fresh tensor."""
     if weight.numel() <= WHOLE:
-        return multiplied(x, weight)
-    return onednn_linear(x, weight, None, x.new_empty(len(x), len(weight)))
+        return multiplied(x, weight, bias)
+    return onednn_linear(x, weight, bias, x.new_empty(len(x), len(weight)))
 
 
-def onednn_input_grad(dz: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """``out`` (M, D) = dz (M, V) @ weight (V, D)."""
-    for first in range(0, len(weight), CLASSES):
+def onednn_input_grad(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """dy (M, N) @ weight (N, K), a fresh tensor."""
+    if weight.numel() <= WHOLE:
+        turned = weight.t()
+        return multiplied(dy, turned.contiguous() if len(dy) >= TURNED else turned)
+    total = multiplied(dy[:, :CLASSES], weight[:CLASSES].t())
+    for first in range(CLASSES, len(weight), CLASSES):
         some = slice(first, first + CLASSES)
-        part = multiplied(dz[:, some], weight[some].t())
-        out.add_(part) if first else out.copy_(part)
-    return out
+        total += multiplied(dy[:, some], weight[some].t())
+    return total
 
 
-def onednn_add_weight_grad(total: torch.Tensor, dz: torch.Tensor, x: torch.Tensor, first_rows: bool) -> None:
-    """``total`` (V, D) += dz (M, V).T @ x (M, D); the first rows' product is ``total`` itself."""
-    across = x.t()
-    for first in range(0, len(total), CLASSES):
-        some = slice(first, first + CLASSES)
-        # Turned by PyTorch first: oneDNN would take 164 instead of 157 GFLOP/s otherwise.
-        part = multiplied(dz[:, some].t().contiguous(), across)
-        total[some].copy_(part) if first_rows else total[some].add_(part)
+def onednn_add_weight_grad(total: torch.Tensor, dy: torch.Tensor, x: torch.Tensor, first: bool) -> None:
+    """``total`` (N, K) += dy (M, N).T @ x (M, K). ``first``: these rows' product is ``total`` itself."""
+    if not total.is_contiguous() and total.t().is_contiguous():
+        total, dy, x = total.t(), x, dy
+    classes = len(total) if total.numel() <= WHOLE else CLASSES
+    for column in range(0, len(total), classes):
+        some = slice(column, column + classes)
+        for start in range(0, len(x), ROWS):
+            rows = slice(start, start + ROWS)
+            # Turned by PyTorch first: 320 x 512 x 8192 at AVX-512 runs at 164 instead of 157 GFLOP/s then.
+            part = multiplied(dy[rows, some].t().contiguous(), x[rows].t())
+            total[some].copy_(part) if first and start == 0 else total[some].add_(part)
