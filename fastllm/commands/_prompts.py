@@ -18,7 +18,7 @@ from ..tasks.prompts import prompt_form, rendered
 from ..tasks.read import read_examples
 from ..training.checkpoints.model_folder import language_model_folder, load_language_model
 from ..training.config import read_run_config
-from ..training.objective_base import target_count
+from ..training.objective import target_count
 from ..training.objectives import ObjectiveConfig
 from ..training.objectives.streams import perplexity
 from ..training.prompts import fitting
