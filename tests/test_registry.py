@@ -13,13 +13,13 @@ from conftest import DEVICE, HAS_GPU
 
 import fastllm
 from fastllm import backends, registry
+from fastllm.bench.interpreter import compiling
 from fastllm.functional import layer_norm
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTLLM_BACKEND")}
     return subprocess.run(
-        [sys.executable, "-c", code], env={**env, **environment}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], env={**compiling(), **environment}, capture_output=True, text=True, timeout=120
     )
 
 

@@ -4,13 +4,13 @@ A sample of the shapes. FASTLLM_TESTS=thorough pytest -n 0 tests/kernels/test_st
 of the losses and activations and the norms' whole launch table for each architecture, about an hour on one core.
 """
 
-import os
 import subprocess
 import sys
 
 import pytest
 from thorough import IS_THOROUGH
 
+from fastllm.bench.interpreter import compiling
 from fastllm.bench.static import WARPS, Resources, Row, problems, read_rows
 from fastllm.kernels.device import GPUS
 
@@ -19,9 +19,7 @@ from fastllm.kernels.device import GPUS
 def compiler(tmp_path_factory):
     """``start(*argv)``: Python where kernels compile (the interpreter off), with an empty Triton cache."""
     cache = str(tmp_path_factory.mktemp("triton"))
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTLLM_BACKEND")}
-    # 3.9 warns while it is unset; 1 is what it and older versions do by default.
-    environment |= {"TRITON_CACHE_DIR": cache, "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment = {**compiling(), "TRITON_CACHE_DIR": cache}
 
     def start(*argv):
         return subprocess.Popen(
