@@ -92,7 +92,7 @@ def label_names(train: list[dict], validation: list[dict]) -> tuple[str, ...]:
     """The labels, sorted.
 
     Raises:
-        InputError: there are fewer than two, or the held-out examples have one that training has not.
+        InputError: there are fewer than two, or the held-out examples have one that no training example has.
     """
     labels = tuple(sorted({example["label"] for example in train}))
     if len(labels) < 2:

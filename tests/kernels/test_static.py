@@ -69,7 +69,7 @@ import sys
 from itertools import product
 import torch
 from fastllm import OPS
-from fastllm.bench.norms import _call
+from fastllm.bench.norms import norm_sample
 from fastllm.bench.capture import CUDA, launches
 from fastllm.kernels.device import GPUS
 from fastllm.bench.static import Row, problems, read_resources
@@ -89,7 +89,7 @@ for gpu, (dtype, wide), names, widths in planned:
     for name, cols in product(names, widths):
         for p in (0.0, 0.1) if name == "add_layer_norm" and gpu is not small else (0.0,):
             def call():
-                made = _call("", (4096, cols), name.endswith("layer_norm"), name.startswith("add"), CUDA, dtype)
+                made = norm_sample("", (4096, cols), name.endswith("layer_norm"), name.startswith("add"), CUDA, dtype)
                 def widened(t):
                     return t.detach().to(wide).requires_grad_()
                 args = (made.args[0], *map(widened, made.args[1:-1]), made.args[-1])
