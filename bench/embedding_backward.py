@@ -23,6 +23,7 @@ from . import embedding_sum as sums
 from .environment import environment
 from .timing import interleaved, ratios, seconds
 
+# Rounds of a pair. A guess.
 ROUNDS = 15
 
 
