@@ -67,6 +67,7 @@ def ways(size: str) -> list[Way]:
 
 
 def build(size: str, way: Way) -> torch.nn.Module:
+    """A Llama with random weights, accelerated where ``way`` says so."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -129,6 +130,7 @@ def peaks(size: str) -> dict[str, int]:
 
 
 def table(size: str, found: dict) -> str:
+    """Medians by way and call, and the peaks, as text."""
     columns = [*found["seconds"], "peak"]
     lines = [f"{size}: {found['parameters'] / 1e6:.1f} million parameters, {BATCH} x {LENGTH} tokens"]
     lines.append(f"{'':<24}" + "".join(f"{name:>24}" for name in columns))
