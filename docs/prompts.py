@@ -78,7 +78,7 @@ def main(folder: Path) -> None:
         for name, lines in examples(list(some.values())).items():
             path = folder / f"{name}{'.held' if held else ''}.jsonl"
             path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
-            print(f"{path}: {len(lines):,} of {len(some)} modules")
+            print(f"{path}: {len(lines):,} examples from {len(some)} modules")
 
 
 if __name__ == "__main__":
