@@ -1,6 +1,6 @@
 """Maps kernels/, bench/ and csrc/ into the package fastllm, and builds the extension where that can be done.
 
-The metadata is in pyproject.toml, the build itself in fastllm/extension/compile.py.
+The metadata is in pyproject.toml, the build itself in fastllm/extension/compile/.
 """
 
 import importlib.util
@@ -19,7 +19,10 @@ STABLE = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 def _load_build():
     # By path: importing fastllm would import torch, which an isolated build cannot see.
-    spec = importlib.util.spec_from_file_location("fastllm_build", ROOT / "fastllm" / "extension" / "compile.py")
+    folder = ROOT / "fastllm" / "extension" / "compile"
+    spec = importlib.util.spec_from_file_location(
+        "fastllm_build", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -27,7 +30,7 @@ def _load_build():
 
 
 class BuildExtension(build_ext):
-    """Hands over to extension/compile.py. Without a compiler or torch it says so and the installation goes on."""
+    """Hands over to extension/compile/. Without a compiler or torch it says so and the installation goes on."""
 
     def build_extension(self, ext):
         build = _load_build()

@@ -17,6 +17,8 @@ def _made(kwargs, device, dtype):
 
 
 def dense(batch: int, heads: int, length: int, dim: int, heads_kv: int | None = None, **kwargs):
+    """Queries, keys and values (batch, heads, length, dim), views of tensors that hold a token's heads together."""
+
     def make(device, dtype):
         def tensor(n):
             return torch.randn(batch, length, n, dim, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
@@ -39,10 +41,12 @@ def decoding(batch: int, heads: int, heads_kv: int, length: int, dim: int, **kwa
 
 
 def slopes(heads: int):
+    """What makes ALiBi's slopes, one a head."""
     return lambda device, dtype: torch.linspace(0.004, 0.7, heads, device=device, dtype=torch.float32)
 
 
 def parameter(*shape: int):
+    """What makes a tensor of ``shape`` that requires a gradient."""
     return lambda device, dtype: torch.randn(shape, device=device, dtype=dtype).requires_grad_()
 
 

@@ -295,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dim", type=int, nargs="+", choices=DIMS, default=DIMS)
     parser.add_argument("--feature", nargs="+", default=[""], help="only calls whose name contains one of these")
     parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="begin no call after it")
-    parser.add_argument("--results", metavar="FILE", type=Path, help="take from it what it has, add what it has not")
+    parser.add_argument("--results", metavar="FILE", type=Path, help="take from it what it has, add what it lacks")
     parser.add_argument("--page", metavar="FILE", type=Path, help="write the table of the results there")
     parser.add_argument("--spot", action="store_true", help="compile two calls for sm_90 and no others")
     options = parser.parse_args(argv)

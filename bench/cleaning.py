@@ -27,6 +27,7 @@ from ..data.optional import require
 from ..parser import first_paragraph
 from .marked_pages import MarkedPage, read_marked, words
 
+# Resamples of the pages for an interval. A guess.
 RESAMPLES = 2000
 Extractor = Callable[[str], str]
 

@@ -40,7 +40,8 @@ commands (each has --help):
 """
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``fastllm bench``."""
     parser = Parser(
         prog="fastllm bench",
         description="Time the ops beside eager PyTorch, torch.compile and the rivals that are installed.",
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in COMMANDS:
         return COMMANDS[argv[0]](argv[1:])
-    parser = _parser()
+    parser = build_parser()
     options = parser.parse_args(argv)
     with _named_errors(parser):
         ops = cases.selected(options.ops)

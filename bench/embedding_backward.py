@@ -23,10 +23,12 @@ from . import embedding_sum as sums
 from .environment import environment
 from .timing import interleaved, ratios, seconds
 
+# Rounds of a pair. A guess.
 ROUNDS = 15
 
 
 def ours(ids, weight):
+    """A lookup whose gradient is added into ``weight.grad``, where there is one."""
     return embedding(ids, weight, main_grad=weight.grad)
 
 
@@ -59,6 +61,7 @@ def whole_sum(function: Callable, sample: Sample) -> Callable:
 
 
 def three_lookups(indices, weights):
+    """PyTorch's sum of several lookups."""
     return sum(torch_F.embedding(ids, weight) for ids, weight in zip(indices, weights, strict=True))
 
 

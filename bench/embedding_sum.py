@@ -12,7 +12,7 @@ from .embedding import zipf_ids
 
 
 class SumShape(NamedTuple):
-    sequences: int
+    batch: int
     length: int
     tables: tuple[int, ...]  # rows in each table
     columns: int
@@ -27,9 +27,9 @@ _CALLS = {
 
 
 def _call(name, shape: SumShape, device, dtype) -> Sample:
-    sequences, length, tables, columns = shape
-    tokens = zipf_ids(sequences * length, tables[0], device).view(sequences, length)
-    positions = torch.arange(length, device=device).expand(sequences, length)
+    batch, length, tables, columns = shape
+    tokens = zipf_ids(batch * length, tables[0], device).view(batch, length)
+    positions = torch.arange(length, device=device).expand(batch, length)
     segments = (positions >= length // 2).long()
     weights = tuple(torch.randn(rows, columns, device=device, dtype=dtype).requires_grad_() for rows in tables)
     return Sample(name, ((tokens, positions, segments)[: len(tables)], weights))

@@ -17,17 +17,19 @@ import torch
 import fastllm
 
 from ..parser import first_paragraph
+from .timing import interleaved
 
 # Experts, experts for each token, tokens, hidden size, inner size.
 SHAPES = ((8, 2, 1024, 512, 1024), (64, 8, 512, 256, 256), (64, 8, 1, 512, 512))
 
 
-def step(module, x, numbers, weights) -> tuple[float, float]:
+def forward_and_backward(module, x, numbers, weights) -> tuple[float, float]:
+    """Seconds of either."""
     start = time.perf_counter()
     y = module(x, numbers, weights)
     middle = time.perf_counter()
     y.float().square().sum().backward()
-    return 1e3 * (middle - start), 1e3 * (time.perf_counter() - middle)
+    return middle - start, time.perf_counter() - middle
 
 
 def compare(cls, config, implementation: str, dtype: torch.dtype, shape: tuple[int, ...], rounds: int) -> str:
@@ -46,14 +48,12 @@ def compare(cls, config, implementation: str, dtype: torch.dtype, shape: tuple[i
     x = torch.randn(tokens, hidden, dtype=dtype, requires_grad=True)
     numbers = torch.rand(tokens, experts).topk(each).indices
     weights = torch.rand(tokens, each, requires_grad=True)
-    times: dict[str, list[tuple[float, float]]] = {"before": [], "after": []}
-    for turn in range(rounds + 1):
-        for name, module in (("before", before), ("after", after)):
-            taken = step(module, x, numbers, weights)
-            if turn:
-                times[name].append(taken)
+    sides = {"before": before, "after": after}
+    times = interleaved(
+        sides, rounds, torch.device("cpu"), timer=lambda module, _: forward_and_backward(module, x, numbers, weights)
+    )
     forward, backward = (
-        " -> ".join(f"{statistics.median(t[i] for t in times[name]):8.2f}" for name in times) for i in (0, 1)
+        " -> ".join(f"{1e3 * statistics.median(t[i] for t in times[name]):8.2f}" for name in sides) for i in (0, 1)
     )
     return f"{cls.__name__:15} {implementation:10} {str(dtype)[6:]:9} {shape!s:26} {forward}   {backward}"
 

@@ -20,7 +20,8 @@ from .results import read_run
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``fastllm bench export``."""
     parser = Parser(prog="fastllm bench export", description="Write the ops' calls as other benchmarks read them.")
     parser.add_argument(
         "format", choices=("kernels", "flashinfer"),
@@ -43,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """The command line. Returns the exit code."""
-    parser = _parser()
+    parser = build_parser()
     options = parser.parse_args(argv)
     device = torch.device(options.device)
     try:

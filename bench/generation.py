@@ -25,7 +25,7 @@ from ..generate import beam_search, generate
 from ..models import EncoderDecoder, ModelConfig, Transformer, load_model
 from ..parser import first_paragraph
 from .environment import environment
-from .timing import ratios, seconds
+from .timing import interleaved, ratios
 
 OURS, THEIRS = "fastllm", "transformers"
 PROMPT = 16
@@ -118,10 +118,7 @@ def measured(name: str, tokens: int, rounds: int, shape: dict | None = None) -> 
     shape = shape or SHAPE
     sides = translators(tokens, shape) if name == "t5" else decoders(name, tokens, shape)
     texts = {side: write() for side, write in sides.items()}
-    found: dict[str, list[float]] = {side: [] for side in sides}
-    for turn in range(rounds):
-        for side in sides if turn % 2 == 0 else reversed(sides):
-            found[side].append(seconds(sides[side], torch.device("cpu")))
+    found = interleaved(sides, rounds, torch.device("cpu"), warmup=0)
     return {"seconds": found, "equal": texts[OURS] == texts[THEIRS], "written": len(texts[OURS])}
 
 

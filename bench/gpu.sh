@@ -103,7 +103,7 @@ else
   device=cpu wish=0 # every path of this script, on a machine without a GPU
 fi
 
-step build 120 env FASTLLM_CUDA=$wish "$python" fastllm/extension/compile.py
+step build 120 env FASTLLM_CUDA=$wish PYTHONPATH=fastllm/extension "$python" -m compile
 link_tree
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton}
 if [ -n "$cache" ]; then step cache 60 "$python" -m fastllm.bench.prepare unpack "$cache" "$TRITON_CACHE_DIR"; fi

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from ..functional import linear_cross_entropy, linear_cross_entropy_plan
 from ..parser import first_paragraph
 from .environment import environment
-from .timing import ratios
+from .timing import order, ratios
 
 PAGE = 4096
 
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, bytes_ in found["peak_bytes"].items():
         print(f"{name}: peak {bytes_ / 1e6:,.1f} MB, of which {(bytes_ - gradients) / 1e6:,.1f} beside the gradients")
     for turn in range(options.rounds):
-        round_ = {name: run(name) for name in (pair if turn % 2 == 0 else reversed(pair))}
+        round_ = {name: run(name) for name in order(pair, turn)}
         for name in pair:
             found["seconds"].setdefault(name, []).append(round_[name])
         save()

@@ -16,7 +16,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ from .. import cpu
 from ..parser import first_paragraph
 from .environment import environment
 from .memory import peak
+from .timing import interleaved
 
 # Name -> the Llama's configuration: 18, 134 and 0.01 million parameters.
 SIZES: dict[str, dict[str, Any]] = {
@@ -67,6 +67,7 @@ def ways(size: str) -> list[Way]:
 
 
 def build(size: str, way: Way) -> torch.nn.Module:
+    """A Llama with random weights, accelerated where ``way`` says so."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -93,25 +94,14 @@ def calls(model: torch.nn.Module, vocabulary: int) -> dict[str, Callable[[], obj
     return {"step": step, "forward": lambda: forward(ids), "one token": lambda: forward(ids[:1, :1])}
 
 
-def timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def times(size: str, rounds: int) -> dict[str, dict[str, list[float]]]:
     """Call -> way -> seconds, the ways in turns."""
     models = {way: build(size, way) for way in ways(size)}
     made = {way: calls(model, SIZES[size]["vocab_size"]) for way, model in models.items()}
     found: dict[str, dict[str, list[float]]] = {}
     for name in next(iter(made.values())):
-        samples = found[name] = {str(way): [] for way in models}
-        for way in models:
-            made[way][name]()
         many = 5 * rounds if name == "one token" else rounds
-        for round_ in range(many):
-            for way in models if round_ % 2 == 0 else reversed(models):
-                samples[str(way)].append(timed(made[way][name]))
+        found[name] = interleaved({str(way): made[way][name] for way in models}, many, torch.device("cpu"))
     return found
 
 
@@ -140,6 +130,7 @@ def peaks(size: str) -> dict[str, int]:
 
 
 def table(size: str, found: dict) -> str:
+    """Medians by way and call, and the peaks, as text."""
     columns = [*found["seconds"], "peak"]
     lines = [f"{size}: {found['parameters'] / 1e6:.1f} million parameters, {BATCH} x {LENGTH} tokens"]
     lines.append(f"{'':<24}" + "".join(f"{name:>24}" for name in columns))

@@ -32,7 +32,8 @@ CPU_SHAPES = {"GPT-2 1024x768": (1024, 768), "Llama-3 8B 256x4096": (256, 4096)}
 SWEEP = {cols: ((1 << 25) // cols, cols) for cols in (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)}
 
 
-def _call(name: str, size: tuple[int, int], bias: bool, residual: bool, device, dtype) -> Sample:
+def norm_sample(name: str, size: tuple[int, int], bias: bool, residual: bool, device, dtype) -> Sample:
+    """A call on tensors of ``size``, rows and columns, that all require a gradient."""
     rows, cols = size
     parameters = {"weight": torch.ones(cols, device=device, dtype=dtype).requires_grad_()}
     if bias:
@@ -45,9 +46,9 @@ def norm_shapes(
     *, bias: bool, residual: bool = False, of: dict[str, tuple[int, int]] = SHAPES
 ) -> dict[str, Callable[[torch.device, torch.dtype], Sample]]:
     """Name -> ``make(device, dtype)`` of the call; parameters come in the input's dtype."""
-    return {name: partial(_call, name, size, bias, residual) for name, size in of.items()}
+    return {name: partial(norm_sample, name, size, bias, residual) for name, size in of.items()}
 
 
 def norm_sweep(*, bias: bool, residual: bool = False):
     """(axis, size -> ``make``) of calls that differ in columns."""
-    return "columns", {size: partial(_call, "", (rows, cols), bias, residual) for size, (rows, cols) in SWEEP.items()}
+    return "columns", {cols: partial(norm_sample, "", size, bias, residual) for cols, size in SWEEP.items()}

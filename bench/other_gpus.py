@@ -67,6 +67,7 @@ def _amd_metadata(assembly: str, name: str) -> int:
 
 
 def row_of(gpu: DeviceInfo, op: str, shape: str, dtype: torch.dtype, launch: Launch) -> OtherRow:
+    """What a compiled launch takes on ``gpu``, read from its assembly."""
     compiled = launch.compiled
     if gpu.vendor == "amd":
         assembly = compiled.asm["amdgcn"]
@@ -118,6 +119,7 @@ COLUMNS = ("op", "shape", "pass", "kernel", "GPU", "warps", "registers", "spills
 
 
 def cells(row: OtherRow) -> list[str]:
+    """The row of a table under COLUMNS."""
     return [
         row.op, row.shape, row.direction, row.kernel, row.gpu, str(row.warps), str(row.registers), str(row.spills),
         f"{row.shared / 1024:.1f}", str(row.matrix),

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..registry import Op, Sample
 from . import cases
 
+# The rule for numbers (docs/numerics.md): at most SLACK times eager's own error, plus FLOOR eps.
 SLACK, FLOOR = 2.0, 4.0
 # Runs with moved results of which the worst counts: in one of four, a sum's roundings seldom cancel.
 DRAWS = 4

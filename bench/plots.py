@@ -89,6 +89,7 @@ def _colours(names: Iterable[str], first: str | None = OURS) -> dict[str, str]:
 
 
 def geometric_mean(values: list[float]) -> float:
+    """Of positive ``values``."""
     return math.exp(sum(map(math.log, values)) / len(values))
 
 

@@ -26,7 +26,7 @@ from .. import losses
 from ..functional import linear_cross_entropy_plan, linear_kl_div, linear_log_probs
 from ..parser import first_paragraph
 from .memory import peak
-from .timing import ratios
+from .timing import interleaved, ratios
 
 LENGTH = 256  # tokens of a sequence of the GRPO loss
 WORKSPACE_MB = 64
@@ -115,25 +115,23 @@ def main(argv: list[str] | None = None) -> None:
     for name, (other, *ways) in pairs(x, w, y, teacher).items():
         if options.only and name not in options.only:
             continue
-        names, seconds, peaks = ("fastllm", other), {}, {}
+        pair = dict(zip(("fastllm", other), ways, strict=True))
 
-        def run(way):
+        def timed(way, _):
             x.grad = w.grad = None
             start = time.process_time()
             way().backward()
             return time.process_time() - start
 
-        for turn in range(options.rounds + 1):
-            for label, way in list(zip(names, ways, strict=True))[:: 1 if turn % 2 else -1]:
-                if turn:
-                    seconds.setdefault(label, []).append(run(way))
-                else:
-                    x.grad = w.grad = None
-                    peaks[label] = peak(lambda way=way: way().backward())
-        beside = ", ".join(f"{label} {(peaks[label] - gradients) / 1e6:,.0f} MB" for label in names)
+        peaks = {}
+        for label, way in pair.items():
+            x.grad = w.grad = None
+            peaks[label] = peak(lambda way=way: way().backward())
+        beside = ", ".join(f"{label} {(peaks[label] - gradients) / 1e6:,.0f} MB" for label in pair)
         print(f"{name}: peak beside the gradients: {beside}", flush=True)
         if options.rounds:
-            speed = ratios(seconds, *names)
+            seconds = interleaved(pair, options.rounds, x.device, warmup=0, timer=timed)
+            speed = ratios(seconds, *pair)
             print(f"  time over {other}: {1 / speed.median:.2f}; seconds {seconds}", flush=True)
 
 

@@ -203,7 +203,8 @@ def _show(now: Measured) -> None:
     console(160).print(table)
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``fastllm bench regress``."""
     parser = Parser(prog="fastllm bench regress", description=first_paragraph(__doc__))
     parser.add_argument("file", type=Path, metavar="FILE", help="Python with functions whose one argument is 'device'")
     parser.add_argument("--update", action="store_true", help="write the present figures to the committed file")
@@ -216,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """The command line. 0: nothing is worse; 1: something is; 2: there is nothing to measure or compare to."""
-    parser = _parser()
+    parser = build_parser()
     options = parser.parse_args(argv)
     against = options.against or options.file.with_suffix(".regress.json")
     try:

@@ -153,7 +153,7 @@ def compiled(file: Path, arches: list[int]) -> dict:
     return {"rows": rows, "failures": failures, "calls": list(calls)}
 
 
-# libdevice's functions of one or two numbers, which the interpreter has not, by NumPy.
+# libdevice's functions of one or two numbers, which the interpreter lacks, by NumPy.
 _LIBDEVICE = {
     "rsqrt": lambda x: 1 / np.sqrt(x), "fabs": np.abs, "pow": np.power, "fast_powf": np.power, "div_rn": np.divide,
     "erf": np.vectorize(math.erf, otypes=[np.float32]), "acos": np.arccos, "asin": np.arcsin, "atan": np.arctan,

@@ -18,6 +18,7 @@ from .timing import Quartiles
 
 # The number grows when a field goes or means something else, not when one comes.
 FORMAT = "fastllm-bench/1"
+# Of the intervals.
 CONFIDENCE = 0.95
 # Those at which KernelBench's papers and this library's tables give fast_p.
 FAST = (1.0, 1.2, 1.5, 2.0)

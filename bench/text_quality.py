@@ -18,7 +18,9 @@ from ..data.clean.unigram import like_reference
 from ..parser import first_paragraph
 from .marked_pages import read_marked, words
 
+# Shares of the good texts that are kept.
 SHARES = (0.99, 0.95, 0.9, 0.8, 0.7)
+# Words below which a text is not judged. A guess.
 FEWEST_WORDS = 50
 
 

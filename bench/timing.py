@@ -8,14 +8,16 @@ import math
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ..timing import seconds, synchronize
 
+# What a timer returns: seconds, or several times of one call.
+Sample = TypeVar("Sample")
 FEWEST = 3
 # mallopt's parameters in glibc: how many blocks are mapped on their own, and how much is free before some goes back.
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
@@ -64,29 +66,33 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.numel() * 4 / min(seconds(lambda: target.copy_(source), device) for _ in range(6))
 
 
+def order(names: Iterable[str], round_: int) -> list[str]:
+    """Who comes first in one round comes last in the next."""
+    return list(names)[:: 1 if round_ % 2 == 0 else -1]
+
+
 def interleaved(
     runs: Mapping[str, Any],
     rounds: int,
     device: torch.device,
     warmup: int = 1,
-    timer: Callable[[Any, torch.device], float] = seconds,
+    timer: Callable[[Any, torch.device], Sample] = seconds,
     within: float = math.inf,
-) -> dict[str, list[float]]:
-    """Seconds of each of ``runs``, once a round, in an order that turns around.
+) -> dict[str, list[Sample]]:
+    """The time of each of ``runs``, once a round, in the order of :func:`order`.
 
     Args:
         rounds: how many, unless time runs out.
         warmup: rounds before those that count.
-        timer: ``timer(run, device)`` -> seconds of one of ``runs``.
+        timer: ``timer(run, device)`` -> the time of one of ``runs``, as a rule in seconds.
         within: seconds after which no round begins, once FEWEST are done.
     """
-    samples: dict[str, list[float]] = {name: [] for name in runs}
+    samples: dict[str, list[Sample]] = {name: [] for name in runs}
     start = time.monotonic()
     for round_ in range(-warmup, rounds):
         if round_ >= FEWEST and time.monotonic() - start > within:
             break
-        names = list(runs) if round_ % 2 == 0 else [*runs][::-1]
-        for name in names:
+        for name in order(runs, round_):
             elapsed = timer(runs[name], device)
             if round_ >= 0:
                 samples[name].append(elapsed)

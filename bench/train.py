@@ -168,7 +168,8 @@ def table(rows: list[Row], title: str):
     return shown
 
 
-def _parser() -> Parser:
+def build_parser() -> Parser:
+    """The parser of ``fastllm bench train``."""
     parser = Parser(prog="fastllm bench train", description=first_paragraph(__doc__))
     parser.add_argument("--preset", choices=list(PRESETS), default="small", help="the model (default: %(default)s)")
     parser.add_argument(
@@ -192,7 +193,7 @@ def _parser() -> Parser:
 
 def _read(argv: list[str] | None) -> argparse.Namespace:
     """The options, checked."""
-    parser = _parser()
+    parser = build_parser()
     options = parser.parse_args(argv)
     for name in ("batch_size", "context_length", "steps", "rounds"):
         value = getattr(options, name)

@@ -31,6 +31,7 @@ from .timing import Quartiles, Timer, interleaved
 
 Settings = dict[str, int]
 TABLE = Path(_tuned.__file__)
+# Rounds in which two settings are timed. A guess.
 ROUNDS = 60
 ASSIGNMENT = "TUNED: dict[tuple, dict[str, int]] = "
 

@@ -1,5 +1,5 @@
 // The Python module fastllm._C. Importing it registers the operators; tensors go through them, not through here.
-// Only CPython's stable API is used, so that one binary serves every Python from 3.10 on. compile.py defines
+// Only CPython's stable API is used, so that one binary serves every Python from 3.10 on. compile/steps.py defines
 // Py_LIMITED_API, but for a Python without that API (3.13 and 3.14 without the global lock).
 #include <Python.h>
 
@@ -10,7 +10,7 @@
 #include "cpu/level.h"
 #include "cpu/product.h"
 #include "cpu/rows.h"
-#include "fastllm_build.h"  // written by fastllm/extension/compile.py
+#include "fastllm_build.h"  // written by fastllm/extension/compile/steps.py
 
 namespace {
 

@@ -17,9 +17,9 @@ import sysconfig
 from itertools import pairwise
 from pathlib import Path
 
+from fastllm.data.held_out import is_held_out
 from fastllm.data.sentences import sentence_starts
 
-HELD_OUT = 10
 # Folders of the library that are no library, or have the same text again.
 LEFT_OUT = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
 
@@ -71,14 +71,14 @@ def examples(documents: list[str], seed: int = 0) -> dict[str, list[dict]]:
 def main(folder: Path) -> None:
     modules = docstrings(Path(sysconfig.get_path("stdlib")))
     for part, held in (("text", False), ("held", True)):
-        some = {name: text for i, (name, text) in enumerate(modules.items()) if (i % HELD_OUT == HELD_OUT - 1) == held}
+        some = {name: text for i, (name, text) in enumerate(modules.items()) if is_held_out(i) == held}
         (folder / part).mkdir(parents=True, exist_ok=True)
         for name, text in some.items():
             (folder / part / f"{name}.txt").write_text(text + "\n", "utf-8")
         for name, lines in examples(list(some.values())).items():
             path = folder / f"{name}{'.held' if held else ''}.jsonl"
             path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
-            print(f"{path}: {len(lines):,} of {len(some)} modules")
+            print(f"{path}: {len(lines):,} examples from {len(some)} modules")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ TEXTS = ("prompt", "text", "texts", "question", "context")
 ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-def _parser(command: str | None) -> argparse.ArgumentParser:
+def build_parser(command: str | None) -> argparse.ArgumentParser:
     """The parser; of the commands only ``command`` knows its arguments, so that no other one is imported."""
     parser = Parser(
         prog="fastllm",
@@ -169,7 +169,7 @@ def _execute(argv: list[str]) -> int:
         return bench(argv[1:])
     if "torch" not in sys.modules:  # later it changes nothing here, only what this process starts
         other_work.wait_asleep(os.environ)
-    arguments = _parser(argv[0] if argv else None).parse_args(argv)
+    arguments = build_parser(argv[0] if argv else None).parse_args(argv)
     _check_values(arguments)
     with _one_line_warnings():
         if arguments.command not in WITHOUT_TORCH:

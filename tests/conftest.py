@@ -109,14 +109,14 @@ def whole_run():
 @pytest.fixture
 def short_runs(request, monkeypatch, one_thread):
     """Runs without picture, samples and meter, which take longer than a toy's training, and on one thread."""
-    from fastllm.training import loop
+    from fastllm.training import run
     from fastllm.training.reports import report
 
     monkeypatch.setattr(report, "SAMPLE_TOKENS", 20)
     if "whole_run" not in request.fixturenames:
-        monkeypatch.setattr(loop, "plot_loss", lambda *args: None)
-        monkeypatch.setattr(loop, "write_samples", lambda *args: "")
-        monkeypatch.setattr(loop, "matmul_flops", lambda *args: 1e11)
+        monkeypatch.setattr(run, "plot_loss", lambda *args: None)
+        monkeypatch.setattr(run, "write_samples", lambda *args: "")
+        monkeypatch.setattr(run, "matmul_flops", lambda *args: 1e11)
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,8 @@ static bool id_refused = false;
 #define FASTLLM_ASSERT(condition) (id_refused |= !(condition))
 #define FASTLLM_STORE_STREAMING(to, value) (*(to) = (value))
 
-#include "../csrc/cuda/backward_kernels.cuh"
-#include "../csrc/cuda/forward_kernels.cuh"
+#include "../csrc/cuda/embedding_backward_kernels.cuh"
+#include "../csrc/cuda/embedding_forward_kernels.cuh"
 
 using namespace fastllm;
 

@@ -4,7 +4,7 @@
 
 takes each STEP-th sample, forward and backward: threads, the registers that a launch bounds, the sides of the grid,
 options that the GPU's compiler does not know, boxes of bulk copies. For sm_90 each kernel goes through Triton's front
-end too, which refuses what this version of Triton has not. Prints how many launches there were, and a line for each
+end too, which refuses what this version of Triton lacks. Prints how many launches there were, and a line for each
 that breaks a limit. What is known of a kernel only when it is compiled, shared memory and spills, bench/other_gpus.py
 and bench/static.py look at.
 """

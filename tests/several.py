@@ -5,7 +5,7 @@ import os
 import sys
 
 from fastllm.cli import main
-from fastllm.training import loop
+from fastllm.training import run
 
 MODEL = [
     "--vocab-size",
@@ -53,9 +53,9 @@ PAIRS = "".join(
 
 def fastllm(*arguments):
     # Here, not at the import: tests read MODEL from this file, and their own runs have pictures.
-    loop.plot_loss = lambda *args: None
-    loop.write_samples = lambda *args: ""
-    loop.matmul_flops = lambda *args: 1e11
+    run.plot_loss = lambda *args: None
+    run.write_samples = lambda *args: ""
+    run.matmul_flops = lambda *args: 1e11
     assert main([*arguments]) == 0, arguments
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from fastllm.bench.command import _parser as bench_parser
-from fastllm.bench.export import _parser as export_parser
-from fastllm.bench.regress import _parser as regress_parser
-from fastllm.cli import _parser as cli_parser
+from fastllm.bench.command import build_parser as bench_parser
+from fastllm.bench.export import build_parser as export_parser
+from fastllm.bench.regress import build_parser as regress_parser
+from fastllm.cli import build_parser as cli_parser
 from fastllm.data import Tokenizer, write_token_file
 
 ROOT = Path(__file__).parent.parent

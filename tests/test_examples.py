@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastllm.bench.command import _parser as bench_parser
+from fastllm.bench.command import build_parser as bench_parser
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))

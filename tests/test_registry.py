@@ -13,13 +13,13 @@ from conftest import DEVICE, HAS_GPU
 
 import fastllm
 from fastllm import backends, registry
+from fastllm.bench.interpreter import compiling
 from fastllm.functional import layer_norm
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTLLM_BACKEND")}
     return subprocess.run(
-        [sys.executable, "-c", code], env={**env, **environment}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], env={**compiling(), **environment}, capture_output=True, text=True, timeout=120
     )
 
 
@@ -100,7 +100,7 @@ importlib.util.find_spec = lambda name, *a: None if name == "triton" else find(n
 import torch, fastllm
 from fastllm.cli import main
 from fastllm.registry import OPS
-from fastllm.training import loop
+from fastllm.training import run
 
 for found in pkgutil.walk_packages(fastllm.__path__, "fastllm."):
     # The bench's parts that compile are imported where they are asked for.
@@ -127,7 +127,7 @@ with fastllm.accelerated():
     torch.nn.functional.layer_norm(x, (8,)).sum().backward()
 words = random.Random(1).choices("a few words of no great length".split(), k=4000)
 open("prose.txt", "w").write(" ".join(words))
-loop.plot_loss, loop.write_samples, loop.matmul_flops = lambda *args: None, lambda *args: "", lambda *args: 1e11
+run.plot_loss, run.write_samples, run.matmul_flops = lambda *args: None, lambda *args: "", lambda *args: 1e11
 flags = "--vocab-size 300 --context-length 32 --num-layers 1 --num-heads 2 --hidden-size 16 --batch-size 2 --steps 2"
 assert main(["train", "--data", "prose.txt", "--device", "cpu", "--dtype", "float32", "--quiet", *flags.split()]) == 0
 """

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sysconfig
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -41,11 +42,11 @@ def test_it_takes_nothing_of_python_but_the_stable_api():
 
 def test_an_older_build_does_not_hide_a_new_one(tmp_path, monkeypatch):
     """Python prefers a module for itself alone to one for every Python."""
-    own = tmp_path / ("_C" + compiler.EXTENSION_SUFFIXES[0])
+    own = tmp_path / ("_C" + EXTENSION_SUFFIXES[0])
     own.touch()
     monkeypatch.setattr(compiler, "find_compiler", lambda: ["c++"])
-    monkeypatch.setattr(compiler, "_steps", lambda *args: [])
-    monkeypatch.setattr(compiler, "_execute", lambda steps, work: (tmp_path / compiler.extension_name()).touch())
+    monkeypatch.setattr(compiler, "build_steps", lambda *args: [])
+    monkeypatch.setattr(compiler, "execute", lambda steps, work: (tmp_path / compiler.extension_name()).touch())
     monkeypatch.setenv("FASTLLM_CUDA", "0")
     line = compiler.build(tmp_path / compiler.extension_name(), tmp_path / "work")
     assert compiler.extension_name() in line

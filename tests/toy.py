@@ -7,7 +7,7 @@ import torch
 
 from fastllm.config import InputError
 from fastllm.models import TransformerConfig
-from fastllm.training import RunConfig, loop, resume, train
+from fastllm.training import RunConfig, resume, run, train
 
 TOY = TransformerConfig(
     vocab_size=300, context_length=32, num_layers=2, num_heads=2, hidden_size=32, positions="rotary", norm="rms",
@@ -15,21 +15,21 @@ TOY = TransformerConfig(
 )  # fmt: skip
 
 
-def weights(run: Path) -> bytes:
+def weights(folder: Path) -> bytes:
     """The finished model's weights, as stored."""
-    return (run / "model" / "model.safetensors").read_bytes()
+    return (folder / "model" / "model.safetensors").read_bytes()
 
 
-def train_or_resume(config: RunConfig, run: Path, changes: dict) -> None:
-    """What a process does that may be killed: go on where ``run`` stands, or begin. No picture, samples and meter."""
+def train_or_resume(config: RunConfig, folder: Path, changes: dict) -> None:
+    """Resume the run in ``folder``, or begin it: for a process that may be killed. No picture, samples and meter."""
     torch.set_num_threads(1)
-    loop.plot_loss = lambda *args: None
-    loop.write_samples = lambda *args: ""
-    loop.matmul_flops = lambda *args: 1e11
+    run.plot_loss = lambda *args: None
+    run.write_samples = lambda *args: ""
+    run.matmul_flops = lambda *args: 1e11
     try:
-        resume(run, changes, quiet=True)
+        resume(folder, changes, quiet=True)
     except InputError:  # killed before there was a checkpoint
-        train(config, run, quiet=True)
+        train(config, folder, quiet=True)
 
 
 def processes() -> multiprocessing.context.BaseContext:

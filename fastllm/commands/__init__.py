@@ -1,7 +1,8 @@
 """One file for each command of the command line.
 
 ``fastllm/commands/<name>.py`` has a docstring (what ``fastllm <name> --help`` says), ``add_arguments(parser)`` and
-``run(arguments)``, which returns the exit code. Only the command that is called gets imported.
+``run(arguments)``, which returns the exit code. Only the command that is called gets imported. A module with an
+underscore is no command: several commands share it.
 """
 
 # Of these neither the parser nor a refusal imports torch. Nor does their work, but for plan's, which counts what a

@@ -18,11 +18,11 @@ from ..tasks.prompts import prompt_form, rendered
 from ..tasks.read import read_examples
 from ..training.checkpoints.model_folder import language_model_folder, load_language_model
 from ..training.config import read_run_config
-from ..training.loop import CONFIG
-from ..training.objective_base import target_count
+from ..training.objective import target_count
 from ..training.objectives import ObjectiveConfig
 from ..training.objectives.streams import perplexity
 from ..training.prompts import fitting
+from ..training.run import CONFIG
 
 # Pairs, or windows of a text, that are scored at a time. A guess.
 ROWS = 8

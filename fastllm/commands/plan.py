@@ -11,6 +11,7 @@ from ..config import InputError
 from ..models.config import MAX_SIZE, PRESETS
 from ..training.parallel.planner import GIB, GPU, GPUS, Plan, TooLarge, plan, shape_of
 
+# The largest number that is taken. A guess.
 MAX_NUMBER = 1e18
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 

@@ -12,14 +12,13 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ..config import InputError, read_plain
+from .held_out import HELD_OUT, is_held_out
 from .sources.compressed import SUFFIXES, open_stream
 from .sources.limits import Limits, Unreadable
 
 if TYPE_CHECKING:
     from .prepared import PreparedCorpus
 
-# One document in ten is held out.
-HELD_OUT = 10
 # xz -9 remembers 64 MiB and compresses a few MB/s. A text of more characters, or of more bytes, is left out.
 XZ_LIMIT = 16 << 20
 
@@ -84,8 +83,8 @@ def split_documents(documents: Sequence[str]) -> tuple[list[str], list[str], str
     :func:`deduplicate` counts and is then dropped. With fewer, the last tenth of each document is.
     """
     if len(documents) >= HELD_OUT:
-        train = [d for i, d in enumerate(documents) if i % HELD_OUT != HELD_OUT - 1 and d]
-        validation = [d for i, d in enumerate(documents) if i % HELD_OUT == HELD_OUT - 1 and d]
+        train = [d for i, d in enumerate(documents) if d and not is_held_out(i)]
+        validation = [d for i, d in enumerate(documents) if d and is_held_out(i)]
         return train, validation, "every tenth document is held out"
     pairs = [_split_tail(d) for d in documents if d]
     train = [head for head, _ in pairs if head]

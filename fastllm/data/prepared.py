@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import InputError
+from .held_out import HELD_OUT, is_held_out
 
 PREPARED = "prepared.json"
-# Every tenth document is held out, but of a large corpus no more than about this many.
-HELD_OUT = 10
+# Of a large corpus no more than about this many documents are held out.
 MOST_HELD_OUT = 2000
 
 
@@ -26,9 +26,8 @@ class _Part:
     validation: bool
 
     def __iter__(self) -> Iterator[str]:
-        every = self.corpus.every
         for number, document in enumerate(self.corpus.documents()):
-            if (number % every == every - 1) == self.validation:
+            if is_held_out(number, self.corpus.every) == self.validation:
                 yield document["text"]
 
 

@@ -233,6 +233,16 @@ def _fingerprint(module: nn.Module) -> tuple:
     return type(module), settings, others, parameters, parts
 
 
+def _feeding_neighbours(model: nn.Module) -> set[int]:
+    """ids of the linear layers beside one that takes as many features as they give: the first of an MLP."""
+    found = set()
+    for parent in model.modules():
+        layers = [m for m in parent.children() if isinstance(m, nn.Linear)]
+        taken = {layer.in_features for layer in layers}
+        found |= {id(layer) for layer in layers if layer.out_features in taken}
+    return found
+
+
 def find_heads(model: nn.Module) -> Iterator[tuple[int, str]]:
     """(id, why) of the layers that give logits over a vocabulary."""
     inside: set[int] = set()
@@ -248,6 +258,7 @@ def find_heads(model: nn.Module) -> Iterator[tuple[int, str]]:
         if isinstance(head, nn.Module) and any(head is m for m in module.modules()):
             yield id(head), "the model names it as its output embeddings"
     vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    inside |= _feeding_neighbours(model)
     for module in model.modules():
         if id(module) in inside or not isinstance(module, nn.Linear):
             continue

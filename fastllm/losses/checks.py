@@ -26,18 +26,21 @@ def check_bound(loss: str, name: str, value, *, least: float = 0.0, open_end: bo
 
 
 def check_finite(loss: str, name: str, value) -> None:
+    """ValueError or TypeError where ``value`` is no finite number."""
     check_number(loss, name, value)
     if not -math.inf < value < math.inf:
         raise ValueError(f"{loss}: {name} must be finite, got {value}")
 
 
 def check_smoothing(loss: str, value) -> None:
+    """``label_smoothing`` is at least 0 and below 0.5."""
     check_bound(loss, "label_smoothing", value, open_end=False)
     if value >= 0.5:
         raise ValueError(f"{loss}: label_smoothing must be below 0.5, got {value}")
 
 
 def check_kind(loss: str, name: str, value, kinds) -> None:
+    """``value`` is one of ``kinds``."""
     if value not in kinds:
         raise ValueError(f"{loss}: {name} must be one of {', '.join(kinds)}; got {value!r}")
 
@@ -51,6 +54,7 @@ def check_tensor(loss: str, name: str, tensor, like: torch.Tensor | None = None,
 
 
 def check_place(loss: str, name: str, tensor, like, shape) -> None:
+    """``tensor`` is of ``shape`` and on ``like``'s device, where those are given."""
     if shape is not None and tensor.shape != shape:
         raise ValueError(f"{loss}: {name} must be of shape {list(shape)}, got {list(tensor.shape)}")
     if like is not None and tensor.device != like.device:

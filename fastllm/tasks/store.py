@@ -10,11 +10,10 @@ from pathlib import Path
 
 from ..config import InputError
 from ..data import Tokenizer
+from ..data.held_out import HELD_OUT, is_held_out
 from ..files import write_text
 
 SUMMARY = "examples.json"
-# Without a held-out file, one in this many examples is held out; for questions, one in this many texts.
-HELD_OUT = 10
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class TaskDataset:
 
 
 def split_examples(examples: list[dict]) -> tuple[list[dict], list[dict]]:
-    """One in :data:`HELD_OUT` for validation, spread evenly; questions about one text stay together.
+    """One example in ten for validation, spread evenly; of questions one text in ten, with all its questions.
 
     Raises:
         InputError: there are too few to hold any out.
@@ -74,9 +73,9 @@ def split_examples(examples: list[dict]) -> tuple[list[dict], list[dict]]:
         raise InputError("data: one example (of questions: one text) cannot be split; give more, or a held_out file")
     step = min(HELD_OUT, count)
     if groups is None:
-        held = [i % step == step - 1 for i in range(len(examples))]
+        held = [is_held_out(i, step) for i in range(len(examples))]
     else:
-        out = {group for i, group in enumerate(groups) if i % step == step - 1}
+        out = {group for i, group in enumerate(groups) if is_held_out(i, step)}
         held = [e["context"] in out for e in examples]
     return (
         [e for e, out in zip(examples, held, strict=True) if not out],
@@ -93,7 +92,7 @@ def label_names(train: list[dict], validation: list[dict]) -> tuple[str, ...]:
     """The labels, sorted.
 
     Raises:
-        InputError: there are fewer than two, or the held-out examples have one that training has not.
+        InputError: there are fewer than two, or the held-out examples have one that no training example has.
     """
     labels = tuple(sorted({example["label"] for example in train}))
     if len(labels) < 2:

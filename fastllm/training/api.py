@@ -4,7 +4,7 @@ from .config import RunConfig, TrainingConfig, build_run_config, read_run_config
 from .evaluate import Evaluation, evaluate
 from .guard import Diverged, Failed
 from .launch import RUNS, resume, train
-from .loop import Result
+from .run import Result
 
 __all__ = [
     "RUNS",

@@ -10,7 +10,7 @@ from typing import Any
 from ..config import InputError, build_settings, option, read_toml, settings, to_toml, unknown
 from ..data import DataConfig
 from ..models.config import PRESETS, ModelConfig
-from .objective import ObjectiveConfig, fit_model
+from .objective_config import ObjectiveConfig, fit_model
 from .recipes import RECIPES
 
 DEFAULT_PRESET = "tiny"

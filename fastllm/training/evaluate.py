@@ -13,7 +13,7 @@ from ..data import TokenFile, evaluation_batches
 from ..data.batches import IGNORE
 from ..models.mode import evaluation_mode
 from .device import autocast
-from .objective_base import Batch, Evaluation, Objective, TrainedModel, to_device
+from .objective import Batch, Evaluation, Objective, TrainedModel, to_device
 
 
 def bits_per_byte(loss: float, tokens: TokenFile) -> float:

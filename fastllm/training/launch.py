@@ -14,9 +14,9 @@ from ..files import folder_to_fill, sole_writer, write_text
 from .checkpoints.checkpoint import MANIFEST, checkpoints, find_checkpoint
 from .config import RunConfig, TrainingConfig, read_run_config
 from .device import pick_device
-from .loop import CONFIG, SESSIONS, Result, Run, fixed_settings
 from .parallel.ranks import ALONE, Ranks, launched
 from .reports.progress import METRICS, Display, find_wandb
+from .run import CONFIG, SESSIONS, Result, Run, fixed_settings
 from .session import train_run
 from .setup import fitted, open_data, reopen_data, with_pretrained, with_teacher
 

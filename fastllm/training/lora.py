@@ -17,7 +17,7 @@ from torch import nn
 
 from ..config import InputError
 from ..files import read_tensors, save_tensors
-from .objective_base import TrainedModel
+from .objective import TrainedModel
 
 ADAPTER = "adapter.safetensors"
 # The adapters' product is multiplied with alpha / rank.

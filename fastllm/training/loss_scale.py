@@ -10,6 +10,7 @@ import math
 
 from .checkpoints.checkpoint import State
 
+# GradScaler's own, as is GROWTH_STEPS.
 INITIAL, MIN_SCALE = 2.0**16, 1.0
 # With a larger factor a loss of 1 and its gradients would come near float32's largest number.
 MAX_SCALE = 2.0**64

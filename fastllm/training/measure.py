@@ -9,7 +9,7 @@ from torch import nn
 
 from ..timing import seconds as seconds_of
 from .device import autocast, keep_random_state, narrow_dtype
-from .objective_base import Batch, Objective, to_device
+from .objective import Batch, Objective, to_device
 
 # A precision whose best time is this many times the other's is not tried further. A guess: on a machine with other
 # work, times that are taken in turns spread by less.

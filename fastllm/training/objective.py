@@ -1,168 +1,118 @@
-"""Which objective a run has: its settings, and the model that it asks for. Nothing here imports torch."""
+"""The interface of an objective.
+
+An objective holds the data and no cursor. A batch is a dict of tensors whose first dimension is the sequence, so that
+any rows of it are a smaller batch: that is how a step is cut into micro-batches, or over several machines.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import KW_ONLY, dataclass
-from importlib.util import find_spec
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
 
-from ..config import InputError, option, settings
-from ..data.tokenizer import KINDS, SPECIAL_TOKENS
-from ..models.config import ModelConfig
+import torch
 
+from ..data.batches import IGNORE
 
-@dataclass(frozen=True)
-class ObjectiveKind:
-    """What an objective needs: ``encoder`` and ``decoder`` in the model, ``heads`` on the encoder.
-
-    ``task``: it reads examples, not a stream of text. ``tokens``: the tokenizer's special tokens, as in SPECIAL_TOKENS.
-    ``asks``: its examples are prompts.
-    """
-
-    summary: str
-    _: KW_ONLY
-    encoder: bool = False
-    decoder: bool = False
-    heads: tuple[str, ...] = ()
-    task: bool = False
-    tokens: str = "masked"
-    asks: bool = False
-
-
-OBJECTIVES = {
-    "causal": ObjectiveKind("the next token", decoder=True, tokens="causal"),
-    "prefix": ObjectiveKind(
-        "the next token, given a beginning that is read in both directions", decoder=True, tokens="causal"
-    ),
-    "mlm": ObjectiveKind("masked tokens", encoder=True, heads=("mlm",)),
-    "nsp": ObjectiveKind("whether two texts follow each other", encoder=True, heads=("nsp",)),
-    "mlm+nsp": ObjectiveKind(
-        "masked tokens and whether two texts follow each other, as BERT", encoder=True, heads=("mlm", "nsp")
-    ),
-    "seq2seq": ObjectiveKind("a text in another language", encoder=True, decoder=True, task=True, tokens="causal"),
-    "classify": ObjectiveKind("the label of a text", encoder=True, heads=("classify",), task=True),
-    "answer": ObjectiveKind(
-        "where in a text the answer to a question stands", encoder=True, heads=("span",), task=True
-    ),
-    "instruct": ObjectiveKind("the answer to a prompt", decoder=True, task=True, tokens="causal", asks=True),
-    "dpo": ObjectiveKind(
-        "which of two answers is preferred, by a pretrained model", decoder=True, task=True, tokens="causal", asks=True
-    ),
-    "distill": ObjectiveKind("the next token, as the text and a teacher have it", decoder=True, tokens="causal"),
-}
-# Settings of one objective, which are refused for the others.
-OWN = {
-    "mask_probability": ("mlm", "mlm+nsp"), "whole_word": ("mlm", "mlm+nsp"), "token_dropout": ("classify",),
-    "short_windows": ("causal",),
-    "beta": ("dpo",), "dpo_loss": ("dpo",), "teacher": ("distill",), "teacher_share": ("distill",),
-    "temperature": ("distill",), "direction": ("distill",), "jsd_beta": ("distill",),
-}  # fmt: skip
+Batch = dict[str, torch.Tensor]
+# Endings of the names of those scores for which less is better.
+LESS = ("bits_per_byte", "perplexity", "loss")
+# What follows a score's number in place of its name.
+UNITS = {"bits_per_byte": "bits/byte"}
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
-    """What to learn."""
+class Evaluation:
+    """Mean loss in nats over the ``tokens`` (or other targets) scored; ``scores`` by name; ``main`` is the one to show.
 
-    objective: str = option("causal", "what is predicted", choices=tuple(OBJECTIVES))
-    mask_probability: float = option(0.15, "mlm: part of the tokens to predict", above=0, below=1)
-    whole_word: bool = option(True, "mlm: mask all pieces of a word or none")
-    label_smoothing: float | None = option(
-        None, "probability spread over all tokens or labels; if not given 0.1 for seq2seq and 0 for classify",
-        minimum=0, below=1,
-    )  # fmt: skip
-    token_dropout: float = option(0.0, "classify: part of a text's tokens that training masks", minimum=0, below=1)
-    pretrained: str | None = option(
-        None,
-        "start from this run's or model's weights, shape and tokenizer; heads that it lacks are new",
-        metavar="FOLDER",
-    )
-    lora_rank: int = option(
-        0, "with --pretrained: train adapters of this rank (LoRA) and new heads, and nothing else; 0: train everything",
-        minimum=0,
-    )  # fmt: skip
-    tokenizer_kind: str = option(
-        "bpe", "tasks: the kind of the tokenizer that is trained on the examples where none is given", choices=KINDS
-    )
-    held_out: str | None = option(
-        None,
-        "a file or folder to score on, or several with commas between them; without it a tenth of the data",
-        metavar="PATH",
-    )
-
-    short_windows: float | None = option(
-        None, "causal: part of the run, from its beginning, whose windows are a quarter of context_length long, and "
-        "four times as many; 0.5 if not given, 0 with pretrained", minimum=0, maximum=1,
-    )  # fmt: skip
-    beta: float = option(0.1, "dpo: how strongly the model is held to its starting point", above=0)
-    dpo_loss: Literal["sigmoid", "hinge", "ipo"] = option(
-        "sigmoid", "dpo: the loss of a pair; ipo's is the difference from 1 / (2 beta), squared"
-    )
-    teacher: str | None = option(
-        None, "distill: the run or model to learn from; its tokenizer is used", metavar="FOLDER"
-    )
-    teacher_share: float = option(0.5, "distill: the teacher's share of the loss; the rest is the text's loss",
-                                  above=0, maximum=1)  # fmt: skip
-    temperature: float = option(
-        1.0, "distill: divides the logits of both; the divergence is multiplied by its square", above=0
-    )
-    direction: str = option(
-        "forward", "distill: KL(teacher || student), KL(student || teacher), or the Jensen-Shannon divergence",
-        choices=("forward", "reverse", "jsd"),
-    )  # fmt: skip
-    jsd_beta: float = option(0.5, "distill: the teacher's share of the mixture in jsd", above=0, below=1)
-
-    def __post_init__(self):
-        for setting in settings(type(self)):
-            home = OWN.get(setting.name, (self.objective,))
-            if self.objective not in home and getattr(self, setting.name) != setting.default:
-                raise InputError(f"{setting.name}: is for objective {' and '.join(home)}, not for {self.objective}")
-        if self.label_smoothing and self.kind.asks:
-            raise InputError(f"label_smoothing: is for seq2seq and classify, not for {self.objective}")
-        if self.objective == "dpo" and self.pretrained is None:
-            raise InputError("pretrained: objective dpo needs a model to start from, which is its reference; name one")
-        if self.objective == "distill" and self.teacher is None:
-            raise InputError("teacher: objective distill needs one; name a run or a model")
-        if self.lora_rank and self.pretrained is None:
-            raise InputError("lora_rank: adapters are added to a pretrained model; name one with pretrained")
-        if self.lora_rank and find_spec("peft") is None:
-            raise InputError("lora_rank: adapters need peft: pip install 'fastllm[lora]'")
-        if self.tokenizer_kind != "bpe" and not OBJECTIVES[self.objective].task:
-            raise InputError(f"tokenizer_kind: objective {self.objective} is no task; train a tokenizer with "
-                             "fastllm tokenizer train and name it")  # fmt: skip
-
-    @property
-    def kind(self) -> ObjectiveKind:
-        return OBJECTIVES[self.objective]
-
-    @property
-    def special_tokens(self) -> tuple[str, ...]:
-        """What the tokenizer must have."""
-        return SPECIAL_TOKENS[self.kind.tokens]
-
-
-def fit_model(config: ObjectiveConfig, model: ModelConfig, given: Collection[str] = ()) -> ModelConfig:
-    """``model`` with the parts and heads that the objective needs, where ``given`` does not name them.
-
-    Raises:
-        InputError: what is given does not serve the objective.
+    For language models ``main`` is ``bits_per_byte``. ``whole``: all held-out data were scored.
     """
-    kind, changes = config.kind, {}
-    for part, needed in (("encoder", kind.encoder), ("decoder", kind.decoder)):
-        value = getattr(model, part)
-        if needed == (value != "none"):
-            continue
-        if part in given:
-            wanted = "transformer, lstm or gru" if needed else "none"
-            also = "; an encoder may be conv too" if needed and part == "encoder" else ""
-            raise InputError(f"{part}: objective {config.objective} needs {wanted}, got {value}{also}")
-        changes[part] = "transformer" if needed else "none"
-    if config.objective == "prefix" and model.decoder != "transformer":
-        raise InputError(f"decoder: objective prefix needs transformer, got {model.decoder}")
-    changes["heads"] = kind.heads
-    # Two segments tell A from B, the question from the text.
-    if (set(kind.heads) & {"nsp", "span"} or (kind.heads and not kind.task)) and not model.segments:
-        if "segments" in given and "mlm" not in kind.heads:
-            raise InputError(f"segments: objective {config.objective} needs at least 2, got 0")
-        changes["segments"] = 2
-    return model.replace(**changes)
+
+    loss: float
+    tokens: int
+    scores: dict[str, float] = field(default_factory=dict)
+    main: str = "bits_per_byte"
+    whole: bool = True
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        return self.scores.get("bits_per_byte")
+
+    @property
+    def signed_score(self) -> float:
+        """The main score, negated if lower is better, so that higher is always better."""
+        score = self.scores[self.main]
+        return -score if self.main.endswith(LESS) else score
+
+    def describe(self) -> str:
+        """All scores, in one line."""
+        if self.bits_per_byte is not None:
+            return f"{self.bits_per_byte:.4f} bits per byte ({self.loss:.4f} nats per token, {self.tokens:,} tokens)"
+        scores = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in self.scores.items())
+        return f"{scores} (loss {self.loss:.4f} over {self.tokens:,} targets)"
+
+    def headline(self) -> str:
+        """The main score, for people."""
+        return f"{self.scores[self.main]:.3f} {UNITS.get(self.main, self.main)}"
+
+
+# A model as the loop has it: one of fastllm.models', or that as DDP, FSDP2 or peft have changed it. Those hand on
+# attributes that no type knows of.
+TrainedModel: TypeAlias = Any
+
+
+class Objective(Protocol):
+    """What the loop asks of an objective.
+
+    A step minimises the sum of :meth:`losses`, each a mean over as many targets as :meth:`counts` says under the same
+    name. A part of a batch therefore weighs ``counts(part) / counts(batch)``, term by term.
+    """
+
+    def batch(self, step: int, done: float = 1.0) -> Batch:
+        """The batch of ``step``, when the part ``done`` of the run is over, in host memory.
+
+        A function of (data, seed, step, done) alone. No global generator is used.
+        """
+        ...
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """How many targets each term's mean is over. ``batch`` is in host memory."""
+        ...
+
+    def tokens(self, batch: Batch) -> int:
+        """How many tokens the model reads in ``batch``, padding not counted."""
+        ...
+
+    def losses(self, model: TrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
+        """The terms, each the mean over its targets (scalars, fp32), differentiable; ``batch`` on the model's device.
+
+        A term without targets in this batch may be anything; it is not used.
+        """
+        ...
+
+    def evaluate(self, model: TrainedModel, rows: int, dtype: str, limit: int) -> Evaluation:
+        """The score on held-out data, ``rows`` sequences at a time, on at most ``limit`` of them (0: on all).
+
+        Draws no random number from torch's generators and leaves the model as it was.
+        """
+        ...
+
+
+def row_count(batch: Batch) -> int:
+    """The number of sequences in ``batch``."""
+    return len(next(iter(batch.values())))
+
+
+def target_count(batch: Batch) -> int:
+    """How many of the ``targets`` of ``batch`` (in host memory) are not ignored."""
+    return int((batch["targets"] != IGNORE).sum())
+
+
+def rows_of(batch: Batch, rows: int) -> list[Batch]:
+    """``batch`` in parts of ``rows`` sequences."""
+    names, columns = list(batch), [tensor.split(rows) for tensor in batch.values()]
+    return [dict(zip(names, part, strict=True)) for part in zip(*columns, strict=True)]
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """``batch`` on ``device``."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}

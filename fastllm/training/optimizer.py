@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 from ..models.blocks import MLP, Attention, CrossAttention
 from ..models.head import Head
 from .config import TrainingConfig
-from .objective_base import TrainedModel
+from .objective import TrainedModel
 from .orthogonal import orthogonal
 
 # What is added to the root of AdamW's second moment.

@@ -20,9 +20,9 @@ from .clock import Clock, StopRequest
 from .device import autocast, keep_random_state
 from .evaluate import Evaluation
 from .guard import Diverged, Failed, Guard
-from .loop import Measured, Result, Run
 from .loss_scale import LossScale
 from .reports.meters import Meters, Timer, finite
+from .run import Measured, Result, Run
 from .schedule import lr_scale, progress
 from .step import Step, StepSettings, batch_gradients
 
@@ -46,7 +46,7 @@ class Reading(NamedTuple):
 
 
 class Session:
-    """One process's stretch of training of a :class:`~fastllm.training.loop.Run`.
+    """One process's stretch of training of a :class:`~fastllm.training.run.Run`.
 
     Args:
         run: what is trained. Its ``state`` moves on with every step.

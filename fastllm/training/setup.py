@@ -19,7 +19,7 @@ from .checkpoints.checkpoint import load_config
 from .checkpoints.model_folder import language_model_folder, model_folder
 from .config import RunConfig
 from .lora import add_lora
-from .objective import ObjectiveConfig, fit_model
+from .objective_config import ObjectiveConfig, fit_model
 from .prompts import prepare_prompts
 
 

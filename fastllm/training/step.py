@@ -11,7 +11,7 @@ from torch import nn
 
 from .device import autocast
 from .dropout import set_first_row
-from .objective_base import Batch, Objective, rows_of, to_device
+from .objective import Batch, Objective, rows_of, to_device
 from .optimizer import Optimizers
 from .parallel.ranks import ALONE, Losses, Ranks
 

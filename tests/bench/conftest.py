@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from fastllm import OPS
 from fastllm.bench import cases
-from fastllm.bench.norms import _call
+from fastllm.bench.norms import norm_shapes
 
 
 def _wrong():
@@ -26,10 +26,7 @@ def _missing():
 @pytest.fixture
 def small(monkeypatch):
     """layer_norm with two small shapes and three bad rivals."""
-    shapes = {
-        name: lambda device, dtype, name=name, rows=rows: _call(name, (rows, 24), True, False, device, dtype)
-        for name, rows in (("first", 3), ("second", 5))
-    }
+    shapes = norm_shapes(bias=True, of={"first": (3, 24), "second": (5, 24)})
     module = cases.importlib.import_module("fastllm.bench.layer_norm")
     monkeypatch.setattr(module, "shapes", shapes)
     monkeypatch.setattr(module, "rivals", {"wrong": _wrong, "failing": _failing, "missing": _missing})

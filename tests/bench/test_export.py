@@ -5,13 +5,12 @@ import importlib.util
 import json
 import sys
 import types
-from functools import partial
 
 import pytest
 import torch
 
 from fastllm.bench import cases, command, export, exported
-from fastllm.bench.norms import _call
+from fastllm.bench.norms import norm_shapes
 from fastllm.bench.results import Row, Run
 from fastllm.bench.scores import write
 from fastllm.registry import Sample
@@ -24,9 +23,10 @@ def _ids(device, dtype):
 @pytest.fixture(autouse=True)
 def small_shapes(monkeypatch):
     """One small shape for each of three ops: a plain one, one with two results, one with integers."""
+    size = {"Small 3x24": (3, 24)}
     small = {
-        "layer_norm": {"Small 3x24": partial(_call, "", (3, 24), True, False)},
-        "add_rms_norm": {"Small 3x24": partial(_call, "", (3, 24), False, True)},
+        "layer_norm": norm_shapes(bias=True, of=size),
+        "add_rms_norm": norm_shapes(bias=False, residual=True, of=size),
         "embedding": {"Small 5 ids, 7x4": _ids},
     }
     for op, shapes in small.items():

@@ -13,6 +13,7 @@ import pytest
 from missing_packages import missing_packages
 
 from fastllm.bench import cases, environment, prepare
+from fastllm.bench.interpreter import compiling
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "gpu.sh"
@@ -33,10 +34,9 @@ print(*hits)
 
 
 def python(code: str, **variables: str) -> str:
-    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300,
-        env={**inherited, "TRITON_DEFAULT_FP_FUSION": "1", **variables},
+        env={**compiling(), **variables},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()

@@ -87,7 +87,7 @@ def test_speed_in_less_than_seven_minutes(gpu_script):
     bench, train = (next(line for line in calls if what in line) for what in ("fastllm bench", "fastllm.bench.train"))
     assert "--device cuda --sweep" in bench
     assert re.search(r"--compile \S+ --device", bench)[0].split()[1] == "attention"
-    # What the bench has not taken is the training step's.
+    # The time that the bench leaves is the training step's.
     limits = {name: limit for name, _, limit in _steps(log)}
     assert int(re.search(r"--budget (\d+)", bench)[1]) < limits["bench"] < limits["train"]
     assert " --compile" in train

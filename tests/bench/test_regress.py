@@ -2,13 +2,13 @@
 
 import copy
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 
 from fastllm.bench.command import main as bench
+from fastllm.bench.interpreter import compiling
 from fastllm.bench.regress import Measured, broken, compare, read
 from fastllm.bench.regress_measure import counted, load
 
@@ -77,9 +77,8 @@ def measured(tmp_path_factory):
     files = {name: folder / f"kernels_{i}.py" for i, name in enumerate(PLANTED)}
     for name, file in files.items():
         file.write_text(PLANTED[name])
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1"}
     command = [sys.executable, "-c", COMPILE, *map(str, files.values())]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, env=compiling(), capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     found = {}
     for (name, file), kernels in zip(files.items(), json.loads(result.stdout), strict=True):

@@ -9,7 +9,7 @@ from thorough import THOROUGH
 
 from fastllm import OPS
 from fastllm.bench import cases, command, rival, run
-from fastllm.bench.norms import _call
+from fastllm.bench.norms import norm_sample, norm_shapes
 
 CPU = torch.device("cpu")
 # What it does is a matter of the rows that it gets.
@@ -39,7 +39,7 @@ def target(tmp_path):
 
 
 def _shapes(monkeypatch, *rows):
-    shapes = {f"rows {n}": lambda device, dtype, n=n: _call("", (n, 24), True, False, device, dtype) for n in rows}
+    shapes = norm_shapes(bias=True, of={f"rows {n}": (n, 24) for n in rows})
     monkeypatch.setattr(cases.importlib.import_module("fastllm.bench.layer_norm"), "shapes", shapes)
     monkeypatch.setattr(cases.importlib.import_module("fastllm.bench.layer_norm"), "cpu_shapes", {})
     monkeypatch.setitem(run.CASE, "cpu", 60.0)
@@ -105,7 +105,7 @@ def test_one_that_takes_no_call_is_refused_with_what_the_op_takes(monkeypatch):
     theirs = rival.Rival("module:function", CPU)
     answers = iter(["no", None, "no", "no"])
     monkeypatch.setattr(theirs, "_asked", lambda *arguments: next(answers))
-    sample = _call("", (1, 8), True, False, "meta", torch.float32)
+    sample = norm_sample("", (1, 8), True, False, "meta", torch.float32)
     theirs.check(OPS["layer_norm"], [sample, sample])
     with pytest.raises(rival.Refused, match=r"module:function: no; layer_norm takes \(input, normalized_shape,"):
         theirs.check(OPS["layer_norm"], [sample, sample])

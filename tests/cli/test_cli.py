@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
-from command_line import run
+from command_line import check_refused, run
 from prose import prose
 
 from fastllm import __version__
@@ -42,20 +43,8 @@ def train(*arguments):
 
 @pytest.fixture
 def refused(capsys):
-    """Checks that a command is refused: exit code 2, one line on stderr that matches, nothing else, nothing made."""
-
-    def check(pattern, *arguments):
-        before = sorted(os.listdir())
-        capsys.readouterr()
-        assert run(*arguments) == 2
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert err.count("\n") == 1, err
-        assert re.search(pattern, err), err
-        assert err.startswith(f"fastllm {arguments[0]}: error: ")
-        assert sorted(os.listdir()) == before
-
-    return check
+    """:func:`command_line.check_refused` for this test's output."""
+    return partial(check_refused, capsys)
 
 
 # Flags and files from dataclasses

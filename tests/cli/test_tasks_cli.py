@@ -4,11 +4,12 @@ import json
 import os
 import re
 import socket
+from functools import partial
 
 import pytest
 import torch
 from cells import examples
-from command_line import run
+from command_line import check_refused, run
 
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.models import Encoder, EncoderDecoder, load_model
@@ -152,21 +153,10 @@ def test_bleu_by_the_language_of_the_references_is_hinted_at_and_given(here, cap
     assert err == ""
 
 
-def refused(capsys, pattern, *arguments):
-    before = sorted(os.listdir())
-    capsys.readouterr()
-    assert run(*arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1, err
-    assert re.search(pattern, err), err
-    assert sorted(os.listdir()) == before
-
-
 def test_bad_input_is_refused_in_one_line_before_any_work(here, capsys):
     (here / "empty.tsv").write_text("")
     (here / "strange.csv").write_text("text,label\nx,ugly\n")
-    check = lambda *arguments: refused(capsys, *arguments)  # noqa: E731
+    check = partial(check_refused, capsys)
     train = ("train", *SMALL)
     check("this model is for fastllm classify, not for fastllm translate", "translate", "--run", "classify", "x")
     check("for fastllm translate, not for fastllm generate", "generate", "--run", "translate")
@@ -204,7 +194,7 @@ def test_a_mismatched_tokenizer_is_refused(here, capsys, tmp_path):
     shutil.copytree("classify/model", tmp_path / "model")
     (tmp_path / "model" / "manifest.json").unlink()
     shutil.copy("translate/model/tokenizer.json", tmp_path / "model" / "tokenizer.json")
-    refused(capsys, "tokens do not match the model's vocab_size|no cls token", "classify", "--model",
+    check_refused(capsys, "tokens do not match the model's vocab_size|no cls token", "classify", "--model",
             tmp_path / "model", "x")  # fmt: skip
 
 
@@ -212,7 +202,7 @@ def test_serving_refuses_before_it_listens(here, capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        refused(capsys, "port .* Address already in use", "serve", "classify", "--port", taken.getsockname()[1])
-    refused(capsys, "a second model for classify", "serve", "classify", "still", "--port", "0")
-    refused(capsys, "an encoder without a task cannot be served", "serve", "encoder", "--port", "0")
-    refused(capsys, "absent: no such folder", "serve", "absent")
+        check_refused(capsys, "port .* Address already in use", "serve", "classify", "--port", taken.getsockname()[1])
+    check_refused(capsys, "a second model for classify", "serve", "classify", "still", "--port", "0")
+    check_refused(capsys, "an encoder without a task cannot be served", "serve", "encoder", "--port", "0")
+    check_refused(capsys, "absent: no such folder", "serve", "absent")

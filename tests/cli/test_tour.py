@@ -11,7 +11,7 @@ import torch
 from cells import examples
 
 from fastllm.cli import main
-from fastllm.training import loop
+from fastllm.training import run
 
 DOCS = Path(__file__).parents[2] / "docs"
 TOUR = (DOCS / "tour.md").read_text("utf-8")
@@ -34,7 +34,7 @@ def quick(arguments: list[str]) -> list[str]:
 
 def test_the_tours_commands_work(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop, "matmul_flops", lambda *args: 1e11)
+    monkeypatch.setattr(run, "matmul_flops", lambda *args: 1e11)
     monkeypatch.setattr("fastllm.training.reports.report.SAMPLE_TOKENS", 4)
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -76,6 +76,15 @@ def test_subclasses_go_by_their_forward():
     assert ["RMS or layer norm" in report.left[0].why, "forward of its own" in report.left[1].why] == [True, True]
 
 
+def test_a_layer_whose_outputs_its_neighbour_takes_is_no_head():
+    """The first layer of an MLP may be as wide as a vocabulary: 4 x 16 columns and 64 characters."""
+    layer = nn.TransformerEncoderLayer(16, 2, 64, batch_first=True)
+    model = nn.ModuleDict({"tokens": nn.Embedding(64, 16), "layer": layer, "head": nn.Linear(16, 64)})
+    report = fastllm.accelerate(model)
+    assert [e.path for e in report.swapped if e.by == "linear_cross_entropy"] == ["head"]
+    assert "layer.linear1" not in {e.path for e in report.left}
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_instances_that_cannot_be_swapped_say_why():
     patched = nn.LayerNorm(8)

@@ -1,7 +1,6 @@
 """The Hopper forward: its source against the definition in an emulator, its schedule, its code, and itself on a GPU."""
 
 import math
-import os
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ from gluon_machine import EmulationError
 
 import fastllm
 from fastllm.backends import BackendError, why_not
+from fastllm.bench.interpreter import compiling
 from fastllm.functional import attention, scaled_dot_product_attention
 from fastllm.kernels.attention import hopper as kernels
 from fastllm.kernels.attention import hopper_warps as parts
@@ -183,12 +183,10 @@ def test_other_calls_are_the_portable_kernels(monkeypatch):
 
 def test_every_setting_compiles_for_sm_90():
     """No spills, warpgroup products, bulk copies, a block's shared memory; and the launch reads nothing back."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTLLM_BACKEND")}
-    environment["TRITON_DEFAULT_FP_FUSION"] = "1"
     command = [sys.executable, "-m", "fastllm.bench.attention_tables", "--dtype", "bfloat16"]
     # Of the four variants of a setting the one with most registers; docs/attention-tables.md has them all.
     run = subprocess.run(
-        [*command, "--feature", "hopper packed causal"], env=environment, capture_output=True, text=True, timeout=300
+        [*command, "--feature", "hopper packed causal"], env=compiling(), capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.splitlines()[-1].startswith(f"{len(kernels.SETTINGS)} kernels, 0 that spill")

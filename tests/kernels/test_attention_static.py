@@ -1,19 +1,17 @@
 """What ptxas makes of the attention kernels: two calls compiled here, and when the page of all of them is stale."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 from fastllm.bench import attention_tables as tables
+from fastllm.bench.interpreter import compiling
 
 PAGE = Path(__file__).parents[2] / "docs" / "attention-tables.md"
 
 
 def test_no_spills_and_warpgroup_products(tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTLLM_BACKEND")}
-    # 3.9 warns while it is unset; 1 is what it and older versions do by default.
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment = {**compiling(), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
     command = [sys.executable, "-m", "fastllm.bench.attention_tables", "--spot"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr

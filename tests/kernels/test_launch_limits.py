@@ -15,6 +15,7 @@ from launch_limits import _box, wrong
 from thorough import IS_THOROUGH
 
 from fastllm.backends import product_obstacle
+from fastllm.bench.interpreter import compiling
 from fastllm.bench.other_gpus import OtherRow, breaches
 from fastllm.kernels import device
 from fastllm.kernels.device import GPUS, OTHER_GPUS
@@ -26,10 +27,9 @@ EVERY = [f"sm_{arch}" for arch in GPUS] + list(OTHER_GPUS)
 
 def _run(*argv):
     """Output of Python where kernels compile: the interpreter off."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTLLM_BACKEND")}
     # Another Triton before the environment's own stays where it is.
     path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(TESTS))))
-    environment |= {"TRITON_DEFAULT_FP_FUSION": "1", "PYTHONPATH": path}
+    environment = {**compiling(), "PYTHONPATH": path}
     process = subprocess.run([sys.executable, *argv], env=environment, capture_output=True, text=True, timeout=3600)
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
     return process.stdout.splitlines()

@@ -4,13 +4,13 @@ A sample of the shapes. FASTLLM_TESTS=thorough pytest -n 0 tests/kernels/test_st
 of the losses and activations and the norms' whole launch table for each architecture, about an hour on one core.
 """
 
-import os
 import subprocess
 import sys
 
 import pytest
 from thorough import IS_THOROUGH
 
+from fastllm.bench.interpreter import compiling
 from fastllm.bench.static import WARPS, Resources, Row, problems, read_rows
 from fastllm.kernels.device import GPUS
 
@@ -19,9 +19,7 @@ from fastllm.kernels.device import GPUS
 def compiler(tmp_path_factory):
     """``start(*argv)``: Python where kernels compile (the interpreter off), with an empty Triton cache."""
     cache = str(tmp_path_factory.mktemp("triton"))
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTLLM_BACKEND")}
-    # 3.9 warns while it is unset; 1 is what it and older versions do by default.
-    environment |= {"TRITON_CACHE_DIR": cache, "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment = {**compiling(), "TRITON_CACHE_DIR": cache}
 
     def start(*argv):
         return subprocess.Popen(
@@ -71,7 +69,7 @@ import sys
 from itertools import product
 import torch
 from fastllm import OPS
-from fastllm.bench.norms import _call
+from fastllm.bench.norms import norm_sample
 from fastllm.bench.capture import CUDA, launches
 from fastllm.kernels.device import GPUS
 from fastllm.bench.static import Row, problems, read_resources
@@ -91,7 +89,7 @@ for gpu, (dtype, wide), names, widths in planned:
     for name, cols in product(names, widths):
         for p in (0.0, 0.1) if name == "add_layer_norm" and gpu is not small else (0.0,):
             def call():
-                made = _call("", (4096, cols), name.endswith("layer_norm"), name.startswith("add"), CUDA, dtype)
+                made = norm_sample("", (4096, cols), name.endswith("layer_norm"), name.startswith("add"), CUDA, dtype)
                 def widened(t):
                     return t.detach().to(wide).requires_grad_()
                 args = (made.args[0], *map(widened, made.args[1:-1]), made.args[-1])

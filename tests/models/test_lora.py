@@ -91,6 +91,6 @@ def test_a_run_with_adapters_goes_on_as_if_it_had_not_stopped(place, monkeypatch
 def test_what_is_refused(monkeypatch):
     with pytest.raises(InputError, match="lora_rank: adapters are added to a pretrained model"):
         ObjectiveConfig("classify", lora_rank=4)
-    monkeypatch.setattr("fastllm.training.objective.find_spec", lambda name: None)
+    monkeypatch.setattr("fastllm.training.objective_config.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"need peft: pip install 'fastllm\[lora\]'"):
         ObjectiveConfig("classify", lora_rank=4, pretrained="x")

@@ -8,7 +8,7 @@ import pytest
 from thorough import IS_THOROUGH
 
 ROOT = Path(__file__).resolve().parents[2]
-# As fastllm/extension/compile.py compiles it for a processor without variants.
+# As fastllm/extension/compile/ compiles it for a processor without variants.
 FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-ffp-contract=off", "-fno-trapping-math", "-DFASTLLM_ISA=isa_default"]
 CROSS, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 pytestmark = [

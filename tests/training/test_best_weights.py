@@ -14,7 +14,7 @@ from fastllm.training import resume, train
 from fastllm.training.average import WeightAverage
 from fastllm.training.checkpoints.checkpoint import checkpoints, read_state
 from fastllm.training.config import TrainingConfig
-from fastllm.training.objective_base import Evaluation
+from fastllm.training.objective import Evaluation
 from fastllm.training.objectives import CausalLM
 
 pytestmark = pytest.mark.usefixtures("short_runs")

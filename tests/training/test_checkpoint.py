@@ -17,7 +17,7 @@ from toy import weights
 from fastllm.config import InputError
 from fastllm.data import Corpus, prepare
 from fastllm.files import save_tensors
-from fastllm.training import loop, resume, session, train
+from fastllm.training import resume, run, session, train
 from fastllm.training.checkpoints import saving
 from fastllm.training.checkpoints.checkpoint import check, checkpoints, find_checkpoint, read_state, write_manifest
 from fastllm.training.clock import StopRequest
@@ -46,13 +46,13 @@ def test_a_resumed_run_ends_bitwise_like_an_undisturbed_one(config, tmp_path, se
 
 def test_on_another_cpu_a_resumed_run_keeps_its_precision_and_says_so(config, tmp_path, monkeypatch, capsys):
     kinds = ["amx, 16-bit products in hardware: bfloat16", "avx2, 16-bit products in hardware: none"]
-    monkeypatch.setattr(loop.cpu, "kind", lambda: kinds[0])
+    monkeypatch.setattr(run.cpu, "kind", lambda: kinds[0])
     train(config(dtype="bfloat16", steps=2), tmp_path / "run", quiet=True)
     assert read_state(find_checkpoint(tmp_path / "run")).cpu == kinds[0]
     assert resume(tmp_path / "run", {"steps": 3}).steps == 3
     assert "another CPU" not in capsys.readouterr().out
-    monkeypatch.setattr(loop.cpu, "kind", lambda: kinds[1])
-    monkeypatch.setattr(loop.cpu, "matmul_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(run.cpu, "kind", lambda: kinds[1])
+    monkeypatch.setattr(run.cpu, "matmul_dtype", lambda device: torch.float32)
     assert resume(tmp_path / "run", {"steps": 4}).steps == 4
     said = " ".join(capsys.readouterr().out.split())
     assert f"another CPU than before ({kinds[0]}): {kinds[1]}; the run keeps bfloat16" in said

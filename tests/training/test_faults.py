@@ -36,9 +36,9 @@ SMALL = [
 FASTLLM = """
 import sys, time, torch
 from fastllm.cli import main
-from fastllm.training import loop; from fastllm.training.checkpoints import checkpoint
+from fastllm.training import run; from fastllm.training.checkpoints import checkpoint
 torch.set_num_threads(1)
-loop.plot_loss, loop.write_samples, loop.matmul_flops = (lambda *args: None), (lambda *args: ""), (lambda *args: 1e11)
+run.plot_loss, run.write_samples, run.matmul_flops = (lambda *args: None), (lambda *args: ""), (lambda *args: 1e11)
 real = checkpoint.write_manifest
 checkpoint.write_manifest = lambda folder: (time.sleep(0.5), real(folder))
 sys.exit(main(sys.argv[1:]))

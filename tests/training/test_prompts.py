@@ -265,7 +265,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prompts")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("fastllm.training.loop.matmul_flops", lambda *args: 1e11)
+        patch.setattr("fastllm.training.run.matmul_flops", lambda *args: 1e11)
         patch.setattr("fastllm.tasks.show.ANSWER_TOKENS", 3)
         for name in ("instruct", "dpo"):
             write(folder / f"{name}.jsonl", *examples(name))
@@ -282,7 +282,7 @@ def place(tmp_path_factory):
 @pytest.fixture
 def here(place, monkeypatch):
     monkeypatch.chdir(place)
-    monkeypatch.setattr("fastllm.training.loop.matmul_flops", lambda *args: 1e11)
+    monkeypatch.setattr("fastllm.training.run.matmul_flops", lambda *args: 1e11)
     return place
 
 

@@ -36,6 +36,7 @@ PASSAGES = {
     "repeated_sentences": "three sentences in a row that occurred before",
     "repeated_substrings": "as many characters as --exact-substrings that occurred before",
 }
+# Documents shown of each rule, and pixels of a histogram. Guesses.
 _EXAMPLES = 3
 _WIDTH = 420
 _STYLE = (

@@ -31,6 +31,7 @@ def compress(path: Path, lines: Iterable[bytes]) -> None:
 
 
 def rejection_line(rejection: Rejection) -> bytes:
+    """A line of JSON for the file of what was rejected."""
     record = {"id": rejection.id, "rule": rejection.rule, **rejection.details, "text": rejection.excerpt}
     return json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 

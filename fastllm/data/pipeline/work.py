@@ -22,7 +22,7 @@ from ..sources import SINGLE, Failure, Raw, SourceEntry, read
 from ..sources.limits import one_line
 from .config import PipelineConfig
 
-# A batch is closed by whichever comes first.
+# A batch is closed by whichever comes first. Guesses.
 BATCH_BYTES = 4 << 20
 BATCH_ITEMS = 256
 

@@ -16,6 +16,7 @@ from ..optional import require
 from .limits import Limits, Unreadable, one_line
 
 SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+# Bytes that are decompressed at once. A guess.
 _CHUNK = 1 << 18
 
 

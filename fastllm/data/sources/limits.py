@@ -51,4 +51,5 @@ class Unreadable(Exception):
 
 
 def one_line(error: BaseException) -> str:
+    """The error's kind and message in one line of at most 300 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -190,6 +190,7 @@ def check_qkv(op: str, query, key, value) -> None:
 
 
 def check_dropout(op: str, p) -> float:
+    """``dropout_p`` as a float. ValueError: it is outside of [0, 1]."""
     if not is_number(p) or not 0 <= p <= 1:
         raise ValueError(f"{op}: dropout_p must lie between 0 and 1, got {p!r}")
     return float(p)
@@ -205,6 +206,7 @@ def check_scale(op: str, scale, dim: int) -> float:
 
 
 def check_softcap(op: str, softcap) -> float:
+    """``softcap`` as a float, 0 for none. ValueError: it is negative or no number."""
     if softcap is not None and (not is_number(softcap) or not softcap >= 0):
         raise ValueError(f"{op}: softcap must be a number >= 0 (None or 0: none), got {softcap!r}")
     return float(softcap or 0.0)

@@ -96,8 +96,8 @@ class Chunking(NamedTuple):
 
     ``max_workspace_mb``: MiB that a chunk may take, None for the device's default. ``skip_ignored``: rows of ignored
     targets are left out. On CUDA that needs ``max_targets``, the most targets that are not ignored, or else the host
-    waits for the device.
-    ``for_entropy``: the workspace holds what the entropy sums, in the backward too, whose chunks are the forward's.
+    waits for the device. ``for_entropy``: the workspace holds what the entropy sums, in the backward too, whose chunks
+    are the forward's.
     """
 
     max_workspace_mb: float | None
@@ -151,16 +151,8 @@ class LinearCrossEntropyCall(NamedTuple):
 _BESIDE = ("linear_weight", "target", "linear_bias", "token_weight")
 
 
-def linear_cross_entropy_call(
-    input, linear_weight, target, *, linear_bias=None, weight=None, token_weight=None, ignore_index=None, options=None,
-    shift=0, max_workspace_mb=None, max_targets=None, recompute=False, return_lse=False, return_accuracy=False,
-    return_entropy=False, op="linear_cross_entropy", **more,
-) -> LinearCrossEntropyCall:  # fmt: skip
-    """The arguments of :func:`fastllm.functional.linear_cross_entropy`, checked. ``more``: fields of :class:`Loss`.
-
-    ``op``: the function that was called, for errors.
-    """
-    loss = Loss(ignore_index=-100 if ignore_index is None else ignore_index, **more)
+def _check_tensors(op: str, input, linear_weight, target, linear_bias, token_weight) -> None:
+    """TypeError or ValueError: a dtype, shape or device does not fit the others'."""
     check_floating(op, "input", input)
     check_floating(op, "linear_weight", linear_weight)
     for name, tensor in (("linear_bias", linear_bias), ("token_weight", token_weight)):
@@ -192,6 +184,19 @@ def linear_cross_entropy_call(
     for name, tensor in zip(_BESIDE, (linear_weight, target, linear_bias, token_weight), strict=True):
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, input on {device}; they must be together")
+
+
+def linear_cross_entropy_call(
+    input, linear_weight, target, *, linear_bias=None, weight=None, token_weight=None, ignore_index=None, options=None,
+    shift=0, max_workspace_mb=None, max_targets=None, recompute=False, return_lse=False, return_accuracy=False,
+    return_entropy=False, op="linear_cross_entropy", **more,
+) -> LinearCrossEntropyCall:  # fmt: skip
+    """The arguments of :func:`fastllm.functional.linear_cross_entropy`, checked. ``more``: fields of :class:`Loss`.
+
+    ``op``: the function that was called, for errors.
+    """
+    loss = Loss(ignore_index=-100 if ignore_index is None else ignore_index, **more)
+    _check_tensors(op, input, linear_weight, target, linear_bias, token_weight)
     check_integer(op, "shift", shift)
     if max_workspace_mb is not None:
         check_number(op, "max_workspace_mb", max_workspace_mb)
@@ -207,7 +212,7 @@ def linear_cross_entropy_call(
         raise ValueError(f"{op}: max_targets must be positive, got {max_targets}")
     _check_class_weights(op, input, weight, linear_weight.shape[0])
     if weight is not None and weight.requires_grad:
-        raise ValueError("linear_cross_entropy: weight requires a gradient, and class weights get none")
+        raise ValueError(f"{op}: weight requires a gradient, and class weights get none")
     skip = not (return_lse or return_entropy) and (max_targets is not None or input.device.type == "cpu")
     return LinearCrossEntropyCall(
         input, linear_weight, target, linear_bias, weight, token_weight, loss.checked(op), shift,

@@ -39,8 +39,9 @@ def linear_kl_div(
       nothing is scaled to sum to 1. "reverse" would be infinite, so it is refused.
 
     Args:
-        input: (..., D), floating point: the student's hidden states. linear_weight: (V, D), in the same dtype.
-            linear_bias: (V,) or None.
+        input: (..., D), floating point: the student's hidden states.
+        linear_weight: (V, D), in the same dtype.
+        linear_bias: (V,) in the same dtype, or None.
         teacher_input, teacher_weight, teacher_bias, teacher_indices: see above. The teacher's dtype may differ. Each
             tensor of the student and the teacher that requires a gradient gets one. Detach the tensors of a frozen
             teacher, or compute them under ``torch.no_grad``.

@@ -84,6 +84,7 @@ def _check_values(call: LinearKLDivCall, total) -> None:
     _fwd_fake,
 )
 def linear_kl_div_fwd(*args):
+    """(loss, number of positions that count, six gradients, empty where not needed)."""
     call, (backend, with_gradient, needs) = LinearKLDivCall.of(args)
     total = count_of(call)
     if total.device.type == "cpu":

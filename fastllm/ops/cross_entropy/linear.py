@@ -34,7 +34,9 @@ def linear_cross_entropy(
     chunk.
 
     Args:
-        input: (..., D), floating point. linear_weight: (V, D), in the same dtype. linear_bias: (V,) or None.
+        input: (..., D), floating point.
+        linear_weight: (V, D), in the same dtype.
+        linear_bias: (V,) in the same dtype, or None.
         target: class indices of the input's leading shape, int64 or uint8. Also torch's other forms: class
             probabilities (N, V), or a linear_weight (V, d1, ..., D) with bias (V, d1, ...); for these all the logits
             are held, and token_weight, shift, max_targets, return_accuracy and return_entropy are refused.

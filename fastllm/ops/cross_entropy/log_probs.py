@@ -32,8 +32,8 @@ def linear_log_probs(
 
     Args:
         input: (..., D), floating point: the hidden states under the output layer.
-        linear_weight: (V, D), in the same dtype. linear_bias: (V,) or None. Each of the three that requires a gradient
-            gets one.
+        linear_weight: (V, D), in the same dtype.
+        linear_bias: (V,) in the same dtype, or None.
         target: class indices of the input's leading shape, int64 or uint8.
         temperature: the logits are divided by it, after the soft cap; positive.
         softcap: the logits are ``softcap * tanh(logits / softcap)``, or None.
@@ -53,7 +53,7 @@ def linear_log_probs(
     Returns:
         The log-probabilities in nats, of the target's shape, in fp32 at least, because 16 bits are too few for the
         ratio of two policies. With ``return_entropy`` it is a pair of these and the entropies, also in nats. Both are
-        differentiable.
+        differentiable: of the input, the weight and the bias, each that requires a gradient gets one.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or option does not fit.

@@ -111,6 +111,7 @@ LABELLED_SCHEMA = f"Tensor logits, Tensor target, Tensor? weight, {LOSS_SCHEMA}"
 
 
 def class_dim(input: torch.Tensor) -> int:
+    """The dimension of the classes in ``input`` (C,) or (N, C, ...)."""
     return 0 if input.dim() == 1 else 1
 
 

@@ -78,6 +78,7 @@ def _total(labelled: Labelled):
 
 
 def native_cross_entropy_fwd(labelled: Labelled, loss_dtype: torch.dtype, with_gradient: bool = False):
+    """(loss, logsumexp, statistics, what a mean divides by, gradient of the logits), as the operator gives them."""
     x, reduction = labelled.logits, labelled.loss.reduction
     n_rows = x.shape[0] * x.shape[2]
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -95,6 +96,7 @@ def native_cross_entropy_fwd(labelled: Labelled, loss_dtype: torch.dtype, with_g
 
 
 def native_cross_entropy_bwd(upstream, labelled: Labelled, statistics, needs, out=None):
+    """(gradient of the logits, of the target), empty where not needed; ``out`` may take the first."""
     x, target, _, loss = labelled
     n_rows = x.shape[0] * x.shape[2]
     need_dx, need_dtarget = needs

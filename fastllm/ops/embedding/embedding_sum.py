@@ -21,7 +21,7 @@ from .embedding import Embedding
 from .operator import Lookup, scatter
 from .samples import distinct, make_table, zipf
 
-# The tables are arguments of one kernel: kMaxTables in csrc/cuda/forward_kernels.cuh.
+# The tables are arguments of one kernel: kMaxTables in csrc/cuda/embedding_forward_kernels.cuh.
 MAX_TABLES_ON_A_GPU = 8
 
 

@@ -8,6 +8,7 @@ from ...registry import Cost, Sample
 
 
 def distinct(indices: torch.Tensor) -> int:
+    """The number of different ids."""
     return int(torch.unique(indices).numel())
 
 
@@ -20,6 +21,7 @@ def embedding_cost(input, weight, *args, **kwargs) -> Cost:
 
 
 def make_table(device, dtype, rows: int, columns: int) -> torch.Tensor:
+    """A table (rows, columns) of normal numbers that requires a gradient."""
     return torch.randn(rows, columns, device=device, dtype=torch.float32).to(dtype).requires_grad_()
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from ...data import Tokenizer
 from ...files import save_tensors
 from ..guard import Failed
-from ..objective_base import TrainedModel
+from ..objective import TrainedModel
 from .checkpoint import OPTIMIZER, Keep, State, save_checkpoint, save_model
 
 # This many checkpoints may fail in a row, because the disk is full or gone, before the run stops.

@@ -1,7 +1,7 @@
 """What a run learns: which batches it sees, what it minimises, and how the result is scored."""
 
-from ..objective import OBJECTIVES, ObjectiveConfig, fit_model
-from ..objective_base import Batch, Objective, rows_of, to_device
+from ..objective import Batch, Objective, rows_of, to_device
+from ..objective_config import OBJECTIVES, ObjectiveConfig, fit_model
 from .choose import make_objective
 from .distill import Distill
 from .examples import Answer, Classify, Seq2Seq

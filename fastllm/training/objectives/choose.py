@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..checkpoints.model_folder import load_language_model
-from ..objective import ObjectiveConfig
-from ..objective_base import Objective
+from ..objective import Objective
+from ..objective_config import ObjectiveConfig
 from .distill import Distill, TeacherTerm
 from .examples import SMOOTHING, Answer, Classify, Seq2Seq
 from .masked import MaskedLM

@@ -11,7 +11,7 @@ from ...data import Dataset, TokenFile, evaluation_batches
 from ...data.batches import IGNORE
 from ..device import autocast
 from ..evaluate import Evaluation, bits_per_byte, evaluating
-from ..objective_base import Batch, TrainedModel, target_count
+from ..objective import Batch, TrainedModel, target_count
 from .streams import CausalLM
 
 

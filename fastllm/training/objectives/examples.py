@@ -14,7 +14,7 @@ from ...data.batches import permute, shuffled
 from ...tasks.features import Features, class_features, pair_features, span_features
 from ...tasks.store import TaskDataset
 from ..evaluate import Evaluation, evaluating, mean_losses
-from ..objective_base import Batch, TrainedModel, target_count, to_device
+from ..objective import Batch, TrainedModel, target_count, to_device
 from .streams import perplexity
 
 # Label smoothing of translation (Vaswani et al. 2017).

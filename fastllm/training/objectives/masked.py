@@ -19,7 +19,7 @@ from ...data import Dataset, TokenFile, Tokenizer, derive_seed
 from ...data.batches import IGNORE, shuffled
 from ...tasks.features import padded
 from ..evaluate import Evaluation, evaluating, mean_losses
-from ..objective_base import Batch, TrainedModel, target_count, to_device
+from ..objective import Batch, TrainedModel, target_count, to_device
 
 # Of the tokens chosen for prediction: replaced with the mask, replaced with any token; the rest stay.
 MASKED, REPLACED = 0.8, 0.1

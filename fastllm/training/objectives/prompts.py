@@ -12,7 +12,7 @@ from ...tasks.preferences import pair_log_probs, preference_scores, score_pairs
 from ...tasks.prompts import SIDES
 from ..device import autocast
 from ..evaluate import Evaluation, evaluating, mean_losses
-from ..objective_base import Batch, TrainedModel, target_count
+from ..objective import Batch, TrainedModel, target_count
 from .examples import ExampleObjective
 from .streams import perplexity
 

@@ -10,7 +10,7 @@ import torch
 from ...data import Batches, Dataset, derive_seed, evaluation_batches
 from ...data.batches import IGNORE
 from ..evaluate import Evaluation, evaluate, evaluating, mean_losses
-from ..objective_base import Batch, TrainedModel, target_count
+from ..objective import Batch, TrainedModel, target_count
 
 # How much shorter windows are while they are short, and how many more of them a batch has.
 SHORTER = 4

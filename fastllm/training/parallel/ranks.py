@@ -14,7 +14,7 @@ from torch import nn
 from ...data import Tokenizer
 from ..checkpoints.checkpoint import SHARDED, Keep, load_checkpoint
 from ..checkpoints.saving import Saver
-from ..objective_base import Batch, Objective, row_count, rows_of
+from ..objective import Batch, Objective, row_count, rows_of
 
 Losses = Callable[[nn.Module, Batch], dict[str, torch.Tensor]]
 

@@ -16,6 +16,7 @@ from ..evaluate import bits_per_byte
 from .curves import BLUE, GREY, ORANGE, after_the_start, new_figure, plot_terms, save_figure, smoothed
 from .progress import METRICS, read_metrics
 
+# What samples.txt shows, and how it is drawn. Guesses.
 SAMPLES, SAMPLE_TOKENS = 4, 200
 TEMPERATURE, TOP_P = 0.8, 0.95
 PROMPT_BYTES = 60

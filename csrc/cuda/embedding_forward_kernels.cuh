@@ -1,4 +1,4 @@
-// The kernels of embedding_fwd and embedding_sum; free of barriers and atomics, as those of backward_kernels.cuh.
+// The kernels of embedding_fwd and embedding_sum; without barriers and atomics, as those of the backward are.
 #pragma once
 
 #include "../order.h"

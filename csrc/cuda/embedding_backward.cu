@@ -1,7 +1,7 @@
 // embedding_bwd on a GPU: sort the tokens by id, then one pass over the table's rows. No host sync, no atomics.
 #include "runtime.cuh"
 
-#include "backward_kernels.cuh"
+#include "embedding_backward_kernels.cuh"
 #include "sort.h"
 
 namespace fastllm {

@@ -5,7 +5,7 @@
 
 #define FASTLLM_ASSERT(condition) assert((condition) && "embedding: id out of range")
 #define FASTLLM_STORE_STREAMING(to, value) __stcs(to, value)
-#include "forward_kernels.cuh"
+#include "embedding_forward_kernels.cuh"
 
 namespace fastllm {
 namespace {

@@ -36,7 +36,7 @@ from .dropout import key_dropout
 from .evaluate import Evaluation
 from .lora import ADAPTER, load_adapter
 from .measure import faster_dtype
-from .objective_base import Batch, TrainedModel, row_count, rows_of, to_device
+from .objective import Batch, TrainedModel, row_count, rows_of, to_device
 from .objectives import make_objective
 from .optimizer import Optimizers
 from .parallel.ranks import ALONE, Ranks
