@@ -90,6 +90,18 @@ def test_orpo_is_finite_where_an_answer_is_certain():
     assert chosen.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("log_p", [-1e-6, -1e-3, -0.69, -0.7, -20.0])
+def test_orpo_keeps_the_digits_of_likely_and_unlikely_answers(log_p):
+    # 1 - exp(log_p) has lost them in float32 where log_p is near 0: 1e-6 becomes 9.5e-7.
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        chosen = torch.tensor([log_p], dtype=torch.float32).to(dtype).requires_grad_()
+        loss, metrics = losses.orpo(chosen, chosen.detach() - 1, nll=chosen.new_zeros(()), return_metrics=True)
+        loss.backward()
+        results.append([x.double() for x in (metrics["log_odds_ratio"].detach(), loss.detach(), chosen.grad)])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=0)
+
+
 @SETTINGS
 @given(
     beta=BETAS, kl=st.sampled_from([0.0, 0.7, -0.5]), weights=st.sampled_from([(1.0, 1.0), (1.33, 0.5), (0, 1)]),

@@ -32,6 +32,20 @@ MAX_BODY_BYTES, MAX_SECONDS = 64 << 10, 60.0
 LIMITS = {"text": 20_000, "question": 1_000, "max_new_tokens": 1_000, "beams": 16}
 
 
+class _Held(StreamingResponse):
+    """A stream for which a lock is held; it gives the lock back at its end, also where nobody reads it."""
+
+    def __init__(self, content, lock: asyncio.Lock, **options):
+        super().__init__(content, **options)
+        self.lock = lock
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.lock.release()
+
+
 class BadRequest(ValueError):
     """What was asked for cannot be done; the message goes to the browser."""
 
@@ -152,11 +166,24 @@ def make_app(models: dict[str, ServedModel], hosts: tuple[str, ...], seconds: fl
     Args:
         hosts: the names under which it may be called; others are refused, so that no other site's page can reach it
             by a name that points here.
-        seconds: seconds that a request may take.
+        seconds: seconds that a request may take, its wait for others included.
     """
     # One computation at a time: they share the cores.
     busy = asyncio.Lock()
     page = files("fastllm.serving").joinpath("page.html").read_text("utf-8")
+
+    async def computed(task: str, values: dict) -> dict:
+        await busy.acquire()
+        running = asyncio.ensure_future(run_in_threadpool(ANSWERS[task], models[task], values))
+
+        def ended(running: asyncio.Future) -> None:
+            busy.release()
+            if not running.cancelled():
+                running.exception()  # seen, also where nobody waits for it any more
+
+        running.add_done_callback(ended)
+        # A thread cannot be stopped: after a timeout it goes on, and the next computation waits for its end.
+        return await asyncio.shield(running)
 
     async def home(request: Request) -> Response:
         return HTMLResponse(page)
@@ -176,16 +203,9 @@ def make_app(models: dict[str, ServedModel], hosts: tuple[str, ...], seconds: fl
                 values = await _body(request)
             if task == "generate":
                 pieces = _written(models[task], values, time.monotonic() + seconds)
-
-                async def stream():
-                    async with busy:
-                        async for piece in iterate_in_threadpool(pieces):
-                            yield piece
-
-                return StreamingResponse(stream(), media_type="text/plain; charset=utf-8")
-            async with busy:
-                result = await asyncio.wait_for(run_in_threadpool(ANSWERS[task], models[task], values), seconds)
-            return JSONResponse(result)
+                await asyncio.wait_for(busy.acquire(), seconds)
+                return _Held(iterate_in_threadpool(pieces), busy, media_type="text/plain; charset=utf-8")
+            return JSONResponse(await asyncio.wait_for(computed(task, values), seconds))
         except BadRequest as error:
             return JSONResponse({"error": str(error)}, 400)
         except ClientDisconnect:

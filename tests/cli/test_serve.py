@@ -22,6 +22,7 @@ from fastllm.tasks.translate import translate
 uvicorn, Request = needed("uvicorn", "serve"), needed("starlette.requests", "serve").Request
 HTMLResponse = needed("starlette.responses", "serve").HTMLResponse
 
+from fastllm.serving import app  # noqa: E402
 from fastllm.serving.app import MAX_BODY_BYTES, ServedModel, _written, make_app  # noqa: E402
 
 # Chromium is no Python package; a machine without it tests the interface alone.
@@ -193,6 +194,36 @@ def test_a_request_that_takes_too_long_ends(models):
         running.close()
     # What is written ends where it is.
     assert list(_written(models["generate"], {"prompt": "x"}, time.monotonic() - 1)) == []
+
+
+def test_what_took_too_long_is_waited_for_by_the_next(models, monkeypatch):
+    going, most, release = [], [], threading.Event()
+
+    def slow(served, values):
+        going.append(values)
+        most.append(len(going))
+        release.wait(30)
+        going.pop()
+        return values
+
+    monkeypatch.setitem(app.ANSWERS, "classify", slow)
+    running = Running(models, seconds=0.3)
+    try:
+        for _ in range(3):
+            assert running.post("classify", {"text": "x"})[0] == 503
+        # Text too: nothing was written, which must not look like an empty text.
+        status, reply = running.post("generate", {"prompt": "x"})
+        assert (status, most) == (503, [1])
+        assert "took more than" in reply
+        release.set()
+        while going:
+            time.sleep(0.01)
+        assert running.post("generate", {"prompt": "x", "max_new_tokens": 1})[0] == 200
+        assert running.post("classify", {"text": "x"})[0] == 200
+        assert most == [1, 1]
+    finally:
+        release.set()
+        running.close()
 
 
 # Fills in the page's forms, one tab after the other, and sends home what they show.

@@ -217,6 +217,20 @@ def test_greedy_generation_follows_the_uncached_model(model):
     assert drawn == ids[5:]
 
 
+@pytest.mark.parametrize("start", [3, 24, 40])
+def test_a_full_context_is_followed_by_its_newer_half(model, start):
+    for p in model.requires_grad_(False).parameters():
+        p.mul_(3)  # so that the likeliest token depends on all that is seen
+    prompt = tokens(1, start)[0].tolist()
+    seen, expected = prompt[-24:], []
+    for _ in range(40):
+        if len(seen) > 24:
+            seen = seen[-12:]
+        expected.append(int(model.eval()(torch.tensor([seen], device=DEVICE))[0, -1].argmax()))
+        seen.append(expected[-1])
+    assert list(generate(model, prompt, max_new_tokens=40, temperature=0.0)) == expected
+
+
 def test_generation_goes_on_past_the_context(model):
     drawn = list(generate(model, [1, 2, 3], max_new_tokens=60, seed=0))
     assert len(drawn) == 60
