@@ -98,6 +98,8 @@ if [ -z "${FASTLLM_GPU_DRY_RUN:-}" ]; then
     || { echo "no GPU here: nvidia-smi failed"; exit 2; }
   TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1)}
   export TORCH_CUDA_ARCH_LIST
+  # As fastllm/extension/compile.py finds nvcc: compute-sanitizer lies beside it.
+  export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
   device=cuda wish=1
 else
   device=cpu wish=0 # every path of this script, on a machine without a GPU

@@ -37,9 +37,10 @@ def gpu_script(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name not in unset}
     environment |= {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "CALLS": str(calls)}
 
-    def run(*options, slow=""):
+    def run(*options, slow="", **variables):
         arguments = [tree / "bench" / "gpu.sh", tmp_path / "out", *options]
-        process = subprocess.run(arguments, env=environment | {"SLOW": slow}, capture_output=True, text=True)
+        set_for_it = environment | {"SLOW": slow} | variables
+        process = subprocess.run(arguments, env=set_for_it, capture_output=True, text=True)
         return process.returncode, (tmp_path / "out" / "log.txt").read_text(), calls.read_text().splitlines()
 
     return run
@@ -77,6 +78,14 @@ def test_correctness_in_less_than_seven_minutes(gpu_script, tmp_path):
         assert "(two_backwards and (native or triton or hopper)) or packed_on_a_gpu or gradients_on_a_gpu" in line
     # Instrumented kernels are others, and must not lie where the prepared ones do.
     assert len({re.search(r"TRITON_CACHE_DIR=(\S+)", line)[1] for line in (tests, *instrumented)}) == 2
+
+
+def test_the_sanitizer_of_a_toolkit_that_is_not_on_the_path_is_found(gpu_script, tmp_path):
+    toolkit = tmp_path / "toolkit" / "bin"
+    toolkit.mkdir(parents=True)
+    (tmp_path / "tools" / "compute-sanitizer").rename(toolkit / "compute-sanitizer")
+    *_, calls = gpu_script("--part", "correctness", CUDA_HOME=str(toolkit.parent))
+    assert len([line for line in calls if line.startswith("compute-sanitizer")]) == 4
 
 
 def test_speed_in_less_than_seven_minutes(gpu_script):
