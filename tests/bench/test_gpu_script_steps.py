@@ -17,6 +17,10 @@ case "$*" in
   --query-gpu=compute_cap*) echo 9.0 ;;
   *"prepare commit"*) echo abc ;;
   *missing_packages.py) echo "tests/test_lacking.py some_package" ;;
+  *"--junitxml"*) touch "$OUT/tests.xml" ;;
+  *"fastllm bench "*)
+    touch "$OUT"/{bench.json,bench.html,roofline.png,speedup.png,{rms_norm,swiglu,geglu}-bfloat16-cold.png} ;;
+  *bench.train*) touch "$OUT/train.json" ;;
 esac
 if [ -n "$SLOW" ] && [[ "$*" == *"$SLOW"* ]]; then sleep 60; fi
 """
@@ -36,6 +40,7 @@ def gpu_script(tmp_path):
     unset = ("PYTHON", "FASTLLM_GPU_DRY_RUN", "TORCH_CUDA_ARCH_LIST", "TRITON_CACHE_DIR")
     environment = {name: value for name, value in os.environ.items() if name not in unset}
     environment |= {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "CALLS": str(calls)}
+    environment["OUT"] = str(tmp_path / "out")
 
     def run(*options, slow="", **variables):
         arguments = [tree / "bench" / "gpu.sh", tmp_path / "out", *options]
@@ -100,6 +105,15 @@ def test_speed_in_less_than_seven_minutes(gpu_script):
     limits = {name: limit for name, _, limit in _steps(log)}
     assert int(re.search(r"--budget (\d+)", bench)[1]) < limits["bench"] < limits["train"]
     assert " --compile" in train
+
+
+def test_no_more_than_eight_files_are_left(gpu_script, tmp_path):
+    assert gpu_script()[0] == 0
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert len(files) == 8
+    assert files >= {"log.txt", "tests.xml", "bench.json", "bench.html", "roofline.png", "speedup.png", "train.json"}
+    plots = subprocess.run(["tar", "-tf", tmp_path / "out" / "sweeps.tar"], capture_output=True, text=True, check=True)
+    assert sorted(plots.stdout.split()) == [f"{op}-bfloat16-cold.png" for op in ("geglu", "rms_norm", "swiglu")]
 
 
 def test_a_part_that_is_cut_off_says_what_it_left_out(gpu_script):
