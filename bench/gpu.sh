@@ -7,9 +7,10 @@
 # correctness: builds the extension in place, runs the tests that need the GPU, the parity tests first, then
 # compute-sanitizer's four tools and Triton's own checks. speed: the bench and the training step. Both parts without
 # --part, within SECONDS (default 540; 400 for one part). Installs nothing, needs no network, works from the source
-# tree. Leaves in OUT: log.txt, tests.xml, bench.json, the plots, bench.html, train.json. It says what it skipped and why,
-# and a part that is cut off leaves what it has done. FASTLLM_GPU_DRY_RUN=1 takes every path of it that needs no GPU:
-# the tests are collected as on a GPU, and what would run there is told with its seconds.
+# tree. Leaves at most eight files in OUT: log.txt, tests.xml, bench.json, bench.html, roofline.png, speedup.png,
+# sweeps.tar, train.json. It says what it skipped and why, and a part that is cut off leaves what it has done.
+# FASTLLM_GPU_DRY_RUN=1 takes every path of it that needs no GPU: the tests are collected as on a GPU, and what would
+# run there is told with its seconds.
 #
 # --prepare compiles the kernels on a machine without a GPU, for sm_ARCH (default 90), into FOLDER, and --cache uses
 # them. Python's minor version and Triton's must be those of the GPU machine; where they differ, --cache says so.
@@ -98,6 +99,8 @@ if [ -z "${FASTLLM_GPU_DRY_RUN:-}" ]; then
     || { echo "no GPU here: nvidia-smi failed"; exit 2; }
   TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1)}
   export TORCH_CUDA_ARCH_LIST
+  # As fastllm/extension/compile.py finds nvcc: compute-sanitizer lies beside it.
+  export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
   device=cuda wish=1
 else
   device=cpu wish=0 # every path of this script, on a machine without a GPU
@@ -153,12 +156,20 @@ correctness() {
   fi
 }
 
+# A plot for each op's sweep, OP-DTYPE-CACHE.png, in one file; bench.html shows them too.
+pack_sweeps() {
+  local plots=("$out"/*-*.png)
+  [ -e "${plots[0]}" ] || return 0
+  tar -cf "$out/sweeps.tar" -C "$out" "${plots[@]##*/}" && rm "${plots[@]}"
+}
+
 speed() {
   local limit=$(($(left) * 3 / 5)) bench train
   bench=("$python" -m fastllm bench --out "$out" --budget $((limit > 40 ? limit - 15 : 25))
     --compile attention)
   train=("$python" -m fastllm.bench.train --json "$out/train.json")
   on_gpu bench "$limit" "${bench[@]}" --device cuda --sweep
+  pack_sweeps
   if [ "$device" = cpu ]; then step bench "$limit" "${bench[@]}" --device cpu layer_norm swiglu --shape "one token" --rounds 2; fi
   limit=$(($(left) - 10))
   on_gpu train "$limit" "${train[@]}" --device cuda --preset gpt2 --batch-size 32 --steps 2 --rounds 5 --compile

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..kernels.device import DeviceInfo
+from ..kernels.device import GPUS, OTHER_GPUS, DeviceInfo
 
+# Every GPU that kernels are compiled for without one, by architecture.
+EVERY_GPU = {gpu.architecture: gpu for gpu in (*GPUS.values(), *OTHER_GPUS.values())}
 # Threads of a block, 32-bit registers of an NVIDIA block, blocks along the three sides of a grid.
 THREADS, REGISTERS, GRID = 1024, 65536, (2**31 - 1, 65535, 65535)
 # Registers are given to a warp of NVIDIA's, which has 32 lanes, in units of this many.

@@ -1,11 +1,12 @@
 """What the kernels become on the GPUs that no launch table is chosen for, and whether a launch there is a legal one.
 
     python -m fastllm.bench.other_gpus [OP...] [--gpu sm_75 sm_86 sm_89 sm_120 gfx942 gfx950 gfx1100 gfx1201]
-                                       [--json FILE]
+                                       [--samples] [--json FILE]
 
 compiles each kernel on a few shapes, as bench/static.py does all of them for sm_80, sm_90 and sm_100, and prints
-registers, spills, shared memory and matrix instructions. It exits with 1 where a launch breaks a limit of its GPU or a
-kernel spills. Nothing here has run on any of these GPUs.
+registers, spills, shared memory and matrix instructions. With --samples it compiles what the tests' samples and the
+bench's calls launch, in every dtype. It exits with 1 where a launch breaks a limit of its GPU or a kernel spills.
+Nothing here has run on any of these GPUs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,10 +25,11 @@ import triton
 
 from ..kernels.device import OTHER_GPUS, DeviceInfo
 from ..parser import first_paragraph
-from ..registry import OPS
+from ..registry import OPS, Op, Sample
 from . import cases
 from .capture import CUDA, Launch, launches, short_name
-from .limits import Footprint, over_limits
+from .limits import EVERY_GPU, Footprint, over_limits
+from .prepare import every_call
 from .static import read_resources
 
 # The shapes, by parts of their names.
@@ -46,7 +48,11 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class OtherRow:
-    """A kernel of one call on one GPU. ``spills``: instructions on NVIDIA's, registers on AMD's."""
+    """A kernel of one call on one GPU. ``spills``: instructions on NVIDIA's, registers on AMD's.
+
+    ``stack`` is in bytes; of the spills, ``looped`` are in loops of ``loop_length`` instructions, and the kernel has
+    ``length``. AMD's have 0 there.
+    """
 
     gpu: str
     op: str
@@ -60,6 +66,12 @@ class OtherRow:
     spills: int
     shared: int
     matrix: int
+    stack: int = 0
+    looped: int = 0
+    loop_length: int = 0
+    length: int = 0
+    untouched_stack: bool = False
+    """Nothing loads from the stack or stores to it: ``spills`` is then 1."""
 
 
 def _amd_metadata(assembly: str, name: str) -> int:
@@ -69,6 +81,7 @@ def _amd_metadata(assembly: str, name: str) -> int:
 def row_of(gpu: DeviceInfo, op: str, shape: str, dtype: torch.dtype, launch: Launch) -> OtherRow:
     """What a compiled launch takes on ``gpu``, read from its assembly."""
     compiled = launch.compiled
+    place: tuple[int | bool, ...] = ()
     if gpu.vendor == "amd":
         assembly = compiled.asm["amdgcn"]
         registers, spills = (_amd_metadata(assembly, name) for name in ("vgpr_count", "vgpr_spill_count"))
@@ -76,11 +89,15 @@ def row_of(gpu: DeviceInfo, op: str, shape: str, dtype: torch.dtype, launch: Lau
     else:
         resources = read_resources(compiled)
         registers, spills, matrix = resources.registers, resources.spills, resources.tensor_core
+        place = (
+            resources.stack, resources.looped_spills, resources.loop_length, sum(resources.opcodes.values()),
+            resources.untouched_stack,
+        )  # fmt: skip
     kernel = short_name(launch.kernel)
     metadata = compiled.metadata
     return OtherRow(
         gpu.architecture, op, shape, str(dtype).removeprefix("torch."), launch.direction, kernel, launch.grid,
-        metadata.num_warps, registers, spills, metadata.shared, matrix,
+        metadata.num_warps, registers, spills, metadata.shared, matrix, *place,
     )  # fmt: skip
 
 
@@ -96,23 +113,32 @@ def breaches(gpu: DeviceInfo, row: OtherRow) -> list[str]:
     return found
 
 
-def rows(ops: Iterable[str], gpus: Iterable[str]) -> Iterator[OtherRow]:
+def _few_calls(op: Op, gpu: DeviceInfo) -> Iterator[tuple[str, Callable[[], Sample], str, torch.dtype]]:
+    dtype = torch.bfloat16 if gpu.has_bfloat16 else torch.float16
+    for shape, make in cases.shapes_of(op.name).items():
+        if any(part in shape for part in SHAPES[op.name]):
+            yield shape, partial(make, CUDA, dtype), "triton", dtype
+
+
+def rows(ops: Iterable[str], gpus: Iterable[str], samples: bool = False) -> Iterator[OtherRow]:
     """Each kernel of each call once. Attention is left out where PyTorch's own serves; sm_75 computes in float16.
+
+    Args:
+        samples: all of :func:`.prepare.every_call`, each kernel of a GPU once, not the calls of :data:`SHAPES`.
 
     Raises:
         RuntimeError: Triton's interpreter is on.
     """
     for name in gpus:
-        gpu = OTHER_GPUS[name]
-        dtype = torch.bfloat16 if gpu.has_bfloat16 else torch.float16
-        for op in ops:
-            if op == "attention" and gpu.product_obstacle is not None:
+        gpu, known = EVERY_GPU[name], set()
+        for op in map(OPS.__getitem__, ops):
+            if "attention" in op.name and gpu.product_obstacle is not None:
                 continue
-            for shape, make in cases.shapes_of(op).items():
-                if any(part in shape for part in SHAPES[op]):
-                    found = launches(OPS[op], partial(make, CUDA, dtype), gpu)
-                    for launch in {one.compiled.hash: one for one in found}.values():
-                        yield row_of(gpu, op, shape, dtype, launch)
+            for shape, make, backend, dtype in (every_call if samples else _few_calls)(op, gpu):
+                for launch in {one.compiled.hash: one for one in launches(op, make, gpu, backend)}.values():
+                    if not (samples and launch.compiled.hash in known):
+                        known.add(launch.compiled.hash)
+                        yield row_of(gpu, op.name, shape, dtype, launch)
 
 
 COLUMNS = ("op", "shape", "pass", "kernel", "GPU", "warps", "registers", "spills", "shared KB", "matrix instructions")
@@ -134,15 +160,20 @@ def read_rows(file: Path) -> list[OtherRow]:
 def main(argv: list[str] | None = None) -> int:
     """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser("python -m fastllm.bench.other_gpus", description=first_paragraph(__doc__))
-    parser.add_argument("ops", nargs="*", metavar="OP", choices=(*SHAPES, []), help="of these (all)")
-    parser.add_argument("--gpu", nargs="+", choices=list(OTHER_GPUS), default=list(OTHER_GPUS))
+    parser.add_argument("ops", nargs="*", metavar="OP", help="ops with kernels (those that have a few shapes here)")
+    parser.add_argument("--gpu", nargs="+", choices=list(EVERY_GPU), default=list(OTHER_GPUS))
+    parser.add_argument("--samples", action="store_true", help="every op's samples and all of the bench's calls")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write every row there")
     options = parser.parse_args(argv)
+    known = [op.name for op in OPS.values() if "triton" in op.backends] if options.samples else list(SHAPES)
+    for name in options.ops:
+        if name not in known:
+            parser.error(f"no op {name!r} here; the ops are {', '.join(known)}")
     found, bad = [], 0
     print(f"Triton {triton.__version__}")
-    for row in rows(options.ops or SHAPES, options.gpu):
+    for row in rows(options.ops or known, options.gpu, options.samples):
         found.append(row)
-        wrong = breaches(OTHER_GPUS[row.gpu], row)
+        wrong = breaches(EVERY_GPU[row.gpu], row)
         bad += bool(wrong)
         print(" | ".join(cells(row)), *wrong, sep=" ! ", flush=True)
     if options.json:

@@ -21,9 +21,10 @@ import platform
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,10 +33,10 @@ from torch.utils._pytree import tree_map_only
 from triton.runtime.cache import triton_key
 
 from ..backends import KERNEL_DTYPES
-from ..kernels.device import GPUS
+from ..kernels.device import GPUS, DeviceInfo
 from ..other_work import cores
 from ..parser import first_paragraph
-from ..registry import OPS, Sample
+from ..registry import OPS, Op, Sample
 from . import cases
 from .capture import CUDA, check_compiles, launches
 from .environment import commit
@@ -77,26 +78,35 @@ def _moved(sample: Sample) -> Sample:
     return replace(sample, args=args, kwargs=kwargs)
 
 
+def every_call(op: Op, gpu: DeviceInfo) -> Iterator[tuple[str, Callable[[], Sample], str, torch.dtype]]:
+    """The bench's calls, in bfloat16, and the samples: name, what makes it on :data:`.capture.CUDA`, backend, dtype.
+
+    A GPU without bfloat16 has the bench's calls in float16 and no sample in bfloat16.
+    """
+    backends = [name for name in ("triton", "hopper") if name in op.backends]
+    for backend in backends if gpu.arch == 90 else backends[:1]:
+        dtypes = [dtype for dtype in KERNEL_DTYPES if dtype != torch.bfloat16 or gpu.has_bfloat16]
+        half = torch.bfloat16 if gpu.has_bfloat16 else torch.float16
+        for planned in plan([op], [""], device="cuda") if cases.shapes_of(op.name) else []:
+            yield planned.name, partial(planned.make, CUDA, half), backend, half
+        for dtype in dtypes:
+            for sample in op.samples(torch.device("cpu"), dtype):
+                yield sample.name, partial(_moved, sample), backend, dtype
+
+
 def compile_op(name: str, arch: int) -> tuple[int, list[str]]:
     """Compiles what the op launches in the bench's shapes (bfloat16) and the tests' samples (every dtype).
 
     Returns:
         The number of distinct kernels, and each call that could not be run without a device, with its error.
     """
-    op, found, problems = OPS[name], set(), []
-
-    def compiled(what, make, backend):
+    op, gpu, found, problems = OPS[name], GPUS[arch], set(), []
+    for call, make, backend, dtype in every_call(op, gpu):
         try:
-            found.update(launch.compiled.hash for launch in launches(op, make, GPUS[arch], backend))
+            found.update(launch.compiled.hash for launch in launches(op, make, gpu, backend))
         except Exception as error:  # one call that cannot be pretended must not lose the others
+            what = f"{name}, {call}, {dtype}, {backend}"
             problems.append(f"{what}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
-
-    for backend in (b for b in ("triton", "hopper") if b in op.backends and not (b == "hopper" and arch != 90)):
-        for planned in plan([op], [""], device="cuda") if cases.shapes_of(name) else []:
-            compiled(f"{name}, {planned.name}, {backend}", lambda p=planned: p.make(CUDA, torch.bfloat16), backend)
-        for dtype in KERNEL_DTYPES:
-            for sample in op.samples(torch.device("cpu"), dtype):
-                compiled(f"{name}, {sample.name}, {dtype}, {backend}", lambda s=sample: _moved(s), backend)
     return len(found), problems
 
 

@@ -18,11 +18,12 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
@@ -39,8 +40,12 @@ from .interpreter import compiling, interpreting
 from .limits import REGISTERS, warp_registers
 from .run import plan
 
-_OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
-_RESOURCES_FILE = "fastllm_resources.json"
+# An instruction's address, its condition, its opcode and its operands.
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*)")
+_TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
+_LOCAL = ("LDL", "STL")
+# The number changes with the fields of Resources.
+_RESOURCES_FILE = "fastllm_resources_2.json"
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
 _LOADS, _STORES = ("LDG", "LDGSTS"), ("STG",)
 _TENSOR_CORE = ("HGMMA", "HMMA", "QGMMA", "IMMA", "IGMMA", "DMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA")
@@ -61,15 +66,29 @@ class Resources:
     opcodes: dict[str, int]
     narrow_products: int = 0
     """32-bit products of two numbers that are known at the launch only: as offsets they may overflow."""
+    looped_spills: int = 0
+    """Of :attr:`local_accesses`, those inside a loop."""
+    loop_length: int = 0
+    """Instructions of the loops that have :attr:`looped_spills`, with the loops around them."""
 
     def count(self, *families: str) -> int:
         """Instructions whose opcode, up to its first dot, is one of ``families``."""
         return sum(n for opcode, n in self.opcodes.items() if opcode.partition(".")[0] in families)
 
     @property
+    def local_accesses(self) -> int:
+        """Loads and stores of thread-local memory."""
+        return self.count(*_LOCAL)
+
+    @property
+    def untouched_stack(self) -> bool:
+        """Whether there is a stack that no instruction loads from or stores to."""
+        return self.stack > 0 and not self.local_accesses
+
+    @property
     def spills(self) -> int:
-        """Loads and stores of thread-local memory; at least 1 where there is a stack."""
-        return max(self.count("LDL", "STL"), int(self.stack > 0))
+        """:attr:`local_accesses`; at least 1 where there is a stack."""
+        return max(self.local_accesses, int(self.stack > 0))
 
     @property
     def doubles(self) -> int:
@@ -133,6 +152,59 @@ def _cuobjdump(option: str, cubin: Path) -> str:
     return subprocess.run([tool, option, str(cubin)], check=True, capture_output=True, text=True).stdout
 
 
+class Instruction(NamedTuple):
+    """One instruction of a kernel: its address, its opcode, and the addresses of those that may follow it."""
+
+    address: int
+    opcode: str
+    then: tuple[int, ...]
+
+
+def instructions(sass: str) -> list[Instruction]:
+    """What ``cuobjdump -sass`` prints of one kernel."""
+    lines = _INSTRUCTION.findall(sass)
+    found = []
+    for (address, condition, opcode, operands), following in zip(lines, [*lines[1:], None], strict=True):
+        family = opcode.partition(".")[0]
+        target = _TARGET.search(operands) if family == "BRA" else None
+        then = [] if target is None else [int(target[1], 16)]
+        # A branch may have its condition among its operands.
+        always = not condition and (family in ("EXIT", "RET") or (family == "BRA" and "," not in operands))
+        if following is not None and not always:
+            then.append(int(following[0], 16))
+        found.append(Instruction(int(address, 16), opcode, tuple(then)))
+    return found
+
+
+def _reached(start: int, edges: Mapping[int, Iterable[int]]) -> set[int]:
+    """The addresses that a path of at least one edge leads to."""
+    found, waiting = set(), [start]
+    while waiting:
+        new = set(edges.get(waiting.pop(), ())) - found
+        found |= new
+        waiting += new
+    return found
+
+
+def spills_in_loops(code: list[Instruction]) -> dict[str, int]:
+    """The fields ``looped_spills`` and ``loop_length`` of :class:`Resources`.
+
+    An instruction is in a loop that leads back to itself: code that lies behind the kernel's end, where it waits for a
+    copy, is part of one or of none by what follows it, not by where it lies.
+    """
+    after = {one.address: one.then for one in code}
+    before: dict[int, list[int]] = {}
+    for one in code:
+        for address in one.then:
+            before.setdefault(address, []).append(one.address)
+    looped, loops = 0, set()
+    for one in code:
+        if one.opcode.partition(".")[0] in _LOCAL and one.address in (ahead := _reached(one.address, after)):
+            looped += 1
+            loops |= ahead & _reached(one.address, before)
+    return {"looped_spills": looped, "loop_length": len(loops)}
+
+
 def read_resources(compiled) -> Resources:
     """Registers, stack, shared memory and opcodes of a kernel that Triton compiled; Triton's cache keeps them too."""
     cache = get_cache_manager(compiled.hash)
@@ -143,7 +215,8 @@ def read_resources(compiled) -> Resources:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         used = [tuple(map(int, m)) for m in _RESOURCES.findall(_cuobjdump("--dump-resource-usage", cubin))]
-        opcodes = Counter(_OPCODE.findall(_cuobjdump("-sass", cubin)))
+        code = instructions(_cuobjdump("-sass", cubin))
+        opcodes = Counter(one.opcode for one in code)
     if not used or not opcodes:
         raise RuntimeError(f"cuobjdump found no code in the cubin of {compiled.name}")
     found = Resources(
@@ -154,6 +227,7 @@ def read_resources(compiled) -> Resources:
         num_stages=compiled.metadata.num_stages,
         opcodes=dict(sorted(opcodes.items())),
         narrow_products=narrow_products(compiled.asm.get("ttir", "")),
+        **spills_in_loops(code),
     )
     cache.put(json.dumps(asdict(found)), _RESOURCES_FILE, binary=False)
     return found

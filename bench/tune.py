@@ -3,6 +3,11 @@
 Settings are those that a launcher passes through :func:`fastllm.kernels.launch.tuned`. From the launcher's own, each
 is halved and doubled in turn for as long as the call gets faster outside the noise. What fails, or is not as close to
 the truth as the op has to be, is passed over.
+
+The Gluon kernels of attention are left out. Half and twice their settings are no candidates: twice the keys of a step
+spills at head dim 128, twice the buffers does not fit in a block's shared memory there, and a setting that has not run
+in the emulator of tests/gluon_machine.py could wait for ever. kernels/attention/hopper.py and hopper_backward.py have
+them, by the head dim.
 """
 
 from __future__ import annotations

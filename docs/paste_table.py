@@ -98,7 +98,10 @@ RULES = (
     Rule(r"bench\.experts$", "bench.experts --dtype float32 --rounds 1", _BENCH),
     Rule(r"tests/transformers_checks\.py$", "tests/transformers_checks.py llama", "one architecture, not 18"),
     Rule(r"bench\.narrow_models( --size small medium)?", "bench.narrow_models --size small --rounds 1", _BENCH),
-    Rule(r"^python docs/static\.py$", "python docs/static.py --check", "all kernels take minutes to compile"),
+    Rule(r"bench\.other_gpus --gpu sm_90 --samples$", "bench.other_gpus swiglu --gpu sm_90 --samples", _ONE_OP),
+    Rule(
+        r"^python docs/static\.py( --oldest)?$", "python docs/static.py --check", "all kernels take minutes to compile"
+    ),
 )
 
 # Page -> kinds of files that its commands read.

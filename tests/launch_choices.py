@@ -12,12 +12,12 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
-from launch_limits import ALL
 from triton.runtime.jit import JITFunction
 
 from fastllm import functional
 from fastllm.backends import backend
 from fastllm.bench.capture import pretend
+from fastllm.bench.limits import EVERY_GPU
 
 # From one row to dozens for each multiprocessor of any GPU, and either side of powers of 2.
 ROWS = (1, 2, 3, 7, 16, 17, 64, 129, 300, 1000, 1025, 5000, 20000)
@@ -117,7 +117,7 @@ def differing(gpu):
 
 def main():
     for name in sys.argv[1:]:
-        count, found = differing(ALL[name])
+        count, found = differing(EVERY_GPU[name])
         for line in found:
             print("DIFFERS", name, line)
         print(name, count, "calls")

@@ -21,11 +21,9 @@ from triton.runtime.jit import JITFunction
 from fastllm.backends import backend
 from fastllm.bench import cases
 from fastllm.bench.capture import pretend
-from fastllm.bench.limits import Footprint, over_limits
-from fastllm.kernels.device import GPUS, OTHER_GPUS
+from fastllm.bench.limits import EVERY_GPU, Footprint, over_limits
 from fastllm.registry import OPS
 
-ALL = {**{f"sm_{arch}": gpu for arch, gpu in GPUS.items()}, **OTHER_GPUS}
 # Elements along a side of the box that a bulk copy brings.
 BOX = 256
 
@@ -114,7 +112,7 @@ def _box(text):
 def main():
     step = int(sys.argv[1])
     for name in sys.argv[2:]:
-        found = launches_of(ALL[name], step)
+        found = launches_of(EVERY_GPU[name], step)
         print(name, len(found), "launches")
         for kernel, sample, problems in found:
             for problem in problems:

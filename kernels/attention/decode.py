@@ -234,8 +234,9 @@ def attention_decode(problem, split: KeySplit, out, statistics):
             **register_bound(problem.q.dtype, problem.pressure),
         ),
     )  # fmt: skip
+    merge = problem.tuned("attention_merge", dict(BLOCK_S=16, num_warps=4, num_stages=2))
     _attention_merge_kernel[(rows * problem.heads * problem.batch,)](
         partial, problem.plane(out), statistics, problem.sinks, problem.dropout, problem.score.unit, problem.sizes,
-        programs.tiles, rows, NATURAL=problem.natural, split=split, tile=shape, GROUP=group, BLOCK_S=16,
-        **launch_options(problem.q.device, num_warps=4, num_stages=2),
+        programs.tiles, rows, NATURAL=problem.natural, split=split, tile=shape, GROUP=group, BLOCK_S=merge["BLOCK_S"],
+        **launch_options(problem.q.device, num_warps=merge["num_warps"], num_stages=merge["num_stages"]),
     )  # fmt: skip

@@ -17,6 +17,10 @@ case "$*" in
   --query-gpu=compute_cap*) echo 9.0 ;;
   *"prepare commit"*) echo abc ;;
   *missing_packages.py) echo "tests/test_lacking.py some_package" ;;
+  *"--junitxml"*) touch "$OUT/tests.xml" ;;
+  *"fastllm bench "*)
+    touch "$OUT"/{bench.json,bench.html,roofline.png,speedup.png,{rms_norm,swiglu,geglu}-bfloat16-cold.png} ;;
+  *bench.train*) touch "$OUT/train.json" ;;
 esac
 if [ -n "$SLOW" ] && [[ "$*" == *"$SLOW"* ]]; then sleep 60; fi
 """
@@ -36,10 +40,12 @@ def gpu_script(tmp_path):
     unset = ("PYTHON", "FASTLLM_GPU_DRY_RUN", "TORCH_CUDA_ARCH_LIST", "TRITON_CACHE_DIR")
     environment = {name: value for name, value in os.environ.items() if name not in unset}
     environment |= {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "CALLS": str(calls)}
+    environment["OUT"] = str(tmp_path / "out")
 
-    def run(*options, slow=""):
+    def run(*options, slow="", **variables):
         arguments = [tree / "bench" / "gpu.sh", tmp_path / "out", *options]
-        process = subprocess.run(arguments, env=environment | {"SLOW": slow}, capture_output=True, text=True)
+        set_for_it = environment | {"SLOW": slow} | variables
+        process = subprocess.run(arguments, env=set_for_it, capture_output=True, text=True)
         return process.returncode, (tmp_path / "out" / "log.txt").read_text(), calls.read_text().splitlines()
 
     return run
@@ -79,6 +85,14 @@ def test_correctness_in_less_than_seven_minutes(gpu_script, tmp_path):
     assert len({re.search(r"TRITON_CACHE_DIR=(\S+)", line)[1] for line in (tests, *instrumented)}) == 2
 
 
+def test_the_sanitizer_of_a_toolkit_that_is_not_on_the_path_is_found(gpu_script, tmp_path):
+    toolkit = tmp_path / "toolkit" / "bin"
+    toolkit.mkdir(parents=True)
+    (tmp_path / "tools" / "compute-sanitizer").rename(toolkit / "compute-sanitizer")
+    *_, calls = gpu_script("--part", "correctness", CUDA_HOME=str(toolkit.parent))
+    assert len([line for line in calls if line.startswith("compute-sanitizer")]) == 4
+
+
 def test_speed_in_less_than_seven_minutes(gpu_script):
     status, log, calls = gpu_script("--part", "speed")
     assert (status, "failed: none" in log) == (0, True), log
@@ -91,6 +105,15 @@ def test_speed_in_less_than_seven_minutes(gpu_script):
     limits = {name: limit for name, _, limit in _steps(log)}
     assert int(re.search(r"--budget (\d+)", bench)[1]) < limits["bench"] < limits["train"]
     assert " --compile" in train
+
+
+def test_no_more_than_eight_files_are_left(gpu_script, tmp_path):
+    assert gpu_script()[0] == 0
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert len(files) == 8
+    assert files >= {"log.txt", "tests.xml", "bench.json", "bench.html", "roofline.png", "speedup.png", "train.json"}
+    plots = subprocess.run(["tar", "-tf", tmp_path / "out" / "sweeps.tar"], capture_output=True, text=True, check=True)
+    assert sorted(plots.stdout.split()) == [f"{op}-bfloat16-cold.png" for op in ("geglu", "rms_norm", "swiglu")]
 
 
 def test_a_part_that_is_cut_off_says_what_it_left_out(gpu_script):

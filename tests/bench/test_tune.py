@@ -57,7 +57,7 @@ ASKS = {
         "attention_split", "attention_fwd", "attention_delta", "attention_bwd_dkdv", "attention_bwd_dq",
         "attention_dbias",
     },
-    "decoding": {"attention_split"},
+    "decoding": {"attention_split", "attention_merge"},
 }  # fmt: skip
 
 

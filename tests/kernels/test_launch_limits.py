@@ -16,13 +16,13 @@ from thorough import IS_THOROUGH
 
 from fastllm.backends import product_obstacle
 from fastllm.bench.interpreter import compiling
+from fastllm.bench.limits import EVERY_GPU
 from fastllm.bench.other_gpus import OtherRow, breaches
 from fastllm.kernels import device
 from fastllm.kernels.device import GPUS, OTHER_GPUS
 from fastllm.kernels.launch import launch_options
 
 TESTS = Path(__file__).parent.parent
-EVERY = [f"sm_{arch}" for arch in GPUS] + list(OTHER_GPUS)
 
 
 def _run(*argv):
@@ -36,7 +36,7 @@ def _run(*argv):
 
 
 def test_every_launch_of_the_samples_is_legal():
-    step, gpus = ("1", EVERY) if IS_THOROUGH else ("20", ["sm_75", "sm_90", "gfx942"])
+    step, gpus = ("1", list(EVERY_GPU)) if IS_THOROUGH else ("20", ["sm_75", "sm_90", "gfx942"])
     lines = _run(str(TESTS / "launch_limits.py"), step, *gpus)
     counts = [line for line in lines if line.endswith(" launches")]
     assert [line.split()[0] for line in counts] == gpus
@@ -46,7 +46,7 @@ def test_every_launch_of_the_samples_is_legal():
 
 def test_no_choice_follows_the_number_of_rows():
     """Of kernels that sum over something else; tests/kernels/test_batch_invariance.py has the bits."""
-    gpus = EVERY if IS_THOROUGH else ["sm_90", "gfx942"]
+    gpus = list(EVERY_GPU) if IS_THOROUGH else ["sm_90", "gfx942"]
     lines = _run(str(TESTS / "launch_choices.py"), *gpus)
     counts = {line.split()[0]: int(line.split()[1]) for line in lines if line.endswith(" calls")}
     assert list(counts) == gpus

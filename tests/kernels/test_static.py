@@ -6,12 +6,14 @@ of the losses and activations and the norms' whole launch table for each archite
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from thorough import IS_THOROUGH
 
 from fastllm.bench.interpreter import compiling
-from fastllm.bench.static import WARPS, Resources, Row, problems, read_rows
+from fastllm.bench.limits import EVERY_GPU
+from fastllm.bench.static import WARPS, Resources, Row, instructions, problems, read_rows, spills_in_loops
 from fastllm.kernels.device import GPUS
 
 
@@ -346,3 +348,40 @@ def test_what_no_kernel_may_have_is_a_problem():
     assert found(opcodes={"DFMA": 1, "F2F.F64.F32": 1}) == ["2 fp64 instructions"]
     assert found(80, shared=170 << 10) == found(90, shared=228 << 10) == ["does not fit on a multiprocessor"]
     assert found(90, shared=170 << 10) == []
+
+
+def test_the_oldest_tritons_page_has_every_gpu_and_no_spills_in_loops():
+    page = (Path(__file__).parents[2] / "docs" / "static-oldest.md").read_text(encoding="utf-8")
+    by_gpu, spilled = (
+        [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines() if line.startswith("| ")]
+        for part in page.split("## With a stack")
+    )
+    assert [row[0] for row in by_gpu[1:]] == list(EVERY_GPU)
+    over, stacks = by_gpu[0].index("over a limit"), by_gpu[0].index("with a stack")
+    assert {row[over] for row in by_gpu[1:]} == {"0"}
+    assert len(spilled[1:]) == sum(int(row[stacks]) for row in by_gpu[1:])
+    looped = spilled[0].index("of them in a loop")
+    assert {row[looped] for row in spilled[1:]} <= {"0"}
+
+
+# As cuobjdump prints them: a loop from 0x20 to 0x50 that waits at 0xa0, behind the kernel's end, and comes back.
+LOOP = """
+        /*0000*/                   STL [R1], R4 ;        /* 0x00 */
+        /*0010*/                   MOV R2, RZ ;
+        /*0020*/              @!P5 BRA 0xa0 ;
+        /*0030*/                   {store}
+        /*0040*/                   IADD3 R2, R2, 0x1, RZ ;
+        /*0050*/               @P4 BRA 0x20 ;
+        /*0060*/                   LDL.LU R4, [R1] ;
+        /*0070*/                   EXIT ;
+        /*00a0*/              @!P2 BRA 0xa0 ;
+        /*00b0*/                   BRA 0x30 ;
+        /*00c0*/                   BRA 0xc0;
+"""
+
+
+@pytest.mark.parametrize(("store", "looped", "length"), [("FADD R0, R0, R0 ;", 0, 0), ("STL.64 [R1+0x8], R0 ;", 1, 6)])
+def test_spills_are_in_a_loop_or_outside_of_all(store, looped, length):
+    code = instructions(LOOP.format(store=store))
+    assert len(code) == 11
+    assert spills_in_loops(code) == {"looped_spills": looped, "loop_length": length}

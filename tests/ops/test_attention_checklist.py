@@ -112,6 +112,23 @@ def test_packed_offsets_past_32_bits():
             assert torch.equal(a, b)
 
 
+def test_column_offsets_past_32_bits():
+    # The last of 16 columns lies 15 * 2^28 elements behind the first: queries, keys, values, and the output's gradient.
+    step = 2**28
+    whole = torch.empty(16 * step, dtype=torch.float16, device=DEVICE)
+    base = torch.randn(1, 2, 3, 16, device=DEVICE).half()
+    wide = whole.as_strided((1, 2, 3, 16), (6, 3, 1, step))
+    wide.copy_(base)
+    with fastllm.backend("triton"):
+        leaves = [wide.detach().requires_grad_() for _ in range(3)]
+        near = [base.clone().requires_grad_() for _ in range(3)]
+        out, expected = attention(*leaves), attention(*near)
+        assert torch.equal(out, expected)
+        grads = torch.autograd.grad(out, leaves, wide)
+        for a, b in zip(grads, torch.autograd.grad(expected, near, base), strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.runs_on("anywhere")
 def test_dropout_words_differ_past_32_bits_of_scores():
     # Planes and rows whose scores lie 2^32 apart in one long count; and the kernels' own words there.
