@@ -11,7 +11,8 @@ reports what models of four fifths of the sites say about the pages of the rest.
    the headings above them; and a ridge regression of pages' types.
 3. Trees over :func:`features`, whose lexicon was learned from other sites than the page's.
 4. Trees over :func:`context` of what step 3's trees, learned from other sites, say of the page.
-5. The model is the mean of the folds' trees, with a lexicon of all pages.
+5. A network over the rows of step 3, in the order of a page's blocks.
+6. The model is the mean of the folds' trees, with a lexicon and a network of all pages.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from ..data.clean.block_model import BlockModel, Trees, combine
+from ..data.clean.block_model import BlockModel, Trees, mean_of, with_rules
+from ..data.clean.block_network import Network
 from ..data.clean.body import last_headings
 from ..data.clean.elements import Markup
 from ..data.clean.features import (
@@ -47,6 +49,7 @@ from ..data.clean.page_types import PageTypes, page_tokens
 from ..data.clean.page_words import PageWords
 from ..data.clean.rendering import render
 from ..parser import first_paragraph
+from .block_network_training import Examples, learn_network
 from .cleaning import Score, report
 from .marked_pages import MarkedPage, read_marked, words
 
@@ -258,8 +261,18 @@ def learn_model(pages: Sequence[Labelled], count: int) -> tuple[BlockModel, list
     second, second_trees = _out_of_fold(
         pages, fold, lambda others: trees_of(around, others, SECOND), lambda trees, i: trees.probabilities(around[i])
     )
-    model = BlockModel(learn_lexicon(pages), Trees.mean(first_trees), Trees.mean(second_trees))
-    estimates = [combine(page.markup, *found) for page, *found in zip(pages, rows, first, second, strict=True)]
+
+    def network_of(chosen: Sequence[int]) -> Network:
+        return learn_network(Examples(*([column[i] for i in chosen] for column in (rows, labels, weights))), seed=1)
+
+    network, _ = _out_of_fold(pages, fold, network_of, lambda learned, i: learned.probabilities(rows[i]))
+    model = BlockModel(
+        learn_lexicon(pages), Trees.mean(first_trees), Trees.mean(second_trees), network_of(range(len(pages)))
+    )
+    estimates = [
+        with_rules(page.markup, of_page, mean_of(*found))
+        for page, of_page, *found in zip(pages, rows, first, second, network, strict=True)
+    ]
     return model, estimates
 
 

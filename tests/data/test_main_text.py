@@ -257,6 +257,25 @@ def test_a_text_that_a_page_says_twice_in_the_same_way_stays():
     assert extract_fast(page) == "\n\n".join(["The wall", WALL[0], WALL[1]])
 
 
+def test_a_short_text_that_is_said_twice_in_a_row_comes_once():
+    title, lead = HEADLINES[0], "The wall will be finished before next winter"
+    line = "The sea comes in, the sea goes out"
+    said = f"<h1>{title}</h1><h2 class=title>{title}</h2><p class=deck>{lead}</p><div class=lead><p>{lead}</p></div>"
+    page = f"<body><main><article>{said}{PARAGRAPHS}<p>{line}</p><p>{line}</p></article></main>"
+    # Lines of a song are said in the same way.
+    assert extract_fast(page) == "\n\n".join([title, lead, *WALL, line, line])
+
+
+def test_cells_that_say_the_same_are_no_copies():
+    rows = "".join(
+        f"<tr><td class=before>{name}</td><td class=after>{name}</td><td>{i} metres of wall</td></tr>"
+        for i, name in enumerate(HEADLINES)
+    )
+    markup = read_markup(f"<body><p>{WALL[0]}</p><table>{rows}</table>")
+    words = np.asarray([len(text.split()) for text in markup.texts], float)
+    assert decide(markup, np.full(len(words), 0.9), words).all()
+
+
 def test_markup_that_a_browser_saved_as_text_is_none():
     saved = "&lt;img src=&quot;https://example.org/wall.jpg&quot; alt=&quot;The wall in its first winter&quot;&gt;"
     page = f"<p>{WALL[0]}</p><noscript>{saved}</noscript><noscript>In 1 < 2 frames</noscript>"

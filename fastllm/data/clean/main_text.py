@@ -14,9 +14,9 @@ from .page_words import WORD, PageWords
 from .rendering import data_rows, render
 from .small_pages import blend, log_odds, rule_odds, shows_nothing
 
-# Taken off the model's log-odds. On the 511 pages, cross-validated, 0.2 to 0.4 give the highest mean F1, by up to
-# 0.003; pages of sites that look different from all of them gain more, in precision.
-_CAUTION = 0.15
+# Taken off the model's log-odds. On the 511 pages, cross-validated, 0.15 gives a mean F1 that is 0.001 higher; pages of
+# sites that look different from all of them gain from more, in precision.
+_CAUTION = 0.3
 # The standard deviation, in log-odds, of a page's common error. On the 511 pages, cross-validated, mean F1 is 0.001
 # higher at 1 than at 0, 0.003 at 1.5, 0.002 at 2.
 _PAGE_SPREAD = 1.5
@@ -26,6 +26,10 @@ _SHIFT_WEIGHTS = np.exp(-(_SHIFTS**2) / 2) / np.exp(-(_SHIFTS**2) / 2).sum()
 # Of texts with at least so many words a page's copies go, as of layouts for narrow and wide screens. On the 511 pages,
 # cross-validated, mean F1 is 0.002 higher, for 8, 12 and 20.
 _COPY = 12
+# A text of at least so many words goes that the block before it has too, as a title or a lead for another screen. Of
+# such blocks with 4 to 11 words a share of 0.11 is main text on the 511 pages, cross-validated. Mean F1 is 0.0003
+# higher without them.
+_DOUBLED = 4
 # The least share of a hidden element's words in copies: a guess.
 _COPIED = 0.5
 # A page whose likeliest block is less likely than this has no main text.
@@ -188,7 +192,7 @@ def _rest_of_references(markup: Markup, probabilities: np.ndarray, words: np.nda
 
 
 def _copies(markup: Markup, words: np.ndarray, keep: np.ndarray) -> list[int]:
-    """The blocks of at least :data:`_COPY` words whose text an earlier block of those to ``keep`` has.
+    """The blocks whose text an earlier block of those to ``keep`` has, or for shorter ones the block before.
 
     Two definitions may say the same. On every fourth page of Python's documentation mean F1 is 0.003 higher for it.
     What an element says twice in the same way is its own repetition, not a copy for another screen.
@@ -198,13 +202,26 @@ def _copies(markup: Markup, words: np.ndarray, keep: np.ndarray) -> list[int]:
         defined.append(tag == "dl" or (parent >= 0 and defined[parent]))
     first: dict[str, tuple[int, str]] = {}
     found: list[int] = []
-    for block in np.flatnonzero(keep & (words >= _COPY)).tolist():
-        place = markup.places[block]
-        if not markup.preformatted[place] and not defined[place]:
-            kind = markup.parents[place], markup.attributes[place]
-            if first.setdefault(markup.texts[block], kind) != kind:
-                found.append(block)
+    kept = np.flatnonzero(keep).tolist()
+    for before, block in zip([-1, *kept], kept, strict=False):
+        place, text = markup.places[block], markup.texts[block]
+        if words[block] < _DOUBLED or markup.preformatted[place] or defined[place]:
+            continue
+        kind = markup.parents[place], markup.attributes[place]
+        if words[block] >= _COPY:
+            copied = first.setdefault(text, kind)
+        elif before >= 0 and markup.texts[before] == text and not _in_one_row(markup, before, block):
+            copied = markup.parents[markup.places[before]], markup.attributes[markup.places[before]]
+        else:
+            continue
+        if copied != kind:
+            found.append(block)
     return found
+
+
+def _in_one_row(markup: Markup, block: int, other: int) -> bool:
+    row = markup.rows[markup.places[block]]
+    return row >= 0 and row == markup.rows[markup.places[other]]
 
 
 def _beside_copies(markup: Markup, words: np.ndarray, keep: np.ndarray, copies: list[int]) -> list[int]:
