@@ -32,6 +32,7 @@ from .config import InputError
 from .registry import OPS, Call, Op
 
 BACKENDS = ("eager", "triton", "native", "hopper")
+_TORCHS, _NATIVES = ("auto", "eager"), ("auto", "native")
 # In order of preference; `eager` is always possible. CPU has no `triton`: the interpreter is for tests only.
 PREFERENCE = {"cuda": ("triton", "native"), "cpu": ("native",)}
 _FIRST = {device_type: f"first choice on {device_type}" for device_type in PREFERENCE}
@@ -82,6 +83,29 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _choice = before
+
+
+def free_for_torch() -> bool:
+    """Whether a call that PyTorch's operators serve may go to them at once: no kernel is asked for, and nobody looks at
+    what is picked. A public function asks this first where PyTorch's operator takes less time than :func:`pick`."""
+    return _choice in _TORCHS and not _observers
+
+
+def free_for_native(tensor: torch.Tensor) -> bool:
+    """Whether a call that the extension takes, of ordinary CPU tensors such as ``tensor``, may go to it at once: it is
+    there, no other backend is asked for, nobody looks at what is picked, and neither a transform nor a tracer is at
+    work."""
+    return (
+        _choice in _NATIVES
+        and not _observers
+        and extension.missing() is None
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+        and tensor.layout is torch.strided
+        and tensor.numel() > 0
+    )
 
 
 def chosen_backend() -> str:

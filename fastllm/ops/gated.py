@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from .. import extension
-from ..backends import pick, under_transform
+from ..backends import KERNEL_DTYPES, free_for_native, free_for_torch, pick, under_transform
 from ..registry import Cost, Op, Sample, define, register
-from .shared.autograd import apply, gradients
+from .shared.autograd import PLAIN, apply, apply_untransformed, gradients, unwrapped
 from .shared.check import beyond_float32, check_floating
 from .shared.widened import NARROW
 
@@ -137,7 +137,7 @@ class _Gated(torch.autograd.Function):
 # Columns of a row from which the extension serves on a CPU, however many rows there are: a row has the same bits in any
 # batch. One core of an AMD EPYC with AVX-512, float32, 256 rows, forward and backward, the extension's time over
 # PyTorch's: silu 1.1 at 512 columns, 0.5 at 768 and less beyond; gelu 0.98 at 512 and 0.7 at 3072; gelu_tanh 1.0 at 32
-# and 0.8 at 64. For a single row it takes 10 us more than it saves, up to about 14336 columns.
+# and 0.8 at 64. A single row of 14336 takes silu 95 us at AVX2, and PyTorch 88: autograd calls Python for the gradient.
 NATIVE_FROM = {"silu": 768, "gelu": 768, "gelu_tanh": 64}
 # The reasons are made once: a call of 8 x 64 elements takes PyTorch 20 us, forward and backward.
 _FASTER = {kind: f"PyTorch's {kind} is faster in rows below {least} columns" for kind, least in NATIVE_FROM.items()}
@@ -148,18 +148,41 @@ def _refuses(backend: str, call: GatedCall) -> str | None:
     return beyond_float32(call.tensors()) if backend == "native" else None
 
 
+def _by_size(gate, up, kind: str) -> str | None:
+    """Why PyTorch's operators serve rows of this length and dtype on a CPU, or None."""
+    columns = (gate.shape[-1] if gate.dim() else 1) // (2 if up is None else 1)
+    if columns < NATIVE_FROM[kind]:
+        return _FASTER[kind]
+    if kind != "gelu_tanh" and gate.dtype in NARROW and (up is None or up.dtype in NARROW):
+        return _AS_FAST[kind]
+    return None
+
+
 def _prefers_torch(call: GatedCall) -> str | None:
     gate, up, kind = call
     if not gate.is_cpu:
         return None
     if torch.compiler.is_compiling():
         return "torch.compile makes one loop of PyTorch's two operators"
-    columns = (gate.shape[-1] if gate.dim() else 1) // (2 if up is None else 1)
-    if columns < NATIVE_FROM[kind]:
-        return _FASTER[kind]
-    if kind != "gelu_tanh" and gate.dtype in NARROW and (up is None or up.dtype in NARROW):
-        return _AS_FAST[kind]
-    return beyond_float32(call.tensors())
+    return _by_size(gate, up, kind) or beyond_float32(call.tensors())
+
+
+def _ordinary(gate, up, kind: str) -> torch.Tensor | None:
+    """The result of a call of two ordinary tensors of one dtype on a CPU, or None where a call is not that.
+
+    What serves it is known in 1 us, where all checks and :func:`pick`, which decides the same, take 4 to 6.
+    """
+    if type(gate) not in PLAIN or type(up) not in PLAIN or not gate.is_cpu or not up.is_cpu:
+        return None
+    if gate.dtype not in KERNEL_DTYPES or gate.dtype is not up.dtype or gate.shape != up.shape:
+        return None
+    if _by_size(gate, up, kind) is not None:
+        return _eager(gate, up, kind) if free_for_torch() else None
+    if up.layout is not torch.strided or not free_for_native(gate):
+        return None
+    if torch.is_grad_enabled():
+        return apply_untransformed(_Gated, gate, up, kind, "native")
+    return _rows(*unwrapped((gate, up)), _NUMBER[kind])
 
 
 def _served(op: str, call: GatedCall):
@@ -193,7 +216,8 @@ def swiglu(gate, up=None):
         ValueError: shapes or devices do not fit.
         BackendError: the backend asked for cannot serve the call.
     """
-    return _served("swiglu", _swiglu_call(gate, up))
+    found = _ordinary(gate, up, "silu")
+    return _served("swiglu", _swiglu_call(gate, up)) if found is None else found
 
 
 class SwiGLU(torch.nn.Module):
@@ -237,7 +261,9 @@ def geglu(gate, up=None, *, approximate="none"):
         ValueError: shapes, devices or ``approximate`` do not fit.
         BackendError: the backend asked for cannot serve the call.
     """
-    return _served("geglu", _geglu_call(gate, up, approximate=approximate))
+    kind = _kind(approximate)
+    found = _ordinary(gate, up, kind)
+    return _served("geglu", _checked("geglu", gate, up, kind)) if found is None else found
 
 
 class GEGLU(torch.nn.Module):

@@ -9,6 +9,7 @@ from ...registry import Op, register
 from ..shared.check import check_floating
 from .call import NormCall, check_branch_dropout, checked, default_eps
 from .operator import empty_is_torchs, fused_norm, layer_norm_prefers_torch, norm_refuses
+from .ordinary import ordinary_add_layer_norm, ordinary_add_rms_norm
 from .reference import add_norm_reference, eager_add_norm
 from .samples import add_layer_norm_examples, add_norm_cost, norm_samples
 
@@ -70,6 +71,10 @@ def add_layer_norm(
         ValueError: a shape, device or option does not fit.
         BackendError: the backend asked for cannot serve the call.
     """
+    if type(dropout_p) is float and dropout_p == 0.0 and type(weight_offset) is float and weight_offset == 0.0:
+        both = ordinary_add_layer_norm(input, residual, normalized_shape, weight, bias, eps)
+        if both is not None:
+            return both
     options = dict(dropout_p=dropout_p, weight_offset=weight_offset)
     call = add_layer_norm_call(input, residual, normalized_shape, weight, bias, eps, **options)
     return _served("add_layer_norm", call)
@@ -96,6 +101,10 @@ def add_rms_norm(input, residual, normalized_shape, weight=None, eps=None, *, dr
         ValueError: a shape, device or option does not fit.
         BackendError: the backend asked for cannot serve the call.
     """
+    if type(dropout_p) is float and dropout_p == 0.0 and type(weight_offset) is float and weight_offset == 0.0:
+        both = ordinary_add_rms_norm(input, residual, normalized_shape, weight, eps)
+        if both is not None:
+            return both
     options = dict(dropout_p=dropout_p, weight_offset=weight_offset)
     call = add_rms_norm_call(input, residual, normalized_shape, weight, eps, **options)
     return _served("add_rms_norm", call)
@@ -128,9 +137,10 @@ class AddLayerNorm(DropsBranch, torch.nn.LayerNorm):
     """
 
     def forward(self, input, residual):
-        call = add_layer_norm_call(
-            input, residual, self.normalized_shape, self.weight, self.bias, self.eps, dropout_p=self.active_dropout
-        )
+        dropout_p, operands = self.active_dropout, (self.normalized_shape, self.weight, self.bias, self.eps)
+        if dropout_p == 0.0:  # and first_row counts for dropout alone
+            return add_layer_norm(input, residual, *operands)
+        call = add_layer_norm_call(input, residual, *operands, dropout_p=dropout_p)
         return _served("add_layer_norm", call._replace(first_row=self.first_row))
 
 
@@ -141,9 +151,10 @@ class AddRMSNorm(DropsBranch, torch.nn.RMSNorm):
     """
 
     def forward(self, input, residual):
-        call = add_rms_norm_call(
-            input, residual, self.normalized_shape, self.weight, self.eps, dropout_p=self.active_dropout
-        )
+        dropout_p, operands = self.active_dropout, (self.normalized_shape, self.weight, self.eps)
+        if dropout_p == 0.0:
+            return add_rms_norm(input, residual, *operands)
+        call = add_rms_norm_call(input, residual, *operands, dropout_p=dropout_p)
         return _served("add_rms_norm", call._replace(first_row=self.first_row))
 
 

@@ -9,6 +9,7 @@ from ...backends import pick
 from ...registry import Op, register
 from .call import NormCall, checked
 from .operator import fused_norm, layer_norm_prefers_torch, norm_refuses
+from .ordinary import ordinary_layer_norm
 from .reference import eager_norm, norm_reference
 from .samples import layer_norm_examples, norm_cost, norm_samples
 
@@ -43,6 +44,10 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, wei
     """
     if isinstance(input, torch.Tensor) and input.is_nested and weight_offset == 0.0:
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
+    if type(weight_offset) is float and weight_offset == 0.0:
+        normed = ordinary_layer_norm(input, normalized_shape, weight, bias, eps)
+        if normed is not None:
+            return normed
     call = layer_norm_call(input, normalized_shape, weight, bias, eps, weight_offset=weight_offset)
     backend = pick("layer_norm", call).backend
     return eager_norm(call) if backend == "eager" else fused_norm(call, backend)[0]

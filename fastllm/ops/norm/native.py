@@ -41,9 +41,11 @@ def _norm_grad_rows_fake(*args):
 
 
 # (x, residual, weight, bias, seed, eps, dropout_p, center) -> (y, h, mean, rstd); weight and bias contiguous, and no
-# wider than the accumulator.
+# wider than the accumulator. (dy, dh, normed, weight, seed, mean, rstd, dtypes of the gradients of input, weight and
+# bias, dropout_p, center, whether to compute those of input, residual, weight and bias) -> (dinput, dresidual, dweight,
+# dbias).
 norm_of_rows = extension.operator("norm_rows", _norm_rows_fake)
-_grad_rows = extension.operator("norm_grad_rows", _norm_grad_rows_fake)
+grad_of_rows = extension.operator("norm_grad_rows", _norm_grad_rows_fake)
 
 
 def _fitting(parameter: torch.Tensor | None, offset: float, wide: torch.dtype) -> torch.Tensor | None:
@@ -85,7 +87,7 @@ def norm_grad_rows(call: NormBackward):
     """(dinput, dresidual, dweight, dbias), as kernels/norm/backward.py's launcher returns them."""
     weight = _fitting(call.weight, call.offset, call.rstd.dtype)
     wanted = call.wanted()
-    return _grad_rows(
+    return grad_of_rows(
         call.dy, call.dh, call.x, weight, call.seed, call.mean, call.rstd, call.input_dtype,
         call.weight_grad_dtype(), call.bias_dtype, call.dropout_p, call.center, *wanted,
     )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from ...backends import under_transform
@@ -93,6 +95,67 @@ def backward_by(call: NormBackward):
     return norm_grad_rows(call) if call.backend == "native" else _norm_bwd(*call)
 
 
+class Normed(NamedTuple):
+    """What a forward leaves for its gradient. ``rows`` were normed: x, or where one was ``added`` the sum."""
+
+    rows: torch.Tensor
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    seed: torch.Tensor | None
+    mean: torch.Tensor
+    rstd: torch.Tensor
+    added: bool
+    input_dtype: torch.dtype
+    options: NormOptions
+
+
+def norm_gradients(found: Normed, needs, dy, dh):
+    """The gradients of (x, residual, weight, bias) for those of y and h, None where there is none or no need."""
+    if dy is None and dh is None:
+        return None, None, None, None
+    normed, weight, bias, seed, mean, rstd, added, input_dtype, options = found
+    eps, offset, dropout_p, center, backend = options
+    bias_dtype = normed.dtype if bias is None else bias.dtype
+    if dy is None:
+        dy = torch.zeros_like(normed, dtype=input_dtype)
+    dh = dh if added else None  # a compiled graph has zeros for the gradient of the empty h
+    once = not torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if once and (added or not under_transform()):
+        dinput, dresidual, *others = backward_by(
+            NormBackward(
+                dy, dh, normed, weight, seed, mean, rstd, input_dtype, bias_dtype, offset, dropout_p, center,
+                needs, backend,
+            )
+        )  # fmt: skip
+        if dropout_p == 0.0 and input_dtype == normed.dtype:
+            dresidual = dinput
+        grads = (dinput, dresidual, *others)
+        return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+    def launch(inputs, outputs_grad, extras, needs):
+        (dy,), (x, weight, _), (mean, rstd) = outputs_grad, inputs, extras
+        dx, _, *others = backward_by(
+            NormBackward(
+                dy, None, x, weight, None, mean, rstd, x.dtype, bias_dtype, offset, 0.0, center,
+                (needs[0], False, *needs[1:]), backend,
+            )
+        )  # fmt: skip
+        return dx, *others
+
+    def formula(x, weight, bias):
+        rows = NormCall(x, None, weight, bias, x.shape[-1:], eps, offset, 0.0, center)
+        return norm_reference(rows).to(input_dtype)
+
+    inner = (needs[0] or needs[1], *needs[2:])
+    dx, dweight, dbias = gradients(launch, formula, (normed, weight, bias), inner, (dy,), (mean, rstd))
+    if added and dh is not None and dx is not None:
+        dx = dx + dh
+    dinput = None
+    if needs[0] and dx is not None:
+        dinput = (dropout(dx, seed, dropout_p) if dropout_p > 0.0 else dx).to(input_dtype)
+    return dinput, dx if added and needs[1] else None, dweight, dbias
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(x, residual, weight, bias, seed, options):
@@ -111,50 +174,8 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dh, _dmean, _drstd):
-        if dy is None and dh is None:
-            return None, None, None, None, None, None
-        normed, weight, bias, seed, mean, rstd = ctx.saved_tensors
-        eps, offset, dropout_p, center, backend = ctx.options
-        bias_dtype = normed.dtype if bias is None else bias.dtype
-        needs = ctx.needs_input_grad[:4]
-        if dy is None:
-            dy = torch.zeros_like(normed, dtype=ctx.input_dtype)
-        dh = dh if ctx.added else None  # a compiled graph has zeros for the gradient of the empty h
-        once = not torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if once and (ctx.added or not under_transform()):
-            dinput, dresidual, *others = backward_by(
-                NormBackward(
-                    dy, dh, normed, weight, seed, mean, rstd, ctx.input_dtype, bias_dtype, offset, dropout_p, center,
-                    needs, backend,
-                )
-            )  # fmt: skip
-            if dropout_p == 0.0 and ctx.input_dtype == normed.dtype:
-                dresidual = dinput
-            grads = (dinput, dresidual, *others)
-            return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
-
-        def launch(inputs, outputs_grad, extras, needs):
-            (dy,), (x, weight, _), (mean, rstd) = outputs_grad, inputs, extras
-            dx, _, *others = backward_by(
-                NormBackward(
-                    dy, None, x, weight, None, mean, rstd, x.dtype, bias_dtype, offset, 0.0, center,
-                    (needs[0], False, *needs[1:]), backend,
-                )
-            )  # fmt: skip
-            return dx, *others
-
-        def formula(x, weight, bias):
-            rows = NormCall(x, None, weight, bias, x.shape[-1:], eps, offset, 0.0, center)
-            return norm_reference(rows).to(ctx.input_dtype)
-
-        inner = (needs[0] or needs[1], *needs[2:])
-        dx, dweight, dbias = gradients(launch, formula, (normed, weight, bias), inner, (dy,), (mean, rstd))
-        if ctx.added and dh is not None and dx is not None:
-            dx = dx + dh
-        dinput = None
-        if needs[0] and dx is not None:
-            dinput = (dropout(dx, seed, dropout_p) if dropout_p > 0.0 else dx).to(ctx.input_dtype)
-        return dinput, dx if ctx.added and needs[1] else None, dweight, dbias, None, None
+        found = Normed(*ctx.saved_tensors, ctx.added, ctx.input_dtype, ctx.options)
+        return *norm_gradients(found, ctx.needs_input_grad[:4], dy, dh), None, None
 
 
 def fused_norm(call: NormCall, backend: str) -> tuple[torch.Tensor, torch.Tensor]:

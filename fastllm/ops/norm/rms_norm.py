@@ -10,6 +10,7 @@ from ...registry import Op, register
 from ..shared.check import check_floating
 from .call import NormCall, checked, default_eps
 from .operator import empty_is_torchs, fused_norm, norm_refuses
+from .ordinary import ordinary_rms_norm
 from .reference import eager_norm, norm_reference
 from .samples import norm_cost, norm_samples
 
@@ -47,6 +48,10 @@ def rms_norm(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.
     """
     if isinstance(input, torch.Tensor) and input.is_nested and weight_offset == 0.0:
         return F.rms_norm(input, normalized_shape, weight, eps)
+    if type(weight_offset) is float and weight_offset == 0.0:
+        normed = ordinary_rms_norm(input, normalized_shape, weight, eps)
+        if normed is not None:
+            return normed
     call = rms_norm_call(input, normalized_shape, weight, eps, weight_offset=weight_offset)
     backend = pick("rms_norm", call).backend
     return eager_norm(call) if backend == "eager" else fused_norm(call, backend)[0]

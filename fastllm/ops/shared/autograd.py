@@ -47,12 +47,23 @@ def apply(function: type[torch.autograd.Function], *args):
         return function.apply(*_distinct(args, []))
     if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    # Tensors that outlived a transform, as in torch's own unwrap_dead_wrappers().
-    args = [unwrap_if_dead(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
     if not torch.is_grad_enabled() and torch.autograd.forward_ad._current_level < 0:
-        return function.forward(*args)  # no graph: 3 us less
+        return function.forward(*unwrapped(args))  # no graph: 3 us less
+    return apply_untransformed(function, *args)
+
+
+def apply_untransformed(function: type[torch.autograd.Function], *args):
+    """:func:`apply` where neither torch.compile nor a transform of torch.func is at work.
+
+    ``forward`` may take the context itself then, so that what the backward alone needs is no output of it.
+    """
     # The next class after torch.autograd.Function.
-    return super(torch.autograd.Function, function).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]  # no stub
+    return super(torch.autograd.Function, function).apply(*unwrapped(args))  # pyright: ignore[reportAttributeAccessIssue]  # no stub
+
+
+def unwrapped(args: Sequence) -> list:
+    """``args``, and tensors that outlived a transform without it, as in torch's own unwrap_dead_wrappers()."""
+    return [unwrap_if_dead(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
 
 
 def _distinct(args: Sequence, found: list) -> list:
@@ -89,7 +100,7 @@ def traced(tensor: torch.Tensor) -> bool:
 
 
 # Subclasses that change nothing of what operators do.
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def unwatched(*tensors: torch.Tensor | None) -> bool:
@@ -102,7 +113,7 @@ def unwatched(*tensors: torch.Tensor | None) -> bool:
         return False
     if torch._C._are_functorch_transforms_active():
         return False
-    return all(tensor is None or (type(tensor) in _PLAIN and tensor.is_cpu) for tensor in tensors)
+    return all(tensor is None or (type(tensor) in PLAIN and tensor.is_cpu) for tensor in tensors)
 
 
 def scalable(*grads: torch.Tensor | None) -> bool:
