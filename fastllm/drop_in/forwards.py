@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..backends import free_for_native
 from ..functional import cross_entropy, embedding, layer_norm, linear, rms_norm
 from ..ops.attention.multihead import AttentionMasks, multihead_attention
 from ..ops.linear import MIN_ROWS, max_step_rows, pays, takes_rows
@@ -13,7 +14,7 @@ from ..ops.linear_rows import linear_rows
 from ..ops.shared.autograd import unwatched
 from ..ops.shared.onednn import onednn_serves_rows
 from ..ops.shared.widened import NARROW, widens
-from .calls import own, watched
+from .calls import own
 from .deferred import Deferred, value_of
 from .fused import fused_inference
 from .logits import Logits
@@ -113,7 +114,7 @@ def _multiplied(module, original, x, weight):
     if not ordinary or x.dim() == 0 or columns != weight.shape[1]:
         own("linear", UNFIT)
         return original(module, x)
-    if few and not watched() and unwatched(x, weight, bias) and not torch.is_autocast_enabled("cpu"):
+    if few and free_for_native(x) and unwatched(x, weight, bias) and not torch.is_autocast_enabled("cpu"):
         return linear_rows(x, weight, bias)  # what linear() comes to; without its choices, which take 6 us
     return linear(x, weight, bias)
 

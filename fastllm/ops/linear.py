@@ -76,6 +76,7 @@ def _call(input, weight, bias=None) -> LinearCall:
 
 
 _OWN = LinearForm(TORCH, "its products are the device's own")
+_ASKED = LinearForm(TORCH, "the backend eager is asked for")
 _FEW = LinearForm(TORCH, f"below {MIN_ROWS} rows blocks do not pay, and the extension does not take the call")
 _ROWS = LinearForm(ROWS, f"up to {MAX_NARROW_ROWS} rows the extension reads the weight once, in 16 bits")
 _FLOAT_ROWS = LinearForm(
@@ -131,7 +132,7 @@ def linear_form(call: LinearCall, choice: Choice) -> LinearForm:
     """What serves a call, and why."""
     x, weight, _ = call
     if not widens(x):
-        return _float_form(call)
+        return _ASKED if choice.asked else _float_form(call)
     if (
         operators_alone()
         or weight.dim() != 2

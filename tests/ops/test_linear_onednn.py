@@ -168,6 +168,13 @@ def test_a_few_rows_without_gradients_are_the_extensions(calls, monkeypatch, row
     assert not calls
 
 
+def test_eager_is_pytorchs_operator(calls):
+    x, w, b = _tensors()
+    with fastllm.backend("eager"):
+        assert torch.equal(linear(x, w, b), F.linear(x, w, b))
+    assert not calls
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # by torch's own jvp
 def test_transforms_and_other_tensors_are_pytorchs(calls):
     x, w, b = _tensors()
