@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..ops.linear import pays
+from ..ops.shared.widened import widens
 from .experts import Experts, looks_like_experts, recognise_experts
 from .gated import GatedMLP, looks_like_gated, recognise_gated
 from .norms import Norm, looks_like_norm, recognise
@@ -218,7 +219,8 @@ def _products_of(module) -> Decision | None:
     if why is None and original_forward(module) is not cls.forward:
         why = f"{faster}, and its class has a forward of its own, not {cls.__name__}'s"
     if why is not None:
-        return Decision("linear", None, why)
+        # In float32 PyTorch's own product is slower, not out of use: nobody asks why a layer keeps it.
+        return Decision("linear", None, why) if widens(weight) else None
     kind = Kind("linear" if cls is nn.Linear else "conv1d")
     return Decision("linear", kind, f"{cls.__name__} in {dtype}: {faster}")
 

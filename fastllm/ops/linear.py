@@ -35,6 +35,9 @@ MAX_NARROW_ROWS = 8
 # 256 x 256 1.35, 0.98 and 1.27, 0.86; 512 x 512 1.18, 1.21 and 1.26, 1.19; 2048 x 2048 1.48, 1.13 and 1.39, 1.14;
 # 8192 x 512 1.91, 2.38 and 2.94, 2.39.
 MIN_FLOATS = 2**18
+# Elements of a float32 weight from which a layer is given to :func:`linear` at all: 1024 rows are enough for oneDNN at
+# AVX-512 then. A guess.
+LEAST_WEIGHT = 2**14
 
 
 class LinearCall(NamedTuple):
@@ -84,7 +87,7 @@ _FLOAT_ROWS = LinearForm(
 )
 _FOREIGN = LinearForm(TORCH, "a transform or a program, a sparse or nested tensor, or a weight that is a vector")
 _BLOCKS = LinearForm(WIDENED, "this CPU has no products of that dtype")
-_ONEDNN = LinearForm(ONEDNN, "oneDNN multiplies float32 faster on this CPU than the library that PyTorch takes")
+_ONEDNN = LinearForm(ONEDNN, "oneDNN multiplies that dtype faster here than PyTorch's library")
 
 
 def takes_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
@@ -125,7 +128,7 @@ def pays(weight: torch.Tensor) -> str | None:
     """Why :func:`linear` of many rows is faster with ``weight`` (N, K) than PyTorch's operator; None: it is not."""
     if widens(weight):
         return _BLOCKS.why
-    return _ONEDNN.why if onednn.onednn_may_serve(weight) else None
+    return _ONEDNN.why if weight.numel() >= LEAST_WEIGHT and onednn.onednn_may_serve(weight) else None
 
 
 def linear_form(call: LinearCall, choice: Choice) -> LinearForm:

@@ -29,6 +29,7 @@ M, K, N = 700, 48, 96
 def calls(request, monkeypatch):
     """The sizes of oneDNN's products, which is asked for all of them, or for all but the weight's gradient."""
     monkeypatch.setattr(onednn, "_fewest", lambda: 2**16)
+    monkeypatch.setattr(linear_op, "LEAST_WEIGHT", K * N)
     monkeypatch.setattr(onednn, "_faster_for_all", lambda: request.param)
     seen, real = [], onednn.multiplied
 
