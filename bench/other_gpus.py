@@ -81,7 +81,7 @@ def _amd_metadata(assembly: str, name: str) -> int:
 def row_of(gpu: DeviceInfo, op: str, shape: str, dtype: torch.dtype, launch: Launch) -> OtherRow:
     """What a compiled launch takes on ``gpu``, read from its assembly."""
     compiled = launch.compiled
-    place: tuple[int | bool, ...] = ()
+    place, untouched = (0, 0, 0, 0), False
     if gpu.vendor == "amd":
         assembly = compiled.asm["amdgcn"]
         registers, spills = (_amd_metadata(assembly, name) for name in ("vgpr_count", "vgpr_spill_count"))
@@ -89,15 +89,13 @@ def row_of(gpu: DeviceInfo, op: str, shape: str, dtype: torch.dtype, launch: Lau
     else:
         resources = read_resources(compiled)
         registers, spills, matrix = resources.registers, resources.spills, resources.tensor_core
-        place = (
-            resources.stack, resources.looped_spills, resources.loop_length, sum(resources.opcodes.values()),
-            resources.untouched_stack,
-        )  # fmt: skip
+        length, untouched = sum(resources.opcodes.values()), resources.untouched_stack
+        place = resources.stack, resources.looped_spills, resources.loop_length, length
     kernel = short_name(launch.kernel)
     metadata = compiled.metadata
     return OtherRow(
         gpu.architecture, op, shape, str(dtype).removeprefix("torch."), launch.direction, kernel, launch.grid,
-        metadata.num_warps, registers, spills, metadata.shared, matrix, *place,
+        metadata.num_warps, registers, spills, metadata.shared, matrix, *place, untouched,
     )  # fmt: skip
 
 

@@ -211,8 +211,10 @@ def _products_of(module) -> Decision | None:
     conv1d = getattr(pytorch_utils, "Conv1D", nn.Linear)
     cls = next((cls for cls in (nn.Linear, conv1d) if isinstance(module, cls)), None)
     weight = None if cls is None else module._parameters.get("weight")
-    faster = pays(weight) if isinstance(weight, torch.Tensor) else None
-    if cls is None or faster is None:
+    if cls is None or not isinstance(weight, torch.Tensor):
+        return None
+    faster = pays(weight)
+    if faster is None:
         return None
     dtype = str(weight.dtype).removeprefix("torch.")
     why = obstacle(module) or odd_tensors(module)

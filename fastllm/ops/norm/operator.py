@@ -152,7 +152,7 @@ def norm_gradients(found: Normed, needs, dy, dh):
         dx = dx + dh
     dinput = None
     if needs[0] and dx is not None:
-        dinput = (dropout(dx, seed, dropout_p) if dropout_p > 0.0 else dx).to(input_dtype)
+        dinput = (dx if seed is None or dropout_p == 0.0 else dropout(dx, seed, dropout_p)).to(input_dtype)
     return dinput, dx if added and needs[1] else None, dweight, dbias
 
 
@@ -174,7 +174,8 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dh, _dmean, _drstd):
-        found = Normed(*ctx.saved_tensors, ctx.added, ctx.input_dtype, ctx.options)
+        rows, weight, bias, seed, mean, rstd = ctx.saved_tensors
+        found = Normed(rows, weight, bias, seed, mean, rstd, ctx.added, ctx.input_dtype, ctx.options)
         return *norm_gradients(found, ctx.needs_input_grad[:4], dy, dh), None, None
 
 

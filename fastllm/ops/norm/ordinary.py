@@ -7,6 +7,8 @@ the same of such a call, and says why.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ...backends import KERNEL_DTYPES, free_for_native, free_for_torch, under_transform
@@ -65,7 +67,7 @@ def _is_ordinary(x, shape, weight, bias, eps) -> bool:
     return (weight is None or _fits(weight, dtype, shape)) and (bias is None or _fits(bias, dtype, shape))
 
 
-def _by_extension(x, residual, weight, bias, eps, center):
+def _by_extension(x, residual, weight, bias, eps, center) -> Any:
     """y, with a residual (y, h), where the extension takes the call; else None."""
     if not free_for_native(x):
         return None
