@@ -135,6 +135,12 @@ def test_compiled_whole(calls):
     assert calls
 
 
+def test_a_compiler_does_not_trace_what_this_cpu_is():
+    tensors = _tensors()
+    product = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(product(*tensors), F.linear(*tensors))
+
+
 def test_who_looks_at_operators_sees_pytorchs(calls):
     x, w, b = _tensors()
     with FlopCounterMode(display=False) as counter:

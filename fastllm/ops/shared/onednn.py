@@ -46,23 +46,25 @@ _ALL = ("avx512", "amx")
 
 
 @functools.cache
-def _fewest() -> float:
-    """:data:`FEWEST` on a CPU like those on which oneDNN was measured to be the faster one; else infinity."""
+def _is_measured() -> bool:
+    """Whether this CPU is like those on which oneDNN was measured to be the faster one."""
     if cpu.maker() != "AuthenticAMD" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return math.inf
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
-        return math.inf
-    return FEWEST.get(cpu.level(), math.inf)
+        return False
+    return torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
 
 
-@functools.cache
+def _fewest() -> float:
+    """:data:`FEWEST` of this CPU's level; infinity where oneDNN was not measured to be the faster one."""
+    return FEWEST.get(cpu.level(), math.inf) if _is_measured() else math.inf
+
+
 def _faster_for_all() -> bool:
     return cpu.level() in _ALL
 
 
-# A compiler takes the answers instead of reading /proc/cpuinfo.
+# A compiler takes the answers instead of reading /proc/cpuinfo. It does not look for this mark on a cached function.
 for _answer in (_fewest, _faster_for_all):
-    _answer._dynamo_marked_constant = True  # pyright: ignore[reportAttributeAccessIssue]
+    _answer._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def onednn_serves(rows: torch.Tensor, weight: torch.Tensor) -> bool:
