@@ -64,7 +64,7 @@ def _faster_for_all() -> bool:
 
 # A compiler takes the answers instead of reading /proc/cpuinfo. It does not look for this mark on a cached function.
 for _answer in (_fewest, _faster_for_all):
-    _answer._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    _answer._dynamo_marked_constant = True
 
 
 def onednn_serves(rows: torch.Tensor, weight: torch.Tensor) -> bool:
