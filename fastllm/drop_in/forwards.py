@@ -104,6 +104,9 @@ def head_forward(module, original, options, input):
 def _multiplied(module, original, x, weight):
     """``linear(x, weight, bias)`` where the tensors are ordinary ones of one dtype, else the original forward."""
     bias = module.bias
+    if torch._C._get_tracing_state() is not None:
+        own("linear", UNFIT)
+        return original(module, x)
     columns = x.shape[-1] if x.dim() > 0 else 0
     few = x.numel() <= max_step_rows(weight) * columns and takes_rows(x, weight, bias)
     many = x.numel() >= MIN_ROWS * columns if widens(weight) else onednn_serves_rows(x, weight)

@@ -128,6 +128,8 @@ def pays(weight: torch.Tensor) -> str | None:
     """Why :func:`linear` of many rows is faster with ``weight`` (N, K) than PyTorch's operator; None: it is not."""
     if widens(weight):
         return _BLOCKS.why
+    if torch._C._get_tracing_state() is not None:
+        return None  # sizes are tensors there, and the program is to be PyTorch's
     return _ONEDNN.why if weight.numel() >= LEAST_WEIGHT and onednn.onednn_may_serve(weight) else None
 
 
@@ -326,6 +328,7 @@ register(
         backends=("eager",),
         call=_call,
         form=linear_form,
+        module=Linear,
         examples=_examples,
     )
 )

@@ -260,7 +260,7 @@ def test_reentrant_checkpoint_around_the_head():
 
 def test_an_autoencoder_whose_head_only_looks_like_one():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(20, 8), nn.Linear(8, 20))
+    model = nn.Sequential(nn.Linear(20, 8), nn.Sequential(nn.Linear(8, 20)))
     both = nn.ModuleDict({"body": model, "table": nn.Embedding(20, 3)})
     other = copy.deepcopy(model)
     assert "linear_cross_entropy" in {e.by for e in fastllm.accelerate(both).swapped}
