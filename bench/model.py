@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,10 +23,11 @@ from unittest import mock
 
 import torch
 
+from ..backends import interpreting
 from ..kernels import device
 from ..parser import first_paragraph
 from ..registry import Op
-from . import cases
+from . import cases, interpreter
 from .budget import Budget
 from .run import plan
 from .traffic import measure
@@ -128,8 +131,8 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line; see the module's docstring."""
+def main(argv: list[str] | None = None) -> int:
+    """The command line; see the module's docstring. Where the interpreter is off, it runs in a process that has it."""
     parser = argparse.ArgumentParser(prog="python -m fastllm.bench.model", description=first_paragraph(__doc__))
     parser.add_argument("ops", nargs="*", metavar="OP", help="ops to model (all that have shapes)")
     parser.add_argument("--arch", type=int, choices=list(RATES), default=90, help="sm version")
@@ -142,6 +145,9 @@ def main(argv: list[str] | None = None) -> None:
         ops = cases.selected(options.ops)
     except ValueError as error:
         parser.error(str(error))
+    if not interpreting():
+        command = [sys.executable, "-m", "fastllm.bench.model", *(sys.argv[1:] if argv is None else argv)]
+        return subprocess.run(command, env=interpreter.interpreting()).returncode
     budget = Budget(options.budget)
     found = list(rows(ops, options.arch, getattr(torch, options.dtype), options.shape, budget))
     order = {op.name: i for i, op in enumerate(ops)}
@@ -158,7 +164,8 @@ def main(argv: list[str] | None = None) -> None:
     console(200).print(table)
     for line in budget.left_out:
         print(f"left out: {line}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,9 +1,13 @@
 """The modelled time: counted on the real shape and grid, above the floor, and worse for a kernel that is made so."""
 
+import subprocess
+import sys
+
 import pytest
 
 from fastllm import OPS
 from fastllm.bench import model
+from fastllm.bench.interpreter import compiling
 from fastllm.kernels.norm import backward as _norm_backward
 from fastllm.kernels.norm import forward as _norm
 
@@ -46,3 +50,10 @@ def test_flops_bound_the_time():
     row = model.Row("op", "shape", "bfloat16", 90, "forward", 10**6, 10**6, 790 * 10**9, 1)
     assert row.seconds == pytest.approx(1e-3 + model.LAUNCH)
     assert row.floor == row.seconds
+
+
+def test_the_command_brings_its_own_interpreter():
+    command = [sys.executable, "-m", "fastllm.bench.model", "swiglu", "--shape", "8192x14336"]
+    run = subprocess.run(command, env=compiling(), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "704.6" in run.stdout  # the least megabytes of its forward
