@@ -12,7 +12,7 @@ from ..ops.attention.multihead import AttentionMasks, multihead_attention
 from ..ops.linear import MIN_ROWS, max_step_rows, pays, takes_rows
 from ..ops.linear_rows import linear_rows
 from ..ops.shared.autograd import unwatched
-from ..ops.shared.onednn import onednn_serves_rows
+from ..ops.shared.onednn import onednn_serves
 from ..ops.shared.widened import NARROW, widens
 from .calls import own
 from .deferred import Deferred, value_of
@@ -109,7 +109,7 @@ def _multiplied(module, original, x, weight):
         return original(module, x)
     columns = x.shape[-1] if x.dim() > 0 else 0
     few = x.numel() <= max_step_rows(weight) * columns and takes_rows(x, weight, bias)
-    many = x.numel() >= MIN_ROWS * columns if widens(weight) else onednn_serves_rows(x, weight)
+    many = x.numel() >= MIN_ROWS * columns if widens(weight) else onednn_serves(x, weight)
     if not (few or many):
         own("linear", FEW_ROWS)
         return original(module, x)

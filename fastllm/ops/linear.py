@@ -106,13 +106,13 @@ def max_step_rows(weight: torch.Tensor) -> int:
     """Rows up to which :func:`takes_rows` decides whether the extension multiplies them with ``weight`` (N, K)."""
     if widens(weight):
         return MAX_NARROW_ROWS
-    return MAX_ROWS if weight.numel() >= MIN_FLOATS and onednn.onednn_may_serve(weight) else 0
+    return MAX_ROWS if weight.numel() >= MIN_FLOATS and onednn.is_float_of_amd(weight) else 0
 
 
 def _float_form(call: LinearCall) -> LinearForm:
     """The form of a call whose products are in hardware."""
     x, weight, bias = call
-    if weight.dim() != 2 or not onednn.onednn_may_serve(weight) or operators_alone():
+    if weight.dim() != 2 or not onednn.is_float_of_amd(weight) or operators_alone():
         return _OWN
     if any(t is not None and t.layout != torch.strided for t in call):
         return _OWN
@@ -121,7 +121,7 @@ def _float_form(call: LinearCall) -> LinearForm:
         return _OWN
     if x.numel() <= max_step_rows(weight) * x.shape[-1] and takes_rows(x, weight, bias):
         return _FLOAT_ROWS
-    return _ONEDNN if onednn.onednn_serves_rows(x, weight) else _OWN
+    return _ONEDNN if onednn.onednn_serves(x, weight) else _OWN
 
 
 def pays(weight: torch.Tensor) -> str | None:
@@ -130,7 +130,9 @@ def pays(weight: torch.Tensor) -> str | None:
         return _BLOCKS.why
     if torch._C._get_tracing_state() is not None:
         return None  # sizes are tensors there, and the program is to be PyTorch's
-    return _ONEDNN.why if weight.numel() >= LEAST_WEIGHT and onednn.onednn_may_serve(weight) else None
+    if weight.numel() >= LEAST_WEIGHT and onednn.onednn_may_serve(weight):
+        return _ONEDNN.why
+    return _FLOAT_ROWS.why if weight.numel() >= MIN_FLOATS and onednn.is_float_of_amd(weight) else None
 
 
 def linear_form(call: LinearCall, choice: Choice) -> LinearForm:
@@ -161,7 +163,7 @@ def _plainly_torchs(input, weight, bias) -> bool:
         return False
     if not input.is_floating_point() or (dtype in NARROW and not multiplies(dtype)) or autocasts("cpu"):
         return False
-    if onednn.onednn_serves_rows(input, weight) or input.numel() <= max_step_rows(weight) * input.shape[-1]:
+    if onednn.onednn_serves(input, weight) or input.numel() <= max_step_rows(weight) * input.shape[-1]:
         return False
     if bias is not None and (
         type(bias) not in PLAIN or bias.dtype is not dtype or not bias.is_cpu or bias.shape != weight.shape[:1]
@@ -183,7 +185,7 @@ def _fwd_fake(x, weight, bias):
 @define("linear_fwd(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _fwd_fake)
 def _linear_fwd(x, weight, bias):
     if not widens(x):
-        return onednn.onednn_outputs(x, weight, bias)
+        return onednn.onednn_product(x, weight, bias)
     # Autocast would narrow the blocks again.
     with torch.autocast(x.device.type, enabled=False):
         return widened_linear(x, weight, bias, _fwd_fake(x, weight, bias))
@@ -201,21 +203,16 @@ def _linear_bwd(dy, x, weight, needs):
     dx, dw, db = _bwd_fake(dy, x, weight, needs)
     with torch.autocast(x.device.type, enabled=False):
         if needs[0]:
-            dx = widened_input_grad(dy, weight, dx) if widens(dy) else onednn.onednn_input_grad(dy, weight)
+            dx = widened_input_grad(dy, weight, dx) if widens(dy) else onednn.onednn_product(dy, weight.t())
         if needs[1]:
-            _weight_grad_into(dw, dy, x)
+            if widens(dy):
+                widened_weight_grad(dy, x, dw)
+            else:
+                found = onednn.onednn_product(dy.t(), x.t())
+                dw = found if dw.is_contiguous() else dw.copy_(found)
         if needs[2]:
             db.copy_(dy.sum(0, dtype=torch.float32))
     return dx, dw, db
-
-
-def _weight_grad_into(dw, dy, x):
-    if widens(dy):
-        widened_weight_grad(dy, x, dw)
-    elif onednn.onednn_serves(x, dw):
-        onednn.onednn_add_weight_grad(dw, dy, x, first=True)
-    else:
-        torch.mm(dy.t(), x, out=dw)
 
 
 class _Linear(torch.autograd.Function):
@@ -241,8 +238,9 @@ def linear(input, weight, bias=None):
 
     On a CPU without products of a 16-bit dtype, blocks of the tensors are widened to fp32 and multiplied there, forward
     and backward, so that a 16-bit model runs at the speed of an fp32 one in half its memory. A call of up to 8 rows
-    that needs no gradient reads the weight once, in 16 bits. On AMD's CPUs large products in fp32 are oneDNN's, and up
-    to 5 rows that need no gradient the extension's. All other calls are PyTorch's operator.
+    that needs no gradient reads the weight once, in 16 bits. On AMD's CPUs with AVX-512 large products in fp32 are
+    oneDNN's. On AMD's CPUs up to 5 rows in fp32 that need no gradient are the extension's. All other calls are
+    PyTorch's operator.
 
     Args:
         input: (..., in_features), floating point, any strides.

@@ -56,7 +56,9 @@ def test_no_choice_follows_the_number_of_rows():
 
 def test_kernels_compile_for_other_gpus():
     arguments = () if IS_THOROUGH else ("rotary_embedding", "--gpu", "sm_75", "gfx942")
-    assert _run("-m", "fastllm.bench.other_gpus", *arguments)[-1].endswith(", 0 break a limit, 0 have a stack that no loop uses")
+    assert _run("-m", "fastllm.bench.other_gpus", *arguments)[-1].endswith(
+        ", 0 break a limit, 0 have a stack that no loop uses"
+    )
 
 
 def _row(gpu, **more):

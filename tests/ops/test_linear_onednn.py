@@ -25,12 +25,13 @@ pytestmark = [
 M, K, N = 700, 48, 96
 
 
-@pytest.fixture(params=[True, False], ids=["all", "rows alone"])
-def calls(request, monkeypatch):
-    """The sizes of oneDNN's products, which is asked for all of them, or for all but the weight's gradient."""
+@pytest.fixture
+def calls(monkeypatch):
+    """The sizes of oneDNN's products, of which each sum has one part here."""
     monkeypatch.setattr(onednn, "_fewest", lambda: 2**16)
     monkeypatch.setattr(linear_op, "LEAST_WEIGHT", K * N)
-    monkeypatch.setattr(onednn, "_faster_for_all", lambda: request.param)
+    monkeypatch.setattr(onednn, "_faster_for_all", lambda: True)
+    monkeypatch.setattr(onednn, "parts_of_sum", lambda length: [slice(0, length)])
     seen, real = [], onednn.multiplied
 
     def multiplied(x, weight, *bias):
@@ -68,10 +69,21 @@ def _check(function, tensors):
 def test_outputs_and_gradients_are_those_of_fp64(calls, bias):
     tensors = _tensors(bias)
     found = _check(linear, tensors)
-    assert calls[:2] == [(M, K, N), (M, N, K)]
-    assert len(calls) == (4 if onednn._faster_for_all() else 2)  # the weight's gradient: 512 rows, then the others
+    assert calls == [(M, K, N), (M, N, K), (N, M, K)]
     for tensor, gradient in zip(tensors, found[1:], strict=True):
         assert gradient.stride() == tensor.stride()
+
+
+def test_parts_of_a_sum_keep_the_rule_for_numbers():
+    """The bench's yardstick for one call: twice the error of PyTorch's operator, and four eps."""
+    for rows, columns, outputs in ((512, 768, 1024), (1024, 256, 512), (256, 2048, 256)):
+        x, w = torch.randn(rows, columns), torch.randn(outputs, columns) / columns**0.5
+        wide = x.double() @ w.double().t()
+        worst = [(y.double() - wide).abs().max().item() for y in (onednn.onednn_product(x, w), F.linear(x, w))]
+        assert worst[0] <= 2 * worst[1] + 4 * torch.finfo(torch.float32).eps
+    assert onednn.parts_of_sum(100) == [slice(0, 50), slice(50, 100)]
+    assert [s.stop - s.start for s in onednn.parts_of_sum(3072)] == [256] * 12
+    assert onednn.parts_of_sum(1) == [slice(0, 1)]
 
 
 @pytest.mark.parametrize("change", ["transposed weight", "strided weight", "strided input", "expanded upstream"])
@@ -101,7 +113,7 @@ def test_frozen_tensors_get_no_product(calls):
     y = linear(x.detach(), w, b)
     before = len(calls)
     torch.autograd.grad(y.sum(), w)
-    assert all(size[1:] != (N, K) for size in calls[before:])
+    assert calls[before:] == [(N, M, K)]
     y = linear(x, w.detach(), b.detach())
     before = len(calls)
     torch.autograd.grad(y.sum(), x)
