@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from onednn_products import NEEDS_ONEDNN
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,10 +18,7 @@ from fastllm.ops.shared import onednn
 pytestmark = [
     pytest.mark.runs_on("anywhere"),
     pytest.mark.cpu_level,
-    pytest.mark.skipif(
-        not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
-        reason="this PyTorch has no product by oneDNN",
-    ),
+    NEEDS_ONEDNN,
 ]
 M, K, N = 700, 48, 96
 

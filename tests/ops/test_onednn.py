@@ -1,9 +1,10 @@
-"""oneDNN's products of a linear layer, whole or in blocks of classes: the numbers, also of views, and who is asked."""
+"""oneDNN's products of a linear layer in blocks of classes: the numbers, also of views, and who is asked."""
 
 import math
 
 import pytest
 import torch
+from onednn_products import NEEDS_ONEDNN
 
 from fastllm import cpu
 from fastllm.functional import linear_log_probs
@@ -13,10 +14,7 @@ from fastllm.ops.shared import onednn
 pytestmark = [
     pytest.mark.runs_on("anywhere"),
     pytest.mark.cpu_level,
-    pytest.mark.skipif(
-        not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
-        reason="this PyTorch has no product by oneDNN",
-    ),
+    NEEDS_ONEDNN,
 ]
 N, D, V = 70, 48, 2100
 
@@ -38,10 +36,8 @@ def calls(monkeypatch):
 
 
 @pytest.mark.usefixtures("_served")
-@pytest.mark.parametrize(("whole", "called"), [(0, [1024, 1024, 52] + [D] * 9), (V * D, [1024, 1024, 52, D, D, D])])
 @pytest.mark.parametrize("bias", [False, True])
-def test_products_are_those_of_fp64(monkeypatch, calls, bias, whole, called):
-    monkeypatch.setattr(onednn, "WHOLE", whole)
+def test_products_are_those_of_fp64(calls, bias):
     x, w, z = torch.randn(2 * N, D)[::2], torch.randn(V, D), torch.randn(N, V + 3)[:, :V]
     b = torch.randn(V) if bias else None
     out, rows, total = torch.empty(N, V + 1)[:, :V], torch.empty(N, D), torch.full((V, D), float("nan"))
@@ -49,7 +45,7 @@ def test_products_are_those_of_fp64(monkeypatch, calls, bias, whole, called):
     rows_gradient_into(z, w, rows)
     for first in (True, False):
         add_product(total, z, x, "native", first)
-    assert calls == called
+    assert calls == [1024, 1024, 52] + [D] * 9
     wide = torch.nn.functional.linear(x.double(), w.double(), None if b is None else b.double())
     torch.testing.assert_close(out.double(), wide, rtol=0, atol=2e-5)
     torch.testing.assert_close(rows.double(), z.double() @ w.double(), rtol=0, atol=1e-3)

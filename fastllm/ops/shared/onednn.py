@@ -1,7 +1,7 @@
 """Products of float32 matrices by oneDNN, where it multiplies faster than the library that PyTorch takes (MKL).
 
 MKL does not use AVX-512 on AMD's CPUs. GFLOP/s of one thread of an AMD EPYC of family 26, M rows, K features and N
-classes, by MKL and by oneDNN:
+classes, by MKL and by oneDNN in one sum:
 
 ======================  =================  =================  =================
 held to                 outputs            rows' gradient     weight's gradient
@@ -33,16 +33,9 @@ CLASSES = 1024
 # Elements of a weight up to which it is multiplied whole, 16 MiB. 128 x 768 x 4096 takes 0.78 of MKL's time at AVX2 so
 # and 0.87 in blocks, which are copied together.
 WHOLE = 2**22
-# Rows of a weight's gradient that are multiplied at once. 4096 x 1536 x 384 at AVX-512: 200 GFLOP/s; 154 whole.
-ROWS = 512
-# Rows from which a weight is turned by PyTorch first for the rows' gradient: 4096 x 768 x 3072 at AVX2 runs at 115
-# instead of 104 GFLOP/s then, and 1024 x 4096 x 4096 at 108 instead of 120.
-TURNED = 2048
-# Multiplications below which PyTorch's product is kept, by level. Forward and backward of functional.linear over
-# PyTorch's, processor time of one thread: 64 x 256 x 1024 (2^24) 1.43 at AVX-512 and 0.86 at AVX2, 512 x 768 x 768
-# (2^28) 1.9 and 1.03, 2048 x 256 x 1024 (2^29) 1.9 and 1.05. Matrix units were not measured.
-FEWEST = {"avx2": 2**28, "avx512": 2**24, "amx": 2**24}
-# Levels at which oneDNN is faster for the weight's gradient too.
+# Multiplications below which PyTorch's product is kept: oneDNN compiles and looks up code for each shape. A guess.
+FEWEST = {"avx2": 2**24, "avx512": 2**24, "amx": 2**24}
+# Levels at which oneDNN is faster for the gradients too.
 _ALL = ("avx512", "amx")
 
 
@@ -74,7 +67,7 @@ def onednn_serves(rows: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def onednn_serves_rows(rows: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether ``rows @ weight.T`` and the gradient of the rows are, whatever serves the gradient of the weight."""
+    """Whether the product ``rows @ weight.T`` is, whatever serves the gradients."""
     if not is_float_of_amd(weight) or rows.dtype != torch.float32 or rows.device.type != "cpu":
         return False
     return rows.numel() * len(weight) >= _fewest() and bool(torch.backends.mkldnn.enabled)
@@ -138,9 +131,6 @@ def onednn_outputs(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 
 def onednn_input_grad(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """dy (M, N) @ weight (N, K), a fresh tensor."""
-    if weight.numel() <= WHOLE:
-        turned = weight.t()
-        return multiplied(dy, turned.contiguous() if len(dy) >= TURNED else turned)
     total = multiplied(dy[:, :CLASSES], weight[:CLASSES].t())
     for first in range(CLASSES, len(weight), CLASSES):
         some = slice(first, first + CLASSES)
@@ -150,13 +140,9 @@ def onednn_input_grad(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def onednn_add_weight_grad(total: torch.Tensor, dy: torch.Tensor, x: torch.Tensor, first: bool) -> None:
     """``total`` (N, K) += dy (M, N).T @ x (M, K). ``first``: these rows' product is ``total`` itself."""
-    if not total.is_contiguous() and total.t().is_contiguous():
-        total, dy, x = total.t(), x, dy
-    classes = len(total) if total.numel() <= WHOLE else CLASSES
-    for column in range(0, len(total), classes):
-        some = slice(column, column + classes)
-        for start in range(0, len(x), ROWS):
-            rows = slice(start, start + ROWS)
-            # Turned by PyTorch first: 320 x 512 x 8192 at AVX-512 runs at 164 instead of 157 GFLOP/s then.
-            part = multiplied(dy[rows, some].t().contiguous(), x[rows].t())
-            total[some].copy_(part) if first and start == 0 else total[some].add_(part)
+    across = x.t()
+    for start in range(0, len(total), CLASSES):
+        some = slice(start, start + CLASSES)
+        # Turned by PyTorch first: 320 x 512 x 8192 at AVX-512 runs at 164 instead of 157 GFLOP/s then.
+        part = multiplied(dy[:, some].t().contiguous(), across)
+        total[some].copy_(part) if first else total[some].add_(part)
