@@ -1,7 +1,7 @@
 """Time and memory of linear_cross_entropy on a CPU, beside PyTorch's own ways, in pairs:
 
-    python -m fastllm.bench.memory [--tokens 8192] [--hidden 512] [--vocabulary 50304] [--workspace 64] [--rounds 10]
-        [--dtype float32|bfloat16] [--json FILE]
+    python -m fastllm.bench.memory [--tokens 8192] [--hidden-size 512] [--vocab-size 50304] [--workspace 64]
+        [--rounds 10] [--dtype float32|bfloat16] [--json FILE]
 
 Each way runs forward and backward in this process; its peak is what the process grows by, over the inputs and with the
 gradients, sampled every millisecond. PyTorch's chunks (torch >= 2.13) are given the rows that this library's plan has,
@@ -83,8 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m fastllm.bench.memory", description=first_paragraph(__doc__))
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--vocabulary", type=int, default=50304)
+    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--vocab-size", type=int, default=50304)
     parser.add_argument("--workspace", type=float, default=64.0, help="MiB")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=10, help="pairs to time; 0 for memory alone")
@@ -92,11 +92,11 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     dtype = getattr(torch, options.dtype)
     torch.manual_seed(0)
-    x = torch.randn(options.tokens, options.hidden, dtype=dtype).requires_grad_()
-    w = (torch.randn(options.vocabulary, options.hidden) / options.hidden**0.5).to(dtype).requires_grad_()
-    y = torch.randint(options.vocabulary, (options.tokens,))
+    x = torch.randn(options.tokens, options.hidden_size, dtype=dtype).requires_grad_()
+    w = (torch.randn(options.vocab_size, options.hidden_size) / options.hidden_size**0.5).to(dtype).requires_grad_()
+    y = torch.randint(options.vocab_size, (options.tokens,))
     plan = linear_cross_entropy_plan(x, w, max_workspace_mb=options.workspace)
-    names = ("tokens", "hidden", "vocabulary", "workspace", "dtype")
+    names = ("tokens", "hidden_size", "vocab_size", "workspace", "dtype")
     found = read(options.json, {name: getattr(options, name) for name in names} | {"rows": plan.rows})
     found["gradient_bytes"] = gradients = (x.numel() + w.numel()) * dtype.itemsize
     print(f"{plan}; gradients {gradients / 1e6:.1f} MB; {torch.get_num_threads()} threads, torch {torch.__version__}")

@@ -1,6 +1,6 @@
 """Time and memory of linear_log_probs and linear_kl_div on a CPU, in pairs with other ways to the same:
 
-    python -m fastllm.bench.post_training [--tokens 8192] [--hidden 512] [--vocabulary 50304] [--rounds 3]
+    python -m fastllm.bench.post_training [--tokens 8192] [--hidden-size 512] [--vocab-size 50304] [--rounds 3]
         [--only NAME ...]
 
 The other ways are all the logits, beside 64 MiB of workspace and beside one that holds all of them too; the logits of
@@ -101,12 +101,12 @@ def main(argv: list[str] | None = None) -> None:
     """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m fastllm.bench.post_training", description=first_paragraph(__doc__))
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--vocabulary", type=int, default=50304)
+    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--vocab-size", type=int, default=50304)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the pairs, such as grpo")
     options = parser.parse_args(argv)
-    n, d, v = options.tokens, options.hidden, options.vocabulary
+    n, d, v = options.tokens, options.hidden_size, options.vocab_size
     torch.manual_seed(0)
     x, w = torch.randn(n, d).requires_grad_(), (torch.randn(v, d) / d**0.5).requires_grad_()
     y, teacher = torch.randint(v, (n,)), (torch.randn(n, d), torch.randn(v, d) / d**0.5)
