@@ -6,7 +6,9 @@ import hashlib
 import importlib
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -26,9 +28,14 @@ def shapes_of(op: str, device: str = "cuda") -> dict[str, Callable[[torch.device
         return {}
 
 
+def _declared(op: str, name: str, default: Any) -> Any:
+    """What bench/<op>.py calls ``name``; ``default`` where it has nothing of that name."""
+    return getattr(importlib.import_module(f"{__package__}.{op}"), name, default)
+
+
 def cpu_shapes_of(op: str) -> dict[str, Callable[[torch.device, torch.dtype], Sample]]:
     """``cpu_shapes`` of bench/<op>.py."""
-    return getattr(importlib.import_module(f"{__package__}.{op}"), "cpu_shapes", {})
+    return _declared(op, "cpu_shapes", {})
 
 
 def code_hash(files: Iterable[Path], *more: str) -> str:
@@ -44,17 +51,17 @@ def code_hash(files: Iterable[Path], *more: str) -> str:
 
 def sweep_of(op: str) -> tuple[str, dict[int, Callable[[torch.device, torch.dtype], Sample]]]:
     """``sweep`` of bench/<op>.py: the name of an axis, and size -> the call of that size; no sizes without one."""
-    return getattr(importlib.import_module(f"{__package__}.{op}"), "sweep", ("size", {}))
+    return _declared(op, "sweep", ("size", {}))
 
 
 def reference_of(op: Op) -> Callable:
     """The op's reference; or ``reference`` of bench/<op>.py, the same in less memory."""
-    return getattr(importlib.import_module(f"{__package__}.{op.name}"), "reference", op.reference)
+    return _declared(op.name, "reference", op.reference)
 
 
 def rivals_of(op: str) -> dict[str, Callable[[], Callable]]:
     """``rivals`` of bench/<op>.py: name -> what imports that rival and returns a function as the op's own."""
-    return getattr(importlib.import_module(f"{__package__}.{op}"), "rivals", {})
+    return _declared(op, "rivals", {})
 
 
 def selected(names: Sequence[str]) -> list[Op]:
@@ -71,15 +78,19 @@ def selected(names: Sequence[str]) -> list[Op]:
     return [op for name, op in OPS.items() if (name in names if names else shapes_of(name))]
 
 
-def overwrites(function: Callable) -> Callable:
-    """Marks a rival that writes over its arguments: each call of it gets tensors of its own, outside the clock."""
-    function.overwrites = True
-    return function
+@dataclass(frozen=True)
+class Overwriting:
+    """A rival that writes over its arguments: each call of it gets tensors of its own, outside the clock."""
+
+    function: Callable
+
+    def __call__(self, *args, **kwargs):
+        return self.function(*args, **kwargs)
 
 
 def own_tensors(function: Callable, sample: Sample) -> Sample:
     """The sample; for a function that overwrites, a copy of it."""
-    if not getattr(function, "overwrites", False):
+    if not isinstance(function, Overwriting):
         return sample
 
     def copy(t: torch.Tensor) -> torch.Tensor:
@@ -109,7 +120,7 @@ def forward(function: Callable, sample: Sample) -> list[torch.Tensor]:
     return [t for t in tree_leaves(function(*sample.args, **sample.kwargs)) if isinstance(t, torch.Tensor)]
 
 
-def upstream(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def grad_outputs(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Gradients of the outputs as training gives them: 1 for a loss (a scalar); for others random multiples of 1/16."""
     return [
         torch.ones_like(y) if y.dim() == 0 else (torch.randint(-15, 16, y.shape, device=y.device) / 16).to(y.dtype)
@@ -125,7 +136,7 @@ def backward(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], ou
 
 def calls_of(functions: dict[str, Callable], sample: Sample, direction: str) -> dict[str, Call]:
     """Each provider's work in one direction. A backward has its own forward's graph, made before the clock starts."""
-    grads = upstream(forward(next(iter(functions.values())), sample))
+    grads = grad_outputs(forward(next(iter(functions.values())), sample))
 
     def call(name: str) -> Call:
         function = functions[name]
@@ -162,7 +173,7 @@ def first_calls(function: Callable, sample: Sample, device: torch.device) -> dic
     found = {"forward": time.perf_counter() - start}
     leaves = differentiable(sample)
     if leaves:
-        grads = upstream(outputs)
+        grads = grad_outputs(outputs)
         synchronize(device)
         start = time.perf_counter()
         backward(outputs, leaves, grads)

@@ -8,7 +8,7 @@ from importlib import import_module
 import torch
 
 from ..registry import Sample
-from .cases import overwrites
+from .cases import Overwriting
 
 SHAPES = {
     "Llama-2 8192x32000": (8192, 32000),
@@ -36,11 +36,10 @@ sweep = ("classes", {n: partial(_call, "", (1 << 28) // n, n) for n in CLASSES})
 def _liger():
     liger = import_module("liger_kernel.ops")
 
-    @overwrites  # the gradient takes the place of the logits
     def cross_entropy(input, target):
         return liger.LigerCrossEntropyFunction.apply(input, target, None)[0]
 
-    return cross_entropy
+    return Overwriting(cross_entropy)  # the gradient takes the place of the logits
 
 
 def _quack():

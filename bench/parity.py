@@ -116,7 +116,7 @@ def widened(sample: Sample, dtype: torch.dtype) -> Sample:
     return Sample(sample.name, args, kwargs)
 
 
-def upstream(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def seeded_grad_outputs(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Gradients for ``outputs``, the same for equal shapes; fine in every dtype (multiples of 1/16 below 1)."""
     grads = []
     for y in outputs:
@@ -132,7 +132,7 @@ def results(function: Callable, sample: Sample) -> Tensors:
     sample = cases.own_tensors(function, sample)
     outputs = cases.forward(function, sample)
     leaves = cases.differentiable(sample)
-    grads = cases.backward(outputs, leaves, upstream(outputs)) if leaves else ()
+    grads = cases.backward(outputs, leaves, seeded_grad_outputs(outputs)) if leaves else ()
     return [*(y.detach() for y in outputs), *grads]
 
 

@@ -344,7 +344,7 @@ def measure(
         with count_traffic(programs) as forward_traffic, _TorchTraffic(forward_traffic):
             outputs = cases.forward(function, sample)
         leaves = cases.differentiable(sample) if backward else []
-        grads = cases.upstream(outputs)
+        grads = cases.grad_outputs(outputs)
         with count_traffic(programs) as backward_traffic, _TorchTraffic(backward_traffic):
             if leaves:
                 cases.backward(outputs, leaves, grads)

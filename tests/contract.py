@@ -84,7 +84,7 @@ def outputs(result) -> list[torch.Tensor]:
     return [t for t in flat if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
 
-def upstream(sample_name: str, outs: list[torch.Tensor]) -> list[torch.Tensor]:
+def sample_grad_outputs(sample_name: str, outs: list[torch.Tensor]) -> list[torch.Tensor]:
     """Gradients for ``outs``, the same values for the same sample whatever the dtype; rounded to bf16 to be exact."""
     generator = torch.Generator().manual_seed(len(sample_name))
     grads = [torch.randn(o.shape, generator=generator).bfloat16().to(o.device, o.dtype) for o in outs]
@@ -101,7 +101,7 @@ def run(function, sample: Sample, backend: str | None = None, *, grads: bool = T
         differentiable = [o for o in outs if o.requires_grad]
         if not wanted or not differentiable:
             return outs, [None] * len(wanted)
-        given = [g for o, g in zip(outs, upstream(sample.name, outs), strict=True) if o.requires_grad]
+        given = [g for o, g in zip(outs, sample_grad_outputs(sample.name, outs), strict=True) if o.requires_grad]
         return outs, list(torch.autograd.grad(differentiable, wanted, given, allow_unused=True))
 
 

@@ -14,8 +14,8 @@ from contract import (
     leaves,
     outputs,
     run,
+    sample_grad_outputs,
     truth_of,
-    upstream,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -68,7 +68,7 @@ def test_two_backwards_agree_and_nothing_is_overwritten(op, backend):
             before = [t.detach().clone() for t in leaves(sample)]
             outs = [o for o in outputs(op.function(*sample.args, **sample.kwargs)) if o.requires_grad]
             kept = [o.detach().clone() for o in outs]
-            given = upstream(sample.name, outs)
+            given = sample_grad_outputs(sample.name, outs)
             given_before = [g.clone() for g in given]
             first = torch.autograd.grad(outs, leaves(sample), given, retain_graph=True, allow_unused=True)
             first_copy = [None if g is None else g.clone() for g in first]
@@ -119,9 +119,8 @@ def _second_order(function, sample, backend=None):
     with fastllm.backend(backend or "eager"):
         outs = [o for o in outputs(function(*sample.args, **sample.kwargs)) if o.requires_grad]
         wanted = leaves(sample)
-        first = torch.autograd.grad(
-            outs, wanted, upstream(sample.name, outs), create_graph=True, allow_unused=True, materialize_grads=True
-        )
+        given = sample_grad_outputs(sample.name, outs)
+        first = torch.autograd.grad(outs, wanted, given, create_graph=True, allow_unused=True, materialize_grads=True)
         total = sum(g.square().sum() for g in first)
         if not total.requires_grad:
             return [torch.zeros_like(leaf) for leaf in wanted]
@@ -156,7 +155,7 @@ def test_functorch_grad_equals_autograd(op, backend):
             swap = {id(old): new for old, new in zip(wanted, values, strict=True)}
             args, kwargs = contract.pytree.tree_map(lambda x: swap.get(id(x), x), (sample.args, dict(sample.kwargs)))
             outs = [o for o in outputs(op.function(*args, **kwargs))]
-            return sum((o * g).sum() for o, g in zip(outs, upstream(sample.name, outs), strict=True))
+            return sum((o * g).sum() for o, g in zip(outs, sample_grad_outputs(sample.name, outs), strict=True))
 
         with fastllm.backend(backend):
             got = torch.func.grad(loss, argnums=tuple(range(len(wanted))))(*[w.detach() for w in wanted])

@@ -92,7 +92,7 @@ def batch_gradients(
             with autocast(device, settings.dtype):
                 shares = ranks.shares(losses, model, to_device(rows, device), weights, elsewhere)
                 share: torch.Tensor = sum(shares.values(), start=torch.zeros((), device=device))
-            (share * settings.loss_scale).backward(ranks.upstream(share))
+            (share * settings.loss_scale).backward(ranks.loss_gradient(share))
         loss += share.detach()
         for name in weights:
             terms[name] += shares[name].detach()

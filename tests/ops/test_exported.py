@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contract import case_id, copy, leaves, outputs, upstream
+from contract import case_id, copy, leaves, outputs, sample_grad_outputs
 
 import fastllm
 from fastllm import cpu, nn
@@ -31,7 +31,7 @@ class Called(torch.nn.Module):
 
 def gradients(module, values, name):
     outs = outputs(module())
-    grads = [g for o, g in zip(outs, upstream(name, outs), strict=True) if o.requires_grad]
+    grads = [g for o, g in zip(outs, sample_grad_outputs(name, outs), strict=True) if o.requires_grad]
     return outs, torch.autograd.grad([o for o in outs if o.requires_grad], list(values), grads, allow_unused=True)
 
 

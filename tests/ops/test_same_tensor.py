@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 from conftest import DEVICE
-from contract import case_id, copy, graph_cases, outputs, upstream
+from contract import case_id, copy, graph_cases, outputs, sample_grad_outputs
 from torch.utils import _pytree as pytree
 
 import fastllm
@@ -61,7 +61,7 @@ def run(op, sample, i, j, how, compiled=False):
     torch.manual_seed(0)
     outs = (torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call)(values)
     wanted = [k for k, t in enumerate(values) if isinstance(t, torch.Tensor) and t.requires_grad]
-    given = [(o, g) for o, g in zip(outs, upstream(sample.name, outs), strict=True) if o.requires_grad]
+    given = [(o, g) for o, g in zip(outs, sample_grad_outputs(sample.name, outs), strict=True) if o.requires_grad]
     if not given or not wanted:
         return outs, {}
     found = torch.autograd.grad(

@@ -4,7 +4,7 @@ import contract
 import pytest
 import torch
 from conftest import DEVICE
-from contract import case_id, cases, copy, leaves, outputs, upstream
+from contract import case_id, cases, copy, leaves, outputs, sample_grad_outputs
 
 import fastllm
 from fastllm.registry import OPS
@@ -74,7 +74,7 @@ def test_vmap_and_its_gradients(op):
 @pytest.mark.parametrize("op", OPS.values(), ids=case_id)
 def test_batched_gradients_of_one_forward(op):
     for name, mine, theirs, values in calls(op):
-        given = upstream(name, list(theirs(*values)))
+        given = sample_grad_outputs(name, list(theirs(*values)))
         batched = tuple(torch.stack([g, g * 2]) for g in given)
         _, pull = torch.func.vjp(mine, *values)
         _, pull_theirs = torch.func.vjp(theirs, *values)

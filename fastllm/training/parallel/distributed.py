@@ -145,7 +145,7 @@ class Group(Ranks):
             return super().shares(losses, model, batch, weights, elsewhere)
         return self._module(losses, batch, weights, elsewhere)
 
-    def upstream(self, loss: torch.Tensor) -> torch.Tensor:
+    def loss_gradient(self, loss: torch.Tensor) -> torch.Tensor:
         # Both engines give the mean of the ranks' gradients; the sum is wanted.
         return torch.full_like(loss, self.parts)
 
@@ -327,7 +327,7 @@ class VocabParallel(Sharded):
         model = self.build(make, device, dtype)
         return model, read_sharded(checkpoint, model, self.quiet)
 
-    def upstream(self, loss: torch.Tensor) -> None:
+    def loss_gradient(self, loss: torch.Tensor) -> None:
         return None
 
     def clip(self, model: nn.Module, largest: float) -> torch.Tensor:

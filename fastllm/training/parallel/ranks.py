@@ -125,7 +125,7 @@ class Ranks:
         """Around forward and backward of a part: gradients are exchanged within the ``last`` one of a step only."""
         return contextlib.nullcontext()
 
-    def upstream(self, loss: torch.Tensor) -> torch.Tensor | None:
+    def loss_gradient(self, loss: torch.Tensor) -> torch.Tensor | None:
         """The gradient that the backward of ``loss`` starts with; None: one."""
         return None
 
