@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...config import InputError
 from ..optional import require
@@ -76,12 +76,25 @@ def text_of(content: bytes, charset: str | None, limits: Limits) -> bytes:
     return content
 
 
-def _bounded(content: bytes, start: Callable[[], Any], limits: Limits, name: str, piece_size: int = _PIECE) -> bytes:
-    """``content`` decompressed by objects that ``start`` makes, one for each member that follows another."""
+class _Coding(NamedTuple):
+    """A compression. ``start()`` makes what decompresses one member, with the methods and attributes of zlib's.
+
+    ``pending`` says of such an object whether output is left of its input so far, which has to be taken first.
+    """
+
+    name: str
+    start: Callable[[], Any]
+    piece_size: int = _PIECE
+    pending: Callable[[Any], bool] = lambda stream: False
+
+
+def _bounded(content: bytes, coding: _Coding, limits: Limits) -> bytes:
+    """``content`` decompressed, all members that follow one another."""
+    name = coding.name
     parts: list[bytes] = []
-    size, rest, stream = 0, memoryview(content), start()
+    size, rest, stream = 0, memoryview(content), coding.start()
     while True:
-        taken = 0 if getattr(stream, "pending", False) else piece_size
+        taken = 0 if coding.pending(stream) else coding.piece_size
         piece, rest = bytes(rest[:taken]), rest[taken:]
         try:
             part = stream.decompress(piece)
@@ -97,12 +110,12 @@ def _bounded(content: bytes, start: Callable[[], Any], limits: Limits, name: str
             raise Unreadable(
                 "bomb" if ratio > limits.ratio else "too_large", f"{name} content of more than {size:,} bytes"
             )
-        if getattr(stream, "eof", False):
-            unused = getattr(stream, "unused_data", b"") + bytes(rest)
+        if stream.eof:
+            unused = stream.unused_data + bytes(rest)
             if not unused.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):
                 return b"".join(parts)
-            rest, stream = memoryview(unused), start()
-        elif not len(rest) and not getattr(stream, "pending", False):
+            rest, stream = memoryview(unused), coding.start()
+        elif not len(rest) and not coding.pending(stream):
             break
     raise Unreadable("truncated", f"{name} content ends too early, after {size:,} bytes")
 
@@ -110,16 +123,16 @@ def _bounded(content: bytes, start: Callable[[], Any], limits: Limits, name: str
 def _gzip(content: bytes, limits: Limits) -> bytes | None:
     if not content.startswith(b"\x1f\x8b"):
         return _as_it_is(content, "gzip")
-    return _bounded(content, lambda: zlib.decompressobj(31), limits, "gzip")
+    return _bounded(content, _Coding("gzip", lambda: zlib.decompressobj(31)), limits)
 
 
 def _deflate(content: bytes, limits: Limits) -> bytes | None:
     if content[:1] and content[0] & 15 == 8 and int.from_bytes(content[:2], "big") % 31 == 0:
-        return _bounded(content, zlib.decompressobj, limits, "deflate")
+        return _bounded(content, _Coding("deflate", zlib.decompressobj), limits)
     # Some servers leave out zlib's frame; markup is no such stream, but its beginning may look like one.
     if content.lstrip()[:1] == b"<":
         return None
-    return _bounded(content, lambda: zlib.decompressobj(-15), limits, "deflate")
+    return _bounded(content, _Coding("deflate", lambda: zlib.decompressobj(-15)), limits)
 
 
 def _zstandard(content: bytes, limits: Limits) -> bytes | None:
@@ -128,7 +141,7 @@ def _zstandard(content: bytes, limits: Limits) -> bytes | None:
     library = require("zstandard", "zstandard", "the content coding zstd")
     # RFC 9659: no more than a window of 8 MB.
     start = library.ZstdDecompressor(max_window_size=1 << 23).decompressobj
-    return _bounded(content, start, limits, "zstd", _PIECE_ZSTD)
+    return _bounded(content, _Coding("zstd", start, _PIECE_ZSTD), limits)
 
 
 class _Brotli:
@@ -142,9 +155,7 @@ class _Brotli:
     def eof(self) -> bool:
         return self._stream.is_finished()
 
-    @property
     def pending(self) -> bool:
-        """Whether output is left of the input so far, which has to be taken first."""
         return not (self.eof or self._stream.can_accept_more_data())
 
     def decompress(self, content: bytes) -> bytes:
@@ -159,7 +170,7 @@ def _brotli(content: bytes, limits: Limits) -> bytes | None:
         library = require("brotli", "brotli", "the content coding br")
     except InputError as error:
         raise Unreadable("coding", str(error)) from error
-    return _bounded(content, lambda: _Brotli(library), limits, "br")
+    return _bounded(content, _Coding("br", lambda: _Brotli(library), pending=_Brotli.pending), limits)
 
 
 def _chunked(content: bytes, limits: Limits) -> bytes | None:
