@@ -77,7 +77,7 @@ def test_the_default_precision_is_one_that_the_device_multiplies(small, tmp_path
         (["--budget", "nan"], "--budget: expected a positive"),
         (["--shape", "no such"], "no shape of these ops has 'no such' in its name"),
         (["--device", "meta"], "--device: expected cpu or cuda, got 'meta'"),
-        (["--device", "nothing"], "--device: "),
+        (["--device", "nothing"], "--device: expected cpu or cuda, got 'nothing'"),
         (["report"], "the following arguments are required: A.json"),
         (["report", "/nowhere/a.json"], "error: /nowhere/a.json: No such file"),
     ],
