@@ -109,14 +109,13 @@ def whole_run():
 @pytest.fixture
 def short_runs(request, monkeypatch, one_thread):
     """Runs without picture, samples and meter, which take longer than a toy's training, and on one thread."""
-    from fastllm.training import run
+    from toy import shorten_runs
+
     from fastllm.training.reports import report
 
     monkeypatch.setattr(report, "SAMPLE_TOKENS", 20)
     if "whole_run" not in request.fixturenames:
-        monkeypatch.setattr(run, "plot_loss", lambda *args: None)
-        monkeypatch.setattr(run, "write_samples", lambda *args: "")
-        monkeypatch.setattr(run, "matmul_flops", lambda *args: 1e11)
+        shorten_runs(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The smallest model that has all the parts, and what tests of its runs share."""
 
 import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,12 +21,21 @@ def weights(folder: Path) -> bytes:
     return (folder / "model" / "model.safetensors").read_bytes()
 
 
+def shorten_runs(replace: Callable[[object, str, object], None] = setattr) -> None:
+    """Runs make no picture and no samples and measure no rate, which take longer than a toy's training.
+
+    Args:
+        replace: monkeypatch.setattr, where the process goes on to other tests.
+    """
+    replace(run, "plot_loss", lambda *args: None)
+    replace(run, "write_samples", lambda *args: "")
+    replace(run, "matmul_flops", lambda *args: 1e11)
+
+
 def train_or_resume(config: RunConfig, folder: Path, changes: dict) -> None:
-    """Resume the run in ``folder``, or begin it: for a process that may be killed. No picture, samples and meter."""
+    """Resume the run in ``folder``, or begin it: for a process that may be killed."""
     torch.set_num_threads(1)
-    run.plot_loss = lambda *args: None
-    run.write_samples = lambda *args: ""
-    run.matmul_flops = lambda *args: 1e11
+    shorten_runs()
     try:
         resume(folder, changes, quiet=True)
     except InputError:  # killed before there was a checkpoint

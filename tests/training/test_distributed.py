@@ -15,11 +15,10 @@ from prose import prose
 from safetensors.torch import load_file
 from several import MODEL, PAIRS
 from thorough import THOROUGH
-from toy import TOY, weights
+from toy import TOY, shorten_runs, weights
 
 from fastllm.cli import main
 from fastllm.models import Transformer
-from fastllm.training import run
 from fastllm.training.parallel import watch
 from fastllm.training.parallel.meta import on_meta
 from fastllm.training.reports.progress import read_metrics
@@ -103,8 +102,7 @@ def test_settings_that_do_not_fit_the_processes_are_one_line(monkeypatch, capsys
 
 
 def test_auto_resume_goes_on_with_the_same_settings_only(capsys, monkeypatch):
-    monkeypatch.setattr(run, "plot_loss", lambda *args: None)
-    monkeypatch.setattr(run, "write_samples", lambda *args: "")
+    shorten_runs(monkeypatch.setattr)
     arguments = ["train", "--out", "run", *MODEL, "--auto-resume"]
     assert main([*arguments, "--steps", "2"]) == 0
     assert main([*arguments, "--steps", "4"]) == 0
