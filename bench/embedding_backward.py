@@ -32,7 +32,7 @@ def ours(ids, weight):
     return embedding(ids, weight, main_grad=weight.grad)
 
 
-def backward_alone(function: Callable, sample: Sample, reused: bool) -> Callable:
+def backward_alone(function: Callable, sample: Sample, *, reused: bool) -> Callable:
     """Prepares a backward pass of a lookup, and returns it to be timed."""
     ids, weight = sample.args
     upstream = weight.new_ones(*ids.shape, weight.shape[1])
@@ -71,8 +71,8 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, Calla
     tables = sums.shapes["BERT-base 32x512, 30522+512+2 x768"](device, dtype)
     both = {"fastllm": ours, "torch": torch_F.embedding}
     return {
-        "backward, fresh gradient": {name: backward_alone(f, sample, False) for name, f in both.items()},
-        "backward, reused gradient": {name: backward_alone(f, sample, True) for name, f in both.items()},
+        "backward, fresh gradient": {name: backward_alone(f, sample, reused=False) for name, f in both.items()},
+        "backward, reused gradient": {name: backward_alone(f, sample, reused=True) for name, f in both.items()},
         "sum of three, forward and backward": {
             "fastllm": whole_sum(embedding_sum, tables),
             "torch": whole_sum(three_lookups, tables),

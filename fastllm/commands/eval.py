@@ -134,7 +134,7 @@ TASKS = {
 def _text(model, tokenizer, arguments) -> dict:
     import tempfile
 
-    corpus = read_corpus(arguments.data, False)
+    corpus = read_corpus(arguments.data, remove_repeated=False)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "held-out.bin"
         write_token_file(path, [*corpus.train, *corpus.validation], tokenizer)

@@ -60,11 +60,11 @@ class PreparedCorpus:
 
     @property
     def train(self) -> Iterable[str]:
-        return _Part(self, False)
+        return _Part(self, validation=False)
 
     @property
     def validation(self) -> Iterable[str]:
-        return _Part(self, True)
+        return _Part(self, validation=True)
 
     @property
     def sha256(self) -> str:

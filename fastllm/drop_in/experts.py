@@ -283,8 +283,8 @@ def recognise_experts(module: nn.Module) -> Experts | str:
         for gate, up, down in layouts:
             for arguments in (order, (order[0], order[2], order[1])):
                 experts = Experts(
-                    Gate("silu"), gate, up, down, arguments, order, False, _implementation(module),
-                    parts_of(dict(module.named_children())), settings_of(module),
+                    Gate("silu"), gate, up, down, arguments, order, casts=False, implementation=_implementation(module),
+                    parts=parts_of(dict(module.named_children())), settings=settings_of(module),
                 )  # fmt: skip
                 try:
                     return _recognise(module, experts)

@@ -135,11 +135,13 @@ def kept_bytes(
     Args:
         dtype: "bfloat16" is autocast over fp32 weights; with ``narrow`` the weights are bf16 too, as FSDP gathers them.
     """
-    one, two = (_kept_by(config, layers, rows, dtype, checkpoint_activations, narrow) for layers in (1, 2))
+    one, two = (
+        _kept_by(config, layers, rows, dtype, recompute=checkpoint_activations, narrow=narrow) for layers in (1, 2)
+    )
     return one + (config.num_layers - 1) * (two - one)
 
 
-def _kept_by(config: TransformerConfig, layers: int, rows: int, dtype: str, recompute: bool, narrow: bool) -> int:
+def _kept_by(config: TransformerConfig, layers: int, rows: int, dtype: str, *, recompute: bool, narrow: bool) -> int:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -179,7 +181,8 @@ def _bytes_of_a_row(config: TransformerConfig, dtype: str, recompute: bool, narr
     row = kept_bytes(config, 1, dtype, recompute, narrow)
     if recompute:
         # The block that is being recomputed.
-        row += _kept_by(config, 2, 1, dtype, False, narrow) - _kept_by(config, 1, 1, dtype, False, narrow)
+        one, two = (_kept_by(config, layers, 1, dtype, recompute=False, narrow=narrow) for layers in (1, 2))
+        row += two - one
     return row
 
 
