@@ -26,34 +26,45 @@ def read_warc(entry: SourceEntry, limits: Limits) -> Iterator[Raw | Failure]:
     with open_stream(entry.path, limits) as stream:
         try:
             for number, record in enumerate(iterator_of(Prompt(stream), check_digests=False)):
-                headers = record.http_headers
-                declared = (headers.get_header("Content-Type") or "") if headers else ""
-                kind = {"response": "html", "conversion": "text"}.get(record.rec_type)
-                if kind == "html" and "html" not in declared.lower():
-                    kind = None
+                kind = _kind(record)
                 # As it was sent: warcio undoes some codings, in lower case, one of each.
                 content = _take(record.raw_stream, limits.document + 1) if kind else b""
                 missing = _drain(record.raw_stream)
-                id = f"{entry.id}#{number}"
                 if missing:
                     raise Unreadable("truncated", f"record {number} lacks {missing:,} bytes of its content")
-                if len(content) > limits.document:
-                    yield Failure(id, "too_large", {"limit": limits.document})
-                elif kind:
-                    charset = _CHARSET.search(declared)
-                    try:
-                        content = undo(content, _applied(headers), limits)
-                        content = text_of(content, charset and charset[1], limits) if kind == "html" else content
-                    except Unreadable as error:
-                        details = {"limit": limits.document} if error.reason == "too_large" else {"error": str(error)}
-                        yield Failure(id, error.reason, details)
-                        continue
-                    url = record.rec_headers.get_header("WARC-Target-URI")
-                    yield Raw(id, content, kind, {"url": url} if url else {}, charset and charset[1])
+                if kind is not None:
+                    yield _document(f"{entry.id}#{number}", record, kind, content, limits)
         except errors.ArchiveLoadFailed as error:
             raise Unreadable("damaged", one_line(error)) from error
     if number < 0 and os.path.getsize(entry.path):
         raise Unreadable("damaged", "no record in it")
+
+
+def _declared(record) -> str:
+    """The media type and charset that the response's headers declare, or ""."""
+    return (record.http_headers.get_header("Content-Type") or "") if record.http_headers else ""
+
+
+def _kind(record) -> str | None:
+    """What the record holds: "html", "text", or None for one that holds no page."""
+    kind = {"response": "html", "conversion": "text"}.get(record.rec_type)
+    return None if kind == "html" and "html" not in _declared(record).lower() else kind
+
+
+def _document(id: str, record, kind: str, content: bytes, limits: Limits) -> Raw | Failure:
+    """The record's ``content`` with its codings undone, or why that cannot be."""
+    found = _CHARSET.search(_declared(record))
+    charset = found and found[1]
+    if len(content) > limits.document:
+        return Failure(id, "too_large", {"limit": limits.document})
+    try:
+        content = undo(content, _applied(record.http_headers), limits)
+        content = text_of(content, charset, limits) if kind == "html" else content
+    except Unreadable as error:
+        details = {"limit": limits.document} if error.reason == "too_large" else {"error": str(error)}
+        return Failure(id, error.reason, details)
+    url = record.rec_headers.get_header("WARC-Target-URI")
+    return Raw(id, content, kind, {"url": url} if url else {}, charset)
 
 
 def _applied(headers) -> list[str]:
