@@ -1,7 +1,6 @@
 """Dataclasses as settings: their fields are the command line's flags and the keys of a TOML file.
 
-A field's type, default and ``metadata`` (``help``; optionally ``choices``, ``minimum``, ``maximum``, ``above``) are all
-that flags, files and checks know of it.
+A field's type, default and ``metadata``, which :func:`option` fills, are all that flags, files and checks know of it.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import dataclasses
 import difflib
 import errno
 import json
+import operator
 import os
 import re
 import stat
@@ -140,10 +140,10 @@ def read_plain(path: str | Path) -> bytes:
         InputError: it is missing, unreadable, or neither; names it.
     """
     try:
-        kind = os.stat(path).st_mode
-        if stat.S_ISDIR(kind):
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not (stat.S_ISREG(kind) or stat.S_ISFIFO(kind)):
+        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
             raise InputError(f"{path}: neither a file nor a folder")
         with open(path, "rb") as file:
             return file.read()
@@ -186,27 +186,29 @@ def _convert(setting: Setting, value: Any, where: str) -> Any:
     return value
 
 
+# A limit of a setting: its name, what holds within it, and what an error calls it.
+_LIMITS = (
+    ("minimum", operator.ge, "at least"), ("above", operator.gt, "more than"), ("maximum", operator.le, "at most"),
+    ("below", operator.lt, "less than"),
+)  # fmt: skip
+
+
 def _check_range(setting: Setting, value: Any, where: str) -> None:
     limits = setting.metadata
     if setting.choices and value not in setting.choices:
         raise InputError(
             f"{where}: {setting.name}: expected one of {', '.join(map(str, setting.choices))}; got {value!r}"
         )
-    wanted = None
     if isinstance(value, str) and (not value or re.search("[\0\ud800-\udfff]", value)):
         raise InputError(f"{where}: {setting.name}: expected UTF-8 text that is not empty, got {value!r}")
     if isinstance(value, float) and not abs(value) <= MAX_FLOAT:
         wanted = "a finite number (of float32)"
     elif isinstance(value, int) and not -MAX_INT <= value <= MAX_INT:
         wanted = f"at most {MAX_INT}"
-    elif "minimum" in limits and value < limits["minimum"]:
-        wanted = f"at least {limits['minimum']}"
-    elif "above" in limits and value <= limits["above"]:
-        wanted = f"more than {limits['above']}"
-    elif "maximum" in limits and value > limits["maximum"]:
-        wanted = f"at most {limits['maximum']}"
-    elif "below" in limits and value >= limits["below"]:
-        wanted = f"less than {limits['below']}"
+    else:
+        missed = (f"{words} {limits[limit]}" for limit, holds, words in _LIMITS
+                  if limit in limits and not holds(value, limits[limit]))  # fmt: skip
+        wanted = next(missed, None)
     if wanted:
         raise InputError(f"{where}: {setting.name}: expected {wanted}, got {value}")
 
