@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -102,11 +103,21 @@ def looks_like_norm(module: torch.nn.Module) -> bool:
     return named or (bool(shapes) and any(name in EPS_NAMES for name in vars(module)))
 
 
-def _formula(x, weight, bias, eps: float, offset: float, center: bool):
-    x = x - x.mean(-1, keepdim=True) if center else x
-    y = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-    y = y if weight is None else y * (weight + offset)
-    return y if bias is None else y + bias
+class _Formula(NamedTuple):
+    """A norm of parameters that are given by name. ``held`` is the attribute that holds eps, or eps itself."""
+
+    weight: str | None
+    bias: str | None
+    held: str | float
+    eps: float
+    center: bool
+    offset: float
+
+    def __call__(self, x: torch.Tensor, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        x = x - x.mean(-1, keepdim=True) if self.center else x
+        y = x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        y = y if self.weight is None else y * (parameters[self.weight] + self.offset)
+        return y if self.bias is None else y + parameters[self.bias]
 
 
 def _rms(x):
@@ -166,6 +177,16 @@ def _bias(y: torch.Tensor, truth: torch.Tensor) -> float:
     return abs(((y @ truth) / (truth @ truth)).item() - 1.0)
 
 
+def _distance(formula: _Formula, inputs, outputs, parameters) -> tuple[float, str]:
+    """How far the outputs are from ``formula``, more than 1 where it is not theirs, and on which inputs most."""
+    found = []
+    for (what, x), y in zip(inputs, outputs, strict=True):
+        truth = formula(x.double(), parameters)
+        error = _error(y, truth)
+        found.append((max(error / 2e-5, _bias(y, truth) / 2e-6), f"{what} by {error:.1e}"))
+    return max(found)
+
+
 def _eps_candidates(module) -> list[tuple[str | float, float]]:
     found = [(name, float(v)) for name, v in vars(module).items() if type(v) is float and 0.0 < v < 0.1 and name != "p"]
     return found or [(e, e) for e in COMMON_EPS]
@@ -207,47 +228,42 @@ def _recognise(module, argument: str) -> Norm | str:
     bias = next((n for n in names if n != weight), None)
     values = {name: p.float() for name, p in probe.parameters().items()}
     wide = {name: p.double() for name, p in values.items()}
-
-    def formula(x, eps, offset, center):
-        return _formula(x.double(), wide.get(weight or ""), wide.get(bias or ""), eps, offset, center)
-
     eps_candidates = _eps_candidates(module)
     inputs = _inputs(probe, [e for _, e in eps_candidates])
     outputs = [probe.run(x, values).detach() for _, x in inputs]
-    best: tuple[float, str, tuple | None] = (float("inf"), "", None)
-    for name, eps in eps_candidates:
-        for center in (False, True):
-            for offset in (0.0, 1.0) if weight is not None else (0.0,):
-                worst, where = 0.0, ""
-                for (what, x), y in zip(inputs, outputs, strict=True):
-                    truth = formula(x, eps, offset, center)
-                    off = max(_error(y, truth) / 2e-5, _bias(y, truth) / 2e-6)
-                    worst, where = max((worst, where), (off, f"{what} by {_error(y, truth):.1e}"))
-                best = min(best, (worst, where, (name, eps, center, offset)), key=lambda b: b[0])
-    worst, where, measured = best
-    assert measured is not None  # there is always a candidate
-    name, eps, center, offset = measured
+    formulas = (
+        _Formula(weight, bias, held, eps, center, offset)
+        for held, eps in eps_candidates
+        for center in (False, True)
+        for offset in ((0.0,) if weight is None else (0.0, 1.0))
+    )
+    distances = ((_distance(formula, inputs, outputs, wide), formula) for formula in formulas)
+    (worst, where), formula = min(distances, key=lambda found: found[0][0])
     if worst > 1.0:
+        near = _near_miss(inputs, outputs, formula, wide)
         return (
-            f"its forward is no RMS or layer norm: {_diagnosis(inputs, outputs, values, weight, bias, eps) or 'it'}"
-            + (f" (nearest: {'layer' if center else 'RMS'} norm, off on {where} of the largest value)")
+            f"its forward is no RMS or layer norm{f': {near}' if near else ''} "
+            f"(nearest: {'layer' if formula.center else 'RMS'} norm, off on {where} of the largest value)"
         )
     x = probe.normal(4, size).float()
-    for where, training, factor in (
+    for mode, training, factor in (
         ("in training", True, 1.0), ("in evaluation", False, 1.0), ("with large parameters", True, 1000.0)
     ):  # fmt: skip
-        _same_gradients(
-            probe, x, {name: factor * value for name, value in values.items()}, training, where,
-            lambda x, p: _formula(x, p.get(weight), p.get(bias), eps, offset, center),
-        )  # fmt: skip
-    dtypes = _dtype_table(
-        probe, values, weight, lambda x, p: _formula(x, p.get(weight), p.get(bias), eps, offset, center)
-    )
+        _same_gradients(probe, x, {name: factor * value for name, value in values.items()}, training, mode, formula)
+    dtypes = _dtype_table(probe, values, weight, formula)
     own = parameters[0].dtype if parameters else None
     if own is not None and not any(given == own == of_weight for given, of_weight, _ in dtypes):
         return f"in {str(own).removeprefix('torch.')} its arithmetic is another (squares or sums in 16 bits, or fp64)"
     return Norm(
-        center, weight, bias, name, offset, argument, dtypes, settings_of(module, name), _narrow_inside(probe, values)
+        weight=weight,
+        bias=bias,
+        center=formula.center,
+        eps=formula.held,
+        offset=formula.offset,
+        argument=argument,
+        dtypes=dtypes,
+        settings=settings_of(module, formula.held),
+        narrow_inside=_narrow_inside(probe, values),
     )
 
 
@@ -264,16 +280,16 @@ def _inputs(probe: _Probe, eps: list[float]) -> list[tuple[str, torch.Tensor]]:
     return inputs
 
 
-def _diagnosis(inputs, outputs, values, weight, bias, eps: float) -> str:
-    """The name of the near miss that explains all the outputs, or ""."""
-    scale = values[weight].double() if weight is not None else 1.0
-    shift = values[bias].double() if bias is not None else 0.0
+def _near_miss(inputs, outputs, formula: _Formula, parameters) -> str | None:
+    """What explains all the outputs, with the parameters and the eps of ``formula``."""
+    scale = 1.0 if formula.weight is None else parameters[formula.weight]
+    shift = 0.0 if formula.bias is None else parameters[formula.bias]
     for what, other in NEAR_MISSES.items():
         for factor in (scale, scale + 1.0):
             pairs = zip(inputs, outputs, strict=True)
-            if all(_error(y, other(x.double(), eps) * factor + shift) < 2e-5 for (_, x), y in pairs):
+            if all(_error(y, other(x.double(), formula.eps) * factor + shift) < 2e-5 for (_, x), y in pairs):
                 return what
-    return ""
+    return None
 
 
 def _same_gradients(probe: _Probe, x, values, training: bool, where: str, formula) -> None:
