@@ -155,7 +155,11 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> ModelConfig:
-        """A configuration from field names and values. An unknown name is a ValueError."""
+        """A configuration from field names and values.
+
+        Raises:
+            ValueError: a name is unknown, or a value is out of range.
+        """
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"unknown field of {cls.__name__}: {', '.join(sorted(unknown))}")

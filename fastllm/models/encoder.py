@@ -45,6 +45,9 @@ class Encoder(Pretrained):
     ``mlm``: logits of masked tokens; ``nsp``: 2 logits, whether the second text follows the first; ``classify``:
     num_classes logits; ``span``: logits of an answer's first and last token. nsp and classify read the first token
     through a tanh layer, as BERT does (Devlin et al. 2019), or as ``config.pooling`` says.
+
+    Raises:
+        ValueError: ``config`` has a decoder.
     """
 
     @staticmethod
@@ -55,8 +58,7 @@ class Encoder(Pretrained):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        if config.encoder == "none" or config.decoder != "none":
-            raise ValueError(f"Encoder: not encoder {config.encoder!r} and decoder {config.decoder!r}")
+        self._check_fits(config)
         self.config = config
         self.encoder = make_encoder(config)
         size, heads, first = config.hidden_size, config.heads, config.pooling == "first"

@@ -23,6 +23,9 @@ class EncoderDecoder(Pretrained):
 
     Both sides share one embedding and one vocabulary for both languages, and with tie_embeddings the head shares it
     too.
+
+    Raises:
+        ValueError: ``config`` lacks one of the two.
     """
 
     @staticmethod
@@ -33,8 +36,7 @@ class EncoderDecoder(Pretrained):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        if "none" in (config.encoder, config.decoder):
-            raise ValueError(f"EncoderDecoder: not encoder {config.encoder!r} and decoder {config.decoder!r}")
+        self._check_fits(config)
         self.config = config
         self.encoder = make_encoder(config)
         decoder = TransformerDecoder if config.decoder == "transformer" else RecurrentDecoder

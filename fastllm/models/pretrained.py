@@ -36,6 +36,11 @@ class Pretrained(torch.nn.Module):
         """Whether a configuration asks for this class."""
         raise NotImplementedError
 
+    @classmethod
+    def _check_fits(cls, config) -> None:
+        if not cls.fits(config):
+            raise ValueError(f"{cls.__name__}: not encoder {config.encoder!r} and decoder {config.decoder!r}")
+
     def num_parameters(self) -> int:
         """Parameters, a shared one counted once."""
         return sum(p.numel() for p in self.parameters())

@@ -26,6 +26,7 @@ class LanguageModel(Pretrained):
     new_cache: Callable[..., DecoderCache]
 
     def __init__(self, config: ModelConfig):
+        self._check_fits(config)
         super().__init__(config, cross=False)  # the decoder's own, which comes after this class
         self.head = Head(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -96,6 +97,9 @@ class Transformer(LanguageModel, TransformerDecoder):
 
     Set ``checkpoint_activations = True`` to keep only each block's input for the backward, and to compute the rest
     again.
+
+    Raises:
+        ValueError: ``config`` has an encoder, or another decoder.
     """
 
     reads_all = True
@@ -104,21 +108,15 @@ class Transformer(LanguageModel, TransformerDecoder):
     def fits(config: ModelConfig) -> bool:
         return config.encoder == "none" and config.decoder == "transformer"
 
-    def __init__(self, config: ModelConfig):
-        if (config.encoder, config.decoder) != ("none", "transformer"):
-            raise ValueError(f"Transformer: not encoder {config.encoder!r} and decoder {config.decoder!r}")
-        super().__init__(config)
-
 
 @concrete
 class RNN(LanguageModel, RecurrentDecoder):
-    """A recurrent language model: ``config.decoder`` is "lstm" or "gru"."""
+    """A recurrent language model: ``config.decoder`` is "lstm" or "gru".
+
+    Raises:
+        ValueError: ``config`` has an encoder, or another decoder.
+    """
 
     @staticmethod
     def fits(config: ModelConfig) -> bool:
         return config.encoder == "none" and config.decoder in ("lstm", "gru")
-
-    def __init__(self, config: ModelConfig):
-        if config.encoder != "none" or config.decoder not in ("lstm", "gru"):
-            raise ValueError(f"RNN: not encoder {config.encoder!r} and decoder {config.decoder!r}")
-        super().__init__(config)
