@@ -239,7 +239,10 @@ def test_personal_data_is_masked_and_what_only_looks_like_it_is_not():
     "text", ["a" * 200_000, "1." * 100_000, "a@" * 100_000, "+1 " * 70_000, "AB12 " * 40_000, "a:" * 99_999]
 )
 def test_masking_takes_linear_time(text):
+    began = time.process_time()
     mask(text)
+    # 0.02 to 0.06 s on a core of an AMD EPYC; a pattern that goes back over its text takes minutes.
+    assert time.process_time() - began < 3
 
 
 def test_clean_goes_from_a_page_to_text_and_from_any_failure_to_a_rejection():
