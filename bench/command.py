@@ -23,7 +23,7 @@ from . import cases, levels
 from .environment import environment
 from .results import Run, read_run
 from .rival import Rival
-from .run import ROUNDS, Planned, plan, run
+from .run import ROUNDS, Planned, plan, providers, run
 from .scores import write
 from .timing import copy_bandwidth, keep_freed_memory
 
@@ -106,6 +106,10 @@ def main(argv: list[str] | None = None) -> int:
         planned = plan(ops, options.shape, options.sweep, device.type)
         if not planned:
             raise ValueError(f"--shape: no shape of these ops has {' or '.join(map(repr, options.shape))} in its name")
+        known = {name: None for case in planned for name in providers(case.op)}
+        for name in options.provider:
+            if name not in known:
+                raise ValueError(f"--provider: expected some of {', '.join(known)}; got {name!r}")
         rivals = _rivals(options.rival, ops, planned, device)
         if options.tune:
             from .tune import main as tune

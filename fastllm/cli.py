@@ -169,7 +169,10 @@ def _execute(argv: list[str]) -> int:
         return bench(argv[1:])
     if "torch" not in sys.modules:  # later it changes nothing here, only what this process starts
         other_work.wait_asleep(os.environ)
-    arguments = build_parser(argv[0] if argv else None).parse_args(argv)
+    parser = build_parser(argv[0] if argv else None)
+    if not argv:
+        parser.error(f"expected a command: {', '.join(COMMANDS)}; fastllm --help says what each does")
+    arguments = parser.parse_args(argv)
     _check_values(arguments)
     with _one_line_warnings():
         if arguments.command not in WITHOUT_TORCH:

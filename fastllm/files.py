@@ -122,7 +122,9 @@ def folder_to_fill(path: str | os.PathLike, new: bool = False) -> Iterator[Path]
         except OSError as error:
             if new and isinstance(error, FileExistsError):
                 raise
-            raise InputError(f"{folder}: cannot write there: {error.strerror}") from error
+            # "File exists" would be no news to whoever named a file.
+            why = "it is no folder" if isinstance(error, FileExistsError) else error.strerror
+            raise InputError(f"{folder}: cannot write there: {why}") from error
         yield folder
     except BaseException:
         if folder in made:

@@ -78,6 +78,10 @@ def test_the_default_precision_is_one_that_the_device_multiplies(small, tmp_path
         (["--shape", "no such"], "no shape of these ops has 'no such' in its name"),
         (["--device", "meta"], "--device: expected cpu or cuda, got 'meta'"),
         (["--device", "nothing"], "--device: expected cpu or cuda, got 'nothing'"),
+        (
+            ["rms_norm", "--device", "cpu", "--provider", "quac"],
+            "--provider: expected some of fastllm, eager",
+        ),
         (["report"], "the following arguments are required: A.json"),
         (["report", "/nowhere/a.json"], "error: /nowhere/a.json: No such file"),
     ],

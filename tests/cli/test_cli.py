@@ -66,6 +66,11 @@ def test_a_preset_on_the_command_line_replaces_the_files_model(tmp_path, capsys)
         build_run_config({"model": {"preset": "gpt9"}}, "f")
 
 
+def test_no_command_names_the_commands(capsys):
+    assert run() == 2
+    assert "expected a command: prepare, tokenizer, train" in capsys.readouterr().err
+
+
 def test_version_and_info(capsys):
     assert run("--version") == 0
     assert capsys.readouterr().out == f"fastllm {__version__}\n"

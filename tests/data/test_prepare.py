@@ -223,7 +223,7 @@ def test_the_command_says_what_it_did_and_refuses_in_one_line(tmp_path, capsys):
         (["prepare", *files, "--language", "english", "--out", str(tmp_path / "x")], "zxx; got 'english'"),
         (["prepare", str(tmp_path / "empty"), "--out", str(tmp_path / "x")], "no file to read in "),
         (["prepare", "/dev/zero", "--out", str(tmp_path / "x")], "/dev/zero: neither a file nor a folder"),
-        (["tokenizer", "train", files[0], "--out", files[1]], "cannot write there: File exists"),
+        (["tokenizer", "train", files[0], "--out", files[1]], "cannot write there: it is no folder"),
         (["tokenizer", "train", files[0], "--vocab-size", "3", "--out", str(tmp_path / "x" / "y")], "vocab_size: "),
         (["prepare", *files, "--similarity", "2", "--out", str(tmp_path / "x")], "similarity: expected at most 1.0"),
         (["prepare", *files, "--rules", "c4", *out], "prepared with other settings"),

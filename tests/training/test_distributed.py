@@ -101,6 +101,18 @@ def test_settings_that_do_not_fit_the_processes_are_one_line(monkeypatch, capsys
     assert "under torchrun the run needs a name" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--parallel", "fsdp"], "parallel: fsdp needs torchrun"),
+        (["--tensor-parallel", "2"], "tensor_parallel: 2 needs torchrun"),
+    ],
+)
+def test_what_takes_several_processes_says_how_they_are_started(capsys, arguments, message):
+    assert main(["train", "--out", "run", *MODEL, *arguments]) == 2
+    assert f"fastllm train: error: {message} (torchrun --nproc-per-node" in capsys.readouterr().err
+
+
 def test_auto_resume_goes_on_with_the_same_settings_only(capsys, monkeypatch):
     shorten_runs(monkeypatch.setattr)
     arguments = ["train", "--out", "run", *MODEL, "--auto-resume"]

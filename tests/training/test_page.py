@@ -63,4 +63,4 @@ def test_what_is_no_run_is_refused(config, tmp_path, capsys):
     assert "a folder; --out names the page" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "file" / "page.html")]) == 2
-    assert f"{tmp_path / 'file'}: cannot write there: File exists" in capsys.readouterr().err
+    assert f"{tmp_path / 'file'}: cannot write there: it is no folder" in capsys.readouterr().err

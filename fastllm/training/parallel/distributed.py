@@ -51,8 +51,9 @@ def joined(training: TrainingConfig) -> Iterator[Ranks]:
         InputError: the settings do not fit the number of processes.
     """
     size = int(os.environ.get("WORLD_SIZE", "1")) if launched() else 1
-    if training.parallel == "fsdp" and not launched():
-        raise InputError("parallel: fsdp needs torchrun (torchrun --nproc-per-node N -m fastllm train ...)")
+    several = "parallel: fsdp" if training.parallel == "fsdp" else f"tensor_parallel: {training.tensor_parallel}"
+    if not launched() and (training.parallel == "fsdp" or training.tensor_parallel > 1):
+        raise InputError(f"{several} needs torchrun (torchrun --nproc-per-node N -m fastllm train ...)")
     groups = size // training.tensor_parallel
     if size % training.tensor_parallel:
         raise InputError(f"tensor_parallel: {training.tensor_parallel} does not divide the {size} processes")
