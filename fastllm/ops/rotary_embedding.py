@@ -171,6 +171,10 @@ def _call(query, key, cos, sin, *, position_ids=None, offset=0, interleaved=Fals
     return RotaryCall(query, key, cos, sin, position_ids, int(offset), bool(interleaved))
 
 
+def _batch(query: torch.Tensor) -> int:
+    return query.shape[0] if query.dim() == 4 else 1
+
+
 def _check(query, key, cos, sin, position_ids, offset) -> None:
     op = "rotary_embedding"
     check_integer(op, "offset", offset)
@@ -188,7 +192,7 @@ def _check(query, key, cos, sin, position_ids, offset) -> None:
         raise ValueError(
             f"{op}: key must have query's shape {list(query.shape)} but for the number of heads, got {list(key.shape)}"
         )
-    batch, length, width = query.shape[0] if query.dim() == 4 else 1, query.shape[-2], query.shape[-1]
+    batch, length, width = _batch(query), query.shape[-2], query.shape[-1]
     if cos.dim() not in (2, 3) or cos.shape != sin.shape:
         raise ValueError(
             f"{op}: cos and sin must be alike, (P, rotated / 2) or (B, P, rotated / 2), got {list(cos.shape)} and "
@@ -201,13 +205,17 @@ def _check(query, key, cos, sin, position_ids, offset) -> None:
             f"{op}: cos and sin hold one number for each pair of rotated features, at most {width // 2} of query's "
             f"{width} features, got {cos.shape[-1]}"
         )
-    if position_ids is None:
-        if not 0 <= offset <= cos.shape[-2] - length:
-            raise ValueError(
-                f"{op}: query's {length} positions from offset {offset} need rows {offset} to {offset + length - 1} of "
-                f"cos and sin, which have {cos.shape[-2]} rows"
-            )
-        return
+    if position_ids is not None:
+        _check_position_ids(position_ids, query, cos, offset)
+    elif not 0 <= offset <= cos.shape[-2] - length:
+        raise ValueError(
+            f"{op}: query's {length} positions from offset {offset} need rows {offset} to {offset + length - 1} of "
+            f"cos and sin, which have {cos.shape[-2]} rows"
+        )
+
+
+def _check_position_ids(position_ids, query, cos, offset) -> None:
+    op, batch, length = "rotary_embedding", _batch(query), query.shape[-2]
     if not isinstance(position_ids, torch.Tensor) or position_ids.dtype not in (torch.int64, torch.int32):
         got = str(position_ids.dtype) if isinstance(position_ids, torch.Tensor) else type(position_ids).__name__
         raise TypeError(f"{op}: position_ids must be int64 or int32, got {got}")

@@ -9,7 +9,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -144,14 +144,8 @@ def make_page(runs: list[Path], out: Path) -> None:
         InputError: one is not a run, or none has metrics yet. The message names it.
         OSError: ``out`` cannot be written.
     """
-    metrics, configs = [], []
-    for run in runs:
-        if not (run / "config.toml").is_file():
-            raise InputError(f"{run}: no run: config.toml is missing")
-        lines = [line for line in read_metrics(run / METRICS) if isinstance(line, dict)]
-        metrics.append(lines)
-        tables = asdict(read_run_config(run / "config.toml"))
-        configs.append({f"{table}.{key}": value for table, part in tables.items() for key, value in part.items()})
+    settings = [_settings(run) for run in runs]
+    metrics = [[line for line in read_metrics(run / METRICS) if isinstance(line, dict)] for run in runs]
     if not any(metrics):
         raise InputError(f"{runs[0]}: metrics.jsonl has nothing to show yet")
     names = _names(runs)
@@ -160,36 +154,47 @@ def make_page(runs: list[Path], out: Path) -> None:
         f'<div><span class="key" style="border-color:{colour};border-top-style:{css}"></span>{html.escape(name)}</div>'
         for name, (colour, _, css) in zip(names, looks, strict=True)
     )
-    pictures = []
-    for key, title, logarithmic in CURVES:
-        curves = [(look[:2], *_curve(lines, key)) for look, lines in zip(looks, metrics, strict=True)]
-        curves = [curve for curve in curves if curve[1]]
-        if curves and not (key == "skipped" and not any(max(values) for _, _, values in curves)):
-            pictures.append(_picture(title, curves, logarithmic))
     header = [
         "run", "steps", "tokens", "seconds", "loss", "validation loss", "bits per byte", "tokens/s", "MFU", "skipped",
         " / ".join(PHASES),
     ]  # fmt: skip
     results = _table(header, [[name, *_result(lines)] for name, lines in zip(names, metrics, strict=True)])
-    keys = list(dict.fromkeys(key for config in configs for key in config))
-    rows = [[key, *(str(config.get(key, "-")) for config in configs)] for key in keys]
-    differs = {number for number, row in enumerate(rows) if len(set(row[1:])) > 1}
-    rows = [rows[i] for i in sorted(differs)] + [row for i, row in enumerate(rows) if i not in differs]
+    keys = dict.fromkeys(key for each in settings for key in each)
+    rows = [[key, *(str(each.get(key, "-")) for each in settings)] for key in keys]
+    rows.sort(key=lambda row: len(set(row[1:])) == 1)  # those that differ come first, in their order
+    differing = sum(len(set(row[1:])) > 1 for row in rows)
     samples = "".join(
         f'<div class="samples"><h3>{html.escape(name)}</h3><pre>{html.escape(_samples(run))}</pre></div>'
         for name, run in zip(names, runs, strict=True)
     )
-    settings = _table(["setting", *names], rows, set(range(len(differs))))
     write_text(
         out,
         f'<!doctype html><html lang="en"><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width"><title>{html.escape(", ".join(names))}</title>'
         f'<style>{_STYLE}</style><h1>Training runs</h1><div class="runs">{legend}</div><h2>Results</h2>'
         f'<div class="results">{results}</div>'
-        f'<h2>Curves</h2><div class="curves">{"".join(pictures)}</div>'
+        f'<h2>Curves</h2><div class="curves">{"".join(_pictures(looks, metrics))}</div>'
         f'<h2>Samples</h2><div class="runs">{samples}</div>'
-        f"<h2>Settings{'; those that differ come first' if differs else ''}</h2>{settings}</html>\n",
+        f"<h2>Settings{'; those that differ come first' if differing else ''}</h2>"
+        f"{_table(['setting', *names], rows, set(range(differing)))}</html>\n",
     )
+
+
+def _settings(run: Path) -> dict[str, object]:
+    """The run's settings, each under its table's name and its own."""
+    if not (run / "config.toml").is_file():
+        raise InputError(f"{run}: no run: config.toml is missing")
+    tables = asdict(read_run_config(run / "config.toml"))
+    return {f"{table}.{key}": value for table, part in tables.items() for key, value in part.items()}
+
+
+def _pictures(looks: list[tuple], metrics: list[list[dict]]) -> Iterator[str]:
+    """A picture of each curve that a run has; of skipped steps only where there were some."""
+    for key, title, logarithmic in CURVES:
+        curves = [(look[:2], *_curve(lines, key)) for look, lines in zip(looks, metrics, strict=True)]
+        curves = [curve for curve in curves if curve[1]]
+        if curves and not (key == "skipped" and not any(max(values) for _, _, values in curves)):
+            yield _picture(title, curves, logarithmic)
 
 
 def _names(runs: list[Path]) -> list[str]:
