@@ -1,8 +1,4 @@
-"""How the code is built, read from its syntax: parameters, imports, names and attributes.
-
-tests/structure_allowed.txt lists what offends still, one "rule: where" a line. It only shrinks: an entry that offends
-no more fails the test too, and ``python tests/test_structure.py`` takes it out.
-"""
+"""How the code is built, read from its syntax: parameters, imports, names and attributes."""
 
 import ast
 from collections import defaultdict
@@ -13,7 +9,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ALLOWED = ROOT / "tests/structure_allowed.txt"
 FOLDERS = ("fastllm", "kernels", "bench")
 HOST, KERNEL = 6, 16
 # Every command, and every part of the bench, may have one of its own.
@@ -236,26 +231,14 @@ def offenders(rule: str) -> set[str]:
     return set(RULES[rule][0]())
 
 
-def allowed(rule: str) -> set[str]:
-    lines = (line.partition(": ") for line in ALLOWED.read_text("utf-8").splitlines())
-    return {where for name, _, where in lines if name == rule}
-
-
 @pytest.mark.parametrize("rule", RULES)
 def test_rule(rule):
-    found, known = offenders(rule), allowed(rule)
-    assert not found - known, f"{RULES[rule][1]}: {sorted(found - known)}"
-    stale = sorted(known - found)
-    assert not stale, f"these offend no more, so take them out of {ALLOWED.name}: {stale}"
+    assert not offenders(rule), f"{RULES[rule][1]}: {sorted(offenders(rule))}"
 
 
 def test_every_signature_of_torchs_is_somebodys():
     found = {" ".join(positional(node)) for tree in trees().values() for _, node in functions(tree)}
     assert found >= AS_IN_TORCH
-
-
-def test_every_allowed_line_has_a_rule():
-    assert {line.partition(": ")[0] for line in ALLOWED.read_text("utf-8").splitlines()} <= set(RULES)
 
 
 @pytest.mark.parametrize(
@@ -292,8 +275,3 @@ def test_nothing_needs_a_docstring():
         and (getattr(node.value, "id", "") == "__doc__" or getattr(node.value, "attr", "") == "__doc__")
     ]
     assert not taken
-
-
-if __name__ == "__main__":
-    kept = [f"{rule}: {where}\n" for rule in RULES for where in sorted(allowed(rule) & offenders(rule))]
-    ALLOWED.write_text("".join(kept), "utf-8")
