@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..registry import OPS, Op, Sample
-from .timing import Call, synchronize
+from .timing import Workload, synchronize
 
 
 def shapes_of(op: str, device: str = "cuda") -> dict[str, Callable[[torch.device, torch.dtype], Sample]]:
@@ -134,11 +134,11 @@ def backward(outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], ou
     return torch.autograd.grad([y for y, _ in pairs], inputs, [dy for _, dy in pairs], allow_unused=True)
 
 
-def calls_of(functions: dict[str, Callable], sample: Sample, direction: str) -> dict[str, Call]:
+def calls_of(functions: dict[str, Callable], sample: Sample, direction: str) -> dict[str, Workload]:
     """Each provider's work in one direction. A backward has its own forward's graph, made before the clock starts."""
     grads = grad_outputs(forward(next(iter(functions.values())), sample))
 
-    def call(name: str) -> Call:
+    def call(name: str) -> Workload:
         function = functions[name]
 
         def own():
@@ -156,10 +156,10 @@ def calls_of(functions: dict[str, Callable], sample: Sample, direction: str) -> 
             return backward(outputs, differentiable(sample), grads)
 
         if direction == "forward":
-            return Call(name, own, there)
+            return Workload(name, own, there)
         if direction == "backward":
-            return Call(name, graph, back)
-        return Call(name, own, lambda sample: back((there(sample), sample)))
+            return Workload(name, graph, back)
+        return Workload(name, own, lambda sample: back((there(sample), sample)))
 
     return {name: call(name) for name in functions}
 

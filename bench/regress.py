@@ -40,7 +40,7 @@ ALLOWED = {"registers": 0, "shared": 0, "bytes": 0.0}
 
 
 @dataclass
-class Measured:
+class Figures:
     """What a file's calls take. ``kernels`` and ``bytes`` are the rows of :mod:`.regress_measure`."""
 
     triton: str
@@ -71,7 +71,7 @@ class Measured:
         file.write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
 
 
-def read(file: Path) -> Measured:
+def read(file: Path) -> Figures:
     """A committed file.
 
     Raises:
@@ -87,14 +87,14 @@ def read(file: Path) -> Measured:
             raise ValueError(f"allow: expected {', '.join(ALLOWED)}, got {', '.join(sorted(unknown))}")
         if not all(isinstance(value, int | float) and value >= 0 for value in allow.values()):
             raise ValueError("allow: expected numbers of at least 0")
-        measured = Measured(found["triton"], list(found["kernels"]), list(found["bytes"]), allow=allow)
+        measured = Figures(found["triton"], list(found["kernels"]), list(found["bytes"]), allow=allow)
         measured.by_place()
         return measured
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: not a file of fastllm bench regress ({type(error).__name__}: {error})") from error
 
 
-def measure(file: Path, arches: Iterable[int]) -> Measured:
+def measure(file: Path, arches: Iterable[int]) -> Figures:
     """Runs both measurements side by side.
 
     Raises:
@@ -123,7 +123,7 @@ def measure(file: Path, arches: Iterable[int]) -> Measured:
         raise ValueError(f"{file}: expected a function whose one argument is 'device', found none")
     failures = dict(found["compile"]["failures"])
     failures |= {f"{call}, bytes": reason for call, reason in found["bytes"]["failures"].items()}
-    return Measured(triton.__version__, found["compile"]["rows"], found["bytes"]["rows"], failures)
+    return Figures(triton.__version__, found["compile"]["rows"], found["bytes"]["rows"], failures)
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _allowed(name: str, old: float, allow: Mapping[str, float]) -> float:
     return allow.get(name, 0)
 
 
-def compare(committed: Measured, now: Measured) -> Verdict:
+def compare(committed: Figures, now: Figures) -> Verdict:
     """Every figure of ``now`` beside the committed one. What only one of the two has is worse: the file is stale."""
     worse, better = [], []
     old_rows, new_rows = committed.by_place(), now.by_place()
@@ -175,7 +175,7 @@ def _grew(old: dict, new: dict) -> bool:
     return new["registers"] > old["registers"] or new["shared"] > old["shared"]
 
 
-def broken(now: Measured) -> list[str]:
+def broken(now: Figures) -> list[str]:
     """What fails whatever the file says: a launch that a GPU would refuse, a call that cannot be compiled."""
     found = [f"{place}: {reason}" for place, reason in now.failures.items() if not place.endswith(", bytes")]
     for row in now.kernels:
@@ -185,7 +185,7 @@ def broken(now: Measured) -> list[str]:
     return found
 
 
-def _show(now: Measured) -> None:
+def _show(now: Figures) -> None:
     from rich.table import Table
 
     from .report import console
@@ -247,7 +247,7 @@ def main(argv: list[str]) -> int:
     return _judged(committed, now)
 
 
-def _updated(against: Path, committed: Measured | None, now: Measured) -> int:
+def _updated(against: Path, committed: Figures | None, now: Figures) -> int:
     """Writes ``now`` to ``against`` unless a call is broken; what the committed file allows stays allowed."""
     bad = broken(now)
     for line in bad:
@@ -261,7 +261,7 @@ def _updated(against: Path, committed: Measured | None, now: Measured) -> int:
     return 0
 
 
-def _judged(committed: Measured, now: Measured) -> int:
+def _judged(committed: Figures, now: Figures) -> int:
     """Prints what is better and worse than committed. 1 where anything is worse."""
     verdict = compare(committed, now)
     for line in verdict.better:

@@ -31,7 +31,7 @@ from ..registry import Op, Sample
 from .cases import calls_of, first_calls
 from .module_files import module_of
 from .parity import Judge, results
-from .timing import Call, Timer, host_seconds, keep_freed_memory
+from .timing import Timer, Workload, host_seconds, keep_freed_memory
 
 # Seconds before a turn. OpenMP's threads spin for a few ms after their last work in GCC's runtime; a guess for others.
 SETTLE = 0.01
@@ -41,10 +41,10 @@ class Refused(ValueError):
     """A rival that cannot be a provider of this op, and why."""
 
 
-def settled(timer: Timer) -> Callable[[Call | Rival, torch.device], float]:
+def settled(timer: Timer) -> Callable[[Workload | Rival, torch.device], float]:
     """``timer`` where rivals take turns with calls of this process."""
 
-    def seconds(call: Call | Rival, device: torch.device) -> float:
+    def seconds(call: Workload | Rival, device: torch.device) -> float:
         time.sleep(SETTLE)
         if isinstance(call, Rival):
             return call.seconds()
@@ -222,7 +222,7 @@ class Worker:
     def __init__(self, function: Callable, device: torch.device):
         self.function, self.device = function, device
         self._sample = Sample("")
-        self._turns: tuple[Call, Timer] | None = None
+        self._turns: tuple[Workload, Timer] | None = None
 
     def fits(self, positional: int, named: list[str]) -> str | None:
         """Why the function's signature does not take a call, or None."""
@@ -251,7 +251,7 @@ class Worker:
         timer.calibrate(call, self.device)
         self._turns = call, timer
 
-    def _prepared(self) -> tuple[Call, Timer]:
+    def _prepared(self) -> tuple[Workload, Timer]:
         assert self._turns is not None, "prepare comes first"
         return self._turns
 

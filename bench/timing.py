@@ -17,7 +17,7 @@ import torch
 from ..timing import seconds, synchronize
 
 # What a timer returns: seconds, or several times of one call.
-Sample = TypeVar("Sample")
+Times = TypeVar("Times")
 FEWEST = 3
 # mallopt's parameters in glibc: how many blocks are mapped on their own, and how much is free before some goes back.
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
@@ -76,9 +76,9 @@ def interleaved(
     rounds: int,
     device: torch.device,
     warmup: int = 1,
-    timer: Callable[[Any, torch.device], Sample] = seconds,
+    timer: Callable[[Any, torch.device], Times] = seconds,
     within: float = math.inf,
-) -> dict[str, list[Sample]]:
+) -> dict[str, list[Times]]:
     """The time of each of ``runs``, once a round, in the order of :func:`order`.
 
     Args:
@@ -87,7 +87,7 @@ def interleaved(
         timer: ``timer(run, device)`` -> the time of one of ``runs``, as a rule in seconds.
         within: seconds after which no round begins, once FEWEST are done.
     """
-    samples: dict[str, list[Sample]] = {name: [] for name in runs}
+    samples: dict[str, list[Times]] = {name: [] for name in runs}
     start = time.monotonic()
     for round_ in range(-warmup, rounds):
         if round_ >= FEWEST and time.monotonic() - start > within:
@@ -135,7 +135,7 @@ def time_limit(limit: float) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Call:
+class Workload:
     """What one provider does in one direction: ``run(prepare())``. Only ``run`` is timed."""
 
     provider: str
@@ -162,13 +162,13 @@ class Timer:
             l2 = torch.cuda.get_device_properties(device).L2_cache_size
             self.flush = torch.empty(4 * l2, dtype=torch.int8, device=device)
 
-    def calibrate(self, call: Call, device: torch.device) -> None:
+    def calibrate(self, call: Workload, device: torch.device) -> None:
         """Choose how often a sample on a CPU repeats its call."""
         if device.type != "cuda":
             once = min(self(call, device) for _ in range(3))
             self.repeats = max(1, int(SHORTEST / max(once, 1e-7)))
 
-    def __call__(self, call: Call, device: torch.device) -> float:
+    def __call__(self, call: Workload, device: torch.device) -> float:
         if device.type == "cuda":
             return self._on_cuda(call, device)
         ready = [call.prepare() for _ in range(self.repeats)]
@@ -177,7 +177,7 @@ class Timer:
             call.run(argument)
         return (time.perf_counter() - start) / self.repeats
 
-    def _on_cuda(self, call: Call, device: torch.device) -> float:
+    def _on_cuda(self, call: Workload, device: torch.device) -> float:
         while True:
             elapsed, ahead = self._sample(call, device)
             if ahead or call.provider in self.behind:
@@ -187,7 +187,7 @@ class Timer:
                 self.behind.add(call.provider)
                 self.waits[call.provider] = WAIT
 
-    def _sample(self, call: Call, device: torch.device) -> tuple[float, bool]:
+    def _sample(self, call: Workload, device: torch.device) -> tuple[float, bool]:
         """Seconds on the device, and whether the host had queued all before the device began."""
         ready = call.prepare()
         if self.flush is None:
@@ -207,7 +207,7 @@ class Timer:
         return start.elapsed_time(end) * 1e-3, ahead
 
 
-def host_seconds(call: Call, device: torch.device, samples: int = 9) -> list[float]:
+def host_seconds(call: Workload, device: torch.device, samples: int = 9) -> list[float]:
     """Seconds that the host spends on one call: QUEUED of them are launched, and the device is not waited for."""
     found = []
     for _ in range(samples):

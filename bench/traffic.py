@@ -310,7 +310,7 @@ def _held_bytes(tensor: torch.Tensor) -> int:
 
 
 @dataclass(frozen=True)
-class Measured:
+class OpTraffic:
     """One call's traffic beside the least that its record says it must move."""
 
     cost: Cost
@@ -329,7 +329,7 @@ class Measured:
 
 def measure(
     op: Op, sample: Sample, *, backward: bool = True, function: Callable | None = None, programs: int | None = None
-) -> Measured:
+) -> OpTraffic:
     """Runs ``op`` on a sample of CPU tensors in the interpreter and counts what its kernels and launchers move.
 
     Args:
@@ -348,4 +348,4 @@ def measure(
         with count_traffic(programs) as backward_traffic, _TorchTraffic(backward_traffic):
             if leaves:
                 cases.backward(outputs, leaves, grads)
-    return Measured(op.cost(*sample.args, **sample.kwargs), forward_traffic, backward_traffic)
+    return OpTraffic(op.cost(*sample.args, **sample.kwargs), forward_traffic, backward_traffic)

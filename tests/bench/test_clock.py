@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastllm.bench import timing
-from fastllm.bench.timing import Call, Timer
+from fastllm.bench.timing import Timer, Workload
 
 GPU = torch.device("cuda")
 CYCLE = 0.5e-9
@@ -64,8 +64,8 @@ def timer(request, machine):
     return timer
 
 
-def call(machine, launches: int, lasts: float, cost: float) -> Call:
-    return Call("ours", lambda: None, lambda _: [machine.launch(lasts, cost) for _ in range(launches)])
+def call(machine, launches: int, lasts: float, cost: float) -> Workload:
+    return Workload("ours", lambda: None, lambda _: [machine.launch(lasts, cost) for _ in range(launches)])
 
 
 @pytest.mark.parametrize(("launches", "cost"), [(1, 10e-6), (3, 40e-6), (12, 200e-6), (100, 100e-6)])
@@ -82,7 +82,7 @@ def test_the_wait_grows_once_and_stays(machine, timer):
     assert grown * CYCLE < 4 * 12 * 200e-6
     timer(ours, GPU)
     assert timer.waits["ours"] == grown
-    timer(Call("other", lambda: None, lambda _: machine.launch(1e-5)), GPU)
+    timer(Workload("other", lambda: None, lambda _: machine.launch(1e-5)), GPU)
     assert timer.waits["other"] == timing.WAIT
 
 
@@ -92,10 +92,10 @@ def test_a_call_that_waits_for_the_device_is_named_and_measured_all_the_same(mac
         machine.wait()
         machine.launch(30e-6, 50e-6)
 
-    assert timer(Call("reads back", lambda: None, run), GPU) == pytest.approx(110e-6, abs=2e-6)
+    assert timer(Workload("reads back", lambda: None, run), GPU) == pytest.approx(110e-6, abs=2e-6)
     assert timer.behind == {"reads back"}
     before = machine.host
-    timer(Call("reads back", lambda: None, run), GPU)
+    timer(Workload("reads back", lambda: None, run), GPU)
     assert machine.host - before < 1e-3
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from fastllm.bench.command import main as bench
 from fastllm.bench.interpreter import compiling
-from fastllm.bench.regress import Measured, broken, compare, read
+from fastllm.bench.regress import Figures, broken, compare, read
 from fastllm.bench.regress_measure import counted, load
 
 # As somebody else writes them: an autograd function, a constant of the file, libdevice, a float argument, an autotuner.
@@ -84,7 +84,7 @@ def measured(tmp_path_factory):
     for (name, file), kernels in zip(files.items(), json.loads(result.stdout), strict=True):
         moved = counted(file)
         assert not moved["failures"]
-        found[name] = Measured("1", kernels["rows"], moved["rows"], kernels["failures"])
+        found[name] = Figures("1", kernels["rows"], moved["rows"], kernels["failures"])
     return found
 
 
@@ -139,27 +139,27 @@ BYTES = dict(call="c", kernel="k", loaded=1000, stored=1000)
     ],
 )
 def test_each_figure_that_is_worse_fails_once(change, said):
-    verdict = compare(Measured("1", [ROW], []), Measured("1", [{**ROW, **change}], []))
+    verdict = compare(Figures("1", [ROW], []), Figures("1", [{**ROW, **change}], []))
     assert verdict.worse == [f"c, k, sm_90: {said}"]
-    assert compare(Measured("1", [{**ROW, **change}], []), Measured("1", [ROW], [])).worse == []
+    assert compare(Figures("1", [{**ROW, **change}], []), Figures("1", [ROW], [])).worse == []
 
 
 def test_what_only_one_side_has_fails():
-    with_row, without = Measured("1", [ROW], [BYTES]), Measured("1", [], [])
+    with_row, without = Figures("1", [ROW], [BYTES]), Figures("1", [], [])
     gone = compare(with_row, without).worse
     assert gone == ["c, k, sm_90: is no longer launched", "c, k, bytes: is no longer launched"]
     assert compare(without, with_row).worse == ["c, k, sm_90: is not in the file", "c, k, bytes: is not in the file"]
 
 
 def test_the_committed_file_may_allow_more():
-    committed = Measured("1", [ROW], [BYTES], allow={"registers": 4, "shared": 0, "bytes": 0.01})
-    assert not compare(committed, Measured("1", [{**ROW, "registers": 36}], [{**BYTES, "loaded": 1010}])).worse
-    assert len(compare(committed, Measured("1", [{**ROW, "registers": 37}], [{**BYTES, "loaded": 1011}])).worse) == 2
+    committed = Figures("1", [ROW], [BYTES], allow={"registers": 4, "shared": 0, "bytes": 0.01})
+    assert not compare(committed, Figures("1", [{**ROW, "registers": 36}], [{**BYTES, "loaded": 1010}])).worse
+    assert len(compare(committed, Figures("1", [{**ROW, "registers": 37}], [{**BYTES, "loaded": 1011}])).worse) == 2
 
 
 def test_a_file_survives_writing_and_a_broken_one_is_refused(tmp_path):
     file = tmp_path / "x.regress.json"
-    Measured("3.9.0", [ROW], [BYTES]).write(file)
+    Figures("3.9.0", [ROW], [BYTES]).write(file)
     again = read(file)
     assert again.kernels == [{k: v for k, v in ROW.items() if k != "over"}]
     assert again.bytes == [BYTES]

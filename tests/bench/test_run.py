@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fastllm import OPS
 from fastllm.bench import cases, parity, run
 from fastllm.bench.results import NOT_COMPILED
-from fastllm.bench.timing import Call, OutOfTime, Timer, host_seconds, time_limit
+from fastllm.bench.timing import OutOfTime, Timer, Workload, host_seconds, time_limit
 from fastllm.registry import Cost
 
 CPU = torch.device("cpu")
@@ -271,7 +271,7 @@ def test_the_host_is_timed_without_the_wait(monkeypatch):
     waits = []
     monkeypatch.setattr("fastllm.bench.timing.synchronize", waits.append)
     calls = []
-    found = host_seconds(Call("it", lambda: len(calls), calls.append), CPU, samples=4)
+    found = host_seconds(Workload("it", lambda: len(calls), calls.append), CPU, samples=4)
     assert len(found) == 4
     assert all(seconds > 0 for seconds in found)
     assert len(calls) == 4 * 20
@@ -280,7 +280,7 @@ def test_the_host_is_timed_without_the_wait(monkeypatch):
 
 def test_a_sample_on_a_cpu_repeats_what_is_short():
     calls = []
-    call = Call("it", lambda: None, calls.append)
+    call = Workload("it", lambda: None, calls.append)
     timer = Timer(CPU, cold=False)
     timer.calibrate(call, CPU)
     assert timer.repeats > 10
