@@ -43,6 +43,42 @@ from .watch import Watch
 _lives = itertools.count()
 
 
+def _check_processes(training: TrainingConfig, size: int) -> None:
+    """Raises InputError where the settings do not fit ``size`` processes."""
+    parts = training.tensor_parallel
+    if not launched() and (training.parallel == "fsdp" or parts > 1):
+        several = "parallel: fsdp" if training.parallel == "fsdp" else f"tensor_parallel: {parts}"
+        raise InputError(f"{several} needs torchrun (torchrun --nproc-per-node N -m fastllm train ...)")
+    if size % parts:
+        raise InputError(f"tensor_parallel: {parts} does not divide the {size} processes")
+    if parts > 1 and training.parallel == "fsdp":
+        raise InputError("tensor_parallel: goes with parallel ddp only; FSDP shards embedding and head itself")
+    groups, rows = size // parts, training.micro_batch_size or 1
+    if training.batch_size % (groups * rows):
+        raise InputError(
+            f"batch_size: {training.batch_size} is not a multiple of {groups} processes x micro_batch_size {rows}"
+        )
+
+
+@contextlib.contextmanager
+def _process_group(size: int, timeout: timedelta, cuda: bool) -> Iterator[None]:
+    """torch's default group of ``size`` processes; a caller's own serves as well, and stays."""
+    if dist.is_initialized():
+        yield
+        return
+    found = dist.rendezvous("env://", timeout=timeout)  # pyright: ignore[reportPrivateImportUsage]  # documented there
+    store, rank, _ = next(found)
+    # torchrun's store outlives a restart: without a name of its own, a life would read the addresses of the last.
+    life = f"fastllm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_lives)}"
+    own = dist.PrefixStore(life, store)  # pyright: ignore[reportPrivateImportUsage]  # documented there
+    backends = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backends, store=own, rank=rank, world_size=size, timeout=timeout)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 @contextlib.contextmanager
 def joined(training: TrainingConfig) -> Iterator[Ranks]:
     """This process's place among those that torchrun started; on its own if there is one only.
@@ -51,38 +87,14 @@ def joined(training: TrainingConfig) -> Iterator[Ranks]:
         InputError: the settings do not fit the number of processes.
     """
     size = int(os.environ.get("WORLD_SIZE", "1")) if launched() else 1
-    several = "parallel: fsdp" if training.parallel == "fsdp" else f"tensor_parallel: {training.tensor_parallel}"
-    if not launched() and (training.parallel == "fsdp" or training.tensor_parallel > 1):
-        raise InputError(f"{several} needs torchrun (torchrun --nproc-per-node N -m fastllm train ...)")
-    groups = size // training.tensor_parallel
-    if size % training.tensor_parallel:
-        raise InputError(f"tensor_parallel: {training.tensor_parallel} does not divide the {size} processes")
-    if training.tensor_parallel > 1 and training.parallel == "fsdp":
-        raise InputError("tensor_parallel: goes with parallel ddp only; FSDP shards embedding and head itself")
-    if training.batch_size % groups or (training.batch_size // groups) % (training.micro_batch_size or 1):
-        raise InputError(
-            f"batch_size: {training.batch_size} is not a multiple of {groups} processes x micro_batch_size "
-            f"{training.micro_batch_size or 1}"
-        )
+    _check_processes(training, size)
     if size == 1 and training.parallel != "fsdp":
         yield ALONE
         return
     cuda = training.device != "cpu" and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    begun = not dist.is_initialized()  # a caller's own group serves as well, and stays
-    if begun:
-        timeout = timedelta(seconds=2 * training.hang_timeout + 60)
-        found = dist.rendezvous("env://", timeout=timeout)  # pyright: ignore[reportPrivateImportUsage]  # documented there
-        store, rank, _ = next(found)
-        # torchrun's store outlives a restart: without a name of its own, a life would read the addresses of the last.
-        life = f"fastllm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_lives)}"
-        own = dist.PrefixStore(life, store)  # pyright: ignore[reportPrivateImportUsage]  # documented there
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=own, rank=rank, world_size=size,
-            timeout=timeout,
-        )  # fmt: skip
-    try:
+    with _process_group(size, timedelta(seconds=2 * training.hang_timeout + 60), cuda):
         kind = {"ddp": DataParallel, "fsdp": FullySharded}[training.parallel]
         if training.tensor_parallel > 1:
             kind = VocabParallel
@@ -97,9 +109,6 @@ def joined(training: TrainingConfig) -> Iterator[Ranks]:
             text = ranks.standstill() or " ".join(str(error).split())[:200]
             raise RankLost(f"rank {ranks.rank}: another process has died or cannot be reached ({text})") from error
         ranks.close()
-    finally:
-        if begun:
-            dist.destroy_process_group()
 
 
 class RankLost(Failed):
