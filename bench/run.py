@@ -321,16 +321,14 @@ def run(
         torch.manual_seed(0)
         try:
             call = replace(case.make(device, getattr(torch, dtype)), name=case.name)
-            # An op's cost may depend on values, which meta tensors do not have.
             limit = min(left, max(CASE[device.type], CASE_SHARE[device.type] * left))
+            # An op's cost may depend on values, which meta tensors do not have.
             if rates and PASSES * _floor(case.op.cost(*call.args, **call.kwargs), rates, dtype) > limit:
                 raise OutOfTime(f"takes longer than the {limit:.0f} s that a call may take")
             tell(f"{what} (fastllm serves it by {_serving(case.op, call)})")
             balance = matrix_rate(rates, dtype) / rates["copy"] if rates else math.inf
             effort = Effort(rounds, left / (len(todo) - i), limit, balance, compiling, rivals)
-            chosen = only
-            if compiled is not None and case.op.name not in compiled:
-                chosen = [OURS, *(name for name in only or providers(case.op) if name != COMPILED)]
+            chosen = _chosen(case.op, only, compiled)
             for rival in rivals:
                 rival.start()
             with time_limit(limit):
@@ -342,6 +340,13 @@ def run(
             found.left_out.append(f"{what}: {first_line(error)}")
         keep(found)
     return found
+
+
+def _chosen(op: Op, only: Collection[str], compiled: Container[str] | None) -> Collection[str]:
+    """The providers among ``only`` that serve ``op``: all of them, or all but torch.compile; none named means all."""
+    if compiled is None or op.name in compiled:
+        return only
+    return [OURS, *(name for name in only or providers(op) if name != COMPILED)]
 
 
 def _serving(op: Op, call: Sample) -> str:
