@@ -75,6 +75,17 @@ def _entry(item: os.DirEntry, id: str, inside: Path, given: str | None) -> Sourc
         return Failure(id, "unreadable", {"error": one_line(error)})
 
 
+def _folder(root: Path, name: str, given: str | None) -> Iterator[SourceEntry | Failure]:
+    """Each file in ``root``, whose entries' ids begin with ``name``."""
+    inside = root.resolve()
+    for item in _walk(str(root.absolute())):
+        if isinstance(item, OSError):
+            yield Failure(f"{name}: {item.filename}", "unreadable", {"error": one_line(item)})
+            continue
+        relative = os.path.relpath(item.path, root.absolute()).encode("utf-8", "replace").decode()
+        yield _entry(item, f"{name}/{relative}", inside, given)
+
+
 def plan_sources(sources: Sequence[str], given: str | None = None) -> tuple[list[SourceEntry], list[Failure]]:
     """The files of ``sources`` in order, and which files are skipped.
 
@@ -105,13 +116,7 @@ def plan_sources(sources: Sequence[str], given: str | None = None) -> tuple[list
             continue
         if not root.is_dir():
             raise InputError(f"{source}: neither a file nor a folder")
-        inside = root.resolve()
-        for item in _walk(str(root.absolute())):
-            if isinstance(item, OSError):
-                failures.append(Failure(f"{name}: {item.filename}", "unreadable", {"error": one_line(item)}))
-                continue
-            relative = os.path.relpath(item.path, root.absolute()).encode("utf-8", "replace").decode()
-            found = _entry(item, f"{name}/{relative}", inside, given)
+        for found in _folder(root, name, given):
             if isinstance(found, SourceEntry):
                 entries.append(found)
             else:

@@ -63,19 +63,7 @@ def on_meta(make: Callable[[], nn.Module]) -> tuple[nn.Module, Callable[..., Non
             raise NotImplementedError(f"{type(model).__name__}: {name} is not filled in place")
 
     def draw(device: torch.device, random: bool = True) -> None:
-        buffers = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
-        kept = {name: buffer.clone() for name, buffer in buffers.items()}
-        first = {id(parameter): name for name, parameter in model.named_parameters()}
-        ties = {
-            name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != name
-        }
-        model.to_empty(device=device)
-        for name, other in ties.items():  # to_empty gives each name memory of its own
-            module, _, last_part = name.rpartition(".")
-            setattr(model.get_submodule(module), last_part, model.get_parameter(other))
-        for name, buffer in model.named_buffers():
-            if name in kept:
-                buffer.copy_(kept[name])
+        _take_memory(model, device)
         if not random:
             return
         parameters = dict(model.named_parameters())
@@ -88,6 +76,20 @@ def on_meta(make: Callable[[], nn.Module]) -> tuple[nn.Module, Callable[..., Non
                     _copy_part(parameters[name], whole)
 
     return model, draw
+
+
+def _take_memory(model: nn.Module, device: torch.device) -> None:
+    """Memory on ``device`` for all of ``model``; tied parameters stay tied, and buffers keep their values."""
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers() if not buffer.is_meta}
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    ties = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if first[id(p)] != name}
+    model.to_empty(device=device)
+    for name, other in ties.items():  # to_empty gives each name memory of its own
+        module, _, last_part = name.rpartition(".")
+        setattr(model.get_submodule(module), last_part, model.get_parameter(other))
+    for name, buffer in model.named_buffers():
+        if name in kept:
+            buffer.copy_(kept[name])
 
 
 def _copy_part(parameter: torch.Tensor, whole: torch.Tensor) -> None:
