@@ -199,19 +199,24 @@ class Logits:
             return step_after(self, tensor, func, args[1:], kwargs)
         return NotImplemented
 
-    def _loss(self, asked: _Loss):
+    def _gives(self, asked: _Loss) -> bool:
+        """Whether linear_cross_entropy has the loss that is asked for."""
         target, weight = asked.target, asked.weight
-        if self.class_dim != 1 or self.pending is not None:
-            return NotImplemented
-        if asked.size_average is not None or asked.reduce is not None:
-            return NotImplemented
-        if type(target) is not torch.Tensor or target.dtype not in (torch.int64, torch.uint8):
-            return NotImplemented
-        if target.shape != self.shape[:1] + self.shape[2:] or target.device != self.rows.device:
-            return NotImplemented
-        if weight is not None and (not plain(weight) or weight.requires_grad):
-            return NotImplemented
-        if self.shift is not None and self.shift[0]._version != self.shift[1]:
+        return (
+            self.class_dim == 1
+            and self.pending is None
+            and asked.size_average is None
+            and asked.reduce is None
+            and type(target) is torch.Tensor
+            and target.dtype in (torch.int64, torch.uint8)
+            and target.shape == self.shape[:1] + self.shape[2:]
+            and target.device == self.rows.device
+            and (weight is None or (plain(weight) and not weight.requires_grad))
+            and (self.shift is None or self.shift[0]._version == self.shift[1])
+        )
+
+    def _loss(self, asked: _Loss):
+        if not self._gives(asked):
             return NotImplemented
         self._check_fresh()
         bias = self.bias
@@ -229,7 +234,7 @@ class Logits:
             enabled, narrow = True, self.rows.dtype  # the op gives its loss in fp32 under autocast
         with torch.autocast(self.hidden.device.type, narrow, enabled=enabled):
             return serve(
-                None, linear_cross_entropy, self.rows, self.weight, target, linear_bias=bias, weight=weight,
+                None, linear_cross_entropy, self.rows, self.weight, asked.target, linear_bias=bias, weight=asked.weight,
                 reduction=asked.reduction, ignore_index=asked.ignore_index, label_smoothing=asked.label_smoothing,
                 softcap=self.softcap, logit_scale=self.scale,
             ).to(out)  # fmt: skip
