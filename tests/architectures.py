@@ -232,6 +232,12 @@ def pair(name="llama", **options):
     return model, other, inputs
 
 
+def same_gradients(model, other, **tolerances):
+    """Asserts that each parameter of ``model`` has the gradient of ``other``'s, or neither has one."""
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, **tolerances, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def attentions(model):
     """What the modules of ``model`` that attend call."""
     return {part.config._attn_implementation for part in attending_within(model)}

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from architectures import attentions, build, pair
+from architectures import attentions, build, pair, same_gradients
 
 import fastllm
 from fastllm.drop_in import attention as module
@@ -100,9 +100,7 @@ def test_a_recomputed_forward_takes_the_path_of_the_first(name):
         for each in (model, other):
             each.zero_grad()
             each(**inputs, **asked, use_cache=False).loss.backward()
-        for p, q in zip(model.parameters(), other.parameters(), strict=True):
-            if q.grad is not None:
-                torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+        same_gradients(model, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NEED_EAGER)
@@ -237,9 +235,7 @@ def test_rows_of_left_padding_are_what_they_were(name, changes):
     torch.testing.assert_close(got.logits + 0, want.logits, rtol=1e-4, atol=1e-5)
     got.loss.backward()
     want.loss.backward()
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        if q.grad is not None:
-            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5)
+    same_gradients(model, other, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("taken", [False, True])

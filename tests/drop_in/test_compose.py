@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from architectures import build
+from architectures import build, same_gradients
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -41,11 +41,6 @@ def pair():
 
 def loss_of(model, ids, labels):
     return F.cross_entropy(model(ids).view(-1, 30), labels.view(-1))
-
-
-def same_gradients(model, other):
-    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("order", ["before", "after"])

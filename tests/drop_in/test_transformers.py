@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from architectures import VOCABULARY, attentions, build, pair
+from architectures import VOCABULARY, attentions, build, pair, same_gradients
 from torch import nn
 
 import fastllm
@@ -15,12 +15,6 @@ from fastllm.drop_in.swap import Accelerated
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-
-
-def same_gradients(model, other):
-    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
-        if p.grad is not None or q.grad is not None:
-            torch.testing.assert_close(p.grad, q.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
 # Bart's and BERT's loss takes no number of items.
