@@ -19,14 +19,14 @@ from .parallel.ranks import ALONE, Losses, Ranks
 class StepSettings(NamedTuple):
     """How a step is computed.
 
-    ``rows``: sequences of a micro-batch. ``clip``: largest global norm of the gradient; 0 or less: any. ``dtype``:
-    "float32", or "bfloat16" or "float16" by autocast. ``seed``: of dropout; with
+    ``micro_batch_size``: sequences that are computed at a time. ``clip``: largest global norm of the gradient; 0 or
+    less: any. ``dtype``: "float32", or "bfloat16" or "float16" by autocast. ``seed``: of dropout; with
     :func:`fastllm.training.dropout.key_dropout` a row's mask depends on it and on the row alone. None: torch's
     generator goes on from where it is. ``loss_scale``: a power of 2 that the loss is multiplied with and the gradients
     are divided by, see :mod:`.loss_scale`.
     """
 
-    rows: int
+    micro_batch_size: int
     clip: float
     dtype: str
     seed: int | None = None
@@ -54,7 +54,7 @@ def batch_gradients(
     ranks: Ranks = ALONE,
     mark: Callable[[str], None] = lambda name: None,
 ) -> Step:
-    """Leave the clipped gradient of ``batch`` (in host memory) in ``model``, computed ``rows`` sequences at a time.
+    """Leave the clipped gradient of ``batch`` (in host memory) in ``model``, computed a micro-batch at a time.
 
     Each micro-batch has the weight of its number of targets, so loss and gradient are those of the whole batch,
     however it is cut. With several ``ranks`` every one is given the whole batch and computes its own rows of it;
@@ -69,17 +69,17 @@ def batch_gradients(
     totals = objective.counts(batch)
     mine, first = ranks.mine(batch)
     micro_batches = []
-    for index, rows in enumerate(rows_of(mine, settings.rows)):
+    for index, part in enumerate(rows_of(mine, settings.micro_batch_size)):
         # A mean over no targets would be 0 / 0.
-        counts = {name: count for name, count in objective.counts(rows).items() if count}
+        counts = {name: count for name, count in objective.counts(part).items() if count}
         weights = {name: count / totals[name] for name, count in counts.items()}
         if counts or ranks.size > 1:
-            micro_batches.append((first + index * settings.rows, rows, weights))
+            micro_batches.append((first + index * settings.micro_batch_size, part, weights))
     loss = torch.zeros((), device=device)
     terms = {name: torch.zeros((), device=device) for name in totals}
-    stand_in = None if ranks.size == 1 else ranks.stand_in(objective, batch, settings.rows)
-    for index, (row, rows, weights) in enumerate(micro_batches):
-        set_first_row(model, row)
+    stand_in = None if ranks.size == 1 else ranks.stand_in(objective, batch, settings.micro_batch_size)
+    for index, (first_row, part, weights) in enumerate(micro_batches):
+        set_first_row(model, first_row)
         if settings.seed is not None:
             torch.manual_seed(settings.seed)
         last = index == len(micro_batches) - 1
@@ -90,7 +90,7 @@ def batch_gradients(
         elsewhere = to_device(stand_in, device) if stand_in is not None and short else None
         with ranks.exchange(last):
             with autocast(device, settings.dtype):
-                shares = ranks.shares(losses, model, to_device(rows, device), weights, elsewhere)
+                shares = ranks.shares(losses, model, to_device(part, device), weights, elsewhere)
                 share: torch.Tensor = sum(shares.values(), start=torch.zeros((), device=device))
             (share * settings.loss_scale).backward(ranks.loss_gradient(share))
         loss += share.detach()
