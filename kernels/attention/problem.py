@@ -45,8 +45,9 @@ class Problem:
             self.batch, self.heads, self.group, self.rows, self.cols, self.dim, self.dim_v, call.cu_q, call.cu_k
         )
         gpu = device_info(q.device)
-        highest = torch.get_float32_matmul_precision() == "highest"
-        self.precision = "tf32" if gpu.has_tf32 and not highest else "ieee"
+        # torch.get_float32_matmul_precision() raises where torch.backends has chosen tf32 for cuBLAS alone.
+        tf32 = gpu.has_tf32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        self.precision = "tf32" if tf32 else "ieee"
         # What the launch tables ask for: the architecture, the wider padded head dim, and the register pressure.
         self.arch = gpu.arch
         self.pressure = self._pressure()
@@ -139,7 +140,10 @@ class Problem:
     def programs(self, block: int, length: int) -> Programs:
         """How ``length`` is split in tiles of ``block``; packed: an upper bound, see :func:`.scores.locate`."""
         tiles = cdiv(length, block)
-        return Programs(tiles, length // block + self.batch if self.packed else tiles * self.batch)
+        if self.packed and self.batch > 0:
+            return Programs(tiles, length // block + self.batch)
+        # Without sequences cu_seqlens has one entry, and no program may look for the next.
+        return Programs(tiles, tiles * self.batch)
 
     def tuned(self, kernel: str, tile: dict) -> dict:
         """``tile``, or what was measured to be faster for ``kernel``."""

@@ -57,6 +57,16 @@ def test_packed_sequences_may_be_empty(backend):
     agree((q, k, v), cu_seqlens_q=none, cu_seqlens_k=none, return_lse=True)
 
 
+def test_rows_of_no_packed_sequence_give_zero(backend):
+    # cu_seqlens has one entry. Whoever looks for a second finds one behind it.
+    starts = torch.tensor([0, 300], device=DEVICE)[:1]
+    leaves = [torch.randn(300, 2, 8, device=DEVICE, requires_grad=True) for _ in range(3)]
+    out, lse = attention(*leaves, cu_seqlens_q=starts, cu_seqlens_k=starts, return_lse=True)
+    assert (lse == -math.inf).all()
+    for x in (out, *torch.autograd.grad(out.sum(), leaves)):
+        assert (x == 0).all()
+
+
 def test_rows_past_the_last_packed_sequence_give_zero(backend):
     starts = torch.tensor([0, 5, 9], device=DEVICE)
     q, k, v = (torch.randn(12, 2, 8, device=DEVICE, requires_grad=True) for _ in range(3))

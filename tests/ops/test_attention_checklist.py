@@ -1,7 +1,7 @@
 """Where attentions elsewhere have broken, and the test of each; those without another home are here.
 
 no rows, keys, batch; one of each     test_sizes_of_none_and_one
-empty sequences, nothing packed       test_packed_sequences_may_be_empty
+empty sequences, nothing packed       test_packed_sequences_may_be_empty, test_rows_of_no_packed_sequence_give_zero
 more rows than keys, causal           test_rows_without_a_key_give_zero_and_no_gradient
 lengths between tiles; windows        test_windows, test_windows_leave_chunks_without_a_key
 window with causal, Sq != Sk          test_windows, test_any_combination_of_features
@@ -276,6 +276,12 @@ def test_fp32_products_follow_torchs_setting():
         assert precision(torch.float32) == "ieee"
         torch.set_float32_matmul_precision("high")
         assert (precision(torch.float32), precision(torch.float16)) == ("tf32", "ieee")
+        # The newer way to say it, after which torch.get_float32_matmul_precision() raises.
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert (precision(torch.float32), precision(torch.float16)) == ("tf32", "ieee")
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert precision(torch.float32) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
 
