@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.parametrize import is_parametrized
 
 from .calls import serve
 
@@ -129,7 +130,19 @@ def swap_forward(module: torch.nn.Module, kind: Kind) -> None:
     Raises:
         TypeError: Python refuses another class for this object.
     """
-    module.__class__ = _class_for(type(module), kind)
+    cls = type(module)
+    if is_parametrized(module) and isinstance(vars(cls).get(next(iter(module.parametrizations))), property):
+        # remove_parametrizations() deletes the properties from the module's own class, and gives it the class below.
+        base, *others = cls.__bases__
+        module.__class__ = _again(cls, (_class_for(base, kind), *others))
+    else:
+        module.__class__ = _class_for(cls, kind)
+
+
+def _again(cls: type, bases: tuple[type, ...]) -> type:
+    """``cls`` with other bases."""
+    body = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return types.new_class(cls.__name__, bases, {}, lambda namespace: namespace.update(body))
 
 
 def _without(cls: type) -> type:
@@ -138,10 +151,7 @@ def _without(cls: type) -> type:
         return cls.fastllm_original
     if not issubclass(cls, Accelerated):
         return cls
-    body = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
-    return types.new_class(
-        cls.__name__, tuple(_without(base) for base in cls.__bases__), {}, lambda namespace: namespace.update(body)
-    )
+    return _again(cls, tuple(_without(base) for base in cls.__bases__))
 
 
 def restore_forward(module: torch.nn.Module) -> bool:

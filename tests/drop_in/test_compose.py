@@ -117,6 +117,24 @@ def test_parametrizations_and_weight_norm():
         assert torch.equal(norm(x), other(x))
         parametrize.remove_parametrizations(norm, "weight")
         assert type(norm) is nn.LayerNorm
+        # And of a module that stays accelerated.
+        norm = nn.LayerNorm(8)
+        nn.init.uniform_(norm.weight)
+        other = copy.deepcopy(norm)
+        if first == "accelerate":
+            fastllm.accelerate(norm)
+        for each in (norm, other):
+            parametrize.register_parametrization(each, "weight", Double())
+            parametrize.register_parametrization(each, "bias", Double())
+        if first == "parametrize":
+            fastllm.accelerate(norm)
+        for name in ("weight", "bias"):
+            for each in (norm, other):
+                parametrize.remove_parametrizations(each, name)
+            torch.testing.assert_close(norm(x), other(x))
+        assert fastllm.revert(norm) == 1
+        assert type(norm) is nn.LayerNorm
+        assert torch.equal(norm(x), other(x))
     embedding = torch.nn.utils.parametrizations.weight_norm(nn.Embedding(5, 4))
     want = embedding(torch.arange(5))
     fastllm.accelerate(embedding)
