@@ -66,7 +66,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sweep", action="store_true", help="after the shapes, a series of sizes, for GB/s and TFLOP/s over the size"
     )
-    parser.add_argument("--provider", nargs="+", default=[], help="time only these beside fastllm and eager PyTorch")
+    parser.add_argument(
+        "--provider",
+        nargs="+",
+        default=[],
+        help="time only these beside fastllm and eager PyTorch; eager: none but those",
+    )
     parser.add_argument(
         "--rival", action="append", default=[], metavar="MODULE:FUNCTION",
         help="a function of yours with OP's arguments, or FILE.py:FUNCTION, as one more provider; may be repeated",

@@ -22,12 +22,13 @@ import torch
 
 from ..backends import backend, pick
 from ..registry import Cost, Op, Sample
+from ..time_limit import OutOfTime, time_limit
 from . import cases
 from .cases import calls_of, first_calls
 from .parity import Judge
 from .results import COMPILED, EAGER, NOT_COMPILED, NOT_INSTALLED, OURS, Row, Run, matrix_rate
 from .rival import Rival, first_line, settled
-from .timing import OutOfTime, Quartiles, Timer, host_seconds, interleaved, time_limit
+from .timing import Quartiles, Timer, host_seconds, interleaved
 
 DIRECTIONS = ("forward", "backward", "both")
 # Largest call, in bytes of its tensors, that is run: a CPU takes seconds for more, and its gradients as much again.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import math
-import signal
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -102,36 +100,6 @@ def interleaved(
 def ratios(samples: Mapping[str, Sequence[float]], name: str, baseline: str) -> Quartiles:
     """How many times as fast ``name`` is as ``baseline``: quartiles of the ratios within each round."""
     return Quartiles.of([b / a for a, b in zip(samples[name], samples[baseline], strict=True)])
-
-
-class OutOfTime(BaseException):
-    """A time limit has passed. No Exception, so that nobody on the way takes it for an error of a provider's."""
-
-
-@contextlib.contextmanager
-def time_limit(limit: float) -> Iterator[None]:
-    """Raises :class:`OutOfTime` in the block after ``limit`` seconds, at the main thread's next step of Python.
-
-    Blocks nest; the outer one's time goes on. No limit where it is infinite.
-    """
-
-    def stop(*_):
-        raise OutOfTime(f"stopped after {limit:.0f} s")
-
-    if limit == math.inf:
-        yield
-        return
-    outer, _ = signal.getitimer(signal.ITIMER_REAL)
-    before = signal.signal(signal.SIGALRM, stop)
-    began = time.monotonic()
-    signal.setitimer(signal.ITIMER_REAL, max(limit, 1e-6))
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        if outer:
-            signal.setitimer(signal.ITIMER_REAL, max(outer - (time.monotonic() - began), 1e-6))
 
 
 @dataclass(frozen=True)

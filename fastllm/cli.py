@@ -101,6 +101,37 @@ def _without_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _without_output()
+
+
+def _failure(error: BaseException) -> tuple[int, str] | None:
+    """The exit code and the message of what the user or the machine did; None for a fault of this program."""
+    if isinstance(error, _Ended):
+        return 128 + error.args[0], signal.Signals(error.args[0]).name
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, InputError):
+        return 2, str(error)
+    if isinstance(error, OSError):
+        # No file has such a name: that is the user's input.
+        code = 2 if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else 1
+        return code, f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    from .backends import BackendError
+    from .training import Failed
+
+    message = str(error)
+    # torch has a class of its own for a full GPU, and only a message for full host memory.
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate|not enough memory", message):
+        return 1, f"out of memory; a smaller model or --micro-batch-size needs less ({message or 'no details'})"
+    if isinstance(error, BackendError):
+        return 2, message
+    return (1, message) if isinstance(error, Failed) else None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. ``argv`` without the program's name, default sys.argv's."""
     for name in ("stdout", "stderr"):
@@ -115,41 +146,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return result
     except SystemExit:
-        try:
-            sys.stdout.flush()
-        except OSError:
-            _without_output()
+        _flush()
         raise
-    except _Ended as ended:
-        code = 128 + ended.args[0]
-        message = signal.Signals(ended.args[0]).name
-    except InputError as error:
-        code, message = 2, str(error)
     except BrokenPipeError:
         _without_output()  # whoever read the output has left
         return 1
-    except OSError as error:
-        # No file has such a name: that is the user's input.
-        code = 2 if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else 1
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        try:
-            sys.stdout.flush()
-        except OSError:
-            _without_output()
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted"
-    except (RuntimeError, MemoryError) as error:
-        from .backends import BackendError
-        from .training import Failed
-
-        code, message = 1, str(error)
-        # torch has a class of its own for a full GPU, and only a message for full host memory.
-        if isinstance(error, MemoryError) or re.search("out of memory|can't allocate|not enough memory", message):
-            message = f"out of memory; a smaller model or --micro-batch-size needs less ({message or 'no details'})"
-        elif isinstance(error, BackendError):
-            code = 2
-        elif not isinstance(error, Failed):
+    except (_Ended, KeyboardInterrupt, InputError, OSError, RuntimeError, MemoryError) as error:
+        failure = _failure(error)
+        if failure is None:
             raise
+        if isinstance(error, OSError):
+            _flush()
+        code, message = failure
     print(f"fastllm {argv[0]}: error: {' '.join(message.split())}", file=sys.stderr)
     return code
 

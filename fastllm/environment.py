@@ -25,7 +25,13 @@ def _extension() -> str:
     module = extension.module()
     if module is None:
         return extension.missing() or "not loaded"
-    return ", ".join(f"{key} {value}" for key, value in module.build_info().items())
+    return ", ".join(f"{key.replace('_', ' ')} {_in_words(value)}" for key, value in module.build_info().items())
+
+
+def _in_words(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return " ".join(map(str, value)) if isinstance(value, list) and value else str(value or "none")
 
 
 def _gpu() -> str:
@@ -65,6 +71,7 @@ def serving(op: registry.Op, device: torch.device) -> dict[tuple[str, str], list
 
 def describe() -> str:
     """The report as plain text, one fact a line."""
+    threads = torch.get_num_threads()
     lines = [
         f"fastllm    {__version__}",
         f"python     {platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -72,7 +79,7 @@ def describe() -> str:
         f"triton     {_installed('triton')}" + (" (interpreter on)" if backends.interpreting() else ""),
         f"extension  {_extension()}",
         f"GPU        {_gpu()}",
-        f"CPU        {os.cpu_count()} cores, {torch.get_num_threads()} threads, {cpu.summary()}",
+        f"CPU        {os.cpu_count()} cores, {threads} thread{'s' if threads > 1 else ''}, {cpu.summary()}",
         f"backend    {backends.chosen_backend()} (FASTLLM_BACKEND or fastllm.backend)",
     ]
     devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]

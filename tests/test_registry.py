@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DEVICE, HAS_GPU
+from torch.utils._pytree import tree_map_only
 
 import fastllm
 from fastllm import backends, registry
@@ -41,6 +42,23 @@ def test_the_choice_nests_and_is_undone_by_an_exception():
             raise KeyError
         assert backends.chosen_backend() == "eager"
     assert backends.chosen_backend() == "auto"
+
+
+@pytest.mark.parametrize("op", [op for op in registry.OPS.values() if op.examples is not None], ids=lambda op: op.name)
+def test_what_info_asks_about_is_served_as_ordinary_tensors_are(op):
+    def ordinary(t: torch.Tensor) -> torch.Tensor:
+        return t.detach().clone(memory_format=torch.contiguous_format).requires_grad_(t.requires_grad)
+
+    for sample in op.examples(torch.device("cpu")):
+        answers = []
+        for args, kwargs in (
+            (sample.args, sample.kwargs),
+            tree_map_only(torch.Tensor, ordinary, (sample.args, dict(sample.kwargs))),
+        ):
+            call = op.call(*args, **kwargs)
+            choice = backends.pick(op.name, call)
+            answers.append((choice, op.form(call, choice)))
+        assert answers[0] == answers[1], sample.name
 
 
 def test_unknown_backends_are_refused():

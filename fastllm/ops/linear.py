@@ -296,11 +296,11 @@ def _samples(device, dtype):
 
 
 def _examples(device):
-    """What differs between dtypes, and with the number of rows."""
+    """What differs between dtypes, and with the number of rows, for a layer of 1024 x 1024 that needs no gradient."""
     for dtype in (torch.float32, *NARROW):
-        one = torch.empty(1, 1, device=device, dtype=dtype)
-        for name, rows in (("one row", 1), ("64 rows", 64)):
-            sample = (one.expand(rows, 64), one.expand(64, 64), None)
+        weight = torch.empty(1024, 1024, device=device, dtype=dtype)
+        for name, rows in (("one row", 1), ("512 rows", 512)):
+            sample = (weight[:rows], weight, None)
             yield Sample(f"{str(dtype).removeprefix('torch.')} of {name}", sample)
 
 

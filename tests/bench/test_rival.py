@@ -48,7 +48,7 @@ def _shapes(monkeypatch, *rows):
 def test_right_wrong_and_dead(target, tmp_path, monkeypatch, capsys):
     """One process: timed where it is right, refused where it is wrong, named where it died; ours is timed in each."""
     _shapes(monkeypatch, 3, 5, 7)
-    arguments = ["layer_norm", "--rival", target, "--provider", "none", "--dtype", "float32", "--rounds", "6"]
+    arguments = ["layer_norm", "--rival", target, "--provider", "eager", "--dtype", "float32", "--rounds", "6"]
     monkeypatch.setattr(command, "_shown", lambda found, folder: [])
     monkeypatch.setattr(command, "copy_bandwidth", lambda device: 1e9)
     monkeypatch.setattr(command, "matmul_flops", lambda device, dtype: 1e9)

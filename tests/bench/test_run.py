@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from fastllm import OPS
 from fastllm.bench import cases, parity, run
 from fastllm.bench.results import NOT_COMPILED
-from fastllm.bench.timing import OutOfTime, Timer, Workload, host_seconds, time_limit
+from fastllm.bench.timing import Timer, Workload, host_seconds
 from fastllm.registry import Cost
+from fastllm.time_limit import OutOfTime, time_limit
 
 CPU = torch.device("cpu")
 

@@ -1,5 +1,6 @@
 """fastllm prepare: the same bytes for any number of workers and after any kill, duplicates, reports, refusals."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -276,6 +277,19 @@ def test_a_document_that_takes_too_long_is_rejected():
     result = work.run_batch([slow, Raw("x", article(1).encode(), "text", {})], CleanConfig(), config)
     assert [r.rule for r in result.rejections] == ["too_slow"]
     assert len(result.lines) == 1
+
+
+def test_a_library_that_swallows_errors_is_stopped_all_the_same(monkeypatch):
+    def swallowing(document, config):
+        with contextlib.suppress(Exception):
+            time.sleep(20)
+        return real(document, config)
+
+    real = work.clean
+    monkeypatch.setattr(work, "clean", swallowing)
+    config = PipelineConfig(document_seconds=0.05)
+    result = work.run_batch([Raw("x", article(1).encode(), "text", {})], CleanConfig(), config)
+    assert [r.rule for r in result.rejections] == ["too_slow"]
 
 
 def test_a_hundred_megabytes_of_one_tag_are_refused(tmp_path):

@@ -49,7 +49,7 @@ def test_an_exported_op_is_of_pytorchs_operators_and_has_their_gradient(op):
     exported = exported_with_torchs_operators(module)
     got = gradients(exported, exported.parameters(), sample.name)
     expected = gradients(module, module.parameters(), sample.name)
-    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_exported_dropout_is_drawn_at_each_call_and_has_its_gradient():
@@ -114,4 +114,4 @@ def test_an_accelerated_model_exported_without_a_gradient(strict, dtype):
 def test_functionalize(op):
     sample = next(s for s in op.samples(torch.device("cpu"), torch.float32) if leaves(s))
     module = Called(op, copy(sample))
-    torch.testing.assert_close(torch.func.functionalize(module)(), module(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.func.functionalize(module)(), module(), rtol=1e-5, atol=1e-6)

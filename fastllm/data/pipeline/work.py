@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import signal
-import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...config import InputError
+from ...time_limit import OutOfTime, time_limit
 from ..clean import CleanConfig, Document, Rejection, clean
 from ..clean.encodings import decode_page, undecodable
 from ..clean.minhash import SIZE, exact_key, signature
@@ -86,29 +84,6 @@ def batches(
         yield Batch(items, (len(plan), 0))
 
 
-class _Late(Exception):
-    """A document took longer than it may."""
-
-
-@contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise :class:`_Late` in the block after ``seconds``; only a main thread can be interrupted so."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def ring(number, frame):
-        raise _Late
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def _text(raw: Raw) -> tuple[str, dict[str, str]]:
     """The text of ``raw``, and what is worth noting of its encoding."""
     if raw.kind == "text" and raw.content.count(b"\0") > len(raw.content) // 100 and raw.content[:2] not in (
@@ -151,7 +126,7 @@ def document_line(record: Mapping[str, Any]) -> bytes:
 def _one(raw: Raw, cleaning: CleanConfig, config: PipelineConfig, result: BatchResult) -> None:
     excerpt = raw.content[:2000].decode(errors="replace")
     try:
-        with _time_limit(config.document_seconds):
+        with time_limit(config.document_seconds):
             text, noted = _text(raw)
             result.counts["undecodable"] += int(noted.get("undecodable", 0))
             outcome, masked = clean(Document(raw.id, text, raw.kind, {**raw.metadata, **noted}), cleaning)
@@ -162,7 +137,7 @@ def _one(raw: Raw, cleaning: CleanConfig, config: PipelineConfig, result: BatchR
                 found = anchors(code_points(outcome.text), length) if length else None
     except InputError:
         raise
-    except _Late:
+    except OutOfTime:
         result.reject(Rejection(raw.id, "too_slow", {"seconds": config.document_seconds}, excerpt))
         return
     except Exception as error:
