@@ -8,7 +8,6 @@ compiles nothing. Kernels that Triton's cache holds are not compiled again.
 import argparse
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 import triton
 
 from fastllm.bench import cases, model, other_gpus, static
+from fastllm.bench.interpreter import compiling
 from fastllm.bench.limits import EVERY_GPU
 from fastllm.kernels.device import GPUS, OTHER_GPUS
 from fastllm.kernels.launch import TRITON
@@ -210,10 +210,8 @@ def _compiled_for(folder: str, *arguments: str, problems: bool = False) -> list[
     """What bench/other_gpus.py finds; exits where it fails, or finds ``problems`` that are not asked for."""
     file = Path(folder, "other.json")
     file.unlink(missing_ok=True)
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     command = [sys.executable, "-m", other_gpus.__name__, *arguments, "--json", file]
-    failed = subprocess.run(command, env=environment).returncode != 0
+    failed = subprocess.run(command, env=compiling()).returncode != 0
     if failed and not (problems and file.exists()):
         sys.exit(f"{other_gpus.__name__} failed or found problems")
     return other_gpus.read_rows(file)

@@ -147,6 +147,8 @@ def why_not(name: str, device_type: str, dtypes: Iterable[torch.dtype] = (), op:
             return f"the extension serves CPU and CUDA tensors, got {device_type}"
         if device_type == "cuda" and not extension.has_cuda():
             return "the extension was built without CUDA code (FASTLLM_CUDA=1 python -m fastllm.build says why)"
+        if device_type == "cuda" and (obstacle := _not_compiled_for(device_type)) is not None:
+            return obstacle
         for dtype in dtypes:
             if dtype not in NATIVE_DTYPES:
                 return (
@@ -166,6 +168,12 @@ def _not_hopper(device_type: str) -> str | None:
     return f"it is for GPUs of sm_90 (H100, H200), this is {found}"
 
 
+def _not_compiled_for(device_type: str) -> str | None:
+    from .kernels.device import device_info
+
+    return extension.gpu_obstacle(device_info(torch.device(device_type)).arch)
+
+
 def product_obstacle(device_type: str, index: int | None = None) -> str | None:
     """Why PyTorch's own attention and matrix products are preferred to kernels' on such a GPU; None where not."""
     if device_type != "cuda" or not _HAS_TRITON:
@@ -177,6 +185,7 @@ def product_obstacle(device_type: str, index: int | None = None) -> str | None:
 
 # What torch.compiler.assume_constant_result does; that imports torch._dynamo, which takes longer than all of fastllm.
 _not_hopper._dynamo_marked_constant = True
+_not_compiled_for._dynamo_marked_constant = True
 product_obstacle._dynamo_marked_constant = True
 
 

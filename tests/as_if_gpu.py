@@ -35,6 +35,7 @@ def pytest_collection():
     device.device_info = lambda where: device.GPUS[90] if where.type == "cuda" else device.INTERPRETER
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     extension.has_cuda = lambda: True
+    extension.gpu_obstacle = lambda arch: None
     if importlib.util.find_spec("hypothesis"):  # every example fails: to look for a smaller one is a waste
         from hypothesis import Phase, settings
 

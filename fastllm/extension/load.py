@@ -8,6 +8,7 @@ extension would serve compiles it, once, into a cache (``FASTLLM_CACHE``, else `
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -62,6 +63,28 @@ def missing() -> str | None:
 def has_cuda() -> bool:
     """Whether it was built with CUDA code."""
     return _info.get("cuda") is not None
+
+
+def gpu_obstacle(arch: int) -> str | None:
+    """Why its CUDA code does not run on an NVIDIA GPU of the architecture ``arch``, 90 for sm_90; None if it does."""
+    entries = _info.get("cuda_architectures", ())
+    if any(_runs_on(entry, arch) for entry in entries):
+        return None
+    return (
+        f"the extension was built for {', '.join(entries)}, and this GPU is of sm_{arch} "
+        f"(TORCH_CUDA_ARCH_LIST={arch // 10}.{arch % 10} python -m fastllm.build builds it for this one)"
+    )
+
+
+@functools.cache
+def _runs_on(entry: str, arch: int) -> bool:
+    """Whether what is compiled for ``entry`` of TORCH_CUDA_ARCH_LIST, as "9.0+PTX", runs on ``arch``."""
+    number, _, ptx = entry.partition("+")
+    built = int(number.rstrip("af").replace(".", ""))
+    if number.endswith("a"):  # the features of one architecture
+        return arch == built
+    same_family = arch // 10 == built // 10 and arch >= built
+    return same_family or (bool(ptx) and not number.endswith("f") and arch >= built)
 
 
 def has_matrix_units() -> bool:

@@ -12,8 +12,12 @@ import pytest
 import torch
 
 import fastllm
+from fastllm.backends import why_not
 from fastllm.extension import compile as build
 from fastllm.extension import load as extension
+from fastllm.kernels import device
+from fastllm.kernels.device import DeviceInfo
+from fastllm.registry import OPS
 
 ROOT = Path(__file__).parents[2]
 BUILT = importlib.util.find_spec("fastllm._C")
@@ -103,7 +107,7 @@ def test_nvcc_is_looked_for_where_its_code_could_run_or_is_asked_for(monkeypatch
 
 def test_architectures_are_read_as_pytorch_reads_them(monkeypatch):
     for text, expected in (
-        ("", ("9.0+PTX",)),
+        ("", ("7.5", "8.0", "9.0+PTX")),
         ("8.0;9.0+PTX", ("8.0", "9.0+PTX")),
         ("8.0 9.0a, 10.0", ("8.0", "9.0a", "10.0")),
         ("Ampere;Hopper", ("8.0", "8.6+PTX", "9.0+PTX")),
@@ -113,6 +117,51 @@ def test_architectures_are_read_as_pytorch_reads_them(monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "hoppy")
     with pytest.raises(ValueError, match="expected entries such as"):
         build.architectures()
+
+
+# An A100, an RTX 3090, an RTX 4090, an H100, a B200, an RTX 5090, a T4.
+GPUS = (80, 86, 89, 90, 100, 120, 75)
+
+
+@pytest.mark.parametrize(
+    ("built", "served"),
+    [
+        ("7.5;8.0;9.0+PTX", set(GPUS)),
+        ("9.0+PTX", {90, 100, 120}),
+        ("8.0", {80, 86, 89}),
+        ("8.6", {86, 89}),
+        ("9.0a", {90}),
+        ("10.0f 7.5", {100, 75}),
+    ],
+)
+def test_a_gpu_that_the_extension_has_no_code_for_is_pytorchs(monkeypatch, built, served):
+    entries = built.replace(";", " ").split()
+    monkeypatch.setattr(extension, "_info", {"cuda": "13.0", "cuda_architectures": entries})
+    monkeypatch.setattr(extension, "_missing", None)
+    for arch in GPUS:
+        info = DeviceInfo("", "nvidia", arch, "", 100, 2**16)
+        monkeypatch.setattr(device, "device_info", lambda where, info=info: info)
+        reason = why_not("native", "cuda", (torch.float32,), OPS["embedding"])
+        assert (reason is None) == (arch in served), arch
+        assert reason is None or f"TORCH_CUDA_ARCH_LIST={arch // 10}.{arch % 10} python -m fastllm.build" in reason
+
+
+@pytest.mark.parametrize(
+    ("of_torch", "wish", "why"),
+    [("12.8", "auto", "nvcc 13.0 is newer than torch's CUDA 12.8"), ("12.8", "1", None), ("13.2", "auto", None)],
+)
+def test_an_nvcc_that_is_newer_than_torchs_cuda_is_taken_on_request_alone(tmp_path, monkeypatch, of_torch, wish, why):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 13.0, V13.0.1\n")
+    nvcc.chmod(0o755)
+    for name, value in {"CUDA_HOME": str(tmp_path), "FASTLLM_CUDA": wish, "TORCH_CUDA_ARCH_LIST": "9.0"}.items():
+        monkeypatch.setenv(name, value)
+    if why is None:
+        assert build.find_cuda(build.Torch(ROOT, ROOT, "2.13.0", of_torch)).version == "13.0"
+    else:
+        with pytest.raises(build.CannotBuild, match=why):
+            build.find_cuda(build.Torch(ROOT, ROOT, "2.13.0", of_torch))
 
 
 def test_headers_are_found_without_importing_torch():

@@ -7,7 +7,7 @@ more than the standard library; torch's headers are looked for among the install
 ``FASTLLM_CUDA``         ``auto`` (the default): CUDA code where there is nvcc and torch's build has CUDA, or
                          ``TORCH_CUDA_ARCH_LIST`` is set; ``0``: none; ``1``: fail without it
 ``FORCE_CUDA``           ``1`` is FASTLLM_CUDA=1
-``TORCH_CUDA_ARCH_LIST`` as PyTorch reads it, "8.0;9.0+PTX"; the default is 9.0+PTX. No GPU is asked for
+``TORCH_CUDA_ARCH_LIST`` as PyTorch reads it, "8.0;9.0+PTX"; the default is every GPU from sm_75 on. No GPU is asked for
 ``CUDA_HOME``            the toolkit; otherwise nvcc from PATH, then /usr/local/cuda
 ``MAX_JOBS``             compilers that run at once; the default is the number of cores that this process may use
 ``DEBUG``                ``1``: no optimisation, debug symbols, assertions
