@@ -160,6 +160,12 @@ async def _body(request: Request) -> dict:
     return values
 
 
+def _name_of(host: str) -> str:
+    """The name in a Host header, without port and brackets. Upper and lower case are the same (RFC 9110, 4.2.3)."""
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    return name.lower()
+
+
 def make_app(models: dict[str, ServedModel], hosts: tuple[str, ...], seconds: float = MAX_SECONDS) -> Callable:
     """The application for ``models`` by task, a subset of :data:`TASKS`.
 
@@ -168,6 +174,7 @@ def make_app(models: dict[str, ServedModel], hosts: tuple[str, ...], seconds: fl
             by a name that points here.
         seconds: seconds that a request may take, its wait for others included.
     """
+    names = {host.lower() for host in hosts}
     # One computation at a time: they share the cores.
     busy = asyncio.Lock()
     page = files("fastllm.serving").joinpath("page.html").read_text("utf-8")
@@ -220,7 +227,7 @@ def make_app(models: dict[str, ServedModel], hosts: tuple[str, ...], seconds: fl
     async def guarded(scope, receive, send):
         if scope["type"] == "http":
             host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
-            if host.rpartition(":")[0].strip("[]") not in hosts and host not in hosts:
+            if _name_of(host) not in names:
                 await JSONResponse({"error": "unknown host"}, 421)(scope, receive, send)
                 return
         await app(scope, receive, send)

@@ -56,7 +56,7 @@ class Running:
         listener.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self.sent = queue.Queue()
-        inner = make_app(models, ("127.0.0.1", "localhost"), seconds)
+        inner = make_app(models, ("127.0.0.1", "localhost", "::1"), seconds)
 
         async def app(scope, receive, send):
             if page is not None and scope["path"] == "/drive":
@@ -168,7 +168,10 @@ def test_what_cannot_be_served_is_said(served, task, values, message):
 
 
 def test_other_sites_and_unknown_tasks_are_refused(served, models):
-    assert served.post("classify", {"text": "x"}, {"Host": "evil.example"})[0] == 421
+    for host in ("evil.example", "evil.example:80", "localhost.evil.example", "[::2]:80", ""):
+        assert served.post("classify", {"text": "x"}, {"Host": host})[0] == 421
+    for host in ("LocalHost", "LOCALHOST:80", "127.0.0.1", "[::1]", "[::1]:80"):
+        assert served.post("classify", {"text": "x"}, {"Host": host})[0] == 200
     assert served.post("classify", {"text": "x"}, {"Content-Type": "text/plain"})[0] == 400
     assert served.post("paint", {"text": "x"})[0] == 404
 
