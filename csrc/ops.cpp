@@ -31,9 +31,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastllm, m) {
       "Tensor(a!)? dx, Tensor(b!)? dtarget, int ignore_index, float smoothing, float softcap, float scale, "
       "float z_loss, bool accuracy, bool entropy) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "cross_entropy_loss(Tensor x, Tensor target, Tensor? weight, int reduction, ScalarType dtype, int ignore_index, "
+      "float smoothing, float softcap, float scale, float z_loss, bool need_lse, bool need_x)"
+      " -> (int, float, Tensor?, Tensor?, Tensor?)");
+  m.def(
+      "cross_entropy_of_classes(Tensor x, Tensor target, int ignore_index, int reduction, bool need_x)"
+      " -> (int, Tensor, Tensor)");
+  m.def("linear_loss_counts(Tensor x, Tensor target, int ignore_index, int classes) -> int");
+  m.def(
       "linear_loss_rows(Tensor x, Tensor weight, Tensor target, Tensor(a!)? logits, Tensor? factor, Tensor? dlse, "
-      "Tensor? dentropy, int ignore_index, float smoothing, float softcap, float scale, float z_loss, float total, "
-      "ScalarType? mean, bool keep, bool accuracy, bool entropy, bool need_x, bool need_weight)"
+      "Tensor? dentropy, int ignore_index, bool skip, float smoothing, float softcap, float scale, float z_loss, "
+      "float total, ScalarType? mean, bool keep, bool accuracy, bool entropy, bool need_x, bool need_weight)"
       " -> (bool, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "divergence_rows(Tensor student, Tensor teacher, Tensor? indices, Tensor? factor, Tensor(a!)? dstudent, "

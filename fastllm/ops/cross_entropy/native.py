@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ... import extension
-from .loss import Labelled
+from .loss import REDUCTIONS, Labelled, row_out_of_range
 
 
 def _rows_fake(x, target, *others):
@@ -17,7 +17,28 @@ def _rows_fake(x, target, *others):
     return tuple(x.new_empty(n, dtype=wide) for n in (len(x), len(x), *(len(x) if on else 0 for on in wanted)))
 
 
+def _loss_fake(x, target, weight, reduction, dtype, *others):
+    need_lse, need_x = others[-2:]
+    return (
+        -1,
+        1.0,
+        x.new_empty(len(x) if reduction == 0 else (), dtype=dtype),
+        x.new_empty(len(x), dtype=accumulator(x, target)) if need_lse else None,
+        x.new_empty(x.shape) if need_x else None,
+    )
+
+
 _rows = extension.operator("cross_entropy_rows", _rows_fake)
+_loss = extension.operator("cross_entropy_loss", _loss_fake)
+# (x, target, ignore_index, number of the reduction, whether to give the gradient) -> (the first row whose target is no
+# class, or -1, loss in x's dtype, gradient of x for an upstream gradient of 1 or no elements), of an ordinary call.
+loss_of_classes = extension.operator(
+    "cross_entropy_of_classes",
+    lambda x, target, ignore_index, reduction, need_x: (
+        -1, x.new_empty(len(x) if reduction == 0 else ()), x.new_empty(x.shape if need_x else 0)
+    ),
+)  # fmt: skip
+REDUCTION_NUMBER = {name: number for number, name in enumerate(REDUCTIONS)}
 
 
 def accumulator(x, target) -> torch.dtype:
@@ -55,10 +76,13 @@ class _Out:
         self.rows = self.whole.squeeze(2) if view else like.new_empty(like.shape[0] * like.shape[2], like.shape[1])
 
     def finished(self):
-        if self.rows.data_ptr() != self.whole.data_ptr():
-            batch, classes, positions = self.whole.shape
-            self.whole.copy_(self.rows.view(batch, positions, classes).movedim(2, 1))
-        return self.whole
+        return self.whole if self.rows.data_ptr() == self.whole.data_ptr() else _from_rows(self.rows, self.whole)
+
+
+def _from_rows(rows, whole):
+    """``whole`` (B, C, S), and in it what ``rows`` (B * S, C) has."""
+    batch, classes, positions = whole.shape
+    return whole.copy_(rows.view(batch, positions, classes).movedim(2, 1))
 
 
 def _in_rows(labelled: Labelled) -> Labelled:
@@ -66,33 +90,32 @@ def _in_rows(labelled: Labelled) -> Labelled:
     return Labelled(_flat(x), _flat(target) if target.is_floating_point() else target.reshape(-1), weight, loss)
 
 
-def _total(labelled: Labelled):
-    """What a mean divides by: the number of rows, or the sum of the class weights of targets that are not ignored."""
-    x, target, weight, loss = labelled
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if target.is_floating_point():
-        return x.new_full((), x.shape[0] * x.shape[2], dtype=wide)
-    keep = target != loss.ignore_index
-    mass = keep.to(wide) if weight is None else weight.to(wide)[torch.where(keep, target, 0)] * keep
-    return mass.sum()
-
-
 def native_cross_entropy_fwd(labelled: Labelled, loss_dtype: torch.dtype, with_gradient: bool = False):
-    """(loss, logsumexp, statistics, what a mean divides by, gradient of the logits), as the operator gives them."""
-    x, reduction = labelled.logits, labelled.loss.reduction
-    n_rows = x.shape[0] * x.shape[2]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    total = _total(labelled) if reduction == "mean" else x.new_empty(0, dtype=wide)
-    factor = None
-    if with_gradient:
-        factor = (1 / total if reduction == "mean" else total.new_ones(())).expand(n_rows)
-    out = _Out(x, x.new_empty(x.shape)) if with_gradient else None
-    losses, lse, _, _ = native_row_losses(
-        _in_rows(labelled), (factor, None, None), (None if out is None else out.rows, None)
-    )
-    loss = losses if reduction == "none" else losses.sum() / total if reduction == "mean" else losses.sum()
-    dlogits = x.new_empty(0) if out is None else out.finished()
-    return loss.to(loss_dtype), lse.to(wide), x.new_empty((3, 0), dtype=torch.float32), total, dlogits
+    """(loss, logsumexp, statistics, what a mean divides by, gradient of the logits), as the operator gives them.
+
+    IndexError: a target is no class.
+    """
+    x, _, weight, loss = labelled
+    rows, wide = _in_rows(labelled), torch.promote_types(x.dtype, torch.float32)
+    if rows.target.is_floating_point():
+        value, lse, _, _ = native_row_losses(rows, (None, None, None))
+        total, dx = len(rows.logits), None
+        if loss.reduction != "none":
+            value = value.sum() / total if loss.reduction == "mean" else value.sum()
+    else:
+        bad, total, value, lse, dx = _loss(
+            rows.logits, rows.target, None if weight is None else weight.to(wide).contiguous(),
+            REDUCTION_NUMBER[loss.reduction], loss_dtype, loss.ignore_index, loss.label_smoothing, loss.softcap or 0.0,
+            loss.logit_scale, loss.z_loss, True, with_gradient,
+        )  # fmt: skip
+        if bad >= 0:
+            raise row_out_of_range(rows.target, loss.ignore_index, x.shape[1], "cross_entropy") or AssertionError(bad)
+    total = x.new_full((), total, dtype=wide) if loss.reduction == "mean" else x.new_empty(0, dtype=wide)
+    if dx is None:
+        dlogits = x.new_empty(0)
+    else:
+        dlogits = dx.unsqueeze(2) if x.shape[2] == 1 else _from_rows(dx, x.new_empty(x.shape))
+    return value.to(loss_dtype), lse.to(wide), x.new_empty((3, 0), dtype=torch.float32), total, dlogits
 
 
 def native_cross_entropy_bwd(upstream, labelled: Labelled, statistics, needs, out=None):

@@ -75,7 +75,8 @@ def _fwd_fake(*args):
 def _cross_entropy_fwd(*args):
     labelled, (dtype, with_gradient, backend) = Labelled.of(args)
     x, target, _, loss = labelled
-    if target.device.type == "cpu" and not target.is_floating_point():
+    # The extension looks at the classes itself.
+    if backend != "native" and target.device.type == "cpu" and not target.is_floating_point():
         error = row_out_of_range(target, loss.ignore_index, x.shape[1], "cross_entropy")
         if error is not None:
             raise error
@@ -116,6 +117,28 @@ def _cross_entropy_scale_(dx, dloss, backend):
     _launchers(backend)[2](dx, dloss)
 
 
+def loss_gradients(
+    labelled: Labelled, node: LossNode, needs, upstream: LossGradients, statistics: RowStatistics
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of logits (B, C, S) and of probabilities, where ``needs`` has them: right to any order."""
+    x, target, weight, loss = labelled
+    probabilities = target.is_floating_point()
+    inputs = (x, target) if probabilities else (x,)
+
+    def launch(inputs, outputs_grad, extras, needs):
+        labelled = Labelled(inputs[0], inputs[1] if probabilities else target, weight, loss)
+        needs = (needs[0], probabilities and needs[1])
+        return _cross_entropy_bwd(*outputs_grad, *extras, *labelled.flat(), needs, node.backend)[: len(inputs)]
+
+    def formula(x, q=None):
+        value, lse = loss_and_lse(Labelled(x, target if q is None else q, weight, loss))
+        value = value.to(node.dtype)
+        return value.reshape(-1) if loss.reduction == "none" else value, lse.reshape(-1)
+
+    extras = (statistics.rows, statistics.total)
+    return gradients(launch, formula, inputs, needs[: len(inputs)], (upstream.loss, upstream.lse), extras)
+
+
 class CrossEntropy(torch.autograd.Function):
     """(loss, lse, statistics, denominator, gradient left by the forward) of logits (B, C, S) and their target."""
 
@@ -130,8 +153,8 @@ class CrossEntropy(torch.autograd.Function):
         _, _, stats, total, dlogits = output
         ctx.mark_non_differentiable(stats, total, dlogits)
         ctx.set_materialize_grads(False)
-        ctx.has_gradient, ctx.inplace = node.with_gradient, node.inplace
-        ctx.loss, ctx.dtype, ctx.backend = node.loss, node.dtype, node.backend
+        # The class weights are saved as a tensor.
+        ctx.has_gradient, ctx.node = node.with_gradient, node._replace(weight=None)
         ctx.save_for_backward(x, target, node.weight, stats, total, dlogits)
 
     @staticmethod
@@ -139,10 +162,8 @@ class CrossEntropy(torch.autograd.Function):
         if dloss is None and dlse is None:
             return None, None, None
         x, target, weight, stats, total, dlogits = ctx.saved_tensors
-        loss, backend = ctx.loss, ctx.backend
-        probabilities = target.is_floating_point()
-        inputs = (x, target) if probabilities else (x,)
-        needs = ctx.needs_input_grad[: len(inputs)]
+        loss, backend = ctx.node.loss, ctx.node.backend
+        needs = ctx.needs_input_grad[:2] if target.is_floating_point() else ctx.needs_input_grad[:1]
         if ctx.has_gradient and dlse is None and not torch.is_grad_enabled() and scalable(dloss):
             # The forward's gradient is handed out once, scaled in place: nobody else has seen it. A second backward
             # takes the other way, to the same bits.
@@ -150,20 +171,10 @@ class CrossEntropy(torch.autograd.Function):
             dx = dlogits.data
             _cross_entropy_scale_(dx, dloss, backend)
             return dx, None, None
-        if ctx.inplace and needs == (True,) and not torch.is_grad_enabled() and scalable(dloss, dlse):
+        if ctx.node.inplace and needs == (True,) and not torch.is_grad_enabled() and scalable(dloss, dlse):
             _cross_entropy_bwd_(dloss, dlse, stats, total, x.detach(), target, weight, *loss, backend)
             torch.autograd.graph.increment_version(x)
             return x.detach(), None, None
-
-        def launch(inputs, outputs_grad, extras, needs):
-            labelled = Labelled(inputs[0], inputs[1] if probabilities else target, weight, loss)
-            needs = (needs[0], probabilities and needs[1])
-            return _cross_entropy_bwd(*outputs_grad, *extras, *labelled.flat(), needs, backend)[: len(inputs)]
-
-        def formula(x, q=None):
-            value, lse = loss_and_lse(Labelled(x, target if q is None else q, weight, loss))
-            value = value.to(ctx.dtype)
-            return value.reshape(-1) if loss.reduction == "none" else value, lse.reshape(-1)
-
-        grads = gradients(launch, formula, inputs, needs, (dloss, dlse), (stats, total))
-        return grads[0], grads[1] if probabilities else None, None
+        labelled, statistics = Labelled(x, target, weight, loss), RowStatistics(stats, total)
+        grads = loss_gradients(labelled, ctx.node, needs, LossGradients(dloss, dlse), statistics)
+        return grads[0], grads[1] if len(grads) > 1 else None, None

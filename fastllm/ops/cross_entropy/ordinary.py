@@ -1,0 +1,96 @@
+"""Ordinary calls of cross_entropy on a CPU, which are one call of the extension.
+
+8 rows of 256 logits in float32, forward and backward, take 26 us on one core of an AMD EPYC so, PyTorch 20, and all
+checks, the choice and the operators 130. What is ordinary has class indices, a row of logits each, and no option but
+``ignore_index`` and ``reduction``.
+:func:`fastllm.backends.pick` decides the same of such a call, and says why.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
+
+from ...backends import NATIVE_DTYPES, free_for_native
+from ..shared.autograd import PLAIN, unwatched
+from .loss import Labelled, Loss, out_of_range
+from .native import REDUCTION_NUMBER, loss_of_classes, native_cross_entropy_bwd, native_scale_gradient
+from .operator import LossGradients, LossNode, RowStatistics, loss_gradients
+
+_NONE = REDUCTION_NUMBER["none"]
+
+
+def _refused(x, target, ignore_index) -> Exception:
+    error = out_of_range(target, ignore_index, x.shape[1])
+    return error or AssertionError("cross_entropy: the extension refused a class")
+
+
+class _OrdinaryCrossEntropy(torch.autograd.Function):
+    """The loss of logits (N, C), whose gradient the forward leaves, as that of operator.py does."""
+
+    @staticmethod
+    def forward(ctx, x, target, ignore_index, reduction):
+        # As in cross_entropy.py.
+        in_forward = reduction != _NONE and x.dtype is not torch.float16
+        bad, value, dx = loss_of_classes(x, target, ignore_index, reduction, in_forward)
+        if bad >= 0:
+            raise _refused(x, target, ignore_index)
+        ctx.settings, ctx.has_gradient = (ignore_index, reduction), in_forward
+        ctx.save_for_backward(x, target, dx)
+        return value
+
+    @staticmethod
+    def backward(ctx, dvalue):
+        x, target, dx = ctx.saved_tensors
+        at_once = not torch.is_grad_enabled() and unwatched(dvalue) and not is_legacy_batchedtensor(dvalue)
+        if ctx.has_gradient and at_once:
+            # Handed out once, scaled in place: nobody else has seen it. A second backward takes the other way, to the
+            # same bits.
+            ctx.has_gradient = False
+            dx = dx.data
+            native_scale_gradient(dx, dvalue)
+            return dx, None, None, None
+        return _gradient(x, target, dvalue, *ctx.settings, at_once), None, None, None
+
+
+def _gradient(x, target, dvalue, ignore_index, number, at_once) -> torch.Tensor:
+    (reduction,) = (name for name, other in REDUCTION_NUMBER.items() if other == number)
+    loss = Loss(ignore_index=ignore_index, reduction=reduction)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = (target != ignore_index).sum().to(wide)
+    statistics = RowStatistics(x.new_empty((3, 0), dtype=torch.float32), total)
+    labelled, upstream = Labelled(x.unsqueeze(-1), target.unsqueeze(-1), None, loss), LossGradients(dvalue)
+    if at_once:
+        found = native_cross_entropy_bwd(upstream, labelled, statistics, (True, False))[0]
+    else:
+        node = LossNode(None, loss, x.dtype, False, False, "native")
+        found = loss_gradients(labelled, node, (True,), upstream, statistics)[0]
+    return found.squeeze(-1)
+
+
+# Function.apply() without its binding of arguments, as apply_untransformed() finds it.
+_apply: Any = super(torch.autograd.Function, _OrdinaryCrossEntropy).apply  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def ordinary_cross_entropy(x, target, ignore_index, reduction) -> torch.Tensor | None:
+    """The loss of an ordinary call, or None where a call is not that. IndexError: a target is no class."""
+    if type(x) not in PLAIN or type(target) not in PLAIN or not x.is_cpu or not target.is_cpu:
+        return None
+    if target.dtype is not torch.int64 or x.dtype not in NATIVE_DTYPES or x.dim() != 2 or target.dim() != 1:
+        return None
+    if type(ignore_index) is not int or type(reduction) is not str:
+        return None
+    number = REDUCTION_NUMBER.get(reduction)
+    if number is None or x.size(0) != target.numel() or not free_for_native(x) or not x.is_contiguous():
+        return None
+    if torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu"):
+        return None
+    x, target = unwrap_if_dead(x), unwrap_if_dead(target)
+    if x.requires_grad and torch.is_grad_enabled():
+        return _apply(x, target, ignore_index, number)
+    bad, value, _ = loss_of_classes(x, target, ignore_index, number, False)
+    if bad >= 0:
+        raise _refused(x, target, ignore_index)
+    return value
