@@ -14,10 +14,11 @@ import numpy as np
 
 from .article import leads, read_also_odds, teaser_odds
 from .beside import comment_odds, landmark_odds, outside_odds
+from .block_context import context
 from .block_network import Network
 from .body import Running
 from .elements import Markup
-from .features import DECLARED_ARTICLE, STATED_ARTICLE, Lexicon, context, features
+from .features import DECLARED_ARTICLE, STATED_ARTICLE, Lexicon, features
 from .page_types import TYPES, PageTypes
 from .page_words import PageWords
 from .small_pages import log_odds
