@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 from pages import HEADLINES, SECTIONS, paragraph
 
-from fastllm.data.clean.main_text import decide, extract_fast
+from fastllm.data.clean.article import caption_odds
+from fastllm.data.clean.beside import landmark_odds
+from fastllm.data.clean.body import Running
+from fastllm.data.clean.main_text import decide, extract_fast, visible_text
 from fastllm.data.clean.markup import read_markup
+from fastllm.data.clean.page_words import PageWords
 
 WALL = [paragraph("harbour", random.Random(seed), 2) for seed in range(3)]
 PARAGRAPHS = "".join(f"<p>{text}</p>" for text in WALL)
@@ -24,6 +28,8 @@ BESIDE = {
     "a plugin's box": '<div id="jp-relatedposts" class="jp-relatedposts"><h3>{0}</h3><p>{1}</p></div>',
     "a form to subscribe": '<div class="subscription-widget-wrap"><h3>{0}</h3><p>{1}</p></div>',
     "AMP's advertisement": "<amp-ad width=300><div placeholder><h3>{0}</h3><p>{1}</p></div></amp-ad>",
+    "a bar above the page": '<div class="announcement-bar"><h3>{0}</h3><p>{1}</p></div>',
+    "an author's box": '<div class="author-bio"><h3>{0}</h3><p>{1}</p></div>',
     "a complement": '<section role="complementary"><h3>{0}</h3><p>{1}</p></section>',
 }
 
@@ -188,3 +194,93 @@ def test_a_table_of_contents_of_terms_goes_and_a_glossary_stays():
     words = np.asarray([float(len(text.split())) for text in markup.texts])
     kept = decide(markup, np.full(len(words), 0.9), words)
     assert kept.tolist() == [False] * 6 + [True] * (len(words) - 6)
+
+
+@pytest.mark.parametrize("name", ["copyright", "are-there-copyright-notices", "on-newsletters-and-how-to-leave-them"])
+def test_an_id_that_is_made_of_its_heading_names_no_landmark(name):
+    """As documentation's sections have it: on a page of its own, and as a part of others."""
+    title = name.replace("-", " ").capitalize()
+    level = "h1" if name == "copyright" else "h2"
+    notice = "This wall and its pictures are ours. Use them as you like."
+    short = f"<body><div class=body><section id={name}><{level}>{title}<a href=#{name}>\u00b6</a></{level}><p>{notice}"
+    assert notice in extract_fast(short)
+    page = f"<body><main><h1>The wall</h1><p>{WALL[0]}</p><section id={name}><{level}>{title}</{level}><p>{notice}</p>"
+    found = extract_fast(f"{page}</section><section><h2>Stones</h2><p>{WALL[1]}</p><p>{WALL[2]}</p></section></main>")
+    assert notice in found
+    assert title in found
+
+
+@pytest.mark.parametrize("name", ["image-caption", "InlineImage-imageEmbedCaption", "photo_credit", "wp-caption-text"])
+def test_captions_by_their_class_are_unlikely_unless_they_hold_the_text(name):
+    caption = "The wall in its first winter, before the storms, as it looks from the old pier in the harbour."
+    markup = read_markup(f"<body><main>{PARAGRAPHS}<div><img src=a.jpg><p class={name}>{caption}</p></div></main>")
+    assert caption_odds(markup, Running.of(markup)).tolist() == [0, 0, 0, -2]
+    slides = read_markup("".join(f"<li><div class={name}><p>{text}</p></div>" for text in WALL))
+    assert caption_odds(slides, Running.of(slides)) == 0
+
+
+def test_a_name_that_only_holds_the_word_is_no_caption():
+    markup = read_markup(
+        f"<body class=has-caption><main>{PARAGRAPHS}<div><p class=captioning>{WALL[0]}</p></div></main>"
+    )
+    assert not caption_odds(markup, Running.of(markup)).any()
+
+
+def test_values_for_machines_in_hidden_elements_go_and_hidden_sentences_stay():
+    markup = read_markup(
+        f"<body><main>{PARAGRAPHS}</main><div hidden><div>2019-11-19T08:57:40</div><p>{WALL[0]} x.</p>"
+    )
+    odds = landmark_odds(markup, Running.of(markup))
+    assert odds.tolist() == [0, 0, 0, -2.5, -1]
+
+
+def test_links_in_a_list_with_other_items_are_no_table_of_contents():
+    bugs = "".join(f"<li><a href=/bugs/{number}>{text}</a>" for number, text in enumerate(HEADLINES))
+    # So long that rules for small pages have no say.
+    texts = "".join(f"<p>Part {number}. {paragraph('harbour', random.Random(number), 2)}</p>" for number in range(60))
+    for first, stays in (("Walls that were mended:", True), ("<a href=#walls>Walls</a>", False)):
+        markup = read_markup(f"<body><main><ul><li>{first}<ul>{bugs}</ul></ul>{texts}")
+        words = np.asarray([float(len(text.split())) for text in markup.texts])
+        kept = decide(markup, np.full(len(words), 0.9), words)
+        assert kept[: len(HEADLINES) + 1].tolist() == [stays] * (len(HEADLINES) + 1)
+
+
+def test_a_table_of_data_stays_whole_with_its_caption():
+    rows = "".join(f"<tr><td>{name}</td><td>{number} m</td></tr>" for number, name in enumerate(HEADLINES))
+    table = f"<table><caption>Walls</caption><tr><th>Wall</th><th>Height</th></tr>{rows}</table>"
+    # So long that rules for small pages have no say.
+    texts = "".join(f"<p>Part {number}. {paragraph('harbour', random.Random(number), 2)}</p>" for number in range(60))
+    markup = read_markup(f"<body><main>{table}{texts}")
+    words = np.asarray([float(len(text.split())) for text in markup.texts])
+    chances = np.full(len(words), 0.9)
+    # The caption, the head and two rows.
+    chances[[0, 1, 2, 5, 6, 9, 10]] = 0.1
+    assert decide(markup, chances, words).all()
+
+
+def test_choices_in_forms_are_beside_the_text():
+    markup = read_markup(f"<body><main>{PARAGRAPHS}<form><select><option>Low<option>{WALL[0]}</select></form></main>")
+    assert landmark_odds(markup, Running.of(markup)).tolist() == [0, 0, 0, -8, -8]
+
+
+def test_the_words_of_chinese_and_japanese_texts_count():
+    """So that a menu of English words does not outweigh them."""
+    found = PageWords.of(["\u4e00\u4e8c\u4e09\u56db\u4e94\u516d\u4e03\u516b", "One two three", "\u3042\u3044 x y"])
+    assert found.counts.tolist() == [4, 3, 3]
+
+
+@pytest.mark.parametrize("text", ["Test", "<a href=/wall>Wall</a>", "<i>Foo</i>&lrm;", "<abbr>TLA</abbr> <b>xyz</b>"])
+def test_a_page_of_a_few_words_has_them(text):
+    assert extract_fast(f"<body>{text}</body>") == visible_text(text) != ""
+
+
+def test_a_body_that_waits_for_its_script_is_shown():
+    page = f"<body style='display: none'><main>{PARAGRAPHS}</main>"
+    assert extract_fast(page) == visible_text(page) == "\n\n".join(WALL)
+
+
+def test_an_abstract_in_an_aside_is_part_of_the_text():
+    aside = '<aside class="{}"><p>Abstract</p><p>{}</p></aside>'
+    page = f"<body><main><h1>The wall</h1>{aside}<p>{WALL[1]}<p>{WALL[2]}"
+    assert WALL[0] in extract_fast(page.format("topic", WALL[0]))
+    assert WALL[0] not in extract_fast(page.format("related-topic", WALL[0]))

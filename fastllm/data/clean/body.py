@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,11 @@ from .elements import Markup
 from .markup import LINKED, LONG
 
 _HEADINGS = {"h1": 1, "h2": 2, "h3": 3, "h4": 4, "h5": 5, "h6": 6}
+# An id with at least so many words that are its heading's is made of it, as in documentation, and names no landmark.
+# One that is made of a page's title may be shorter. A guess.
+_SLUG = 3
+_ID = re.compile(r"""(?<![\w-])id\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'>]+))""", re.IGNORECASE)
+_PART = re.compile(r"[^\W_]+")
 
 
 def nearest(parents: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -111,3 +117,17 @@ def last_headings(markup: Markup) -> tuple[np.ndarray, np.ndarray]:
     # A heading's own heading is the one before it.
     shifted = np.concatenate([[-1], latest[:-1]])
     return shifted, np.where(shifted >= 0, level[np.maximum(shifted, 0)], 0)
+
+
+def without_slug(markup: Markup, number: int) -> str:
+    """The attributes of element ``number``, without an id that says the same as the heading that it begins with."""
+    attributes, first = markup.attributes[number], markup.starts[number]
+    found = _ID.search(attributes)
+    if not found or first >= markup.ends[number]:
+        return attributes
+    place = markup.places[first]
+    tag = next((tag for tag in (markup.tags[place], markup.tags[markup.parents[place]]) if tag in _HEADINGS), "")
+    parts = _PART.findall((found[1] or found[2] or found[3] or "").lower())
+    if not tag or parts != _PART.findall(markup.texts[first].lower()) or len(parts) < (1 if tag == "h1" else _SLUG):
+        return attributes
+    return attributes[: found.start()] + attributes[found.end() :]
