@@ -267,6 +267,9 @@ def test_the_words_of_chinese_and_japanese_texts_count():
     """So that a menu of English words does not outweigh them."""
     found = PageWords.of(["\u4e00\u4e8c\u4e09\u56db\u4e94\u516d\u4e03\u516b", "One two three", "\u3042\u3044 x y"])
     assert found.counts.tolist() == [4, 3, 3]
+    # A page in English has other languages in its menus.
+    names = PageWords.of(["\u65e5\u672c\u8a9e", "One two three four five"])
+    assert names.counts.tolist() == [1, 5]
 
 
 @pytest.mark.parametrize("text", ["Test", "<a href=/wall>Wall</a>", "<i>Foo</i>&lrm;", "<abbr>TLA</abbr> <b>xyz</b>"])
