@@ -287,3 +287,16 @@ def test_an_abstract_in_an_aside_is_part_of_the_text():
     page = f"<body><main><h1>The wall</h1>{aside}<p>{WALL[1]}<p>{WALL[2]}"
     assert WALL[0] in extract_fast(page.format("topic", WALL[0]))
     assert WALL[0] not in extract_fast(page.format("related-topic", WALL[0]))
+
+
+@pytest.mark.parametrize(
+    "label", ["Advertisement", "- Advertisement -", "Werbung", "ADVERTISEMENT - story continues below"]
+)
+def test_labels_of_advertisements_go_and_their_subject_stays(label):
+    page = f"<body><main><h1>The wall</h1><p>{WALL[0]}</p><div>{label}</div><p>{WALL[1]}</p><p>{WALL[2]}</p></main>"
+    assert extract_fast(page) == "\n\n".join(["The wall", *WALL])
+    costs = "<table><tr><td>Stones</td><td>90</td></tr><tr><td>Advertising</td><td>10</td></tr></table>"
+    page = f"<body><main><h1>Advertising</h1><p>{WALL[0]}</p>{costs}<p>{WALL[1]}</p><p>{WALL[2]}</p></main>"
+    assert extract_fast(page) == "\n\n".join(
+        ["Advertising", WALL[0], "Stones | 90\nAdvertising | 10", WALL[1], WALL[2]]
+    )

@@ -10,7 +10,7 @@ import numpy as np
 from .elements import Markup
 from .markup import LINKED, LONG
 
-_HEADINGS = {"h1": 1, "h2": 2, "h3": 3, "h4": 4, "h5": 5, "h6": 6}
+HEADINGS = {"h1": 1, "h2": 2, "h3": 3, "h4": 4, "h5": 5, "h6": 6}
 # An id with at least so many words that are its heading's is made of it, as in documentation, and names no landmark.
 # One that is made of a page's title may be shorter. A guess.
 _SLUG = 3
@@ -107,7 +107,7 @@ def title_blocks(markup: Markup) -> np.ndarray:
 
 def last_headings(markup: Markup) -> tuple[np.ndarray, np.ndarray]:
     """For each block the block of the last heading before it, or -1, and that heading's level, or 0."""
-    levels = np.asarray([_HEADINGS.get(tag, 0) for tag in markup.tags])
+    levels = np.asarray([HEADINGS.get(tag, 0) for tag in markup.tags])
     parents = np.asarray(markup.parents)
     places = np.asarray(markup.places)
     above = np.maximum(parents[places], 0)
@@ -126,7 +126,7 @@ def without_slug(markup: Markup, number: int) -> str:
     if not found or first >= markup.ends[number]:
         return attributes
     place = markup.places[first]
-    tag = next((tag for tag in (markup.tags[place], markup.tags[markup.parents[place]]) if tag in _HEADINGS), "")
+    tag = next((tag for tag in (markup.tags[place], markup.tags[markup.parents[place]]) if tag in HEADINGS), "")
     parts = _PART.findall((found[1] or found[2] or found[3] or "").lower())
     if not tag or parts != _PART.findall(markup.texts[first].lower()) or len(parts) < (1 if tag == "h1" else _SLUG):
         return attributes
