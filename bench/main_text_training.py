@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.clean.block_context import context
 from ..data.clean.block_model import BlockModel, Trees, mean_of, with_rules
 from ..data.clean.block_network import Network
 from ..data.clean.body import last_headings
@@ -36,7 +37,6 @@ from ..data.clean.elements import Markup
 from ..data.clean.features import (
     Lexicon,
     character_classes,
-    context,
     element_names,
     features,
     name_tokens,

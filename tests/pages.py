@@ -8,6 +8,15 @@ TOPICS = [
     "lighthouse", "violin", "glacier", "harbour", "beehive", "telescope", "orchard", "railway", "pottery", "canal",
     "windmill", "library", "volcano", "market", "compass", "garden", "bridge", "observatory", "quarry", "bakery",
 ]  # fmt: skip
+HEADLINES = [
+    "Council votes to rebuild the old harbour wall after winter storms",
+    "Why the night train to the coast is running again",
+    "Scientists find a glacier that has stopped shrinking",
+    "Small bakeries are winning back their towns",
+    "A museum of clocks opens in a former railway station",
+    "The last ferry pilot on the river retires at seventy",
+]
+SECTIONS = ["Home", "World", "Politics", "Business", "Sport", "Culture", "Science", "Opinion", "Video", "Subscribe"]
 _TEXT = (
     "morning light story careful hand people town reason river quiet afternoon winter road plan hills history flour "
     "work years song ending weather letter window silver mountain paper summer engine bread clock teacher island "

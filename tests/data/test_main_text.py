@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 import pytest
-from pages import TOPICS, article, paragraph
+from pages import HEADLINES, SECTIONS, TOPICS, article, paragraph
 
 from fastllm.bench.main_text_training import covered_shares
 from fastllm.data.clean.cards import Cards
@@ -12,16 +12,7 @@ from fastllm.data.clean.main_text import best_set, decide, extract_fast
 from fastllm.data.clean.markup import read_markup
 from fastllm.data.clean.page_types import TYPES, PageTypes
 
-HEADLINES = [
-    "Council votes to rebuild the old harbour wall after winter storms",
-    "Why the night train to the coast is running again",
-    "Scientists find a glacier that has stopped shrinking",
-    "Small bakeries are winning back their towns",
-    "A museum of clocks opens in a former railway station",
-    "The last ferry pilot on the river retires at seventy",
-]
 SHARE = ["Share on Facebook", "Share on Twitter", "Email this article", "Print", "Save for later"]
-SECTIONS = ["Home", "World", "Politics", "Business", "Sport", "Culture", "Science", "Opinion", "Video", "Subscribe"]
 NEWSLETTER = "Sign up for our daily newsletter and get the best stories in your inbox every morning."
 COOKIES = "We use cookies and similar technologies to improve your experience. By clicking Accept you agree to this."
 LEGAL = "Copyright 2024 The Daily Example. All rights reserved. Terms of use. Privacy policy. Contact us. Advertise."
@@ -190,47 +181,6 @@ def test_a_text_that_a_page_repeats_is_right_once():
     assert covered_shares([block, block], block * 2, np.zeros(2)).tolist() == [1, 1]
 
 
-BESIDE = {
-    "an aside": "<aside><h3>{0}</h3><p>{1}</p></aside>",
-    "a dialog": '<div role="dialog"><h3>{0}</h3><p>{1}</p></div>',
-    "a modal": '<div class="modal fade"><h3>{0}</h3><p>{1}</p></div>',
-    "a popup": '<div id="help-popup"><h3>{0}</h3><p>{1}</p></div>',
-    "a newsletter": "<div class=newsletter-box><h3>{0}</h3><p>{1}</p></div>",
-    "a footer by name": '<div class="article footer"><h3>{0}</h3><p>{1}</p></div>',
-    "a caption": "<figure><img src=a.png><figcaption><b>{0}</b> {1}</figcaption></figure>",
-    "a footer": "<footer><h3>{0}</h3><p>{1}</p></footer>",
-    "a form for answers": '<div id="post-form"><h3>{0}</h3><p>{1}</p></div>',
-    "a plugin's box": '<div id="jp-relatedposts" class="jp-relatedposts"><h3>{0}</h3><p>{1}</p></div>',
-    "a form to subscribe": '<div class="subscription-widget-wrap"><h3>{0}</h3><p>{1}</p></div>',
-    "AMP's advertisement": "<amp-ad width=300><div placeholder><h3>{0}</h3><p>{1}</p></div></amp-ad>",
-    "a complement": '<section role="complementary"><h3>{0}</h3><p>{1}</p></section>',
-}
-
-
-@pytest.mark.parametrize("kind", BESIDE)
-def test_what_landmarks_hold_beside_an_article_is_left_out(kind):
-    """In the middle of an article, where all that stands around it is main text."""
-    draw = random.Random(7)
-    body = [f"<p>{paragraph('harbour', draw, 4)}</p>" for _ in range(6)]
-    beside = paragraph("glaciers", draw, 2)
-    body.insert(3, BESIDE[kind].format("What the divers found", beside))
-    page = f"<title>Wall</title><body><main><article><h1>The wall</h1>{''.join(body)}</article></main>"
-    found = extract_fast(page)
-    assert beside not in found
-    assert "What the divers found" not in found
-    assert all(part[3:-4] in found for part in [*body[:3], *body[4:]])
-
-
-@pytest.mark.parametrize("kind", ["a dialog", "a modal", "a caption", "a complement", "a footer by name"])
-def test_a_landmark_that_holds_the_running_text_is_the_main_text(kind):
-    draw = random.Random(8)
-    text = [paragraph("bread", draw, 4) for _ in range(6)]
-    inner = "</p><p>".join(text)
-    page = f"<title>Bread</title><body><div>{BESIDE[kind].format('On bread', inner)}</div><footer>2024</footer>"
-    found = extract_fast(page)
-    assert all(part in found for part in text)
-
-
 def test_comments_beside_a_short_post_are_left_out():
     draw = random.Random(9)
     post = paragraph("night trains", draw, 3)
@@ -238,106 +188,6 @@ def test_comments_beside_a_short_post_are_left_out():
     found = extract_fast(blog("Trains again", f"<p>{post}</p>", said, HEADLINES))
     assert post in found
     assert not any(text in found for text in said)
-
-
-WALL = [paragraph("harbour", random.Random(seed), 2) for seed in range(3)]
-PARAGRAPHS = "".join(f"<p>{text}</p>" for text in WALL)
-
-
-def test_a_text_for_narrow_and_for_wide_screens_comes_once():
-    page = f"<body><main><article><h1>The wall</h1><div class=desktop>{PARAGRAPHS}</div><div class=mobile>{PARAGRAPHS}"
-    assert extract_fast(page) == "\n\n".join(["The wall", *WALL])
-
-
-def test_a_text_that_a_page_says_twice_in_the_same_way_stays():
-    page = f"<body><main><article><h1>The wall</h1><p>{WALL[0]}</p><p>{WALL[1]}</p><p>{WALL[0]}</p></article></main>"
-    assert extract_fast(page) == "\n\n".join(["The wall", WALL[0], WALL[1], WALL[0]])
-    # Classes of screens tell copies apart.
-    page = page.replace(f"<p>{WALL[0]}", f"<p class=narrow>{WALL[0]}", 1)
-    assert extract_fast(page) == "\n\n".join(["The wall", WALL[0], WALL[1]])
-
-
-def test_a_short_text_that_is_said_twice_in_a_row_comes_once():
-    title, lead = HEADLINES[0], "The wall will be finished before next winter"
-    line = "The sea comes in, the sea goes out"
-    said = f"<h1>{title}</h1><h2 class=title>{title}</h2><p class=deck>{lead}</p><div class=lead><p>{lead}</p></div>"
-    page = f"<body><main><article>{said}{PARAGRAPHS}<p>{line}</p><p>{line}</p></article></main>"
-    # Lines of a song are said in the same way.
-    assert extract_fast(page) == "\n\n".join([title, lead, *WALL, line, line])
-
-
-def test_cells_that_say_the_same_are_no_copies():
-    rows = "".join(
-        f"<tr><td class=before>{name}</td><td class=after>{name}</td><td>{i} metres of wall</td></tr>"
-        for i, name in enumerate(HEADLINES)
-    )
-    markup = read_markup(f"<body><p>{WALL[0]}</p><table>{rows}</table>")
-    words = np.asarray([len(text.split()) for text in markup.texts], float)
-    assert decide(markup, np.full(len(words), 0.9), words).all()
-
-
-def test_markup_that_a_browser_saved_as_text_is_none():
-    saved = "&lt;img src=&quot;https://example.org/wall.jpg&quot; alt=&quot;The wall in its first winter&quot;&gt;"
-    page = f"<p>{WALL[0]}</p><noscript>{saved}</noscript><noscript>In 1 < 2 frames</noscript>"
-    assert read_markup(page).texts == [WALL[0], "In 1 < 2 frames"]
-
-
-@pytest.mark.parametrize("text", ["Skip to content", "Zum Inhalt springen", "Aller au contenu principal"])
-def test_links_that_jump_to_the_text_are_left_out(text):
-    page = f"<body><a class=skip-link href=#content>{text}</a><main><h1>The wall</h1>{PARAGRAPHS}</main>"
-    assert extract_fast(page) == "\n\n".join(["The wall", *WALL])
-
-
-@pytest.mark.parametrize("around", ["<article>{}</article>{}", "<main>{}</main>{}", "<div role='main'>{}</div>{}"])
-def test_teasers_outside_a_short_article_and_outside_the_main_landmark_are_left_out(around):
-    cards = [paragraph("bread", random.Random(number), 1) for number in range(8)]
-    teasers = "".join(
-        f"<div><h3><a href=/{i}>{name}</a></h3><p>{cards[i]}</p></div>" for i, name in enumerate(HEADLINES)
-    )
-    article = around.format(f"<h1>The wall</h1>{PARAGRAPHS}", f"<section>{teasers}</section>")
-    assert extract_fast(f"<title>The wall</title><body>{article}") == "\n\n".join(["The wall", *WALL])
-
-
-def test_a_title_outside_the_article_stays():
-    page = f"<meta property=og:type content=article><body><main><h1>The wall</h1><article>{PARAGRAPHS}</article></main>"
-    assert extract_fast(page) == "\n\n".join(["The wall", *WALL])
-
-
-def test_code_that_repeats_stays():
-    code = "for wall in walls: print(wall.name, wall.height, wall.length, wall.year, wall.stone, wall.owner)"
-    page = f"<body><main><h1>Loops</h1><p>{WALL[0]}</p><pre>{code}</pre><p>{WALL[1]}</p><pre>{code}</pre>"
-    assert extract_fast(page) == "\n\n".join(["Loops", WALL[0], code, WALL[1], code])
-
-
-def test_definitions_that_say_the_same_stay():
-    terms = "".join(
-        f"<dt>wall_{i}()</dt><dd><p>{WALL[0]}</p><p>{paragraph('bread', random.Random(i), 2)}" for i in range(3)
-    )
-    found = extract_fast(f"<body><main><h1>Functions</h1><p>{WALL[1]}</p><dl>{terms}</dl>")
-    assert found.count(WALL[0]) == 3
-
-
-def test_a_short_table_that_lays_out_a_page_is_no_row():
-    links_beside = "<br>".join(f"<a href=/{name}>{name}</a>" for name in SECTIONS[:3])
-    text = "<br><br>".join(text[:180] for text in WALL)
-    page = f"<body><table><tr><td width=150>{links_beside}</td><td><b>The wall</b><br><br>{text}</td></tr></table>"
-    assert extract_fast(page) == "\n\n".join(["The wall", *(text[:180].strip() for text in WALL)])
-
-
-def test_a_page_of_frames_is_read_as_readers_without_frames_see_it():
-    frames = "<frameset cols='20%,80%'><frame src=a.html><frame src=b.html>"
-    found = extract_fast(f"<html>{frames}<noframes><body>{PARAGRAPHS}</body></noframes></frameset></html>")
-    assert found == "\n\n".join(WALL)
-    # Beside text it is none.
-    assert extract_fast(f"<html><body>{PARAGRAPHS}<noframes><p>No frames.</p></noframes>") == "\n\n".join(WALL)
-
-
-@pytest.mark.parametrize("edit", ["edit", "Bearbeiten | Quelltext bearbeiten", "\u7f16\u8f91"])
-def test_links_to_edit_are_no_part_of_a_wikis_headings(edit):
-    heading = f"<h2><span>History</span><span class=mw-editsection>[<a href=/e>{edit}</a>]</span></h2>"
-    page = f"<body><main><h1>Wall</h1><p>{WALL[0]}</p>{heading}<p>{WALL[1]}</p><h2>Lists [edit]</h2><p>{WALL[2]}</p>"
-    parts = ["Wall", WALL[0], "History", WALL[1], "Lists [edit]", WALL[2]]
-    assert extract_fast(page) == "\n\n".join(parts)
 
 
 def test_the_best_set_has_the_highest_expected_f1_under_a_pages_common_error():
@@ -360,45 +210,3 @@ def test_the_best_set_has_the_highest_expected_f1_under_a_pages_common_error():
         assert np.array_equal(best_set(probabilities, words), best)
         differ += not np.array_equal(best, alone)
     assert differ > 4
-
-
-def test_signs_that_link_to_a_heading_are_no_part_of_it():
-    headings = [
-        "<h2>Stone<a href=#stone>#</a></h2>",
-        "<h2><a href=#wood>\u00a7</a>Wood</h2>",
-        "<h2>Iron <a href=#i>\U0001f517</a></h2>",
-        "<h2>In C#</h2>",
-        "<h2>Why <a href=/c>C#</a></h2>",
-    ]
-    text = "".join(heading + f"<p>{WALL[number % 3]}{number}</p>" for number, heading in enumerate(headings))
-    lines = extract_fast(f"<body><main><h1>Wall</h1><p>{WALL[0]}</p>{text}").split("\n\n")
-    assert lines[2::2] == ["Stone", "Wood", "Iron", "In C#", "Why C#"]
-
-
-def test_a_tables_head_and_body_are_lines_of_one_table():
-    cells = [("Day", "Height"), ("1 May", "2.4 m"), ("2 May", "2.6 m"), ("Mean", "2.5 m")]
-    head, *body, foot = ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells]
-    table = f"<table><thead>{head}</thead><tbody>{''.join(body)}</tbody><tfoot>{foot}</tfoot></table>"
-    found = extract_fast(f"<body><main><h1>Wall</h1>{PARAGRAPHS}{table}{PARAGRAPHS.replace('harbour', 'pier')}")
-    assert "\n\n" + "\n".join(" | ".join(row) for row in cells) + "\n\n" in found
-
-
-def test_line_numbers_beside_code_are_left_out():
-    code = "for wall in walls:\n    print(wall)"
-    row = "<table><tr><td><pre>{}</pre></td><td><pre>{}</pre></td></tr></table>"
-    page = f"<body><main><h1>Wall</h1><p>{WALL[0]}</p>{{}}<p>{WALL[1]}</p>"
-    assert extract_fast(page.format(row.format("1\n2", code))) == "\n\n".join(["Wall", WALL[0], code, WALL[1]])
-    # Numbers that do not count lines are a program's output.
-    assert "2\n4" in extract_fast(page.format(row.format("2\n4", code)))
-
-
-def test_a_table_of_contents_of_terms_goes_and_a_glossary_stays():
-    terms = [f"<dt><a href=#{number}>{number}. {text}</a></dt>" for number, text in enumerate(HEADLINES)]
-    contents = f"<dl>{''.join(terms[:3])}<dd><dl>{''.join(terms[3:])}</dl></dd></dl>"
-    # So long that rules for small pages have no say.
-    texts = [f"Part {number}. {paragraph('harbour', random.Random(number), 2)}" for number in range(60)]
-    glossary = "".join(f"{term}<dd>{text}</dd>" for term, text in zip(terms, texts, strict=False))
-    markup = read_markup(f"<body><main>{contents}<p>{texts[6]}<dl>{glossary}</dl><p>{'<p>'.join(texts[7:])}")
-    words = np.asarray([float(len(text.split())) for text in markup.texts])
-    kept = decide(markup, np.full(len(words), 0.9), words)
-    assert kept.tolist() == [False] * 6 + [True] * (len(words) - 6)

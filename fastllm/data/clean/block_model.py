@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from .article import leads, read_also_odds, teaser_odds
+from .article import caption_odds, leads, read_also_odds, teaser_odds
 from .beside import comment_odds, landmark_odds, outside_odds
+from .block_context import context
 from .block_network import Network
 from .body import Running
 from .elements import Markup
-from .features import DECLARED_ARTICLE, STATED_ARTICLE, Lexicon, context, features
+from .features import DECLARED_ARTICLE, STATED_ARTICLE, Lexicon, features
 from .page_types import TYPES, PageTypes
 from .page_words import PageWords
 from .small_pages import log_odds
@@ -99,6 +100,7 @@ def with_rules(markup: Markup, rows: np.ndarray, probabilities: np.ndarray) -> n
     if stated and not forum:
         odds += teaser_odds(markup, running)
     if declared or stated or type == "article":
+        odds += caption_odds(markup, running)
         outside = np.where(leads(markup, running), _LEAD, outside)
     return 1 / (1 + np.exp(-odds - outside))
 

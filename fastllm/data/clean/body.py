@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,12 @@ import numpy as np
 from .elements import Markup
 from .markup import LINKED, LONG
 
-_HEADINGS = {"h1": 1, "h2": 2, "h3": 3, "h4": 4, "h5": 5, "h6": 6}
+HEADINGS = {"h1": 1, "h2": 2, "h3": 3, "h4": 4, "h5": 5, "h6": 6}
+# An id with at least so many words that are its heading's is made of it, as in documentation, and names no landmark.
+# One that is made of a page's title may be shorter. A guess.
+_SLUG = 3
+_ID = re.compile(r"""(?<![\w-])id\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'>]+))""", re.IGNORECASE)
+_PART = re.compile(r"[^\W_]+")
 
 
 def nearest(parents: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -101,7 +107,7 @@ def title_blocks(markup: Markup) -> np.ndarray:
 
 def last_headings(markup: Markup) -> tuple[np.ndarray, np.ndarray]:
     """For each block the block of the last heading before it, or -1, and that heading's level, or 0."""
-    levels = np.asarray([_HEADINGS.get(tag, 0) for tag in markup.tags])
+    levels = np.asarray([HEADINGS.get(tag, 0) for tag in markup.tags])
     parents = np.asarray(markup.parents)
     places = np.asarray(markup.places)
     above = np.maximum(parents[places], 0)
@@ -111,3 +117,17 @@ def last_headings(markup: Markup) -> tuple[np.ndarray, np.ndarray]:
     # A heading's own heading is the one before it.
     shifted = np.concatenate([[-1], latest[:-1]])
     return shifted, np.where(shifted >= 0, level[np.maximum(shifted, 0)], 0)
+
+
+def without_slug(markup: Markup, number: int) -> str:
+    """The attributes of element ``number``, without an id that says the same as the heading that it begins with."""
+    attributes, first = markup.attributes[number], markup.starts[number]
+    found = _ID.search(attributes)
+    if not found or first >= markup.ends[number]:
+        return attributes
+    place = markup.places[first]
+    tag = next((tag for tag in (markup.tags[place], markup.tags[markup.parents[place]]) if tag in HEADINGS), "")
+    parts = _PART.findall((found[1] or found[2] or found[3] or "").lower())
+    if not tag or parts != _PART.findall(markup.texts[first].lower()) or len(parts) < (1 if tag == "h1" else _SLUG):
+        return attributes
+    return attributes[: found.start()] + attributes[found.end() :]

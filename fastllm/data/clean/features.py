@@ -121,7 +121,7 @@ class Lexicon:
     types: PageTypes
 
 
-class _Sums:
+class Sums:
     """Sums over runs of blocks."""
 
     def __init__(self, values: np.ndarray):
@@ -180,115 +180,174 @@ def character_classes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.
     return counted.astype(np.float64), classes[ends - sizes], classes[ends - 1]
 
 
-def features(page: str, markup: Markup, page_words: PageWords, lexicon: Lexicon) -> np.ndarray:
-    """(blocks, :data:`COUNT`) float32."""
-    texts = markup.texts
-    count = len(texts)
-    place = np.asarray(markup.places)
-    length = np.fromiter(map(len, texts), np.float64, count)
-    cut_length = np.minimum(length, _LONGEST)
-    counted, first, last = character_classes(texts)
-    words = counted[:, 1] + 1
-    linked = np.asarray(markup.linked, np.float64)
-    links = np.asarray(markup.links, np.float64)
-    link_share = linked / length
-    # The card, row or post that it lies in.
-    of_cards = np.stack([length, linked, counted[:, 4], counted[:, 7] > 0], 1)
-    own = card_columns(markup, of_cards, Running.of(markup).characters)
-    # Its own text.
-    own += [
-        np.log1p(length), np.log1p(words), length / words, link_share, links, counted[:, 2] / words,
-        counted[:, 3] / words, counted[:, 4] / cut_length, counted[:, 5] / words, counted[:, 6], counted[:, 7],
-        last == 2, last == 3, first == 5, first == 4, (counted[:, 2] + counted[:, 3]) > 1,
-    ]  # fmt: skip
+@dataclass(frozen=True)
+class _Blocks:
+    """What the groups of columns share.
 
+    Attributes:
+        place: the element that each block lies in.
+        length, linked, links: characters, characters in links and links of each block.
+        counted: characters of each class, (blocks, classes); ``first`` and ``last`` are the first and last one's class.
+        columns: of each element what its name weighs, the sum, least and most of all names around it, and its depth.
+        scores: what the first words of each block weigh.
+    """
+
+    place: np.ndarray
+    length: np.ndarray
+    linked: np.ndarray
+    links: np.ndarray
+    counted: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    columns: np.ndarray
+    scores: np.ndarray
+
+    @property
+    def link_share(self) -> np.ndarray:
+        return self.linked / self.length
+
+    @property
+    def values(self) -> np.ndarray:
+        """Characters, characters in links, marks between words, 1 and links, (blocks, 5)."""
+        marks = self.counted[:, 2] + self.counted[:, 3]
+        return np.stack([self.length, self.linked, marks, np.ones(len(self.length)), self.links], 1)
+
+    @property
+    def position(self) -> np.ndarray:
+        """The characters up to the end of each block."""
+        return np.cumsum(self.length)
+
+
+def features(page: str, markup: Markup, page_words: PageWords, lexicon: Lexicon) -> np.ndarray:
+    """What each block looks like, (blocks, features) float32."""
+    count = len(markup.texts)
+    length = np.fromiter(map(len, markup.texts), np.float64, count)
     names, which = element_names(markup)
     weights = [sum(lexicon.names.get(token, 0.0) for token in tokens) for tokens in names]
     name = [weights[number] for number in which]
     bits, depth, chain, least, most = _element_columns(markup, name)
-    bits = np.asarray(bits, np.int64)
-    parents = np.asarray(markup.parents)
-    columns = np.asarray([name, chain, least, most, depth], np.float64).T
-    own += list(columns[place].T)
-    own += [(bits[place] >> number) & 1 for number in range(len(LANDMARKS))]
+    blocks = _Blocks(
+        np.asarray(markup.places), length, np.asarray(markup.linked, np.float64), np.asarray(markup.links, np.float64),
+        *character_classes(markup.texts), np.asarray([name, chain, least, most, depth], np.float64).T,
+        page_words.first_sums(lexicon.words),
+    )  # fmt: skip
+    # The card, row or post that it lies in.
+    of_cards = np.stack([length, blocks.linked, blocks.counted[:, 4], blocks.counted[:, 7] > 0], 1)
+    own = card_columns(markup, of_cards, Running.of(markup).characters)
+    own += _text_columns(blocks)
+    own += list(blocks.columns[blocks.place].T)
+    bits = np.asarray(bits, np.int64)[blocks.place]
+    own += [(bits >> number) & 1 for number in range(len(LANDMARKS))]
     own.append(np.asarray([_PLACE.get(markup.tags[at], -1) for at in markup.places]))
     own.append(np.asarray([markup.unshown[at] for at in markup.places]))
+    own += _word_columns(page, markup, page_words, blocks)
+    own += _section_columns(markup, page_words.first_sums(lexicon.headings), blocks)
+    own += body_columns(markup, np.asarray(depth))
+    # The place in the page, by blocks and by characters.
+    position = blocks.position
+    own += [np.arange(count) / max(1, count), position / position[-1], np.arange(count) == count - 1]
+    own += _ancestor_columns(markup, blocks)
+    own += _group_columns(markup, blocks)
+    own += _neighbour_columns(blocks, own[-1])
+    counts = page_counts(page, markup, blocks.counted)
+    types = lexicon.types.scores(page_tokens(names, page_words), counts)
+    own += [np.full(count, value) for value in (*counts, *types)]
+    return np.stack(own, 1).astype(np.float32)
 
-    # Words, repetition of the same text, and the title.
-    scores = page_words.first_sums(lexicon.words)
-    own += [scores, scores / np.sqrt(np.clip(page_words.counts, 1, FIRST_WORDS))]
+
+def _text_columns(blocks: _Blocks) -> list[np.ndarray]:
+    """A block's own text."""
+    length, counted, last = blocks.length, blocks.counted, blocks.last
+    words = counted[:, 1] + 1
+    return [
+        np.log1p(length), np.log1p(words), length / words, blocks.link_share, blocks.links, counted[:, 2] / words,
+        counted[:, 3] / words, counted[:, 4] / np.minimum(length, _LONGEST), counted[:, 5] / words, counted[:, 6],
+        counted[:, 7], last == 2, last == 3, blocks.first == 5, blocks.first == 4,
+        (counted[:, 2] + counted[:, 3]) > 1,
+    ]  # fmt: skip
+
+
+def _word_columns(page: str, markup: Markup, page_words: PageWords, blocks: _Blocks) -> list[np.ndarray]:
+    """A block's words, repetition of the same text, and the title."""
+    texts, scores = markup.texts, blocks.scores
     numbers: dict[str, int] = {}
     which = np.asarray([numbers.setdefault(text, len(numbers)) for text in texts])
-    times = np.bincount(which)[which]
-    seen_first = np.zeros(count)
+    seen_first = np.zeros(len(texts))
     seen_first[np.unique(which, return_index=True)[1]] = 1
-    own += [np.log(times), seen_first]
     title = _TITLE.search(page)
     title_text = " ".join(unescape(title[1]).lower().split()) if title else ""
     title_words = [page_words.known[word] for word in set(WORD.findall(title_text)) if word in page_words.known]
-    own.append(page_words.shares(np.isin(page_words.numbers, title_words)) * (length < 300))
-    own.append(np.asarray([5 < len(text) < 300 and text.lower() in title_text for text in texts]))
-    own += list(repeated(page_words, markup.carried).T)
-
-    # The part of the page: its heading, and where the running text is.
-    heading, level = last_headings(markup)
-    sections = page_words.first_sums(lexicon.headings)
-    own += [
-        np.where(heading >= 0, sections[np.maximum(heading, 0)], 0.0), level, np.log1p(np.arange(count) - heading),
-        np.where(heading >= 0, link_share[np.maximum(heading, 0)], 0.0), sections,
+    return [
+        scores, scores / np.sqrt(np.clip(page_words.counts, 1, FIRST_WORDS)),
+        np.log(np.bincount(which)[which]), seen_first,
+        page_words.shares(np.isin(page_words.numbers, title_words)) * (blocks.length < 300),
+        np.asarray([5 < len(text) < 300 and text.lower() in title_text for text in texts]),
+        *repeated(page_words, markup.carried).T,
     ]  # fmt: skip
-    own += body_columns(markup, np.asarray(depth))
 
-    # The place in the page, by blocks and by characters.
-    position = np.cumsum(length)
-    own += [np.arange(count) / max(1, count), position / position[-1], np.arange(count) == count - 1]
 
-    # Sums over ancestors.
-    values = np.stack([length, linked, counted[:, 2] + counted[:, 3], np.ones(count), links], 1)
-    sums = _Sums(values)
-    element_starts, element_ends = np.asarray(markup.starts), np.asarray(markup.ends)
-    of_elements = sums.between(element_starts, element_ends)
-    whole = of_elements[0]
+def _section_columns(markup: Markup, sections: np.ndarray, blocks: _Blocks) -> list[np.ndarray]:
+    """The heading above a block; ``sections`` is what each block weighs as a heading."""
+    heading, level = last_headings(markup)
+    above = np.maximum(heading, 0)
+    return [
+        np.where(heading >= 0, sections[above], 0.0), level, np.log1p(np.arange(len(heading)) - heading),
+        np.where(heading >= 0, blocks.link_share[above], 0.0), sections,
+    ]  # fmt: skip
+
+
+def _ancestor_columns(markup: Markup, blocks: _Blocks) -> list[np.ndarray]:
+    """Sums over what is around a block: the nearest elements, the one that holds much, and the article or main."""
+    place, columns, parents = blocks.place, blocks.columns, np.asarray(markup.parents)
+    of_elements = Sums(blocks.values).between(np.asarray(markup.starts), np.asarray(markup.ends))
+    whole = of_elements[0, 0]
+    own: list[np.ndarray] = []
     at = place
     for _ in range(_LEVELS):
         own += _shares(of_elements[at])
-        own += [of_elements[at, 0] / whole[0], columns[at, 0]]
+        own += [of_elements[at, 0] / whole, columns[at, 0]]
         at = np.where(parents[at] < 0, at, parents[at])
-    # The nearest ancestor that holds much, and the nearest that is an article or main.
-    much = nearest(parents, of_elements[:, 0] >= 0.25 * whole[0])
+    much = nearest(parents, of_elements[:, 0] >= 0.25 * whole)
     landmark = nearest(parents, np.asarray([tag in ("article", "main") for tag in markup.tags]))
     for above in (much, landmark):
         of = above[place]
         own += _shares(of_elements[of])
-        own += [of_elements[of, 0] / whole[0], columns[of, 0], columns[place, 4] - columns[of, 4]]
+        own += [of_elements[of, 0] / whole, columns[of, 0], columns[place, 4] - columns[of, 4]]
+    return own
 
-    # Blocks in the same kind of place, wherever they are in the page.
-    element_kinds = _kinds(markup)
-    for group in (element_kinds[place], element_kinds[np.maximum(parents[place], 0)]):
+
+def _group_columns(markup: Markup, blocks: _Blocks) -> list[np.ndarray]:
+    """Blocks in the same kind of place, wherever they are in the page; last how many children the elements have."""
+    place, parents, position = blocks.place, np.asarray(markup.parents), blocks.position
+    above, whole = np.maximum(parents[place], 0), blocks.length.sum()
+    kinds = element_kinds(markup)
+    own: list[np.ndarray] = []
+    for group in (kinds[place], kinds[above]):
         _, group = np.unique(group, return_inverse=True)
         size = group.max() + 1
-        of_group = np.stack([np.bincount(group, column, size) for column in values.T], 1)[group]
+        of_group = np.stack([np.bincount(group, column, size) for column in blocks.values.T], 1)[group]
         own += _shares(of_group)
         mean_position = np.bincount(group, position, size)[group] / of_group[:, 3] / position[-1]
-        own += [of_group[:, 0] / whole[0], mean_position]
-    kinds_of_children = np.bincount(np.maximum(parents, 0), minlength=len(parents))
-    own += [np.log1p(kinds_of_children[place]), np.log1p(kinds_of_children[np.maximum(parents[place], 0)])]
+        own += [of_group[:, 0] / whole, mean_position]
+    children = np.bincount(np.maximum(parents, 0), minlength=len(parents))
+    return [*own, np.log1p(children[place]), np.log1p(children[above])]
 
-    # Neighbours.
-    beside = np.stack([np.log1p(length), link_share, scores, columns[place, 1], last == 2, own[-1]], 1)
+
+def _neighbour_columns(blocks: _Blocks, children: np.ndarray) -> list[np.ndarray]:
+    """What the blocks before and after look like; ``children`` is the last of :func:`_group_columns`."""
+    chain = blocks.columns[blocks.place, 1]
+    seen = [np.log1p(blocks.length), blocks.link_share, blocks.scores, chain, blocks.last == 2, children]
+    beside = np.stack(seen, 1)
+    own: list[np.ndarray] = []
     for step in _NEIGHBOURS:
         moved = np.zeros_like(beside)
-        if abs(step) < count:
+        if abs(step) < len(beside):
             if step > 0:
                 moved[:-step] = beside[step:]
             else:
                 moved[-step:] = beside[:step]
         own += list(moved.T)
-
-    counts = page_counts(page, markup, counted)
-    types = lexicon.types.scores(page_tokens(names, page_words), counts)
-    own += [np.full(count, value) for value in (*counts, *types)]
-    return np.stack(own, 1).astype(np.float32)
+    return own
 
 
 def page_counts(page: str, markup: Markup, counted: np.ndarray) -> np.ndarray:
@@ -307,7 +366,7 @@ def page_counts(page: str, markup: Markup, counted: np.ndarray) -> np.ndarray:
     return np.asarray(numbers, np.float64)
 
 
-def _kinds(markup: Markup) -> np.ndarray:
+def element_kinds(markup: Markup) -> np.ndarray:
     """A number for each element, the same for those whose tags and classes agree all the way up."""
     numbers: dict[tuple[str, str, int], int] = {}
     kinds: list[int] = []
@@ -320,47 +379,3 @@ def _kinds(markup: Markup) -> np.ndarray:
 def _class_of(attributes: str) -> str:
     begin = attributes.find("class=")
     return attributes[begin + 6 : begin + 60] if begin >= 0 else ""
-
-
-def context(first: np.ndarray, words: np.ndarray, markup: Markup) -> np.ndarray:
-    """What a first estimate says about a block's surroundings, (blocks, features) float32.
-
-    Args:
-        first: the probability that each block is main text.
-        words: its size.
-    """
-    count = len(first)
-    place, parents = np.asarray(markup.places), np.asarray(markup.parents)
-    weighted = np.stack([first * words, words, first, np.ones(count)], 1)
-    sums = _Sums(weighted)
-    of_elements = sums.between(np.asarray(markup.starts), np.asarray(markup.ends))
-    own: list[np.ndarray] = [first]
-    for step in (-3, -2, -1, 1, 2, 3):
-        moved = np.zeros(count)
-        if abs(step) < count:
-            if step > 0:
-                moved[:-step] = first[step:]
-            else:
-                moved[-step:] = first[:step]
-        own.append(moved)
-    index = np.arange(count)
-    for reach in (5, 15):
-        begin, end = np.maximum(index - reach, 0), np.minimum(index + reach + 1, count)
-        near = sums.between(begin, end)
-        own += [near[:, 0] / near[:, 1], near[:, 2] / near[:, 3]]
-    at = place
-    for _ in range(5):
-        of = of_elements[at]
-        own += [of[:, 0] / np.maximum(of[:, 1], 1e-9), of[:, 2] / np.maximum(of[:, 3], 1)]
-        at = np.where(parents[at] < 0, at, parents[at])
-    group = _kinds(markup)[place]
-    _, group = np.unique(group, return_inverse=True)
-    of_group = np.stack([np.bincount(group, column) for column in weighted.T], 1)[group]
-    own += [of_group[:, 0] / of_group[:, 1], of_group[:, 2] / of_group[:, 3]]
-    total = weighted.sum(0)
-    before = np.cumsum(weighted, 0)
-    own += [
-        np.full(count, np.log1p(total[0])), np.full(count, total[0] / total[1]), before[:, 0] / total[0],
-        np.full(count, (first > 0.5).mean()), np.full(count, first.max()),
-    ]  # fmt: skip
-    return np.stack(own, 1).astype(np.float32)

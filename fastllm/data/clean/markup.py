@@ -72,10 +72,10 @@ _UNSHOWN = re.compile(
 )
 _NO_FRAMES = re.compile(r"<noframes\b[^>]{0,500}>((?s:.)*?)(?:</noframes|\Z)", re.IGNORECASE)
 _ANY_TAG = re.compile(r"<[^<>]*>")
-# Asides that are part of the text: quotations in posts, notes and warnings in documentation.
+# Asides that are part of the text: quotations in posts, notes, warnings and abstracts in documentation.
 _PART_OF_TEXT = re.compile(
     r"""(?<![\w-])class\s*=\s*(?:"[^"]*?|'[^']*?|)(?<![a-z])(?:quote|admonition|callout|notecard|note|notice|warning|tip|hint"""
-    r"""|alert|caution|important|danger|info|footnotes?|starlight-aside)(?![a-z])""",
+    r"""|alert|caution|important|danger|info|footnotes?|starlight-aside|abstract|(?<=["'])topic)(?![a-z])""",
     re.IGNORECASE,
 )
 # Names stand at the beginning of a tag: a bound on the time that a tag takes.
@@ -132,7 +132,8 @@ class _Walk:
         elif tag == "li":
             item = number
         hidden, own, numbers = self.says(tag, attributes)
-        unshown = unshown or hidden
+        # A body that is hidden waits for its script.
+        unshown = unshown or (hidden and parent >= 0)
         if unshown and tag == "span":
             silent = max(silent, 1)
         if numbers > 1 or (numbers and space == CODE) or (tag == "span" and is_drawn(attributes)):

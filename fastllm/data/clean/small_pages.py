@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 
+from .body import without_slug
 from .elements import Markup
 
 # Words and blocks from which on the model alone decides, and up to either of which the rules alone do. Of the 511
@@ -20,8 +21,9 @@ _NAMED = re.compile(
 )
 # Blocks of at least this many characters, mostly outside links, are text.
 _LONG, _LINKED, _MENU, _MUCH = 70, 0.8, 3, 0.5
-# What the model leaves out with less than these log-odds stays out: a guess.
-_SURELY_OUT = -4.0
+# What the model leaves out with less than these log-odds stays out, but for what is within so much of a page's
+# likeliest block: guesses.
+_SURELY_OUT, _ALIKE = -4.0, 1.0
 # What a page of scripts alone tells readers who run none, in so many characters at most.
 _NOTICE = 300
 _NEEDS_SCRIPTS = re.compile(
@@ -51,6 +53,14 @@ def shows_nothing(markup: Markup) -> bool:
     return noticed or not linked
 
 
+def _is_named(markup: Markup, number: int) -> bool:
+    """Whether a class, an id or the like says that element ``number`` is no main text."""
+    attributes = markup.attributes[number]
+    if len(attributes) <= 8 or not _NAMED.search(attributes):
+        return False
+    return _NAMED.search(without_slug(markup, number)) is not None
+
+
 def rule_odds(markup: Markup) -> np.ndarray:
     """The log-odds that simple rules give each block.
 
@@ -69,7 +79,7 @@ def rule_odds(markup: Markup) -> np.ndarray:
             # A name on what holds much of the page says how it looks, not what it is. Some pages are a script and, in
             # noscript, their text for who runs none.
             few = total[markup.ends[number]] - total[markup.starts[number]] < _MUCH * total[-1]
-            out = out or (few and (tag == "noscript" or (len(attributes) > 8 and bool(_NAMED.search(attributes)))))
+            out = out or (few and (tag == "noscript" or _is_named(markup, number)))
         outside.append(out)
         carried.append(tag.startswith("carried-") or (parent >= 0 and carried[parent]))
         body = carried[number] and (tag == "carried-posts" or 'itemprop="articleBody"' in attributes)
@@ -115,5 +125,6 @@ def blend(probabilities: np.ndarray, markup: Markup, words: np.ndarray) -> np.nd
     if not share:
         return probabilities
     learned, rules = log_odds(probabilities), rule_odds(markup)
-    odds = (1 - share) * learned + share * np.where(np.isnan(rules) | (learned < _SURELY_OUT), learned, rules)
+    surely_out = learned < min(_SURELY_OUT, learned.max() - _ALIKE)
+    odds = (1 - share) * learned + share * np.where(np.isnan(rules) | surely_out, learned, rules)
     return 1 / (1 + np.exp(-odds))
