@@ -38,7 +38,7 @@ from .attention import decoding, dense, packed, parameter, slopes
 from .budget import Budget
 from .capture import CUDA, launches, short_name
 from .cases import code_hash
-from .static import Resources, read_resources
+from .sass import Resources, read_resources
 
 DTYPES = ("bfloat16", "float16", "float32")
 DIMS = (64, 128, 256)

@@ -30,7 +30,7 @@ from . import cases
 from .capture import CUDA, Launch, launches, short_name
 from .limits import EVERY_GPU, Footprint, over_limits
 from .prepare import every_call
-from .static import read_resources
+from .sass import read_resources
 
 # The shapes, by parts of their names.
 SHAPES = {

@@ -32,7 +32,7 @@ from .capture import CUDA, pretend, pretended_driver, pretended_properties
 from .limits import Footprint, over_limits
 from .module_files import module_of
 from .rival import first_line
-from .static import read_resources
+from .sass import read_resources
 from .traffic import count_traffic
 
 # Programs of a launch that the interpreter runs; what they move is scaled to the grid. A guess.

@@ -13,7 +13,8 @@ from thorough import IS_THOROUGH
 
 from fastllm.bench.interpreter import compiling
 from fastllm.bench.limits import EVERY_GPU
-from fastllm.bench.static import WARPS, Resources, Row, instructions, problems, read_rows, spills_in_loops
+from fastllm.bench.sass import WARPS, Resources, instructions, spills_in_loops
+from fastllm.bench.static import Row, problems, read_rows
 from fastllm.kernels.device import GPUS
 
 
@@ -74,7 +75,8 @@ from fastllm import OPS
 from fastllm.bench.norms import norm_sample
 from fastllm.bench.capture import CUDA, launches
 from fastllm.kernels.device import GPUS
-from fastllm.bench.static import Row, problems, read_resources
+from fastllm.bench.sass import read_resources
+from fastllm.bench.static import Row, problems
 
 thorough, done, found = sys.argv[1] == "thorough", {}, []
 widths = [1, 63, *(2**k for k in range(7, 19)), 12288, 50304] if thorough else [1024, 262144]
@@ -222,7 +224,7 @@ DOUBLE = """
 import torch, triton, triton.language as tl
 from fastllm.bench.capture import pretend
 from fastllm.kernels.device import GPUS
-from fastllm.bench.static import read_resources
+from fastllm.bench.sass import read_resources
 
 @triton.jit
 def scale(x_ptr, y_ptr, factor, BLOCK: tl.constexpr):
@@ -257,7 +259,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from fastllm.bench.capture import pretend
 from fastllm.kernels.device import GPUS
-from fastllm.bench.static import read_resources
+from fastllm.bench.sass import read_resources
 from fastllm.kernels.norm.arguments import NormInputs, NormNumbers, NormOutputs, NormPlaces
 from fastllm.kernels.norm.forward import _norm_fwd_kernel as kernel
 
