@@ -324,6 +324,8 @@ def _foreign(tensors: Iterable[torch.Tensor]) -> str | None:
     for tensor in tensors:
         if tensor.layout != torch.strided or tensor.is_nested:
             return "kernels take dense tensors, and one of these is sparse or nested"
+        if type(tensor).__module__.startswith("torch.distributed."):
+            return "PyTorch's operators alone know how to shard a DTensor"
     return None
 
 

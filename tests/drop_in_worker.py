@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastllm
+from fastllm import functional as FF
 from fastllm.drop_in.swap import Accelerated
 from fastllm.functional import linear_log_probs
 from fastllm.models.head import Head
@@ -24,16 +25,22 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D), nn.RMSNorm(D)) for _ in range(2))
         self.head = nn.Linear(D, V)
 
-    def forward(self, ids):
+    def forward(self, ids, labels=None):
         x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
         for block in self.blocks:
             x = x + block(x)
-        return self.head(x)
+        logits = self.head(x)
+        return logits if labels is None else (F.cross_entropy(logits.view(-1, V), labels.view(-1)), logits)
 
 
-def build():
+def build(tied=False):
     torch.manual_seed(0)
-    return Model(), torch.randint(V, (4, 6)), torch.randint(V, (4, 6))
+    model = Model()
+    if tied:
+        # Without a bias the head has no parameter of its own.
+        model.head = nn.Linear(D, V, bias=False)
+        model.head.weight = model.tokens.weight
+    return model, torch.randint(V, (4, 6)), torch.randint(V, (4, 6))
 
 
 def loss_of(model, ids, labels):
@@ -53,26 +60,42 @@ def sharded(model, *, accelerate_first: bool, reshard):
     return model
 
 
-MODES = ("ddp", "ddp_unused", "fsdp", "fsdp_then_accelerate", "fsdp_reshard")
+def sharded_by_fsdp1(model):
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    # Each rank keeps whole gradients, which can be compared.
+    return FullyShardedDataParallel(
+        model, use_orig_params=True, sharding_strategy=ShardingStrategy.NO_SHARD, device_id=torch.device("cpu")
+    )
+
+
+MODES = ("ddp", "ddp_unused", "fsdp", "fsdp_then_accelerate", "fsdp_reshard", "fsdp_tied", "fsdp1")
 
 
 def run(mode: str, rank: int) -> dict[str, torch.Tensor]:
     """The gradients of one training step on this rank's half of the batch."""
-    model, ids, labels = build()
-    if mode.startswith("ddp"):
+    model, ids, labels = build(tied=mode == "fsdp_tied")
+    if mode == "fsdp1":
+        fastllm.accelerate(model)
+        wrapped = sharded_by_fsdp1(model)
+    elif mode.startswith("ddp"):
         fastllm.accelerate(model)
         wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=mode == "ddp_unused")
     else:
         wrapped = sharded(
-            model, accelerate_first=mode != "fsdp_then_accelerate", reshard=True if mode == "fsdp_reshard" else None
-        )
+            model, accelerate_first=mode != "fsdp_then_accelerate",
+            reshard=True if mode in ("fsdp_reshard", "fsdp_tied") else None,
+        )  # fmt: skip
     assert any(isinstance(m, Accelerated) for m in model.modules())
     half = slice(2 * rank, 2 * rank + 2)
-    for _ in range(2):  # the second step meets what the first one left
+    for inside in (False, True):  # the second step meets what the first one left
         wrapped.zero_grad()
-        loss_of(wrapped, ids[half], labels[half]).backward()
+        loss = wrapped(ids[half], labels[half])[0] if inside else loss_of(wrapped, ids[half], labels[half])
+        loss.backward()
     grads = {
-        name: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
+        name.removeprefix("_fsdp_wrapped_module."): (
+            p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        ).clone()
         for name, p in model.named_parameters()
     }
     assert fastllm.revert(model) > 0
@@ -81,8 +104,8 @@ def run(mode: str, rank: int) -> dict[str, torch.Tensor]:
 
 
 def with_dtensors() -> bool:
-    """Whether accelerated modules with DTensor parameters give what they gave before."""
-    from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor, init_device_mesh
+    """Whether accelerated modules with DTensor parameters give what they gave before; functions of DTensors do."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor, init_device_mesh
 
     mesh = init_device_mesh("cpu", (2,))
     model = nn.Sequential(nn.LayerNorm(D), nn.RMSNorm(D))
@@ -90,6 +113,17 @@ def with_dtensors() -> bool:
     want = model(x)
     fastllm.accelerate(model)
     distribute_module(model, mesh)
+    ids = torch.tensor([1, 0, 3, 2])
+    for place in (Replicate(), Shard(0)):
+        rows, numbers = (distribute_tensor(t, mesh, [place]) for t in (x, ids))
+        table = distribute_tensor(x, mesh, [Replicate()])
+        for found, expected in (
+            (FF.rms_norm(rows, (D,)), F.rms_norm(x, (D,))),
+            (FF.add_rms_norm(rows, rows, (D,))[0], F.rms_norm(x + x, (D,))),
+            (FF.cross_entropy(rows, numbers), F.cross_entropy(x, ids)),
+            (FF.embedding(numbers, table), x[ids]),
+        ):
+            torch.testing.assert_close(found.full_tensor(), expected)
     return torch.allclose(model(distribute_tensor(x, mesh, [Replicate()])).full_tensor(), want)
 
 

@@ -15,6 +15,7 @@ at rows whose sum has been.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -97,7 +98,11 @@ def _unread(func, args, kwargs):
 
 def _by_distributed(args) -> bool:
     """Whether a hook is that of FSDP or DDP, which want to know of the backward and not of its gradients."""
-    return len(args) > 1 and str(getattr(args[1], "__module__", "")).startswith("torch.distributed.")
+    hook = args[1] if len(args) > 1 else None
+    # FSDP1's is a partial function. It has to run, so logits whose loss is still to come are read for it.
+    if isinstance(hook, functools.partial) and args[0].plan.consumed:
+        hook = hook.func
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
 
 
 def _differentiated(func, args, kwargs) -> list[Deferred]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..backends import BackendError
 from ..functional import linear, linear_cross_entropy
 from ..ops.shared.widened import widens
 from .calls import serve
@@ -225,16 +226,22 @@ class Logits:
         out = self.dtype
         if torch.is_autocast_enabled(self.hidden.device.type):
             out = torch.promote_types(out, torch.float32)
+        enabled, narrow = self.autocast
+        if not enabled and self.rows.dtype in (torch.bfloat16, torch.float16) and out == torch.float32:
+            enabled, narrow = True, self.rows.dtype  # the op gives its loss in fp32 under autocast
+        try:
+            with torch.autocast(self.hidden.device.type, narrow, enabled=enabled):
+                loss = serve(
+                    None, linear_cross_entropy, self.rows, self.weight, asked.target, linear_bias=bias, weight=asked.weight,
+                    reduction=asked.reduction, ignore_index=asked.ignore_index, label_smoothing=asked.label_smoothing,
+                    softcap=self.softcap, logit_scale=self.scale,
+                ).to(out)  # fmt: skip
+        except BackendError:
+            raise
+        except (TypeError, ValueError):
+            return NotImplemented  # torch's own function takes it, or says in its own words why not
         plan = self
         while plan is not None:
             plan.consumed = True
             plan = plan.parent
-        enabled, narrow = self.autocast
-        if not enabled and self.rows.dtype in (torch.bfloat16, torch.float16) and out == torch.float32:
-            enabled, narrow = True, self.rows.dtype  # the op gives its loss in fp32 under autocast
-        with torch.autocast(self.hidden.device.type, narrow, enabled=enabled):
-            return serve(
-                None, linear_cross_entropy, self.rows, self.weight, asked.target, linear_bias=bias, weight=asked.weight,
-                reduction=asked.reduction, ignore_index=asked.ignore_index, label_smoothing=asked.label_smoothing,
-                softcap=self.softcap, logit_scale=self.scale,
-            ).to(out)  # fmt: skip
+        return loss

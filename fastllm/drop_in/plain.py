@@ -47,6 +47,11 @@ def recorded() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
+def _holds(info, module: torch.nn.Module) -> bool:
+    """Whether FSDP2's parameter of ``info`` is one of ``module``'s, its own or tied to another module's."""
+    return info.module is module or any(shared is module for shared in info.shared_modules)
+
+
 def freed_after_forward(module: torch.nn.Module) -> bool:
     """Whether FSDP frees ``module``'s parameters at the end of the forward of the module that they are sharded with.
 
@@ -66,7 +71,7 @@ def freed_after_forward(module: torch.nn.Module) -> bool:
             if groups is None:
                 groups = [getattr(state, "_fsdp_param_group", None)]
             for group in groups:
-                if group is not None and any(p._module_info.module is module for p in group.fsdp_params):
+                if group is not None and any(_holds(p._module_info, module) for p in group.fsdp_params):
                     return group.post_forward_mesh_info is not None
     except (ImportError, AttributeError):
         return True

@@ -38,9 +38,9 @@ class GatedCall(NamedTuple):
 
 
 def _checked(op: str, gate, up, kind: str) -> GatedCall:
-    check_floating(op, "gate", gate)
+    check_floating(op, "gate", gate, nested=True, sparse=True)
     if up is not None:
-        check_floating(op, "up", up)
+        check_floating(op, "up", up, nested=True, sparse=True)
     if up is None:
         if gate.dim() == 0 or gate.shape[-1] % 2:
             raise ValueError(
@@ -174,6 +174,8 @@ def _ordinary(gate, up, kind: str) -> torch.Tensor | None:
     """
     if type(gate) not in PLAIN or type(up) not in PLAIN or not gate.is_cpu or not up.is_cpu:
         return None
+    if gate.is_nested:  # and has no one shape
+        return _eager(gate, up, kind)
     if gate.dtype not in KERNEL_DTYPES or gate.dtype is not up.dtype or gate.shape != up.shape:
         return None
     if _by_size(gate, up, kind) is not None:

@@ -61,7 +61,7 @@ class LinearForm(NamedTuple):
 def _call(input, weight, bias=None) -> LinearCall:
     for name, x in (("input", input), ("weight", weight), ("bias", bias)):
         if x is not None or name != "bias":
-            check_floating(OP, name, x)
+            check_floating(OP, name, x, nested=True, sparse=True)
     if weight.dim() not in (1, 2) or input.dim() == 0 or input.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"{OP}: weight must be (out_features, in_features) with in_features the last dimension of input, got "
@@ -158,6 +158,8 @@ def _plainly_torchs(input, weight, bias) -> bool:
     """
     if type(input) not in PLAIN or type(weight) not in PLAIN or not input.is_cpu or not weight.is_cpu:
         return False
+    if input.is_nested:  # and has no one shape
+        return True
     dtype = input.dtype
     if dtype is not weight.dtype or weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
         return False

@@ -365,3 +365,27 @@ def test_sums_of_embeddings_can_be_named_or_left_out(fused):
         fused.clear()
         model(ids) + 0
         assert fused.count("embedding_sum") == sums
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"weight": torch.ones(V - 1)}, {"weight": torch.ones(1, V)}, {"label_smoothing": 1.5}, {"reduction": "no"},
+        {"ignore_index": 10**30}, {"ignore_index": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_loss_that_torch_refuses_is_refused_in_its_words(how):
+    model, other, x, y = pair()
+    z, expected = model(x).view(-1, V), other(x).view(-1, V)
+    with pytest.raises((RuntimeError, ValueError, TypeError)) as theirs:
+        F.cross_entropy(expected, y.flatten(), **how)
+    with pytest.raises(type(theirs.value)) as ours:
+        F.cross_entropy(z, y.flatten(), **how)
+    assert str(ours.value) == str(theirs.value)
+    # And the logits are as good as before.
+    F.cross_entropy(z, y.flatten()).backward()
+    F.cross_entropy(expected, y.flatten()).backward()
+    theirs = gradients(other)
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(grad, theirs[name])

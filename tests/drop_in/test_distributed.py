@@ -41,7 +41,7 @@ def gradients(tmp_path_factory):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_of_two_processes_are_those_of_one(mode, gradients):
-    model, ids, labels = build()
+    model, ids, labels = build(tied=mode == "fsdp_tied")
     loss_of(model, ids, labels).backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(gradients[mode][name], p.grad, msg=lambda text, name=name: f"{name}: {text}")

@@ -74,3 +74,120 @@ def test_where_the_targets_shape_is_lost_a_bad_target_is_named_by_its_row():
     assert str(error).startswith("linear_cross_entropy: target 7 of row 5 of the logits is out of range")
     assert row_out_of_range(target, 7, 5, "linear_cross_entropy") is not None
     assert row_out_of_range(target.clamp(max=4), -100, 5, "linear_cross_entropy") is None
+
+
+# torch's own operators take these, or say why not.
+TORCHS_OWN = {("linear", "sparse"), ("swiglu", "sparse"), ("geglu", "sparse")}
+
+
+def _odd_tensors(tensor):
+    """(kind, tensor) of layouts and dtypes that no kernel computes in."""
+    plain = tensor.detach()
+    yield "sparse", plain.to_sparse()
+    yield "complex", plain.to(torch.complex64)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("name", OPS)
+def test_a_tensor_of_an_odd_layout_or_dtype_is_named(name, backend):
+    op = OPS[name]
+    signature = inspect.signature(op.function)
+    tried = 0
+    for sample in list(op.samples(torch.device("cpu"), torch.float32))[:6]:
+        given = signature.bind(*sample.args, **sample.kwargs).arguments
+        for parameter, value in given.items():
+            if not isinstance(value, torch.Tensor) or (name, parameter) == ("embedding", "weight"):
+                continue
+            for kind, odd in _odd_tensors(value):
+                if (name, kind) in TORCHS_OWN:
+                    continue
+                bound = inspect.BoundArguments(signature, given | {parameter: odd})
+                with fastllm.backend(backend), pytest.raises((TypeError, ValueError), match=parameter) as raised:
+                    op.function(*bound.args, **bound.kwargs)
+                assert name in str(raised.value)
+                tried += 1
+    assert tried or name == "embedding_sum"
+
+
+@pytest.mark.parametrize(
+    "op", [FF.swiglu, FF.layer_norm, FF.attention, FF.linear, FF.rotary_embedding, FF.embedding_sum]
+)
+def test_eight_bits_are_no_floating_point_to_compute_in(op):
+    sample = next(iter(OPS[op.__name__].samples(torch.device("cpu"), torch.float32)))
+    narrow = torch.float8_e4m3fn
+    first, *rest = sample.args
+    if op is FF.embedding_sum:
+        rest = [[table.detach().to(narrow) for table in rest[0]]]
+    else:
+        first = first.detach().to(narrow)
+    with pytest.raises(TypeError, match=f"{op.__name__}: .* must be a floating-point tensor, got torch.float8_e4m3fn"):
+        op(first, *rest, **sample.kwargs)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy", "linear_log_probs", "linear_kl_div"])
+def test_numbers_that_no_kernel_can_take_are_named(name):
+    op = OPS[name]
+    sample = next(iter(op.samples(torch.device("cpu"), torch.float32)))
+    known = inspect.signature(op.function).parameters
+    for backend in ("auto", "eager"):
+        for parameter, value in (
+            ("ignore_index", 10**30), ("shift", 10**30), ("max_targets", 10**30), ("max_workspace_mb", torch.inf),
+            ("ignore_index", True), ("shift", True), ("max_targets", False),
+        ):  # fmt: skip
+            if parameter in known:
+                with fastllm.backend(backend), pytest.raises((TypeError, ValueError), match=f"^{name}: {parameter}"):
+                    op.function(*sample.args, **{**sample.kwargs, parameter: value})
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_targets_of_8_bits_are_class_indices_like_any(backend):
+    """-100 modulo 256 is class 156, and a tensor of 8 bits that indexes is a mask."""
+    torch.manual_seed(0)
+    target = torch.tensor([156, 3, 200, 255, 99, 0], dtype=torch.uint8)
+    logits, hidden, layer = torch.randn(6, 256), torch.randn(6, 16), torch.randn(256, 16)
+    weight = torch.rand(256)
+    options = [{}, {"z_loss": 0.1}, {"weight": weight, "z_loss": 0.1}, {"label_smoothing": 0.1}, {"ignore_index": 200}]
+    with fastllm.backend(backend):
+        for how in options:
+            assert torch.equal(FF.cross_entropy(logits, target, **how), FF.cross_entropy(logits, target.long(), **how))
+            of_layer = (FF.linear_cross_entropy(hidden, layer, t, **how) for t in (target, target.long()))
+            assert torch.equal(*of_layer), how
+        for how in ({}, {"ignore_index": 200}):
+            found = [FF.linear_kl_div(hidden, layer, logits, target=t, **how) for t in (target, target.long())]
+            assert torch.equal(*found), how
+            assert torch.equal(*(FF.linear_log_probs(hidden, layer, t, **how) for t in (target, target.long())))
+        with pytest.raises(IndexError, match=r"target 156 at position \[0\]"):
+            FF.cross_entropy(logits[:, :100], target)
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_tensors_are_torchs_operators(layout):
+    torch.manual_seed(0)
+    x = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layout=layout)
+    weight, bias, table = torch.randn(9, 8), torch.randn(9), torch.randn(10, 8)
+    pairs = [
+        (FF.linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias)),
+        (FF.swiglu(x, x), torch.nn.functional.silu(x) * x),
+        (FF.layer_norm(x, (8,), *weight[:2]), torch.nn.functional.layer_norm(x, (8,), *weight[:2])),
+    ]
+    if layout == torch.jagged:
+        ids = torch.nested.nested_tensor([torch.tensor([1, 2]), torch.tensor([3, 4, 5])], layout=layout)
+        pairs.append((FF.embedding(ids, table), torch.nn.functional.embedding(ids, table)))
+        pairs.append((FF.add_layer_norm(x, x, (8,))[0], torch.nn.functional.layer_norm(x + x, (8,))))
+    for ours, theirs in pairs:
+        assert ours.is_nested
+        assert all(map(torch.equal, ours.unbind(), theirs.unbind()))
+    with pytest.raises(TypeError, match=r"^cross_entropy: input must be a dense tensor, got one that is nested"):
+        FF.cross_entropy(x, torch.ones(8, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_float64_rows_beside_float32_parameters(backend):
+    x, weight, bias = torch.randn(4, 8, dtype=torch.float64), torch.randn(8), torch.randn(8)
+    with fastllm.backend(backend):
+        expected = torch.nn.functional.layer_norm(x, (8,), weight.double(), bias.double())
+        torch.testing.assert_close(FF.layer_norm(x, (8,), weight, bias), expected)
+        normed, total = FF.add_layer_norm(torch.zeros(4, 8), x, (8,), weight, bias)
+        torch.testing.assert_close(normed, expected.float())
+        assert torch.equal(total, x)

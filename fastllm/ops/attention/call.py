@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from ..shared.autograd import autocasted
-from ..shared.check import is_number
+from ..shared.check import check_dense, check_floating, is_floating, is_number
 
 
 class AttentionCall(NamedTuple):
@@ -176,9 +176,7 @@ def new_by_token(x: torch.Tensor) -> torch.Tensor:
 def check_qkv(op: str, query, key, value) -> None:
     """TypeError or ValueError unless the three are floating tensors of one dtype on one device."""
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-            got = str(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__
-            raise TypeError(f"{op}: {name} must be a floating-point tensor, got {got}")
+        check_floating(op, name, x)
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(
             f"{op}: query, key and value must have one dtype, got {query.dtype}, {key.dtype} and {value.dtype}"
@@ -237,6 +235,7 @@ def _check_cu(op: str, name: str, cu, total: int, query) -> torch.Tensor:
     if not isinstance(cu, torch.Tensor) or cu.dtype not in (torch.int32, torch.int64):
         got = str(cu.dtype) if isinstance(cu, torch.Tensor) else type(cu).__name__
         raise TypeError(f"{op}: {name} must be an int32 or int64 tensor, got {got}")
+    check_dense(op, name, cu)
     if cu.dim() != 1 or cu.numel() < 1:
         raise ValueError(f"{op}: {name} must have shape (sequences + 1,), got {list(cu.shape)}")
     _same_device(op, name, cu, query)
@@ -279,18 +278,21 @@ def check_attention(op: str, call: AttentionCall, longest: tuple[int | None, int
         if longest != (None, None):
             raise ValueError(f"{op}: max_seqlen_q and max_seqlen_k belong to packed calls, with cu_seqlens")
     if sinks is not None:
-        if not isinstance(sinks, torch.Tensor) or tuple(sinks.shape) != (heads,) or not sinks.is_floating_point():
+        good = isinstance(sinks, torch.Tensor) and is_floating(sinks)
+        if not good or tuple(sinks.shape) != (heads,):
             raise ValueError(f"{op}: sinks must be floating, of shape (heads,) = ({heads},), got {_say(sinks)}")
+        check_dense(op, "sinks", sinks)
         _same_device(op, "sinks", sinks, query)
         sinks = sinks.contiguous()
     if slopes is not None:
-        good = isinstance(slopes, torch.Tensor) and slopes.is_floating_point()
+        good = isinstance(slopes, torch.Tensor) and is_floating(slopes)
         if not good or tuple(slopes.shape) not in ((heads,), (batch, heads)):
             raise ValueError(
                 f"{op}: alibi_slopes must be floating, of shape ({heads},) or ({batch}, {heads}), got {_say(slopes)}"
             )
         if slopes.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{op}: alibi_slopes are constants and have no gradient; pass alibi_slopes.detach()")
+        check_dense(op, "alibi_slopes", slopes)
         _same_device(op, "alibi_slopes", slopes, query)
         slopes = slopes.to(torch.promote_types(query.dtype, torch.float32))
     if bias is not None:
@@ -322,8 +324,9 @@ def _say(x) -> str:
 
 
 def _check_bias(op: str, bias, full, query, packed: bool) -> torch.Tensor:
-    if not isinstance(bias, torch.Tensor) or not (bias.dtype == torch.bool or bias.is_floating_point()):
+    if not isinstance(bias, torch.Tensor) or not (bias.dtype == torch.bool or is_floating(bias)):
         raise TypeError(f"{op}: bias must be a boolean or floating-point tensor, got {_say(bias)}")
+    check_dense(op, "bias", bias)
     _same_device(op, "bias", bias, query)
     if packed and None in full:
         raise ValueError(f"{op}: a bias with packed sequences needs max_seqlen_q and max_seqlen_k")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from ...backends import pick
 from ...registry import Op, Sample, register
+from ..shared.check import check_dense
 from ..shared.philox import draw_seed, first_row_of
 from .attention import attention_prefers_torch, kernels_refuse
 from .call import AttentionCall, AttentionRequest, TorchArguments, cast_qkv, check_dropout, check_qkv, check_scale
@@ -62,6 +63,7 @@ def _mask(attn_mask, query, leading, rows: int, cols: int):
         raise ValueError(f"{OP}: attn_mask must have at least 2 dimensions, got shape {list(attn_mask.shape)}")
     if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
         raise TypeError(f"{OP}: attn_mask must be bool, float32 or query's {query.dtype}, got {attn_mask.dtype}")
+    check_dense(OP, "attn_mask", attn_mask)
     if attn_mask.device != query.device:
         raise ValueError(f"{OP}: attn_mask is on {attn_mask.device}, query on {query.device}; they must be together")
     full = (*leading, rows, cols)

@@ -8,7 +8,7 @@ import torch
 from torch.nn._reduction import legacy_get_string
 
 from ..shared.autograd import autocasts
-from ..shared.check import check_flag, check_floating, check_integer, check_number
+from ..shared.check import check_dense, check_flag, check_floating, check_integer, check_workspace, is_floating
 from .loss import Loss, class_dim
 
 
@@ -47,16 +47,15 @@ def cross_entropy_call(
         reduction=_reduction(size_average, reduce, reduction), **more,
     )  # fmt: skip
     op = "cross_entropy"
-    if not isinstance(input, torch.Tensor) or not input.is_floating_point():
-        got = str(input.dtype) if isinstance(input, torch.Tensor) else type(input).__name__
-        raise TypeError(f"{op}: input must be a floating-point tensor of logits, got {got}")
+    check_floating(op, "input", input)
     if not isinstance(target, torch.Tensor):
         raise TypeError(f"{op}: target must be a tensor, got {type(target).__name__}")
+    check_dense(op, "target", target)
     if input.dim() == 0:
         raise ValueError(f"{op}: input must be (C,), (N, C) or (N, C, d1, ...), got a scalar")
     positions = input.shape[:0] if input.dim() == 1 else (input.shape[0], *input.shape[2:])
     if target.shape == input.shape:
-        if not target.is_floating_point():
+        if not is_floating(target):
             raise TypeError(
                 f"{op}: a target of the input's shape {list(input.shape)} holds class probabilities and must be "
                 f"floating point, got {target.dtype}"
@@ -78,7 +77,15 @@ def cross_entropy_call(
     _check_class_weights(op, input, weight, input.shape[class_dim(input)])
     if inplace and input.requires_grad and input.is_leaf:
         raise ValueError("cross_entropy: inplace=True would overwrite a leaf; logits must come from an operation")
-    return CrossEntropyCall(input, target, weight, loss.checked(op), return_lse, inplace)
+    return CrossEntropyCall(input, as_indices(target), weight, loss.checked(op), return_lse, inplace)
+
+
+def as_indices(target: torch.Tensor) -> torch.Tensor:
+    """Class indices in int64; probabilities as they are.
+
+    In 8 bits a comparison takes the ignore_index modulo 256: -100 would be class 156. And an index of 8 bits is a mask.
+    """
+    return target if target.dtype == torch.int64 or target.is_floating_point() else target.long()
 
 
 def _check_class_weights(op: str, input, weight, n_classes) -> None:
@@ -155,12 +162,19 @@ def _check_tensors(op: str, input, linear_weight, target, linear_bias, token_wei
     """TypeError or ValueError: a dtype, shape or device does not fit the others'."""
     check_floating(op, "input", input)
     check_floating(op, "linear_weight", linear_weight)
-    for name, tensor in (("linear_bias", linear_bias), ("token_weight", token_weight)):
-        if tensor is not None and not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if linear_bias is not None:
+        check_floating(op, "linear_bias", linear_bias)
+    if token_weight is not None:
+        if not isinstance(token_weight, torch.Tensor):
+            raise TypeError(f"{op}: token_weight must be a tensor, got {type(token_weight).__name__}")
+        # A mask is one of ones and zeros.
+        if token_weight.is_floating_point() or token_weight.is_complex() or token_weight.is_quantized:
+            check_floating(op, "token_weight", token_weight)
+        check_dense(op, "token_weight", token_weight)
     if not isinstance(target, torch.Tensor) or target.dtype not in (torch.int64, torch.uint8):
         got = str(target.dtype) if isinstance(target, torch.Tensor) else type(target).__name__
         raise TypeError(f"{op}: target must hold class indices, int64 or uint8, got {got}")
+    check_dense(op, "target", target)
     if linear_weight.dim() != 2 or linear_weight.shape[0] == 0:
         raise ValueError(f"{op}: linear_weight must be (classes, features), got shape {list(linear_weight.shape)}")
     if input.dim() == 0 or input.shape[-1] != linear_weight.shape[1]:
@@ -198,16 +212,13 @@ def linear_cross_entropy_call(
     loss = Loss(ignore_index=-100 if ignore_index is None else ignore_index, **more)
     _check_tensors(op, input, linear_weight, target, linear_bias, token_weight)
     check_integer(op, "shift", shift)
-    if max_workspace_mb is not None:
-        check_number(op, "max_workspace_mb", max_workspace_mb)
+    max_workspace_mb = check_workspace(op, max_workspace_mb)
     if max_targets is not None:
         check_integer(op, "max_targets", max_targets)
     for name, flag in (("return_accuracy", return_accuracy), ("return_entropy", return_entropy)):
         check_flag(op, name, flag)
     if shift < 0 or (shift and target.dim() == 0):
         raise ValueError(f"{op}: shift must not be negative, and needs a dimension to shift along; got {shift}")
-    if max_workspace_mb is not None and not max_workspace_mb > 0:
-        raise ValueError(f"{op}: max_workspace_mb must be positive, got {max_workspace_mb}")
     if max_targets is not None and max_targets < 1:
         raise ValueError(f"{op}: max_targets must be positive, got {max_targets}")
     _check_class_weights(op, input, weight, linear_weight.shape[0])
@@ -215,12 +226,9 @@ def linear_cross_entropy_call(
         raise ValueError(f"{op}: weight requires a gradient, and class weights get none")
     skip = not (return_lse or return_entropy) and (max_targets is not None or input.device.type == "cpu")
     return LinearCrossEntropyCall(
-        input, linear_weight, target, linear_bias, weight, token_weight, loss.checked(op), shift,
-        Chunking(
-            None if max_workspace_mb is None else float(max_workspace_mb), max_targets if skip else None, skip,
-            return_entropy,
-        ),
-        recompute, return_lse, return_accuracy, return_entropy, op,
+        input, linear_weight, as_indices(target), linear_bias, weight, token_weight, loss.checked(op), int(shift),
+        Chunking(max_workspace_mb, max_targets if skip else None, skip, bool(return_entropy)),
+        recompute, return_lse, bool(return_accuracy), bool(return_entropy), op,
     )  # fmt: skip
 
 

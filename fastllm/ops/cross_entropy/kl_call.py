@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 
 from ..shared.autograd import autocasts
-from ..shared.check import check_floating, check_integer, check_number
+from ..shared.check import check_dense, check_floating, check_integer, check_number, check_workspace
+from .call import as_indices
 from .loss import REDUCTIONS
 
 DIRECTIONS = ("forward", "reverse", "jsd")
@@ -182,13 +183,8 @@ def _checked_divergence(divergence: Divergence) -> Divergence:
             f"{_NAME}: beta must be between 0 and 1, both excluded, got {beta}; at 0 and 1 the divergence of 'jsd' is "
             "0, and what it tends to is direction 'forward' and 'reverse'"
         )
-    if workspace is not None:
-        check_number(_NAME, "max_workspace_mb", workspace)
-    if workspace is not None and not workspace > 0:
-        raise ValueError(f"{_NAME}: max_workspace_mb must be positive, got {workspace}")
-    softcap, teacher_softcap, workspace = (
-        None if value is None else float(value) for value in (softcap, teacher_softcap, workspace)
-    )
+    workspace = check_workspace(_NAME, workspace)
+    softcap, teacher_softcap = (None if value is None else float(value) for value in (softcap, teacher_softcap))
     return Divergence(
         direction, float(beta), float(temperature), softcap, teacher_softcap, ignore_index, reduction, workspace
     )
@@ -211,6 +207,8 @@ def linear_kl_div_call(
     for name, tensor in others.items():
         if tensor is not None and not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{_NAME}: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor is not None:
+            check_dense(_NAME, name, tensor)
     for name, tensor in {**floating, **others}.items():
         if tensor is not None and tensor.device != input.device:
             raise ValueError(f"{_NAME}: {name} is on {tensor.device}, input on {input.device}; they must be together")
@@ -226,7 +224,7 @@ def linear_kl_div_call(
         raise ValueError(f"{_NAME}: target must be of shape {list(input.shape[:-1])}, got {list(target.shape)}")
     call = LinearKLDivCall(
         input, linear_weight, linear_bias, teacher_input, teacher_weight, teacher_bias,
-        None if teacher_indices is None else teacher_indices, target, divergence,
+        teacher_indices, None if target is None else as_indices(target), divergence,
     )  # fmt: skip
     _check_teacher(call)
     return call.under_autocast()

@@ -31,8 +31,8 @@ class Loss(NamedTuple):
         """The same with plain floats. A value out of range: ValueError, or TypeError for ``ignore_index``."""
         floats = self.label_smoothing, 0.0 if self.softcap is None else self.softcap, self.logit_scale, self.z_loss
         plain = type(self.ignore_index) is int and all(type(x) is float for x in floats)
+        check_integer(op, "ignore_index", self.ignore_index)
         if not plain:
-            check_integer(op, "ignore_index", self.ignore_index)
             for name, value in zip(("label_smoothing", "softcap", "logit_scale", "z_loss"), floats, strict=True):
                 check_number(op, name, value)
         if self.reduction not in REDUCTIONS:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..shared.check import check_integer, check_number
+from ..shared.check import check_dense, check_integer, check_number
 
 
 class EmbeddingCall(NamedTuple):
@@ -30,16 +30,19 @@ def check_table(op: str, name: str, weight) -> None:
     """``weight`` is a table: (rows, columns)."""
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(weight).__name__}")
+    check_dense(op, name, weight)
     if weight.dim() != 2:
         raise ValueError(f"{op}: {name} must have shape (rows, columns), got {list(weight.shape)}")
 
 
-def check_indices(op: str, name: str, indices, weight: torch.Tensor) -> None:
-    """``indices`` are ids for a lookup in ``weight``."""
+def check_indices(op: str, name: str, indices, weight: torch.Tensor, *, nested: bool = False) -> None:
+    """``indices`` are ids for a lookup in ``weight``. ``nested``: they may be of several lengths."""
     if not isinstance(indices, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(indices).__name__}")
     if indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: {name} must be int32 or int64, got {str(indices.dtype).removeprefix('torch.')}")
+    if not (nested and indices.is_nested):
+        check_dense(op, name, indices)
     if indices.device != weight.device:
         raise ValueError(f"{op}: {name} is on {indices.device}, the table on {weight.device}; they must be together")
 
@@ -84,7 +87,8 @@ def embedding_call(
 ) -> EmbeddingCall:  # fmt: skip
     """The arguments of :func:`fastllm.functional.embedding`, checked, as one value."""
     check_table("embedding", "weight", weight)
-    check_indices("embedding", "input", input, weight)
+    # PyTorch's operator serves ids of several lengths, without what is ours.
+    check_indices("embedding", "input", input, weight, nested=main_grad is None and vocab_range is None)
     num_rows = weight.shape[0]
     normalised_padding("embedding", padding_idx, num_rows, partial=vocab_range is not None)
     for name, value in (("max_norm", max_norm), ("norm_type", norm_type)):

@@ -47,6 +47,8 @@ def _prefers_torch(call: EmbeddingCall) -> str | None:
         return "PyTorch alone makes sparse gradients"
     if not call.weight.is_floating_point():
         return "an integer table has no gradient, so PyTorch's lookup is all there is to do"
+    if call.input.is_nested:
+        return "PyTorch alone has nested ids"
     return None
 
 

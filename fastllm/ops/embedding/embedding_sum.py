@@ -12,7 +12,7 @@ from ...backends import pick, plain_eager
 from ...extension import operator
 from ...registry import Cost, Op, Sample, register
 from ..shared.autograd import apply
-from ..shared.check import check_number
+from ..shared.check import check_floating, check_number
 from ..shared.dropout import dropped, dropped_gradient
 from ..shared.philox import draw_seed, dropout_mask, dropout_scale, first_row_of
 from .call import check_indices, check_table, normalised_padding
@@ -44,6 +44,8 @@ def _scales(scale, tables: int) -> tuple[float, ...]:
 def _filled(indices, device) -> list[torch.Tensor]:
     """The ids of each table; None becomes the positions along the last dimension of the first ids given."""
     given = next((i for i in indices if i is not None), None)
+    if given is not None and not isinstance(given, torch.Tensor):
+        raise TypeError(f"embedding_sum: indices must be tensors or None, got {type(given).__name__}")
     if given is None or given.dim() == 0:
         raise ValueError("embedding_sum: positions (None) need ids of another table with at least one dimension")
     positions = torch.arange(given.shape[-1], device=device)
@@ -174,8 +176,7 @@ def _check(indices, weights, dropout_p):
     first = weights[0]
     for t, weight in enumerate(weights):
         check_table("embedding_sum", f"weights[{t}]", weight)
-        if not weight.is_floating_point():
-            raise TypeError(f"embedding_sum: weights[{t}] must be floating point, got {weight.dtype}")
+        check_floating("embedding_sum", f"weights[{t}]", weight)
         if (weight.shape[1], weight.dtype, weight.device) != (first.shape[1], first.dtype, first.device):
             raise ValueError(
                 f"embedding_sum: the tables must share columns, dtype and device; weights[{t}] has {weight.shape[1]}, "

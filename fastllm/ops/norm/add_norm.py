@@ -18,7 +18,7 @@ def add_layer_norm_call(
     input, residual, normalized_shape, weight=None, bias=None, eps=1e-5, *, dropout_p=0.0, weight_offset=0.0
 ) -> NormCall:
     """The arguments of :func:`add_layer_norm`, checked, as one value."""
-    check_floating("add_layer_norm", "residual", residual)
+    check_floating("add_layer_norm", "residual", residual, nested=True)
     call = NormCall(input, residual, weight, bias, normalized_shape, eps, weight_offset, dropout_p, True)
     return checked("add_layer_norm", call)
 
@@ -27,7 +27,7 @@ def add_rms_norm_call(
     input, residual, normalized_shape, weight=None, eps=None, *, dropout_p=0.0, weight_offset=0.0
 ) -> NormCall:
     """The arguments of :func:`add_rms_norm`, checked, as one value."""
-    check_floating("add_rms_norm", "residual", residual)
+    check_floating("add_rms_norm", "residual", residual, nested=True)
     eps = default_eps(eps, residual.dtype)
     call = NormCall(input, residual, weight, None, normalized_shape, eps, weight_offset, dropout_p, False)
     return checked("add_rms_norm", call)

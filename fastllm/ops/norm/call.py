@@ -174,9 +174,9 @@ def checked(op: str, call: NormCall) -> NormCall:
         ValueError: a shape, device or option does not fit.
     """
     input, residual, weight, bias, shape = call[:5]
-    check_floating(op, "input", input)
+    check_floating(op, "input", input, nested=True)
     if residual is not None:
-        check_floating(op, "residual", residual)
+        check_floating(op, "residual", residual, nested=True)
     shape = _dimensions(op, shape)
     if tuple(input.shape[-len(shape) :]) != shape:
         raise ValueError(
@@ -198,4 +198,6 @@ def checked(op: str, call: NormCall) -> NormCall:
             )
         _check_together(op, name, parameter, input)
     check_norm_options(op, call)
-    return call if shape is call.shape else call._replace(shape=shape)
+    if shape is call.shape and type(call.weight_offset) is float:
+        return call
+    return call._replace(shape=shape, weight_offset=float(call.weight_offset))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ..shared.dropout import dropout
 from ..shared.philox import draw_seed, first_row_of
+from ..shared.widened import NARROW
 from .call import NormCall
 
 
@@ -60,7 +61,8 @@ def eager_norm(call: NormCall) -> torch.Tensor:
     mixed = bool(dtypes - {call.input.dtype})
     if call.center:
         # torch.nn.functional.layer_norm takes fp32 parameters beside 16-bit rows on a CPU alone.
-        if call.weight_offset != 0.0 or (mixed and (dtypes != {torch.float32} or call.input.device.type != "cpu")):
+        taken = dtypes == {torch.float32} and call.input.dtype in NARROW and call.input.device.type == "cpu"
+        if call.weight_offset != 0.0 or (mixed and not taken):
             return norm_reference(call)
         return F.layer_norm(call.input, call.shape, call.weight, call.bias, call.eps)
     # torch.nn.functional.rms_norm would warn of mixed dtypes at every call.

@@ -22,7 +22,7 @@ def rms_norm_reference(*args, **options):
 
 def rms_norm_call(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0) -> NormCall:
     """The arguments of :func:`rms_norm`, checked, as one value."""
-    check_floating("rms_norm", "input", input)
+    check_floating("rms_norm", "input", input, nested=True)
     eps = default_eps(eps, input.dtype)
     return checked("rms_norm", NormCall(input, None, weight, None, normalized_shape, eps, weight_offset, 0.0, False))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Iterable
 
@@ -12,11 +13,33 @@ from ...backends import KERNEL_DTYPES
 _IN_FLOAT32 = "the extension computes in float32, for float32, float16 and bfloat16"
 
 
-def check_floating(op: str, name: str, tensor) -> None:
-    """TypeError where ``tensor`` is no floating-point tensor."""
-    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+# What PyTorch's operators compute in; 8 bits and fewer are for storage.
+_FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+_INT64 = torch.iinfo(torch.int64)
+
+
+def is_floating(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is one of the dtypes that are computed in: floating point of 16, 32 or 64 bits."""
+    return tensor.dtype in _FLOATING
+
+
+def check_floating(op: str, name: str, tensor, *, nested: bool = False, sparse: bool = False) -> None:
+    """TypeError where ``tensor`` is no floating-point tensor of 16, 32 or 64 bits, and dense.
+
+    ``nested``, ``sparse``: it may be that too; PyTorch's operators serve such a call.
+    """
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in _FLOATING:
         got = str(tensor.dtype) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise TypeError(f"{op}: {name} must be a floating-point tensor, got {got}")
+    if not (nested if tensor.is_nested else sparse):
+        check_dense(op, name, tensor)
+
+
+def check_dense(op: str, name: str, tensor: torch.Tensor) -> None:
+    """TypeError where ``tensor`` is sparse, nested, or laid out as a library wants it."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        got = "nested" if tensor.is_nested else f"of layout {tensor.layout}"
+        raise TypeError(f"{op}: {name} must be a dense tensor, got one that is {got}")
 
 
 def beyond_float32(tensors: Iterable[torch.Tensor | None]) -> str | None:
@@ -41,9 +64,21 @@ def check_number(op: str, name: str, value) -> None:
 
 
 def check_integer(op: str, name: str, value) -> None:
-    """TypeError where ``value`` is no integer."""
-    if type(value) is not int and not isinstance(value, numbers.Integral | torch.SymInt):
+    """TypeError where ``value`` is no integer, ValueError where it is none of 64 bits."""
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, numbers.Integral | torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
+    if isinstance(value, int) and not _INT64.min <= value <= _INT64.max:
+        raise ValueError(f"{op}: {name} must be an integer of 64 bits, got {value}")
+
+
+def check_workspace(op: str, megabytes) -> float | None:
+    """``max_workspace_mb`` as a float, None for none. TypeError or ValueError: it is no finite positive number."""
+    if megabytes is None:
+        return None
+    check_number(op, "max_workspace_mb", megabytes)
+    if not 0 < megabytes < math.inf:
+        raise ValueError(f"{op}: max_workspace_mb must be positive and finite, got {megabytes}")
+    return float(megabytes)
 
 
 def check_flag(op: str, name: str, value) -> None:
