@@ -232,9 +232,9 @@ class Logits:
         try:
             with torch.autocast(self.hidden.device.type, narrow, enabled=enabled):
                 loss = serve(
-                    None, linear_cross_entropy, self.rows, self.weight, asked.target, linear_bias=bias, weight=asked.weight,
-                    reduction=asked.reduction, ignore_index=asked.ignore_index, label_smoothing=asked.label_smoothing,
-                    softcap=self.softcap, logit_scale=self.scale,
+                    None, linear_cross_entropy, self.rows, self.weight, asked.target, linear_bias=bias,
+                    weight=asked.weight, reduction=asked.reduction, ignore_index=asked.ignore_index,
+                    label_smoothing=asked.label_smoothing, softcap=self.softcap, logit_scale=self.scale,
                 ).to(out)  # fmt: skip
         except BackendError:
             raise
