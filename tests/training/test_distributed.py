@@ -19,7 +19,9 @@ from toy import TOY, shorten_runs, weights
 
 from fastllm.cli import main
 from fastllm.models import Transformer
+from fastllm.training.config import TrainingConfig
 from fastllm.training.parallel import watch
+from fastllm.training.parallel.distributed import DataParallel
 from fastllm.training.parallel.meta import on_meta
 from fastllm.training.reports.progress import read_metrics
 
@@ -135,6 +137,18 @@ def test_weights_drawn_without_memory_first_are_those_that_would_have_been_drawn
             assert torch.equal(model.state_dict()[name], value), name
         for one, other in zip(expected.buffers(), model.buffers(), strict=True):
             assert torch.equal(one, other)
+
+
+def test_numbers_of_the_host_are_gathered_where_the_callers_group_is_for_gpus_alone():
+    dist.init_process_group("cuda:gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(RuntimeError, match="cpu"):
+            dist.all_gather([torch.empty(1)], torch.empty(1))
+        ranks = DataParallel(TrainingConfig(), "cpu")
+        assert ranks.gather([1.5, 2.0]) == [[1.5, 2.0]]
+        ranks.close()
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_standstill_names_the_rank_that_is_behind_now_not_where_it_was_last_heard_of(monkeypatch, capfd):

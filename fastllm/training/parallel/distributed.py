@@ -137,6 +137,8 @@ class Group(Ranks):
         self._data_group: dist.ProcessGroup | None = None
         # The saving thread has a group of its own: its messages cannot meet the step's.
         self.quiet: Any = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+        # Numbers of the host; a caller's own default group may be NCCL's alone.
+        self._of_hosts: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=2 * training.hang_timeout + 60))
         self._watch = Watch(self.rank, self.size, training.hang_timeout)
         # What an engine of torch's has put its hooks on, once there is a model; None without an engine.
         self._module: Any = None
@@ -168,7 +170,7 @@ class Group(Ranks):
     def gather(self, values: Sequence[float]) -> list[list[float]]:
         mine = torch.tensor(values, dtype=torch.float64)
         every = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(every, mine)
+        dist.all_gather(every, mine, group=self._of_hosts)
         return [one.tolist() for one in every]
 
     def first(self) -> AbstractContextManager:
