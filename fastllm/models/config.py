@@ -185,7 +185,7 @@ def _llama3(num_layers: int, num_heads: int, hidden_size: int, intermediate_size
 # Sizes of the published models: GPT-2 (Radford et al. 2019), Llama 3 (Dubey et al. 2024), nanoGPT's 10.65M model.
 PRESETS = {
     "tiny": TransformerConfig(
-        vocab_size=1024, context_length=256, num_layers=2, num_heads=4, hidden_size=256, positions="rotary",
+        vocab_size=1024, context_length=256, num_layers=3, num_heads=4, hidden_size=192, positions="rotary",
         norm="rms", embedding_norm=True, qk_norm=True, activation="relu2", bias=False, dropout=0.2, zero_init=True,
     ),
     "small": TransformerConfig(

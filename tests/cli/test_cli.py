@@ -187,7 +187,7 @@ def test_a_tokenizer_can_be_given(refused):
         (r"lr: expected more than 0, got -1", "--lr -1"),
         (r"lr: expected a finite number", "--lr nan"),
         (r"dropout must be in \[0, 1\), got 1.5", "--dropout 1.5"),
-        (r"num_heads must be a divisor of hidden_size 256, got 3", "--num-heads 3"),
+        (r"num_heads must be a divisor of hidden_size 192, got 5", "--num-heads 5"),
         (r"max_seconds: expected more than 0", "--max-seconds 0"),
         (r"argument --steps: invalid int value: 'many'", "--steps many"),
         (r"argument --optimizer: invalid choice: 'sgd'", "--optimizer sgd"),
