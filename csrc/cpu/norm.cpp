@@ -2,9 +2,7 @@
 #include "norm.h"
 
 #include <cstring>
-#include <type_traits>
 
-#include "../scalar.h"
 #include "caches.h"
 #include "strided.h"
 
@@ -28,18 +26,7 @@ class Parameter {
       return;
     }
     copy_.emplace(columns * (wide ? 8 : 4));
-    const auto widened = [&](const auto* from) {
-      for (int64_t c = 0; c < columns; ++c)
-        if (wide)
-          static_cast<double*>(copy_->get())[c] = static_cast<double>(widen(from[c]));
-        else
-          static_cast<float*>(copy_->get())[c] = static_cast<float>(widen(from[c]));
-    };
-    switch (p->scalar_type()) {
-      case ScalarType::BFloat16: widened(static_cast<const BF16*>(p->const_data_ptr())); break;
-      case ScalarType::Half: widened(static_cast<const F16*>(p->const_data_ptr())); break;
-      default: widened(static_cast<const float*>(p->const_data_ptr()));
-    }
+    norm_kernels().widen[wide](dtype_index(p->scalar_type()), p->const_data_ptr(), copy_->get(), columns);
     data_ = copy_->get();
   }
 
@@ -127,20 +114,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_rows(const Tensor& x, const std:
 // Rows are summed into dweight and dbias part by part, and the parts in order: the same bits for any number of threads.
 constexpr int64_t kParts = 64;
 
-// to = from, n sums in the accumulator's dtype, rounded to `dtype`.
-template <class A>
-void round_sums(const A* from, void* to, ScalarType dtype, int64_t n) {
-  const auto rounded = [&](auto* out) {
-    for (int64_t c = 0; c < n; ++c) narrow(static_cast<Acc<std::decay_t<decltype(*out)>>>(from[c]), out[c]);
-  };
-  switch (dtype) {
-    case ScalarType::Double: return rounded(static_cast<double*>(to));
-    case ScalarType::BFloat16: return rounded(static_cast<BF16*>(to));
-    case ScalarType::Half: return rounded(static_cast<F16*>(to));
-    default: return rounded(static_cast<float*>(to));
-  }
-}
-
 // (dinput, dresidual as normed, dweight, dbias); empty where not needed.
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_grad_rows(
     const Tensor& dy, const std::optional<Tensor>& dh, const Tensor& normed, const std::optional<Tensor>& weight,
@@ -201,7 +174,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_grad_rows(
   const auto add_up = [&](Tensor& out, int64_t which, auto zero) {
     using A = decltype(zero);
     char* const to = static_cast<char*>(out.mutable_data_ptr());
-    const ScalarType to_dtype = out.scalar_type();
+    const Dtype to_dtype = dtype_index(out.scalar_type());
+    const int64_t to_bytes = element_size(out.scalar_type());
+    const NarrowRow narrow = norm_kernels().narrow[wide];
+    if (parts == 1) return narrow(to_dtype, sum_of(0, which), to, columns);
     torch::stable::parallel_for(0, columns, 4096, [&](int64_t begin, int64_t end) {
       const Scratch room((end - begin) * element);
       A* const total = static_cast<A*>(room.get());
@@ -210,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_grad_rows(
         const A* from = reinterpret_cast<const A*>(sum_of(part, which));
         for (int64_t c = begin; c < end; ++c) total[c - begin] += from[c];
       }
-      round_sums(total, to + begin * element_size(to_dtype), to_dtype, end - begin);
+      narrow(to_dtype, total, to + begin * to_bytes, end - begin);
     });
   };
   for (int64_t which = 0; which < wanted; ++which) {

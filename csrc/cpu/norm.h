@@ -47,9 +47,15 @@ struct NormGradRow {
 using NormOfRow = void (*)(const NormOptions&, NormRow&, void* scratch);
 using NormGradOfRow = void (*)(const NormOptions&, const NormGradRow&, void* scratch);
 
+// n numbers of `dtype` as the accumulator's, and the reverse, rounded to nearest even.
+using WidenRow = void (*)(int dtype, const void* from, void* to, int64_t n);
+using NarrowRow = void (*)(int dtype, const void* from, void* to, int64_t n);
+
 struct NormKernels {
   NormOfRow norm_of_row[2];  // accumulating in float32, float64
   NormGradOfRow norm_grad_of_row[2];
+  WidenRow widen[2];
+  NarrowRow narrow[2];
 };
 
 const NormKernels& norm_kernels();

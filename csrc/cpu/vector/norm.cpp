@@ -244,10 +244,21 @@ void norm_grad_of_row(const NormOptions& o, const NormGradRow& row, void* scratc
   }
 }
 
+template <class A>
+void widened(int dtype, const void* from, void* to, int64_t n) {
+  widen_row(dtype, from, static_cast<A*>(to), n);
+}
+template <class A>
+void narrowed(int dtype, const void* from, void* to, int64_t n) {
+  narrow_row(dtype, static_cast<const A*>(from), to, n);
+}
+
 }  // namespace
 
 extern const NormKernels norm_kernels;
 const NormKernels norm_kernels = {{norm_of_row<float>, norm_of_row<double>},
-                                  {norm_grad_of_row<float>, norm_grad_of_row<double>}};
+                                  {norm_grad_of_row<float>, norm_grad_of_row<double>},
+                                  {widened<float>, widened<double>},
+                                  {narrowed<float>, narrowed<double>}};
 
 }  // namespace fastllm::FASTLLM_ISA
