@@ -37,10 +37,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastllm, m) {
   m.def(
       "cross_entropy_of_classes(Tensor x, Tensor target, int ignore_index, int reduction, bool need_x)"
       " -> (int, Tensor, Tensor)");
+  m.def("linear_loss_counts(Tensor x, Tensor target, int ignore_index, int classes) -> int");
   m.def(
       "linear_loss_rows(Tensor x, Tensor weight, Tensor target, Tensor(a!)? logits, Tensor? factor, Tensor? dlse, "
-      "Tensor? dentropy, int ignore_index, float smoothing, float softcap, float scale, float z_loss, float total, "
-      "ScalarType? mean, bool keep, bool accuracy, bool entropy, bool need_x, bool need_weight)"
+      "Tensor? dentropy, int ignore_index, bool skip, float smoothing, float softcap, float scale, float z_loss, "
+      "float total, ScalarType? mean, bool keep, bool accuracy, bool entropy, bool need_x, bool need_weight)"
       " -> (bool, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "divergence_rows(Tensor student, Tensor teacher, Tensor? indices, Tensor? factor, Tensor(a!)? dstudent, "

@@ -33,10 +33,10 @@ def served(monkeypatch):
     return seen
 
 
-def _tensors(dtype):
+def _tensors(dtype, rows=N):
     torch.manual_seed(0)
-    x, w = torch.randn(N, D).to(dtype).requires_grad_(), torch.randn(V, D).to(dtype).requires_grad_()
-    return x, w, torch.randint(V, (N,))
+    x, w = torch.randn(rows, D).to(dtype).requires_grad_(), torch.randn(V, D).to(dtype).requires_grad_()
+    return x, w, torch.randint(V, (rows,))
 
 
 def _outputs(name, x, w, y):
@@ -56,7 +56,7 @@ def _outputs(name, x, w, y):
 
 def _all(name, dtype, y=None):
     """Outputs, and gradients twice: the second time nothing that the forward left is there any more."""
-    x, w, target = _tensors(dtype)
+    x, w, target = _tensors(dtype, N if y is None else len(y))
     with fastllm.backend("native"):
         outputs = _outputs(name, x, w, target if y is None else y)
     torch.manual_seed(1)
@@ -99,7 +99,7 @@ def test_the_operator_has_the_bits_of_calling_its_launcher(monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", ["mean", "rows", "log_probs"])
-def test_ignored_targets_are_left_to_the_chunks_code(served, name):
+def test_many_ignored_targets_are_left_to_the_chunks_code(served, name):
     y = torch.where(torch.arange(N) == 3, -100, torch.arange(N))
     outputs, grads = _all(name, torch.float32, y)
     assert served
@@ -107,6 +107,67 @@ def test_ignored_targets_are_left_to_the_chunks_code(served, name):
     assert not grads[0][3].any()
     if name != "mean":
         assert outputs[0][3] == 0
+
+
+ROWS = 64
+FEW = torch.arange(ROWS) % V
+FEW[[3, 39]] = -100
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_few_ignored_targets_are_zeros_in_one_call(monkeypatch, served, name):
+    got = _all(name, torch.float64, FEW)
+    assert served
+    assert all(served)
+    if name != "every_option":  # logsumexp and entropy are those of ignored rows too
+        assert all(y.dim() == 0 or not y[[3, 39]].any() for y in got[0])
+        assert not any(dx[[3, 39]].any() for dx in got[1][::2])
+    monkeypatch.setattr(linear_operator, "at_once", lambda *args: None)
+    outputs, grads = _all(name, torch.float64, FEW)
+    torch.testing.assert_close(got[0], outputs)
+    torch.testing.assert_close([t for t in got[1] if t is not None], [t for t in grads if t is not None])
+
+
+def test_ignored_targets_have_a_logsumexp_where_it_is_asked_for(served):
+    x, w, _ = _tensors(torch.float32, ROWS)
+    with fastllm.backend("native"):
+        loss, lse = linear_cross_entropy(x, w, FEW, reduction="none", return_lse=True)
+    assert all(served)
+    torch.testing.assert_close(lse, (x @ w.t()).logsumexp(1))
+    assert not loss[3]
+    (dx,) = torch.autograd.grad(lse.sum(), x)
+    torch.testing.assert_close(dx, (x @ w.t()).softmax(1) @ w)
+
+
+@pytest.mark.parametrize("where", ["row", "weight"])
+def test_what_is_not_finite_does_not_reach_ignored_rows(served, where):
+    x, w, _ = _tensors(torch.float32, ROWS)
+    with torch.no_grad():
+        (x[3] if where == "row" else w[V - 1])[5] = torch.inf
+    with fastllm.backend("native"):
+        loss = linear_cross_entropy(x, w, FEW)
+        dx, dw = torch.autograd.grad(loss, (x, w))
+    assert any(served) == (where == "weight")
+    assert not dx[[3, 39]].any()
+    if where == "row":
+        assert dw.isfinite().all()
+
+
+def test_logits_that_onednn_computes_are_not_thrown_away(monkeypatch, served):
+    seen = []
+
+    def outputs(x, weight, bias=None):
+        seen.append(len(x))
+        return x @ weight.t()
+
+    monkeypatch.setattr(at_once.onednn, "onednn_serves_rows", lambda x, weight: True)
+    monkeypatch.setattr(at_once.onednn, "onednn_outputs", outputs)
+    monkeypatch.setattr(at_once, "gradients_are_torchs", lambda layer: True)
+    for rows, y in ((ROWS, FEW), (N, torch.full((N,), -100))):
+        x, w, _ = _tensors(torch.float32, rows)
+        with fastllm.backend("native"), torch.no_grad():
+            linear_cross_entropy(x, w, y)
+    assert seen == [ROWS]
 
 
 def test_a_target_that_is_no_class_is_an_error():

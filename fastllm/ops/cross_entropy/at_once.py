@@ -21,7 +21,8 @@ from .rows import Extras
 class AtOnce(NamedTuple):
     """What one call computes: losses, the logits to ``keep``, gradients of x and weight.
 
-    ``total``: what a mean and the gradients are divided by. -1 turns the sign of row losses and gradients.
+    ``total``: what a mean and the gradients are divided by, 0 for the number of targets that are not ignored. -1 turns
+    the sign of row losses and gradients.
     ``mean``: the dtype of the rows' sum over ``total``, None for a loss a row.
     """
 
@@ -53,6 +54,7 @@ def _fake(x, weight, target, *others):
     return True, loss, *numbers, x.new_empty((rows, len(weight)) if keep else 0), *grads
 
 
+_counts = extension.operator("linear_loss_counts", lambda x, target, *others: len(target))
 _linear_rows = extension.operator("linear_loss_rows", _fake)
 
 
@@ -66,7 +68,8 @@ def at_once(
     layer: Layer, call: LayerLoss, wanted: AtOnce, upstream: LossGradients | None = None,
     logits: torch.Tensor | None = None,
 ) -> Found | None:  # fmt: skip
-    """Loss and gradients of all rows, or None where the chunks' code has to serve: also where not every target counts.
+    """Loss and gradients of all rows, or None where the chunks' code has to serve: also where many targets are
+    ignored.
 
     Args:
         upstream: the gradients of the rows' losses, 1 where there is none, of lse and of entropy.
@@ -77,10 +80,14 @@ def at_once(
     x, weight, _ = layer
     loss, (total, mean, keep, extras, needs) = call.loss, wanted
     if logits is None and onednn.onednn_serves_rows(x, weight):
+        # Else these logits would be thrown away.
+        if _counts(x, call.target, loss.ignore_index, len(weight)) < 0:
+            return None
         logits = onednn.onednn_outputs(x, weight)
     served, row_losses, lse, *others = _linear_rows(
-        x, weight, call.target, logits, *(upstream or LossGradients()), loss.ignore_index, loss.label_smoothing,
-        loss.softcap or 0.0, loss.logit_scale, loss.z_loss, total, mean, keep, *extras, *needs,
+        x, weight, call.target, logits, *(upstream or LossGradients()), loss.ignore_index,
+        call.chunking.skip_ignored, loss.label_smoothing, loss.softcap or 0.0, loss.logit_scale, loss.z_loss, total,
+        mean, keep, *extras, *needs,
     )  # fmt: skip
     if not served:
         return None

@@ -80,14 +80,18 @@ def _of_every_row(call: LayerLoss, dtype) -> tuple[LayerLoss, torch.Tensor | Non
     return call, None if weighed else _total(call, dtype)
 
 
-def _count(call: LayerLoss) -> int:
-    """What a mean divides by where every row counts as one, 1 for the other reductions."""
-    return len(call.target) if call.loss.reduction == "mean" else 1
+def _divisor(call: LayerLoss) -> int:
+    """:class:`.at_once.AtOnce`'s ``total``: 0 for a mean, which divides by the targets that count, else 1."""
+    return 0 if call.loss.reduction == "mean" else 1
 
 
 def _total(call: LayerLoss, dtype) -> torch.Tensor:
-    """The same as a tensor, in at least fp32."""
-    return torch.full((), _count(call), dtype=torch.promote_types(dtype, torch.float32))
+    """What a mean divides by where each row that is not ignored counts as one, 1 for the other reductions; in at least
+    fp32."""
+    wide = torch.promote_types(dtype, torch.float32)
+    if call.loss.reduction != "mean":
+        return torch.ones((), dtype=wide)
+    return (call.target != call.loss.ignore_index).sum(dtype=wide)
 
 
 def _unit_factor(call: LayerLoss, total, dtype):
@@ -166,7 +170,7 @@ def _forward(layer: Layer, node: LinearLossNode):
     # The gradients that are left for the backward are the loss's own.
     there = turned and not with_gradient
     found = at_once(
-        layer, call, AtOnce(-1 if there else _count(call), mean, keep, Extras(accuracy, entropy), needs)
+        layer, call, AtOnce(-1 if there else _divisor(call), mean, keep, Extras(accuracy, entropy), needs)
     )  # fmt: skip
     if found is None:
         loss, lse, *rest = _forward_in_chunks(layer, node)
@@ -226,8 +230,8 @@ def _layer_gradients(
 ):
     """Gradients in the layer's dtypes, None where not needed. ``outputs_grad``: those of loss, lse and entropy.
 
-    ``total``: the denominator, or None where every row counted as one. ``turned``: the first of ``outputs_grad`` is the
-    one of the loss with its sign turned.
+    ``total``: the denominator, or None where every row that is not ignored counted as one. ``turned``: the first of
+    ``outputs_grad`` is the one of the loss with its sign turned.
     """
     (dloss, dlse, dentropy), x = outputs_grad, layer.x
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -239,7 +243,7 @@ def _layer_gradients(
     found = None
     if scale_last or (dloss is not None and dloss.dim()):
         rows = LossGradients(None if scale_last else dloss.to(wide).contiguous(), *others)
-        count = -1 if turned and not scale_last else _count(call)
+        count = -1 if turned and not scale_last else _divisor(call)
         wanted = AtOnce(count, None, False, Extras(), needs[:2])
         found = at_once(layer, call, wanted, rows, None if kept is None else kept.logits)
     if turned and dloss is not None and (scale_last or found is None):
