@@ -309,6 +309,8 @@ bool all_finite(const Tensor& x, int64_t row) {
 // or ignored rows are better left out of the products. They are if they are many, and if 0 times one of their numbers
 // is not 0.
 int64_t linear_loss_counts(const Tensor& x, const Tensor& target_, int64_t ignore_index, int64_t classes) {
+  if (x.dim() != 2 || target_.scalar_type() != ScalarType::Long || target_.numel() != x.size(0))
+    refuse("linear_loss_counts: x must be (rows, D), and target int64, one a row");
   const Tensor target = target_.is_contiguous() ? target_ : torch::stable::contiguous(target_);
   const auto* ids = static_cast<const int64_t*>(target.const_data_ptr());
   const int64_t rows = target.numel();
@@ -341,8 +343,6 @@ std::tuple<bool, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_
   if (x.dim() != 2 || weight.dim() != 2 || x.size(1) != weight.size(1) || x.scalar_type() != weight.scalar_type())
     refuse(op, ": x must be (rows, D) and weight (classes, D), of one dtype");
   const int64_t rows = x.size(0), classes = weight.size(0);
-  if (target_.scalar_type() != ScalarType::Long || target_.numel() != rows)
-    refuse(op, ": target must be int64, one a row");
   if (keep && (need_x || need_weight)) refuse(op, ": a gradient is written over the logits");
   const auto blank = [&] { return empty_like_device(x, {0}, x.scalar_type()); };
   const Tensor target = target_.is_contiguous() ? target_ : torch::stable::contiguous(target_);

@@ -52,7 +52,8 @@ class _OrdinaryCrossEntropy(torch.autograd.Function):
             dx = dx.data
             native_scale_gradient(dx, dvalue)
             return dx, None, None, None
-        return _gradient(x, target, dvalue, *ctx.settings, at_once), None, None, None
+        ignore_index, reduction = ctx.settings
+        return _gradient(x, target, dvalue, ignore_index, reduction, at_once), None, None, None
 
 
 def _gradient(x, target, dvalue, ignore_index, number, at_once) -> torch.Tensor:
@@ -66,7 +67,8 @@ def _gradient(x, target, dvalue, ignore_index, number, at_once) -> torch.Tensor:
         found = native_cross_entropy_bwd(upstream, labelled, statistics, (True, False))[0]
     else:
         node = LossNode(None, loss, x.dtype, False, False, "native")
-        found = loss_gradients(labelled, node, (True,), upstream, statistics)[0]
+        (found,) = loss_gradients(labelled, node, (True,), upstream, statistics)
+        assert found is not None, "it was asked for"
     return found.squeeze(-1)
 
 
