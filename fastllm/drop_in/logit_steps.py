@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 
 def _number(value) -> float | None:
@@ -69,8 +70,8 @@ def _shifted(plan, tensor, func, args, kwargs):
     if len(args) != 1 or kwargs or not _is_shift(plan, args[0]):
         return NotImplemented
     result = plan.laid_out() + torch.empty_like(args[0], device="meta")
-    shift = args[0], args[0]._version
-    return plan.derive(tensor, lambda x: func(x, args[0]), result=result, shift=shift, last=1.0)
+    shift = args[0].clone()  # as it is now, whatever becomes of it before the logits are made
+    return plan.derive(tensor, lambda x: func(x, shift), result=result, shift=shift, last=1.0)
 
 
 def _bent(plan, tensor, func, args, kwargs):
@@ -112,12 +113,14 @@ def _flattened(plan, tensor, func, args, kwargs):
 def _indexed(plan, tensor, func, args, kwargs):
     if not _keeps_classes(args[0], len(plan.shape)):
         return NotImplemented
-    rows = plan.rows[args[0]]
+    # A mask or numbers as they are now, whatever becomes of them before the logits are made.
+    index = pytree.tree_map_only(torch.Tensor, torch.clone, args[0])
+    rows = plan.rows[index]
     if rows.dim() < 2:
         return NotImplemented
     shape = (*rows.shape[:-1], plan.shape[-1])
-    result = None if _is_basic(args[0]) else torch.empty(shape, dtype=plan.dtype, device="meta")
-    return plan.derive(tensor, lambda x: func(x, args[0]), rows=rows, result=result)
+    result = None if _is_basic(index) else torch.empty(shape, dtype=plan.dtype, device="meta")
+    return plan.derive(tensor, lambda x: func(x, index), rows=rows, result=result)
 
 
 @_with_classes_last

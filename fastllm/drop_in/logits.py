@@ -70,7 +70,7 @@ class Logits:
         self.class_dim = len(shape) - 1
         # last: the last factor; pending: the soft cap that tanh has begun.
         self.scale, self.softcap, self.last, self.pending = 1.0, None, 1.0, None
-        self.shift: Any = None  # a constant for each class, added since: (V,) and its version
+        self.shift: Any = None  # a constant for each class, added since: (..., V), its own copy
         self.value: Any = None  # once they were read
         self.version: int | None = None
         self.parent_tensor: Any = None
@@ -213,7 +213,6 @@ class Logits:
             and target.shape == self.shape[:1] + self.shape[2:]
             and target.device == self.rows.device
             and (weight is None or (plain(weight) and not weight.requires_grad))
-            and (self.shift is None or self.shift[0]._version == self.shift[1])
         )
 
     def _loss(self, asked: _Loss):
@@ -222,7 +221,7 @@ class Logits:
         self._check_fresh()
         bias = self.bias
         if self.shift is not None:
-            bias = self.shift[0].reshape(-1) if bias is None else bias + self.shift[0].reshape(-1)
+            bias = self.shift.reshape(-1) if bias is None else bias + self.shift.reshape(-1)
         out = self.dtype
         if torch.is_autocast_enabled(self.hidden.device.type):
             out = torch.promote_types(out, torch.float32)

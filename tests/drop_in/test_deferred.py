@@ -373,7 +373,7 @@ def test_sums_of_embeddings_can_be_named_or_left_out(fused):
         {"weight": torch.ones(V - 1)}, {"weight": torch.ones(1, V)}, {"label_smoothing": 1.5}, {"reduction": "no"},
         {"ignore_index": 10**30}, {"ignore_index": True},
     ],
-    ids=str,
+    ids=["short weight", "2-D weight", "smoothing", "reduction", "large ignore_index", "true ignore_index"],
 )  # fmt: skip
 def test_a_loss_that_torch_refuses_is_refused_in_its_words(how):
     model, other, x, y = pair()
@@ -389,3 +389,34 @@ def test_a_loss_that_torch_refuses_is_refused_in_its_words(how):
     theirs = gradients(other)
     for name, grad in gradients(model).items():
         torch.testing.assert_close(grad, theirs[name])
+
+
+@pytest.mark.parametrize("what", ["weight", "bias"])
+def test_logits_are_not_read_after_any_part_of_their_layer_has_changed(what):
+    model, _, x, _ = pair()
+    z = model(x)
+    with torch.no_grad():
+        getattr(model.head, what).add_(1.0)
+    with pytest.raises(RuntimeError, match="have changed since"):
+        z.sum()
+
+
+@pytest.mark.parametrize("use", [lambda z, y: F.cross_entropy(z.view(-1, V), y.flatten()), lambda z, y: z.exp().sum()])
+def test_a_constant_that_is_changed_after_it_was_added_to_the_logits_is_not_taken_changed(use):
+    model, other, x, y = pair()
+    constant = torch.randn(1, V)
+    z, expected = model(x) + constant, other(x) + constant
+    constant.mul_(2.0)
+    torch.testing.assert_close(use(z, y), use(expected, y))
+
+
+@pytest.mark.parametrize("kind", ["mask", "numbers", "numbers and a place"])
+def test_an_index_that_is_changed_after_it_was_taken_of_the_logits_is_not_taken_changed(kind):
+    model, other, x, _ = pair()
+    sums = []
+    for each in (model, other):
+        part = x % 3 == 0 if kind == "mask" else torch.tensor([0, 2])
+        z = each(x)[(part, 1) if kind == "numbers and a place" else part]
+        part.fill_(1)
+        sums.append(z.exp().sum())
+    torch.testing.assert_close(*sums)
