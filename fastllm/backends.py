@@ -324,7 +324,8 @@ def _foreign(tensors: Iterable[torch.Tensor]) -> str | None:
     for tensor in tensors:
         if tensor.layout != torch.strided or tensor.is_nested:
             return "kernels take dense tensors, and one of these is sparse or nested"
-        if type(tensor).__module__.startswith("torch.distributed."):
+        # A compiler cannot trace the name of a class's module.
+        if not torch.compiler.is_compiling() and type(tensor).__module__.startswith("torch.distributed."):
             return "PyTorch's operators alone know how to shard a DTensor"
     return None
 
