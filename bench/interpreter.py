@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 
-def compiling() -> dict[str, str]:
+def without_interpreter() -> dict[str, str]:
     """This process's environment with the interpreter off. Triton looks when a kernel is decorated, not later."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     # 3.9 warns while it is unset; 1 is what it and older versions do by default.
@@ -13,6 +13,6 @@ def compiling() -> dict[str, str]:
     return environment
 
 
-def interpreting() -> dict[str, str]:
-    """As :func:`compiling`, with the interpreter on."""
-    return {**compiling(), "TRITON_INTERPRET": "1"}
+def with_interpreter() -> dict[str, str]:
+    """As :func:`without_interpreter`, with the interpreter on."""
+    return {**without_interpreter(), "TRITON_INTERPRET": "1"}

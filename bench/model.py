@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     if not interpreting():
         command = [sys.executable, "-m", "fastllm.bench.model", *(sys.argv[1:] if argv is None else argv)]
-        return subprocess.run(command, env=interpreter.interpreting()).returncode
+        return subprocess.run(command, env=interpreter.with_interpreter()).returncode
     budget = Budget(options.budget)
     found = list(rows(ops, options.arch, getattr(torch, options.dtype), options.shape, budget))
     order = {op.name: i for i, op in enumerate(ops)}

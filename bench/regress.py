@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..kernels.device import GPUS
 from ..parser import Parser, first_paragraph
-from .interpreter import compiling, interpreting
+from .interpreter import with_interpreter, without_interpreter
 
 FORMAT = "fastllm-regress/1"
 # Figure -> what more of it, or less of it, means. Those of ALLOWED may be exceeded by what the committed file allows.
@@ -107,7 +107,7 @@ def measure(file: Path, arches: Iterable[int]) -> Figures:
             [sys.executable, "-m", f"{__package__}.regress_measure", what, str(file), "--arch", *map(str, arches)],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for what, environment in (("compile", compiling()), ("bytes", interpreting()))
+        for what, environment in (("compile", without_interpreter()), ("bytes", with_interpreter()))
     }  # fmt: skip
     found = {}
     try:

@@ -32,7 +32,7 @@ from ..registry import OPS, Op
 from . import cases
 from .budget import Budget
 from .capture import CUDA, Launch, check_compiles, launches, short_name
-from .interpreter import compiling, interpreting
+from .interpreter import with_interpreter, without_interpreter
 from .run import plan
 from .sass import Resources, read_resources
 
@@ -206,7 +206,7 @@ def both(arguments: Sequence[str], **options) -> dict[str, subprocess.Popen]:
             env=environment,
             **options,
         )
-        for module, environment in (("static", compiling()), ("model", interpreting()))
+        for module, environment in (("static", without_interpreter()), ("model", with_interpreter()))
     }
 
 

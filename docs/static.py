@@ -18,7 +18,7 @@ from pathlib import Path
 import triton
 
 from fastllm.bench import cases, model, other_gpus, static
-from fastllm.bench.interpreter import compiling
+from fastllm.bench.interpreter import without_interpreter
 from fastllm.bench.limits import EVERY_GPU
 from fastllm.kernels.device import GPUS, OTHER_GPUS
 from fastllm.kernels.launch import TRITON
@@ -211,7 +211,7 @@ def _compiled_for(folder: str, *arguments: str, problems: bool = False) -> list[
     file = Path(folder, "other.json")
     file.unlink(missing_ok=True)
     command = [sys.executable, "-m", other_gpus.__name__, *arguments, "--json", file]
-    failed = subprocess.run(command, env=compiling()).returncode != 0
+    failed = subprocess.run(command, env=without_interpreter()).returncode != 0
     if failed and not (problems and file.exists()):
         sys.exit(f"{other_gpus.__name__} failed or found problems")
     return other_gpus.read_rows(file)

@@ -15,13 +15,17 @@ from torch.utils._pytree import tree_map_only
 
 import fastllm
 from fastllm import backends, registry
-from fastllm.bench.interpreter import compiling
+from fastllm.bench.interpreter import without_interpreter
 from fastllm.functional import layer_norm
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", code], env={**compiling(), **environment}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        env={**without_interpreter(), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 from missing_packages import missing_packages
 
 from fastllm.bench import cases, environment, prepare
-from fastllm.bench.interpreter import compiling
+from fastllm.bench.interpreter import without_interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "gpu.sh"
@@ -36,7 +36,7 @@ print(*hits)
 def python(code: str, **variables: str) -> str:
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300,
-        env={**compiling(), **variables},
+        env={**without_interpreter(), **variables},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()

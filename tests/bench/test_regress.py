@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from fastllm.bench.command import main as bench
-from fastllm.bench.interpreter import compiling
+from fastllm.bench.interpreter import without_interpreter
 from fastllm.bench.regress import Figures, broken, compare, read
 from fastllm.bench.regress_measure import counted, load
 
@@ -78,7 +78,7 @@ def measured(tmp_path_factory):
     for name, file in files.items():
         file.write_text(PLANTED[name])
     command = [sys.executable, "-c", COMPILE, *map(str, files.values())]
-    result = subprocess.run(command, env=compiling(), capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, env=without_interpreter(), capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     found = {}
     for (name, file), kernels in zip(files.items(), json.loads(result.stdout), strict=True):

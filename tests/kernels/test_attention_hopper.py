@@ -12,7 +12,7 @@ from gluon_machine import EmulationError
 
 import fastllm
 from fastllm.backends import BackendError, why_not
-from fastllm.bench.interpreter import compiling
+from fastllm.bench.interpreter import without_interpreter
 from fastllm.functional import attention, scaled_dot_product_attention
 from fastllm.kernels.attention import hopper as kernels
 from fastllm.kernels.attention import hopper_warps as parts
@@ -186,7 +186,11 @@ def test_every_setting_compiles_for_sm_90():
     command = [sys.executable, "-m", "fastllm.bench.attention_tables", "--dtype", "bfloat16"]
     # Of the four variants of a setting the one with most registers; docs/attention-tables.md has them all.
     run = subprocess.run(
-        [*command, "--feature", "hopper packed causal"], env=compiling(), capture_output=True, text=True, timeout=300
+        [*command, "--feature", "hopper packed causal"],
+        env=without_interpreter(),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.splitlines()[-1].startswith(f"{len(kernels.SETTINGS)} kernels, 0 that spill")

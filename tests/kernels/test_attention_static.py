@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 
 from fastllm.bench import attention_tables as tables
-from fastllm.bench.interpreter import compiling
+from fastllm.bench.interpreter import without_interpreter
 
 PAGE = Path(__file__).parents[2] / "docs" / "attention-tables.md"
 
 
 def test_no_spills_and_warpgroup_products(tmp_path):
-    environment = {**compiling(), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    environment = {**without_interpreter(), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
     command = [sys.executable, "-m", "fastllm.bench.attention_tables", "--spot"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -15,7 +15,7 @@ from launch_limits import _box, wrong
 from thorough import IS_THOROUGH
 
 from fastllm.backends import product_obstacle
-from fastllm.bench.interpreter import compiling
+from fastllm.bench.interpreter import without_interpreter
 from fastllm.bench.limits import EVERY_GPU
 from fastllm.bench.other_gpus import OtherRow, breaches
 from fastllm.kernels import device
@@ -29,7 +29,7 @@ def _run(*argv):
     """Output of Python where kernels compile: the interpreter off."""
     # Another Triton before the environment's own stays where it is.
     path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(TESTS))))
-    environment = {**compiling(), "PYTHONPATH": path}
+    environment = {**without_interpreter(), "PYTHONPATH": path}
     process = subprocess.run([sys.executable, *argv], env=environment, capture_output=True, text=True, timeout=3600)
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
     return process.stdout.splitlines()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from thorough import IS_THOROUGH
 
-from fastllm.bench.interpreter import compiling
+from fastllm.bench.interpreter import without_interpreter
 from fastllm.bench.limits import EVERY_GPU
 from fastllm.bench.sass import WARPS, Resources, instructions, spills_in_loops
 from fastllm.bench.static import Row, problems, read_rows
@@ -22,7 +22,7 @@ from fastllm.kernels.device import GPUS
 def compiler(tmp_path_factory):
     """``start(*argv)``: Python where kernels compile (the interpreter off), with an empty Triton cache."""
     cache = str(tmp_path_factory.mktemp("triton"))
-    environment = {**compiling(), "TRITON_CACHE_DIR": cache}
+    environment = {**without_interpreter(), "TRITON_CACHE_DIR": cache}
 
     def start(*argv):
         return subprocess.Popen(
