@@ -275,7 +275,7 @@ def test_without_products_of_bf16_the_gradient_is_summed_in_fp32_by_torch(monkey
 @NEEDS_PRODUCTS
 def test_info_names_the_products_of_bf16():
     assert extension.bf16_products() in ("amx", "avx512_bf16")
-    assert f"bf16_products {extension.bf16_products()}" in fastllm.info()
+    assert f"bf16 products {extension.bf16_products()}" in fastllm.info()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

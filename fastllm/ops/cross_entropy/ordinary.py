@@ -20,6 +20,7 @@ from .native import REDUCTION_NUMBER, loss_of_classes, native_cross_entropy_bwd,
 from .operator import LossGradients, LossNode, RowStatistics, loss_gradients
 
 _NONE = REDUCTION_NUMBER["none"]
+_LEAST, _MOST = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
 
 
 def _refused(x, target, ignore_index) -> Exception:
@@ -82,7 +83,9 @@ def ordinary_cross_entropy(x, target, ignore_index, reduction) -> torch.Tensor |
         return None
     if target.dtype is not torch.int64 or x.dtype not in NATIVE_DTYPES or x.dim() != 2 or target.dim() != 1:
         return None
-    if type(ignore_index) is not int or type(reduction) is not str:
+    if type(ignore_index) is not int or type(reduction) is not str or target.layout is not torch.strided:
+        return None
+    if not _LEAST <= ignore_index <= _MOST:
         return None
     number = REDUCTION_NUMBER.get(reduction)
     if number is None or x.size(0) != target.numel() or not free_for_native(x) or not x.is_contiguous():
