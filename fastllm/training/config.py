@@ -14,8 +14,12 @@ from .objective_config import ObjectiveConfig, fit_model
 from .recipes import RECIPES
 
 DEFAULT_PRESET = "tiny"
-# Seconds of training when neither steps nor max_seconds is given.
+# Without any budget: seconds of training, and passes over the text of a new causal model, whichever are over first.
+# More passes learn the text by heart: docs/train.md has the scores after 9 to 30.
 DEFAULT_SECONDS = 105.0
+DEFAULT_EPOCHS = 11.0
+# The settings that say when a run ends.
+BUDGET = ("steps", "max_seconds", "epochs")
 # Apple's and Intel's GPUs run PyTorch's own operators; nobody has tried them.
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 
@@ -32,7 +36,7 @@ class TrainingConfig:
     max_seconds: float | None = option(
         None,
         "stop after this many seconds of training; the schedule follows the clock, so that it ends in time; "
-        f"{DEFAULT_SECONDS:g} if no --steps are given",
+        f"{DEFAULT_SECONDS:g} without --steps and --epochs",
         above=0,
         resume=True,
     )
@@ -106,7 +110,10 @@ class TrainingConfig:
     )
     max_skipped: int = option(3, "stop after this many skipped steps in a row", minimum=1, resume=True)
     epochs: float | None = option(
-        None, "stop after this many passes over the training data; --steps overrides it", above=0
+        None,
+        f"stop after this many passes over the training data; --steps overrides it; {DEFAULT_EPOCHS:g} for a new "
+        "causal model without any budget",
+        above=0,
     )
     ema_decay: float = option(
         0.0, "decay of the exponential moving average of the weights, which is then scored and saved; 0: none",
@@ -133,12 +140,6 @@ class TrainingConfig:
         """Sequences per forward pass."""
         return self.micro_batch_size or self.batch_size
 
-    def with_budget(self) -> TrainingConfig:
-        """This configuration, with the default time budget if no budget is set."""
-        if self.steps is None and self.max_seconds is None and self.epochs is None:
-            return replace(self, max_seconds=DEFAULT_SECONDS)
-        return self
-
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -148,6 +149,14 @@ class RunConfig:
     model: ModelConfig = PRESETS[DEFAULT_PRESET]
     training: TrainingConfig = field(default_factory=TrainingConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+
+    def with_budget(self) -> RunConfig:
+        """This configuration, with the default budget if none is set."""
+        if any(getattr(self.training, name) is not None for name in BUDGET):
+            return self
+        causal = self.objective.objective == "causal" and not self.objective.pretrained
+        epochs = DEFAULT_EPOCHS if causal else None
+        return replace(self, training=replace(self.training, max_seconds=DEFAULT_SECONDS, epochs=epochs))
 
     def to_toml(self) -> str:
         return to_toml({field.name: getattr(self, field.name) for field in fields(self)})

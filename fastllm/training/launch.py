@@ -12,7 +12,7 @@ from pathlib import Path
 from ..config import InputError, build_settings
 from ..files import folder_to_fill, sole_writer, write_text
 from .checkpoints.checkpoint import MANIFEST, checkpoints, find_checkpoint
-from .config import RunConfig, TrainingConfig, read_run_config
+from .config import BUDGET, RunConfig, TrainingConfig, read_run_config
 from .device import pick_device
 from .parallel.ranks import ALONE, Ranks, launched
 from .reports.progress import METRICS, Display, find_wandb
@@ -70,8 +70,12 @@ def _changes(config: RunConfig, path: Path) -> dict[str, object]:
         InputError: something that may not.
     """
     before = read_run_config(path)
-    given, old = asdict(config.training.with_budget()), asdict(before.training)
-    if config.training.epochs is not None and config.training.steps is None:
+    given, old = asdict(config.training), asdict(before.training)
+    if all(given[name] is None for name in BUDGET):
+        given.update({name: old[name] for name in BUDGET})
+    elif given["epochs"] is None:
+        given["epochs"] = old["epochs"]  # another budget takes their place
+    elif given["steps"] is None:
         given["steps"] = old["steps"]  # which that run's data made of its epochs
     fixed = fixed_settings(before.training)
     # The vocabulary and the labels come from the data.
@@ -144,6 +148,8 @@ def resume(checkpoint: str | Path, changes: Mapping[str, object] | None = None, 
     folder = path.parent.parent if path == Path(checkpoint).resolve() else Path(checkpoint)
     config = read_run_config(folder / CONFIG)
     if changes:
+        if config.training.epochs is not None and changes.get("max_seconds") is not None:
+            changes = {"steps": None, **changes}  # which the epochs were; the new budget takes their place
         config = replace(config, training=build_settings(TrainingConfig, changes, "command line", config.training))
     find_wandb(config.training.wandb)
     with _joined(config.training) as ranks, contextlib.ExitStack() as held:

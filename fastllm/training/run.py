@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,8 +85,8 @@ class Run:
         self.device = ranks.device(pick_device(config.training.device))
         if config.objective.lora_rank and ranks.size > 1:
             raise InputError(f"lora_rank: adapters are trained by one process, not by {ranks.size}")
-        training = config.training.with_budget()
-        self.config = replace(config, training=training)
+        self.config = config = config.with_budget()
+        training = config.training
         self.objective = make_objective(
             config.objective, dataset, config.model.context_length, training.batch_size, training.seed
         )

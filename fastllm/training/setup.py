@@ -124,7 +124,7 @@ def reopen_data(config: RunConfig, folder: Path) -> Dataset | TaskDataset:
 
 
 def fitted(config: RunConfig, dataset: Dataset | TaskDataset) -> RunConfig:
-    """``config`` with the vocabulary and the classes that the data turned out to have, and epochs as steps.
+    """``config`` with a budget, the vocabulary and the classes that the data turned out to have, and epochs as steps.
 
     Raises:
         InputError: the tokenizer is larger than the pretrained model's vocabulary.
@@ -134,7 +134,7 @@ def fitted(config: RunConfig, dataset: Dataset | TaskDataset) -> RunConfig:
         raise InputError(
             f"pretrained: {size} tokens of the tokenizer do not match the model's vocab_size {config.model.vocab_size}"
         )
-    training = config.training
+    training = config.with_budget().training
     if training.epochs is not None and training.steps is None:
         task = config.objective.kind.task
         seen = training.batch_size * (1 if task else config.model.context_length)

@@ -125,6 +125,21 @@ def test_auto_resume_goes_on_with_the_same_settings_only(capsys, monkeypatch):
     assert "lr of the run that is there is another" in capsys.readouterr().err
 
 
+def test_another_budget_takes_the_place_of_epochs(monkeypatch):
+    shorten_runs(monkeypatch.setattr)
+    arguments = ["train", "--out", "run", *MODEL, "--auto-resume"]
+    assert main([*arguments, "--epochs", "0.02"]) == 0
+    passes = len(steps(Path("run")))
+    for budget in ("--epochs", "0.02"), ():
+        assert main([*arguments, *budget]) == 0
+        assert len(steps(Path("run"))) == passes
+    assert main([*arguments, "--steps", str(passes + 2)]) == 0
+    assert len(steps(Path("run"))) == passes + 2
+    seconds = read_metrics(Path("run") / "metrics.jsonl")[-1]["seconds"]
+    assert main(["train", "--resume", "run", "--max-seconds", str(seconds + 0.5)]) == 0
+    assert len(steps(Path("run"))) > passes + 2
+
+
 def test_weights_drawn_without_memory_first_are_those_that_would_have_been_drawn():
     for shape in (TOY, replace(TOY, positions="learned", norm="layer", tie_embeddings=False, bias=True)):
         torch.manual_seed(3)

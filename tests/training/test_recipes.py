@@ -76,7 +76,6 @@ def test_a_recipe_is_under_what_is_asked_for():
 
 def test_epochs_become_steps_of_the_data(data):
     training = TrainingConfig(epochs=2.5, batch_size=8)
-    assert training.with_budget().max_seconds is None
     config = RunConfig(objective=ObjectiveConfig("classify"), model=ModelConfig(**SHAPE), training=training)
     assert fitted(config, data).training.steps == -(-5 * len(data.train) // 16)
     given = RunConfig(objective=config.objective, model=config.model, training=TrainingConfig(epochs=2.5, steps=3))

@@ -14,7 +14,7 @@ from toy import TOY, weights
 
 from fastllm.data import Corpus, open_dataset, prepare
 from fastllm.models import Transformer
-from fastllm.training import TrainingConfig, evaluate, measure, session, train
+from fastllm.training import RunConfig, TrainingConfig, evaluate, measure, session, train
 from fastllm.training import orthogonal as orthogonal_module
 from fastllm.training.checkpoints import saving
 from fastllm.training.clock import Clock
@@ -50,8 +50,18 @@ def test_progress_follows_the_nearer_budget():
     assert progress(TrainingConfig(max_seconds=10), 10**9, 5.0) == 0.5
     assert progress(TrainingConfig(steps=10, max_seconds=10), 2, 5.0) == 0.5
     assert progress(TrainingConfig(steps=10, max_seconds=10), 7, 5.0) == 0.7
-    assert TrainingConfig().with_budget().max_seconds == 105
-    assert TrainingConfig(steps=3).with_budget().max_seconds is None
+
+
+def test_the_default_budget_is_a_time_and_for_a_new_causal_model_passes_over_its_text():
+    def budget(*, training=None, **objective):
+        found = RunConfig(training=training or TrainingConfig(), objective=ObjectiveConfig(**objective)).with_budget()
+        return found.training.steps, found.training.max_seconds, found.training.epochs
+
+    assert budget() == (None, 105, 11)
+    assert budget(objective="mlm") == budget(pretrained="model") == (None, 105, None)
+    for name, value in {"steps": 3, "max_seconds": 4.0, "epochs": 5.0}.items():
+        training = TrainingConfig(**{name: value})
+        assert budget(training=training) == (training.steps, training.max_seconds, training.epochs)
 
 
 def as_batch(tokens, targets):
