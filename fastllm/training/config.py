@@ -140,6 +140,12 @@ class TrainingConfig:
         """Sequences per forward pass."""
         return self.micro_batch_size or self.batch_size
 
+    def with_budget(self) -> TrainingConfig:
+        """This configuration, with the default time budget if no budget is set."""
+        if all(getattr(self, name) is None for name in BUDGET):
+            return replace(self, max_seconds=DEFAULT_SECONDS)
+        return self
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -151,12 +157,11 @@ class RunConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
 
     def with_budget(self) -> RunConfig:
-        """This configuration, with the default budget if none is set."""
-        if any(getattr(self.training, name) is not None for name in BUDGET):
-            return self
-        causal = self.objective.objective == "causal" and not self.objective.pretrained
-        epochs = DEFAULT_EPOCHS if causal else None
-        return replace(self, training=replace(self.training, max_seconds=DEFAULT_SECONDS, epochs=epochs))
+        """This configuration, with the default budget if none is set: a time, and passes for a new causal model."""
+        training = self.training.with_budget()
+        if training is not self.training and self.objective.objective == "causal" and not self.objective.pretrained:
+            training = replace(training, epochs=DEFAULT_EPOCHS)
+        return replace(self, training=training)
 
     def to_toml(self) -> str:
         return to_toml({field.name: getattr(self, field.name) for field in fields(self)})
