@@ -14,7 +14,7 @@ import types
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.utils.parametrize import is_parametrized
@@ -124,6 +124,10 @@ def _make_class(original: type, kind: Kind) -> type:
     return types.new_class(original.__name__, (Accelerated, original), {}, lambda body: body.update(namespace))
 
 
+def _first_parametrized(module: torch.nn.Module) -> str:
+    return next(iter(cast(torch.nn.ModuleDict, module.parametrizations)))
+
+
 def swap_forward(module: torch.nn.Module, kind: Kind) -> None:
     """Let ``module``'s forward be that of ``kind``.
 
@@ -131,7 +135,7 @@ def swap_forward(module: torch.nn.Module, kind: Kind) -> None:
         TypeError: Python refuses another class for this object.
     """
     cls = type(module)
-    if is_parametrized(module) and isinstance(vars(cls).get(next(iter(module.parametrizations))), property):
+    if is_parametrized(module) and isinstance(vars(cls).get(_first_parametrized(module)), property):
         # remove_parametrizations() deletes the properties from the module's own class, and gives it the class below.
         base, *others = cls.__bases__
         module.__class__ = _again(cls, (_class_for(base, kind), *others))
