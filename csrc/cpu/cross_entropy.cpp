@@ -275,16 +275,11 @@ std::tuple<int64_t, Tensor, Tensor> cross_entropy_of_classes(const Tensor& x, co
   return {bad, loss.has_value() ? *loss : blank(), dx.has_value() ? *dx : blank()};
 }
 
-// What PyTorch's operators make of them in A: factor * (1 / total) for each row, 1 where there is no factor; and the
-// losses with their sign turned, 0 for a loss of 0.
+// What PyTorch's operators make of it in A: factor * (1 / total) for each row, 1 where there is no factor.
 template <class A>
 void shares_of(const A* factor, int64_t n, double total, A* out) {
   const A share = A(1) / static_cast<A>(total);
   for (int64_t i = 0; i < n; ++i) out[i] = factor == nullptr ? share : share * factor[i];
-}
-template <class A>
-void turn(A* losses, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) losses[i] = A(0) - losses[i];
 }
 
 // Whether n numbers are neither infinite nor NaN.
@@ -328,8 +323,8 @@ int64_t linear_loss_counts(const Tensor& x, const Tensor& target_, int64_t ignor
 // The losses of the logits x (rows, D) weight (classes, D)^T, and the layer's gradients, where linear_loss_counts;
 // else false and nothing is computed. (whether, loss, lse, hits, entropy, logits, dx, dweight), without elements what
 // was not asked for:
-// - `mean`: the loss is the sum of the rows' losses over `total`, in that dtype; else a loss a row, as the others, with
-//   its sign turned if total is negative. total 0 stands for the number of targets that count.
+// - `mean`: the loss is the sum of the rows' losses over `total`, in that dtype; else a loss a row, as the others.
+//   total 0 stands for the number of targets that count.
 // - `skip`: an ignored row has 0 everywhere; else its logsumexp and its entropy are like another row's.
 // - `logits` (rows, classes), where they are known; else they are computed, and come back if `keep`.
 // - `need_x`, `need_weight`: gradients of the rows' losses, for `factor` (rows,) or 1, over `total`, and for dlse and
@@ -375,8 +370,6 @@ std::tuple<bool, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_
   if (mean.has_value())
     loss = number(x, wide ? mean_of(static_cast<const double*>(losses), rows, total)
                           : mean_of(static_cast<const float*>(losses), rows, total), *mean);
-  else if (total < 0.0)
-    wide ? turn(static_cast<double*>(losses), rows) : turn(static_cast<float*>(losses), rows);
   auto [dx, dweight] = product_gradients(logits, x, weight, need_x, need_weight);
   if (need_x && skip && counted < rows) {  // 0 times an infinite weight is NaN
     const auto* ids = static_cast<const int64_t*>(target.const_data_ptr());

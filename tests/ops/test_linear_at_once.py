@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastllm
 from fastllm.extension import load as extension
 from fastllm.functional import linear_cross_entropy, linear_log_probs
-from fastllm.ops.cross_entropy import at_once, linear_operator
+from fastllm.ops.cross_entropy import at_once, linear_gradients, linear_operator
 
 pytestmark = [
     pytest.mark.runs_on("interpreter"),
@@ -77,6 +77,11 @@ def _assert_same(got, expected):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+def _leave_to_the_chunks(monkeypatch):
+    for module in (linear_operator, linear_gradients):
+        monkeypatch.setattr(module, "at_once", lambda *args: None)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_call_has_the_bits_of_the_chunks_code(monkeypatch, served, name, dtype):
@@ -84,7 +89,7 @@ def test_one_call_has_the_bits_of_the_chunks_code(monkeypatch, served, name, dty
     widens = dtype == torch.bfloat16 and not fastllm.cpu.multiplies(dtype)
     assert all(served)
     assert bool(served) == (not widens)
-    monkeypatch.setattr(linear_operator, "at_once", lambda *args: None)
+    _leave_to_the_chunks(monkeypatch)
     _assert_same(got, _all(name, dtype))
 
 
@@ -122,7 +127,7 @@ def test_a_few_ignored_targets_are_zeros_in_one_call(monkeypatch, served, name):
     if name != "every_option":  # logsumexp and entropy are those of ignored rows too
         assert all(y.dim() == 0 or not y[[3, 39]].any() for y in got[0])
         assert not any(dx[[3, 39]].any() for dx in got[1][::2])
-    monkeypatch.setattr(linear_operator, "at_once", lambda *args: None)
+    _leave_to_the_chunks(monkeypatch)
     outputs, grads = _all(name, torch.float64, FEW)
     torch.testing.assert_close(got[0], outputs)
     torch.testing.assert_close([t for t in got[1] if t is not None], [t for t in grads if t is not None])

@@ -17,12 +17,13 @@ from .operator import LossGradients
 from .products import Layer, gradients_are_torchs
 from .rows import Extras
 
+_NO_EXTRAS = Extras()
+
 
 class AtOnce(NamedTuple):
     """What one call computes: losses, the logits to ``keep``, gradients of x and weight.
 
-    ``total``: what a mean and the gradients are divided by, 0 for the number of targets that are not ignored. -1 turns
-    the sign of row losses and gradients.
+    ``total``: what a mean and the gradients are divided by, 0 for the number of targets that are not ignored.
     ``mean``: the dtype of the rows' sum over ``total``, None for a loss a row.
     """
 
@@ -31,6 +32,13 @@ class AtOnce(NamedTuple):
     keep: bool
     extras: Extras
     needs: tuple[bool, bool]
+
+    @staticmethod
+    def of(
+        call: LayerLoss, needs, mean: torch.dtype | None = None, extras: Extras = _NO_EXTRAS, *, keep: bool = False
+    ) -> AtOnce:
+        """What is asked of ``call``."""
+        return AtOnce(0.0 if call.loss.reduction == "mean" else 1.0, mean, keep, extras, needs)
 
 
 class Found(NamedTuple):

@@ -15,7 +15,8 @@ from ..shared.signature import keyword_options, keywords_of
 from .call import LinearCrossEntropyCall, check_whole, is_whole, linear_cross_entropy_call
 from .chunks import LayerLoss, LinearCrossEntropyPlan, bytes_per_row, chunk_plan, workspace_mb
 from .cross_entropy import cross_entropy
-from .linear_operator import LinearCrossEntropy, LinearLossNode, scales_rows
+from .linear_gradients import scales_rows
+from .linear_operator import LinearCrossEntropy, LinearLossNode
 from .linear_reference import linear_cross_entropy_reference, linear_definition, shifted, whole_logits
 from .loss import loss_dtype, out_of_range
 from .samples import linear_cross_entropy_cost, linear_cross_entropy_samples
@@ -108,18 +109,14 @@ def _checked(*args, **options) -> LinearCrossEntropyCall:
     return linear_cross_entropy_call(*args, **options).under_autocast()
 
 
-def linear_loss(op: str, call: LinearCrossEntropyCall, dtype: torch.dtype, *, turned: bool = False):
-    """(loss in ``dtype``, lse, accuracy, entropy) by the backend that serves ``op``, the last three a value a row.
-
-    ``turned``: the loss with its sign turned.
-    """
+def linear_loss(op: str, call: LinearCrossEntropyCall, dtype: torch.dtype):
+    """(loss in ``dtype``, lse, accuracy, entropy) by the backend that serves ``op``, the last three a value a row."""
     choice = pick(op, call)
     if plain_eager(choice.backend):
         loss, *rows = linear_definition(call)
-        loss = loss.to(dtype)
-        return 0.0 - loss if turned else loss, *rows
+        return loss.to(dtype), *rows
     try:
-        return _in_chunks(call, dtype, choice.backend, turned)
+        return _in_chunks(call, dtype, choice.backend)
     except IndexError:
         # The operator has the target of each row of logits.
         error = out_of_range(call.target, call.loss.ignore_index, len(call.linear_weight), op, shift=call.shift)
@@ -128,7 +125,7 @@ def linear_loss(op: str, call: LinearCrossEntropyCall, dtype: torch.dtype, *, tu
         raise error from None
 
 
-def _in_chunks(call: LinearCrossEntropyCall, dtype: torch.dtype, backend: str, turned: bool):
+def _in_chunks(call: LinearCrossEntropyCall, dtype: torch.dtype, backend: str):
     """(loss, lse, accuracy, entropy), the last three (N,), by the backend's rows of logits."""
     x, target, loss = call.input, call.target, call.loss
     need_dx, need_dw, need_db = (t is not None and t.requires_grad and torch.is_grad_enabled() for t in call.layer())
@@ -151,7 +148,7 @@ def _in_chunks(call: LinearCrossEntropyCall, dtype: torch.dtype, backend: str, t
             None if call.token_weight is None else call.token_weight.reshape(-1).to(wide),
             loss, call.chunking, backend, call.op,
         ),
-        dtype, with_gradient, needs, call.return_accuracy, call.return_entropy, keep, turned,
+        dtype, with_gradient, needs, call.return_accuracy, call.return_entropy, keep,
     )  # fmt: skip
     # Each view would be one more node of the graph.
     x = x if x.dim() == 2 else x.reshape(target.numel(), x.shape[-1])

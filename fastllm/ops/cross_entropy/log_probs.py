@@ -80,10 +80,10 @@ def log_prob_rows(input, linear_weight, target, **options):
 
 def _rows(call: LinearCrossEntropyCall):
     wide = torch.promote_types(call.input.dtype, torch.float32)
-    log_probs, _, accuracy, entropy = linear_loss(_NAME, call, wide, turned=True)
+    loss, _, accuracy, entropy = linear_loss(_NAME, call, wide)
     entropy = _of_targets(call, entropy) if call.return_entropy else None
     accuracy = accuracy.view(call.target.shape) if call.return_accuracy and accuracy is not None else None
-    return log_probs, accuracy, entropy
+    return 0.0 - loss, accuracy, entropy  # an ignored target's is 0, not -0
 
 
 def _of_targets(call: LinearCrossEntropyCall, entropy):
