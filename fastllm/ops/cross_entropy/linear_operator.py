@@ -232,7 +232,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         layer, needs = Layer(x, w, bias), ctx.needs_input_grad[:3]
         call = ctx.call._replace(target=target, weight=weight, token_weight=token_weight)
         # Nobody else has seen what the forward left, so it is overwritten. A second backward computes it again.
-        if not torch.is_grad_enabled() and scalable(*upstream):
+        if (ctx.has_logits or ctx.has_gradient) and not torch.is_grad_enabled() and scalable(*upstream):
             if ctx.has_logits and not traced(logits):
                 ctx.has_logits = False
                 return *layer_gradients(upstream, total, layer, call, needs, KeptLogits(logits.data)), None
