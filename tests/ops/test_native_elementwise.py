@@ -16,7 +16,6 @@ from fastllm import OPS
 from fastllm.backends import BackendError
 from fastllm.extension import load as extension
 from fastllm.functional import geglu, rotary_embedding, swiglu
-from fastllm.ops.gated import NATIVE_FROM
 from fastllm.registry import Sample
 
 pytestmark = [
@@ -152,15 +151,12 @@ def _operators(call) -> set:
     return called.names
 
 
-def test_calls_that_torch_serves_faster_stay_there():
-    large = torch.zeros(NATIVE_FROM["gelu"])
-    tables = torch.ones(2, 3, 4).unbind()
-    assert _operators(lambda: swiglu(large, large)) == {"gated_rows"}
-    assert _operators(lambda: geglu(large, large)) == {"gated_rows"}
-    assert not _operators(lambda: swiglu(large[1:], large[1:]))
-    assert not _operators(lambda: swiglu(large.bfloat16(), large.bfloat16()))
-    assert _operators(lambda: geglu(large.bfloat16(), large.bfloat16(), approximate="tanh")) == {"gated_rows"}
-    assert not _operators(lambda: swiglu(large.double(), large))
+def test_calls_that_torch_serves_stay_there():
+    x, tables = torch.zeros(8), torch.ones(2, 3, 4).unbind()
+    assert _operators(lambda: swiglu(x, x)) == {"gated_rows"}
+    assert _operators(lambda: geglu(x, x)) == {"gated_rows"}
+    assert _operators(lambda: swiglu(x.bfloat16(), x.bfloat16())) == {"gated_rows"}
+    assert not _operators(lambda: swiglu(x.double(), x))
     assert _operators(lambda: rotary_embedding(torch.ones(1, 1, 3, 8), None, *tables)) == {"rotary_rows"}
     assert not _operators(lambda: rotary_embedding(torch.ones(1, 1, 3, 8).double(), None, *tables))
     learned = [t.clone().requires_grad_() for t in tables]
@@ -177,7 +173,7 @@ def test_what_it_does_not_take_is_refused_by_name():
 
 
 def test_vmap_takes_torchs_operators():
-    gate, up = torch.randn(2, 4, NATIVE_FROM["gelu_tanh"]).unbind()
+    gate, up = torch.randn(2, 4, 64).unbind()
     options = {"approximate": "tanh"}
     torch.testing.assert_close(
         torch.func.vmap(lambda g, u: geglu(g, u, **options))(gate, up), geglu(gate, up, **options)
