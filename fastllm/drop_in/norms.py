@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..functional import layer_norm, rms_norm
-from ..ops.norm.native import norm_of_rows, takes_rms
+from ..ops.norm.native import takes_rms, undropped_norm
 from .calls import own, watched
 from .deferred import value_of
 from .plain import only_input, plain
@@ -72,7 +72,7 @@ def norm_forward(module, original, norm: Norm, *args, **kwargs):
     if norm.center:
         return layer_norm(wide, shape, weight, bias, eps, weight_offset=norm.offset).to(out)
     if norm.offset == 0.0 and eps is not None and not watched() and takes_rms(wide, weight):
-        return norm_of_rows(wide, None, weight, None, None, eps, 0.0, False)[0].to(out)
+        return undropped_norm(wide, None, weight, None, eps=eps, center=False)[0].to(out)
     return rms_norm(wide, shape, weight, eps, weight_offset=norm.offset).to(out)
 
 
