@@ -169,9 +169,8 @@ def _forward(layer: Layer, node: LinearLossNode):
     needs = needs[:2] if with_gradient else _NOTHING[:2]
     # The gradients that are left for the backward are the loss's own.
     there = turned and not with_gradient
-    found = at_once(
-        layer, call, AtOnce(-1 if there else _divisor(call), mean, keep, Extras(accuracy, entropy), needs)
-    )  # fmt: skip
+    total = -1 if there else _divisor(call)
+    found = at_once(layer, call, AtOnce(total, mean, keep, Extras(accuracy, entropy), needs))
     if found is None:
         loss, lse, *rest = _forward_in_chunks(layer, node)
     else:
@@ -244,7 +243,7 @@ def _layer_gradients(
     if scale_last or (dloss is not None and dloss.dim()):
         rows = LossGradients(None if scale_last else dloss.to(wide).contiguous(), *others)
         count = -1 if turned and not scale_last else _divisor(call)
-        wanted = AtOnce(count, None, False, Extras(), needs[:2])
+        wanted = AtOnce(total=count, mean=None, keep=False, extras=Extras(), needs=needs[:2])
         found = at_once(layer, call, wanted, rows, None if kept is None else kept.logits)
     if turned and dloss is not None and (scale_last or found is None):
         dloss = -dloss
@@ -331,9 +330,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         def formula(x, w, bias):
             loss, lse, _, entropy = linear_definition(
                 LinearCrossEntropyCall(
-                    x, w, y, bias, weight, token_weight, call.loss, 0, call.chunking, True, True, False, True
+                    x, w, y, bias, weight, token_weight, call.loss, shift=0, chunking=call.chunking, recompute=True,
+                    return_lse=True, return_accuracy=False, return_entropy=True,
                 )
-            )
+            )  # fmt: skip
             return loss.to(ctx.dtype), lse, entropy
 
         return *gradients(launch, formula, (x, w, bias), needs, outputs_grad, (total,)), None
