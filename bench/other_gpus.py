@@ -81,7 +81,7 @@ def _amd_metadata(assembly: str, name: str) -> int:
 def row_of(gpu: DeviceInfo, op: str, shape: str, dtype: torch.dtype, launch: Launch) -> OtherRow:
     """What a compiled launch takes on ``gpu``, read from its assembly."""
     compiled = launch.compiled
-    place, untouched = (0, 0, 0, 0), False
+    stack: dict[str, int] = {}
     if gpu.vendor == "amd":
         assembly = compiled.asm["amdgcn"]
         registers, spills = (_amd_metadata(assembly, name) for name in ("vgpr_count", "vgpr_spill_count"))
@@ -89,13 +89,15 @@ def row_of(gpu: DeviceInfo, op: str, shape: str, dtype: torch.dtype, launch: Lau
     else:
         resources = read_resources(compiled)
         registers, spills, matrix = resources.registers, resources.spills, resources.tensor_core
-        length, untouched = sum(resources.opcodes.values()), resources.untouched_stack
-        place = resources.stack, resources.looped_spills, resources.loop_length, length
+        stack = dict(
+            stack=resources.stack, looped=resources.looped_spills, loop_length=resources.loop_length,
+            length=sum(resources.opcodes.values()), untouched_stack=resources.untouched_stack,
+        )  # fmt: skip
     kernel = short_name(launch.kernel)
     metadata = compiled.metadata
     return OtherRow(
-        gpu.architecture, op, shape, str(dtype).removeprefix("torch."), launch.direction, kernel, launch.grid,
-        metadata.num_warps, registers, spills, metadata.shared, matrix, *place, untouched,
+        gpu.architecture, op, shape, str(dtype).removeprefix("torch."), launch.direction, kernel, grid=launch.grid,
+        warps=metadata.num_warps, registers=registers, spills=spills, shared=metadata.shared, matrix=matrix, **stack,
     )  # fmt: skip
 
 

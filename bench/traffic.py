@@ -175,6 +175,94 @@ class _Launch:
                 yield span.access(kernel, scale)
 
 
+class _Counter:
+    """What counts inside the interpreter: a method for each of its methods, called with that and its arguments."""
+
+    def __init__(self, traffic: Traffic, programs: int | None):
+        self.traffic, self.programs = traffic, programs
+        self.launch: _Launch | None = None
+
+    def patches(self) -> Iterator[contextlib.AbstractContextManager]:
+        """Each puts one counting method in its place while it is open."""
+        executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
+        for owner, name, counting in (
+            (executor, "__call__", self._run),
+            (builder, "set_grid_dim", self._set_grid),
+            (builder, "set_grid_idx", self._set_program),
+            (builder, "create_masked_load", self._load),
+            (builder, "create_masked_store", self._store),
+            (builder, "create_atomic_rmw", self._read_modify_write),
+            (builder, "create_atomic_cas", self._compare_and_swap),
+        ):
+            yield mock.patch.object(owner, name, _with(getattr(owner, name), counting))
+
+    def _run(self, original, executor, *args, **kwargs):
+        self.launch = _Launch(executor.arg_names, args, kwargs)
+        self.traffic.in_kernel = True
+        executor.grid = self.launch.choose(executor.grid, self.programs)
+        try:
+            original(executor, *args, **kwargs)
+            self.traffic.accesses.extend(self.launch.accesses(executor.fn.__name__))
+            self.traffic.launches += 1
+        finally:
+            self.launch, self.traffic.in_kernel = None, False
+
+    def _present(self) -> _Launch:
+        assert self.launch is not None, "the interpreter runs a program of a launch"
+        return self.launch
+
+    def _set_grid(self, original, builder, *sampled):
+        return original(builder, *self._present().grid)
+
+    def _set_program(self, original, builder, sampled, *zeros):
+        launch = self._present()
+        launch.program = launch.chosen[sampled]
+        return original(builder, *map(int, np.unravel_index(launch.program, launch.grid)))
+
+    def _touched(self, pointers, mask) -> Iterator[tuple[_Span, np.ndarray, int]]:
+        """The addresses of the lanes whose mask is true, by storage, and the bytes of an element."""
+        itemsize = pointers.get_element_ty().primitive_bitwidth // 8
+        active = True if mask is None else np.broadcast_to(np.asarray(getattr(mask, "data", mask)), pointers.data.shape)
+        chosen = np.atleast_1d(pointers.data)[np.atleast_1d(active)].reshape(-1)
+        for span, addresses in self._present().split(chosen):
+            yield span, addresses, itemsize
+
+    def _count_load(self, pointers, mask) -> None:
+        for span, addresses, itemsize in self._touched(pointers, mask):
+            span.load(addresses, itemsize, self._present().program)
+
+    def _count_store(self, pointers, mask) -> None:
+        for span, addresses, itemsize in self._touched(pointers, mask):
+            span.stores += addresses.size * itemsize
+
+    def _load(self, original, builder, pointers, mask, *rest, **options):
+        self._count_load(pointers, mask)
+        return original(builder, pointers, mask, *rest, **options)
+
+    def _store(self, original, builder, pointers, value, mask, *rest):
+        self._count_store(pointers, mask)
+        return original(builder, pointers, value, mask, *rest)
+
+    def _read_modify_write(self, original, builder, op, pointers, value, mask, *rest):
+        self._count_load(pointers, mask)
+        self._count_store(pointers, mask)
+        return original(builder, op, pointers, value, mask, *rest)
+
+    def _compare_and_swap(self, original, builder, pointers, *rest):
+        self._count_load(pointers, None)
+        self._count_store(pointers, None)
+        return original(builder, pointers, *rest)
+
+
+def _with(original: Callable, counting: Callable) -> Callable:
+    """A method that calls ``counting`` with ``original``, its own object and its arguments."""
+
+    def method(self, *args, **kwargs):
+        return counting(original, self, *args, **kwargs)
+
+    return method
+
+
 @contextlib.contextmanager
 def count_traffic(programs: int | None = None) -> Iterator[Traffic]:
     """Counts the kernels launched within the block; see the module's docstring.
@@ -189,75 +277,11 @@ def count_traffic(programs: int | None = None) -> Iterator[Traffic]:
     if not interpreting():
         raise RuntimeError("traffic is counted in Triton's interpreter: set TRITON_INTERPRET=1 before Python starts")
     traffic = Traffic()
-    launch: _Launch | None = None
-    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    run, set_dim, set_program = executor.__call__, builder.set_grid_dim, builder.set_grid_idx
-    masked_load, masked_store = builder.create_masked_load, builder.create_masked_store
-    rmw, cas = builder.create_atomic_rmw, builder.create_atomic_cas
-
-    def counted_run(self, *args, **kwargs):
-        nonlocal launch
-        launch = _Launch(self.arg_names, args, kwargs)
-        traffic.in_kernel = True
-        self.grid = launch.choose(self.grid, programs)
-        try:
-            run(self, *args, **kwargs)
-            traffic.accesses.extend(launch.accesses(self.fn.__name__))
-            traffic.launches += 1
-        finally:
-            launch, traffic.in_kernel = None, False
-
-    def present() -> _Launch:
-        assert launch is not None, "the interpreter runs a program of a launch"
-        return launch
-
-    def counted_set_dim(self, *sampled):
-        return set_dim(self, *present().grid)
-
-    def counted_set_program(self, sampled, *zeros):
-        launch = present()
-        launch.program = launch.chosen[sampled]
-        return set_program(self, *map(int, np.unravel_index(launch.program, launch.grid)))
-
-    def count(pointers, mask, *, load: bool, store: bool):
-        itemsize = pointers.get_element_ty().primitive_bitwidth // 8
-        active = True if mask is None else np.broadcast_to(np.asarray(getattr(mask, "data", mask)), pointers.data.shape)
-        launch = present()
-        for span, addresses in launch.split(np.atleast_1d(pointers.data)[np.atleast_1d(active)].reshape(-1)):
-            if load:
-                span.load(addresses, itemsize, launch.program)
-            if store:
-                span.stores += addresses.size * itemsize
-
-    def counted_load(self, pointers, mask, *rest, **options):
-        count(pointers, mask, load=True, store=False)
-        return masked_load(self, pointers, mask, *rest, **options)
-
-    def counted_store(self, pointers, value, mask, *rest):
-        count(pointers, mask, load=False, store=True)
-        return masked_store(self, pointers, value, mask, *rest)
-
-    def counted_rmw(self, op, pointers, value, mask, *rest):
-        count(pointers, mask, load=True, store=True)
-        return rmw(self, op, pointers, value, mask, *rest)
-
-    def counted_cas(self, pointers, *rest):
-        count(pointers, None, load=True, store=True)
-        return cas(self, pointers, *rest)
-
     with contextlib.ExitStack() as stack:
         if programs is not None:
             stack.enter_context(np.errstate(all="ignore"))  # what was left out was never written
-        for owner, name, wrapper in (
-            (executor, "__call__", counted_run),
-            (builder, "set_grid_dim", counted_set_dim),
-            (builder, "set_grid_idx", counted_set_program),
-            (builder, "create_masked_load", counted_load),
-            (builder, "create_masked_store", counted_store),
-            (builder, "create_atomic_rmw", counted_rmw),
-            (builder, "create_atomic_cas", counted_cas),
-        ):
-            stack.enter_context(mock.patch.object(owner, name, wrapper))
+        for patch in _Counter(traffic, programs).patches():
+            stack.enter_context(patch)
         yield traffic
 
 

@@ -1,4 +1,4 @@
-"""Text, instructions and preferences for docs/tour.md, of the docstrings of Python's own library.
+"""Text, instructions and preferences for docs/tour-measured.md, of the docstrings of Python's own library.
 
 python docs/prompts.py FOLDER    text/ and held/ (a file for each module), instructions and preferences of both
 

@@ -68,6 +68,43 @@ def linear_cross_entropy() -> str:
     return "\n".join(lines)
 
 
+# What stands beside fastllm in bench/results/*/train-small-*.json -> how the table says it.
+BESIDE = {
+    "PyTorch eager": "the same model in plain PyTorch",
+    "torch.compile": "the same under torch.compile",
+    "transformers": "transformers' GPT-2",
+    "nanoGPT": "nanoGPT as it ships, in float32",
+}
+
+
+def training_step() -> str:
+    """How many times as fast fastllm's training step is, of each machine in bench/results, the fewest instructions
+    first."""
+    folders = (RESULTS / name for name in ("cpu-avx2", "cpu-avx512", "cpu"))
+    files = [file for folder in folders for file in sorted(folder.glob("train-small-*.json"))]
+    runs = [json.loads(file.read_text("utf-8")) for file in files]
+    heads = [f"{run['environment']['device']}, {run['options']['dtype']}" for run in runs]
+    lines = [f"| beside | {' | '.join(heads)} |", "|---|" + "---|" * len(runs)]
+    for provider, words in BESIDE.items():
+        rows = [next((row for row in run["rows"] if row["provider"] == provider), None) for run in runs]
+        leads = ["" if row is None else row["speedup"] for row in rows]
+        cells = [lead and f"{lead['median']:.2f} ({lead['low']:.2f} to {lead['high']:.2f})" for lead in leads]
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def slower() -> str:
+    """The ops of each bench.json that are slower than the best other way, an item for each run."""
+    lines = []
+    for file in sorted(RESULTS.glob("*/bench.json")):
+        run = read_run(file)
+        found = leads(in_cases([row for row in run.rows if row.direction == "both"]))
+        means = {op: geometric_mean(lead["best other"]) for op, lead in found.items() if lead.get("best other")}
+        named = [f"`{op}` {mean:.2f}" for op, mean in sorted(means.items(), key=lambda item: item[1]) if mean < 0.995]
+        lines.append(f"- {run.environment['device']}: {', '.join(named) or 'none'}")
+    return "\n".join(lines)
+
+
 def bench() -> str:
     """Each bench.json under bench/results: geometric means over an op's calls, both directions at once, worst first."""
     parts = []
@@ -121,9 +158,10 @@ def fields() -> str:
 
 GENERATED = {
     "docs/bench-json.md": {"fields": fields},
-    "README.md": {"ops": ops},
+    "README.md": {"ops": ops, "training-step": training_step, "slower": slower},
     "docs/benchmarks.md": {
         "bench": bench,
+        "training-step": training_step,
         "embedding-backward": embedding_backward,
         "linear-cross-entropy": linear_cross_entropy,
     },

@@ -1,7 +1,7 @@
-"""The parts of docs/tour.md that are computed.
+"""The parts of docs/tour.md and docs/tour-measured.md that are computed.
 
 python docs/tour.py table                 the table of objectives and models, from tiny runs: rewrites docs/tour.md
-python docs/tour.py curves RUNS           the pictures, from the runs that RUNS holds
+python docs/tour.py curves RUNS           the pictures of docs/tour-measured.md, from the runs that RUNS holds
 python docs/tour.py baseline PAIRS HELD   word by word, with a dictionary from PAIRS: BLEU and chrF on HELD
 """
 

@@ -63,10 +63,11 @@ def accelerate(
 ) -> Report:
     """Make ``model``'s own modules run on fastllm's ops, in place, and report what was done.
 
-    torch.nn's norms, embeddings, cross-entropy and multi-head attention are found by their type. Other norms are found
-    by what their forward computes, measured on random inputs (:func:`fastllm.drop_in.norms.recognise`). A vocabulary
-    head is the model's output embeddings, or a layer with as many outputs as an embedding has rows. Attention is served
-    through transformers' AttentionInterface, as "fastllm". Uncertain modules are left alone, with the reason.
+    torch.nn's norms, embeddings, cross-entropy and multi-head attention are found by their type. Other norms are
+    found by what their forward computes, measured on random inputs
+    (:func:`fastllm.drop_in.norms_probe.recognise_norm`). A vocabulary head is the model's output embeddings, or a
+    layer with as many outputs as an embedding has rows. Attention is served through transformers'
+    AttentionInterface, as "fastllm". Uncertain modules are left alone, with the reason.
 
     Only these instances change. Parameters, buffers, hooks, state_dict keys, dtype, device, tying and training mode
     stay. Pickling and copying keep the acceleration, and :func:`revert` undoes it. Call it before or after

@@ -12,9 +12,11 @@ from torch import nn
 
 from ..ops.linear import pays
 from ..ops.shared.widened import widens
-from .experts import Experts, looks_like_experts, recognise_experts
+from .experts import Experts
+from .experts_probe import looks_like_experts, recognise_experts
 from .gated import GatedMLP, looks_like_gated, recognise_gated
-from .norms import Norm, looks_like_norm, recognise
+from .norms import Norm
+from .norms_probe import looks_like_norm, recognise_norm
 from .probe import OWN, settings_of
 from .report import Size
 from .rows import ALWAYS, IN_TRAINING
@@ -163,7 +165,7 @@ class Rules:
             return Decision("rms_norm", None, why)
         if not self.verify:
             return Decision("rms_norm", None, UNMEASURED)
-        norm = self._measure(module, recognise)
+        norm = self._measure(module, recognise_norm)
         if isinstance(norm, str):
             return Decision("rms_norm", None, norm)
         return Decision(norm.op, Kind("norm", norm), f"measured: {norm}", _size(module, norm.op, path))

@@ -20,7 +20,7 @@ from .. import extension
 from .. import nn as fast
 from ..backends import chosen_backend, operators_alone
 from ..ops.linear_rows import MAX_ROWS, linear_rows
-from ..ops.norm.native import norm_of_rows
+from ..ops.norm.native import undropped_norm
 from ..ops.rotary_embedding import rotary_rows
 from .blocks import MLP, Attention, Block, Context, CrossAttention
 from .config import GATED
@@ -96,9 +96,8 @@ def _norm(norm: nn.Module) -> Callable:
     center = isinstance(norm, nn.LayerNorm)
 
     def run(branch, residual):
-        return norm_of_rows(
-            branch, residual, norm.weight, norm.bias if center else None, None, norm.eps, 0.0, center
-        )[:2]  # fmt: skip
+        bias = norm.bias if center else None
+        return undropped_norm(branch, residual, norm.weight, bias, eps=norm.eps, center=center)[:2]
 
     return run
 
@@ -126,7 +125,7 @@ def _attention(module: Attention, layer: int) -> Callable:
         if turned or config.qk_norm:
             both = together[:, : heads + kv_heads]
             if config.qk_norm:
-                both = norm_of_rows(both, None, None, None, None, config.norm_eps, 0.0, False)[0]
+                both = undropped_norm(both, None, None, None, eps=config.norm_eps, center=False)[0]
             if turned:
                 both = rotary_rows(both[:, :, None], None, *now.rotary, None, 0, False, False)[0][:, :, 0]
             query, key = both.split((heads, kv_heads), 1)

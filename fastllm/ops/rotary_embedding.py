@@ -168,7 +168,7 @@ class _Rotary(torch.autograd.Function):
 
 def _call(query, key, cos, sin, *, position_ids=None, offset=0, interleaved=False) -> RotaryCall:
     _check(query, key, cos, sin, position_ids, offset)
-    return RotaryCall(query, key, cos, sin, position_ids, int(offset), bool(interleaved))
+    return RotaryCall(query, key, cos, sin, position_ids, offset=int(offset), interleaved=bool(interleaved))
 
 
 def _batch(query: torch.Tensor) -> int:

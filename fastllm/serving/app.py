@@ -166,6 +166,70 @@ def _name_of(host: str) -> str:
     return name.lower()
 
 
+class _Site:
+    """The pages of :func:`make_app`."""
+
+    def __init__(self, models: dict[str, ServedModel], seconds: float):
+        self.models, self.seconds = models, seconds
+        # One computation at a time: they share the cores.
+        self.busy = asyncio.Lock()
+        self.page = files("fastllm.serving").joinpath("page.html").read_text("utf-8")
+
+    def routes(self) -> list[Route]:
+        return [Route("/", self.home), Route("/models", self.about), Route("/{task}", self.work, methods=["POST"])]
+
+    async def home(self, request: Request) -> Response:
+        return HTMLResponse(self.page)
+
+    async def about(self, request: Request) -> Response:
+        return JSONResponse(
+            {task: {"parameters": served.model.num_parameters(), "labels": list(served.model.config.labels)}
+             for task, served in self.models.items()}
+        )  # fmt: skip
+
+    async def work(self, request: Request) -> Response:
+        task = request.path_params["task"]
+        if task not in self.models:
+            return JSONResponse({"error": f"no model for {task} is served"}, 404)
+        try:
+            return await self._answer(task, request)
+        except BadRequest as error:
+            return JSONResponse({"error": str(error)}, 400)
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody reads it
+        except (TimeoutError, asyncio.TimeoutError):
+            return JSONResponse({"error": f"took more than {self.seconds:g} s"}, 503)
+
+    async def _answer(self, task: str, request: Request) -> Response:
+        """What the model of ``task`` makes of the request.
+
+        Raises:
+            BadRequest: it asks for what cannot be done.
+            ClientDisconnect: nobody waits for the answer any more.
+            TimeoutError, asyncio.TimeoutError: it took more than ``seconds``.
+        """
+        async with asyncio.timeout(self.seconds) if hasattr(asyncio, "timeout") else contextlib.nullcontext():
+            values = await _body(request)
+        if task == "generate":
+            pieces = _written(self.models[task], values, time.monotonic() + self.seconds)
+            await asyncio.wait_for(self.busy.acquire(), self.seconds)
+            return _Held(iterate_in_threadpool(pieces), self.busy, media_type="text/plain; charset=utf-8")
+        return JSONResponse(await asyncio.wait_for(self._computed(task, values), self.seconds))
+
+    async def _computed(self, task: str, values: dict) -> dict:
+        await self.busy.acquire()
+        running = asyncio.ensure_future(run_in_threadpool(ANSWERS[task], self.models[task], values))
+
+        def ended(running: asyncio.Future) -> None:
+            self.busy.release()
+            if not running.cancelled():
+                running.exception()  # seen, also where nobody waits for it any more
+
+        running.add_done_callback(ended)
+        # A thread cannot be stopped: after a timeout it goes on, and the next computation waits for its end.
+        return await asyncio.shield(running)
+
+
 def make_app(models: dict[str, ServedModel], hosts: tuple[str, ...], seconds: float = MAX_SECONDS) -> Callable:
     """The application for ``models`` by task, a subset of :data:`TASKS`.
 
@@ -175,54 +239,7 @@ def make_app(models: dict[str, ServedModel], hosts: tuple[str, ...], seconds: fl
         seconds: seconds that a request may take, its wait for others included.
     """
     names = {host.lower() for host in hosts}
-    # One computation at a time: they share the cores.
-    busy = asyncio.Lock()
-    page = files("fastllm.serving").joinpath("page.html").read_text("utf-8")
-
-    async def computed(task: str, values: dict) -> dict:
-        await busy.acquire()
-        running = asyncio.ensure_future(run_in_threadpool(ANSWERS[task], models[task], values))
-
-        def ended(running: asyncio.Future) -> None:
-            busy.release()
-            if not running.cancelled():
-                running.exception()  # seen, also where nobody waits for it any more
-
-        running.add_done_callback(ended)
-        # A thread cannot be stopped: after a timeout it goes on, and the next computation waits for its end.
-        return await asyncio.shield(running)
-
-    async def home(request: Request) -> Response:
-        return HTMLResponse(page)
-
-    async def about(request: Request) -> Response:
-        return JSONResponse(
-            {task: {"parameters": served.model.num_parameters(), "labels": list(served.model.config.labels)}
-             for task, served in models.items()}
-        )  # fmt: skip
-
-    async def work(request: Request) -> Response:
-        task = request.path_params["task"]
-        if task not in models:
-            return JSONResponse({"error": f"no model for {task} is served"}, 404)
-        try:
-            async with asyncio.timeout(seconds) if hasattr(asyncio, "timeout") else contextlib.nullcontext():
-                values = await _body(request)
-            if task == "generate":
-                pieces = _written(models[task], values, time.monotonic() + seconds)
-                await asyncio.wait_for(busy.acquire(), seconds)
-                return _Held(iterate_in_threadpool(pieces), busy, media_type="text/plain; charset=utf-8")
-            return JSONResponse(await asyncio.wait_for(computed(task, values), seconds))
-        except BadRequest as error:
-            return JSONResponse({"error": str(error)}, 400)
-        except ClientDisconnect:
-            return Response(status_code=400)  # nobody reads it
-        except (TimeoutError, asyncio.TimeoutError):
-            return JSONResponse({"error": f"took more than {seconds:g} s"}, 503)
-
-    app = Starlette(routes=[
-        Route("/", home), Route("/models", about), Route("/{task}", work, methods=["POST"]),
-    ])  # fmt: skip
+    app = Starlette(routes=_Site(models, seconds).routes())
 
     async def guarded(scope, receive, send):
         if scope["type"] == "http":

@@ -15,7 +15,7 @@ from .recipes import RECIPES
 
 DEFAULT_PRESET = "tiny"
 # Without any budget: seconds of training, and passes over the text of a new causal model, whichever are over first.
-# More passes learn the text by heart: docs/train.md has the scores after 9 to 30.
+# More passes learn the text by heart: docs/recipe.md has the scores after 9 to 30.
 DEFAULT_SECONDS = 105.0
 DEFAULT_EPOCHS = 11.0
 # The settings that say when a run ends.

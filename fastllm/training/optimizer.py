@@ -19,7 +19,7 @@ from .orthogonal import orthogonal
 
 # What is added to the root of AdamW's second moment.
 _ADAMW_EPS = 1e-8
-# Neurons of an MLP in a block of Muon's: 64 scored as well as 32 and better than 256 and all (docs/train.md).
+# Neurons of an MLP in a block of Muon's: 64 scored as well as 32 and better than 256 and all (docs/recipe.md).
 _NEURONS = 64
 
 

@@ -9,7 +9,8 @@ from prose import prose
 
 from fastllm.config import InputError
 from fastllm.data import Batches, Corpus, Tokenizer, open_dataset, open_token_file, prepare, write_token_file
-from fastllm.data.token_shards import Concatenated
+from fastllm.data.token_file import TokenWriter
+from fastllm.data.token_shards import Concatenated, write_token_shards
 
 DOCUMENTS = [prose(3, i) for i in range(40)]
 
@@ -96,6 +97,21 @@ def test_fewer_shards_leave_none_of_the_earlier_ones(sharded, tokenizer):
     prepare(Corpus("c", DOCUMENTS[:3], [prose(20, 99)]), folder, tokenizer=tokenizer)
     assert [path.name for path in folder.glob("train-*.bin")] == ["train-00000.bin"]
     assert open_dataset(folder).train.documents == 3
+
+
+def test_a_shard_ends_with_the_document_that_reaches_its_size(tokenizer, tmp_path):
+    tokens = len(tokenizer.encode(DOCUMENTS[0])) + 1  # and the end of text
+    names, _ = write_token_shards(tmp_path, "train", [DOCUMENTS[0]] * 3, tokenizer, shard_tokens=tokens)
+    shards = [open_token_file(tmp_path / name, tokenizer, number) for number, name in enumerate(names)]
+    # The first one also begins with an end of text.
+    assert [(len(shard), shard.documents) for shard in shards] == [(tokens + 1, 1), (tokens, 1), (tokens, 1)]
+
+
+def test_a_file_without_tokens_is_refused(tokenizer, tmp_path):
+    with TokenWriter(tmp_path / "t.bin", tokenizer, shard=1):
+        pass
+    with pytest.raises(InputError, match=r"t\.bin: damaged token file"):
+        open_token_file(tmp_path / "t.bin", tokenizer, shard=1)
 
 
 def test_documents_without_text_keep_their_place(tokenizer, tmp_path):

@@ -52,6 +52,16 @@ def test_a_packed_batch_gives_the_padded_ones_states_and_gradients(style):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
 
 
+def test_a_convolution_sees_two_tokens_before_and_one_behind():
+    """Its filters see 2, 3 and 4 tokens; one of an even number has more of them before its own than behind."""
+    model = encoder("conv", num_layers=1)
+    tokens = torch.arange(9, device=DEVICE)[None]
+    states, _ = model.encode(tokens, torch.tensor([9], device=DEVICE))
+    weight = model.encoder.token_embedding.weight
+    (gradient,) = torch.autograd.grad((states[0, 4] * torch.randn(16, device=DEVICE)).sum(), weight)
+    assert gradient.any(-1).nonzero().flatten().tolist() == [2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_padding_and_neighbours_change_nothing(kind):
     model = encoder(kind).eval()

@@ -112,6 +112,17 @@ def test_mean_in_bf16_is_summed_in_fp32():
     torch.testing.assert_close(loss.double(), truth, rtol=4e-3, atol=0)
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="about the CPU code")
+@pytest.mark.runs_on("interpreter")
+def test_small_losses_beside_a_huge_one_are_not_lost_in_the_sum():
+    """Next to 1e17 the numbers of fp64 are 16 apart, and 40 is between two of them: what a step loses is carried on."""
+    x = torch.zeros(65, 2, dtype=torch.float64)
+    x[:, 1], x[0, 1] = 40.0, 1e17
+    y = torch.zeros(65, dtype=torch.int64)
+    with fastllm.backend("native"):
+        assert cross_entropy(x, y, reduction="sum").item() == 1e17 + 64 * 40
+
+
 def test_under_autocast_the_loss_is_fp32(backend):
     x, y = torch.randn(3, 8, device=DEVICE).bfloat16(), torch.tensor([1, 2, 3], device=DEVICE)
     with torch.autocast(DEVICE.type, torch.bfloat16):

@@ -91,6 +91,49 @@ def test_ignored_rows_are_left_out_on_a_cpu_with_the_entropy_too(monkeypatch):
     assert (x.grad[::3] == 0).all()
 
 
+ON_A_CPU = [("native", None), ("native", 1e-4)] if DEVICE.type == "cpu" else []
+
+
+@pytest.mark.parametrize(("backend", "workspace"), [("eager", 1e-4), ("triton", None), *ON_A_CPU])
+def test_a_class_that_cannot_be_is_as_one_that_is_not_there(backend, workspace):
+    """Its logit is -inf, and p log p of it is 0, as are the gradients."""
+    x, w, _ = _call(v=34)
+    bias, y = torch.randn(34, device=DEVICE), torch.arange(9, device=DEVICE)
+    factors = torch.randn(2, 9, device=DEVICE)
+
+    def run(x, w, bias):
+        with fastllm.backend(backend):
+            return linear_log_probs(x, w, y, linear_bias=bias, return_entropy=True, max_workspace_mb=workspace)
+
+    def loss(found):
+        return sum((t * factor).sum() for t, factor in zip(found, factors, strict=True))
+
+    bias[-1] = -torch.inf
+    got, expected = run(x, w, bias), run(x, w[:-1], bias[:-1])
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(
+        torch.autograd.grad(loss(got), (x, w)), torch.autograd.grad(loss(expected), (x, w)), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "triton", "native"] if DEVICE.type == "cpu" else ["eager", "triton"])
+def test_nan_for_an_ignored_token_goes_nowhere(backend, frozen):
+    x, w, y = _call()
+    y[::3] = -100
+    leaves = (x,) if frozen else (x, w)
+    upstream = torch.randn(9, device=DEVICE)
+    clean = torch.where(y == -100, 0, upstream)
+    upstream[::3] = torch.nan
+    with fastllm.backend(backend):
+        for workspace in (None, 1e-4):
+            log_probs = linear_log_probs(x, w.detach() if frozen else w, y, max_workspace_mb=workspace)
+            got = torch.autograd.grad(log_probs, leaves, upstream, retain_graph=True)
+            for mine, theirs in zip(got, torch.autograd.grad(log_probs, leaves, clean), strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_16_bit_hidden_states_give_fp32_log_probs_under_autocast_too():
     x, w, y = _call(dtype=torch.bfloat16)
     truth = torch.log_softmax(x.double() @ w.double().t(), -1).gather(-1, y[:, None]).squeeze(-1)

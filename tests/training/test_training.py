@@ -12,6 +12,7 @@ from prose import prose
 from safetensors.torch import load_file
 from toy import TOY, weights
 
+from fastllm.config import InputError
 from fastllm.data import Corpus, open_dataset, prepare
 from fastllm.models import Transformer
 from fastllm.training import RunConfig, TrainingConfig, evaluate, measure, session, train
@@ -43,6 +44,11 @@ def test_cosine_and_wsd_have_their_shapes():
     assert [lr_scale(cosine, x) for x in (0, 0.25, 0.5, 1)] == pytest.approx([1, 0.5 + math.sqrt(0.125), 0.5, 0])
     wsd = TrainingConfig(schedule="wsd", warmup=0.1, decay=0.4)
     assert [lr_scale(wsd, x) for x in (0.1, 0.6, 0.8, 1)] == pytest.approx([1, 1, 0.5, 0])
+    # Together they may be the whole run, and no more.
+    whole = TrainingConfig(schedule="wsd", warmup=0.5, decay=0.5)
+    assert [lr_scale(whole, x) for x in (0.25, 0.5, 0.75)] == pytest.approx([0.5, 1, 0.5])
+    with pytest.raises(InputError, match=r"decay: 0\.5 and warmup 0\.6 are together more than the run"):
+        TrainingConfig(schedule="wsd", warmup=0.6, decay=0.5)
 
 
 def test_progress_follows_the_nearer_budget():

@@ -52,7 +52,9 @@ def _request(
 ):  # fmt: skip
     """The arguments of :func:`attention` as one value, after all checks."""
     query, key, value = cast_qkv(query, key, value)
-    call = AttentionCall(query, key, value, bias, sinks, alibi_slopes, None, cu_seqlens_q, cu_seqlens_k)
+    call = AttentionCall(
+        query, key, value, bias=bias, sinks=sinks, slopes=alibi_slopes, cu_q=cu_seqlens_q, cu_k=cu_seqlens_k
+    )
     bias, sinks, slopes, cu_q, cu_k = check_attention("attention", call, (max_seqlen_q, max_seqlen_k))
     dropout_p = check_dropout("attention", dropout_p)
     left, right = check_window("attention", window, causal)
@@ -62,8 +64,9 @@ def _request(
     softcap = check_softcap("attention", softcap)
     seed = draw_seed(query.device) if dropout_p > 0 else None
     call = AttentionCall(
-        query, key, value, bias, sinks, slopes, seed, cu_q, cu_k, scale, softcap, left, right, True, dropout_p
-    )
+        query, key, value, bias=bias, sinks=sinks, slopes=slopes, seed=seed, cu_q=cu_q, cu_k=cu_k, scale=scale,
+        softcap=softcap, left=left, right=right, dropout_p=dropout_p,
+    )  # fmt: skip
     return formed(AttentionRequest(call, bool(return_lse)))
 
 

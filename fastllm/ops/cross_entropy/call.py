@@ -226,9 +226,12 @@ def linear_cross_entropy_call(
         raise ValueError(f"{op}: weight requires a gradient, and class weights get none")
     skip = not (return_lse or return_entropy) and (max_targets is not None or input.device.type == "cpu")
     return LinearCrossEntropyCall(
-        input, linear_weight, as_indices(target), linear_bias, weight, token_weight, loss.checked(op), int(shift),
-        Chunking(max_workspace_mb, max_targets if skip else None, skip, bool(return_entropy)),
-        recompute, return_lse, bool(return_accuracy), bool(return_entropy), op,
+        input, linear_weight, as_indices(target), linear_bias, weight, token_weight, loss.checked(op),
+        shift=int(shift), recompute=recompute, return_lse=return_lse, return_accuracy=bool(return_accuracy),
+        return_entropy=bool(return_entropy), op=op,
+        chunking=Chunking(
+            max_workspace_mb, max_targets if skip else None, skip_ignored=skip, for_entropy=bool(return_entropy)
+        ),
     )  # fmt: skip
 
 

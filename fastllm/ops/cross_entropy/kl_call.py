@@ -214,7 +214,8 @@ def linear_kl_div_call(
             raise ValueError(f"{_NAME}: {name} is on {tensor.device}, input on {input.device}; they must be together")
     divergence = _checked_divergence(
         Divergence(
-            direction, beta, temperature, softcap, teacher_softcap, ignore_index, reduction, max_workspace_mb
+            direction=direction, beta=beta, temperature=temperature, softcap=softcap, teacher_softcap=teacher_softcap,
+            ignore_index=ignore_index, reduction=reduction, max_workspace_mb=max_workspace_mb,
         )
     )  # fmt: skip
     _check_layer("linear_weight", "input", input, linear_weight, linear_bias)

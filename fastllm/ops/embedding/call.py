@@ -108,5 +108,6 @@ def embedding_call(
         if sparse:
             raise ValueError("embedding: main_grad does not go with sparse")
     return EmbeddingCall(
-        input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, main_grad, vocab_range
-    )
+        input, weight, padding_idx=padding_idx, max_norm=max_norm, norm_type=norm_type,
+        by_freq=scale_grad_by_freq, sparse=sparse, main_grad=main_grad, vocab_range=vocab_range,
+    )  # fmt: skip

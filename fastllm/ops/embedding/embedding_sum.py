@@ -132,8 +132,9 @@ class _Sum(NamedTuple):
         repeats = grad.shape[0] // max(indices.numel(), 1)
         padding = normalised_padding("embedding_sum", self.padding[t], weight_rows)
         lookup = Lookup(
-            self.native, weight_rows, padding, False, None, self.scales[t], repeats, self.positions[t] and padding < 0
-        )
+            self.native, weight_rows, padding, by_freq=False, start=None, scale=self.scales[t], repeats=repeats,
+            positions=self.positions[t] and padding < 0,
+        )  # fmt: skip
         return scatter(grad, indices, lookup)
 
 
@@ -213,7 +214,10 @@ def _call(indices, weights, *, padding_idx=None, scale=1.0, dropout_p=0.0) -> Em
     padding = _per_table("padding_idx", padding_idx, None, tables)
     for given, weight in zip(padding, weights, strict=True):
         normalised_padding("embedding_sum", given, weight.shape[0])
-    return EmbeddingSumCall(indices, weights, shape, _scales(scale, tables), padding, float(dropout_p), positions)
+    return EmbeddingSumCall(
+        indices, weights, shape, scales=_scales(scale, tables), padding=padding, dropout_p=float(dropout_p),
+        positions=positions,
+    )  # fmt: skip
 
 
 def _refuses(backend: str, call: EmbeddingSumCall) -> str | None:

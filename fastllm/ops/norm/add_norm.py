@@ -19,7 +19,10 @@ def add_layer_norm_call(
 ) -> NormCall:
     """The arguments of :func:`add_layer_norm`, checked, as one value."""
     check_floating("add_layer_norm", "residual", residual, nested=True)
-    call = NormCall(input, residual, weight, bias, normalized_shape, eps, weight_offset, dropout_p, True)
+    call = NormCall(
+        input, residual, weight, bias, normalized_shape, eps=eps, weight_offset=weight_offset, dropout_p=dropout_p,
+        center=True,
+    )  # fmt: skip
     return checked("add_layer_norm", call)
 
 
@@ -29,7 +32,10 @@ def add_rms_norm_call(
     """The arguments of :func:`add_rms_norm`, checked, as one value."""
     check_floating("add_rms_norm", "residual", residual, nested=True)
     eps = default_eps(eps, residual.dtype)
-    call = NormCall(input, residual, weight, None, normalized_shape, eps, weight_offset, dropout_p, False)
+    call = NormCall(
+        input, residual, weight, None, normalized_shape, eps=eps, weight_offset=weight_offset, dropout_p=dropout_p,
+        center=False,
+    )  # fmt: skip
     return checked("add_rms_norm", call)
 
 

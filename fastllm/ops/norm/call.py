@@ -32,9 +32,7 @@ class NormCall(NamedTuple):
 
     def of(self, rows: torch.Tensor) -> NormCall:
         """The same norm of ``rows``, with nothing added to them."""
-        return NormCall(
-            rows, None, self.weight, self.bias, self.shape, self.eps, self.weight_offset, 0.0, self.center
-        )  # fmt: skip
+        return self._replace(input=rows, residual=None, dropout_p=0.0, first_row=None)
 
 
 class NormOptions(NamedTuple):

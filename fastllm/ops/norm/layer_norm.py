@@ -21,7 +21,10 @@ def layer_norm_reference(*args, **options):
 
 def layer_norm_call(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, weight_offset=0.0) -> NormCall:
     """The arguments of :func:`layer_norm`, checked, as one value."""
-    return checked("layer_norm", NormCall(input, None, weight, bias, normalized_shape, eps, weight_offset, 0.0, True))
+    call = NormCall(
+        input, None, weight, bias, normalized_shape, eps=eps, weight_offset=weight_offset, dropout_p=0.0, center=True
+    )
+    return checked("layer_norm", call)
 
 
 def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, weight_offset=0.0):

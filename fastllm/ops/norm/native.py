@@ -9,7 +9,7 @@ import torch
 
 from ... import extension
 from ...backends import KERNEL_DTYPES, chosen_backend, operators_alone
-from .call import NormBackward, NormForward
+from .call import NormBackward, NormForward, WantedGradients
 
 
 def _wide(x: torch.Tensor, residual: torch.Tensor | None) -> torch.dtype:
@@ -44,8 +44,8 @@ def _norm_grad_rows_fake(*args):
 # wider than the accumulator. (dy, dh, normed, weight, seed, mean, rstd, dtypes of the gradients of input, weight and
 # bias, dropout_p, center, whether to compute those of input, residual, weight and bias) -> (dinput, dresidual, dweight,
 # dbias).
-norm_of_rows = extension.operator("norm_rows", _norm_rows_fake)
-grad_of_rows = extension.operator("norm_grad_rows", _norm_grad_rows_fake)
+_norm_of_rows = extension.operator("norm_rows", _norm_rows_fake)
+_grad_of_rows = extension.operator("norm_grad_rows", _norm_grad_rows_fake)
 
 
 def _fitting(parameter: torch.Tensor | None, offset: float, wide: torch.dtype) -> torch.Tensor | None:
@@ -60,7 +60,7 @@ def _fitting(parameter: torch.Tensor | None, offset: float, wide: torch.dtype) -
 
 
 def takes_rms(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
-    """Whether ``norm_of_rows(x, None, weight, None, None, eps, 0.0, False)`` is RMS norm of ordinary tensors as chosen.
+    """Whether :func:`undropped_norm` with ``center=False`` is RMS norm of ordinary tensors as chosen.
 
     For callers who know that shapes and devices fit and need no gradient: the choices of the public function take 9 us.
     """
@@ -80,14 +80,32 @@ def norm_rows(call: NormForward):
     """(y, h, mean, rstd), as kernels/norm/forward.py's launcher returns them."""
     wide = _wide(call.x, call.residual)
     weight, bias = _fitting(call.weight, call.offset, wide), _fitting(call.bias, 0.0, wide)
-    return norm_of_rows(call.x, call.residual, weight, bias, call.seed, call.eps, call.dropout_p, call.center)
+    return _norm_of_rows(call.x, call.residual, weight, bias, call.seed, call.eps, call.dropout_p, call.center)
+
+
+def undropped_norm(x, residual, weight, bias, eps: float, center: bool):
+    """(y, h, mean, rstd) of ``x`` + ``residual`` with nothing dropped and nothing added to the weight.
+
+    ``weight`` and ``bias`` are contiguous, and no wider than what rows are computed in. Either may be None, and so may
+    ``residual``: then h is empty.
+    """
+    return _norm_of_rows(x, residual, weight, bias, None, eps, 0.0, center)
 
 
 def norm_grad_rows(call: NormBackward):
     """(dinput, dresidual, dweight, dbias), as kernels/norm/backward.py's launcher returns them."""
     weight = _fitting(call.weight, call.offset, call.rstd.dtype)
     wanted = call.wanted()
-    return grad_of_rows(
+    return _grad_of_rows(
         call.dy, call.dh, call.x, weight, call.seed, call.mean, call.rstd, call.input_dtype,
         call.weight_grad_dtype(), call.bias_dtype, call.dropout_p, call.center, *wanted,
     )  # fmt: skip
+
+
+def undropped_norm_grad(grads, rows, weight, statistics, center: bool, wanted: WantedGradients):
+    """(dinput, dresidual, dweight, dbias) of :func:`undropped_norm` for ``grads`` (dy, dh), where all have one dtype.
+
+    ``rows`` are what was normed, and ``statistics`` the (mean, rstd) that came of them.
+    """
+    dtype = rows.dtype
+    return _grad_of_rows(*grads, rows, weight, None, *statistics, dtype, dtype, dtype, 0.0, center, *wanted)

@@ -123,8 +123,8 @@ def norm_gradients(found: Normed, needs, dy, dh):
     if once and (added or not under_transform()):
         dinput, dresidual, *others = backward_by(
             NormBackward(
-                dy, dh, normed, weight, seed, mean, rstd, input_dtype, bias_dtype, offset, dropout_p, center,
-                needs, backend,
+                dy=dy, dh=dh, x=normed, weight=weight, seed=seed, mean=mean, rstd=rstd, input_dtype=input_dtype,
+                bias_dtype=bias_dtype, offset=offset, dropout_p=dropout_p, center=center, needs=needs, backend=backend,
             )
         )  # fmt: skip
         if dropout_p == 0.0 and input_dtype == normed.dtype:
@@ -136,14 +136,17 @@ def norm_gradients(found: Normed, needs, dy, dh):
         (dy,), (x, weight, _), (mean, rstd) = outputs_grad, inputs, extras
         dx, _, *others = backward_by(
             NormBackward(
-                dy, None, x, weight, None, mean, rstd, x.dtype, bias_dtype, offset, 0.0, center,
-                (needs[0], False, *needs[1:]), backend,
+                dy=dy, dh=None, x=x, weight=weight, seed=None, mean=mean, rstd=rstd, input_dtype=x.dtype,
+                bias_dtype=bias_dtype, offset=offset, dropout_p=0.0, center=center,
+                needs=(needs[0], False, *needs[1:]), backend=backend,
             )
         )  # fmt: skip
         return dx, *others
 
     def formula(x, weight, bias):
-        rows = NormCall(x, None, weight, bias, x.shape[-1:], eps, offset, 0.0, center)
+        rows = NormCall(
+            x, None, weight, bias, x.shape[-1:], eps=eps, weight_offset=offset, dropout_p=0.0, center=center
+        )
         return norm_reference(rows).to(input_dtype)
 
     inner = (needs[0] or needs[1], *needs[2:])

@@ -14,8 +14,8 @@ import torch
 from ...backends import KERNEL_DTYPES, free_for_native, free_for_torch, under_transform
 from ..shared.autograd import PLAIN, apply_untransformed, unwrapped
 from ..shared.widened import NARROW
-from .call import NormOptions
-from .native import grad_of_rows, norm_of_rows
+from .call import NormOptions, WantedGradients
+from .native import undropped_norm, undropped_norm_grad
 from .operator import Normed, norm_gradients
 
 # PyTorch's default of RMS norm, for the dtype that the mean of at most 32 bits is taken in.
@@ -27,7 +27,7 @@ class _OrdinaryNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, options):
-        y, h, mean, rstd = norm_of_rows(x, residual, weight, bias, None, options.eps, 0.0, options.center)
+        y, h, mean, rstd = undropped_norm(x, residual, weight, bias, options.eps, options.center)
         ctx.settings = residual is not None, options
         if residual is None:
             ctx.save_for_backward(x, weight, bias, mean, rstd)
@@ -44,10 +44,8 @@ class _OrdinaryNorm(torch.autograd.Function):
             found = Normed(rows, weight, bias, None, mean, rstd, added, dtype, options)
             return *norm_gradients(found, needs[:4], dy, dh), None
         # One gradient serves both inputs of the sum.
-        dx, _, dweight, dbias = grad_of_rows(
-            dy, dh, rows, weight, None, mean, rstd, dtype, dtype, dtype, 0.0, options.center,
-            needs[0] or needs[1], False, needs[2], needs[3],
-        )  # fmt: skip
+        wanted = WantedGradients(needs[0] or needs[1], False, needs[2], needs[3])
+        dx, _, dweight, dbias = undropped_norm_grad((dy, dh), rows, weight, (mean, rstd), options.center, wanted)
         return (
             dx if needs[0] else None, dx if needs[1] else None, dweight if needs[2] else None,
             dbias if needs[3] else None, None,
@@ -77,7 +75,7 @@ def _by_extension(x, residual, weight, bias, eps, center) -> Any:
     if torch.is_grad_enabled():
         options = NormOptions(eps, 0.0, 0.0, center, "native")
         return apply_untransformed(_OrdinaryNorm, x, residual, weight, bias, options)
-    y, h, _, _ = norm_of_rows(*unwrapped((x, residual, weight, bias)), None, eps, 0.0, center)
+    y, h, _, _ = undropped_norm(*unwrapped((x, residual, weight, bias)), eps, center)
     return y if residual is None else (y, h)
 
 

@@ -24,7 +24,10 @@ def rms_norm_call(input, normalized_shape, weight=None, eps=None, *, weight_offs
     """The arguments of :func:`rms_norm`, checked, as one value."""
     check_floating("rms_norm", "input", input, nested=True)
     eps = default_eps(eps, input.dtype)
-    return checked("rms_norm", NormCall(input, None, weight, None, normalized_shape, eps, weight_offset, 0.0, False))
+    call = NormCall(
+        input, None, weight, None, normalized_shape, eps=eps, weight_offset=weight_offset, dropout_p=0.0, center=False
+    )
+    return checked("rms_norm", call)
 
 
 def rms_norm(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.0):
