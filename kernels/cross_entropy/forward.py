@@ -336,7 +336,7 @@ def forward_rows(labelled, out: RowOutputs, total=None, factor=None, dx=None):
         block_n = min(WIDE_TURN, limit * 512)
     elements = block_m * block_n
     most = min(limit, elements // (512 if x.dtype.itemsize > 2 else 1024))
-    # Beside the entropy's terms 16 elements to a thread spill on sm_90: 144 bytes a thread with Triton 3.9, 80 with 3.6.
+    # Beside the entropy's terms 16 elements to a thread spill on sm_90: 144 bytes with Triton 3.9, 80 with 3.6.
     tile_warps = warps_for(elements if out.entropy is None else 2 * elements)
     settings = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=max(16 if wide else tile_warps, most))
     key = (adjacent, block_m, block_n, x.element_size(), dx is not None)
