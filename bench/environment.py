@@ -80,9 +80,11 @@ def environment(device: torch.device) -> dict:
     }
     if device.type == "cuda":
         fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")
-        values = _run(
-            "nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"-i={device.index or 0}"
-        )
+        query = ("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
+        # nvidia-smi numbers the GPUs of the machine, torch those that CUDA_VISIBLE_DEVICES names.
+        uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+        values = uuid and _run(*query, f"--id=GPU-{uuid}")
+        values = values or _run(*query, f"--id={device.index or 0}")
         found["cuda"] = torch.version.cuda
         found["gpu"] = dict(zip(fields, map(str.strip, values.split(",")), strict=False)) if values else None
     return found

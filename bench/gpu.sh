@@ -61,12 +61,14 @@ out=$(realpath -m "${positional[0]}")
 budget=${positional[1]:-$([ "$part" = all ] && echo 540 || echo 400)}
 mkdir -p "$out"
 exec > >(tee -a "$out/log.txt") 2>&1
+log=$!
 failed=()
 
 left() { echo $((budget - SECONDS)); }
 
 # step NAME LIMIT COMMAND...: runs within LIMIT seconds, and within what is left of the budget. Out of time, a command is
-# interrupted, so that pytest tells what has failed by then.
+# interrupted, so that pytest tells what has failed by then. pytest-xdist waits up to 10 s for workers that a GPU holds,
+# and writes tests.xml after that.
 step() {
   local name=$1 limit=$2 began=$SECONDS status=0
   shift 2
@@ -77,7 +79,7 @@ step() {
     return 1
   fi
   echo "== $name (at $SECONDS s, up to $limit s): $*"
-  timeout -s INT -k 5 "$limit" "$@" || status=$?
+  timeout -s INT -k 15 "$limit" "$@" || status=$?
   echo "== $name: exit $status after $((SECONDS - began)) s$([ "$status" = 124 ] && echo ' (out of time)')"
   [ "$status" = 0 ] || failed+=("$name (exit $status)")
   return "$status"
@@ -95,9 +97,10 @@ on_gpu() {
 wants() { [ "$part" = all ] || [ "$part" = "$1" ]; }
 
 if [ -z "${FASTLLM_GPU_DRY_RUN:-}" ]; then
-  nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,memory.total --format=csv \
+  timeout 30 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,memory.total --format=csv \
     || { echo "no GPU here: nvidia-smi failed"; exit 2; }
-  TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1)}
+  capabilities=$(timeout 30 nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -u | paste -sd ';' -)
+  TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capabilities}
   export TORCH_CUDA_ARCH_LIST
   # As fastllm/extension/compile.py finds nvcc: compute-sanitizer lies beside it.
   export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
@@ -182,4 +185,7 @@ if wants correctness; then correctness; fi
 if wants speed; then speed; fi
 
 echo "== done after $SECONDS s; failed: ${failed[*]:-none}"
+# The files are taken away when this ends: the log has its last line by then.
+exec >&- 2>&-
+wait "$log"
 [ ${#failed[@]} = 0 ]

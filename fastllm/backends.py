@@ -122,8 +122,13 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETING = interpreting()
 
 
-def why_not(name: str, device_type: str, dtypes: Iterable[torch.dtype] = (), op: Op | None = None) -> str | None:
-    """Why the backend ``name`` cannot run on such tensors here, and what to do; None if it can."""
+def why_not(
+    name: str, device_type: str, dtypes: Iterable[torch.dtype] = (), op: Op | None = None, index: int | None = None
+) -> str | None:
+    """Why the backend ``name`` cannot run on such tensors here, and what to do; None if it can.
+
+    ``index``: of the tensors' GPU, where a machine has several; None is the current one.
+    """
     if name == "native" and op is not None and device_type not in op.native_on:
         return f"the extension serves {op.name} on {' and '.join(op.native_on)} tensors, got {device_type}"
     if name in ("triton", "hopper"):
@@ -138,7 +143,7 @@ def why_not(name: str, device_type: str, dtypes: Iterable[torch.dtype] = (), op:
             if dtype not in KERNEL_DTYPES:
                 return f"the kernels take float32, float16 and bfloat16, got {str(dtype).removeprefix('torch.')}"
     if name == "hopper":
-        return _not_hopper(device_type)
+        return _not_hopper(device_type, index)
     if name == "native":
         missing = extension.missing()
         if missing is not None:
@@ -147,7 +152,7 @@ def why_not(name: str, device_type: str, dtypes: Iterable[torch.dtype] = (), op:
             return f"the extension serves CPU and CUDA tensors, got {device_type}"
         if device_type == "cuda" and not extension.has_cuda():
             return "the extension was built without CUDA code (FASTLLM_CUDA=1 python -m fastllm.build says why)"
-        if device_type == "cuda" and (obstacle := _not_compiled_for(device_type)) is not None:
+        if device_type == "cuda" and (obstacle := _not_compiled_for(device_type, index)) is not None:
             return obstacle
         for dtype in dtypes:
             if dtype not in NATIVE_DTYPES:
@@ -158,20 +163,24 @@ def why_not(name: str, device_type: str, dtypes: Iterable[torch.dtype] = (), op:
     return None
 
 
-def _not_hopper(device_type: str) -> str | None:
+def _device(device_type: str, index: int | None) -> torch.device:
+    return torch.device(device_type if index is None else f"{device_type}:{index}")
+
+
+def _not_hopper(device_type: str, index: int | None) -> str | None:
     from .kernels.device import device_info
 
-    info = device_info(torch.device(device_type))
+    info = device_info(_device(device_type, index))
     if info.vendor == "nvidia" and info.arch == 90:
         return None
     found = "the interpreter" if info.vendor == "interpreter" else info.architecture
     return f"it is for GPUs of sm_90 (H100, H200), this is {found}"
 
 
-def _not_compiled_for(device_type: str) -> str | None:
+def _not_compiled_for(device_type: str, index: int | None) -> str | None:
     from .kernels.device import device_info
 
-    return extension.gpu_obstacle(device_info(torch.device(device_type)).arch)
+    return extension.gpu_obstacle(device_info(_device(device_type, index)).arch)
 
 
 def product_obstacle(device_type: str, index: int | None = None) -> str | None:
@@ -180,7 +189,7 @@ def product_obstacle(device_type: str, index: int | None = None) -> str | None:
         return None
     from .kernels.device import device_info
 
-    return device_info(torch.device(device_type if index is None else f"{device_type}:{index}")).product_obstacle
+    return device_info(_device(device_type, index)).product_obstacle
 
 
 # What torch.compiler.assume_constant_result does; that imports torch._dynamo, which takes longer than all of fastllm.
@@ -281,11 +290,12 @@ def _pick(op: str, call: Call) -> Choice:
     record = OPS[op]
     tensors = [t for t in call.tensors() if t is not None]
     device_type, asked = device_type_of(tensors[0]), chosen_backend()
+    index = tensors[0].device.index if device_type == "cuda" else None
     missing = extension.missing() is not None and "native" in record.backends
     if missing and asked in ("auto", "native") and not torch.compiler.is_compiling():
         extension.build_at_first_use()
     if asked != "auto" and asked in record.backends:
-        reason = why_not(asked, device_type, {t.dtype for t in tensors}, record)
+        reason = why_not(asked, device_type, {t.dtype for t in tensors}, record, index)
         reason = reason or (None if asked == "eager" else _foreign(tensors)) or record.refuses(asked, call)
         if reason is not None:
             raise BackendError(
@@ -303,7 +313,7 @@ def _pick(op: str, call: Call) -> Choice:
         return Choice("eager", reason)
     refusals = []
     for name in names:
-        reason = why_not(name, device_type, {t.dtype for t in tensors}, record) or record.refuses(name, call)
+        reason = why_not(name, device_type, {t.dtype for t in tensors}, record, index) or record.refuses(name, call)
         if reason is None:
             return Choice(name, _FIRST[device_type])
         _tell_once(f"{op}: eager instead of {name}: {reason}")

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .launch import RowView, cdiv, launch_options, next_power_of_2, tuned
-from .math import starts
+from .math import block_count, starts
 
 # Elements of a tile: 16 of each tensor to a thread of 4 warps. From compiled register counts, not yet from timings.
 TILE = 2048
@@ -46,7 +46,7 @@ def _act(g, KIND: tl.constexpr):
 @triton.jit
 def _tile(n_rows, n_cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(rows, columns, mask) of this program's tile."""
-    blocks = tl.cdiv(n_cols, BLOCK_N)
+    blocks = block_count(n_cols, BLOCK_N)
     program = tl.program_id(0).to(tl.int64)
     rows = (program // blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = (program % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -52,3 +52,9 @@ def is_kept(key, low, high, start, threshold, COLS: tl.constexpr):
 def starts(rows, inner, stride_outer, stride_inner):
     """Where rows begin; see :class:`.launch.RowLayout`."""
     return (rows // inner) * stride_outer + (rows % inner) * stride_inner
+
+
+@triton.jit
+def block_count(n, BLOCK: tl.constexpr):
+    """n / BLOCK rounded up, for n >= 1. Unlike tl.cdiv it does not overflow where n is the largest of its type."""
+    return (n - 1) // BLOCK + 1

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .launch import cdiv, launch_options, next_power_of_2, tuned
+from .math import block_count
 
 # Features of a head's rows that a program holds: 16 for each thread of 4 warps, as two loads of 16 bytes. From compiled
 # register counts, not timings.
@@ -68,7 +69,7 @@ def _rotary_kernel(
     half: tl.constexpr, rest: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     """``key`` and ``ids`` may be None."""
-    blocks = tl.cdiv(sizes.length, tile.BLOCK_M)
+    blocks = block_count(sizes.length, tile.BLOCK_M)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     s = (tl.program_id(0) % blocks).to(tl.int64) * tile.BLOCK_M + tl.arange(0, tile.BLOCK_M)
     in_rows = s < sizes.length

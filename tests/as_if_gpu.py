@@ -5,6 +5,7 @@ before, and one that never asks for the device: that one needs none. With ``--fi
 each op, or of what else comes first in its parameters: 74 s in place of 148.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -24,6 +25,8 @@ def _exists_with_gpu(self, *args, **kwargs):
 assert "torch" not in sys.modules, "CUDA's settings are read when torch starts"
 os.environ.pop("CUDA_VISIBLE_DEVICES", None)
 pathlib.Path.exists = _exists_with_gpu
+_version = importlib.metadata.version
+importlib.metadata.version = lambda name: _version(name).removesuffix("+cpu")
 
 
 def pytest_collection():

@@ -3,10 +3,13 @@
 import os
 import signal
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 # CUDA_VISIBLE_DEVICES= pytest: the interpreter's tests on a machine with a GPU.
-HAS_GPU = Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+# PyTorch's wheels for CPUs alone say so in their version: with them a GPU is of no use.
+_HAS_CUDA = not version("torch").endswith("+cpu")
+HAS_GPU = Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "" and _HAS_CUDA
 if HAS_GPU:
     # Read when CUDA starts. Without it cuBLAS warns in deterministic mode, which `poisoned_memory` turns on.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

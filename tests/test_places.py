@@ -104,3 +104,22 @@ def test_a_test_that_needs_no_gpu_is_found_among_those_that_say_so(outside):
 
 def test_poisoned_memory_brings_no_warnings(poisoned_memory):
     torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+
+
+@pytest.mark.parametrize(("version", "interpreted"), [("2.11.0+cu130", False), ("2.13.0", False), ("2.13.0+cpu", True)])
+def test_a_gpu_is_of_no_use_to_a_torch_without_cuda(version, interpreted):
+    code = f"""
+import importlib.metadata, os, pathlib, sys
+exists = pathlib.Path.exists
+pathlib.Path.exists = lambda self: str(self) == "/dev/nvidiactl" or exists(self)
+importlib.metadata.version = lambda name: {version!r}
+sys.modules["pytest"] = None  # all is decided before it is imported
+try:
+    import conftest
+except ImportError:
+    print(os.environ.get("TRITON_INTERPRET"))
+"""
+    hidden = ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    told = subprocess.run([sys.executable, "-c", code], cwd=TESTS, env=environment, capture_output=True, text=True)
+    assert told.stdout.strip() == ("1" if interpreted else "None"), told.stderr

@@ -6,6 +6,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..device import device_info
 from ..launch import cdiv, launch_options, next_power_of_2, tuned
 from ..math import LOG2E
+from ..sizes import ATTENTION_ROWS
 from .values import CallSizes, KernelFlags, Plane, Programs, Score, ScoreStatistics, TileShape, WeightDropout
 
 
@@ -68,8 +69,8 @@ class Problem:
             scale=call.scale,
             unit=LOG2E.value if self.natural else call.scale * LOG2E.value,
             softcap=call.softcap if call.softcap > 0 else None,
-            left=call.left if call.left >= 0 else None,
-            right=call.right if call.right >= 0 else None,
+            left=min(call.left, ATTENTION_ROWS) if call.left >= 0 else None,
+            right=min(call.right, ATTENTION_ROWS) if call.right >= 0 else None,
             **features,
         )
 

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 
 from ..launch import cdiv, launch_options, processor_count, tuned
+from ..math import block_count
+from ..sizes import GRID_SIDE
 from .logits import (
     EXACT,
     LogitPlane,
@@ -53,7 +55,7 @@ def _backward_kernel(
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     n_inner, n_rows, n_classes = sizes
-    blocks = tl.cdiv(n_inner, BLOCK_M)
+    blocks = block_count(n_inner, BLOCK_M)
     outer = (tl.program_id(0) // blocks).to(tl.int64)
     inner = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = inner < n_inner
@@ -83,7 +85,7 @@ def _backward_kernel(
     if dx is not None:
         d = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if upstream.loss is not None:
-            slope = tl.load(left.stats + 2 * n_rows + rows, mask=in_rows, other=0.0)[:, None]
+            slope = tl.load(left.stats + n_rows + n_rows + rows, mask=in_rows, other=0.0)[:, None]
             factor = share if ROUND_FIRST else (dloss * share)[:, None]
             d = dlogits(p, q, z, slope, weight, factor, n_classes, loss)
             if ROUND_FIRST:
@@ -115,7 +117,7 @@ def _scale_kernel(dx_ptr, dloss_ptr, n, BLOCK: tl.constexpr):
     factor = tl.load(dloss_ptr).to(tl.float32)
     # Mostly 1, and then nothing is moved. Read on the device: the host does not wait for it.
     if factor != 1.0:
-        for block in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
+        for block in range(tl.program_id(0), block_count(n, BLOCK), tl.num_programs(0)):
             at = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
             dx = tl.load(dx_ptr + at, mask=at < n, other=0.0).to(tl.float32)
             # An ignored row stays exactly 0 even where the upstream gradient is NaN.
@@ -151,6 +153,9 @@ def cross_entropy_bwd(upstream, labelled, statistics, needs, out=None):
     settings = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps_for(block_m * block_n))
     settings = tuned("cross_entropy_bwd", x.device, (adjacent, block_m, block_n, x.element_size()), settings)
     block_m, block_n = settings["BLOCK_M"], settings["BLOCK_N"]
+    # More classes to a block where a grid has no room for their blocks. A tile sums nothing, so bits stay the same.
+    while block_m > 1 and cdiv(x3.shape[1], block_n) > GRID_SIDE:
+        block_m, block_n = block_m // 2, block_n * 2
     if dloss is not None and dloss.dim():
         dloss = dloss.contiguous()
     _backward_kernel[(x3.shape[0] * cdiv(x3.shape[2], block_m), cdiv(x3.shape[1], block_n))](

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from ..device import device_info
 from ..launch import cdiv, cluster_blocks, launch_options, next_power_of_2, processor_count, tuned
+from ..math import block_count
 from .arguments import NormBackwardPass, NormGradOutputs, backward_pass, drop_branch, row_starts, tile_warps
 from .forward import blocked_launch, rows_and_columns
 from .long_row import is_long, norm_bwd_row
@@ -90,7 +91,7 @@ def _norm_bwd_kernel(
         key, first_row = tl.load(inputs.seed), tl.load(inputs.seed + 1)
     dweight = tl.zeros((BLOCK_N,), tl.float32)
     dbias = tl.zeros((BLOCK_N,), tl.float32)
-    for tile in tl.range(program, tl.cdiv(n_rows, BLOCK_M), programs, num_stages=STAGES):
+    for tile in tl.range(program, block_count(n_rows, BLOCK_M), programs, num_stages=STAGES):
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
         in_rows = rows < n_rows
         mask = in_rows[:, None] & in_cols[None, :]

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from missing_packages import missing_packages
 
 from fastllm.bench import cases, environment, prepare
@@ -164,3 +166,15 @@ def test_bad_arguments_are_named(arguments, message, tmp_path):
     assert run.returncode == 2
     assert message in run.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_clocks_are_those_of_the_gpu_that_torch_has(monkeypatch):
+    """CUDA_VISIBLE_DEVICES gives a GPU another number than nvidia-smi does."""
+    asked = []
+    monkeypatch.setattr(environment, "_run", lambda *command, cwd=None: asked.append(command[-1]))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    for properties in (SimpleNamespace(uuid="1234-56"), SimpleNamespace()):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
+        assert environment.environment(torch.device("cuda", 1))["gpu"] is None
+    # Where that name says nothing, as on a part of a GPU, the number has to do.
+    assert [option for option in asked if option.startswith("--id")] == ["--id=GPU-1234-56", "--id=1", "--id=1"]

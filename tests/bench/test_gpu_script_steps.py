@@ -14,7 +14,7 @@ STAND_IN = r"""#!/usr/bin/env bash
 names='PYTORCH_NO_CUDA_MEMORY_CACHING|TRITON_INSTRUMENTATION_MODE|TRITON_CACHE_DIR|TORCH_CUDA_ARCH_LIST|FASTLLM_COMMIT'
 echo "$(basename "$0") $* $(env | grep -E "^($names)=" | tr '\n' ' ')" >> "$CALLS"
 case "$*" in
-  --query-gpu=compute_cap*) echo 9.0 ;;
+  --query-gpu=compute_cap*) printf "${CAPABILITIES:-9.0\\n}" ;;
   *"prepare commit"*) echo abc ;;
   *missing_packages.py) echo "tests/test_lacking.py some_package" ;;
   *"--junitxml"*) touch "$OUT/tests.xml" ;;
@@ -45,8 +45,9 @@ def gpu_script(tmp_path):
     def run(*options, slow="", **variables):
         arguments = [tree / "bench" / "gpu.sh", tmp_path / "out", *options]
         set_for_it = environment | {"SLOW": slow} | variables
-        process = subprocess.run(arguments, env=set_for_it, capture_output=True, text=True)
-        return process.returncode, (tmp_path / "out" / "log.txt").read_text(), calls.read_text().splitlines()
+        quiet = subprocess.DEVNULL
+        status = subprocess.run(arguments, env=set_for_it, stdout=quiet, stderr=quiet).returncode
+        return status, (tmp_path / "out" / "log.txt").read_text(), calls.read_text().splitlines()
 
     return run
 
@@ -93,6 +94,11 @@ def test_the_sanitizer_of_a_toolkit_that_is_not_on_the_path_is_found(gpu_script,
     assert len([line for line in calls if line.startswith("compute-sanitizer")]) == 4
 
 
+def test_the_extension_is_compiled_for_every_gpu_of_the_machine(gpu_script):
+    *_, calls = gpu_script("--part", "correctness", CAPABILITIES="9.0\\n8.0\\n9.0\\n")
+    assert "TORCH_CUDA_ARCH_LIST=8.0;9.0" in calls[-1].split()
+
+
 def test_speed_in_less_than_seven_minutes(gpu_script):
     status, log, calls = gpu_script("--part", "speed")
     assert (status, "failed: none" in log) == (0, True), log
@@ -114,6 +120,14 @@ def test_no_more_than_eight_files_are_left(gpu_script, tmp_path):
     assert files >= {"log.txt", "tests.xml", "bench.json", "bench.html", "roofline.png", "speedup.png", "train.json"}
     plots = subprocess.run(["tar", "-tf", tmp_path / "out" / "sweeps.tar"], capture_output=True, text=True, check=True)
     assert sorted(plots.stdout.split()) == [f"{op}-bfloat16-cold.png" for op in ("geglu", "rms_norm", "swiglu")]
+
+
+def test_the_log_is_whole_when_the_script_ends(gpu_script, tmp_path):
+    slow = tmp_path / "tools" / "tee"
+    slow.write_text(f'#!/usr/bin/env bash\nsleep 0.5\nexec {shutil.which("tee")} "$@"\n')
+    slow.chmod(0o755)
+    status, log, _ = gpu_script("--part", "speed")
+    assert (status, log.splitlines()[-1].startswith("== done after")) == (0, True)
 
 
 def test_a_part_that_is_cut_off_says_what_it_left_out(gpu_script):

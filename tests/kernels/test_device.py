@@ -1,12 +1,17 @@
 """What a device is said to be, from the properties that PyTorch's CUDA and ROCm builds give."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
+import fastllm.functional  # noqa: F401 - its ops
+from fastllm import backends, extension
 from fastllm.kernels import device
 from fastllm.kernels.launch import cluster_blocks, processor_count, tuned
+from fastllm.registry import OPS
 
 
 def h100():
@@ -52,3 +57,21 @@ def test_the_current_gpu_is_meant_where_no_number_is_given(monkeypatch):
     monkeypatch.setattr(device, "_gpu", lambda index: index)
     assert device.device_info(torch.device("cuda")) == 3
     assert device.device_info(torch.device("cuda", 1)) == 1
+
+
+def test_the_tensors_own_gpu_decides_and_not_the_current_one(monkeypatch):
+    gpus = (device.GPUS[80], device.GPUS[90], device.OTHER_GPUS["sm_75"])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(device, "_gpu", gpus.__getitem__)
+    monkeypatch.setattr(extension, "missing", lambda: None)
+    monkeypatch.setattr(extension, "has_cuda", lambda: True)
+    monkeypatch.setattr(extension, "gpu_obstacle", lambda arch: None if arch >= 80 else "no code for it")
+    with FakeTensorMode():
+        for index, hopper, lookup in ((0, False, "native"), (1, True, "native"), (2, False, "eager")):
+            q = torch.empty(1, 1, 8, 64, dtype=torch.float16, device=f"cuda:{index}")
+            assert (backends.why_not("hopper", "cuda", index=index) is None) == hopper
+            with backends.backend("hopper"), nullcontext() if hopper else pytest.raises(backends.BackendError):
+                backends.pick("attention", OPS["attention"].call(q, q, q))
+            weight, ids = torch.empty(8, 8, device=q.device), torch.empty(4, dtype=torch.int64, device=q.device)
+            with backends.untold():
+                assert backends.pick("embedding", OPS["embedding"].call(ids, weight)).backend == lookup

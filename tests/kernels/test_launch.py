@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastllm import kernels
-from fastllm.kernels.launch import RowView, cdiv, launch_options, next_power_of_2
+from fastllm.kernels.launch import RowView, cdiv, cluster_blocks, launch_options, next_power_of_2
 
 
 def test_what_a_launch_chooses_is_made_once():
@@ -16,6 +16,12 @@ def test_what_a_launch_chooses_is_made_once():
     assert launch_options(cpu, num_warps=4) == {"enable_fp_fusion": True, "num_warps": 4}
     assert [next_power_of_2(n) for n in (-1, 0, 1, 2, 3, 65536, 65537)] == [1, 1, 1, 2, 4, 65536, 131072]
     assert [cdiv(n, 4) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]
+
+
+def test_every_gpu_with_clusters_grants_eight_blocks():
+    cpu = torch.device("cpu")
+    columns = (4097, 2 * 4096, 8 * 4096, 8 * 4096 + 1)
+    assert [cluster_blocks(cpu, n, 4096) for n in columns] == [2, 2, 8, 0]
 
 
 def test_launchers_round_by_plain_integers():

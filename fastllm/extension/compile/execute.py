@@ -58,9 +58,16 @@ def execute(steps: list[BuildStep], work: Path) -> None:
 
     def run(step: BuildStep) -> subprocess.CompletedProcess | None:
         newest = max(p.stat().st_mtime for p in step.inputs)
-        if step.output.is_file() and step.output.stat().st_mtime > newest:
+        # What made the output, as ninja notes it: the same sources may be compiled for other GPUs.
+        note, command = work / f"{step.output.name}.command", shlex.join(step.command)
+        same = note.is_file() and note.read_text() == command
+        if same and step.output.is_file() and step.output.stat().st_mtime > newest:
             return None
-        return subprocess.run(step.command, capture_output=True, text=True, check=False)
+        note.unlink(missing_ok=True)
+        result = subprocess.run(step.command, capture_output=True, text=True, check=False)
+        if result.returncode == 0:
+            note.write_text(command)
+        return result
 
     with ThreadPoolExecutor(_jobs()) as pool:
         results = list(pool.map(run, steps[:-1]))

@@ -210,6 +210,10 @@ def check_softcap(op: str, softcap) -> float:
     return float(softcap or 0.0)
 
 
+# The widest side of a window; a wider one reaches as far. A sum of it and any tensor's rows fits in 64 bits.
+WIDEST_SIDE = 2**62
+
+
 def check_window(op: str, window, causal: bool) -> tuple[int, int]:
     """(left, right), -1 where unbounded; causal bounds the right at 0."""
     left = right = -1
@@ -223,7 +227,7 @@ def check_window(op: str, window, causal: bool) -> tuple[int, int]:
                 raise ValueError(
                     f"{op}: window must hold integers >= 0, or None or -1 for an unbounded side; got {window!r}"
                 )
-    return left, 0 if causal else right
+    return min(left, WIDEST_SIDE), 0 if causal else min(right, WIDEST_SIDE)
 
 
 def _same_device(op: str, name: str, x, query) -> None:

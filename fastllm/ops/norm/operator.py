@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 
 from ...backends import under_transform
+from ...kernels.sizes import NORM_COLUMNS
 from ...registry import define
 from ..shared.autograd import apply, gradients
 from ..shared.dropout import dropout
@@ -17,7 +19,14 @@ from .reference import branch_seed, norm_reference
 
 def norm_refuses(backend: str, call: NormCall) -> str | None:
     """Why ``backend`` cannot take ``call``, or None."""
-    return f"normalized_shape {list(call.shape)} has no elements" if backend != "eager" and 0 in call.shape else None
+    if backend != "eager" and 0 in call.shape:
+        return f"normalized_shape {list(call.shape)} has no elements"
+    if backend == "triton" and (columns := math.prod(call.shape)) > NORM_COLUMNS:
+        return (
+            f"the kernels take up to {NORM_COLUMNS:,} elements of normalized_shape, got {columns:,} in "
+            f"{list(call.shape)}"
+        )
+    return None
 
 
 def empty_is_torchs(call: NormCall) -> str | None:

@@ -20,7 +20,10 @@ _dropout_rows = operator("dropout_rows", _rows_fake)
 
 def _native(x: torch.Tensor) -> bool:
     """Whether the extension serves ``x``: where it can, unless another backend is asked for."""
-    return chosen_backend() in ("auto", "native") and why_not("native", device_type_of(x), (x.dtype,)) is None
+    if chosen_backend() not in ("auto", "native"):
+        return False
+    index = None if x.is_cpu else x.device.index
+    return why_not("native", device_type_of(x), (x.dtype,), index=index) is None
 
 
 def dropped(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
