@@ -321,10 +321,21 @@ WRONG = {
     "dr_grpo: max_length must be finite": lambda: losses.dr_grpo(TOKENS, TOKENS, A, MASK, max_length=0),
     "group_advantages: rewards must be of shape (B,)": lambda: losses.group_advantages(A, 2),
     "kl_estimate: estimator must be one of": lambda: losses.kl_estimate(A, A, "k0"),
+    "kl_estimate: estimator must be one of k1, k2, k3; got [": lambda: losses.kl_estimate(A, A, ["k1"]),
+    "kl_estimate: log_probs must be a dense tensor": lambda: losses.kl_estimate(A.to_sparse(), A),
+    "dpo: beta must fit in a float": lambda: losses.dpo(A, A, A, A, beta=2**2000),
+    "ppo: mask must hold booleans or real numbers": lambda: losses.ppo(TOKENS, TOKENS, A, MASK + 1j),
+    "ppo: mask must be a dense tensor": lambda: losses.ppo(TOKENS, TOKENS, A, MASK.to_sparse()),
+    "group_advantages: eps must be a number": lambda: losses.group_advantages(A[:2], 2, eps="x"),
+    "group_advantages: eps must be finite": lambda: losses.group_advantages(A[:2], 2, eps=math.nan),
+    "kto: kl must be a dense tensor": lambda: losses.kto(A, A, A < 0, kl=A.to_sparse()),
     "grpo: clip must be a number or a pair": lambda: losses.grpo(TOKENS, TOKENS, A, MASK, clip=(0.1, 0.2, 0.3)),
     "group_advantages: group_size must be an integer": lambda: losses.group_advantages(A, 3.0),
     "kto: kl must be a number, got str": lambda: losses.kto(A, A, A < 0, kl="a"),
     "unpack: values must be a tensor of shape (total,)": lambda: losses.unpack(TOKENS, ENDS),
+    "unpack: values must be a tensor, got list": lambda: losses.unpack([1.0], ENDS),
+    "unpack: max_seqlen must be an integer": lambda: losses.unpack(A, ENDS, max_seqlen=math.nan),
+    "unpack: max_seqlen must not be negative": lambda: losses.unpack(A, ENDS, max_seqlen=-1),
     "unpack: cu_seqlens must be int32 or int64": lambda: losses.unpack(A, A),
     "unpack: cu_seqlens must be of shape (B + 1,)": lambda: losses.unpack(A, ENDS[:1]),
     "unpack: cu_seqlens must ascend from 0 to the 3": lambda: losses.unpack(A, torch.tensor([0, 2])),
@@ -338,3 +349,14 @@ def test_bad_input_is_named(message):
     with pytest.raises((ValueError, TypeError)) as error:
         WRONG[message]()
     assert str(error.value).startswith(message)
+
+
+def test_options_that_are_integers_count_as_floats():
+    """Of any size: an operator takes none of more than 64 bits. And True is 1."""
+    pairs = [A - 1e-6, A, A, A]
+    assert losses.dpo(*pairs, beta=10**25) == losses.dpo(*pairs, beta=1e25)
+    assert losses.simpo(A, A, gamma=True) == losses.simpo(A, A, gamma=1.0)
+    assert losses.kto(A, A, A < 0, kl=10**25) == losses.kto(A, A, A < 0, kl=1e25)
+    assert losses.dr_grpo(TOKENS, None, A, MASK, max_length=10**25) == losses.dr_grpo(
+        TOKENS, None, A, MASK, max_length=1e25
+    )

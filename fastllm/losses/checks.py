@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..backends import under_transform
-from ..ops.shared.check import check_number
+from ..ops.shared.check import check_dense, check_floating, check_number
 
 
 def readable(tensor: torch.Tensor) -> bool:
@@ -16,41 +16,45 @@ def readable(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not under_transform()
 
 
-def check_bound(loss: str, name: str, value, *, least: float = 0.0, open_end: bool = True) -> None:
-    """``value`` is finite and above ``least``, or equal to it where the end is not open."""
+def bounded(loss: str, name: str, value, *, least: float = 0.0, open_end: bool = True):
+    """``value`` where it is finite and above ``least``, or equal to it where the end is not open.
+
+    As a float: no operator takes an integer of more than 64 bits, and some take no boolean.
+    """
     check_number(loss, name, value)
     if not least <= value < math.inf or (open_end and value == least):
         raise ValueError(
             f"{loss}: {name} must be finite and {'above' if open_end else 'at least'} {least}, got {value}"
         )
+    return as_float(value)
 
 
-def check_finite(loss: str, name: str, value) -> None:
-    """ValueError or TypeError where ``value`` is no finite number."""
-    check_number(loss, name, value)
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"{loss}: {name} must be finite, got {value}")
+def as_float(value):
+    """A number as a float; a symbolic one as it is."""
+    return value if isinstance(value, torch.SymInt | torch.SymFloat) else float(value)
 
 
-def check_smoothing(loss: str, value) -> None:
-    """``label_smoothing`` is at least 0 and below 0.5."""
-    check_bound(loss, "label_smoothing", value, open_end=False)
+def smoothing(loss: str, value):
+    """``label_smoothing`` as a float. ValueError: it is not at least 0 and below 0.5."""
+    value = bounded(loss, "label_smoothing", value, open_end=False)
     if value >= 0.5:
         raise ValueError(f"{loss}: label_smoothing must be below 0.5, got {value}")
-
-
-def check_kind(loss: str, name: str, value, kinds) -> None:
-    """``value`` is one of ``kinds``."""
-    if value not in kinds:
-        raise ValueError(f"{loss}: {name} must be one of {', '.join(kinds)}; got {value!r}")
+    return value
 
 
 def check_tensor(loss: str, name: str, tensor, like: torch.Tensor | None = None, shape=None) -> None:
-    """A floating-point tensor; of ``shape`` and on ``like``'s device, where those are given."""
-    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-        got = str(tensor.dtype) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise TypeError(f"{loss}: {name} must be a floating-point tensor, got {got}")
+    """A dense floating-point tensor; of ``shape`` and on ``like``'s device, where those are given."""
+    check_floating(loss, name, tensor)
     check_place(loss, name, tensor, like, shape)
+
+
+def check_real(loss: str, name: str, tensor) -> None:
+    """A dense tensor of booleans or real numbers."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{loss}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.is_complex() or tensor.is_quantized:
+        raise TypeError(f"{loss}: {name} must hold booleans or real numbers, got {tensor.dtype}")
+    check_dense(loss, name, tensor)
 
 
 def check_place(loss: str, name: str, tensor, like, shape) -> None:

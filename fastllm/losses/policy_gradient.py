@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..ops.shared.check import check_integer
+from ..ops.shared.check import check_choice, check_integer
 from ..ops.shared.signature import keywords_of
-from .checks import check_bound, check_kind, check_tensor, readable, wide, with_metrics
+from .checks import bounded, check_tensor, readable, wide, with_metrics
 from .preference import token_mask
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -62,7 +62,7 @@ def kl_estimate(log_probs, reference_log_probs, estimator="k3"):
     """
     check_tensor("kl_estimate", "log_probs", log_probs)
     check_tensor("kl_estimate", "reference_log_probs", reference_log_probs, log_probs, log_probs.shape)
-    check_kind("kl_estimate", "estimator", estimator, KL_ESTIMATORS)
+    check_choice("kl_estimate", "estimator", estimator, KL_ESTIMATORS)
     d = wide(reference_log_probs) - wide(log_probs)
     return -d if estimator == "k1" else d.square() / 2 if estimator == "k2" else torch.expm1(d) - d
 
@@ -88,6 +88,7 @@ def group_advantages(rewards, group_size, *, normalize=True, eps=1e-4):
             f"group_advantages: rewards must be of shape (B,), B a multiple of a group_size of at least 2; got "
             f"{list(rewards.shape)} and {group_size}"
         )
+    eps = bounded("group_advantages", "eps", eps, open_end=False)
     groups = wide(rewards).view(-1, group_size)
     gain = groups - groups.mean(1, keepdim=True)
     return (gain / (groups.std(1, keepdim=True) + eps) if normalize else gain).flatten()
@@ -99,9 +100,7 @@ def _bounds(loss: str, clip: Any) -> tuple[float, float]:
         raise ValueError(f"{loss}: clip must be a number or a pair, below and above, got {clip}")
     pair: Any = clip if isinstance(clip, tuple | list) else (clip, clip)
     low, high = pair
-    check_bound(loss, "clip", low)
-    check_bound(loss, "clip", high)
-    return low, high
+    return bounded(loss, "clip", low), bounded(loss, "clip", high)
 
 
 def _over_tokens(values, kept):
@@ -123,9 +122,9 @@ def policy_gradient(
     """
     loss, kept = tokens.loss, tokens.kept
     low, high = _bounds(loss, clip)
-    check_bound(loss, "beta", beta, open_end=False)
-    check_bound(loss, "entropy_coef", entropy_coef, open_end=False)
-    check_kind(loss, "kl_estimator", kl_estimator, KL_ESTIMATORS)
+    beta = bounded(loss, "beta", beta, open_end=False)
+    entropy_coef = bounded(loss, "entropy_coef", entropy_coef, open_end=False)
+    check_choice(loss, "kl_estimator", kl_estimator, KL_ESTIMATORS)
     for name, coefficient, tensor, of in (
         ("beta", beta, reference_log_probs, "reference_log_probs"), ("entropy_coef", entropy_coef, entropy, "entropy")
     ):  # fmt: skip
@@ -219,8 +218,7 @@ def dr_grpo(log_probs, old_log_probs, advantages, mask, *, clip=0.2, max_length=
     """
     tokens = _tokens("dr_grpo", log_probs, old_log_probs, advantages, mask)
     rows, length = tokens.kept.shape
-    length = length if max_length is None else max_length
-    check_bound("dr_grpo", "max_length", length)
+    length = bounded("dr_grpo", "max_length", length if max_length is None else max_length)
     return policy_gradient(
         tokens, tokens.log_ratio, lambda values, kept: values.sum() / (rows * length), clip=clip, **options
     )

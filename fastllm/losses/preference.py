@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
+from ..ops.shared.check import check_choice, check_length, check_number
 from .checks import (
-    check_bound,
-    check_finite,
-    check_kind,
+    as_float,
+    bounded,
     check_place,
-    check_smoothing,
+    check_real,
     check_tensor,
     readable,
     sequences,
+    smoothing,
     wide,
     with_metrics,
 )
@@ -62,12 +65,15 @@ def unpack(values, cu_seqlens, *, max_seqlen=None):
             the total, or a sequence is longer than ``max_seqlen``.
     """
     name = "unpack"
-    if not isinstance(values, torch.Tensor) or values.dim() not in (1, 2) or (values.dim() == 2 and len(values) != 1):
-        got = list(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
-        raise ValueError(f"{name}: values must be a tensor of shape (total,) or (1, total), got {got}")
+    check_real(name, "values", values)
+    if values.dim() not in (1, 2) or (values.dim() == 2 and len(values) != 1):
+        raise ValueError(f"{name}: values must be a tensor of shape (total,) or (1, total), got {list(values.shape)}")
     if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         got = cu_seqlens.dtype if isinstance(cu_seqlens, torch.Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"{name}: cu_seqlens must be int32 or int64, got {got}")
+    check_real(name, "cu_seqlens", cu_seqlens)
+    if max_seqlen is not None:
+        check_length(name, "max_seqlen", max_seqlen)
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
         raise ValueError(f"{name}: cu_seqlens must be of shape (B + 1,), got {list(cu_seqlens.shape)}")
     check_place(name, "cu_seqlens", cu_seqlens, values, cu_seqlens.shape)
@@ -91,8 +97,7 @@ def token_mask(loss: str, log_probs, mask) -> torch.Tensor:
     check_tensor(loss, "log_probs", log_probs)
     if log_probs.dim() != 2:
         raise ValueError(f"{loss}: log_probs must be of shape (B, T), a number a token, got {list(log_probs.shape)}")
-    if not isinstance(mask, torch.Tensor):
-        raise TypeError(f"{loss}: mask must be a tensor, got {type(mask).__name__}")
+    check_real(loss, "mask", mask)
     check_place(loss, "mask", mask, log_probs, log_probs.shape)
     return mask != 0
 
@@ -145,9 +150,9 @@ def dpo(
         "dpo", policy_chosen=policy_chosen, policy_rejected=policy_rejected, reference_chosen=reference_chosen,
         reference_rejected=reference_rejected,
     )  # fmt: skip
-    check_bound("dpo", "beta", beta)
-    check_kind("dpo", "kind", kind, ("sigmoid", "hinge", "ipo"))
-    check_smoothing("dpo", label_smoothing)
+    beta = bounded("dpo", "beta", beta)
+    check_choice("dpo", "kind", kind, ("sigmoid", "hinge", "ipo"))
+    label_smoothing = smoothing("dpo", label_smoothing)
     if label_smoothing and kind != "sigmoid":
         raise ValueError(f"dpo: label_smoothing is for kind 'sigmoid', got kind {kind!r}")
     good, bad = chosen - of_chosen, rejected - of_rejected
@@ -180,9 +185,9 @@ def cpo(
         TypeError, ValueError: a shape, dtype, device or option does not fit.
     """
     chosen, rejected = sequences("cpo", policy_chosen=policy_chosen, policy_rejected=policy_rejected)
-    check_bound("cpo", "nll_weight", nll_weight, open_end=False)
-    check_bound("cpo", "beta", beta)
-    check_kind("cpo", "kind", kind, ("sigmoid", "hinge", "ipo"))
+    nll_weight = bounded("cpo", "nll_weight", nll_weight, open_end=False)
+    beta = bounded("cpo", "beta", beta)
+    check_choice("cpo", "kind", kind, ("sigmoid", "hinge", "ipo"))
     zero = torch.zeros_like(chosen)
     loss = dpo(chosen, rejected, zero, zero, beta=beta, kind=kind, label_smoothing=label_smoothing)
     nll = _mean_nll("cpo", chosen, nll)
@@ -224,7 +229,7 @@ def orpo(policy_chosen, policy_rejected, *, beta=0.1, nll=None, return_metrics=F
         TypeError, ValueError: a shape, dtype, device or option does not fit; on CPU, a log-probability is above 0.
     """
     chosen, rejected = sequences("orpo", policy_chosen=policy_chosen, policy_rejected=policy_rejected)
-    check_bound("orpo", "beta", beta)
+    beta = bounded("orpo", "beta", beta)
     for name, log_p in (("policy_chosen", chosen), ("policy_rejected", rejected)):
         if readable(log_p) and bool((log_p > 0).any()):
             raise ValueError(f"orpo: {name} must hold log-probabilities, got one above 0, {log_p.max().item()}")
@@ -253,9 +258,9 @@ def simpo(policy_chosen, policy_rejected, *, beta=2.0, gamma=1.0, label_smoothin
         TypeError, ValueError: a shape, dtype, device or option does not fit.
     """
     chosen, rejected = sequences("simpo", policy_chosen=policy_chosen, policy_rejected=policy_rejected)
-    check_bound("simpo", "beta", beta)
-    check_bound("simpo", "gamma", gamma, open_end=False)
-    check_smoothing("simpo", label_smoothing)
+    beta = bounded("simpo", "beta", beta)
+    gamma = bounded("simpo", "gamma", gamma, open_end=False)
+    label_smoothing = smoothing("simpo", label_smoothing)
     margins = beta * (chosen - rejected)
     loss = _logistic(margins - gamma, label_smoothing).mean()
     return with_metrics(loss, _pairs(beta * chosen, beta * rejected, margins), return_metrics)
@@ -284,15 +289,20 @@ def kto(
         TypeError, ValueError: a shape, dtype, device or option does not fit.
     """
     policy, reference = sequences("kto", policy=policy, reference=reference)
-    check_bound("kto", "beta", beta)
-    check_bound("kto", "desirable_weight", desirable_weight, open_end=False)
-    check_bound("kto", "undesirable_weight", undesirable_weight, open_end=False)
+    beta = bounded("kto", "beta", beta)
+    desirable_weight = bounded("kto", "desirable_weight", desirable_weight, open_end=False)
+    undesirable_weight = bounded("kto", "undesirable_weight", undesirable_weight, open_end=False)
     if not isinstance(desirable, torch.Tensor) or desirable.dtype != torch.bool:
         got = desirable.dtype if isinstance(desirable, torch.Tensor) else type(desirable).__name__
         raise TypeError(f"kto: desirable must be a boolean tensor, got {got}")
     check_place("kto", "desirable", desirable, policy, policy.shape)
-    if not isinstance(kl, torch.Tensor):
-        check_finite("kto", "kl", kl)
+    if isinstance(kl, torch.Tensor):
+        check_real("kto", "kl", kl)
+    else:
+        check_number("kto", "kl", kl)
+        if not -math.inf < kl < math.inf:
+            raise ValueError(f"kto: kl must be finite, got {kl}")
+        kl = as_float(kl)
     z = torch.as_tensor(kl, dtype=policy.dtype, device=policy.device).detach().clamp(min=0)
     if z.dim():
         raise ValueError(f"kto: kl must be a number or a scalar, got shape {list(z.shape)}")
@@ -323,7 +333,7 @@ def reward_model(chosen, rejected, *, margin=None, center=0.0, return_metrics=Fa
         TypeError, ValueError: a shape, dtype, device or option does not fit.
     """
     chosen, rejected = sequences("reward_model", chosen=chosen, rejected=rejected)
-    check_bound("reward_model", "center", center, open_end=False)
+    center = bounded("reward_model", "center", center, open_end=False)
     difference = chosen - rejected
     if margin is not None:
         check_tensor("reward_model", "margin", margin, chosen, chosen.shape)

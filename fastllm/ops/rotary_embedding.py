@@ -10,18 +10,20 @@ from .. import extension
 from ..backends import pick, under_transform
 from ..registry import Cost, Op, Sample, define, register
 from .shared.autograd import apply
-from .shared.check import beyond_float32, check_floating, check_integer
+from .shared.check import beyond_float32, check_dense, check_floating, check_integer
 
 
-def _rows(cos, sin, position_ids, offset: int, length: int):
-    """The tables' rows of each position, (1 or B, 1, S, half)."""
+def _rows(query, cos, sin, position_ids, offset: int):
+    """The tables' rows of each position, (S, half), or (1 or B, 1, S, half) beside a query (B, H, S, D)."""
     if position_ids is None:
-        found = [t[..., offset : offset + length, :] for t in (cos, sin)]
-        return [t.unsqueeze(-3) if t.dim() == 3 else t for t in found]
-    # A negative id would count from the end; past the end it is an error.
-    ids = torch.where(position_ids < 0, cos.shape[0], position_ids)
-    found = [t.index_select(0, ids.reshape(-1)).view(*ids.shape, -1) for t in (cos, sin)]
-    return [t.unsqueeze(-3) if t.dim() == 3 else t for t in found]
+        found = [t[..., offset : offset + query.shape[-2], :] for t in (cos, sin)]
+    else:
+        # A negative id would count from the end; past the end it is an error.
+        ids = torch.where(position_ids < 0, cos.shape[0], position_ids)
+        found = [t.index_select(0, ids.reshape(-1)).view(*ids.shape, t.shape[-1]) for t in (cos, sin)]
+    if found[0].dim() == 2:
+        return found
+    return [t.squeeze(0) if query.dim() == 3 else t.unsqueeze(1) for t in found]
 
 
 def _turned(x, cos, sin, interleaved: bool):
@@ -38,7 +40,7 @@ def _turned(x, cos, sin, interleaved: bool):
 
 def rotary_embedding_reference(query, key, cos, sin, *, position_ids=None, offset=0, interleaved=False):
     """The definition, in at least fp32, rounded once."""
-    cos, sin = _rows(cos, sin, position_ids, offset, query.shape[-2])
+    cos, sin = _rows(query, cos, sin, position_ids, offset)
     return tuple(None if x is None else _turned(x, cos, sin, interleaved) for x in (query, key))
 
 
@@ -219,6 +221,7 @@ def _check_position_ids(position_ids, query, cos, offset) -> None:
     if not isinstance(position_ids, torch.Tensor) or position_ids.dtype not in (torch.int64, torch.int32):
         got = str(position_ids.dtype) if isinstance(position_ids, torch.Tensor) else type(position_ids).__name__
         raise TypeError(f"{op}: position_ids must be int64 or int32, got {got}")
+    check_dense(op, "position_ids", position_ids)
     if tuple(position_ids.shape) not in ((length,), (1, length), (batch, length)):
         raise ValueError(
             f"{op}: position_ids must be of shape {[length]} or {[batch, length]}, got {list(position_ids.shape)}"

@@ -139,6 +139,41 @@ def test_numbers_that_no_kernel_can_take_are_named(name):
                     op.function(*sample.args, **{**sample.kwargs, parameter: value})
 
 
+X, W, T = torch.ones(3, 4), torch.ones(5, 4), torch.tensor([0, 1, 2])
+WRONG = {
+    "layer_norm: eps must fit in a float, got an integer of 2001 bits": lambda: FF.layer_norm(X, (4,), eps=2**2000),
+    "linear_log_probs: temperature must be": lambda: FF.linear_log_probs(X, W, T, temperature=2**2000),
+    "cross_entropy: reduction must be one of": lambda: FF.cross_entropy(X, T, reduction=["mean"]),
+    "linear_kl_div: direction must be one of": lambda: FF.linear_kl_div(X, W, X, W, direction=["jsd"]),
+    "embedding: vocab_range must be an integer, got 0.5": lambda: FF.embedding(T, W, vocab_range=(0.5, 5.5)),
+    "embedding: vocab_range must be an integer of 64": lambda: FF.embedding(T, W, vocab_range=(2**63, 2**63 + 5)),
+    "embedding: vocab_range must be an integer, got None": lambda: FF.embedding(T, W, vocab_range=(None, 5)),
+    "linear_cross_entropy: linear_bias must be a floating-point tensor, got list": lambda: FF.linear_cross_entropy(
+        X, W, torch.ones(3, 5), linear_bias=[0.0] * 5
+    ),
+    "linear_cross_entropy_plan: input must be a floating-point tensor, got str": lambda: FF.linear_cross_entropy_plan(
+        "x", W
+    ),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_options_out_of_range_are_named(message):
+    with pytest.raises((TypeError, ValueError)) as raised:
+        WRONG[message]()
+    assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_one_row_of_logits_takes_its_target_in_either_shape(backend):
+    """torch takes both, but not with label smoothing; every option takes both here."""
+    x, target = torch.linspace(-1, 1, 5), torch.tensor([2])
+    with fastllm.backend(backend):
+        for options in ({}, {"label_smoothing": 0.1}, {"softcap": 3.0}, {"z_loss": 0.1}, {"weight": X.new_ones(5)}):
+            got = FF.cross_entropy(x, target, reduction="none", **options)
+            assert torch.equal(got, FF.cross_entropy(x, target[0], reduction="none", **options))
+
+
 @pytest.mark.parametrize("backend", ["eager", "native"])
 def test_targets_of_8_bits_are_class_indices_like_any(backend):
     """-100 modulo 256 is class 156, and a tensor of 8 bits that indexes is a mask."""
@@ -180,6 +215,15 @@ def test_nested_tensors_are_torchs_operators(layout):
         assert all(map(torch.equal, ours.unbind(), theirs.unbind()))
     with pytest.raises(TypeError, match=r"^cross_entropy: input must be a dense tensor, got one that is nested"):
         FF.cross_entropy(x, torch.ones(8, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_float32_bias_alone_beside_16_bits(dtype):
+    """torch takes float32 parameters beside such rows, but no bias without a weight."""
+    x, bias = torch.randn(4, 8).to(dtype), torch.randn(8)
+    with fastllm.backend("eager"):
+        expected = torch.nn.functional.layer_norm(x.float(), (8,), None, bias).to(dtype)
+        assert torch.equal(FF.layer_norm(x, (8,), None, bias), expected)
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])

@@ -70,6 +70,21 @@ def test_ids_and_offset_name_the_same_rows(backend):
     torch.testing.assert_close(by_sequence, expected, rtol=0, atol=0)
 
 
+def test_one_sequence_without_its_batch_dimension(backend):
+    """Ids and tables of a batch of one, and a query without that dimension; no positions at all."""
+    cos, sin = _tables(9, 3)
+    for length in (5, 0):
+        query, key = torch.randn(2, length, 8, device=DEVICE), torch.randn(1, length, 8, device=DEVICE)
+        ids = torch.arange(2, 2 + length, device=DEVICE)
+        expected = rotary_embedding(query, key, cos, sin, offset=2)
+        for tables, options in (
+            ((cos, sin), dict(position_ids=ids)), ((cos, sin), dict(position_ids=ids[None])),
+            ((cos[None], sin[None]), dict(offset=2)),
+        ):  # fmt: skip
+            for got, right in zip(rotary_embedding(query, key, *tables, **options), expected, strict=True):
+                torch.testing.assert_close(got, right)
+
+
 def test_decoding_continues_the_sequence(backend):
     x = torch.randn(1, 2, 6, 8, device=DEVICE)
     cos, sin = _tables(6, 4)

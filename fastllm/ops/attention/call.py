@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from ..shared.autograd import autocasted
-from ..shared.check import check_dense, check_floating, is_floating, is_number
+from ..shared.check import check_dense, check_floating, check_length, is_floating, is_number
 
 
 class AttentionCall(NamedTuple):
@@ -204,14 +204,14 @@ def check_scale(op: str, scale, dim: int) -> float:
 
 
 def check_softcap(op: str, softcap) -> float:
-    """``softcap`` as a float, 0 for none. ValueError: it is negative or no number."""
-    if softcap is not None and (not is_number(softcap) or not softcap >= 0):
-        raise ValueError(f"{op}: softcap must be a number >= 0 (None or 0: none), got {softcap!r}")
+    """``softcap`` as a float, 0 for none. ValueError: it is negative, infinite or no number."""
+    if softcap is not None and (not is_number(softcap) or not 0 <= softcap < math.inf):
+        raise ValueError(f"{op}: softcap must be a finite number >= 0 (None or 0: none), got {softcap!r}")
     return float(softcap or 0.0)
 
 
-# The widest side of a window; a wider one reaches as far. A sum of it and any tensor's rows fits in 64 bits.
-WIDEST_SIDE = 2**62
+# A window's side from here on is unbounded: no sequence is that long, and a position plus a side fits 32 bits below it.
+UNBOUNDED = 2**30
 
 
 def check_window(op: str, window, causal: bool) -> tuple[int, int]:
@@ -227,7 +227,8 @@ def check_window(op: str, window, causal: bool) -> tuple[int, int]:
                 raise ValueError(
                     f"{op}: window must hold integers >= 0, or None or -1 for an unbounded side; got {window!r}"
                 )
-    return min(left, WIDEST_SIDE), 0 if causal else min(right, WIDEST_SIDE)
+    left, right = (-1 if side >= UNBOUNDED else side for side in (left, right))
+    return left, 0 if causal else right
 
 
 def _same_device(op: str, name: str, x, query) -> None:
@@ -235,7 +236,9 @@ def _same_device(op: str, name: str, x, query) -> None:
         raise ValueError(f"{op}: {name} is on {x.device}, query on {query.device}; they must be together")
 
 
-def _check_cu(op: str, name: str, cu, total: int, query) -> torch.Tensor:
+def _check_cu(op: str, name: str, cu, rows: tuple[int, int | None], query) -> torch.Tensor:
+    """``rows``: how many there are, and how many a sequence may have, where that is known."""
+    total, most = rows
     if not isinstance(cu, torch.Tensor) or cu.dtype not in (torch.int32, torch.int64):
         got = str(cu.dtype) if isinstance(cu, torch.Tensor) else type(cu).__name__
         raise TypeError(f"{op}: {name} must be an int32 or int64 tensor, got {got}")
@@ -250,6 +253,11 @@ def _check_cu(op: str, name: str, cu, total: int, query) -> torch.Tensor:
             raise ValueError(
                 f"{op}: {name} must rise from 0 to at most {total} rows, got {bounds[:4]} ... {bounds[-1]}"
             )
+        found = max((b - a for a, b in itertools.pairwise(bounds)), default=0)
+        # A bias has room for no more.
+        if most is not None and found > most:
+            of = name.replace("cu_seqlens", "max_seqlen")
+            raise ValueError(f"{op}: {of} is {most}, and {name} has a sequence of {found} rows")
     return cu.contiguous()
 
 
@@ -261,6 +269,9 @@ def check_attention(op: str, call: AttentionCall, longest: tuple[int | None, int
     query, key, value, bias, sinks, slopes, _, cu_q, cu_k = call[:9]
     check_qkv(op, query, key, value)
     packed = cu_q is not None or cu_k is not None
+    for name, most in zip(("max_seqlen_q", "max_seqlen_k"), longest, strict=True):
+        if most is not None:
+            check_length(op, name, most)
     dims, layout = (
         (3, "(total, heads, dim) with cu_seqlens_q and cu_seqlens_k") if packed else (4, "(batch, heads, length, dim)")
     )
@@ -275,7 +286,7 @@ def check_attention(op: str, call: AttentionCall, longest: tuple[int | None, int
     if (heads_kv == 0 and heads > 0) or (heads_kv > 0 and heads % heads_kv):
         raise ValueError(f"{op}: query's heads must be a multiple of key's, got {heads} and {heads_kv}")
     if packed:
-        cu_q, cu_k = _check_packing(op, call)
+        cu_q, cu_k = _check_packing(op, call, longest)
         batch, (rows, cols) = cu_q.numel() - 1, longest
     else:
         batch, rows, cols = query.shape[0], query.shape[2], key.shape[2]
@@ -304,13 +315,14 @@ def check_attention(op: str, call: AttentionCall, longest: tuple[int | None, int
     return bias, sinks, slopes, cu_q, cu_k
 
 
-def _check_packing(op: str, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+def _check_packing(op: str, call: AttentionCall, longest) -> tuple[torch.Tensor, torch.Tensor]:
     """Both cu_seqlens, of one dtype."""
+    most_q, most_k = longest
     cu_q, cu_k = call.cu_q, call.cu_k
     if cu_q is None or cu_k is None:
         raise ValueError(f"{op}: cu_seqlens_q and cu_seqlens_k must be given together")
-    cu_q = _check_cu(op, "cu_seqlens_q", cu_q, call.q.shape[0], call.q)
-    cu_k = _check_cu(op, "cu_seqlens_k", cu_k, call.k.shape[0], call.q)
+    cu_q = _check_cu(op, "cu_seqlens_q", cu_q, (call.q.shape[0], most_q), call.q)
+    cu_k = _check_cu(op, "cu_seqlens_k", cu_k, (call.k.shape[0], most_k), call.q)
     if cu_q.shape != cu_k.shape:
         raise ValueError(
             f"{op}: cu_seqlens_q and cu_seqlens_k must name as many sequences, got "

@@ -75,6 +75,8 @@ def cross_entropy_call(
     if target.device != input.device:
         raise ValueError(f"{op}: target is on {target.device}, input on {input.device}; they must be together")
     _check_class_weights(op, input, weight, input.shape[class_dim(input)])
+    if input.dim() == 1 and not target.is_floating_point():
+        target = target.reshape(())  # torch takes one of shape (1,) too, without label_smoothing
     if inplace and input.requires_grad and input.is_leaf:
         raise ValueError("cross_entropy: inplace=True would overwrite a leaf; logits must come from an operation")
     return CrossEntropyCall(input, as_indices(target), weight, loss.checked(op), return_lse, inplace)
@@ -247,8 +249,9 @@ def check_whole(input, linear_weight, target, linear_bias, ignore_index, refused
     ``refused``: names of options that are for class indices and a weight (V, D) -> whether they were given.
     """
     op = "linear_cross_entropy"
-    if not isinstance(input, torch.Tensor) or not input.is_floating_point() or not linear_weight.is_floating_point():
-        raise TypeError(f"{op}: input and linear_weight must be floating-point tensors")
+    for name, tensor in (("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if tensor is not None or name != "linear_bias":
+            check_floating(op, name, tensor)
     if input.dim() not in (1, 2) or linear_weight.dim() < 2 or input.shape[-1] != linear_weight.shape[-1]:
         raise ValueError(
             f"{op}: input must be (N, D) or (D,) and linear_weight (V, ..., D) here, got {list(input.shape)} and "

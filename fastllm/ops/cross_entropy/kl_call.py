@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..shared.autograd import autocasts
-from ..shared.check import check_dense, check_floating, check_integer, check_number, check_workspace
+from ..shared.check import check_choice, check_dense, check_floating, check_integer, check_number, check_workspace
 from .call import as_indices
 from .loss import REDUCTIONS
 
@@ -168,10 +168,8 @@ def _check_teacher(call: LinearKLDivCall) -> None:
 def _checked_divergence(divergence: Divergence) -> Divergence:
     direction, beta, temperature, softcap, teacher_softcap, ignore_index, reduction, workspace = divergence
     check_integer(_NAME, "ignore_index", ignore_index)
-    if direction not in DIRECTIONS:
-        raise ValueError(f"{_NAME}: direction must be one of {', '.join(DIRECTIONS)}; got {direction!r}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{_NAME}: reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+    check_choice(_NAME, "direction", direction, DIRECTIONS)
+    check_choice(_NAME, "reduction", reduction, REDUCTIONS)
     numbers = {"beta": beta, "temperature": temperature, "softcap": softcap, "teacher_softcap": teacher_softcap}
     for name, value in numbers.items():
         if value is not None or name in ("beta", "temperature"):

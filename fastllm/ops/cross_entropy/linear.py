@@ -11,6 +11,7 @@ import torch
 from ...backends import pick, plain_eager
 from ...registry import Op, register
 from ..shared.autograd import apply
+from ..shared.check import check_floating
 from ..shared.signature import keyword_options, keywords_of
 from .call import LinearCrossEntropyCall, check_whole, is_whole, linear_cross_entropy_call
 from .chunks import LayerLoss, LinearCrossEntropyPlan, bytes_per_row, chunk_plan, workspace_mb
@@ -172,6 +173,7 @@ def linear_cross_entropy_plan(
     Raises:
         TypeError, ValueError: linear_cross_entropy would refuse the call.
     """
+    check_floating("linear_cross_entropy_plan", "input", input)
     target = torch.empty(input.shape[:-1], dtype=torch.int64, device=input.device)
     call = linear_cross_entropy_call(
         input, linear_weight, target, reduction=reduction, softcap=softcap, max_workspace_mb=max_workspace_mb,

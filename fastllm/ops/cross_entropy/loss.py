@@ -9,7 +9,7 @@ import torch
 
 from ...backends import device_type_of
 from ..shared.autograd import autocasts
-from ..shared.check import check_integer, check_number
+from ..shared.check import check_choice, check_integer, check_number
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -35,8 +35,7 @@ class Loss(NamedTuple):
         if not plain:
             for name, value in zip(("label_smoothing", "softcap", "logit_scale", "z_loss"), floats, strict=True):
                 check_number(op, name, value)
-        if self.reduction not in REDUCTIONS:
-            raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}; got {self.reduction!r}")
+        check_choice(op, "reduction", self.reduction, REDUCTIONS)
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(f"{op}: label_smoothing must be between 0 and 1, got {self.label_smoothing}")
         if self.softcap is not None and not (0.0 < self.softcap < math.inf):

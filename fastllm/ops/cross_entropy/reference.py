@@ -20,8 +20,6 @@ def cross_entropy_reference(*args, **options):
 def loss_and_lse(labelled: Labelled):
     """(loss, logsumexp) of logits (C,), (N, C) or (N, C, d1, ...), in at least fp32."""
     input, target, weight, loss = labelled
-    if input.dim() == 1 and not target.is_floating_point():
-        target = target.reshape(())
     dim = class_dim(input)
     z = loss.of_logits(input)
     n_classes = input.shape[dim]

@@ -98,6 +98,8 @@ def embedding_call(
         if not isinstance(vocab_range, tuple | list) or len(vocab_range) != 2:
             raise TypeError(f"embedding: vocab_range must be a pair (start, end), got {vocab_range!r}")
         start, end = vocab_range
+        for bound in (start, end):
+            check_integer("embedding", "vocab_range", bound)
         vocab_range = (start, end)
         if start < 0 or end - start != num_rows:
             raise ValueError(f"embedding: vocab_range {(start, end)} does not fit a table of {num_rows} rows")

@@ -60,8 +60,9 @@ def eager_norm(call: NormCall) -> torch.Tensor:
     dtypes = {p.dtype for p in (call.weight, call.bias) if p is not None}
     mixed = bool(dtypes - {call.input.dtype})
     if call.center:
-        # torch.nn.functional.layer_norm takes fp32 parameters beside 16-bit rows on a CPU alone.
-        taken = dtypes == {torch.float32} and call.input.dtype in NARROW and call.input.device.type == "cpu"
+        # torch.nn.functional.layer_norm takes fp32 parameters beside 16-bit rows on a CPU alone, and no bias alone.
+        taken = call.weight is not None and dtypes == {torch.float32} and call.input.dtype in NARROW
+        taken = taken and call.input.device.type == "cpu"
         if call.weight_offset != 0.0 or (mixed and not taken):
             return norm_reference(call)
         return F.layer_norm(call.input, call.shape, call.weight, call.bias, call.eps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -16,6 +17,7 @@ _IN_FLOAT32 = "the extension computes in float32, for float32, float16 and bfloa
 # What PyTorch's operators compute in; 8 bits and fewer are for storage.
 _FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _INT64 = torch.iinfo(torch.int64)
+_LARGEST = int(sys.float_info.max)
 
 
 def is_floating(tensor: torch.Tensor) -> bool:
@@ -51,14 +53,20 @@ def beyond_float32(tensors: Iterable[torch.Tensor | None]) -> str | None:
 
 
 def is_number(value) -> bool:
-    """Whether ``value`` is a real number, Python's or a symbolic one."""
+    """Whether ``value`` is a real number, Python's or a symbolic one, that a float can hold."""
     # Python's own numbers first: an abstract class takes 0.2 us.
-    return type(value) in (float, int) or isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat)
+    if type(value) is float:
+        return True
+    if type(value) is int:
+        return -_LARGEST <= value <= _LARGEST
+    return isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat)
 
 
 def check_number(op: str, name: str, value) -> None:
-    """TypeError where ``value`` is no real number."""
+    """TypeError where ``value`` is no real number, ValueError where it is one that no float can hold."""
     if not is_number(value):
+        if isinstance(value, int):
+            raise ValueError(f"{op}: {name} must fit in a float, got an integer of {value.bit_length()} bits")
         got = f"str {value!r}" if isinstance(value, str) else type(value).__name__
         raise TypeError(f"{op}: {name} must be a number, got {got}")
 
@@ -69,6 +77,20 @@ def check_integer(op: str, name: str, value) -> None:
         raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
     if isinstance(value, int) and not _INT64.min <= value <= _INT64.max:
         raise ValueError(f"{op}: {name} must be an integer of 64 bits, got {value}")
+
+
+def check_length(op: str, name: str, value) -> None:
+    """TypeError where ``value`` is no integer, ValueError where it is negative."""
+    check_integer(op, name, value)
+    if value < 0:
+        raise ValueError(f"{op}: {name} must not be negative, got {value}")
+
+
+def check_choice(op: str, name: str, value, choices: Iterable[str]) -> None:
+    """ValueError where ``value`` is none of ``choices``."""
+    # An array is not compared: it would answer for each of its elements.
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}; got {value!r}")
 
 
 def check_workspace(op: str, megabytes) -> float | None:
