@@ -17,7 +17,7 @@ import stat
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -244,14 +244,20 @@ def _toml_value(value: Any) -> str:
     return repr(value)
 
 
-def to_toml(sections: Mapping[str, Any]) -> str:
-    """Dataclasses as TOML, one table each; None, which TOML lacks, is left out."""
+def defaults_for(config: Any, names: Iterable[str]) -> Any:
+    """A dataclass's copy with the defaults in the fields ``names``."""
+    return dataclasses.replace(config, **{s.name: s.default for s in settings(type(config)) if s.name in set(names)})
+
+
+def to_toml(sections: Mapping[str, Any], leave_out: Mapping[str, Collection[str]] = types.MappingProxyType({})) -> str:
+    """Dataclasses as TOML, one table each; None, which TOML lacks, is left out, and so are the fields that
+    ``leave_out`` names by table."""
     blocks = []
     for title, config in sections.items():
         lines = [
             f"{field.name} = {_toml_value(getattr(config, field.name))}"
             for field in dataclasses.fields(config)
-            if getattr(config, field.name) is not None
+            if getattr(config, field.name) is not None and field.name not in leave_out.get(title, ())
         ]
         blocks.append("\n".join([f"[{title}]", *lines]))
     return "\n\n".join(blocks) + "\n"

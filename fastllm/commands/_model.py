@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from ..config import InputError, read_plain
 from ..data import Tokenizer
@@ -27,21 +28,37 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: %(default)s)")
 
 
-def add_length_penalty(parser: argparse.ArgumentParser) -> None:
-    """``--length-penalty`` of a search by beams."""
+# Beams of a search, and the power of the length, where none is given.
+BEAMS, LENGTH_PENALTY = 4, 1.0
+
+
+def add_search_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--beams`` and ``--length-penalty``."""
     parser.add_argument(
-        "--length-penalty", type=float, default=1.0, metavar="X",
+        "--beams", type=int, metavar="N", help=f"translations: beams of the search; 1: greedy (default: {BEAMS})"
+    )
+    parser.add_argument(
+        "--length-penalty", type=float, metavar="X",
         help="translations by beams: power of the length that divides the log-probability; 0 favours short ones "
-        "(default: %(default)s)",
+        f"(default: {LENGTH_PENALTY})",
     )  # fmt: skip
 
 
-def check_length_penalty(arguments: argparse.Namespace) -> None:
-    """Raises:
-    InputError: ``--length-penalty`` is not a number that is 0 or more.
+def search_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of :func:`fastllm.tasks.translate.translate` that ``--beams`` and ``--length-penalty`` ask for.
+
+    Raises:
+        InputError: one of them is out of its range, or the second one has no effect.
     """
-    if not 0 <= arguments.length_penalty < float("inf"):
-        raise InputError(f"length_penalty: expected at least 0, got {arguments.length_penalty}")
+    beams = BEAMS if arguments.beams is None else arguments.beams
+    penalty = LENGTH_PENALTY if arguments.length_penalty is None else arguments.length_penalty
+    if beams < 1:
+        raise InputError(f"beams: expected at least 1, got {beams}")
+    if not 0 <= penalty < float("inf"):
+        raise InputError(f"length_penalty: expected at least 0, got {penalty}")
+    if beams == 1 and arguments.length_penalty is not None:
+        raise InputError("length_penalty: has no effect: one beam is a greedy search, which compares no lengths")
+    return {"beams": beams, "length_penalty": penalty}
 
 
 def chosen_folder(arguments: argparse.Namespace) -> Path:

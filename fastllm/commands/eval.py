@@ -36,7 +36,7 @@ from ..tasks.translate import translate
 from ..training.checkpoints.checkpoint import load_config
 from ..training.evaluate import evaluate
 from ..training.objectives.distill import student_scores
-from ._model import add_length_penalty, add_model_arguments, check_length_penalty, chosen_folder, load_for, task_of
+from ._model import add_model_arguments, add_search_arguments, chosen_folder, load_for, search_options, task_of
 from ._prompts import ROWS, beside, form_asked, scores_of_prompts
 
 
@@ -63,35 +63,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="language models: minimal pairs in BLiMP's form, one .jsonl file for each paradigm",
     )
+    add_search_arguments(parser)
     parser.add_argument(
-        "--beams", type=int, default=4, metavar="N", help="translations: beams; 1: greedy (%(default)s)"
-    )
-    add_length_penalty(parser)
-    parser.add_argument(
-        "--tokenize", choices=TOKENIZERS, default="13a",
-        help="sacrebleu's tokens for BLEU; zh, ja-mecab, ko-mecab or char where words have no spaces (%(default)s)",
+        "--tokenize", choices=TOKENIZERS,
+        help="translations: sacrebleu's tokens for BLEU; zh, ja-mecab, ko-mecab or char where words have no spaces "
+        f"(default: {TOKENIZERS[0]})",
     )  # fmt: skip
     parser.add_argument(
-        "--limit",
-        type=int,
-        default=0,
-        metavar="N",
-        help="only the first N examples, or N pairs of each paradigm of BLiMP (default: all)",
-    )
+        "--limit", type=int, metavar="N",
+        help="only the first N examples, or N pairs of each paradigm of BLiMP; 0: all (default: 0)",
+    )  # fmt: skip
     parser.add_argument("--out", metavar="FOLDER", help="write predictions and the picture of a classifier's confusion")
 
 
 def _translations(model, tokenizer, examples, arguments) -> tuple[dict, list[dict]]:
     references = [e["target"] for e in examples]
-    named = signatures(arguments.tokenize)
+    tokenize = arguments.tokenize or TOKENIZERS[0]
+    named = signatures(tokenize)
     better = suggested_tokenizer(references)
-    if better != "13a" and arguments.tokenize in ("13a", "intl"):
+    if better != "13a" and tokenize in ("13a", "intl"):
         print(f"hint: for BLEU in the language of these references sacrebleu has --tokenize {better}", file=sys.stderr)
-    options = dict(beams=arguments.beams, length_penalty=arguments.length_penalty)
-    found = translate(model, tokenizer, [e["source"] for e in examples], **options)
-    intervals = translation_intervals(references, found, arguments.tokenize)
+    found = translate(model, tokenizer, [e["source"] for e in examples], **search_options(arguments))
+    intervals = translation_intervals(references, found, tokenize)
     scores = {}
-    for name, score in translation_scores(references, found, arguments.tokenize).items():
+    for name, score in translation_scores(references, found, tokenize).items():
         scores |= {name: score, f"{name}_interval": intervals[name], f"{name}_signature": named[name]}
     return scores, [{**e, "translation": text} for e, text in zip(examples, found, strict=True)]
 
@@ -164,9 +159,9 @@ def _language(model, tokenizer, arguments, paradigms: list[Paradigm]) -> tuple[d
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.beams < 1 or arguments.limit < 0:
-        raise InputError(f"beams and limit: expected at least 1 and 0, got {arguments.beams} and {arguments.limit}")
-    check_length_penalty(arguments)
+    if arguments.limit is not None and arguments.limit < 0:
+        raise InputError(f"limit: expected at least 0, got {arguments.limit}")
+    search_options(arguments)
     with folder_to_fill(arguments.out) if arguments.out else contextlib.nullcontext() as out:
         return _run(arguments, out)
 
@@ -189,10 +184,15 @@ def _run(arguments: argparse.Namespace, out: Path | None) -> int:
     task = task_of(load_config(folder))
     if arguments.blimp is not None and task != "generate":
         raise InputError(f"blimp: {folder}: this model is for fastllm {task}; minimal pairs are for language models")
+    for name in ("beams", "length_penalty", "tokenize"):
+        if task != "translate" and getattr(arguments, name) is not None:
+            raise InputError(f"{name}: is for translations; this model is for fastllm {task}")
+    form = form_asked(arguments, task)
+    if arguments.limit is not None and task == "generate" and form is None and arguments.blimp is None:
+        raise InputError("limit: is for examples and pairs; a text is scored as a whole")
     paradigms = [] if arguments.blimp is None else read_blimp(arguments.blimp)
     model, tokenizer = load_for(folder, arguments.device)
     predictions = []
-    form = form_asked(arguments, task)
     if form is not None:
         scores, predictions = scores_of_prompts(model, tokenizer, form, arguments)
     elif task in TASKS:

@@ -14,6 +14,7 @@ from ..data import DataConfig, Tokenizer, load_corpus, prepare
 from ..data.token_shards import SHARD_TOKENS
 from ..data.tokenizer import KINDS, SPECIAL_TOKENS
 from ..data.tokenizer_show import ShownPieces, ShownSample
+from ..data.tokenizer_training import check_training
 from ..files import folder_to_fill
 from ..training.reports.progress import Display, printable
 
@@ -78,15 +79,16 @@ def run(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     if arguments.sample_mb < 1:
         raise InputError(f"--sample-mb: expected at least 1, got {arguments.sample_mb}")
+    special = SPECIAL_TOKENS[arguments.objective]
+    check_training(arguments.vocab_size, arguments.kind, special, arguments.lowercase)
     display = Display(arguments.quiet)
-    corpus = load_corpus(DataConfig(data=tuple(arguments.source), deduplicate=False))
-    documents = ShownSample(corpus, arguments.sample_mb << 20)
     with folder_to_fill(arguments.out) as out:
+        corpus = load_corpus(DataConfig(data=tuple(arguments.source), deduplicate=False))
+        documents = ShownSample(corpus, arguments.sample_mb << 20)
         display.say(documents.note)
         tokenizer = Tokenizer.train(
-            documents, arguments.vocab_size, arguments.kind,
-            special_tokens=SPECIAL_TOKENS[arguments.objective], lowercase=arguments.lowercase,
-        )  # fmt: skip
+            documents, arguments.vocab_size, arguments.kind, special_tokens=special, lowercase=arguments.lowercase
+        )
         tokenizer.save_pretrained(out)
     display.say(f"{tokenizer.vocab_size:,} tokens in {Path(arguments.out) / 'tokenizer.json'}")
     return 0
@@ -123,9 +125,9 @@ def _encode(arguments: argparse.Namespace) -> int:
     if arguments.shard_tokens < 1:
         raise InputError(f"--shard-tokens: expected at least 1, got {arguments.shard_tokens}")
     display = Display(arguments.quiet)
-    corpus = load_corpus(DataConfig(data=tuple(arguments.source)))
     tokenizer = _load(arguments.tokenizer)
     with folder_to_fill(arguments.out) as out:
+        corpus = load_corpus(DataConfig(data=tuple(arguments.source)))
         dataset = prepare(corpus, out, tokenizer=tokenizer, shard_tokens=arguments.shard_tokens)
     display.say(dataset.describe())
     return 0

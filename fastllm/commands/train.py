@@ -4,15 +4,18 @@ minutes."""
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from ..config import InputError, add_flags, flags_given, read_toml, settings
 from ..data import DataConfig, Tokenizer
+from ..data.dataset import is_prepared, tokenizer_of
 from ..models import PRESETS, ModelConfig
-from ..training import TrainingConfig, build_run_config, resume, train
-from ..training.config import DEFAULT_PRESET
+from ..training import RunConfig, TrainingConfig, build_run_config, resume, train
+from ..training.config import DEFAULT_PRESET, check_used
 from ..training.objectives import ObjectiveConfig
 from ..training.recipes import RECIPES
-from ..training.setup import with_teacher
+from ..training.setup import with_pretrained, with_teacher
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +40,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, TrainingConfig, "training")
 
 
+def _changed(tables: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The names in ``tables`` with other values than the defaults, which files of earlier versions write out."""
+    defaults = RunConfig()
+    return {
+        title: [name for name, value in table.items() if value != getattr(getattr(defaults, title), name, None)]
+        for title, table in tables.items()
+    }
+
+
+def _check_prepared(data: DataConfig, given: Collection[str]) -> None:
+    """Refuse ``--deduplicate`` for what was written by another command, which is taken as it is."""
+    found = next((path for path in data.data if is_prepared(path)), None)
+    if found is not None and "deduplicate" in given:
+        raise InputError(f"--deduplicate: has no effect: {found} was prepared and is taken as it is")
+
+
+def _check_shape(config: RunConfig, flags: Collection[str], shape: Mapping[str, Any]) -> None:
+    """Refuse another shape than the pretrained model's; a file may have that model's own, as a run's config.toml."""
+    if flags:
+        flag = next(iter(flags)).replace("_", "-")
+        raise InputError(f"--{flag}: the model's shape comes from --pretrained {config.objective.pretrained}")
+    theirs = with_pretrained(config).without_unused().model if shape else None
+    for name in shape:
+        if name != "labels" and getattr(config.model, name, None) != getattr(theirs, name, None):
+            raise InputError(f"{name}: the model's shape comes from --pretrained {config.objective.pretrained}")
+
+
 def run(arguments: argparse.Namespace) -> int:
     model = flags_given(arguments, ModelConfig)
     kinds = {"data": DataConfig, "training": TrainingConfig, "objective": ObjectiveConfig}
@@ -56,15 +86,19 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         file = read_toml(arguments.config) if arguments.config else {}
         # Check the file by itself first, so that a message names the file only for what it says.
-        build_run_config(file, str(arguments.config))
+        alone = build_run_config(file, str(arguments.config))
+        check_used(alone, _changed(file), str(arguments.config))
         merged = {title: {**file.get(title, {}), **table} for title, table in tables.items()}
         # A preset on the command line replaces the file's whole model.
         merged["model"] = {**({} if arguments.preset else file.get("model", {})), **model}
         config = build_run_config(merged, "command line", arguments.preset)
-        if config.objective.pretrained and merged["model"]:
-            flag = next(iter(merged["model"])).replace("_", "-")
-            raise InputError(f"--{flag}: the model's shape comes from --pretrained {config.objective.pretrained}")
-        tokenizer = with_teacher(config).data.tokenizer
+        if config.objective.pretrained:
+            _check_shape(config, model, merged["model"])
+        if "labels" in model:
+            raise InputError("--labels: training takes them from its data")
+        check_used(config, {**tables, "model": model}, "command line")
+        _check_prepared(config.data, tables["data"])
+        tokenizer = tokenizer_of(with_teacher(config).data)
         if tokenizer and "vocab_size" in merged["model"]:
             available = Tokenizer.load(tokenizer).vocab_size
             if available != config.model.vocab_size:

@@ -69,6 +69,19 @@ class Dataset:
         return f"{self.summary.name}: {'; '.join([*parts, *self.summary.notes])}"
 
 
+def is_prepared(path: str | Path) -> bool:
+    """Whether fastllm prepare or fastllm tokenizer encode wrote the folder ``path``."""
+    return any((Path(path) / name).exists() for name in (PREPARED, SUMMARY))
+
+
+def tokenizer_of(config: DataConfig) -> Path | None:
+    """The tokenizer.json that ``config`` names, or that made the tokens there; None where one is to be trained."""
+    encoded = next((Path(path) for path in config.data if (Path(path) / SUMMARY).exists()), None)
+    if config.tokenizer is not None:
+        return Path(config.tokenizer)
+    return None if encoded is None else encoded / "tokenizer.json"
+
+
 def load_corpus(config: DataConfig, held_out: Sequence[str] = ()) -> Corpus | PreparedCorpus:
     """The text that ``config`` names.
 

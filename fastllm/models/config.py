@@ -15,6 +15,8 @@ KINDS = ("transformer", "lstm", "gru")
 # An encoder may also be convolutional.
 ENCODERS = (*KINDS, "conv")
 POOLINGS = ("first", "mean", "max")
+# Settings of one kind of positions.
+_POSITIONS_OF = {"rotary_base": "rotary", "relative_buckets": "relative", "relative_distance": "relative"}
 # What a head on an encoder gives: tokens, whether two texts follow each other, a class, an answer's ends.
 HEADS = ("mlm", "nsp", "classify", "span")
 
@@ -110,19 +112,55 @@ class ModelConfig:
         # Half of the buckets, per direction, hold single distances.
         self._require("relative_distance", self.relative_distance > self.relative_buckets // 2,
                       f"more than half of relative_buckets {self.relative_buckets}")  # fmt: skip
-        if self.head_size is None:
+        if self.attends and self.head_size is None:
             self._require(
                 "num_heads", self.hidden_size % self.num_heads == 0, f"a divisor of hidden_size {self.hidden_size}"
             )
-        self._require("num_kv_heads", self.num_heads % self.kv_heads == 0, f"a divisor of num_heads {self.num_heads}")
-        if self.positions == "rotary" and "transformer" in (self.encoder, self.decoder):
+        if self.attends:
+            self._require(
+                "num_kv_heads", self.num_heads % self.kv_heads == 0, f"a divisor of num_heads {self.num_heads}"
+            )
+        if self.positions == "rotary" and self.has_transformer:
             self._require("num_heads", self.head_dim % 2 == 0, "such that hidden_size / num_heads is even, for rotary")
-        if self.encoder in ("lstm", "gru") or self.positions == "sinusoidal":
+        if self.encoder in ("lstm", "gru") or (self.positions == "sinusoidal" and self.has_transformer):
             self._require("hidden_size", self.hidden_size % 2 == 0, "even, for two directions and for sinusoids")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+    @property
+    def has_transformer(self) -> bool:
+        """Whether a part of the model is a Transformer."""
+        return "transformer" in (self.encoder, self.decoder)
+
+    @property
+    def attends(self) -> bool:
+        """Whether a part of the model has attention; a decoder of any kind attends to its encoder."""
+        return self.has_transformer or "none" not in (self.encoder, self.decoder)
+
+    def unused(self) -> dict[str, str]:
+        """The fields that a model of this shape does not read, and why."""
+        found = {}
+        if not self.attends:
+            names = ("num_heads", "num_kv_heads", "head_size", "scale_attention")
+            found |= dict.fromkeys(names, "the model has no attention")
+        if not self.has_transformer:
+            names = ("intermediate_size", "positions", "qk_norm", "activation", *_POSITIONS_OF)
+            found |= dict.fromkeys(names, "no part of the model is a Transformer")
+        else:
+            for name, kind in _POSITIONS_OF.items():
+                if kind != self.positions:
+                    found[name] = f"positions are {self.positions}, not {kind}"
+        if self.encoder == "none":
+            found["num_encoder_layers"] = "the model has no encoder"
+        elif self.decoder == "none" and self.num_encoder_layers is not None:
+            found["num_layers"] = "the model has no decoder, and num_encoder_layers says how many its encoder has"
+        if not {"nsp", "classify"} & set(self.heads):
+            found["pooling"] = "no head of the model reads a whole text"
+        if self.decoder == "none" and "mlm" not in self.heads:
+            found |= dict.fromkeys(("tie_embeddings", "logit_scale"), "the model predicts no tokens")
+        return found
 
     @property
     def head_dim(self) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import InputError, build_settings, option, read_toml, settings, to_toml, unknown
+from ..config import InputError, build_settings, defaults_for, option, read_toml, settings, to_toml, unknown
 from ..data import DataConfig
 from ..models.config import PRESETS, ModelConfig
 from .objective_config import ObjectiveConfig, fit_model
@@ -135,6 +135,21 @@ class TrainingConfig:
         if self.warmup + (self.decay if self.schedule == "wsd" else 0) > 1:
             raise InputError(f"decay: {self.decay} and warmup {self.warmup} are together more than the run")
 
+        if self.keep_best and not (self.eval_interval and self.checkpoint_interval):
+            raise InputError("keep_best: needs evaluations (eval_interval) and checkpoints (checkpoint_interval) "
+                             "during the run")  # fmt: skip
+
+    def unused(self) -> dict[str, str]:
+        """The settings that have no effect beside the others, and why."""
+        found = {}
+        if self.optimizer != "muon":
+            found |= dict.fromkeys(("muon_lr", "momentum"), f"the optimizer is {self.optimizer}, not muon")
+        if self.schedule != "wsd":
+            found["decay"] = f"the schedule is {self.schedule}, not wsd"
+        if not self.eval_interval:
+            found["eval_windows"] = "there is no evaluation during the run (eval_interval)"
+        return found
+
     @property
     def rows(self) -> int:
         """Sequences per forward pass."""
@@ -163,14 +178,49 @@ class RunConfig:
             training = replace(training, epochs=DEFAULT_EPOCHS)
         return replace(self, training=training)
 
+    def unused(self) -> dict[str, dict[str, str]]:
+        """The settings that have no effect beside the others, by table, and why."""
+        objective = self.objective.unused()
+        if self.data.tokenizer or self.objective.pretrained:
+            objective.setdefault("tokenizer_kind", "the tokenizer is given")
+        data = {"deduplicate": "examples have no paragraphs to compare"} if self.objective.kind.task else {}
+        return {
+            "data": data, "model": self.model.unused(), "training": self.training.unused(), "objective": objective,
+        }  # fmt: skip
+
+    def without_unused(self) -> RunConfig:
+        """This configuration, with the defaults of their classes in settings that have no effect."""
+        return replace(
+            self, **{table: defaults_for(getattr(self, table), names) for table, names in self.unused().items()}
+        )
+
     def to_toml(self) -> str:
-        return to_toml({field.name: getattr(self, field.name) for field in fields(self)})
+        """The settings that have an effect, as TOML."""
+        return to_toml({field.name: getattr(self, field.name) for field in fields(self)}, self.unused())
+
+
+def check_used(config: RunConfig, given: Mapping[str, Iterable[str]], where: str) -> None:
+    """Refuse settings that have no effect in ``config``.
+
+    Args:
+        given: the names that were asked for, by table.
+        where: what the message starts with.
+
+    Raises:
+        InputError: names the setting and why it has none.
+    """
+    unused = config.unused()
+    for table, names in given.items():
+        for name in names:
+            if name in unused[table]:
+                raise InputError(f"{where}: {name}: has no effect: {unused[table][name]}")
 
 
 def build_run_config(tables: Mapping[str, Any], where: str, preset: str | None = None) -> RunConfig:
     """A run's settings from the tables ``data``, ``model`` (which may have a ``preset``), ``training``, ``objective``.
 
-    The model gets the parts and heads that the objective needs.
+    The model gets the parts and heads that the objective needs. Settings without an effect get their defaults;
+    :func:`check_used` refuses them.
 
     A preset that is a recipe has settings for all tables. Values in ``tables`` override it.
 
@@ -199,18 +249,27 @@ def build_run_config(tables: Mapping[str, Any], where: str, preset: str | None =
     if recipe is not None:
         tables = {**tables, **recipe.under(tables, where)}
     objective = build_settings(ObjectiveConfig, tables.get("objective", {}), where)
+    # Only beside the parts that the objective needs can they be right.
+    heads = model.pop("heads", None)
     shape = build_settings(ModelConfig, model, where, PRESETS[name] if recipe is None else recipe.model)
     if objective.pretrained is None:
         try:
             shape = fit_model(objective, shape, model)
         except ValueError as error:
             raise InputError(f"{where}: {error}") from error
+    if heads is not None:
+        encoder = {"encoder": "transformer", "decoder": "none"}
+        asked = build_settings(ModelConfig, {**encoder, "heads": heads}, where).heads
+        if objective.pretrained is None and set(asked) != set(shape.heads):
+            wanted, got = (", ".join(names) or "none" for names in (shape.heads, asked))
+            raise InputError(f"{where}: heads: objective {objective.objective} needs {wanted}, got {got}")
+        shape = shape.replace(heads=asked)
     return RunConfig(
         data=build_settings(DataConfig, tables.get("data", {}), where),
         model=shape,
         training=build_settings(TrainingConfig, tables.get("training", {}), where),
         objective=objective,
-    )
+    ).without_unused()
 
 
 def read_run_config(path: str | Path) -> RunConfig:

@@ -42,7 +42,7 @@ def train(
     """
     if launched() and folder is None:
         raise InputError("--out: under torchrun the run needs a name, by which a restart finds it")
-    config = with_teacher(with_pretrained(config))
+    config = with_teacher(with_pretrained(config)).without_unused()
     if folder is not None and checkpoints(Path(folder) / "checkpoints"):
         if not (auto_resume or launched()):
             raise InputError(f"{folder}: holds a run already; go on with --resume {folder}, or choose another --out")

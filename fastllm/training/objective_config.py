@@ -53,10 +53,10 @@ OBJECTIVES = {
 }
 # Settings of one objective, which are refused for the others.
 OWN = {
-    "mask_probability": ("mlm", "mlm+nsp"), "whole_word": ("mlm", "mlm+nsp"), "token_dropout": ("classify",),
-    "short_windows": ("causal",),
-    "beta": ("dpo",), "dpo_loss": ("dpo",), "teacher": ("distill",), "teacher_share": ("distill",),
-    "temperature": ("distill",), "direction": ("distill",), "jsd_beta": ("distill",),
+    "label_smoothing": ("seq2seq", "classify"), "mask_probability": ("mlm", "mlm+nsp"),
+    "whole_word": ("mlm", "mlm+nsp"), "token_dropout": ("classify",), "short_windows": ("causal",), "beta": ("dpo",),
+    "dpo_loss": ("dpo",), "teacher": ("distill",), "teacher_share": ("distill",), "temperature": ("distill",),
+    "direction": ("distill",), "jsd_beta": ("distill",),
 }  # fmt: skip
 
 
@@ -114,11 +114,9 @@ class ObjectiveConfig:
 
     def __post_init__(self):
         for setting in settings(type(self)):
-            home = OWN.get(setting.name, (self.objective,))
-            if self.objective not in home and getattr(self, setting.name) != setting.default:
-                raise InputError(f"{setting.name}: is for objective {' and '.join(home)}, not for {self.objective}")
-        if self.label_smoothing and self.kind.asks:
-            raise InputError(f"label_smoothing: is for seq2seq and classify, not for {self.objective}")
+            why = self._others().get(setting.name)
+            if why is not None and getattr(self, setting.name) != setting.default:
+                raise InputError(f"{setting.name}: {why}")
         if self.objective == "dpo" and self.pretrained is None:
             raise InputError("pretrained: objective dpo needs a model to start from, which is its reference; name one")
         if self.objective == "distill" and self.teacher is None:
@@ -130,6 +128,22 @@ class ObjectiveConfig:
         if self.tokenizer_kind != "bpe" and not OBJECTIVES[self.objective].task:
             raise InputError(f"tokenizer_kind: objective {self.objective} is no task; train a tokenizer with "
                              "fastllm tokenizer train and name it")  # fmt: skip
+
+    def _others(self) -> dict[str, str]:
+        """The settings of other objectives, and whose they are."""
+        return {
+            name: f"is for objective {' and '.join(home)}, not for {self.objective}"
+            for name, home in OWN.items() if self.objective not in home
+        }  # fmt: skip
+
+    def unused(self) -> dict[str, str]:
+        """The settings that this objective does not read, and why."""
+        found = self._others()
+        if self.direction != "jsd":
+            found.setdefault("jsd_beta", f"the direction is {self.direction}, not jsd")
+        if not self.kind.task:
+            found["tokenizer_kind"] = "is for tasks"
+        return found
 
     @property
     def kind(self) -> ObjectiveKind:
@@ -160,9 +174,10 @@ def fit_model(config: ObjectiveConfig, model: ModelConfig, given: Collection[str
     if config.objective == "prefix" and model.decoder != "transformer":
         raise InputError(f"decoder: objective prefix needs transformer, got {model.decoder}")
     changes["heads"] = kind.heads
-    # Two segments tell A from B, the question from the text.
-    if (set(kind.heads) & {"nsp", "span"} or (kind.heads and not kind.task)) and not model.segments:
-        if "segments" in given and "mlm" not in kind.heads:
-            raise InputError(f"segments: objective {config.objective} needs at least 2, got 0")
+    # Two segments tell A from B, the question from the text. Masked tokens alone have them for later objectives.
+    pairs = bool({"nsp", "span"} & set(kind.heads))
+    if pairs and "segments" in given and model.segments < 2:
+        raise InputError(f"segments: objective {config.objective} needs at least 2, got {model.segments}")
+    if (pairs or "mlm" in kind.heads) and not model.segments and "segments" not in given:
         changes["segments"] = 2
     return model.replace(**changes)

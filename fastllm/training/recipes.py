@@ -65,7 +65,7 @@ RECIPES = {
         "labels of short texts, from a few thousand examples",
         ModelConfig(
             encoder="conv", decoder="none", heads=("classify",), pooling="max", vocab_size=16000, context_length=256,
-            num_layers=1, num_heads=4, hidden_size=432, dropout=0.4,
+            num_layers=1, hidden_size=432, dropout=0.4,
         ),
         {"objective": "classify", "tokenizer_kind": "word", "label_smoothing": 0.1, "token_dropout": 0.1},
         {
@@ -77,7 +77,7 @@ RECIPES = {
         "labels of short texts, from some ten thousand examples",
         ModelConfig(
             encoder="gru", decoder="none", heads=("classify",), pooling="max", vocab_size=16000, context_length=256,
-            num_layers=1, num_heads=4, hidden_size=256, dropout=0.5,
+            num_layers=1, hidden_size=256, dropout=0.5,
         ),
         {"objective": "classify", "tokenizer_kind": "word", "label_smoothing": 0.1, "token_dropout": 0.25},
         {

@@ -12,7 +12,7 @@ import torch
 
 from .. import cpu
 from ..backends import chosen_backend
-from ..config import InputError, settings
+from ..config import InputError, defaults_for, settings
 from ..data import derive_seed
 from ..files import whole_folder
 from ..matmul import matmul_flops
@@ -69,9 +69,9 @@ class Measured(NamedTuple):
 
 
 def fixed_settings(training: TrainingConfig) -> dict[str, object]:
-    """What may not change when a run is resumed."""
+    """What may not change when a run is resumed, and has an effect."""
     free = {setting.name for setting in settings(TrainingConfig) if setting.metadata.get("resume")}
-    return {name: value for name, value in asdict(training).items() if name not in free}
+    return {name: value for name, value in asdict(training).items() if name not in {*free, *training.unused()}}
 
 
 class Run:
@@ -123,7 +123,8 @@ class Run:
         if state.data != self.dataset.train.sha256:
             raise InputError(f"{checkpoint}: made from other training tokens than {self.dataset.train.path}")
         check_settings(checkpoint, state.settings, fixed_settings(config.training), self.folder / CONFIG)
-        if load_config(checkpoint) != config.model:
+        saved = load_config(checkpoint)
+        if defaults_for(saved, saved.unused()) != config.model:
             raise InputError(f"{checkpoint}: another model than in {self.folder / CONFIG}")
         model, tensors = self.ranks.load(checkpoint, self._make, self.device, state.dtype)
         if config.objective.lora_rank:  # whose weights are merged

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from ..config import InputError
 from ..data import Dataset, Tokenizer, load_dataset, open_dataset
+from ..data.dataset import tokenizer_of
+from ..data.tokenizer_training import check_training
 from ..models import Model, build_model
 from ..models.pretrained import tied_names
 from ..tasks.read import read_examples
@@ -86,6 +88,8 @@ def open_data(config: RunConfig, folder: Path, say: Callable[[str], None]) -> Da
         OSError: ``folder`` cannot be written.
     """
     objective = config.objective
+    if tokenizer_of(config.data) is None:
+        check_training(config.model.vocab_size, objective.tokenizer_kind, objective.special_tokens)
     if not objective.kind.task:
         dataset = load_dataset(
             config.data, folder, vocab_size=config.model.vocab_size, say=say, special_tokens=objective.special_tokens,

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import re
 
 import numpy as np
 import pytest
@@ -10,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prose import prose
 
+from fastllm.cli import main
 from fastllm.config import InputError
 from fastllm.data import Tokenizer
 from fastllm.data.sentences import sentence_starts
 from fastllm.data.tokenizer import END_OF_TEXT, KINDS, SPECIAL_TOKENS
+from fastllm.data.tokenizer_training import WORD, _with_short_words
 from fastllm.training.objectives.masked import Pieces
 
 LOSSLESS = ("bpe", "unigram", "char")
@@ -242,3 +246,46 @@ def test_bytes_of_tokens_whose_text_is_split_by_a_pattern_first():
     assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
     assert Pieces(tokenizer).words(ids)[-1] == 3
     assert (tokenizer.vocab_size, tokenizer.token_bytes(500)) == (501, b"no bytes")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_a_trainer_of_merges_sees_no_word_that_takes_it_for_ever(kind):
+    """The time of its merges grows with the square of a word's length: a line of a megabyte took minutes."""
+    words = "the words around it"
+    tokenizer = Tokenizer.train([f"{words} {'x' * 5000} {words}", words], 300, kind)
+    longest = max(len(tokenizer.token_bytes(index)) for index in range(tokenizer.vocab_size))
+    assert 256 <= longest <= WORD + 1  # a space before it belongs to a word
+    assert tokenizer.decode(tokenizer.encode(words)) == words
+
+
+@pytest.mark.parametrize("run", ["x", " ", "\u3042", "ab"])
+def test_documents_are_cut_within_long_runs_alone(run):
+    text = f"before {run * 3000}\nafter {'y' * WORD} {'z' * (WORD + 1)}"
+    pieces = list(_with_short_words([text, "short", ""]))
+    assert "".join(pieces) == text + "short"
+    assert pieces[-2:] == ["short", ""]
+    assert max(len(found) for piece in pieces for found in re.findall(r"\S+|\s+", piece)) == WORD
+    assert pieces[-3] == "z"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tokenizer", "train", "--vocab-size", "10"], "vocab_size: expected at least 257"),
+        (["tokenizer", "train", "--vocab-size", "2", "--kind", "word"], "vocab_size: expected at least 3"),
+        (["tokenizer", "train", "--lowercase"], "lowercase: only a wordpiece or word tokenizer"),
+        (["tokenizer", "encode", "--tokenizer", "none.json"], "none.json: No such file"),
+        (["train", "--vocab-size", "10"], "vocab_size: expected at least 257"),
+        (["train", "--objective", "classify", "--vocab-size", "5", "--tokenizer-kind", "word"], "vocab_size: expected"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_made_is_refused_before_the_text_is_read(
+    tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    for place in ("commands.tokenizer.load_corpus", "data.dataset.load_corpus", "training.setup.read_examples"):
+        monkeypatch.setattr(f"fastllm.{place}", lambda *args, **kwargs: pytest.fail("read"))
+    source = ["--data", "text.txt"] if arguments[0] == "train" else ["text.txt"]
+    assert main([*arguments, *source, "--out", "out"]) == 2
+    assert message in capsys.readouterr().err
+    assert os.listdir() == []
