@@ -74,6 +74,8 @@ def linear_cross_entropy(
     sums add the layer's gradient over the chunks. On other CPUs these products are in fp32, whatever the inputs' dtype,
     because PyTorch would round each chunk's 16-bit product to 16 bits.
 
+    PyTorch's operators compute all the logits of DTensors. They are split over ranks where ``linear_weight`` is.
+
     Raises:
         TypeError, ValueError: a dtype, shape, device or option does not fit.
         IndexError: on CPU, a class index is neither in [0, V) nor ignore_index.
@@ -114,7 +116,7 @@ def linear_loss(op: str, call: LinearCrossEntropyCall, dtype: torch.dtype, *, tu
     ``turned``: the loss with its sign turned.
     """
     choice = pick(op, call)
-    if plain_eager(choice.backend):
+    if plain_eager(choice.backend, call.tensors()):
         loss, *rows = linear_definition(call)
         loss = loss.to(dtype)
         return 0.0 - loss if turned else loss, *rows
