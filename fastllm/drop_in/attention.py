@@ -25,6 +25,7 @@ from ..ops.attention.step import attention_step, takes_step
 from .calls import own, serve, watched
 from .configuration import INTERNAL, NAME, Face, Switch, face, switch_of, unfaced
 from .deferred import value_of
+from .masks import additive, mask_with_bias
 from .plain import hooked, plain
 from .rules import Decision, obstacle
 from .swap import Kind, forward_of, swap_forward
@@ -158,7 +159,7 @@ def _attention_forward(
         key, value = key[:, :, :length], value[:, :, :length]
         position_bias = None if position_bias is None else position_bias[..., :length]
     if position_bias is not None:
-        attention_mask, causal = _mask_with_bias(position_bias, attention_mask, causal, key), False
+        attention_mask, causal = mask_with_bias(position_bias, attention_mask, causal, key), False
     stands_for_eager = switch is not None and switch.before == "eager"
     before = functools.partial(_eager if stands_for_eager else _sdpa_alone, module, query, key, value)
     rest = dict(dropout=dropout, scaling=scaling, is_causal=causal, softcap=softcap, s_aux=s_aux)
@@ -172,7 +173,7 @@ def _attention_forward(
         return before(attention_mask, **rest, cache=cache, **kwargs)
     bias = attention_mask
     if stands_for_eager and s_aux is None and bias is not None and bias.dtype == torch.bool:
-        bias = _additive(bias, query.dtype)
+        bias = additive(bias, query.dtype)
     if length == 1 and not causal and bias is None and softcap is s_aux is None and dropout == 0.0:
         out = _one_query(query, key, value, scaling)
         if out is not None:
@@ -225,33 +226,13 @@ def _eager(module, query, key, value, attention_mask, *, is_causal, softcap, s_a
         shape = (query.shape[2], key.shape[2])
         attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
     if attention_mask is not None and attention_mask.dtype == torch.bool:
-        attention_mask = _additive(attention_mask, query.dtype)
+        attention_mask = additive(attention_mask, query.dtype)
     given = dict(cache=cache, softcap=softcap, s_aux=s_aux)
     kwargs |= {name: value for name, value in given.items() if value is not None}
     out, _ = sys.modules[type(module).__module__].eager_attention_forward(
         module, query, key, value, attention_mask, **kwargs
     )
     return out, None
-
-
-def _mask_with_bias(position_bias, attention_mask, causal: bool, key):
-    """One additive mask of a bias and what hides keys: ``attention_mask`` (Boolean or additive), or ``causal``."""
-    if attention_mask is None and causal:
-        length, size = position_bias.shape[-2:]
-        attention_mask = torch.ones(length, size, dtype=torch.bool, device=key.device).tril()
-    if attention_mask is None:
-        return position_bias
-    if attention_mask.dtype != torch.bool:
-        return position_bias + attention_mask
-    return torch.where(attention_mask, position_bias, _additive(attention_mask, key.dtype))
-
-
-def _additive(mask, dtype: torch.dtype):
-    """The mask of eager attention in transformers: the least finite number hides, so a row of it alone is uniform.
-
-    Rows of left padding are such. Where False hides, they are 0, as with "sdpa".
-    """
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _sdpa():
