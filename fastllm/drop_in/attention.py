@@ -25,7 +25,7 @@ from ..ops.attention.step import attention_step, takes_step
 from .calls import own, serve, watched
 from .configuration import INTERNAL, NAME, Face, Switch, face, switch_of, unfaced
 from .deferred import value_of
-from .masks import additive, mask_with_bias
+from .masks import additive, make_mask, mask_with_bias, rewrites_masks
 from .plain import hooked, plain
 from .rules import Decision, obstacle
 from .swap import Kind, forward_of, swap_forward
@@ -255,10 +255,11 @@ def _missing(config) -> str | None:
     for interface in (AttentionInterface, AttentionMaskInterface):
         if not callable(getattr(interface, "register", None)):
             return f"this transformers has no {interface.__name__}.register"
-        try:
-            interface()["sdpa"]
-        except (KeyError, TypeError) as error:
-            return f'this transformers has no "sdpa" in {interface.__name__} ({type(error).__name__}: {error})'
+        for name in ("sdpa", "eager") if interface is AttentionMaskInterface else ("sdpa",):
+            try:
+                interface()[name]
+            except (KeyError, TypeError) as error:
+                return f'this transformers has no "{name}" in {interface.__name__} ({type(error).__name__}: {error})'
     if "_attn_implementation_internal" not in vars(config):
         return "this transformers keeps the name of the attention in another place of the configuration"
     return None
@@ -268,7 +269,7 @@ def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
+    AttentionMaskInterface.register(NAME, functools.partial(make_mask, AttentionMaskInterface()))
 
 
 def take_over(module: nn.Module, switches: dict[int, Switch]) -> None:
@@ -283,7 +284,9 @@ def take_over(module: nn.Module, switches: dict[int, Switch]) -> None:
     for part in attending_within(module):
         theirs = unfaced(part.config)
         if theirs is config or getattr(theirs, "_attn_implementation", None) == config._attn_implementation:
-            part.config = face(theirs, _switch(theirs, switches), in_a_call=False)
+            switch = _switch(theirs, switches)
+            switch.additive_masks |= switch.before == "eager" and rewrites_masks(type(part))
+            part.config = face(theirs, switch, in_a_call=False)
     if config._attn_implementation == "eager":
         # Its masks are then made for ours, too, and each call says whether it can be ours.
         module.config = face(config, _switch(config, switches), in_a_call=True)

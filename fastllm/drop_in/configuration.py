@@ -24,14 +24,16 @@ class Switch:
     """Whether the faces of one configuration name our attention now.
 
     ``before`` is the attention that was named when they were made: as soon as the configuration names another, that is
-    the answer. ``passed_over`` are arguments that it took no notice of. ``own`` has a value for each thread with a call
-    at work: whether it takes the model's own path. ``last`` is that of the last call: activation checkpointing runs
-    layers again when no call is at work.
+    the answer. ``passed_over`` are arguments that it took no notice of. ``additive_masks``: the model's code changes
+    its masks as the numbers that eager attention adds. ``own`` has a value for each thread with a call at work: whether
+    it takes the model's own path. ``last`` is that of the last call: activation checkpointing runs layers again when no
+    call is at work.
     """
 
     def __init__(self, before: str, passed_over: frozenset[str] = frozenset()):
         self.before = before
         self.passed_over = passed_over
+        self.additive_masks = False
         self.active = True
         self.own: dict[int, bool] = {}
         self.last = False
@@ -58,7 +60,7 @@ class Switch:
         return not self.own.get(threading.get_ident(), only_in_a_call or self.last)
 
     def __getstate__(self):
-        return {"before": self.before, "passed_over": self.passed_over, "active": self.active, "own": {}, "last": False}
+        return vars(self) | {"own": {}, "last": False}
 
 
 class _SameClass(type):

@@ -294,3 +294,18 @@ def test_a_mask_of_another_shape_raises_what_it_raised(name):
     for each in (model, other):
         with pytest.raises(RuntimeError):
             each(**inputs)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "DeepseekV4Config"), reason="transformers without DeepSeek V4")
+def test_code_that_changes_masks_as_numbers_gets_numbers(ours):
+    model, inputs = build(
+        "deepseek_v4", layer_types=["heavily_compressed_attention", "compressed_sparse_attention"], index_topk=1,
+        compress_rates={"compressed_sparse_attention": 3, "heavily_compressed_attention": 4}, sliding_window=4,
+    )  # fmt: skip
+    other = copy.deepcopy(model)
+    fastllm.accelerate(model, only="attention")
+    model = pickle.loads(pickle.dumps(model))
+    for each in (model, other):
+        each(**inputs).loss.backward()
+    assert len(ours) == 2
+    same_gradients(model, other, rtol=1e-4, atol=1e-5)
