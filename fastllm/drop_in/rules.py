@@ -12,7 +12,8 @@ from torch import nn
 
 from ..ops.linear import pays
 from ..ops.shared.widened import widens
-from .experts import Experts, looks_like_experts, recognise_experts
+from .experts import Experts
+from .experts_probe import looks_like_experts, recognise_experts
 from .gated import GatedMLP, looks_like_gated, recognise_gated
 from .norms import Norm, looks_like_norm, recognise
 from .probe import OWN, settings_of
