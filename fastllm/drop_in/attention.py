@@ -23,7 +23,7 @@ from ..backends import chosen_backend
 from ..functional import attention, scaled_dot_product_attention
 from ..ops.attention.step import attention_step, takes_step
 from .calls import own, serve, watched
-from .configuration import INTERNAL, NAME, Face, Switch, face, switch_of, unfaced
+from .configuration import INTERNAL, NAME, Face, Switch, face, registered, switch_of, unfaced
 from .deferred import value_of
 from .masks import additive, make_mask, mask_with_bias, rewrites_masks
 from .plain import hooked, plain
@@ -75,6 +75,8 @@ def _decide(module) -> Decision | None:
     if missing is not None:
         return Decision("attention", None, missing)
     if now == "sdpa":
+        if not str(getattr(registered(now), "__module__", "")).startswith("transformers."):
+            return Decision("attention", None, 'the function that is registered as "sdpa" is not transformers\'')
         return Decision("attention", INTERFACE, 'AttentionInterface, "sdpa" before')
     if now == "eager" and _needs_eager(module):
         unknown = [why for part in attending if (why := _reads_more(part)) is not None]
