@@ -242,9 +242,17 @@ def operators_alone() -> bool:
     return _makes_program() or under_transform()
 
 
-def plain_eager(backend: str) -> bool:
-    """Whether a call that eager serves must be made of PyTorch's operators alone, without a node of our own."""
-    return backend == "eager" and operators_alone()
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor; not asked in compiled code, since a compiler cannot trace the name of a module."""
+    return not torch.compiler.is_compiling() and type(tensor).__module__.startswith("torch.distributed.")
+
+
+def plain_eager(backend: str, tensors: Iterable[torch.Tensor | None] = ()) -> bool:
+    """Whether a call that eager serves must be made of PyTorch's operators alone, without a node of our own.
+
+    ``tensors`` are the call's where its node cannot take DTensors.
+    """
+    return backend == "eager" and (operators_alone() or any(map(is_sharded, tensors)))
 
 
 @contextlib.contextmanager
@@ -334,8 +342,7 @@ def _foreign(tensors: Iterable[torch.Tensor]) -> str | None:
     for tensor in tensors:
         if tensor.layout != torch.strided or tensor.is_nested:
             return "kernels take dense tensors, and one of these is sparse or nested"
-        # A compiler cannot trace the name of a class's module.
-        if not torch.compiler.is_compiling() and type(tensor).__module__.startswith("torch.distributed."):
+        if is_sharded(tensor):
             return "PyTorch's operators alone know how to shard a DTensor"
     return None
 

@@ -127,6 +127,51 @@ def with_dtensors() -> bool:
     return torch.allclose(model(distribute_tensor(x, mesh, [Replicate()])).full_tensor(), want)
 
 
+def linear_losses(place=None) -> dict[str, tuple]:
+    """name -> (value, gradient of the hidden states, of the head) of the linear losses, each a scalar.
+
+    ``place``: of the head's DTensor, whole or split, in a mesh that has the other tensors whole. None: no DTensors.
+    """
+    from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
+
+    g = torch.Generator().manual_seed(2)
+    x, weight, y = torch.randn(2, 3, D, generator=g), torch.randn(V, D, generator=g), torch.arange(6).view(2, 3)
+    y[0, 1] = -100
+    teacher = 1.5 * x, weight.flip(0)
+    if place is not None:
+        mesh = init_device_mesh("cpu", (2,))
+        x, y, *teacher = (distribute_tensor(t, mesh, [Replicate()]) for t in (x, y, *teacher))
+        weight = distribute_tensor(weight, mesh, [place])
+    losses = {
+        "cross_entropy": lambda x, w: FF.linear_cross_entropy(x, w, y, shift=1),
+        "more": lambda x, w: sum(
+            each.sum()
+            for each in FF.linear_cross_entropy(
+                x, w, y, reduction="none", softcap=3.0, label_smoothing=0.1, return_lse=True, return_accuracy=True,
+                return_entropy=True,
+            )
+        ),
+        "log_probs": lambda x, w: sum(each.sum() for each in linear_log_probs(x, w, y, return_entropy=True)),
+        "kl_div": lambda x, w: FF.linear_kl_div(x, w, *teacher, temperature=2.0),
+    }  # fmt: skip
+    found = {}
+    for name, loss in losses.items():
+        leaves = [t.clone().detach().requires_grad_() for t in (x, weight)]
+        value = loss(*leaves)
+        grads = torch.autograd.grad(value, leaves)
+        found[name] = tuple(t.full_tensor() if place is not None else t for t in (value.detach(), *grads))
+    return found
+
+
+def linear_losses_of_dtensors() -> list[dict]:
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import loss_parallel
+
+    found = [linear_losses(place) for place in (Replicate(), Shard(0), Shard(1))]
+    with loss_parallel():
+        return [*found, linear_losses(Shard(0))]
+
+
 def _posts(head, x, y, teacher):
     """A scalar of log-probabilities, and of entropies where the head gives them, and one of each divergence."""
     tx, tw = teacher
@@ -194,6 +239,7 @@ def main():
     dist.init_process_group("gloo")
     results = {mode: run(mode, rank) for mode in MODES}
     results["dtensor"] = with_dtensors()
+    results["linear losses"] = linear_losses_of_dtensors()
     results["split vocabulary"], results["halves"] = post_training("vocabulary"), [None, None]
     dist.all_gather_object(results["halves"], post_training("fsdp", rank))
     if rank == 0:

@@ -23,8 +23,9 @@ from ..backends import chosen_backend
 from ..functional import attention, scaled_dot_product_attention
 from ..ops.attention.step import attention_step, takes_step
 from .calls import own, serve, watched
-from .configuration import INTERNAL, NAME, Face, Switch, face, switch_of, unfaced
+from .configuration import INTERNAL, NAME, Face, Switch, face, registered, switch_of, unfaced
 from .deferred import value_of
+from .masks import additive, make_mask, mask_with_bias, rewrites_masks
 from .plain import hooked, plain
 from .rules import Decision, obstacle
 from .swap import Kind, forward_of, swap_forward
@@ -74,6 +75,8 @@ def _decide(module) -> Decision | None:
     if missing is not None:
         return Decision("attention", None, missing)
     if now == "sdpa":
+        if not str(getattr(registered(now), "__module__", "")).startswith("transformers."):
+            return Decision("attention", None, 'the function that is registered as "sdpa" is not transformers\'')
         return Decision("attention", INTERFACE, 'AttentionInterface, "sdpa" before')
     if now == "eager" and _needs_eager(module):
         unknown = [why for part in attending if (why := _reads_more(part)) is not None]
@@ -158,7 +161,7 @@ def _attention_forward(
         key, value = key[:, :, :length], value[:, :, :length]
         position_bias = None if position_bias is None else position_bias[..., :length]
     if position_bias is not None:
-        attention_mask, causal = _mask_with_bias(position_bias, attention_mask, causal, key), False
+        attention_mask, causal = mask_with_bias(position_bias, attention_mask, causal, key), False
     stands_for_eager = switch is not None and switch.before == "eager"
     before = functools.partial(_eager if stands_for_eager else _sdpa_alone, module, query, key, value)
     rest = dict(dropout=dropout, scaling=scaling, is_causal=causal, softcap=softcap, s_aux=s_aux)
@@ -172,7 +175,7 @@ def _attention_forward(
         return before(attention_mask, **rest, cache=cache, **kwargs)
     bias = attention_mask
     if stands_for_eager and s_aux is None and bias is not None and bias.dtype == torch.bool:
-        bias = _additive(bias, query.dtype)
+        bias = additive(bias, query.dtype)
     if length == 1 and not causal and bias is None and softcap is s_aux is None and dropout == 0.0:
         out = _one_query(query, key, value, scaling)
         if out is not None:
@@ -225,33 +228,13 @@ def _eager(module, query, key, value, attention_mask, *, is_causal, softcap, s_a
         shape = (query.shape[2], key.shape[2])
         attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
     if attention_mask is not None and attention_mask.dtype == torch.bool:
-        attention_mask = _additive(attention_mask, query.dtype)
+        attention_mask = additive(attention_mask, query.dtype)
     given = dict(cache=cache, softcap=softcap, s_aux=s_aux)
     kwargs |= {name: value for name, value in given.items() if value is not None}
     out, _ = sys.modules[type(module).__module__].eager_attention_forward(
         module, query, key, value, attention_mask, **kwargs
     )
     return out, None
-
-
-def _mask_with_bias(position_bias, attention_mask, causal: bool, key):
-    """One additive mask of a bias and what hides keys: ``attention_mask`` (Boolean or additive), or ``causal``."""
-    if attention_mask is None and causal:
-        length, size = position_bias.shape[-2:]
-        attention_mask = torch.ones(length, size, dtype=torch.bool, device=key.device).tril()
-    if attention_mask is None:
-        return position_bias
-    if attention_mask.dtype != torch.bool:
-        return position_bias + attention_mask
-    return torch.where(attention_mask, position_bias, _additive(attention_mask, key.dtype))
-
-
-def _additive(mask, dtype: torch.dtype):
-    """The mask of eager attention in transformers: the least finite number hides, so a row of it alone is uniform.
-
-    Rows of left padding are such. Where False hides, they are 0, as with "sdpa".
-    """
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _sdpa():
@@ -274,10 +257,11 @@ def _missing(config) -> str | None:
     for interface in (AttentionInterface, AttentionMaskInterface):
         if not callable(getattr(interface, "register", None)):
             return f"this transformers has no {interface.__name__}.register"
-        try:
-            interface()["sdpa"]
-        except (KeyError, TypeError) as error:
-            return f'this transformers has no "sdpa" in {interface.__name__} ({type(error).__name__}: {error})'
+        for name in ("sdpa", "eager") if interface is AttentionMaskInterface else ("sdpa",):
+            try:
+                interface()[name]
+            except (KeyError, TypeError) as error:
+                return f'this transformers has no "{name}" in {interface.__name__} ({type(error).__name__}: {error})'
     if "_attn_implementation_internal" not in vars(config):
         return "this transformers keeps the name of the attention in another place of the configuration"
     return None
@@ -287,7 +271,7 @@ def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
+    AttentionMaskInterface.register(NAME, functools.partial(make_mask, AttentionMaskInterface()))
 
 
 def take_over(module: nn.Module, switches: dict[int, Switch]) -> None:
@@ -302,7 +286,9 @@ def take_over(module: nn.Module, switches: dict[int, Switch]) -> None:
     for part in attending_within(module):
         theirs = unfaced(part.config)
         if theirs is config or getattr(theirs, "_attn_implementation", None) == config._attn_implementation:
-            part.config = face(theirs, _switch(theirs, switches), in_a_call=False)
+            switch = _switch(theirs, switches)
+            switch.additive_masks |= switch.before == "eager" and rewrites_masks(type(part))
+            part.config = face(theirs, switch, in_a_call=False)
     if config._attn_implementation == "eager":
         # Its masks are then made for ours, too, and each call says whether it can be ours.
         module.config = face(config, _switch(config, switches), in_a_call=True)

@@ -8,9 +8,10 @@ has the same attributes, for both are one ``__dict__``: what is set on either is
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -20,18 +21,27 @@ NAME = "fastllm"
 INTERNAL = "_attn_implementation_internal"
 
 
+def registered(name: str) -> Callable | None:
+    """What transformers calls for the attention ``name``; None for the code of the model."""
+    functions = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", {})
+    return functions.get(name)
+
+
 class Switch:
     """Whether the faces of one configuration name our attention now.
 
-    ``before`` is the attention that was named when they were made: as soon as the configuration names another, that is
-    the answer. ``passed_over`` are arguments that it took no notice of. ``own`` has a value for each thread with a call
-    at work: whether it takes the model's own path. ``last`` is that of the last call: activation checkpointing runs
-    layers again when no call is at work.
+    ``before`` is the attention that was named when they were made, and ``function`` what was registered by that name:
+    as soon as the configuration names another, or another is registered, that is the answer. ``passed_over`` are
+    arguments that it took no notice of. ``additive_masks``: the model's code changes its masks as the numbers that
+    eager attention adds. ``own`` has a value for each thread with a call at work: whether it takes the model's own
+    path. ``last`` is that of the last call: activation checkpointing runs layers again when no call is at work.
     """
 
     def __init__(self, before: str, passed_over: frozenset[str] = frozenset()):
         self.before = before
         self.passed_over = passed_over
+        self.function = registered(before)
+        self.additive_masks = False
         self.active = True
         self.own: dict[int, bool] = {}
         self.last = False
@@ -55,10 +65,12 @@ class Switch:
             return False
         if torch.compiler.is_compiling():
             return not self.last
+        if registered(self.before) is not self.function:
+            return False
         return not self.own.get(threading.get_ident(), only_in_a_call or self.last)
 
     def __getstate__(self):
-        return {"before": self.before, "passed_over": self.passed_over, "active": self.active, "own": {}, "last": False}
+        return vars(self) | {"own": {}, "last": False}
 
 
 class _SameClass(type):

@@ -4,6 +4,8 @@ dimensions."""
 from __future__ import annotations
 
 import itertools
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -85,7 +87,8 @@ class Experts:
 
     ``arguments`` are the forward's names of the hidden states (tokens, hidden), of the experts' numbers and of their
     weights, both (tokens, experts of a token). ``casts``: under autocast its products are in 16 bits. ``parts`` and
-    ``settings`` are what it had when it was measured, ``implementation`` what transformers' configuration asked for.
+    ``settings`` are what it had when it was measured, ``implementation`` what transformers' configuration asked for
+    then: a name, and the function that was registered by it, None for the module's own code.
     """
 
     form: Gate
@@ -95,7 +98,7 @@ class Experts:
     arguments: tuple[str, str, str]
     order: tuple[str, ...]
     casts: bool
-    implementation: str | None
+    implementation: tuple[str | None, Callable | None]
     parts: Parts
     settings: tuple[tuple[str, object], ...]
 
@@ -116,26 +119,28 @@ class Experts:
         return [value_of(given[name]) for name in self.arguments]
 
 
-def implementation_of(module) -> str | None:
-    """The experts' implementation that transformers' configuration of ``module`` asks for."""
-    return getattr(getattr(module, "config", None), "_experts_implementation", None)
+def implementation_of(module) -> tuple[str | None, Callable | None]:
+    """The name of the experts that transformers' configuration of ``module`` asks for, and what is registered by it."""
+    name = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    registered = getattr(sys.modules.get("transformers.integrations.moe"), "ALL_EXPERTS_FUNCTIONS", {})
+    return name, registered.get(name)
 
 
 @forward_of("experts")
 def experts_forward(module, original, experts: Experts, *args, **kwargs):
+    if torch.compiler.is_compiling():  # how many tokens each expert has is data
+        return original(module, *args, **kwargs)
     given = experts.bound(args, kwargs)
     why = "arguments that were not measured" if given is None else _unfit(module, experts, *given)
     if given is not None and why is None:
         x, numbers, weights = given
-        sizes = None
-        if not torch.compiler.is_compiling():  # the sizes are data: a compiler keeps the original forward
-            order = numbers.flatten().sort(stable=True)
-            sizes = _sizes(order.values, getattr(module, experts.down.name).shape[0])
+        order = numbers.flatten().sort(stable=True)
+        sizes = _sizes(order.values, getattr(module, experts.down.name).shape[0])
         if sizes is not None:
             autocast = torch.is_autocast_enabled(x.device.type) and experts.casts
             with torch.autocast(x.device.type, enabled=autocast):
                 return _mixed(module, experts, x, weights, order.indices, sizes)
-        why = "a compiler's graph, or numbers beyond its experts"
+        why = "numbers beyond its experts"
     own(experts.op, why or "arguments that were not measured")
     return original(module, *args, **kwargs)
 
@@ -145,7 +150,7 @@ def _unfit(module, experts: Experts, x, numbers, weights) -> str | None:
     if changed(module, experts.settings) or not as_measured(module, experts.parts):
         return "its attributes or parts have changed since it was measured"
     if implementation_of(module) != experts.implementation:
-        return "the configuration asks for another implementation of experts than when it was measured"
+        return "the configuration asks for another implementation of experts, or another is registered by its name"
     if not all(isinstance(tensor, torch.Tensor) for tensor in (x, numbers, weights)):
         return "arguments that are no tensors"
     parameters = [p for p in module.parameters(recurse=False) if p is not None]

@@ -62,6 +62,9 @@ def recognise_experts(module: nn.Module) -> Experts | str:
             return why
     if any(list(part.parameters()) or list(part.children()) for part in module.children()):
         return "it has parts that have parameters or parts of their own"
+    name, function = implementation_of(module)
+    if function is not None and not str(getattr(function, "__module__", "")).startswith("transformers."):
+        return f'its configuration asks for the experts that were registered as "{name}"'
     layouts = list(_layouts(module))
     if not layouts:
         return "its parameters are no packed or separate gate and up projections, and down, for each expert"

@@ -294,3 +294,45 @@ def test_a_mask_of_another_shape_raises_what_it_raised(name):
     for each in (model, other):
         with pytest.raises(RuntimeError):
             each(**inputs)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "DeepseekV4Config"), reason="transformers without DeepSeek V4")
+def test_code_that_changes_masks_as_numbers_gets_numbers(ours):
+    model, inputs = build(
+        "deepseek_v4", layer_types=["heavily_compressed_attention", "compressed_sparse_attention"], index_topk=1,
+        compress_rates={"compressed_sparse_attention": 3, "heavily_compressed_attention": 4}, sliding_window=4,
+    )  # fmt: skip
+    other = copy.deepcopy(model)
+    fastllm.accelerate(model, only="attention")
+    model = pickle.loads(pickle.dumps(model))
+    for each in (model, other):
+        each(**inputs).loss.backward()
+    assert len(ours) == 2
+    same_gradients(model, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_attention_that_is_registered_as_sdpa_is_called(when, ours, monkeypatch):
+    model, inputs = build("llama")
+    interface, called = transformers.AttentionInterface(), []
+    theirs = interface["sdpa"]
+    expected = model(**inputs).loss
+
+    def registered():
+        monkeypatch.setitem(
+            transformers.AttentionInterface._global_mapping, "sdpa", lambda *a, **k: called.append(1) or theirs(*a, **k)
+        )
+
+    if when == "after":
+        fastllm.accelerate(model, only="attention")
+        model(**inputs)
+        assert ours
+        assert not called
+        ours.clear()
+        registered()
+    else:
+        registered()
+        assert not fastllm.accelerate(model, only="attention").swapped
+    torch.testing.assert_close(model(**inputs).loss, expected)
+    assert len(called) == model.config.num_hidden_layers
+    assert not ours

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from drop_in_worker import DIRECTIONS, MODES, build, loss_of, post_training
+from drop_in_worker import DIRECTIONS, MODES, build, linear_losses, loss_of, post_training
 
 WORKER = Path(__file__).parents[1] / "drop_in_worker.py"
 
@@ -49,6 +49,12 @@ def test_gradients_of_two_processes_are_those_of_one(mode, gradients):
 
 def test_tensor_parallel_modules_take_the_forward_from_before(gradients):
     assert gradients["dtensor"]
+
+
+def test_linear_losses_of_dtensors_are_those_of_tensors(gradients):
+    assert len(gradients["linear losses"]) == 4  # whole, split by vocabulary, by features, within loss_parallel()
+    for found in gradients["linear losses"]:
+        torch.testing.assert_close(found, linear_losses())
 
 
 def test_post_training_losses_of_a_split_vocabulary_are_those_of_a_whole_one(gradients):

@@ -284,3 +284,34 @@ def test_torchs_grouped_product_gives_the_same(transposed, monkeypatch):
     for chosen in (numbers, numbers % 3):
         got, expected = (outcome(each, x, chosen, weights) for each in (module, other))
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_experts_that_are_registered_by_the_name_asked_for_are_called(when, monkeypatch):
+    pytest.importorskip("transformers.integrations.moe")
+    from architectures import build
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    model, inputs = build("mixtral")
+    name = model.config._experts_implementation
+    if name not in ALL_EXPERTS_FUNCTIONS:
+        pytest.skip(f'this transformers asks for "{name}" experts, which are no registered function')
+    theirs, called = ALL_EXPERTS_FUNCTIONS[name], []
+    expected = model(**inputs).loss
+
+    def registered():
+        monkeypatch.setitem(
+            ALL_EXPERTS_FUNCTIONS._global_mapping, name, lambda *args: called.append(1) or theirs(*args)
+        )
+
+    if when == "after":
+        fastllm.accelerate(model)
+        model(**inputs)
+        assert not called
+        registered()
+    else:
+        registered()
+        report = fastllm.accelerate(model)
+        assert any(f'registered as "{name}"' in entry.why for entry in report.left)
+    torch.testing.assert_close(model(**inputs).loss, expected)
+    assert len(called) == model.config.num_hidden_layers

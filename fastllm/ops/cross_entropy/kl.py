@@ -73,7 +73,7 @@ def linear_kl_div(
         teacher_softcap=teacher_softcap,
     )  # fmt: skip
     backend = pick("linear_kl_div", call).backend
-    if plain_eager(backend):
+    if plain_eager(backend, call.tensors()):
         return linear_kl_div_definition(call)
     call = call.rows()
     needs = tuple(t is not None and t.requires_grad and torch.is_grad_enabled() for t in call.layers())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from ..shared.sharded import log_softmax
 from .kl_call import Divergence, LinearKLDivCall
 from .linear_reference import whole_logits
 
@@ -20,7 +21,7 @@ def log_softmax_of(z: torch.Tensor, softcap: float | None, temperature: float):
     if softcap is not None:
         bent = torch.tanh(z / softcap)
         z, slope = softcap * bent, 1 - bent.square()
-    return torch.log_softmax(z if temperature == 1.0 else z / temperature, -1), slope
+    return log_softmax(z if temperature == 1.0 else z / temperature, -1), slope
 
 
 def dense(probabilities: torch.Tensor, indices: torch.Tensor, n_classes: int, dtype: torch.dtype) -> torch.Tensor:

@@ -76,6 +76,8 @@ def linear_cross_entropy(
     sums add the layer's gradient over the chunks. On other CPUs these products are in fp32, whatever the inputs' dtype,
     because PyTorch would round each chunk's 16-bit product to 16 bits.
 
+    PyTorch's operators compute all the logits of DTensors. They are split over ranks where ``linear_weight`` is.
+
     Raises:
         TypeError, ValueError: a dtype, shape, device or option does not fit.
         IndexError: on CPU, a class index is neither in [0, V) nor ignore_index.
@@ -113,7 +115,7 @@ def _checked(*args, **options) -> LinearCrossEntropyCall:
 def linear_loss(op: str, call: LinearCrossEntropyCall, dtype: torch.dtype):
     """(loss in ``dtype``, lse, accuracy, entropy) by the backend that serves ``op``, the last three a value a row."""
     choice = pick(op, call)
-    if plain_eager(choice.backend):
+    if plain_eager(choice.backend, call.tensors()):
         loss, *rows = linear_definition(call)
         return loss.to(dtype), *rows
     try:

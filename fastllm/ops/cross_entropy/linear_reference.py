@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from ..shared.sharded import gather, log_softmax
 from .call import LinearCrossEntropyCall, is_whole, linear_cross_entropy_call
 from .loss import Labelled, Loss, loss_dtype
 from .reference import cross_entropy_reference, loss_and_lse
@@ -77,10 +78,10 @@ def linear_definition(call: LinearCrossEntropyCall):
     if call.return_accuracy:
         z = loss.of_logits(logits)
         keep = y != loss.ignore_index
-        own = z.gather(1, torch.where(keep, y, 0).unsqueeze(1).long()).squeeze(1)
+        own = gather(z, 1, torch.where(keep, y, 0).unsqueeze(1).long()).squeeze(1)
         accuracy = (keep & (own >= z.amax(1))).to(wide).view(target.shape)
     if call.return_entropy:
-        log_p = torch.log_softmax(loss.of_logits(logits), 1)
+        log_p = log_softmax(loss.of_logits(logits), 1)
         # p log p is 0 at p = 0.
         entropy = -torch.where(log_p == -math.inf, 0, log_p.exp() * log_p).sum(1).view(target.shape)
     return whole, lse.view(target.shape), accuracy, entropy

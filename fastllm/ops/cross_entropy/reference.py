@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..shared.sharded import gather, log_softmax
 from .call import CrossEntropyCall, cross_entropy_call
 from .loss import Labelled, class_dim, loss_dtype
 
@@ -24,7 +25,7 @@ def loss_and_lse(labelled: Labelled):
     z = loss.of_logits(input)
     n_classes = input.shape[dim]
     lse = torch.logsumexp(z, dim)
-    log_p = torch.log_softmax(z, dim)
+    log_p = log_softmax(z, dim)
     w = z.new_ones(n_classes) if weight is None else weight.to(z.dtype)
     w_along = w.view(-1, *[1] * (z.dim() - dim - 1))
     if target.is_floating_point():
@@ -37,9 +38,8 @@ def loss_and_lse(labelled: Labelled):
         kept = target != loss.ignore_index
         index = torch.where(kept, target, 0).long()
         mass = torch.where(kept, w[index], 0.0)
-        rows = -mass * log_p.gather(dim, index.unsqueeze(dim).view(*index.shape[:dim], 1, *index.shape[dim:])).view(
-            index.shape
-        )
+        own = gather(log_p, dim, index.unsqueeze(dim).view(*index.shape[:dim], 1, *index.shape[dim:]))
+        rows = -mass * own.view(index.shape)
         count = mass.sum()
     smoothing = loss.label_smoothing
     if smoothing != 0.0:

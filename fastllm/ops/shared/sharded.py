@@ -1,0 +1,32 @@
+"""DTensors, which PyTorch's operators alone take."""
+
+from __future__ import annotations
+
+import torch
+
+from ...backends import is_sharded
+
+
+def log_softmax(z: torch.Tensor, dim: int) -> torch.Tensor:
+    """``torch.log_softmax``, for a DTensor by other operators.
+
+    Within torch's ``loss_parallel()`` the gradient of a DTensor's log_softmax is right for ``F.cross_entropy`` alone.
+    """
+    if not is_sharded(z):
+        return torch.log_softmax(z, dim)
+    z = z - z.detach().amax(dim, keepdim=True)
+    return z - z.exp().sum(dim, keepdim=True).log()
+
+
+def gather(z: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+    """``z.gather(dim, index)``; of a DTensor as whole values.
+
+    PyTorch leaves sums over ranks to be taken later, where ``dim`` is split, and takes them wrongly after a view.
+    """
+    values = z.gather(dim, index)
+    if not is_sharded(values):
+        return values
+    from torch.distributed.tensor import Replicate
+
+    places = [Replicate() if place.is_partial() else place for place in values.placements]
+    return values.redistribute(placements=places)
