@@ -134,6 +134,7 @@ def norm_gradients(found: Normed, needs, dy, dh):
 
     def launch(inputs, outputs_grad, extras, needs):
         (dy,), (x, weight, _), (mean, rstd) = outputs_grad, inputs, extras
+        dy = dy.to(x.dtype)  # the gradient that is asked for is that of what was normed
         dx, _, *others = backward_by(
             NormBackward(
                 dy, None, x, weight, None, mean, rstd, x.dtype, bias_dtype, offset, 0.0, center,
