@@ -187,7 +187,7 @@ def fused_norm(call: NormCall, backend: str) -> tuple[torch.Tensor, torch.Tensor
     options = NormOptions(float(eps), float(offset), float(dropout_p), center, backend)
     if len(shape) > 1:
         rows = [None if t is None else t.flatten(-len(shape)) for t in (x, residual)]
-        flat = [None if t is None else t.reshape(-1) for t in (weight, bias)]
+        flat = [None if t is None else t.reshape(-1).contiguous() for t in (weight, bias)]
         y, h, _, _ = apply(_Norm, *rows, *flat, seed, options)
         return y.view(x.shape), h if residual is None else h.view(x.shape)
     weight, bias = (t if t is None or t.is_contiguous() else t.contiguous() for t in (weight, bias))
