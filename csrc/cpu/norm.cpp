@@ -129,6 +129,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_grad_rows(
   const Rows dys(dy), xs(normed);
   const std::optional<Rows> dhs = dh.has_value() ? std::optional<Rows>(*dh) : std::nullopt;
   if (rstd_.numel() != xs.count || (center && mean_.numel() != xs.count)) refuse(op, ": one mean and rstd a row");
+  // A row of dinput is written as dy's are read, one of dresidual as normed's are.
+  if (dy.scalar_type() != input_dtype || (dh.has_value() && dh->scalar_type() != normed.scalar_type()))
+    refuse(op, ": dy is of the input's dtype, dh of what was normed");
   if (!is_supported_float(weight_dtype) || !is_supported_float(bias_dtype))
     refuse(op, ": gradients are float64, float32, float16 or bfloat16");
   const Stats mean(mean_, wide), rstd(rstd_, wide);

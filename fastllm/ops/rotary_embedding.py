@@ -110,6 +110,8 @@ def _rotary(*args):
         error = _unknown(call.position_ids, call.cos.shape[0])
         if error is not None:
             raise error
+    if call.cos.dim() == 3:  # of one sequence for all
+        call = call._replace(**{name: getattr(call, name).expand(len(call.query), -1, -1) for name in ("cos", "sin")})
     outs = _fake(*call)
     rotary(call, *outs)
     return outs

@@ -299,6 +299,11 @@ def test_bad_arguments_are_named():
         (ValueError, "neither max_norm", lambda: FF.embedding(ids, weight, vocab_range=(3, 7), max_norm=1.0)),
         (ValueError, "main_grad must have the table's shape", lambda: FF.embedding(ids, weight, main_grad=weight[:2])),
         (ValueError, "main_grad must be", lambda: FF.embedding(ids, weight, main_grad=weight.detach().half())),
+        (
+            ValueError,
+            "main_grad's rows must not overlap",
+            lambda: FF.embedding(ids, weight, main_grad=weight.detach()[:1].expand(weight.shape)),
+        ),
         (ValueError, "must be sequences of one length", lambda: FF.embedding_sum([ids], [weight, weight])),
         (ValueError, "share columns", lambda: FF.embedding_sum([ids, ids], [weight, table(4, 6)])),
         (ValueError, "share columns", lambda: FF.embedding_sum([ids, ids], [weight, table(4, 5, torch.float16)])),

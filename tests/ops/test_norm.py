@@ -232,6 +232,32 @@ def test_the_residual_stream_keeps_its_dtype(backend):
         assert (x.grad.dtype, residual.grad.dtype) == (torch.bfloat16, torch.float32)
 
 
+@pytest.mark.parametrize("kernels", ["triton", pytest.param("native", marks=pytest.mark.runs_on("interpreter"))])
+@pytest.mark.parametrize("function", ADDS)
+def test_gradients_beside_a_wider_residual_have_gradients(function, kernels):
+    """The gradient of y is in the branch's dtype, that of h in the residual's."""
+    x, residual = torch.randn(5, 32, device=DEVICE).bfloat16(), torch.randn(5, 32, device=DEVICE, requires_grad=True)
+    found = {}
+    for backend in ("eager", kernels):
+        with fastllm.backend(backend):
+            y, h = function(x, residual, (32,), eps=1e-2)
+            (first,) = torch.autograd.grad(y.float().sin().sum() + h.sum(), residual, create_graph=True)
+            found[backend] = first, *torch.autograd.grad(first.square().sum(), residual)
+    for got, expected in zip(found[kernels], found["eager"], strict=True):
+        torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02)
+
+
+def test_parameters_of_several_dimensions_may_have_strides(backend):
+    """Flattened, their elements are evenly apart, and not side by side."""
+    x, w = torch.randn(3, 5, 2, device=DEVICE), torch.randn(5, 2, 2, device=DEVICE)[..., 1].requires_grad_()
+    found = []
+    for weight in (w, w.detach().contiguous().requires_grad_()):
+        y = OPS["layer_norm"].function(x, (5, 2), weight, weight)
+        found.append((y, *torch.autograd.grad(y.square().sum(), weight)))
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("used", [0, 1])
 def test_one_output_alone_has_its_gradient(backend, used):
     for name in ("add_layer_norm", "add_rms_norm"):

@@ -85,6 +85,18 @@ def test_one_sequence_without_its_batch_dimension(backend):
                 torch.testing.assert_close(got, right)
 
 
+def test_tables_of_one_sequence_for_a_batch(backend):
+    cos, sin = _tables(9, 3)
+    query = torch.randn(3, 2, 5, 8, device=DEVICE, requires_grad=True)
+    found = []
+    for tables in ((cos, sin), (cos[None], sin[None]), (cos.expand(3, 9, 3), sin.expand(3, 9, 3))):
+        y, _ = rotary_embedding(query, None, *tables, offset=2)
+        found.append((y, *torch.autograd.grad(y.square().sum() + y.sum(), query)))
+    for got in found[1:]:
+        for a, b in zip(got, found[0], strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def test_decoding_continues_the_sequence(backend):
     x = torch.randn(1, 2, 6, 8, device=DEVICE)
     cos, sin = _tables(6, 4)

@@ -90,3 +90,25 @@ def test_kernels_refuse(op, backend):
     _, mine, _, values = next(calls(op))
     with fastllm.backend(backend), pytest.raises(fastllm.BackendError, match="vmap"):
         torch.func.vmap(mine)(*[v[None] for v in values])
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("options", [{"z_loss": 0.1}, {"label_smoothing": 0.1}])
+def test_cross_entropy_of_each_row_alone(backend, options):
+    """Rows of logits with a target of no dimensions, and class weights: one loss, one gradient for each."""
+    x, target = torch.randn(4, 5, device=DEVICE), torch.tensor([2, 0, 4, 1], device=DEVICE)
+    options = {**options, "weight": torch.rand(5, device=DEVICE) + 0.5}
+
+    def loss(x, target):
+        return fastllm.functional.cross_entropy(x, target, **options)
+
+    with fastllm.backend(backend):
+        grads, losses = torch.func.vmap(torch.func.grad_and_value(loss))(x, target)
+        torch.testing.assert_close(torch.func.vmap(loss)(x, target), losses)
+        for row, y, grad, value in zip(x, target, grads, losses, strict=True):
+            row = row.clone().requires_grad_()
+            alone = loss(row, y)
+            torch.testing.assert_close(value, alone.detach())
+            torch.testing.assert_close(grad, torch.autograd.grad(alone, row)[0])
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x[0], target[0]), losses[0])

@@ -152,11 +152,23 @@ def torch_fault(call: AttentionCall) -> str | None:
     return None
 
 
+def _taken(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """A mask in a dtype that PyTorch's operator takes, boolean, query's or float32 beside 16 bits.
+
+    Its fused kernel on CPUs takes float32 beside float64 too, and reads it as float64 (torch 2.11 to 2.13).
+    """
+    if not mask.is_floating_point() or mask.dtype == query.dtype:
+        return mask
+    return mask.to(query.dtype if query.dtype.itemsize > 2 else torch.float32)
+
+
 def attention_by_form(request: AttentionRequest, form: AttentionForm) -> torch.Tensor:
     """The output by AMX or PyTorch's operator; of the given shape if ``form.as_given``, else (B, H, Sq, Dv)."""
     call, given = request.call, request.given
     if form.as_given and given is not None:
         query, key, value, mask, dropout_p, causal, scale, gqa = given
+        if mask is not None and call.bias is not None:  # not a CausalBias
+            mask = _taken(mask, query)
         return F.scaled_dot_product_attention(
             query, key, value, mask, dropout_p, causal, scale=scale, enable_gqa=gqa
         )  # fmt: skip
@@ -166,7 +178,7 @@ def attention_by_form(request: AttentionRequest, form: AttentionForm) -> torch.T
         return step_attention(call)
     if form.name == WIDENED:
         return widened_attention(call)
-    mask = call.bias
+    mask = None if call.bias is None else _taken(call.bias, call.q)
     if call.bottom_right and call.causal and not call.square:
         rows, cols = call.q.shape[-2], call.k.shape[-2]
         mask = torch.ones(rows, cols, dtype=torch.bool, device=call.q.device).tril(cols - rows)

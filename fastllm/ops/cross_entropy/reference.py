@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ...backends import under_transform
 from ..shared.sharded import gather, log_softmax
 from .call import CrossEntropyCall, cross_entropy_call
 from .loss import Labelled, class_dim, loss_dtype
@@ -37,7 +38,7 @@ def loss_and_lse(labelled: Labelled):
     else:
         kept = target != loss.ignore_index
         index = torch.where(kept, target, 0).long()
-        mass = torch.where(kept, w[index], 0.0)
+        mass = torch.where(kept, _of_classes(w, index), 0.0)
         own = gather(log_p, dim, index.unsqueeze(dim).view(*index.shape[:dim], 1, *index.shape[dim:]))
         rows = -mass * own.view(index.shape)
         count = mass.sum()
@@ -52,10 +53,19 @@ def loss_and_lse(labelled: Labelled):
     return whole, lse
 
 
+def _of_classes(weight: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``weight[index]`` where no transform or compiler stops: one of no dimensions would be read on the host."""
+    return weight.index_select(0, index.reshape(-1)).view(index.shape)
+
+
 def eager_cross_entropy(call: CrossEntropyCall):
     """By PyTorch's own operator, on logits that are scaled and soft-capped where the loss asks for it."""
     input, target, weight, loss, *_ = call
     out_dtype = loss_dtype(input, target, weight)
+    if weight is not None and loss.label_smoothing != 0.0 and under_transform():
+        # PyTorch's own selects the targets that count, of which vmap does not know how many there are.
+        result, lse = loss_and_lse(Labelled(*call[:4]))
+        return (result.to(out_dtype), lse) if call.return_lse else result.to(out_dtype)
     plain = loss.is_torchs and (weight is None or weight.dtype == input.dtype)
     z = input if plain else loss.of_logits(input)
     if weight is not None:
@@ -75,7 +85,8 @@ def eager_cross_entropy(call: CrossEntropyCall):
             count = mass.numel()
         else:
             kept = target != loss.ignore_index
-            mass = kept.to(lse.dtype) if weight is None else torch.where(kept, weight[torch.where(kept, target, 0)], 0)
+            index = torch.where(kept, target, 0)
+            mass = kept.to(lse.dtype) if weight is None else torch.where(kept, _of_classes(weight, index), 0)
             count = mass.sum()
         penalty = loss.penalty(mass, lse.view(mass.shape))
         if not target.is_floating_point():

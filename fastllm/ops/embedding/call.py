@@ -77,6 +77,8 @@ def _check_main_grad(main_grad, weight):
         )
     if main_grad.shape[1] > 1 and main_grad.stride(1) != 1:
         raise ValueError(f"embedding: main_grad's columns must be contiguous, got strides {list(main_grad.stride())}")
+    if main_grad.shape[0] > 1 and main_grad.stride(0) < main_grad.shape[1]:
+        raise ValueError(f"embedding: main_grad's rows must not overlap, got strides {list(main_grad.stride())}")
     if torch.compiler.is_compiling():
         raise ValueError("embedding: main_grad is changed in backward, which torch.compile cannot trace; leave it out")
 

@@ -143,6 +143,7 @@ def norm_gradients(found: Normed, needs, dy, dh):
 
     def launch(inputs, outputs_grad, extras, needs):
         (dy,), (x, weight, _), (mean, rstd) = outputs_grad, inputs, extras
+        dy = dy.to(x.dtype)  # the gradient that is asked for is that of what was normed
         dx, _, *others = backward_by(
             NormBackward(
                 dy=dy, dh=None, x=x, weight=weight, seed=None, mean=mean, rstd=rstd, input_dtype=x.dtype,
@@ -198,7 +199,7 @@ def fused_norm(call: NormCall, backend: str) -> tuple[torch.Tensor, torch.Tensor
     options = NormOptions(float(eps), float(offset), float(dropout_p), center, backend)
     if len(shape) > 1:
         rows = [None if t is None else t.flatten(-len(shape)) for t in (x, residual)]
-        flat = [None if t is None else t.reshape(-1) for t in (weight, bias)]
+        flat = [None if t is None else t.reshape(-1).contiguous() for t in (weight, bias)]
         y, h, _, _ = apply(_Norm, *rows, *flat, seed, options)
         return y.view(x.shape), h if residual is None else h.view(x.shape)
     weight, bias = (t if t is None or t.is_contiguous() else t.contiguous() for t in (weight, bias))
