@@ -34,15 +34,8 @@ from ..data.clean.block_model import BlockModel, Trees, mean_of, with_rules
 from ..data.clean.block_network import Network
 from ..data.clean.body import last_headings
 from ..data.clean.elements import Markup
-from ..data.clean.features import (
-    Lexicon,
-    character_classes,
-    element_names,
-    features,
-    name_tokens,
-    page_counts,
-    text_tokens,
-)  # fmt: skip
+from ..data.clean.features import character_classes, features, page_counts
+from ..data.clean.lexicon import Lexicon, element_names, name_tokens, text_tokens
 from ..data.clean.main_text import decide, word_list
 from ..data.clean.markup import read_markup
 from ..data.clean.page_types import PageTypes, page_tokens

@@ -310,7 +310,7 @@ def _pick(op: str, call: Call) -> Choice:
                 f"{op}: the {asked} backend was asked for (FASTLLM_BACKEND or fastllm.backend) and cannot serve this "
                 f"call: {reason}; or choose the eager or auto backend"
             )
-        return Choice(asked, "asked for", True)
+        return Choice(asked, "asked for", asked=True)
     if _makes_program():
         return Choice("eager", "an exported or traced program has PyTorch's operators")
     names = _preferred(record, device_type)

@@ -83,8 +83,10 @@ def _check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and not 1 <= value <= MAX_SIZE:
             raise InputError(f"--{name.replace('_', '-')}: expected at least 1 and at most {MAX_SIZE}, got {value}")
-    if not 0 < arguments.efficiency <= 1 or not 0 <= arguments.overlap <= 1:
-        raise InputError("--efficiency and --overlap: expected parts of 1")
+    if not 0 < arguments.efficiency <= 1:
+        raise InputError(f"--efficiency: expected more than 0 and at most 1, got {arguments.efficiency}")
+    if not 0 <= arguments.overlap <= 1:
+        raise InputError(f"--overlap: expected at least 0 and at most 1, got {arguments.overlap}")
 
 
 def run(arguments: argparse.Namespace) -> int:

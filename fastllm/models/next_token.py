@@ -21,7 +21,7 @@ from .. import nn as fast
 from ..backends import chosen_backend, operators_alone
 from ..ops.linear_rows import MAX_ROWS, linear_rows
 from ..ops.norm.native import undropped_norm
-from ..ops.rotary_embedding import rotary_rows
+from ..ops.rotary_embedding import RotaryCall, rotary_rows
 from .blocks import MLP, Attention, Block, Context, CrossAttention
 from .config import GATED
 from .embedding import Embedded
@@ -127,7 +127,8 @@ def _attention(module: Attention, layer: int) -> Callable:
             if config.qk_norm:
                 both = undropped_norm(both, None, None, None, eps=config.norm_eps, center=False)[0]
             if turned:
-                both = rotary_rows(both[:, :, None], None, *now.rotary, None, 0, False, False)[0][:, :, 0]
+                call = RotaryCall(both[:, :, None], None, *now.rotary, None, offset=0, interleaved=False)
+                both = rotary_rows(*call)[0][:, :, 0]
             query, key = both.split((heads, kv_heads), 1)
             now.new[layer][0].copy_(key)
             now.new[layer][1].copy_(together[:, heads + kv_heads :])

@@ -113,7 +113,7 @@ class TransformerEncoder(TransformerStack):
                 visible = mask[:, None, None, :]
                 bias = visible if bias is None else bias.masked_fill(~visible, -torch.inf)
             rotary = (self.rotary_cos[:length], self.rotary_sin[:length]) if self.positions == "rotary" else None
-            states = through(self, self.embed(tokens, None, segments), Context(False, rotary, bias))
+            states = through(self, self.embed(tokens, None, segments), Context(causal=False, rotary=rotary, bias=bias))
             return Encoded(states if mask is None else states * mask[..., None], mask)
         there = mask.flatten().nonzero()[:, 0]
         positions = there % length
@@ -123,7 +123,8 @@ class TransformerEncoder(TransformerStack):
             rotary = (self.rotary_cos[positions], self.rotary_sin[positions])
         segments = None if segments is None else segments.flatten()[there]
         x = self.embed(tokens.flatten()[there], positions, segments)
-        x = through(self, x, Context(False, rotary, bias, (starts, length)))
+        context = Context(causal=False, rotary=rotary, bias=bias, sequences=(starts, length))
+        x = through(self, x, context)
         states = x.new_zeros(mask.numel(), x.shape[-1]).index_copy(0, there, x)
         return Encoded(states.view(*mask.shape, x.shape[-1]), mask)
 

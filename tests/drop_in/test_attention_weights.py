@@ -9,7 +9,7 @@ import torch
 from architectures import attentions, build, pair, same_gradients
 
 import fastllm
-from fastllm.drop_in import attention as module
+from fastllm.drop_in import attention, attention_call
 from fastllm.drop_in.attention import attending_within
 
 transformers = pytest.importorskip("transformers")
@@ -23,8 +23,8 @@ def ours(monkeypatch):
     """The calls that our attention serves."""
     calls = []
     for name in ("attention", "scaled_dot_product_attention"):
-        function = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, _f=function, **k: calls.append(1) or _f(*a, **k))
+        function = getattr(attention_call, name)
+        monkeypatch.setattr(attention_call, name, lambda *a, _f=function, **k: calls.append(1) or _f(*a, **k))
     return calls
 
 
@@ -245,11 +245,13 @@ def test_what_sdpa_passes_over_is_passed_over(taken, monkeypatch):
     def sdpa(module, query, key, value, attention_mask, softcap=None, **kwargs): ...
 
     if taken:
-        monkeypatch.setattr(module, "_sdpa", lambda: sdpa)
+        monkeypatch.setattr(attention, "transformers_sdpa", lambda: sdpa)
     model, other, _ = pair("llama", only="attention")
     part = next(attending_within(model))
     query, key, value = (10 * torch.randn(1, heads, 5, 8) for heads in (4, 2, 2))
-    capped, plain = (module.attention_forward(part, query, key, value, None, softcap=cap)[0] for cap in (1.0, None))
+    capped, plain = (
+        attention_call.attention_forward(part, query, key, value, None, softcap=cap)[0] for cap in (1.0, None)
+    )
     assert torch.equal(capped, plain) is not taken
     other.set_attn_implementation("sdpa")
     torch.testing.assert_close(plain, transformers.AttentionInterface()["sdpa"](part, query, key, value, None)[0])

@@ -67,7 +67,7 @@ def test_it_is_the_formula(backend, options, bias, workspace, v):
     # The entropy is taken beside.
     torch.testing.assert_close(alone, got[0], rtol=1e-6, atol=1e-6)
     for a, e in zip((*got, *mine), (*expected, *truth), strict=True):
-        torch.testing.assert_close(a.double(), e.double(), rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(a.double(), e.double(), rtol=1e-5, atol=4e-6)
 
 
 @pytest.mark.runs_on("interpreter")
@@ -158,12 +158,12 @@ def test_an_adapter_on_a_frozen_head_and_a_tied_weight_get_their_gradients():
         return torch.log_softmax(x @ w.t(), -1).gather(-1, y[:, None])
 
     for mine, theirs in zip(both(linear_log_probs), both(all_logits), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=2e-6)
 
     def tied(head):
         return torch.autograd.grad(head(torch.nn.functional.embedding(y, w), w, y).sum(), w)[0]
 
-    torch.testing.assert_close(tied(linear_log_probs), tied(all_logits), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tied(linear_log_probs), tied(all_logits), rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -48,8 +48,8 @@ def test_products_are_those_of_fp64(calls, bias):
     assert calls == [1024, 1024, 52] + [D] * 9
     wide = torch.nn.functional.linear(x.double(), w.double(), None if b is None else b.double())
     torch.testing.assert_close(out.double(), wide, rtol=0, atol=2e-5)
-    torch.testing.assert_close(rows.double(), z.double() @ w.double(), rtol=0, atol=1e-3)
-    torch.testing.assert_close(total.double(), 2 * (z.double().t() @ x.double()), rtol=0, atol=2e-4)
+    torch.testing.assert_close(rows.double(), z.double() @ w.double(), rtol=0, atol=4e-4)
+    torch.testing.assert_close(total.double(), 2 * (z.double().t() @ x.double()), rtol=0, atol=1e-4)
 
 
 @pytest.mark.usefixtures("_served")
@@ -75,7 +75,7 @@ def test_log_probabilities_and_gradients_are_those_of_mkls_products(monkeypatch,
     assert calls
     monkeypatch.setattr(onednn, "_fewest", lambda: math.inf)
     for a, e in zip(mine, both(), strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -99,10 +99,18 @@ def test_a_finished_run_can_be_given_more_steps(config, tmp_path):
     assert resume(tmp_path / "run", quiet=True).steps == 8  # the new budget was saved
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """Where the first test that wants a finished run leaves one."""
+    return tmp_path_factory.mktemp("finished")
+
+
 @pytest.fixture
-def finished(config, tmp_path):
-    train(config(checkpoint_interval=3), tmp_path / "run", quiet=True)
-    return tmp_path / "run"
+def finished(config, shared, tmp_path):
+    """A finished run of the test's own: a copy of the one that was trained for all of them."""
+    if not (shared / "run" / "model").exists():
+        train(config(checkpoint_interval=3), shared / "run", quiet=True)
+    return shutil.copytree(shared / "run", tmp_path / "run")
 
 
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "config.json", "tokenizer.json", "manifest.json"]

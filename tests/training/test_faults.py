@@ -77,6 +77,8 @@ def code(*arguments):
         ),
         (["plan", "--params", "9" * 400], "expected at most 1e+18"),
         (["plan", "--context-length", "9" * 30], "--context-length: expected at least 1 and at most"),
+        (["plan", "--efficiency", "1.5"], "--efficiency: expected more than 0 and at most 1, got 1.5"),
+        (["plan", "--overlap", "-0.5"], "--overlap: expected at least 0 and at most 1, got -0.5"),
         (["bench", "--rounds", "x"], "argument --rounds: invalid int value"),
     ],
 )

@@ -18,7 +18,8 @@ from .block_context import context
 from .block_network import Network
 from .body import Running
 from .elements import Markup
-from .features import DECLARED_ARTICLE, STATED_ARTICLE, Lexicon, features
+from .features import DECLARED_ARTICLE, STATED_ARTICLE, features
+from .lexicon import Lexicon
 from .page_types import TYPES, PageTypes
 from .page_words import PageWords
 from .small_pages import log_odds

@@ -33,7 +33,7 @@ def formed(request: AttentionRequest) -> AttentionRequest:
     """``request`` with its form, on a CPU, where the choice of a backend asks for it: it takes 2 us to find."""
     if not request.call.q.is_cpu:
         return request
-    return request._replace(form=_found_form(request, True))
+    return request._replace(form=_found_form(request, ours=True))
 
 
 def form_of(request: AttentionRequest, choice: Choice) -> AttentionForm | None:
@@ -44,10 +44,10 @@ def form_of(request: AttentionRequest, choice: Choice) -> AttentionForm | None:
 def eager_form(request: AttentionRequest, asked: bool = False) -> AttentionForm:
     """The form in which eager serves a call, and why. ``asked``: whether somebody asked for eager."""
     form = request.form
-    return _found_form(request, not asked) if form is None or (asked and form.name in (AMX, STEP)) else form
+    return _found_form(request, ours=not asked) if form is None or (asked and form.name in (AMX, STEP)) else form
 
 
-def _found_form(request: AttentionRequest, ours: bool) -> AttentionForm:
+def _found_form(request: AttentionRequest, *, ours: bool) -> AttentionForm:
     """As :func:`eager_form`. ``ours``: whether the extension's are among the forms."""
     call = request.call
     one = ours and not call.causal and call.dropout_p == 0.0 and takes_step(call.q, call.k, call.v, call.bias)

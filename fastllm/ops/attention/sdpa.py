@@ -125,7 +125,7 @@ def sdpa_request(
         right=0 if causal else -1, bottom_right=variant == "LOWER_RIGHT",
         dropout_p=dropout_p,
     )  # fmt: skip
-    return formed(AttentionRequest(call, False, given, tuple(leading)))
+    return formed(AttentionRequest(call, given=given, leading=tuple(leading)))
 
 
 def _seeded(call: AttentionCall, first_row: torch.Tensor | None = None) -> AttentionCall:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .loss import Labelled
+from .loss import Labelled, Loss
 from .native import native_row_losses
 from .operator import LossGradients, RowStatistics
 
@@ -30,13 +30,7 @@ def eager_row_losses(labelled: Labelled, upstream: LossGradients, wanted: Extras
     keep = y != loss.ignore_index
     index = torch.where(keep, y, 0).unsqueeze(1)
     smoothing, share = loss.label_smoothing, loss.label_smoothing / n_classes
-    if loss.logit_scale != 1.0:
-        z.mul_(loss.logit_scale)
-    slope_of_cap = None
-    if loss.softcap is not None:
-        z.div_(loss.softcap).tanh_()
-        slope_of_cap = (1 - z.square()) if upstream.loss is not None else None
-        z.mul_(loss.softcap)
+    slope_of_cap = _scale_and_cap(z, loss, back=upstream.loss is not None)
     top, own = z.amax(1), z.gather(1, index).squeeze(1)
     accuracy = (keep & (own >= top)).to(z.dtype) if wanted.accuracy else None
     # log p is needed only where it is summed. Otherwise p is computed at once, which saves a pass.
@@ -57,11 +51,7 @@ def eager_row_losses(labelled: Labelled, upstream: LossGradients, wanted: Extras
     losses = torch.where(keep, losses, 0)
     entropy = tilt = None
     if wanted.entropy:
-        p = z.exp()
-        entropy = torch.special.entr(p, out=p).sum(1)
-        if upstream.entropy is not None:
-            torch.add(z, entropy.unsqueeze(1), out=p)
-            tilt = p.masked_fill_(z == -math.inf, 0).mul_(-upstream.entropy.unsqueeze(1))
+        entropy, tilt = _entropy(z, upstream.entropy)
     if upstream.loss is None:
         return losses, lse, accuracy, entropy
     factor = torch.where(keep, upstream.loss, 0)
@@ -77,6 +67,28 @@ def eager_row_losses(labelled: Labelled, upstream: LossGradients, wanted: Extras
     if loss.logit_scale != 1.0:
         z.mul_(loss.logit_scale)
     return losses, lse, accuracy, entropy
+
+
+def _scale_and_cap(z, loss: Loss, *, back: bool):
+    """Scales the logits ``z`` and caps them, in place; the slope of the cap where a gradient goes ``back``."""
+    if loss.logit_scale != 1.0:
+        z.mul_(loss.logit_scale)
+    if loss.softcap is None:
+        return None
+    z.div_(loss.softcap).tanh_()
+    slope = (1 - z.square()) if back else None
+    z.mul_(loss.softcap)
+    return slope
+
+
+def _entropy(log_p, upstream):
+    """(entropy of each row, what it adds to the gradient of its logits for ``upstream``, over p; None without)."""
+    p = log_p.exp()
+    entropy = torch.special.entr(p, out=p).sum(1)
+    if upstream is None:
+        return entropy, None
+    torch.add(log_p, entropy.unsqueeze(1), out=p)
+    return entropy, p.masked_fill_(log_p == -math.inf, 0).mul_(-upstream.unsqueeze(1))
 
 
 def _log_sum(p, index, below):
