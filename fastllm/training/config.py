@@ -7,7 +7,17 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import InputError, build_settings, defaults_for, option, read_toml, settings, to_toml, unknown
+from ..config import (
+    InputError,
+    build_settings,
+    check_fields,
+    defaults_for,
+    option,
+    read_toml,
+    settings,
+    to_toml,
+    unknown,
+)
 from ..data import DataConfig
 from ..models.config import PRESETS, ModelConfig
 from .objective_config import ObjectiveConfig, fit_model
@@ -125,6 +135,7 @@ class TrainingConfig:
     )  # fmt: skip
 
     def __post_init__(self):
+        check_fields(self)
         if self.batch_size % self.rows:
             raise InputError(f"micro_batch_size: {self.rows} does not divide batch_size {self.batch_size}")
         if self.patience and (self.parallel != "ddp" or self.tensor_parallel > 1):

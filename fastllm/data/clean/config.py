@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from dataclasses import dataclass
 
-from ...config import option
+from ...config import check_fields, option
 from ..digest import file_sha256
 from . import language
 from .document import Document, Rejection
@@ -51,6 +51,7 @@ class CleanConfig:
     repair: bool = option(True, "undo mojibake and normalise Unicode (ftfy, NFC)")
 
     def __post_init__(self):
+        check_fields(self)
         for rule in self.rules:
             if rule not in (*RULES, "none") or (rule == "none" and len(self.rules) > 1):
                 raise ValueError(f"rules: expected some of {', '.join(RULES)}, or none alone; got {rule!r}")

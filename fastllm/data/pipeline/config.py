@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...config import option
+from ...config import check_fields, option
 from ..sources import NAMES, Limits
 from ..sources.limits import MIB
 
@@ -32,6 +32,9 @@ class PipelineConfig:
     max_document_mb: int = option(64, "refuse larger documents", minimum=1, maximum=1 << 12)
     document_seconds: float = option(60.0, "refuse a document that takes longer to clean", above=0.0)
     shard_mb: int = option(128, "MB of text in one output file, before compression", minimum=1, maximum=1 << 14)
+
+    def __post_init__(self):
+        check_fields(self)
 
     @property
     def limits(self) -> Limits:
