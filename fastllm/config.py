@@ -172,6 +172,22 @@ def unknown(name: str, known: Iterable[str], where: str) -> InputError:
     return InputError(f"{where}: unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
+def check_used(unused: Mapping[str, str], given: Iterable[str], where: str) -> None:
+    """Refuse settings that were asked for and have no effect.
+
+    Args:
+        unused: those that have none, and why.
+        given: the names that were asked for.
+        where: what the message starts with.
+
+    Raises:
+        InputError: names the setting and why it has none.
+    """
+    for name in given:
+        if name in unused:
+            raise InputError(f"{where}: {name}: has no effect: {unused[name]}")
+
+
 def check_fields(config: Any) -> None:
     """For a settings dataclass's ``__post_init__``: its fields have their types, ranges and choices. An integer becomes
     the float that is wanted, a list a tuple,

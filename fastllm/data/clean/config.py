@@ -65,6 +65,15 @@ class CleanConfig:
         if self.language:
             language.check_languages(self.language)
 
+    def unused(self) -> dict[str, str]:
+        """The settings that have no effect beside the others, and why."""
+        found = {}
+        if not self.language:
+            found["language_probability"] = "no language is asked for"
+        if self.quality_reference is None:
+            found["quality_share"] = "there is no quality_reference"
+        return found
+
     def contents(self) -> dict[str, str]:
         """The SHA-256 of what each setting's files hold: with other contents it is another run.
 

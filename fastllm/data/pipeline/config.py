@@ -36,6 +36,17 @@ class PipelineConfig:
     def __post_init__(self):
         check_fields(self)
 
+    def unused(self) -> dict[str, str]:
+        """The settings that have no effect beside the others, and why."""
+        found = {}
+        if not self.near_duplicates:
+            found["similarity"] = "near duplicates are kept"
+        if not (self.sentence_dedup or self.exact_substrings):
+            found["min_doc_words"] = "no passages are removed (sentence_dedup, exact_substrings)"
+        if self.format not in (None, "jsonl", "tar", "zip"):
+            found["text_field"] = f"the files are {self.format}, not JSON lines"
+        return found
+
     @property
     def limits(self) -> Limits:
         return Limits(document=self.max_document_mb * MIB)
