@@ -56,6 +56,7 @@ def test_settings_take_paths_lists_and_whole_numbers(tmp_path):
     [
         ({"vocab_size": True}, "vocab_size must be at least 1, got True"),
         ({"logit_scale": float("nan")}, "logit_scale must be a finite number"),
+        ({"norm_eps": 10**400}, "norm_eps must be a finite number"),
         ({"rotary_base": float("inf")}, "rotary_base must be a finite number"),
         ({"labels": "ab"}, "labels must be a list of texts, got 'ab'"),
         ({"labels": ("a", "a")}, "labels must be without repetitions"),
