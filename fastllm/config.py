@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import functools
 import json
 import operator
 import os
@@ -62,6 +63,7 @@ class Setting:
         return "--" + self.name.replace("_", "-")
 
 
+@functools.cache
 def settings(cls: type) -> list[Setting]:
     """The fields of a dataclass. Types: bool, int, float, str, Literal, each also optional, and tuples of str."""
     hints = typing.get_type_hints(cls)
@@ -170,19 +172,50 @@ def unknown(name: str, known: Iterable[str], where: str) -> InputError:
     return InputError(f"{where}: unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
+def check_used(unused: Mapping[str, str], given: Iterable[str], where: str) -> None:
+    """Refuse settings that were asked for and have no effect.
+
+    Args:
+        unused: those that have none, and why.
+        given: the names that were asked for.
+        where: what the message starts with.
+
+    Raises:
+        InputError: names the setting and why it has none.
+    """
+    for name in given:
+        if name in unused:
+            raise InputError(f"{where}: {name}: has no effect: {unused[name]}")
+
+
+def check_fields(config: Any) -> None:
+    """For a settings dataclass's ``__post_init__``: its fields have their types, ranges and choices. An integer becomes
+    the float that is wanted, a list a tuple,
+    a path its text.
+
+    Raises:
+        InputError: names the first field that has not.
+    """
+    for setting in settings(type(config)):
+        object.__setattr__(config, setting.name, _convert(setting, getattr(config, setting.name), ""))
+
+
 def _convert(setting: Setting, value: Any, where: str) -> Any:
+    name = f"{where}: {setting.name}" if where else setting.name
     if setting.repeated:
         if isinstance(value, str) or not isinstance(value, (list, tuple)):
-            raise InputError(f"{where}: {setting.name}: expected a list, got {value!r}")
+            raise InputError(f"{name}: expected a list, got {value!r}")
         return tuple(_convert(dataclasses.replace(setting, repeated=False), item, where) for item in value)
     if value is None and setting.optional:
         return None
+    if setting.type is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)
     # A TOML integer is a good float; a bool is an int to Python and to nobody else.
     if setting.type is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) <= MAX_FLOAT else float("inf")
     if not isinstance(value, setting.type) or (setting.type is int and isinstance(value, bool)):
-        raise InputError(f"{where}: {setting.name}: expected {setting.type.__name__}, got {value!r}")
-    _check_range(setting, value, where)
+        raise InputError(f"{name}: expected {setting.type.__name__}, got {value!r}")
+    _check_range(setting, value, name)
     return value
 
 
@@ -193,14 +226,12 @@ _LIMITS = (
 )  # fmt: skip
 
 
-def _check_range(setting: Setting, value: Any, where: str) -> None:
+def _check_range(setting: Setting, value: Any, name: str) -> None:
     limits = setting.metadata
     if setting.choices and value not in setting.choices:
-        raise InputError(
-            f"{where}: {setting.name}: expected one of {', '.join(map(str, setting.choices))}; got {value!r}"
-        )
+        raise InputError(f"{name}: expected one of {', '.join(map(str, setting.choices))}; got {value!r}")
     if isinstance(value, str) and (not value or re.search("[\0\ud800-\udfff]", value)):
-        raise InputError(f"{where}: {setting.name}: expected UTF-8 text that is not empty, got {value!r}")
+        raise InputError(f"{name}: expected UTF-8 text that is not empty, got {value!r}")
     if isinstance(value, float) and not abs(value) <= MAX_FLOAT:
         wanted = "a finite number (of float32)"
     elif isinstance(value, int) and not -MAX_INT <= value <= MAX_INT:
@@ -210,7 +241,7 @@ def _check_range(setting: Setting, value: Any, where: str) -> None:
                   if limit in limits and not holds(value, limits[limit]))  # fmt: skip
         wanted = next(missed, None)
     if wanted:
-        raise InputError(f"{where}: {setting.name}: expected {wanted}, got {value}")
+        raise InputError(f"{name}: expected {wanted}, got {value}")
 
 
 def build_settings(cls: type, values: Mapping[str, Any], where: str, base: Any = None) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..config import add_flags, build_settings, flags_given
+from ..config import add_flags, build_settings, check_used, flags_given
 from ..data.clean import CleanConfig
 from ..data.pipeline import PipelineConfig, prepare_text
 from ..training.reports.progress import Display
@@ -29,8 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    cleaning = build_settings(CleanConfig, flags_given(arguments, CleanConfig), "command line")
-    config = build_settings(PipelineConfig, flags_given(arguments, PipelineConfig), "command line")
+    given = {kind: flags_given(arguments, kind) for kind in (CleanConfig, PipelineConfig)}
+    cleaning, config = (build_settings(kind, values, "command line") for kind, values in given.items())
+    for part, values in zip((cleaning, config), given.values(), strict=True):
+        check_used(part.unused(), values, "command line")
     display = Display(arguments.quiet)
     with display:
         report = prepare_text(

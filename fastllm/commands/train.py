@@ -7,12 +7,12 @@ import argparse
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ..config import InputError, add_flags, flags_given, read_toml, settings
+from ..config import InputError, add_flags, check_used, flags_given, read_toml, settings
 from ..data import DataConfig, Tokenizer
 from ..data.dataset import is_prepared, tokenizer_of
 from ..models import PRESETS, ModelConfig
 from ..training import RunConfig, TrainingConfig, build_run_config, resume, train
-from ..training.config import DEFAULT_PRESET, check_used
+from ..training.config import DEFAULT_PRESET
 from ..training.objectives import ObjectiveConfig
 from ..training.recipes import RECIPES
 from ..training.setup import with_pretrained, with_teacher
@@ -87,7 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
         file = read_toml(arguments.config) if arguments.config else {}
         # Check the file by itself first, so that a message names the file only for what it says.
         alone = build_run_config(file, str(arguments.config))
-        check_used(alone, _changed(file), str(arguments.config))
+        for title, names in _changed(file).items():
+            check_used(alone.unused()[title], names, str(arguments.config))
         merged = {title: {**file.get(title, {}), **table} for title, table in tables.items()}
         # A preset on the command line replaces the file's whole model.
         merged["model"] = {**({} if arguments.preset else file.get("model", {})), **model}
@@ -96,7 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
             _check_shape(config, model, merged["model"])
         if "labels" in model:
             raise InputError("--labels: training takes them from its data")
-        check_used(config, {**tables, "model": model}, "command line")
+        for title, given in {**tables, "model": model}.items():
+            check_used(config.unused()[title], given, "command line")
         _check_prepared(config.data, tables["data"])
         tokenizer = tokenizer_of(with_teacher(config).data)
         if tokenizer and "vocab_size" in merged["model"]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..config import InputError, option
+from ..config import InputError, check_fields, option
 from ..files import write_text
 from .corpus import Corpus, default_corpus, read_corpus, xz_bits_per_byte
 from .prepared import PREPARED, PreparedCorpus
@@ -33,6 +33,9 @@ class DataConfig:
         None, "a tokenizer.json to use; without it one is trained on the training text", metavar="FILE"
     )
     deduplicate: bool = option(True, "remove paragraphs that occurred before")
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -153,10 +156,15 @@ def prepare(
             file.
 
     Raises:
-        InputError: ``vocab_size`` is too small.
+        InputError: ``vocab_size`` or ``shard_tokens`` is too small, or a part of ``corpus`` is empty.
         OSError: the folder cannot be written.
     """
     folder = Path(folder)
+    if shard_tokens < 1:
+        raise InputError(f"shard_tokens: expected at least 1, got {shard_tokens}")
+    if isinstance(corpus, Corpus) and not (corpus.train and corpus.validation):
+        raise InputError(f"corpus: {corpus.name}: expected documents to train on and to validate, got "
+                         f"{len(corpus.train)} and {len(corpus.validation)}")  # fmt: skip
     origin = tokenizer.fingerprint if tokenizer else f"BPE {vocab_size} {' '.join(special_tokens)}"
     key = hashlib.sha256(f"{corpus.sha256} {origin} {shard_tokens}".encode()).hexdigest()
     if (folder / SUMMARY).exists():

@@ -204,7 +204,7 @@ class Tokenizer:
 
     def token(self, index: int) -> str:
         """The token with id ``index`` as the vocabulary spells it, or "" if there is none."""
-        return self._inner.id_to_token(index) or ""
+        return "" if index < 0 else self._inner.id_to_token(index) or ""
 
     def token_bytes(self, index: int) -> bytes:
         """The UTF-8 bytes that token ``index`` stands for inside a text. For a special token these are its name."""
@@ -258,6 +258,8 @@ class Tokenizer:
         It uses all cores, unless ``TOKENIZERS_PARALLELISM=false``. A sentence begins at the first token that reaches
         beyond its first character. A sentence without tokens has no start.
         """
+        if isinstance(texts, str):
+            raise TypeError("texts: expected a list of texts, got one text")
         pieces = [list(self._pieces(text)) for text in texts]
         encoded = iter(self._inner.encode_batch([p for some in pieces for p in some], add_special_tokens=False))
         result = []
@@ -299,8 +301,15 @@ class Tokenizer:
         return _pieces(text) if self._cuts else (text,)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ``ids``. End-of-text tokens are left out, and bytes that are not UTF-8 become U+FFFD."""
-        return self._inner.decode(list(ids), skip_special_tokens=True)
+        """Text of ``ids``. End-of-text tokens are left out, and bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+            ValueError: an id is negative.
+        """
+        ids = list(ids)
+        if any(index < 0 for index in ids):
+            raise ValueError(f"ids: expected none below 0, got {min(ids)}")
+        return self._inner.decode(ids, skip_special_tokens=True)
 
     def stream(self, ids: Iterable[int], after: Iterable[int] = ()) -> Iterator[str]:
         """The text of ``ids`` in pieces, as it becomes known. Joined they are :meth:`decode` of all of them.

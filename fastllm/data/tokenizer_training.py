@@ -56,6 +56,10 @@ def check_training(vocab_size: int, kind: str, special_tokens: Sequence[str], lo
         raise InputError(f"kind: expected one of {', '.join(KINDS)}; got {kind!r}")
     if lowercase and kind not in ("wordpiece", "word"):
         raise InputError(f"lowercase: only a wordpiece or word tokenizer may lose letter case, not {kind}")
+    if not isinstance(vocab_size, int):
+        raise InputError(f"vocab_size: expected a whole number, got {vocab_size!r}")
+    if isinstance(special_tokens, str):
+        raise InputError(f"special_tokens: expected a list of names, got one text, {special_tokens!r}")
     if not special_tokens or len(set(special_tokens)) != len(special_tokens) or not all(special_tokens):
         raise InputError(f"special_tokens: expected one or more different names, got {list(special_tokens)}")
     special = list(special_tokens)
@@ -75,6 +79,8 @@ def train_tokenizer(
 ) -> tokenizers.Tokenizer:
     """Train one; see :meth:`fastllm.data.Tokenizer.train`."""
     special = check_training(vocab_size, kind, special_tokens, lowercase)
+    if isinstance(documents, str):
+        raise InputError("documents: expected a list of texts, got one text")
     unknown = next((name for name in (UNKNOWN, "<unk>") if name in special), None)
     common = {"vocab_size": vocab_size, "special_tokens": special, "show_progress": False}
     if kind == "char":
@@ -116,6 +122,8 @@ def _checked(documents: Iterable[str]) -> Iterator[str]:
     """The documents; without any text a trainer would panic or return a tokenizer of nothing."""
     empty = True
     for document in documents:
+        if not isinstance(document, str):
+            raise InputError(f"documents: expected texts, got {type(document).__name__}")
         empty = empty and not document.strip()
         yield document
     if empty:

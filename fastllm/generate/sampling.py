@@ -75,6 +75,14 @@ def check_sampling(
         raise ValueError(f"seed must be at least 0 and less than 2^64, got {seed}")
 
 
+def check_stop_token(model, stop_token: int) -> None:
+    """Raise TypeError for a token that is no number, ValueError for one that the model never gives."""
+    if not isinstance(stop_token, Integral):
+        raise TypeError(f"stop_token must be a whole number, got {stop_token!r}")
+    if not 0 <= stop_token < model.config.vocab_size:
+        raise ValueError(f"stop_token must be in the vocabulary of {model.config.vocab_size}, got {stop_token}")
+
+
 def generate(
     model,
     tokens: Sequence[int],
@@ -103,6 +111,10 @@ def generate(
         TypeError: an argument is no number of its kind.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    if not hasattr(model, "last_logits"):  # a compiled model is of another class
+        raise TypeError(f"model must be a language model, got {type(model).__name__}")
+    if stop_token is not None:
+        check_stop_token(model, stop_token)
     if len(tokens) == 0:
         raise ValueError("tokens must hold at least one token to continue from")
     sampling = Sampling(temperature, top_k, top_p, seed)

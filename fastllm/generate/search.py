@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from ..config import InputError
 from ..models import DecoderCache, Encoded, EncoderDecoder
 from ..models.mode import evaluation_mode
-from .sampling import NOT_FINITE
+from .sampling import NOT_FINITE, check_stop_token
 
 
 class Hypothesis(NamedTuple):
@@ -34,7 +35,12 @@ def _logits(model, tokens: torch.Tensor, memory: Encoded | None, cache: DecoderC
     return logits
 
 
-def _check(model, start: torch.Tensor, max_new_tokens: int) -> int:
+def _check(model, start: torch.Tensor, max_new_tokens: int, stop_token: int) -> int:
+    if not isinstance(start, torch.Tensor):
+        raise TypeError(f"start must be a tensor, got {type(start).__name__}")
+    if not isinstance(max_new_tokens, Integral):
+        raise TypeError(f"max_new_tokens must be a whole number, got {max_new_tokens!r}")
+    check_stop_token(model, stop_token)
     if start.dim() != 2 or not start.numel():
         raise ValueError(f"start must be (batch, length) with at least one token each, got {list(start.shape)}")
     if max_new_tokens < 1:
@@ -56,8 +62,9 @@ def greedy(
 
     Raises:
         ValueError: an argument is out of its range, or the model gives a NaN.
+        TypeError: an argument is of another kind.
     """
-    steps = _check(model, start, max_new_tokens)
+    steps = _check(model, start, max_new_tokens, stop_token)
     with evaluation_mode(model), torch.inference_mode():
         cache = model.new_cache(len(start))
         tokens, result = start, []
@@ -116,8 +123,11 @@ def beam_search(
 
     Raises:
         ValueError: an argument is out of its range, or the model gives a NaN.
+        TypeError: an argument is of another kind.
     """
-    steps = _check(model, start, max_new_tokens)
+    steps = _check(model, start, max_new_tokens, stop_token)
+    if not isinstance(beams, Integral):
+        raise TypeError(f"beams must be a whole number, got {beams!r}")
     if beams < 1:
         raise ValueError(f"beams must be at least 1, got {beams}")
     if not 0.0 <= length_penalty < float("inf"):

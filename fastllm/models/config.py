@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from ..config import MAX_FLOAT
 
 POSITIONS = ("learned", "rotary", "sinusoidal", "relative")
 NORMS = ("layer", "rms")
@@ -77,24 +81,31 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ("heads", "labels"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            names: Any = getattr(self, name)
+            listed = isinstance(names, Iterable) and not isinstance(names, str)
+            names = tuple(names) if listed else names
+            object.__setattr__(self, name, names)
+            self._require(name, listed and all(isinstance(n, str) for n in names), "a list of texts")
+            self._require(name, len(set(names)) == len(names), "without repetitions")
         for f in fields(self):
             value = getattr(self, f.name)
             if type(f.default) is bool:
                 self._require(f.name, isinstance(value, bool), "True or False")
             elif type(f.default) is float:
-                self._require(f.name, isinstance(value, int | float), "a number")
+                finite = isinstance(value, int | float) and abs(value) <= MAX_FLOAT
+                self._require(f.name, finite, "a finite number")
         optional = ("num_kv_heads", "intermediate_size", "num_encoder_layers", "head_size")
         for name in (
             "vocab_size", "context_length", "num_layers", "num_heads", "hidden_size", "segments", "relative_buckets",
             "relative_distance", *optional,
         ):  # fmt: skip
-            value = getattr(self, name)
-            if value is None and name in optional:
+            number: Any = getattr(self, name)
+            if number is None and name in optional:
                 continue
             least, most = int(name != "segments"), MAX_LAYERS if name.endswith("layers") else MAX_SIZE
-            self._require(name, isinstance(value, int) and value >= least, f"at least {least}")
-            self._require(name, isinstance(value, int) and value <= most, f"at most {most}")
+            whole = isinstance(number, int) and not isinstance(number, bool)
+            self._require(name, whole and number >= least, f"at least {least}")
+            self._require(name, number <= most, f"at most {most}")
         for name, choices in (
             ("positions", POSITIONS), ("norm", NORMS), ("norm_position", NORM_POSITIONS), ("activation", ACTIVATIONS),
             ("pooling", POOLINGS),

@@ -9,7 +9,7 @@ import torch
 
 from ..data import Tokenizer
 from ..models.mode import evaluation_mode
-from .features import Features, windows
+from .features import Features, check_asked, windows
 
 # An answer has at most this many tokens.
 MAX_TOKENS = 30
@@ -48,7 +48,11 @@ def answers(
         model: an :class:`fastllm.models.Encoder` with a span head; run in evaluation mode and left as it was.
         rows: windows at a time.
         allow_none: no answer (an empty text) where the first token, which stands for it, is likelier in every window.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of its range; names it.
     """
+    check_asked(model, "span_logits", questions, rows)
     device = next(model.parameters()).device
     context = model.config.context_length
     todo = [

@@ -8,12 +8,17 @@ import torch
 
 from ..data import Tokenizer
 from ..models.mode import evaluation_mode
-from .features import padded, text_ids
+from .features import check_asked, padded, text_ids
 
 
 @torch.no_grad()
 def classify(model, tokenizer: Tokenizer, texts: Sequence[str], *, rows: int = 32) -> torch.Tensor:
-    """Probabilities (texts, classes) in fp32 on the CPU; the model is run in evaluation mode and left as it was."""
+    """Probabilities (texts, classes) in fp32 on the CPU; the model is run in evaluation mode and left as it was.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of its range; names it.
+    """
+    check_asked(model, "class_logits", texts, rows)
     device = next(model.parameters()).device
     ids = [text_ids(text, tokenizer, model.config.context_length) for text in texts]
     result = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,20 @@ from .prompts import SIDES
 
 # Part of the room for a text by which the windows of a long one advance.
 STRIDE = 0.5
+
+
+def check_asked(model: Any, method: str, texts: Sequence, rows: int) -> None:
+    """Refuse what a task cannot work on: a model without ``method``, one text for several, no number of rows.
+
+    Raises:
+        TypeError, ValueError: names the argument.
+    """
+    if not hasattr(model, method):  # a compiled model is of another class
+        raise TypeError(f"model: expected one with {method}, got {type(model).__name__}")
+    if isinstance(texts, str):
+        raise TypeError("texts: expected a list of texts, got one text")
+    if not isinstance(rows, int) or rows < 1:
+        raise ValueError(f"rows: expected a whole number of at least 1, got {rows!r}")
 
 
 def padded(rows: Sequence[Sequence[int] | np.ndarray], filler: int, width: int | None = None) -> torch.Tensor:

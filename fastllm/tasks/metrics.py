@@ -26,15 +26,26 @@ PART = 0.2
 
 
 def confusion(labels: Sequence[int], predicted: Sequence[int], classes: int) -> np.ndarray:
-    """(classes, classes) counts; row: the label, column: what was predicted."""
+    """(classes, classes) counts; row: the label, column: what was predicted.
+
+    Raises:
+        ValueError: there are not as many of both, or one is no class.
+    """
+    if len(labels) != len(predicted):
+        raise ValueError(f"labels and predicted: expected as many of both, got {len(labels)} and {len(predicted)}")
+    for name, values in (("labels", labels), ("predicted", predicted)):
+        if any(not 0 <= value < classes for value in values):
+            raise ValueError(f"{name}: expected numbers from 0 to {classes - 1}, got {min(values)} to {max(values)}")
     table = np.zeros((classes, classes), np.int64)
-    np.add.at(table, (np.asarray(labels), np.asarray(predicted)), 1)
+    np.add.at(table, (np.asarray(labels, np.int64), np.asarray(predicted, np.int64)), 1)
     return table
 
 
 def f1_macro(labels: Sequence[int], predicted: Sequence[int], classes: int) -> float:
     """The mean over classes of 2 TP / (2 TP + FP + FN); a class that occurs on neither side is left out."""
     table = confusion(labels, predicted, classes)
+    if not table.any():
+        raise ValueError("labels: expected at least one, got none")
     both = table.sum(0) + table.sum(1)
     return float(np.mean(2 * table.diagonal()[both > 0] / both[both > 0]))
 
@@ -82,6 +93,8 @@ def squad_scores(expected: Sequence[Sequence[dict]], given: Sequence[str]) -> di
     Where some questions have an answer and some have none, also each mean over either kind: ``answered_f1``,
     ``unanswerable_f1`` and so on, SQuAD 2.0's HasAns and NoAns.
     """
+    if not given:
+        raise ValueError("given: expected at least one answer, got none")
     pairs = [answer_scores([a["text"] for a in answers], text) for answers, text in zip(expected, given, strict=True)]
     kinds = {"": pairs}
     if 0 < sum(map(bool, expected)) < len(expected):

@@ -10,7 +10,7 @@ import torch
 from ..data import Tokenizer
 from ..generate.search import beam_search, greedy
 from ..models.mode import evaluation_mode
-from .features import padded, source_ids
+from .features import check_asked, padded, source_ids
 
 # A translation has at most this many times the source's tokens, whose number is rounded up to a multiple of BUCKET.
 RATIO, BUCKET = 2, 8
@@ -26,7 +26,13 @@ def translate(
         beams: 1 takes the likeliest token again and again.
         rows: texts at a time, of similar length.
         done: told how many are translated, as it goes.
+
+    Raises:
+        TypeError, ValueError: an argument is of another kind or out of its range; names it.
     """
+    check_asked(model, "encode", texts, rows)
+    if not isinstance(beams, int) or beams < 1:
+        raise ValueError(f"beams: expected a whole number of at least 1, got {beams!r}")
     context, end = model.config.context_length, tokenizer.end_of_text
     device = model.head.weight.device
     sources = [source_ids(text, tokenizer, context) for text in texts]

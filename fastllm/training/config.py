@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import InputError, build_settings, defaults_for, option, read_toml, settings, to_toml, unknown
+from ..config import (
+    InputError,
+    build_settings,
+    check_fields,
+    defaults_for,
+    option,
+    read_toml,
+    settings,
+    to_toml,
+    unknown,
+)
 from ..data import DataConfig
 from ..models.config import PRESETS, ModelConfig
 from .objective_config import ObjectiveConfig, fit_model
@@ -125,6 +135,7 @@ class TrainingConfig:
     )  # fmt: skip
 
     def __post_init__(self):
+        check_fields(self)
         if self.batch_size % self.rows:
             raise InputError(f"micro_batch_size: {self.rows} does not divide batch_size {self.batch_size}")
         if self.patience and (self.parallel != "ddp" or self.tensor_parallel > 1):
@@ -199,28 +210,11 @@ class RunConfig:
         return to_toml({field.name: getattr(self, field.name) for field in fields(self)}, self.unused())
 
 
-def check_used(config: RunConfig, given: Mapping[str, Iterable[str]], where: str) -> None:
-    """Refuse settings that have no effect in ``config``.
-
-    Args:
-        given: the names that were asked for, by table.
-        where: what the message starts with.
-
-    Raises:
-        InputError: names the setting and why it has none.
-    """
-    unused = config.unused()
-    for table, names in given.items():
-        for name in names:
-            if name in unused[table]:
-                raise InputError(f"{where}: {name}: has no effect: {unused[table][name]}")
-
-
 def build_run_config(tables: Mapping[str, Any], where: str, preset: str | None = None) -> RunConfig:
     """A run's settings from the tables ``data``, ``model`` (which may have a ``preset``), ``training``, ``objective``.
 
     The model gets the parts and heads that the objective needs. Settings without an effect get their defaults;
-    :func:`check_used` refuses them.
+    :func:`fastllm.config.check_used` refuses them.
 
     A preset that is a recipe has settings for all tables. Values in ``tables`` override it.
 

@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 from importlib.util import find_spec
 from typing import Literal
 
-from ..config import InputError, option, settings
+from ..config import InputError, check_fields, option, settings
 from ..data.tokenizer import KINDS, SPECIAL_TOKENS
 from ..models.config import ModelConfig
 
@@ -113,6 +113,7 @@ class ObjectiveConfig:
     jsd_beta: float = option(0.5, "distill: the teacher's share of the mixture in jsd", above=0, below=1)
 
     def __post_init__(self):
+        check_fields(self)
         for setting in settings(type(self)):
             why = self._others().get(setting.name)
             if why is not None and getattr(self, setting.name) != setting.default:

@@ -125,6 +125,24 @@ def test_the_command_refuses_what_has_no_effect(tmp_path, monkeypatch, capsys, a
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--no-near-duplicates", "--similarity", "0.75"], "similarity: has no effect: near duplicates are kept"),
+        (["--language-probability", "0.9"], "language_probability: has no effect: no language is asked for"),
+        (["--quality-share", "0.9"], "quality_share: has no effect: there is no quality_reference"),
+        (["--min-doc-words", "9"], "min_doc_words: has no effect: no passages are removed"),
+        (["--format", "html", "--text-field", "text"], "text_field: has no effect: the files are html, not JSON lines"),
+    ],
+)
+def test_preparing_refuses_what_has_no_effect(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(prose(9))
+    assert main(["prepare", "a.txt", "--out", "out", "--workers", "0", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_masked_words_alone_may_have_no_segments():
     objective = ObjectiveConfig("mlm")
     assert fit_model(objective, SHAPE).segments == 2

@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from dataclasses import dataclass
 
-from ...config import option
+from ...config import check_fields, option
 from ..digest import file_sha256
 from . import language
 from .document import Document, Rejection
@@ -51,6 +51,7 @@ class CleanConfig:
     repair: bool = option(True, "undo mojibake and normalise Unicode (ftfy, NFC)")
 
     def __post_init__(self):
+        check_fields(self)
         for rule in self.rules:
             if rule not in (*RULES, "none") or (rule == "none" and len(self.rules) > 1):
                 raise ValueError(f"rules: expected some of {', '.join(RULES)}, or none alone; got {rule!r}")
@@ -63,6 +64,15 @@ class CleanConfig:
             reference_model(self.quality_reference, self.quality_share)
         if self.language:
             language.check_languages(self.language)
+
+    def unused(self) -> dict[str, str]:
+        """The settings that have no effect beside the others, and why."""
+        found = {}
+        if not self.language:
+            found["language_probability"] = "no language is asked for"
+        if self.quality_reference is None:
+            found["quality_share"] = "there is no quality_reference"
+        return found
 
     def contents(self) -> dict[str, str]:
         """The SHA-256 of what each setting's files hold: with other contents it is another run.

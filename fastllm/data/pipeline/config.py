@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...config import option
+from ...config import check_fields, option
 from ..sources import NAMES, Limits
 from ..sources.limits import MIB
 
@@ -32,6 +32,20 @@ class PipelineConfig:
     max_document_mb: int = option(64, "refuse larger documents", minimum=1, maximum=1 << 12)
     document_seconds: float = option(60.0, "refuse a document that takes longer to clean", above=0.0)
     shard_mb: int = option(128, "MB of text in one output file, before compression", minimum=1, maximum=1 << 14)
+
+    def __post_init__(self):
+        check_fields(self)
+
+    def unused(self) -> dict[str, str]:
+        """The settings that have no effect beside the others, and why."""
+        found = {}
+        if not self.near_duplicates:
+            found["similarity"] = "near duplicates are kept"
+        if not (self.sentence_dedup or self.exact_substrings):
+            found["min_doc_words"] = "no passages are removed (sentence_dedup, exact_substrings)"
+        if self.format not in (None, "jsonl", "tar", "zip"):
+            found["text_field"] = f"the files are {self.format}, not JSON lines"
+        return found
 
     @property
     def limits(self) -> Limits:
