@@ -94,11 +94,11 @@ def every_call(op: Op, gpu: DeviceInfo) -> Iterator[tuple[str, Callable[[], Samp
                 yield sample.name, partial(_moved, sample), backend, dtype
 
 
-def compile_op(name: str, arch: int) -> tuple[int, list[str]]:
+def compile_op(name: str, arch: int) -> tuple[set[str], list[str]]:
     """Compiles what the op launches in the bench's shapes (bfloat16) and the tests' samples (every dtype).
 
     Returns:
-        The number of distinct kernels, and each call that could not be run without a device, with its error.
+        The kernels' hashes, and each call that could not be run without a device, with its error.
     """
     op, gpu, found, problems = OPS[name], GPUS[arch], set(), []
     for call, make, backend, dtype in every_call(op, gpu):
@@ -107,11 +107,14 @@ def compile_op(name: str, arch: int) -> tuple[int, list[str]]:
         except Exception as error:  # one call that cannot be pretended must not lose the others
             what = f"{name}, {call}, {dtype}, {backend}"
             problems.append(f"{what}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
-    return len(found), problems
+    return found, problems
 
 
-def compile_all(names: list[str], arch: int, budget: float, workers: int) -> Iterator[str]:
-    """Compile each op's kernels in a process of its own, and yield what it reports. What began in time is finished."""
+def compile_all(names: list[str], arch: int, budget: float, workers: int, used: set[str]) -> Iterator[str]:
+    """Compile each op's kernels in a process of its own, and yield what it reports. What began in time is finished.
+
+    The kernels' hashes are added to ``used``.
+    """
     end = time.monotonic() + budget
     # A process that has run PyTorch's threads must not be forked.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
@@ -120,16 +123,19 @@ def compile_all(names: list[str], arch: int, budget: float, workers: int) -> Ite
             if done.cancelled():
                 yield f"{running[done]}: not compiled, the budget of {budget:g} s was spent"
                 continue
-            count, problems = done.result()
-            yield f"{running[done]}: {count} kernels, {len(problems)} calls not compiled"
+            found, problems = done.result()
+            used |= found
+            yield f"{running[done]}: {len(found)} kernels, {len(problems)} calls not compiled"
             yield from (f"  {problem}" for problem in problems)
             if time.monotonic() > end:
                 for other in running:
                     other.cancel()
 
 
-def pack(cache: Path, folder: Path) -> dict:
+def pack(cache: Path, folder: Path, used: set[str] | None = None) -> dict:
     """Writes the kernels that Triton's cache folder ``cache`` has, and what compiled them, into ``folder``.
+
+    ``used``: hashes of the kernels that are wanted, None for all. A cache that is used again has older sources' too.
 
     Returns:
         The record: versions, commit, a hash of the sources, the number of kernels and the archive's bytes.
@@ -143,6 +149,9 @@ def pack(cache: Path, folder: Path) -> dict:
                 if name.endswith(KEPT)
             }  # fmt: skip
             if not all(path.exists() for path in children.values()) or len(children) != len(KEPT):
+                continue
+            (metadata,) = (path for path in children.values() if path.suffix == ".json")
+            if used is not None and json.loads(metadata.read_text())["hash"] not in used:
                 continue
             for path in children.values():
                 archive.add(path, f"{group.parent.name}/{path.name}")
@@ -223,9 +232,10 @@ def main(argv: list[str] | None = None) -> int:
     cache = options.folder.with_name(f"{options.folder.name}.cache")
     os.environ["TRITON_CACHE_DIR"] = str(cache)
     names = options.op or [op.name for op in OPS.values() if "triton" in op.backends]
-    for line in compile_all(names, options.arch, options.budget, options.workers):
+    used: set[str] = set()
+    for line in compile_all(names, options.arch, options.budget, options.workers, used):
         print(line, flush=True)
-    record = pack(cache, options.folder)
+    record = pack(cache, options.folder, used)
     print(f"{record['kernels']} kernels, {record['bytes'] / 2**20:.1f} MB: {options.folder / ARCHIVE}")
     return 0 if record["kernels"] else 1
 

@@ -88,7 +88,7 @@ that they are in, or of the whole kernel where none is in a loop. A stack that n
 
 Triton 3.9.0 gives two of these calls a stack too, outside of loops: `swiglu` pair (8 bytes, 2 loads and stores) and
 `cross_entropy` transposed (16 and 6). Its own page has the bench's calls alone, and none of those has one. More
-registers would do without: `swiglu` pair 104 in place of 96, `cross_entropy` transposed up to 92 in place of 64, which
+registers would do without: `swiglu` pair 104 in place of 96, `cross_entropy` transposed 80 in place of 64, which
 leave a multiprocessor fewer programs.
 
 """

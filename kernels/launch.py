@@ -43,6 +43,16 @@ def tuned(kernel: str, device: torch.device, key: tuple, settings: dict[str, int
     return TUNED.get((kernel, arch, *key), settings)
 
 
+def keyed(*functions) -> None:
+    """Has Triton hash device functions that read a constant of a module, or call one that does, at their definition.
+
+    Triton 3.6 takes such a constant into the key of a kernel that calls them where they were hashed before it, and else
+    not. So what a process compiled earlier would decide whether it finds a kernel that was compiled beforehand.
+    """
+    for function in functions:
+        getattr(function, "cache_key", None)  # one of the interpreter's has none
+
+
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .launch import keyed
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -58,3 +60,6 @@ def starts(rows, inner, stride_outer, stride_inner):
 def block_count(n, BLOCK: tl.constexpr):
     """n / BLOCK rounded up, for n >= 1. Unlike tl.cdiv it does not overflow where n is the largest of its type."""
     return (n - 1) // BLOCK + 1
+
+
+keyed(tanh)

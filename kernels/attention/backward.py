@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import cdiv, launch_options
+from ..launch import cdiv, keyed, launch_options
 from ..math import LOG2E
 from .bias_gradient import attention_dbias
 from .problem import Problem
@@ -181,6 +181,9 @@ def _attention_bwd_dkdv_kernel(
             store_tile(dv_rows, dv_sum, cols, in_cols)
 
 
+keyed(_dkdv_tiles)
+
+
 class RowTile(NamedTuple):
     """In a kernel: the rows of a program with all that does not change from key to key."""
 
@@ -212,6 +215,9 @@ def _dq_tiles(
         dt = p * (dp - own.delta[:, None]) * slack
         dq = tl.dot(dt.to(k.dtype), k, dq, input_precision=flags.precision)
     return dq
+
+
+keyed(_dq_tiles)
 
 
 @triton.jit

@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..launch import keyed
 from .hopper_warps import Ring, async_load
 from .values import Plane
 
@@ -315,3 +316,6 @@ def add(rings, work, sizes, sums, mode: gl.constexpr):
                     gl.atomic_add(sums.turns + slot, 1, sem="release")
                 phase ^= 1
             head += work.query_tiles
+
+
+keyed(add)

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..launch import keyed
 from .online_softmax import row_results
 from .scores import column_range, locate
 
@@ -307,3 +308,6 @@ def consume(q, k, v, turns, work, sizes, results, unit, HALF: gl.constexpr, mode
                 token = (b * sizes.rows + start_q + row).to(gl.int64)
                 at = (token * sizes.heads + head)[:, None] * DIM + dim[None, :]
                 gl.store(results.out + at, result, mask=(row < n_rows)[:, None])
+
+
+keyed(work_item, produce, _step, consume)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ..launch import keyed
 from .scores import LN2, kept, scores, step_tile
 
 
@@ -49,3 +50,6 @@ def row_results(row_max, row_sum, unit, NATURAL: tl.constexpr):
     lse = row_max + row_log2 * LN2 if NATURAL else (row_max * unit + row_log2) * LN2
     lse = tl.where(empty, float("-inf"), lse)
     return lse, row_max, row_sum, tl.where(empty, float("inf"), row_log2)
+
+
+keyed(row_results, forward_tiles)

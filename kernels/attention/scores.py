@@ -15,6 +15,7 @@ ceil(length / BLOCK) tiles or one more, without knowing any length on the host.
 import triton
 import triton.language as tl
 
+from ..launch import keyed
 from ..math import is_kept, tanh
 from .values import Matrix, Sheet
 
@@ -222,3 +223,6 @@ def row_range(first, last, n_rows, n_cols, offset, score, BLOCK_M: tl.constexpr)
         full_begin = end
         full_end = end
     return begin, full_begin, full_end, end
+
+
+keyed(scores)

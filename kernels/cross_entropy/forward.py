@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from ..device import device_info
-from ..launch import cdiv, launch_options, next_power_of_2, tuned
+from ..launch import cdiv, keyed, launch_options, next_power_of_2, tuned
 from ..math import block_count
 from .logits import (
     EXACT,
@@ -100,6 +100,9 @@ def _accumulate(sums, x, q, weight, in_cols, loss, ENTROPY: tl.constexpr):
         spread += shift * weights + tl.sum(tl.where(in_cols[None, :], wz, 0.0), axis=1)
         weights += tl.sum(in_cols.to(tl.float32)) if weight is None else tl.sum(weight)
     return z, RowSums(top, base, total, mass, dot, weights, spread, tilt)
+
+
+keyed(_accumulate)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import launch_options, next_power_of_2, tuned
+from ..launch import keyed, launch_options, next_power_of_2, tuned
 from ..math import tanh
 
 # 16 fp32 values a thread at 8 warps; chosen from compiled register counts (sm_90), not yet from timings.
@@ -158,3 +158,6 @@ def block_launch(kernel: str, x: torch.Tensor, most: int) -> tuple[int, dict]:
 def warps_for(elements: int) -> int:
     """Warps for a tile: 16 elements to a thread, at most 8."""
     return max(1, min(8, elements // 512))
+
+
+keyed(effective)

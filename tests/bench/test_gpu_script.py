@@ -110,13 +110,16 @@ def test_kernels_compiled_beforehand_are_found_in_another_folder(tmp_path):
 def test_the_folder_to_carry_holds_the_archive_and_its_record_alone(tmp_path, monkeypatch):
     """1,288 kernels for sm_90 were 21 MB there, and 480 MB in Triton's cache."""
 
-    def compile_all(names, arch, budget, workers):
-        kernel = Path(os.environ["TRITON_CACHE_DIR"], "key")
-        kernel.mkdir(parents=True)
-        files = {name: str(kernel / name) for name in ("k.json", "k.cubin", "k.ptx")}
-        for path in files.values():
-            Path(path).write_text("{}")
-        (kernel / "__grp__k.json").write_text(json.dumps({"child_paths": files}))
+    def compile_all(names, arch, budget, workers, used):
+        # The second is of an earlier call, whose sources were others: it stays, and is not carried.
+        for key in ("key", "older"):
+            kernel = Path(os.environ["TRITON_CACHE_DIR"], key)
+            kernel.mkdir(parents=True)
+            files = {name: str(kernel / name) for name in ("k.json", "k.cubin", "k.ptx")}
+            for path in files.values():
+                Path(path).write_text(json.dumps({"hash": key}))
+            (kernel / "__grp__k.json").write_text(json.dumps({"child_paths": files}))
+        used.add("key")
         yield f"{names}: 1 kernel for sm_{arch}"
 
     monkeypatch.setenv("TRITON_CACHE_DIR", "another")
@@ -125,6 +128,7 @@ def test_the_folder_to_carry_holds_the_archive_and_its_record_alone(tmp_path, mo
     assert prepare.main(["pack", str(tmp_path / "built"), "--op", "swiglu"]) == 0
     assert {path.name for path in (tmp_path / "built").iterdir()} == {prepare.ARCHIVE, prepare.RECORD}
     assert prepare.unpack(tmp_path / "built", tmp_path / "found")["kernels"] == 1
+    assert (tmp_path / "found" / "key" / "k.cubin").exists()
     assert (tmp_path / "built.cache" / "key" / "k.ptx").exists()
 
 

@@ -11,6 +11,7 @@ import fastllm.functional  # noqa: F401 - its ops
 from fastllm import backends, extension
 from fastllm.kernels import device
 from fastllm.kernels.launch import cluster_blocks, processor_count, tuned
+from fastllm.kernels.norm.backward import pipeline_stages
 from fastllm.registry import OPS
 
 
@@ -75,3 +76,13 @@ def test_the_tensors_own_gpu_decides_and_not_the_current_one(monkeypatch):
             weight, ids = torch.empty(8, 8, device=q.device), torch.empty(4, dtype=torch.int64, device=q.device)
             with backends.untold():
                 assert backends.pick("embedding", OPS["embedding"].call(ids, weight)).backend == lookup
+
+
+def test_as_many_tiles_are_prefetched_as_shared_memory_holds(monkeypatch):
+    """sm_90 has room for two of 96 KB beside the one that is in registers."""
+    found = {}
+    for gpu in (*device.GPUS.values(), *device.OTHER_GPUS.values()):
+        monkeypatch.setattr(device, "_gpu", lambda index, gpu=gpu: gpu)
+        found[gpu.architecture] = pipeline_stages(torch.device("cuda", 0), 96 << 10)
+    assert {name for name, stages in found.items() if stages == 3} == {"sm_90", "sm_100"}
+    assert (found["sm_80"], found["sm_86"], found["sm_75"]) == (2, 1, 1)

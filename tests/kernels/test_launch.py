@@ -1,12 +1,14 @@
 """What launchers share: options, rounding, and tensors seen as rows."""
 
 import ast
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastllm import kernels
+from fastllm.kernels.attention.tiles import dbias_tile, dkdv_tile, dq_tile, forward_tile
 from fastllm.kernels.launch import RowView, cdiv, cluster_blocks, launch_options, next_power_of_2
 
 
@@ -22,6 +24,16 @@ def test_every_gpu_with_clusters_grants_eight_blocks():
     cpu = torch.device("cpu")
     columns = (4097, 2 * 4096, 8 * 4096, 8 * 4096 + 1)
     assert [cluster_blocks(cpu, n, 4096) for n in columns] == [2, 2, 8, 0]
+
+
+def test_a_gpu_takes_the_tiles_of_those_with_its_matrix_instructions_and_shared_memory():
+    """sm_120 has neither sm_100's instructions nor its shared memory: 113 KB of a tile do not fit in 99."""
+    like = {0: 80, 75: 80, 80: 80, 86: 80, 87: 80, 89: 80, 90: 90, 100: 100, 103: 100, 110: 100, 120: 80, 121: 80}
+    for arch, kind in like.items():
+        for of in (forward_tile, dkdv_tile, dq_tile):
+            for dim, pressure in itertools.product((64, 128, 256), range(4)):
+                assert of(dim, torch.bfloat16, arch, pressure) == of(dim, torch.bfloat16, kind, pressure), (of, arch)
+        assert dbias_tile(torch.bfloat16, arch) == dbias_tile(torch.bfloat16, kind)
 
 
 def test_launchers_round_by_plain_integers():

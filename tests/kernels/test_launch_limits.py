@@ -61,6 +61,13 @@ def test_kernels_compile_for_other_gpus():
     )
 
 
+def test_a_kernel_has_one_key_whatever_was_compiled_before_it():
+    """Else gpu.sh would not find kernels that were compiled on another machine in another order. Triton 3.6 alone."""
+    *differing, count = _run(str(TESTS / "kernel_keys.py"))
+    assert differing == []
+    assert int(count.split()[0]) > 150
+
+
 def _row(gpu, **more):
     row = dict(
         gpu=gpu, op="op", shape="", dtype="bfloat16", direction="forward", kernel="k", grid=(1,), warps=8, registers=64,
