@@ -26,7 +26,8 @@ def gather(z: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
     values = z.gather(dim, index)
     if not is_sharded(values):
         return values
-    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor import DTensor, Replicate
 
+    assert isinstance(values, DTensor)
     places = [Replicate() if place.is_partial() else place for place in values.placements]
     return values.redistribute(placements=places)
