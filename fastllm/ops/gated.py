@@ -134,6 +134,20 @@ class _Gated(torch.autograd.Function):
         return *gradients(launch, formula, ctx.saved_tensors, ctx.needs_input_grad[:2], (dy,)), None, None
 
 
+class _OrdinaryGated(torch.autograd.Function):
+    """The same of what :func:`_ordinary` gives to the extension, where nothing transforms the call."""
+
+    @staticmethod
+    def forward(ctx, gate, up, kind):
+        ctx.kind, ctx.backend = kind, "native"
+        ctx.save_for_backward(gate, up)
+        return _rows(gate, up, _NUMBER[kind])
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _Gated.backward(ctx, dy)[:3]
+
+
 # Columns of a row from which the extension serves on a CPU, however many rows there are: a row has the same bits in any
 # batch. One core of an AMD EPYC with AVX-512, float32, 256 rows, forward and backward, the extension's time over
 # PyTorch's: silu 1.1 at 512 columns, 0.5 at 768 and less beyond; gelu 0.98 at 512 and 0.7 at 3072; gelu_tanh 1.0 at 32
@@ -182,8 +196,8 @@ def _ordinary(gate, up, kind: str) -> torch.Tensor | None:
         return _eager(gate, up, kind) if free_for_torch() else None
     if up.layout is not torch.strided or not free_for_native(gate):
         return None
-    if torch.is_grad_enabled():
-        return apply_untransformed(_Gated, gate, up, kind, "native")
+    if (gate.requires_grad or up.requires_grad) and torch.is_grad_enabled():
+        return apply_untransformed(_OrdinaryGated, gate, up, kind)
     return _rows(*unwrapped((gate, up)), _NUMBER[kind])
 
 
