@@ -133,6 +133,20 @@ class _Gated(torch.autograd.Function):
         return *gradients(launch, formula, ctx.saved_tensors, ctx.needs_input_grad[:2], (dy,)), None, None
 
 
+class _OrdinaryGated(torch.autograd.Function):
+    """The same of what :func:`_ordinary` gives to the extension, where nothing transforms the call."""
+
+    @staticmethod
+    def forward(ctx, gate, up, kind):
+        ctx.kind, ctx.backend = kind, "native"
+        ctx.save_for_backward(gate, up)
+        return _rows(gate, up, _NUMBER[kind])
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _Gated.backward(ctx, dy)[:3]
+
+
 def _refuses(backend: str, call: GatedCall) -> str | None:
     return beyond_float32(call.tensors()) if backend == "native" else None
 
@@ -162,8 +176,8 @@ def _ordinary(gate, up, kind: str) -> torch.Tensor | None:
         return None
     if up.layout is not torch.strided or not free_for_native(gate):
         return None
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        return apply_untransformed(_Gated, gate, up, kind, "native")
+    if (gate.requires_grad or up.requires_grad) and torch.is_grad_enabled():
+        return apply_untransformed(_OrdinaryGated, gate, up, kind)
     return _rows(*unwrapped((gate, up)), _NUMBER[kind])
 
 

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastllm
 from fastllm.extension import load as extension
 from fastllm.functional import linear_cross_entropy, linear_log_probs
-from fastllm.ops.cross_entropy import at_once, linear_gradients, linear_operator
+from fastllm.ops.cross_entropy import at_once, linear, linear_gradients, linear_operator, log_probs, ordinary_linear
 
 pytestmark = [
     pytest.mark.runs_on("interpreter"),
@@ -22,15 +22,25 @@ NAMES = ("mean", "sum", "rows", "frozen", "every_option", "log_probs", "log_prob
 @pytest.fixture
 def served(monkeypatch):
     """How often one call of the extension served."""
-    seen, real = [], at_once._linear_rows
+    seen, real = [], at_once.linear_rows
 
     def remember(*args):
         outputs = real(*args)
         seen.append(outputs[0])
         return outputs
 
-    monkeypatch.setattr(at_once, "_linear_rows", remember)
+    for module in (at_once, ordinary_linear):
+        monkeypatch.setattr(module, "linear_rows", remember)
     return seen
+
+
+def _without(monkeypatch, replaced, how):
+    """Ordinary calls take the way of all others, where ``replaced`` of forward and backward is ``how``."""
+    for module in (linear, log_probs):
+        monkeypatch.setattr(module, "ordinary_linear_loss", lambda *args: None)
+    for module in (linear_operator, linear_gradients):
+        if hasattr(module, replaced):
+            monkeypatch.setattr(module, replaced, how)
 
 
 def _tensors(dtype, rows=N):
@@ -77,11 +87,6 @@ def _assert_same(got, expected):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def _leave_to_the_chunks(monkeypatch):
-    for module in (linear_operator, linear_gradients):
-        monkeypatch.setattr(module, "at_once", lambda *args: None)
-
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_call_has_the_bits_of_the_chunks_code(monkeypatch, served, name, dtype):
@@ -89,14 +94,14 @@ def test_one_call_has_the_bits_of_the_chunks_code(monkeypatch, served, name, dty
     widens = dtype == torch.bfloat16 and not fastllm.cpu.multiplies(dtype)
     assert all(served)
     assert bool(served) == (not widens)
-    _leave_to_the_chunks(monkeypatch)
+    _without(monkeypatch, "at_once", lambda *args: None)
     _assert_same(got, _all(name, dtype))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_operator_has_the_bits_of_calling_its_launcher(monkeypatch, name):
     got = _all(name, torch.float32)
-    monkeypatch.setattr(linear_operator, "unwatched", lambda *tensors: False)
+    _without(monkeypatch, "unwatched", lambda *tensors: False)
     expected = _all(name, torch.float32)
     _assert_same(got, expected)
     for a, b in zip(got[0], expected[0], strict=True):
@@ -127,7 +132,7 @@ def test_a_few_ignored_targets_are_zeros_in_one_call(monkeypatch, served, name):
     if name != "every_option":  # logsumexp and entropy are those of ignored rows too
         assert all(y.dim() == 0 or not y[[3, 39]].any() for y in got[0])
         assert not any(dx[[3, 39]].any() for dx in got[1][::2])
-    _leave_to_the_chunks(monkeypatch)
+    _without(monkeypatch, "at_once", lambda *args: None)
     outputs, grads = _all(name, torch.float64, FEW)
     torch.testing.assert_close(got[0], outputs)
     torch.testing.assert_close([t for t in got[1] if t is not None], [t for t in grads if t is not None])

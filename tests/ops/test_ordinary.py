@@ -15,11 +15,19 @@ from fastllm.extension import load as extension
 from fastllm.registry import Sample
 
 CPU = torch.device("cpu")
-NAMES = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "swiglu", "geglu", "linear", "cross_entropy")
+NAMES = (
+    "layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "swiglu", "geglu", "linear", "cross_entropy",
+    "linear_cross_entropy", "linear_log_probs", "embedding", "embedding_sum", "attention",
+    "scaled_dot_product_attention",
+)  # fmt: skip
+LAYERS = ("linear", "linear_cross_entropy", "linear_log_probs")
 MODULES = {
     "layer_norm": "norm.layer_norm", "rms_norm": "norm.rms_norm", "add_layer_norm": "norm.add_norm",
     "add_rms_norm": "norm.add_norm", "swiglu": "gated", "geglu": "gated", "linear": "linear",
-    "cross_entropy": "cross_entropy.cross_entropy",
+    "cross_entropy": "cross_entropy.cross_entropy", "linear_cross_entropy": "cross_entropy.linear",
+    "linear_log_probs": "cross_entropy.linear", "embedding": "embedding.embedding",
+    "embedding_sum": "embedding.embedding_sum", "attention": "attention.attention",
+    "scaled_dot_product_attention": "attention.sdpa",
 }  # fmt: skip
 
 pytestmark = pytest.mark.skipif(extension.missing() is not None, reason="no extension here: no C++ compiler")
@@ -30,8 +38,9 @@ def _results(op, sample):
     sample = copy(sample)
     found = outputs(op.function(*sample.args, **sample.kwargs))
     wanted = leaves(sample)
-    upstream = [torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype) for y in found]
-    return *found, *torch.autograd.grad(found, wanted, upstream)
+    graph = [y for y in found if y.requires_grad]
+    upstream = [torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype) for y in graph]
+    return *found, *torch.autograd.grad(graph, wanted, upstream)
 
 
 def _all_of(name, dtype):
@@ -47,6 +56,22 @@ def _all_of(name, dtype):
                 x = long[0].detach()
                 x[1, 7:] = -torch.inf
                 yield Sample(reduction, (x.requires_grad_(), torch.tensor(target)), {"reduction": reduction})
+    if name in ("linear_cross_entropy", "linear_log_probs"):
+        x, weight, reductions = torch.randn(70, 24), torch.randn(31, 24), ("none", "mean", "sum")
+        for ignored in (0, 1, 40):  # few are ignored, or many
+            target = torch.arange(70) % 31
+            target[:ignored] = -100
+            for options in [{"reduction": r} for r in reductions] if name == "linear_cross_entropy" else [{}]:
+                for frozen in (None, 0, 1):
+                    layer = [t.to(dtype).requires_grad_(i != frozen) for i, t in enumerate((x, weight))]
+                    yield Sample(f"{ignored} ignored {options} {frozen}", (*layer, target), options)
+    if name in ("attention", "scaled_dot_product_attention"):
+        causal = "causal" if name == "attention" else "is_causal"
+        for rows in (1, 5, 64):
+            heads = [torch.randn(2, 3, rows, 16).to(dtype).requires_grad_() for _ in range(3)]
+            for scale in (None, 0.3, -0.3, 0.0, 1e-45):
+                yield Sample(f"{rows} rows, {scale}", tuple(heads), {causal: True, "scale": scale})
+            yield Sample(f"all of {rows} rows", tuple(heads))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -73,6 +98,14 @@ def _ordinary(name, dtype):
         return Sample("", (made(2, 3, 1024), made(2, 3, 1024)))
     if name == "cross_entropy":
         return Sample("", (made(6, 32), torch.arange(6)))
+    if name in LAYERS:
+        return Sample("", (made(6, 32), made(8, 32), torch.arange(6)))
+    if name == "embedding":
+        return Sample("", (torch.tensor([[3, 0], [3, 7]]), made(8, 32)), {"padding_idx": -1})
+    if name == "embedding_sum":
+        return Sample("", ([torch.tensor([[3, 0], [3, 7]]), torch.arange(2)], [made(8, 32), made(4, 32)]))
+    if name in ("attention", "scaled_dot_product_attention"):
+        return Sample("", tuple(made(1, 2, 5, 16) for _ in range(3)))
     parameters = {"weight": made(32)} | ({"bias": made(32)} if "layer" in name else {})
     return Sample("", (*(made(2, 3, 32) for _ in range(1 + name.startswith("add"))), (32,)), parameters)
 
@@ -80,8 +113,10 @@ def _ordinary(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", NAMES)
 def test_an_ordinary_call_is_not_picked(name, dtype, monkeypatch):
-    if name == "linear" and not fastllm.cpu.multiplies(dtype):
+    if name in LAYERS and not fastllm.cpu.multiplies(dtype):
         pytest.skip(f"this CPU has no products of {dtype}")
+    if "attention" in name and dtype != torch.float32:
+        pytest.skip("attention in 16 bits has several forms")
 
     def refused(*args):
         raise AssertionError("the choice was known")
@@ -116,6 +151,76 @@ def test_a_gradient_of_the_gradient_is_that_of_pytorchs_operators(name):
 
 def _logits():
     return torch.randn(6, 32).requires_grad_(), torch.arange(6) * 5
+
+
+LINEAR = [("linear_cross_entropy", r) for r in ("mean", "sum", "none")] + [("linear_log_probs", None)]
+
+
+@pytest.mark.parametrize(("name", "reduction"), LINEAR)
+def test_a_linear_losss_second_backward_and_its_gradients_gradient(name, reduction):
+    x, weight, target = torch.randn(6, 8, requires_grad=True), torch.randn(32, 8, requires_grad=True), torch.arange(6)
+    options = {} if reduction is None else {"reduction": reduction}
+    y = OPS[name].function(x, weight, target, **options)
+    upstream, layer = torch.rand_like(y), (x, weight)
+    first = torch.autograd.grad(y, layer, upstream, retain_graph=True)
+    second = torch.autograd.grad(y, layer, upstream, create_graph=True)
+    wide = [t.detach().double().requires_grad_() for t in layer]
+    expected = torch.nn.functional.cross_entropy(wide[0] @ wide[1].T, target, reduction=reduction or "none")
+    expected = expected if reduction else -expected
+    torch.testing.assert_close(y, expected.float())
+    expected = torch.autograd.grad(expected, wide, upstream.double(), create_graph=True)
+    for a, b, c in zip(first, second, expected, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(b, c.float())
+    again = torch.autograd.grad(sum(t.square().sum() for t in second), layer)
+    expected = torch.autograd.grad(sum(t.square().sum() for t in expected), wide)
+    for a, b in zip(again, expected, strict=True):
+        torch.testing.assert_close(a, b.float())
+
+
+@pytest.mark.parametrize("target", [[0, 32, 2], [0, -1, 2], [0, 1], [[0], [1], [2]]])
+@pytest.mark.parametrize("name", ["linear_cross_entropy", "linear_log_probs"])
+def test_a_linear_losss_errors_are_those_of_all_checks(name, target):
+    call = torch.randn(3, 8, requires_grad=True), torch.randn(32, 8), torch.tensor(target)
+    with pytest.raises((ValueError, IndexError)) as at_once:
+        OPS[name].function(*call)
+    with backends.observed(lambda op, choice: None), pytest.raises(at_once.type) as by_pick:
+        OPS[name].function(*call)
+    assert str(at_once.value) == str(by_pick.value)
+
+
+@pytest.mark.parametrize(
+    ("ids", "padding"), [([0, 8], None), ([0, -1], None), ([0, 1], 8), ([0, 1], -9), ([0, 1], 0.5), ([0.0, 1.0], None)]
+)
+def test_embeddings_errors_are_those_of_all_checks(ids, padding):
+    call = torch.tensor(ids), torch.randn(8, 4, requires_grad=True), padding
+    with pytest.raises((ValueError, TypeError, IndexError)) as at_once:
+        fastllm.functional.embedding(*call)
+    with backends.observed(lambda op, choice: None), pytest.raises(at_once.type) as by_pick:
+        fastllm.functional.embedding(*call)
+    assert str(at_once.value) == str(by_pick.value)
+
+
+def test_embeddings_gradients_are_differentiable_and_batched():
+    ids, table = torch.tensor([[3, 0], [3, 7]]), torch.randn(8, 4, requires_grad=True)
+    places = torch.arange(2)
+    for function in (
+        lambda table: fastllm.functional.embedding(ids, table, 7),
+        lambda table: fastllm.functional.embedding_sum([ids, places], [table, table]),
+    ):
+        y = function(table)
+        upstream = torch.rand_like(y, requires_grad=True)
+        (dtable,) = torch.autograd.grad(y, table, upstream, create_graph=True)
+        (found,) = torch.autograd.grad(dtable.square().sum(), upstream)
+        with backends.observed(lambda op, choice: None):
+            z = function(table)
+        (expected,) = torch.autograd.grad(z, table, upstream, create_graph=True)
+        assert torch.equal(dtable, expected)
+        assert torch.equal(found, torch.autograd.grad(expected.square().sum(), upstream)[0])
+        several = torch.rand(3, *y.shape)
+        (batched,) = torch.autograd.grad(function(table), table, several, is_grads_batched=True)
+        for one, upstream in zip(batched, several, strict=True):
+            torch.testing.assert_close(one, torch.autograd.grad(function(table), table, upstream)[0])
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])

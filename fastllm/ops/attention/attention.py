@@ -20,6 +20,7 @@ from .call import (
 from .forms import CHUNKS, attention_by_form, form_of, formed
 from .native import native_loses
 from .operator import apply_attention
+from .ordinary import ordinary_attention
 from .reference import reference
 from .samples import attention_cost, attention_examples, attention_samples
 
@@ -123,6 +124,14 @@ def attention(
         TypeError, ValueError: an argument does not fit; the message says which.
         BackendError: the backend asked for cannot serve the call (head dims above 256 need ``eager``).
     """
+    if (
+        window is None and softcap is None and alibi_slopes is None and sinks is None and bias is None
+        and type(dropout_p) is float and dropout_p == 0.0 and cu_seqlens_q is None and cu_seqlens_k is None
+        and max_seqlen_q is None and max_seqlen_k is None and not return_lse
+    ):  # fmt: skip
+        out = ordinary_attention(query, key, value, causal, scale)
+        if out is not None:
+            return out
     request = _request(
         query, key, value, causal=causal, window=window, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes,
         sinks=sinks, bias=bias, dropout_p=dropout_p, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,

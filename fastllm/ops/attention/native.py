@@ -57,11 +57,14 @@ def native_loses(request: AttentionRequest) -> str | None:
     # extension's time for one head of 20 x 64 (0.03 ms) and 1.0 to 1.4 in batches: without a gradient the lines hold.
     if call.q.dtype.itemsize == 2 and form.name == TORCH and any(map(has_gradient, (call.q, call.k, call.v))):
         return None
-    heads, rows, dim = call.q.shape[1:]
-    work = heads * rows * call.k.shape[2] * dim
-    if call.causal:
-        return _TOO_SMALL if work < MIN_CAUSAL_WORK else None
-    return _TOO_SMALL if rows < MIN_ROWS or work < MIN_WORK else None
+    return _TOO_SMALL if is_small(call.q.shape, call.k.shape[2], call.causal) else None
+
+
+def is_small(shape: torch.Size, columns: int, causal: bool) -> bool:
+    """Whether a query of ``shape`` (B, H, Sq, D) and so many keys are too few for the extension, in float32."""
+    _, heads, rows, dim = shape
+    work = heads * rows * columns * dim
+    return work < MIN_CAUSAL_WORK if causal else rows < MIN_ROWS or work < MIN_WORK
 
 
 class _Operands(NamedTuple):

@@ -15,6 +15,7 @@ from .attention import attention_prefers_torch, kernels_refuse
 from .call import AttentionCall, AttentionRequest, TorchArguments, cast_qkv, check_dropout, check_qkv, check_scale
 from .forms import CHUNKS, attention_by_form, form_of, formed
 from .operator import apply_attention
+from .ordinary import ordinary_attention
 from .reference import reference
 from .samples import attention_cost, attention_examples
 
@@ -185,6 +186,10 @@ def scaled_dot_product_attention(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+    if attn_mask is None and type(dropout_p) is float and dropout_p == 0.0 and not enable_gqa:
+        out = ordinary_attention(query, key, value, is_causal, scale)
+        if out is not None:
+            return out
     return served(sdpa_request(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa))
 
 

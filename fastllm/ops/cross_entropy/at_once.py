@@ -63,7 +63,7 @@ def _fake(x, weight, target, *others):
 
 
 _counts = extension.operator("linear_loss_counts", lambda x, target, *others: len(target))
-_linear_rows = extension.operator("linear_loss_rows", _fake)
+linear_rows = extension.operator("linear_loss_rows", _fake)
 
 
 def _serves(layer: Layer, call: LayerLoss) -> bool:
@@ -92,7 +92,7 @@ def at_once(
         if _counts(x, call.target, loss.ignore_index, len(weight)) < 0:
             return None
         logits = onednn.onednn_outputs(x, weight)
-    served, row_losses, lse, *others = _linear_rows(
+    served, row_losses, lse, *others = linear_rows(
         x, weight, call.target, logits, *(upstream or LossGradients()), loss.ignore_index,
         call.chunking.skip_ignored, loss.label_smoothing, loss.softcap or 0.0, loss.logit_scale, loss.z_loss, total,
         mean, keep, *extras, *needs,

@@ -20,6 +20,7 @@ from .linear_gradients import scales_rows
 from .linear_operator import LinearCrossEntropy, LinearLossNode
 from .linear_reference import linear_cross_entropy_reference, linear_definition, shifted, whole_logits
 from .loss import loss_dtype, out_of_range
+from .ordinary_linear import ordinary_linear_loss
 from .samples import linear_cross_entropy_cost, linear_cross_entropy_samples
 
 
@@ -83,6 +84,17 @@ def linear_cross_entropy(
         IndexError: on CPU, a class index is neither in [0, V) nor ignore_index.
         BackendError: the backend asked for cannot serve the call.
     """
+    if (
+        linear_bias is None and weight is None and softcap is None and token_weight is None and max_workspace_mb is None
+        and max_targets is None and options is None
+        and type(label_smoothing) is type(logit_scale) is type(z_loss) is float
+        and label_smoothing == z_loss == 0.0 and logit_scale == 1.0 and type(shift) is int and shift == 0
+        and recompute is return_lse is return_accuracy is return_entropy is False
+    ):  # fmt: skip
+        ignored = -100 if ignore_index is None else ignore_index
+        found = ordinary_linear_loss("linear_cross_entropy", (input, linear_weight), target, ignored, reduction)
+        if found is not None:
+            return found
     if is_whole(linear_weight, target):
         refused = dict(
             token_weight=token_weight is not None, shift=shift, max_targets=max_targets is not None,

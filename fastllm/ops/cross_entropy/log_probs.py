@@ -11,6 +11,7 @@ from ..shared.check import check_number, is_number
 from .call import LinearCrossEntropyCall, linear_cross_entropy_call
 from .linear import linear_loss
 from .linear_reference import linear_definition, shifted
+from .ordinary_linear import ordinary_linear_loss
 from .samples import linear_cross_entropy_cost
 
 _NAME = "linear_log_probs"
@@ -60,6 +61,14 @@ def linear_log_probs(
         IndexError: on CPU, a class index is neither in [0, V) nor ignore_index.
         BackendError: the backend asked for cannot serve the call.
     """
+    if (
+        linear_bias is None and softcap is None and token_weight is None and max_workspace_mb is None
+        and type(temperature) is float and temperature == 1.0 and type(shift) is int and shift == 0
+        and return_entropy is False
+    ):  # fmt: skip
+        found = ordinary_linear_loss(_NAME, (input, linear_weight), target, ignore_index, "none")
+        if found is not None:
+            return 0.0 - found
     call = _checked(
         input, linear_weight, target, linear_bias=linear_bias, temperature=temperature, softcap=softcap,
         return_entropy=return_entropy, token_weight=token_weight, shift=shift, ignore_index=ignore_index,

@@ -10,6 +10,7 @@ from ...registry import Op, register
 from .call import EmbeddingCall, embedding_call, normalised_padding
 from .eager import named_errors
 from .operator import LookupOptions, differentiable_rows
+from .ordinary import ordinary_embedding
 from .samples import embedding_cost, embedding_examples, embedding_samples
 
 
@@ -85,6 +86,10 @@ def embedding(
             device-side assertion, as in torch.
         BackendError: the backend asked for cannot serve the call.
     """
+    if max_norm is None and not scale_grad_by_freq and not sparse and main_grad is None and vocab_range is None:
+        rows = ordinary_embedding(input, weight, padding_idx) if type(norm_type) is float else None
+        if rows is not None:
+            return rows
     call = embedding_call(
         input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse,
         main_grad=main_grad, vocab_range=vocab_range,

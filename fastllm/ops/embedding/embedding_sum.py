@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from ...backends import pick, plain_eager
-from ...extension import operator
 from ...registry import Cost, Op, Sample, register
 from ..shared.autograd import apply
 from ..shared.check import check_floating, check_number
@@ -18,7 +17,8 @@ from ..shared.philox import draw_seed, dropout_mask, dropout_scale, first_row_of
 from .call import check_indices, check_table, normalised_padding
 from .eager import gather_eager
 from .embedding import Embedding
-from .operator import Lookup, scatter
+from .operator import Lookup, embedding_sum_fwd, scatter
+from .ordinary import ordinary_embedding_sum
 from .samples import distinct, make_table, zipf
 
 # The tables are arguments of one kernel: kMaxTables in csrc/cuda/embedding_forward_kernels.cuh.
@@ -70,13 +70,6 @@ def embedding_sum_reference(
     return total.to(dtype)
 
 
-def _sum_fake(weights, indices, rows, *options):
-    return weights[0].new_empty((rows, weights[0].shape[1]))
-
-
-_embedding_sum_fwd = operator("embedding_sum_fwd", _sum_fake)
-
-
 class EmbeddingSumCall(NamedTuple):
     """A call of the op."""
 
@@ -114,7 +107,7 @@ class _Sum(NamedTuple):
         for size in self.shape:
             rows = rows * size
         if self.native:
-            return _embedding_sum_fwd(list(weights), list(indices), rows, list(self.scales), self.dropout_p, seed)
+            return embedding_sum_fwd(list(weights), list(indices), rows, list(self.scales), self.dropout_p, seed)
         wide = torch.promote_types(weights[0].dtype, torch.float32)
 
         def part(t):
@@ -253,6 +246,10 @@ def embedding_sum(indices, weights, *, padding_idx=None, scale=1.0, dropout_p=0.
             assertion, as in torch.
         BackendError: the backend asked for cannot serve the call.
     """
+    if padding_idx is None and type(scale) is type(dropout_p) is float and scale == 1.0 and dropout_p == 0.0:
+        rows = ordinary_embedding_sum(indices, weights)
+        if rows is not None:
+            return rows
     return _served(_call(indices, weights, padding_idx=padding_idx, scale=scale, dropout_p=dropout_p))
 
 

@@ -25,9 +25,14 @@ def _bwd_into_fake(*args):
     return None
 
 
-_embedding_fwd = operator("embedding_fwd", _fwd_fake)
-_embedding_bwd = operator("embedding_bwd", _bwd_fake)
-_embedding_bwd_into = operator("embedding_bwd_", _bwd_into_fake)
+def _sum_fake(weights, indices, rows, *options):
+    return weights[0].new_empty((rows, weights[0].shape[1]))
+
+
+embedding_fwd = operator("embedding_fwd", _fwd_fake)
+embedding_bwd = operator("embedding_bwd", _bwd_fake)
+embedding_bwd_into = operator("embedding_bwd_", _bwd_into_fake)
+embedding_sum_fwd = operator("embedding_sum_fwd", _sum_fake)
 
 
 class Lookup(NamedTuple):
@@ -47,12 +52,12 @@ class Lookup(NamedTuple):
 
     def gather(self, weight, indices):
         if self.native:
-            return _embedding_fwd(weight, indices, self.start)
+            return embedding_fwd(weight, indices, self.start)
         return gather_eager("embedding: input", indices, weight, self.start)
 
     def scatter(self, grad, indices):
         if self.native:
-            return _embedding_bwd(
+            return embedding_bwd(
                 grad, indices, self.num_rows, self.padding, self.by_freq, self.start, self.scale, self.positions
             )
         keys = self.keys(indices).flatten().repeat(self.repeats)
@@ -61,7 +66,7 @@ class Lookup(NamedTuple):
     def scatter_into(self, table, grad, indices):
         """Add what scatter gives to ``table``."""
         if self.native:
-            _embedding_bwd_into(table, grad, indices, self.padding, self.by_freq, self.start, self.scale, True)
+            embedding_bwd_into(table, grad, indices, self.padding, self.by_freq, self.start, self.scale, True)
         else:
             table.add_(self.scatter(grad.to(table.dtype), indices))
 

@@ -69,10 +69,13 @@ def _by_extension(x, residual, weight, bias, eps, center) -> Any:
     """y, with a residual (y, h), where the extension takes the call; else None."""
     if not free_for_native(x):
         return None
+    differentiable = x.requires_grad or (residual is not None and residual.requires_grad)
     for parameter in (weight, bias):
-        if parameter is not None and not parameter.is_contiguous():
-            return None
-    if torch.is_grad_enabled():
+        if parameter is not None:
+            if not parameter.is_contiguous():
+                return None
+            differentiable = differentiable or parameter.requires_grad
+    if differentiable and torch.is_grad_enabled():
         options = NormOptions(eps, 0.0, 0.0, center, "native")
         return apply_untransformed(_OrdinaryNorm, x, residual, weight, bias, options)
     y, h, _, _ = undropped_norm(*unwrapped((x, residual, weight, bias)), eps, center)

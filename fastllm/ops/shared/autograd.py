@@ -15,7 +15,9 @@ Tensors = Sequence[torch.Tensor | None]
 
 def autocasts(device_type: str) -> bool:
     """Whether autocast is on for tensors of this type of device; False for one that has none, like meta."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # A CPU has it: to ask takes 0.3 us.
+    available = device_type == "cpu" or torch.amp.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)
 
 
 def without_autocast(device_type: str):

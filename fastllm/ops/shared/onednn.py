@@ -68,9 +68,11 @@ def onednn_serves(rows: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def onednn_serves_rows(rows: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the product ``rows @ weight.T`` is, whatever serves the gradients."""
-    if not is_float_of_amd(weight) or rows.dtype != torch.float32 or rows.device.type != "cpu":
+    if weight.dtype is not torch.float32 or rows.dtype is not torch.float32 or not (weight.is_cpu and rows.is_cpu):
         return False
-    return rows.numel() * len(weight) >= _fewest() and bool(torch.backends.mkldnn.enabled)
+    fewest = _fewest()
+    enough = fewest < math.inf and rows.numel() * weight.shape[0] >= fewest
+    return enough and bool(torch.backends.mkldnn.enabled)  # this last: it takes 1 us, and a small product 16
 
 
 def onednn_may_serve(weight: torch.Tensor) -> bool:
