@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -81,7 +82,7 @@ def _amd_metadata(assembly: str, name: str) -> int:
 def row_of(gpu: DeviceInfo, op: str, shape: str, dtype: torch.dtype, launch: Launch) -> OtherRow:
     """What a compiled launch takes on ``gpu``, read from its assembly."""
     compiled = launch.compiled
-    stack: dict[str, int] = {}
+    stack: dict[str, Any] = {}
     if gpu.vendor == "amd":
         assembly = compiled.asm["amdgcn"]
         registers, spills = (_amd_metadata(assembly, name) for name in ("vgpr_count", "vgpr_spill_count"))

@@ -172,20 +172,17 @@ def unknown(name: str, known: Iterable[str], where: str) -> InputError:
     return InputError(f"{where}: unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
-def check_used(unused: Mapping[str, str], given: Iterable[str], where: str) -> None:
-    """Refuse settings that were asked for and have no effect.
+def tell_unused(unused: Mapping[str, str], given: Iterable[str], where: str) -> None:
+    """Write to standard error which settings were asked for and have no effect.
 
     Args:
         unused: those that have none, and why.
         given: the names that were asked for.
         where: what the message starts with.
-
-    Raises:
-        InputError: names the setting and why it has none.
     """
     for name in given:
         if name in unused:
-            raise InputError(f"{where}: {name}: has no effect: {unused[name]}")
+            print(f"fastllm: warning: {where}: {name} has no effect: {unused[name]}", file=sys.stderr)
 
 
 def check_fields(config: Any) -> None:

@@ -48,7 +48,7 @@ def search_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of :func:`fastllm.tasks.translate.translate` that ``--beams`` and ``--length-penalty`` ask for.
 
     Raises:
-        InputError: one of them is out of its range, or the second one has no effect.
+        InputError: one of them is out of its range.
     """
     beams = BEAMS if arguments.beams is None else arguments.beams
     penalty = LENGTH_PENALTY if arguments.length_penalty is None else arguments.length_penalty
@@ -56,9 +56,17 @@ def search_options(arguments: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"beams: expected at least 1, got {beams}")
     if not 0 <= penalty < float("inf"):
         raise InputError(f"length_penalty: expected at least 0, got {penalty}")
-    if beams == 1 and arguments.length_penalty is not None:
-        raise InputError("length_penalty: has no effect: one beam is a greedy search, which compares no lengths")
     return {"beams": beams, "length_penalty": penalty}
+
+
+def unused_in_search(arguments: argparse.Namespace) -> dict[str, str]:
+    """Which of ``--beams`` and ``--length-penalty`` has no effect on translations, and why."""
+    return {"length_penalty": "one beam is a greedy search, which compares no lengths"} if arguments.beams == 1 else {}
+
+
+def given(arguments: argparse.Namespace, *names: str) -> list[str]:
+    """Those of ``names`` that the command line has."""
+    return [name for name in names if getattr(arguments, name) is not None]
 
 
 def chosen_folder(arguments: argparse.Namespace) -> Path:

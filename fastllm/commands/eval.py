@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import InputError
+from ..config import InputError, tell_unused
 from ..data import read_corpus, write_token_file
 from ..data.token_file import open_token_file
 from ..files import folder_to_fill, write_text
@@ -36,7 +36,16 @@ from ..tasks.translate import translate
 from ..training.checkpoints.checkpoint import load_config
 from ..training.evaluate import evaluate
 from ..training.objectives.distill import student_scores
-from ._model import add_model_arguments, add_search_arguments, chosen_folder, load_for, search_options, task_of
+from ._model import (
+    add_model_arguments,
+    add_search_arguments,
+    chosen_folder,
+    given,
+    load_for,
+    search_options,
+    task_of,
+    unused_in_search,
+)
 from ._prompts import ROWS, beside, form_asked, scores_of_prompts
 
 
@@ -184,12 +193,14 @@ def _run(arguments: argparse.Namespace, out: Path | None) -> int:
     task = task_of(load_config(folder))
     if arguments.blimp is not None and task != "generate":
         raise InputError(f"blimp: {folder}: this model is for fastllm {task}; minimal pairs are for language models")
-    for name in ("beams", "length_penalty", "tokenize"):
-        if task != "translate" and getattr(arguments, name) is not None:
-            raise InputError(f"{name}: is for translations; this model is for fastllm {task}")
     form = form_asked(arguments, task)
-    if arguments.limit is not None and task == "generate" and form is None and arguments.blimp is None:
-        raise InputError("limit: is for examples and pairs; a text is scored as a whole")
+    options = ("beams", "length_penalty", "tokenize")
+    unused = unused_in_search(arguments)
+    if task != "translate":
+        unused = dict.fromkeys(options, f"it is for translations, and this model is for fastllm {task}")
+    if task == "generate" and form is None and arguments.blimp is None:
+        unused["limit"] = "it is for examples and pairs, and a text is scored as a whole"
+    tell_unused(unused, given(arguments, *options, "limit"), "command line")
     paradigms = [] if arguments.blimp is None else read_blimp(arguments.blimp)
     model, tokenizer = load_for(folder, arguments.device)
     predictions = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..config import add_flags, build_settings, check_used, flags_given
+from ..config import add_flags, build_settings, flags_given, tell_unused
 from ..data.clean import CleanConfig
 from ..data.pipeline import PipelineConfig, prepare_text
 from ..training.reports.progress import Display
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     given = {kind: flags_given(arguments, kind) for kind in (CleanConfig, PipelineConfig)}
     cleaning, config = (build_settings(kind, values, "command line") for kind, values in given.items())
     for part, values in zip((cleaning, config), given.values(), strict=True):
-        check_used(part.unused(), values, "command line")
+        tell_unused(part.unused(), values, "command line")
     display = Display(arguments.quiet)
     with display:
         report = prepare_text(

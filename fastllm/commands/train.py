@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ..config import InputError, add_flags, check_used, flags_given, read_toml, settings
+from ..config import InputError, add_flags, flags_given, read_toml, settings, tell_unused
 from ..data import DataConfig, Tokenizer
 from ..data.dataset import is_prepared, tokenizer_of
 from ..models import PRESETS, ModelConfig
@@ -49,11 +49,14 @@ def _changed(tables: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
     }
 
 
-def _check_prepared(data: DataConfig, given: Collection[str]) -> None:
-    """Refuse ``--deduplicate`` for what was written by another command, which is taken as it is."""
-    found = next((path for path in data.data if is_prepared(path)), None)
-    if found is not None and "deduplicate" in given:
-        raise InputError(f"--deduplicate: has no effect: {found} was prepared and is taken as it is")
+def _unused(config: RunConfig) -> dict[str, dict[str, str]]:
+    """The settings that have no effect, by table, and why; what only the files of data tell is among them."""
+    unused = config.unused()
+    found = next((path for path in config.data.data if is_prepared(path)), None)
+    if found is not None:
+        unused["data"]["deduplicate"] = f"{found} was prepared and is taken as it is"
+    unused["model"]["labels"] = "training takes them from its data"
+    return unused
 
 
 def _check_shape(config: RunConfig, flags: Collection[str], shape: Mapping[str, Any]) -> None:
@@ -88,18 +91,15 @@ def run(arguments: argparse.Namespace) -> int:
         # Check the file by itself first, so that a message names the file only for what it says.
         alone = build_run_config(file, str(arguments.config))
         for title, names in _changed(file).items():
-            check_used(alone.unused()[title], names, str(arguments.config))
+            tell_unused(alone.unused()[title], names, str(arguments.config))
         merged = {title: {**file.get(title, {}), **table} for title, table in tables.items()}
         # A preset on the command line replaces the file's whole model.
         merged["model"] = {**({} if arguments.preset else file.get("model", {})), **model}
         config = build_run_config(merged, "command line", arguments.preset)
         if config.objective.pretrained:
             _check_shape(config, model, merged["model"])
-        if "labels" in model:
-            raise InputError("--labels: training takes them from its data")
         for title, given in {**tables, "model": model}.items():
-            check_used(config.unused()[title], given, "command line")
-        _check_prepared(config.data, tables["data"])
+            tell_unused(_unused(config)[title], given, "command line")
         tokenizer = tokenizer_of(with_teacher(config).data)
         if tokenizer and "vocab_size" in merged["model"]:
             available = Tokenizer.load(tokenizer).vocab_size

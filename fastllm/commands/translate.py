@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 
+from ..config import tell_unused
 from ..tasks.translate import translate
 from ._model import (
     add_model_arguments,
     add_search_arguments,
     chosen_folder,
+    given,
     given_texts,
     load_for,
     on_a_line,
     search_options,
+    unused_in_search,
 )  # fmt: skip
 
 
@@ -25,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     options = search_options(arguments)
+    tell_unused(unused_in_search(arguments), given(arguments, "length_penalty"), "command line")
     texts = given_texts(arguments.texts, arguments.file)
     model, tokenizer = load_for(chosen_folder(arguments), arguments.device, "translate")
     for text in translate(model, tokenizer, texts, **options):

@@ -214,7 +214,7 @@ def build_run_config(tables: Mapping[str, Any], where: str, preset: str | None =
     """A run's settings from the tables ``data``, ``model`` (which may have a ``preset``), ``training``, ``objective``.
 
     The model gets the parts and heads that the objective needs. Settings without an effect get their defaults;
-    :func:`fastllm.config.check_used` refuses them.
+    :func:`fastllm.config.tell_unused` names them.
 
     A preset that is a recipe has settings for all tables. Values in ``tables`` override it.
 

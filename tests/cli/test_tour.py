@@ -16,7 +16,7 @@ from fastllm.training import run
 DOCS = Path(__file__).parents[2] / "docs"
 TOUR = (DOCS / "tour.md").read_text("utf-8")
 STEPS = ["--steps", "2", "--batch-size", "4", "--dtype", "float32", "--device", "cpu", "--eval-interval", "0"]
-SHAPE = ["--num-layers", "1", "--hidden-size", "16", "--context-length", "32"]
+SHAPE = ["--num-layers", "1", "--hidden-size", "16", "--num-heads", "2", "--context-length", "32"]
 
 
 def commands():
