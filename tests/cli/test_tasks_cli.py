@@ -140,6 +140,18 @@ def test_every_task_predicts_and_is_scored(here, capsys):
     assert len((here / "scores-answer" / "predictions.jsonl").read_text().splitlines()) == 40
 
 
+def test_options_that_have_no_effect_are_named(here, capsys):
+    greedy = ("--beams", "1", "--length-penalty", "2")
+    for command, why in (
+        (("translate", "--run", "translate", *greedy, "red cat"), "length_penalty has no effect: one beam is a greedy"),
+        (("eval", "--run", "translate", "pairs.tsv", *greedy), "length_penalty has no effect: one beam is a greedy"),
+        (("eval", "--run", "classify", "labels.csv", "--beams", "4"), "beams has no effect: it is for translations"),
+        (("eval", "--run", "write", "text3.txt", "--limit", "2"), "limit has no effect: it is for examples and pairs"),
+    ):
+        assert run(*command) == 0
+        assert f"fastllm: warning: command line: {why}" in capsys.readouterr().err
+
+
 def test_bleu_by_the_language_of_the_references_is_hinted_at_and_given(here, capsys):
     (here / "zh.tsv").write_text("red cat\t我喜欢红色的猫\ngreen dog\t绿色的狗\n", "utf-8")
     scores = ["eval", "--run", "translate", "zh.tsv", "--beams", "1"]
