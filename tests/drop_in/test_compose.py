@@ -279,7 +279,9 @@ def test_gated_mlps_between_bounds(limit, wish):
     for each in (mlp, other):
         each(x).square().sum().backward()
     torch.testing.assert_close(mlp(x), other(x))
-    same_gradients(mlp, other)
+    for p, q in zip(mlp.parameters(), other.parameters(), strict=True):
+        # Both are up to 8e-7 of the largest number from fp64.
+        torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=2e-6 * q.grad.abs().max().item())
     mlp.limit = other.limit = 2 * limit
     torch.testing.assert_close(mlp(x), other(x))
 

@@ -134,7 +134,8 @@ def test_gated_experts_are_served_and_as_true_as_before(kind):
         assert [entry.by for entry in report.swapped if not entry.path] == [op], report
         with report.calls() as calls:
             got = outcome(module, x, numbers, weights)
-        assert {(c.op, c.backend) for c in calls} == {(op, "eager")}
+        native = dtype != torch.float64 and fastllm.extension.missing() is None
+        assert {(c.op, c.backend) for c in calls} == {(op, "native" if native else "eager")}
         if dtype == torch.float64:
             torch.testing.assert_close(got, outcome(other, x, numbers, weights), rtol=1e-10, atol=1e-10)
         else:
@@ -282,8 +283,10 @@ def test_torchs_grouped_product_gives_the_same(transposed, monkeypatch):
     assert fastllm.accelerate(module).swapped
     x, numbers, weights = routing()
     for chosen in (numbers, numbers % 3):
-        got, expected = (outcome(each, x, chosen, weights) for each in (module, other))
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        (outputs, grads), (outputs_there, grads_there) = (outcome(each, x, chosen, weights) for each in (module, other))
+        for got, expected in zip((*outputs, *grads), (*outputs_there, *grads_there), strict=True):
+            # Both are up to 7e-7 of the largest number from fp64.
+            torch.testing.assert_close(got, expected, rtol=0, atol=2e-6 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -35,6 +35,10 @@ def gradients(module, values, name):
     return outs, torch.autograd.grad([o for o in outs if o.requires_grad], list(values), grads, allow_unused=True)
 
 
+# PyTorch's exact gelu is 1 + erf, which cancels below 0: it is up to 1.9e-6 from the extension's.
+CLOSE = {"rtol": 1e-5, "atol": 4e-6}
+
+
 def exported_with_torchs_operators(module, *args, strict=False):
     program = torch.export.export(module, args, strict=strict)
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
@@ -49,7 +53,7 @@ def test_an_exported_op_is_of_pytorchs_operators_and_has_their_gradient(op):
     exported = exported_with_torchs_operators(module)
     got = gradients(exported, exported.parameters(), sample.name)
     expected = gradients(module, module.parameters(), sample.name)
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got, expected, **CLOSE)
 
 
 def test_exported_dropout_is_drawn_at_each_call_and_has_its_gradient():
@@ -114,4 +118,4 @@ def test_an_accelerated_model_exported_without_a_gradient(strict, dtype):
 def test_functionalize(op):
     sample = next(s for s in op.samples(torch.device("cpu"), torch.float32) if leaves(s))
     module = Called(op, copy(sample))
-    torch.testing.assert_close(torch.func.functionalize(module)(), module(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.func.functionalize(module)(), module(), **CLOSE)

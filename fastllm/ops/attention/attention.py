@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ...backends import pick, product_obstacle
-from ...kernels.sizes import ATTENTION_ROWS
 from ...registry import Op, register
 from ..shared.check import beyond_float32
 from ..shared.philox import draw_seed
@@ -35,9 +34,12 @@ def kernels_refuse(backend: str, request: AttentionRequest) -> str | None:
         return reason
     if backend != "eager" and widest > MAX_HEAD_DIM:
         return f"the kernels take head dims up to {MAX_HEAD_DIM}, got {widest}"
-    if backend in ("triton", "hopper") and max(call.sizes()[2:]) > ATTENTION_ROWS:
+    if backend in ("triton", "hopper"):
+        from ...kernels.sizes import ATTENTION_ROWS
+
         _, _, rows, columns = call.sizes()
-        return f"the kernels take up to {ATTENTION_ROWS:,} rows of query and of key, got {rows:,} and {columns:,}"
+        if max(rows, columns) > ATTENTION_ROWS:
+            return f"the kernels take up to {ATTENTION_ROWS:,} rows of query and of key, got {rows:,} and {columns:,}"
     return None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from ...backends import pick
-from ...kernels.sizes import CROSS_ENTROPY_CLASSES
 from ...registry import Op, register
 from ..shared.autograd import apply
 from ..shared.signature import keyword_options, keywords_of
@@ -22,8 +21,11 @@ def _refuses(backend: str, call: CrossEntropyCall) -> str | None:
         return None
     if call.n_classes == 0:
         return f"input of shape {list(call.input.shape)} has no classes"
-    if backend == "triton" and call.n_classes > CROSS_ENTROPY_CLASSES:
-        return f"the kernels take up to {CROSS_ENTROPY_CLASSES:,} classes, input has {call.n_classes:,}"
+    if backend == "triton":
+        from ...kernels.sizes import CROSS_ENTROPY_CLASSES
+
+        if call.n_classes > CROSS_ENTROPY_CLASSES:
+            return f"the kernels take up to {CROSS_ENTROPY_CLASSES:,} classes, input has {call.n_classes:,}"
     if call.weight is not None and call.weight.requires_grad:
         return "the kernels give no gradient for class weights, and weight requires one"
     return None

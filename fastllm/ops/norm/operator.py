@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 
 from ...backends import under_transform
-from ...kernels.sizes import NORM_COLUMNS
 from ...registry import define
 from ..shared.autograd import apply, gradients
 from ..shared.dropout import dropout
@@ -21,11 +20,15 @@ def norm_refuses(backend: str, call: NormCall) -> str | None:
     """Why ``backend`` cannot take ``call``, or None."""
     if backend != "eager" and 0 in call.shape:
         return f"normalized_shape {list(call.shape)} has no elements"
-    if backend == "triton" and (columns := math.prod(call.shape)) > NORM_COLUMNS:
-        return (
-            f"the kernels take up to {NORM_COLUMNS:,} elements of normalized_shape, got {columns:,} in "
-            f"{list(call.shape)}"
-        )
+    if backend == "triton":
+        from ...kernels.sizes import NORM_COLUMNS
+
+        columns = math.prod(call.shape)
+        if columns > NORM_COLUMNS:
+            return (
+                f"the kernels take up to {NORM_COLUMNS:,} elements of normalized_shape, got {columns:,} in "
+                f"{list(call.shape)}"
+            )
     return None
 
 
