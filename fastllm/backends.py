@@ -252,7 +252,7 @@ def plain_eager(backend: str, tensors: Iterable[torch.Tensor | None] = ()) -> bo
 
     ``tensors`` are the call's where its node cannot take DTensors.
     """
-    return backend == "eager" and (operators_alone() or any(map(is_sharded, tensors)))
+    return backend == "eager" and (operators_alone() or any(is_sharded(x) for x in tensors if x is not None))
 
 
 @contextlib.contextmanager

@@ -197,7 +197,7 @@ def _run(arguments: argparse.Namespace, out: Path | None) -> int:
     options = ("beams", "length_penalty", "tokenize")
     unused = unused_in_search(arguments)
     if task != "translate":
-        unused = dict.fromkeys(options, f"it is for translations, and this model is for fastllm {task}")
+        unused = {name: f"it is for translations, and this model is for fastllm {task}" for name in options}
     if task == "generate" and form is None and arguments.blimp is None:
         unused["limit"] = "it is for examples and pairs, and a text is scored as a whole"
     tell_unused(unused, given(arguments, *options, "limit"), "command line")

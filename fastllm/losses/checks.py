@@ -16,7 +16,7 @@ def readable(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not under_transform()
 
 
-def bounded(loss: str, name: str, value, *, least: float = 0.0, open_end: bool = True):
+def bounded(loss: str, name: str, value, *, least: float = 0.0, open_end: bool = True) -> Any:
     """``value`` where it is finite and above ``least``, or equal to it where the end is not open.
 
     As a float: no operator takes an integer of more than 64 bits, and some take no boolean.
@@ -29,7 +29,7 @@ def bounded(loss: str, name: str, value, *, least: float = 0.0, open_end: bool =
     return as_float(value)
 
 
-def as_float(value):
+def as_float(value) -> Any:
     """A number as a float; a symbolic one as it is."""
     return value if isinstance(value, torch.SymInt | torch.SymFloat) else float(value)
 

@@ -99,12 +99,12 @@ class ModelConfig:
             "vocab_size", "context_length", "num_layers", "num_heads", "hidden_size", "segments", "relative_buckets",
             "relative_distance", *optional,
         ):  # fmt: skip
-            number: Any = getattr(self, name)
-            if number is None and name in optional:
+            value = getattr(self, name)
+            if value is None and name in optional:
                 continue
             least, most = int(name != "segments"), MAX_LAYERS if name.endswith("layers") else MAX_SIZE
-            whole = isinstance(number, int) and not isinstance(number, bool)
-            self._require(name, whole and number >= least, f"at least {least}")
+            number = value if isinstance(value, int) and not isinstance(value, bool) else -1
+            self._require(name, number >= least, f"at least {least}")
             self._require(name, number <= most, f"at most {most}")
         for name, choices in (
             ("positions", POSITIONS), ("norm", NORMS), ("norm_position", NORM_POSITIONS), ("activation", ACTIVATIONS),

@@ -91,7 +91,7 @@ class Now(NamedTuple):
     memory_mask: torch.Tensor | None
 
 
-def _norm(norm: nn.Module) -> Callable:
+def _norm(norm: Any) -> Callable:
     """(branch, residual or None) -> (the norm of their sum, the sum, which is empty without a residual)."""
     center = isinstance(norm, nn.LayerNorm)
 
@@ -127,7 +127,8 @@ def _attention(module: Attention, layer: int) -> Callable:
             if config.qk_norm:
                 both = undropped_norm(both, None, None, None, eps=config.norm_eps, center=False)[0]
             if turned:
-                call = RotaryCall(both[:, :, None], None, *now.rotary, None, offset=0, interleaved=False)
+                cos, sin = now.rotary
+                call = RotaryCall(both[:, :, None], None, cos, sin, None, offset=0, interleaved=False)
                 both = rotary_rows(*call)[0][:, :, 0]
             query, key = both.split((heads, kv_heads), 1)
             now.new[layer][0].copy_(key)

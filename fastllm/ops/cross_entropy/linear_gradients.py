@@ -88,9 +88,10 @@ def layer_gradients(
     alone = all(grad is None for grad in others)
     scale_last = alone and (call.loss.reduction != "none" or scales_rows(needs)) and x.dtype != torch.float16
     others = [None if grad is None else grad.to(wide).contiguous() for grad in others]
+    given = None if scale_last or dloss is None else dloss.to(wide).contiguous()
     found = None
-    if scale_last or (dloss is not None and dloss.dim()):
-        rows = LossGradients(None if scale_last else dloss.to(wide).contiguous(), *others)
+    if scale_last or (given is not None and given.dim()):
+        rows = LossGradients(given, *others)
         wanted = AtOnce.of(call, needs[:2])
         found = at_once(layer, call, wanted, rows, None if kept is None else kept.logits)
     if found is not None:
@@ -99,7 +100,7 @@ def layer_gradients(
         total = number_of_targets(call, x.dtype) if total is None else total
         factor = unit_factor(call, total, wide)
         if not scale_last:
-            factor = factor * dloss.to(wide) if dloss is not None else torch.zeros_like(factor)
+            factor = factor * given if given is not None else torch.zeros_like(factor)
         rows, wanted = LossGradients(factor, *others), Extras(entropy=upstream.entropy is not None)
         *_, dx, dw, db = in_chunks(layer, call, rows, needs, wanted, kept)
         grads = in_their_dtypes((dx, dw, db), layer, needs)

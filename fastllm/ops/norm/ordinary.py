@@ -78,7 +78,7 @@ def _by_extension(x, residual, weight, bias, eps, center) -> Any:
     if differentiable and torch.is_grad_enabled():
         options = NormOptions(eps, 0.0, 0.0, center, "native")
         return apply_untransformed(_OrdinaryNorm, x, residual, weight, bias, options)
-    y, h, _, _ = undropped_norm(*unwrapped((x, residual, weight, bias)), eps, center)
+    y, h, _, _ = undropped_norm(*unwrapped((x, residual, weight, bias)), eps=eps, center=center)
     return y if residual is None else (y, h)
 
 
