@@ -25,6 +25,7 @@ from ..registry import Cost, Op, Sample
 from ..time_limit import OutOfTime, time_limit
 from . import cases
 from .cases import calls_of, first_calls
+from .left_running import none_left_running
 from .parity import Judge
 from .results import COMPILED, EAGER, NOT_COMPILED, NOT_INSTALLED, OURS, Row, Run, matrix_rate
 from .rival import Rival, first_line, settled
@@ -105,7 +106,8 @@ class Entrants:
                 continue
             spending = compiling.spending() if name == COMPILED else contextlib.nullcontext()
             try:
-                with spending, time_limit(math.inf if name in (OURS, EAGER) else RIVAL_SHARE * left):
+                limit = math.inf if name in (OURS, EAGER) else RIVAL_SHARE * left
+                with spending, none_left_running(), time_limit(limit):
                     function = setup()
                     self.first[name] = first_calls(function, sample, device)
                     if name == EAGER and PASSES * sum(self.first[name].values()) / 2 > left:
@@ -126,7 +128,7 @@ class Entrants:
                 self.problems[name] = problem
         for rival in rivals:
             try:
-                with time_limit(RIVAL_SHARE * left):
+                with none_left_running(), time_limit(RIVAL_SHARE * left):
                     rival.enter(judge or Judge(op, op.reference, sample, dtype))
             except OutOfTime as error:
                 rival.problem = str(error)
@@ -332,7 +334,7 @@ def run(
             chosen = _chosen(case.op, only, compiled)
             for rival in rivals:
                 rival.start()
-            with time_limit(limit):
+            with none_left_running(), time_limit(limit):
                 for row in measure(case.op, call, dtype, device, effort, chosen, axis=case.axis, size=case.size):
                     found.rows.append(row)
         except OutOfTime as error:

@@ -1,0 +1,49 @@
+"""Programs that a call left running when its time was over: a compiler of C++ would take the time of the next calls."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..time_limit import OutOfTime
+
+
+def _descendants() -> set[int]:
+    """The processes that this one started, and theirs. Python's own are left out: torch.compile keeps some for later
+    calls. None where there is no /proc."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):
+            # The name, in parentheses, may hold anything.
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(folder.name))
+    found, waiting = set(), [os.getpid()]
+    while waiting:
+        below = children.get(waiting.pop(), [])
+        found.update(below)
+        waiting += below
+    return {pid for pid in found if not _is_python(pid)}
+
+
+def _is_python(pid: int) -> bool:
+    try:
+        return os.path.realpath(f"/proc/{pid}/exe") == os.path.realpath(sys.executable)
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def none_left_running() -> Iterator[None]:
+    """Ends the programs that the block started, where :class:`~fastllm.time_limit.OutOfTime` leaves it."""
+    before = _descendants()
+    try:
+        yield
+    except OutOfTime:
+        for pid in _descendants() - before:
+            with contextlib.suppress(OSError):  # it has ended
+                os.kill(pid, signal.SIGKILL)
+        raise
