@@ -18,9 +18,10 @@ from thorough import THOROUGH
 from toy import TOY, shorten_runs, weights
 
 from fastllm.cli import main
+from fastllm.config import InputError
 from fastllm.models import Transformer
 from fastllm.training.config import TrainingConfig
-from fastllm.training.parallel import watch
+from fastllm.training.parallel import distributed, watch
 from fastllm.training.parallel.distributed import DataParallel
 from fastllm.training.parallel.meta import on_meta
 from fastllm.training.reports.progress import read_metrics
@@ -164,6 +165,32 @@ def test_numbers_of_the_host_are_gathered_where_the_callers_group_is_for_gpus_al
         ranks.close()
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("gpus", "place", "index"), [(1, 0, 0), (1, 3, 0), (4, 3, 3)])
+def test_a_process_takes_the_gpu_of_its_place_or_the_only_one_it_is_shown(monkeypatch, gpus, place, index):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(distributed, "_process_group", lambda *args: pytest.fail("far enough", pytrace=False))
+    for name, value in {"WORLD_SIZE": 8, "RANK": place, "LOCAL_RANK": place}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(pytest.fail.Exception, match="far enough"), distributed.joined(TrainingConfig(batch_size=8)):
+        pass
+    assert taken == [index]
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in {"WORLD_SIZE": 8, "RANK": 2, "LOCAL_RANK": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    with (
+        pytest.raises(InputError, match="LOCAL_RANK: expected less than 2, the GPUs of this machine, got 2"),
+        distributed.joined(TrainingConfig(batch_size=8)),
+    ):
+        pass
 
 
 def test_a_standstill_names_the_rank_that_is_behind_now_not_where_it_was_last_heard_of(monkeypatch, capfd):

@@ -79,6 +79,20 @@ def _process_group(size: int, timeout: timedelta, cuda: bool) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def _own_gpu() -> int:
+    """The index of this process's GPU: that of its place on the machine, or the only one that a scheduler shows it.
+
+    Raises:
+        InputError: the machine has fewer GPUs than processes.
+    """
+    place, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if count == 1:
+        return 0
+    if place >= count:
+        raise InputError(f"LOCAL_RANK: expected less than {count}, the GPUs of this machine, got {place}")
+    return place
+
+
 @contextlib.contextmanager
 def joined(training: TrainingConfig) -> Iterator[Ranks]:
     """This process's place among those that torchrun started; on its own if there is one only.
@@ -93,7 +107,7 @@ def joined(training: TrainingConfig) -> Iterator[Ranks]:
         return
     cuda = training.device != "cpu" and torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(_own_gpu())
     with _process_group(size, timedelta(seconds=2 * training.hang_timeout + 60), cuda):
         kind = {"ddp": DataParallel, "fsdp": FullySharded}[training.parallel]
         if training.tensor_parallel > 1:
