@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from fastllm.bench.plots import geometric_mean, leads
-from fastllm.bench.results import COMPILED, EAGER, in_cases, read_run
+from fastllm.bench.results import COMPILED, EAGER, Run, in_cases, read_run
 from fastllm.bench.timing import ratios
 from fastllm.registry import OPS
 
@@ -93,13 +93,18 @@ def training_step() -> str:
     return "\n".join(lines)
 
 
+def _leads(run: Run) -> dict:
+    """How far fastllm leads in each op's calls, forward and backward together: a loss may leave its gradient in the
+    forward."""
+    return leads(in_cases([row for row in run.rows if row.direction == "both"]))
+
+
 def slower() -> str:
     """The ops of each bench.json that are slower than the best other way, an item for each run."""
     lines = []
     for file in sorted(RESULTS.glob("*/bench.json")):
         run = read_run(file)
-        found = leads(in_cases([row for row in run.rows if row.direction == "both"]))
-        means = {op: geometric_mean(lead["best other"]) for op, lead in found.items() if lead.get("best other")}
+        means = {op: geometric_mean(lead["best other"]) for op, lead in _leads(run).items() if lead.get("best other")}
         named = [f"`{op}` {mean:.2f}" for op, mean in sorted(means.items(), key=lambda item: item[1]) if mean < 0.995]
         lines.append(f"- {run.environment['device']}: {', '.join(named) or 'none'}")
     return "\n".join(lines)
@@ -110,8 +115,7 @@ def bench() -> str:
     parts = []
     for file in sorted(RESULTS.glob("*/bench.json")):
         run = read_run(file)
-        # Forward and backward together: a loss may leave its gradient behind in the forward.
-        found = leads(in_cases([row for row in run.rows if row.direction == "both"]))
+        found = _leads(run)
         lines = [f"{_measured(run.environment)}; every sample is in `{file.relative_to(ROOT)}`:", ""]
         kinds = (EAGER, COMPILED, "best other")
         lines += [f"| op | calls | {' | '.join(f'over {kind}' for kind in kinds)} |", "|---|---|---|---|---|"]

@@ -21,13 +21,12 @@ from .probe import (
     Parts,
     as_measured,
     changed,
+    found_or_why,
     keeps,
     parts_of,
-    refusal,
     run,
     settings_of,
     stand_in,
-    undisturbed,
 )
 from .swap import forward_of
 
@@ -144,13 +143,7 @@ def recognise_gated(module: nn.Module) -> GatedMLP | str:
     arguments = list(inspect.signature(type(module).forward).parameters)
     if len(arguments) < 2:
         return "its forward takes no input"
-    with undisturbed():
-        try:
-            return _recognise(module, arguments[1])
-        except Differs as error:
-            return str(error)
-        except Exception as error:
-            return refusal(error)
+    return found_or_why(_recognise, module, arguments[1])
 
 
 class _Stage(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .norms import NARROW, Norm
-from .probe import Differs, keeps, refusal, run, settings_of, stand_in, undisturbed
+from .probe import Differs, found_or_why, keeps, run, settings_of, stand_in
 
 # The eps of norms that keep it in their code; the last one is torch's default for RMSNorm in fp32.
 COMMON_EPS = (1e-6, 1e-5, 1e-8, 1e-12, torch.finfo(torch.float32).eps)
@@ -133,13 +133,7 @@ def recognise_norm(module: torch.nn.Module) -> Norm | str:
     if why is not None:
         return why
     devices = [device for device in {p.device for p in module.parameters()} if device.type == "cuda"]
-    with undisturbed(devices):
-        try:
-            return _recognise(module, arguments[1])
-        except Differs as error:
-            return str(error)
-        except Exception as error:
-            return refusal(error)
+    return found_or_why(_recognise, module, arguments[1], gpus=devices)
 
 
 def _recognise(module, argument: str) -> Norm | str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import types
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -112,6 +112,17 @@ def undisturbed(gpus: Iterable[torch.device] = ()) -> Iterator[None]:
         for kind in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+def found_or_why(recognise: Callable, *args, gpus: Iterable[torch.device] = ()):
+    """What ``recognise(*args)`` finds, :func:`undisturbed`; or, where outputs differ or a forward fails, why not."""
+    with undisturbed(gpus):
+        try:
+            return recognise(*args)
+        except Differs as error:
+            return str(error)
+        except Exception as error:
+            return refusal(error)
 
 
 def refusal(error: Exception, inputs: str = "a lone random tensor") -> str:
