@@ -190,7 +190,7 @@ class Optimizers:
 
     def __init__(self, model: TrainedModel, config: TrainingConfig):
         groups = parameter_groups(model)
-        decay = {"hidden": config.weight_decay, "embedding": config.embedding_weight_decay, "vector": 0.0}
+        decay = {"hidden": config.hidden_decay, "embedding": config.embedding_weight_decay, "vector": 0.0}
         by_muon = ["hidden"] if config.optimizer == "muon" else []
         by_adamw = [kind for kind in groups if kind not in by_muon]
 

@@ -70,6 +70,17 @@ def test_the_default_budget_is_a_time_and_for_a_new_causal_model_passes_over_its
         assert budget(training=training) == (training.steps, training.max_seconds, training.epochs)
 
 
+def test_the_default_run_has_the_weight_decay_that_was_measured_with_its_passes():
+    def decay(*, training=None, **objective):
+        config = RunConfig(training=training or TrainingConfig(), objective=ObjectiveConfig(**objective))
+        return config.with_budget().training.hidden_decay
+
+    assert decay() == 0.3
+    assert decay(training=TrainingConfig(weight_decay=0.2)) == 0.2
+    assert decay(training=TrainingConfig(optimizer="adamw")) == decay(training=TrainingConfig(steps=3)) == 0.1
+    assert decay(objective="mlm") == decay(pretrained="model") == 0.1
+
+
 def as_batch(tokens, targets):
     return {"tokens": tokens, "targets": targets}
 
