@@ -175,6 +175,7 @@ speed() {
   pack_sweeps
   if [ "$device" = cpu ]; then step bench "$limit" "${bench[@]}" --device cpu layer_norm swiglu --shape "one token" --rounds 2; fi
   limit=$(($(left) - 10))
+  train+=(--budget $((limit > 40 ? limit - 15 : 25)))
   on_gpu train "$limit" "${train[@]}" --device cuda --preset gpt2 --batch-size 32 --steps 2 --rounds 5 --compile
   if [ "$device" = cpu ]; then
     step train "$limit" "${train[@]}" --device cpu --preset tiny --batch-size 1 --context-length 32 --steps 1 --rounds 1
