@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,8 +31,10 @@ from .. import cpu
 from ..matmul import matmul_flops
 from ..models import PRESETS, Transformer, TransformerConfig
 from ..parser import Parser, first_paragraph
+from ..time_limit import OutOfTime, time_limit
 from ..training.config import TrainingConfig
 from .environment import environment
+from .left_running import none_left_running
 from .rival import first_line
 from .timing import Quartiles, interleaved, ratios, seconds, synchronize
 from .train_steps import OURS, PROVIDERS, Batch, Setting, Step
@@ -39,6 +43,9 @@ CHECKED = 3
 # Losses of the same weights and batches: rounding in bf16, 4 of its eps of the loss; in fp32, what AdamW's division by
 # small second moments makes of eps-sized differences in three steps.
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 4 * 2**-8}
+# Share of the time that is left which a rival may take before it is timed, compilation included. A guess: turns are
+# short beside a compilation.
+RIVAL_SHARE = 0.75
 
 
 @dataclass(frozen=True)
@@ -71,20 +78,31 @@ class _Checked(NamedTuple):
     problems: dict[str, str]
 
 
-def _checked(setting: Setting, names: list[str], data: list[Batch], tell: Callable[[str], None]) -> _Checked:
-    """Sets the providers ``names`` up, ours first, and compares their losses on ``data`` with ours."""
+def _checked(
+    setting: Setting, names: list[str], data: list[Batch], end: float, tell: Callable[[str], None]
+) -> _Checked:
+    """Sets the providers ``names`` up, ours first, and compares their losses on ``data`` with ours.
+
+    ``end``: of the budget, by time.monotonic().
+    """
     tolerance = LOSS_TOLERANCE[setting.dtype]
     found = _Checked({}, {}, {})
     for name in names:
         tell(f"{name}: {len(data)} steps, losses compared")
+        limit = math.inf if name == OURS else RIVAL_SHARE * (end - time.monotonic())
         try:
-            step = PROVIDERS[name](setting)
-            losses = found.losses[name] = [float(step(batch)) for batch in data]
+            with none_left_running(), time_limit(limit):
+                step = PROVIDERS[name](setting)
+                losses = [float(step(batch)) for batch in data]
+        except OutOfTime as error:
+            found.problems[name] = str(error)
+            continue
         except Exception as error:
             if name == OURS:
                 raise
             found.problems[name] = first_line(error)
             continue
+        found.losses[name] = losses
         ours = found.losses[OURS]
         worst = max(abs(a - b) / abs(b) for a, b in zip(losses, ours, strict=True))
         if not math.isfinite(sum(losses)) or worst > tolerance:
@@ -100,6 +118,7 @@ def compare(
     *,
     steps: int,
     rounds: int,
+    budget: float = math.inf,
     tell: Callable[[str], None] = print,
 ) -> list[Row]:
     """Sets the providers up, checks their losses, times those that agree in turns; ours comes first.
@@ -107,11 +126,16 @@ def compare(
     Args:
         names: keys of :data:`PROVIDERS` beside ours.
         steps, rounds: steps a turn, and turns of each provider.
+        budget: seconds for all of it. A rival that is not set up in its share of them is not timed, and no round begins
+            after them but the first few.
         tell: takes progress lines.
     """
+    end = time.monotonic() + budget
+    # The optimiser of the others imports it. An import that a time limit stops leaves a module that cannot be used.
+    importlib.import_module("torch._dynamo")
     config, device = setting.model.config, setting.device
     data = batches(config, setting.training.batch_size, max(CHECKED, steps), device)
-    checked = _checked(setting, [OURS, *names], data[:CHECKED], tell)
+    checked = _checked(setting, [OURS, *names], data[:CHECKED], end, tell)
 
     def turn(name: str) -> None:
         for batch in data[:steps]:
@@ -129,7 +153,8 @@ def compare(
         return elapsed
 
     tell(f"{rounds} rounds of {steps} steps each")
-    samples = interleaved({n: functools.partial(turn, n) for n in checked.steps}, rounds, device, timer=timed)
+    turns = {n: functools.partial(turn, n) for n in checked.steps}
+    samples = interleaved(turns, rounds, device, timer=timed, within=end - time.monotonic())
     rate = matmul_flops(device, getattr(torch, setting.dtype))
     tokens = setting.training.batch_size * config.context_length
     losses = checked.losses
@@ -184,6 +209,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--steps", type=int, default=2, metavar="N", help="steps a turn (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="turns of each (default: %(default)s)")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="for all of it (default: no limit)")
     parser.add_argument("--compile", action="store_true", help="also plain PyTorch under torch.compile")
     parser.add_argument("--hugging-face", action="store_true", help="also transformers' GPT-2")
     parser.add_argument("--nanogpt", type=Path, metavar="FOLDER", help="also nanoGPT, from its checkout there")
@@ -199,6 +225,8 @@ def _read(argv: list[str] | None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    if options.budget is not None and not options.budget > 0:
+        parser.error(f"--budget: expected a number of seconds above 0, got {options.budget:g}")
     if options.nanogpt is not None and not (options.nanogpt / "model.py").is_file():
         parser.error(f"--nanogpt: {options.nanogpt} has no model.py")
     return options
@@ -224,7 +252,8 @@ def main(argv: list[str] | None = None) -> None:
     names += ["torch.compile"] if options.compile else []
     names += ["transformers"] if options.hugging_face else []
     names += ["nanoGPT"] if options.nanogpt else []
-    rows = compare(setting, names, steps=options.steps, rounds=options.rounds)
+    budget = math.inf if options.budget is None else options.budget
+    rows = compare(setting, names, steps=options.steps, rounds=options.rounds, budget=budget)
     found = environment(device)
     if options.json:
         content = {

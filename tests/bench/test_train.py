@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import re
+import time
 
 import pytest
 import torch
@@ -85,6 +87,22 @@ def test_a_wrong_or_failing_provider_gets_no_time_and_stops_nothing(monkeypatch)
     lines = [line for line in console.export_text().splitlines() if "wrong" in line or "failing" in line]
     assert len(lines) == 2
     assert all("not timed" in line for line in lines)
+
+
+def test_a_provider_that_takes_the_budget_is_left_out_and_the_others_are_timed(monkeypatch):
+    """As torch.compile may on a GPU that is lent for minutes."""
+
+    def slow(setting):
+        time.sleep(60)
+
+    monkeypatch.setitem(train.PROVIDERS, "slow", slow)
+    began = time.monotonic()
+    names = ["PyTorch eager", "slow"]
+    rows = train.compare(_setting(), names, steps=1, rounds=10**9, budget=10, tell=lambda line: None)
+    assert time.monotonic() - began < 30
+    assert [row.provider for row in rows] == [train.OURS, *names]
+    assert re.fullmatch(r"stopped after \d s", rows[2].problem)
+    assert min(len(row.samples) for row in rows[:2]) >= FEWEST
 
 
 class NanoGPT(nn.Module):

@@ -114,7 +114,8 @@ def attention(
             seed from the device's generator and by (batch, head, row, column): it is the same on every backend.
         cu_seqlens_q, cu_seqlens_k: (sequences + 1,) int32 or int64, where each packed sequence starts; the last
             entry ends the last one. Rows past it give 0. On a GPU the values are not checked.
-        max_seqlen_q, max_seqlen_k: needed only for a bias in a packed call. No sequence may be longer.
+        max_seqlen_q, max_seqlen_k: needed only for a bias in a packed call. No sequence may be longer: on a GPU a
+            sequence that the bias has no room for fails a device-side assert.
         return_lse: also return log sum exp t, natural logarithm, fp32 (B, H, Sq) or (H, total_q), differentiable;
             it includes the sink.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -48,7 +49,21 @@ def _attention_fwd(*values):
     *values, backend = values
     call = AttentionCall(*values)
     out = _output(call)
+    if backend in ("triton", "hopper") and call.bias is not None and call.packed:
+        _assert_room(call.bias, call)
     return out, *_forward_of(backend)(call, out)
+
+
+def _assert_room(bias: torch.Tensor, call: AttentionCall) -> None:
+    """Fails on the device, before a kernel reads past the end of ``bias``, where a packed sequence is longer than that.
+
+    The host does not wait. Along a dimension of one a bias is the same for any length.
+    """
+    sides = [(bias.shape[2], call.cu_q), (bias.shape[3], call.cu_k)]
+    fits = [(starts.diff() <= most).all() for most, starts in sides if most != 1 and starts is not None]
+    if fits:
+        message = "attention: a sequence is longer than max_seqlen_q or max_seqlen_k"
+        torch.ops.aten._assert_async.msg(functools.reduce(torch.logical_and, fits), message)
 
 
 def _forward_of(backend: str):
