@@ -2,9 +2,12 @@
 """Text whose encoding nothing names, or something names wrongly."""
 
 import pytest
+from extras import needed
 
+from fastllm.data.clean import CleanConfig
 from fastllm.data.clean.encodings import codec_of, decode_page
 from fastllm.data.clean.guessed_encoding import guess
+from fastllm.data.pipeline import prepare_text
 
 SENTENCES = {
     "这条河从山上流下来，经过我们的村子，然后流到大海里去。": ["gb18030"],
@@ -87,8 +90,13 @@ def test_numbers_of_code_pages_are_labels(label, codec):
     assert codec_of(label) == codec
 
 
-def test_utf_16_without_a_mark_is_told_by_its_zeros():
+def test_utf_16_without_a_mark_is_told_by_its_zeros(tmp_path):
     for codec in ("utf-16-le", "utf-16-be"):
         text = "A plain text without a mark or a tag, with caf\u00e9s.\n" * 3
         assert decode_page(text.encode(codec)) == (text, codec)
     assert decode_page(b"a\0b" * 40)[1] == "utf-8"
+    needed("ftfy", "data")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_bytes(text.encode("utf-16-le"))
+    report = prepare_text([tmp_path / "in"], tmp_path / "out", CleanConfig(rules=("none",)), workers=0)
+    assert report["documents_kept"] == 1
