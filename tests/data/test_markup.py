@@ -45,6 +45,9 @@ def blocks(source):
         ("<b>re</b><i>peat</i>", [("body", "repeat")]),
         ("a<p>", [("body", "a")]),
         ("1 < 2 and <3", [("body", "1 < 2 and <3")]),
+        ("<template><b>a<template>b</template><p>c</p><template/></template>d<template/>e", [("body", "de")]),
+        ("<listing>a\n  b</listing>c", [("listing", "a\n  b"), ("body", "c")]),
+        ("<p>a<XMP class=x><p>b &amp;</p>\n  c</xmp>d", [("p", "a"), ("pre", "<p>b &amp;</p>\n  c"), ("body", "d")]),
         ("<template><p>a</template>b<template shadowrootmode=open><p>c</template>", [("body", "b"), ("p", "c")]),
     ],
 )
