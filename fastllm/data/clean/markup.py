@@ -67,7 +67,7 @@ _INLINE_GAP = {"span", "a", "label", "time"}
 
 _BODY = re.compile(rf"<body\b({ATTRIBUTES})", re.IGNORECASE)
 _UNSHOWN = re.compile(
-    r"""\shidden(?=[\s>=/]|$)|display\s*:\s*none|[\s"'](?:sr-only|visually-?hidden|screen-reader-text)[\s"']""",
+    r"""\shidden(?=[\s>=/]|$)|(?<![\w-])display\s*:\s*none|[\s"'](?:sr-only|visually-?hidden|screen-reader-text)[\s"']""",
     re.IGNORECASE,
 )
 # What HTML once had for source code; tags inside are text.
@@ -98,6 +98,8 @@ class _Walk:
         # The depth of the stack where the open link began; -1: none is open.
         self.link = -1
         self.shown = ""
+        # Whether nothing but tags came since a formula.
+        self.after_formula = False
         # Of each element its name in the source, what becomes of its white space, whether that is so since an element
         # within a block, and whether its text is left out: 2 with that of all elements inside, 1 alone.
         self.names: list[str] = []
@@ -140,7 +142,7 @@ class _Walk:
         unshown = unshown or (hidden and parent >= 0)
         if unshown and tag == "span":
             silent = max(silent, 1)
-        if numbers > 1 or (numbers and space == CODE) or (tag == "span" and is_drawn(attributes)):
+        if numbers > 1 or (numbers and space == CODE) or (tag == "span" and is_drawn(attributes, self.after_formula)):
             silent = 2
         inline = parent >= 0 and self.inline[parent] and space != COLLAPSED
         if own is None and tag in ("pre", "listing"):
@@ -257,7 +259,7 @@ class _Walk:
             return
         differs = own is not None and own != space
         if tag == "span":
-            differs = differs or hidden or is_drawn(attributes)
+            differs = differs or hidden or is_drawn(attributes, self.after_formula)
         # Inside an element that was pushed, the end of another of its tag is not its own.
         if differs or self.open.get(tag) or (space == CODE and numbers):
             self.push(tag, attributes, False)
@@ -311,6 +313,7 @@ class _Walk:
                 continue
             if text:
                 top = stack[-1]
+                self.after_formula = self.after_formula and text.isspace()
                 if not self.silent[top]:
                     if self.inline[top] or self.spaces[top] == LINES:
                         text = with_marks(text, self.spaces[top])
@@ -323,6 +326,7 @@ class _Walk:
             if maths is not None and self.silent[stack[-1]] < 2:
                 if shown := formula(*maths):
                     pieces.append(shown)
+                    self.after_formula = True
                 previous, apart = "", False
             if tag is None:
                 continue
