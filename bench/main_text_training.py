@@ -203,7 +203,7 @@ def _as_trees(model: Any, depth: int) -> Trees:
     borders = np.full((len(trees), depth), np.inf, np.float32)
     leaves = np.zeros((len(trees), 1 << depth), np.float32)
     for number, tree in enumerate(trees):
-        for level, split in enumerate(tree["splits"]):
+        for level, split in enumerate(tree["splits"] or ()):
             columns[number, level], borders[number, level] = split["float_feature_index"], split["border"]
         leaves[number, : len(tree["leaf_values"])] = tree["leaf_values"]
     scale, bias = found["scale_and_bias"]

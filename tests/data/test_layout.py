@@ -147,6 +147,11 @@ MATHS = {
         "<span>mc2</span></span></span>",
         SHOWN_TEX,
     ),
+    "KaTeX without MathML": (
+        "<span class=katex><span class=katex-html aria-hidden=true><span class=base>E</span><span>=mc2</span></span>"
+        "</span>",
+        "E=mc2",
+    ),
     "a wiki": (
         f'<span><span style="display: none;"><math alttext="{TEX}"><mi>E</mi></math></span><img alt="{TEX}"></span>',
         SHOWN_TEX,

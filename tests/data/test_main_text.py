@@ -131,6 +131,18 @@ def test_a_page_that_shows_nothing_has_no_text(body):
     assert extract_fast(f"<html><head>{head}</head><body>{body}</body></html>") == ""
 
 
+def test_a_restaurants_menu_is_no_menu_of_links():
+    dishes = "<h2>Dishes</h2><p>Spring rolls with a sweet sauce, a good way to begin.</p><p>Soup of the day.</p>"
+    linked = "<li><a href=/a>Dishes of the week</a><li><a href=/b>Where we are</a><li><a href=/c>Reserve a table</a>"
+    for name in ("menu", "nav", "toc"):
+        source = (
+            f"<body><main><h1>Our kitchen</h1><p>Welcome to our kitchen, which has been open since the spring.</p>"
+            f"<div id={name}>{{}}</div><p>Please ask for what the season has, and for what you may not eat.</p></main>"
+        )
+        assert "sweet sauce" in extract_fast(source.format(dishes))
+        assert "Reserve a table" not in extract_fast(source.format(linked))
+
+
 def test_blocks_know_the_card_that_they_lie_in():
     cards = "".join(f"<li><a><h3>Lamp {i}</h3></a><div><p>A lamp</p><b>$ {i}</b></div></li>" for i in range(4))
     markup = read_markup(f"<body><p>before</p><ul>{cards}</ul><div><p>one</p></div></body>")

@@ -45,6 +45,9 @@ def blocks(source):
         ("<b>re</b><i>peat</i>", [("body", "repeat")]),
         ("a<p>", [("body", "a")]),
         ("1 < 2 and <3", [("body", "1 < 2 and <3")]),
+        ("<template><b>a<template>b</template><p>c</p><template/></template>d<template/>e", [("body", "de")]),
+        ("<listing>a\n  b</listing>c", [("listing", "a\n  b"), ("body", "c")]),
+        ("<p>a<XMP class=x><p>b &amp;</p>\n  c</xmp>d", [("p", "a"), ("pre", "<p>b &amp;</p>\n  c"), ("body", "d")]),
         ("<template><p>a</template>b<template shadowrootmode=open><p>c</template>", [("body", "b"), ("p", "c")]),
     ],
 )
@@ -176,6 +179,18 @@ def test_words_of_blocks_are_numbered_and_runs_that_occur_again_are_found():
     assert repeated(PageWords.of(["a", "b c"]), "a").tolist() == [[0, 0, 0]] * 2
 
 
+@pytest.mark.parametrize(
+    ("attributes", "hidden"),
+    [
+        ("style='display: none'", True), ("style=color:red;DISPLAY:none", True), ("hidden", True),
+        ("style='--footer-display: none; --graph-display:none'", False), ("data-hidden=1", False),
+    ],
+)  # fmt: skip
+def test_an_element_is_hidden_by_its_own_style(attributes, hidden):
+    markup = read_markup(f"<div {attributes}><p>text</p></div>")
+    assert markup.unshown[markup.places[0]] == hidden
+
+
 def test_parts_of_a_page_that_come_late_are_read_where_they_belong():
     source = (
         '<body><main><p>first</p><template id="B:0"></template><p>third</p></main><footer>last</footer>'
@@ -186,6 +201,8 @@ def test_parts_of_a_page_that_come_late_are_read_where_they_belong():
     markup = read_markup(source)
     assert markup.texts == ["first", "second and more", "third", "last", "lost"]
     assert not any(markup.unshown)
+    spaced = source.replace("</div><script>", "</div>\n  <script>")
+    assert read_markup(spaced).texts == markup.texts
     for piece in (
         '<div hidden id="S:0">',
         '<template id="B:0"></template>',

@@ -66,7 +66,7 @@ def undisturbed(sources, tmp_path_factory):
 def test_every_document_is_kept_or_rejected_with_its_rule(undisturbed):
     report = json.loads((undisturbed / "report.json").read_text())
     assert report["rejected"] == {
-        "unknown_format": 1, "truncated": 1, "damaged": 1, "redirect": 1, "failed": 1, "empty": 2,
+        "unknown_format": 1, "truncated": 1, "damaged": 1, "redirect": 1, "coding": 1, "empty": 2,
         "gopher_quality": 1, "exact_duplicate": 2, "near_duplicate": 1,
     }  # fmt: skip
     documents = texts(undisturbed)

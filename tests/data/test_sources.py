@@ -181,6 +181,32 @@ def test_members_that_point_outside_their_archive_are_refused_and_nothing_is_wri
     assert sorted(p.name for p in tmp_path.parent.rglob("*")) == before
 
 
+def test_files_that_were_saved_as_they_were_sent_are_decompressed_and_binary_ones_refused(tmp_path):
+    content = page(article(0)).encode()
+    zstandard = needed("zstandard", "data")
+    kinds = {
+        "a.html": gzip.compress(content), "b.htm": zstandard.ZstdCompressor().compress(content), "c.txt": content,
+        "d.html": b"%PDF-1.4 \xe2\xe3", "e.html": b"\x89PNG\r\n\x1a\n", "f.txt": os.urandom(4000),
+        "g.txt": "Grüße aus Köln".encode("utf-16"), "h.txt": "Words in UTF-16, no mark".encode("utf-16-le"),
+        "i.txt": b"a \0 stray zero in a text " * 9, "j.html": gzip.compress(content)[:-20],
+    }  # fmt: skip
+    expected = {
+        "a.html": content,
+        "b.htm": content,
+        **{name: kinds[name] for name in ("c.txt", "g.txt", "h.txt", "i.txt")},
+    }
+    with tarfile.open(tmp_path / "all.tar", "w") as archive, zipfile.ZipFile(tmp_path / "all.zip", "w") as packed:
+        for name, body in kinds.items():
+            (tmp_path / name).write_bytes(body)
+            archive.add(tmp_path / name, name)
+            packed.writestr(name, body)
+    files = [found for name in kinds for found in documents(tmp_path / name)]
+    for read_back in (files, documents(tmp_path / "all.tar"), documents(tmp_path / "all.zip")):
+        assert {raw.id.split("#")[-1]: raw.content for raw in read_back if isinstance(raw, Raw)} == expected
+        failed = {note.id.split("#")[-1]: note.reason for note in read_back if isinstance(note, Failure)}
+        assert failed == {"d.html": "coding", "e.html": "coding", "f.txt": "coding", "j.html": "truncated"}
+
+
 def test_damaged_and_lying_zip_archives_are_survived(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("one.txt", article(1))

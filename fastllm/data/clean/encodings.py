@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 import re
 
+from .guessed_encoding import guess
+
 # Python's codec for each of the standard's encodings, and the labels that name it. A label names the superset that
 # pages use: gb2312 is GB 18030, shift_jis Windows-31J, iso-8859-1 Windows-1252. The standard gives up on hz-gb-2312 and
 # iso-2022-kr, because scripts could hide in them; their text is read here. x-user-defined is no text.
@@ -80,10 +82,18 @@ _COMMENT = re.compile(rb"<!--.*?(?:-->|\Z)|<(script|style|title|noscript)\b.*?(?
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 # The first bracket of a page in UTF-16 without a mark.
 _WIDE = ((b"<\0", "utf-16-le"), (b"\0<", "utf-16-be"))
+# In so many first bytes of UTF-16 without a mark nearly every second one is 0, as in markup and Western text.
+_BEGINNING, _NEARLY = 256, 0.7
 _MULTIBYTE = re.compile(rb"[\xc2-\xf4][\x80-\xbf]+")
 # Content with this many characters beyond ASCII that is UTF-8 throughout is UTF-8, whatever is declared. About one in
 # seven of GBK's two-byte characters is UTF-8 too, so that eight in a row are by chance once in 6 million texts.
 _PLAINLY_UTF_8 = 8
+# What people call encodings by numbers that the standard has no label for.
+_NUMBERED = re.compile(r"^(?:cp|ms|win|windows|ibm|codepage)(\d+)$")
+_NUMBERS = {
+    "874": "cp874", "932": "cp932", "936": "gb18030", "949": "cp949", "950": "big5hkscs", "65001": "utf-8",
+    "1200": "utf-16-le", "1201": "utf-16-be", **{str(number): f"cp{number}" for number in (866, *range(1250, 1259))},
+}  # fmt: skip
 # These encode everything in ASCII bytes, so that their content is UTF-8 by form.
 _SEVEN_BITS = {"iso2022-jp-ext", "hz", "iso2022-kr"}
 
@@ -91,13 +101,16 @@ _SEVEN_BITS = {"iso2022-jp-ext", "hz", "iso2022-kr"}
 def codec_of(label: str | None) -> str | None:
     """Python's codec for what a header or a page calls its encoding; None for what names none.
 
-    Beyond the standard's labels those count that differ from one in signs alone, or lack its "iso": latin-1, 8859-9.
+    Beyond the standard's labels those count that differ from one in signs alone, lack its "iso", or give a code page's
+    number: latin-1, 8859-9, cp936.
     """
     if not label:
         return None
     label = label.strip("\t\n\f\r \"'").lower()
     plain = _SIGNS.sub("", label)
-    return _CODECS.get(label) or _PLAIN.get(plain) or _PLAIN.get(f"iso{plain}")
+    numbered = _NUMBERED.match(plain)
+    number = _NUMBERS.get(numbered[1]) if numbered else None
+    return _CODECS.get(label) or _PLAIN.get(plain) or _PLAIN.get(f"iso{plain}") or number
 
 
 def _euro(error: UnicodeError) -> tuple[str | bytes, int]:
@@ -140,9 +153,10 @@ def undecodable(text: str) -> int:
 def decode_page(content: bytes, declared: str | None = None) -> tuple[str, str]:
     """The text of ``content``, and the codec that it was read in.
 
-    In this order: a byte order mark; what the transport declared; what the page declares; UTF-8, if the content is;
-    Windows-1252. As in browsers a page that can be searched for its declaration is not UTF-16. Unlike in browsers,
-    content that is plainly UTF-8 is read as that whatever it declares. Bytes that mean nothing become U+FFFD.
+    In this order: a byte order mark; what the transport declared; what the page declares; UTF-8, if the content is; a
+    guess. As in browsers a page that can be searched for its declaration is not UTF-16. Unlike in browsers, content
+    that is plainly UTF-8 is read as that whatever it declares, and letters that clearly speak against a declared
+    encoding count more than it. Bytes that mean nothing become U+FFFD.
 
     Args:
         content: the bytes as they were served, transfer and content codings undone.
@@ -151,9 +165,8 @@ def decode_page(content: bytes, declared: str | None = None) -> tuple[str, str]:
     for mark, codec in _MARKS:
         if content.startswith(mark):
             return content[len(mark) :].decode(codec, "replace"), codec
-    for begin, codec in _WIDE:
-        if content.startswith(begin):
-            return content.decode(codec, "replace"), codec
+    if wide := utf_16(content):
+        return content.decode(wide, "replace"), wide
     try:
         text = content.decode()
         characters = 0 if content.isascii() else len(_MULTIBYTE.findall(content))
@@ -173,11 +186,25 @@ def decode_page(content: bytes, declared: str | None = None) -> tuple[str, str]:
             continue
         if text is not None and content.isascii() and codec not in _SEVEN_BITS and not codec.startswith("utf-16"):
             return text, "utf-8"
+        # Servers declare one encoding for all pages, whoever wrote them.
+        codec = codec if codec == "utf-8" else guess(content, codec)
         return _decode(content, codec), codec
-    if text is not None:
+    if text is not None and guess(content) not in _SEVEN_BITS:
         return text, "utf-8"
-    codec = "utf-8" if _mostly_utf_8(content) else "cp1252"
-    return content.decode(codec, "replace"), codec
+    codec = "utf-8" if text is None and _mostly_utf_8(content) else guess(content)
+    return _decode(content, codec), codec
+
+
+def utf_16(content: bytes) -> str | None:
+    """The codec of content that is plainly UTF-16 without a byte order mark, else None."""
+    for begin, codec in _WIDE:
+        if content.startswith(begin):
+            return codec
+    even, odd = content[:_BEGINNING:2], content[1:_BEGINNING:2]
+    for zeros, others, codec in ((odd, even, "utf-16-le"), (even, odd, "utf-16-be")):
+        if zeros.count(0) > _NEARLY * len(zeros) and others.count(0) < (1 - _NEARLY) * len(others):
+            return codec
+    return None
 
 
 def _mostly_utf_8(content: bytes) -> bool:

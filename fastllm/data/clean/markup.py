@@ -7,7 +7,7 @@ tag costs the same however deep it lies, so that the walk's time grows with the 
 from __future__ import annotations
 
 import re
-from html import unescape
+from html import escape, unescape
 
 from .code_rows import join_code_rows
 from .elements import Markup
@@ -35,8 +35,8 @@ _AROUND_LINE = re.compile(f" ?{_LINE} ?")
 
 _PARAGRAPH_ENDS = {
     "address", "article", "aside", "blockquote", "center", "details", "dialog", "dir", "div", "dl", "fieldset",
-    "figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hgroup", "hr", "main",
-    "menu", "nav", "ol", "p", "pre", "search", "section", "summary", "table", "ul", "li", "dd", "dt",
+    "figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hgroup", "hr", "listing",
+    "main", "menu", "nav", "ol", "p", "pre", "search", "section", "summary", "table", "ul", "li", "dd", "dt",
 }  # fmt: skip
 _TABLE_PARTS = {"td", "th", "tr", "tbody", "thead", "tfoot", "caption", "table"}
 _BLOCKS = {
@@ -67,9 +67,13 @@ _INLINE_GAP = {"span", "a", "label", "time"}
 
 _BODY = re.compile(rf"<body\b({ATTRIBUTES})", re.IGNORECASE)
 _UNSHOWN = re.compile(
-    r"""\shidden(?=[\s>=/]|$)|display\s*:\s*none|[\s"'](?:sr-only|visually-?hidden|screen-reader-text)[\s"']""",
+    r"""\shidden(?=[\s>=/]|$)|(?<![\w-])display\s*:\s*none|[\s"'](?:sr-only|visually-?hidden|screen-reader-text)[\s"']""",
     re.IGNORECASE,
 )
+# What HTML once had for source code; tags inside are text.
+_SOURCE = re.compile(r"<xmp\b[^>]{0,500}>((?s:.)*?)(?:</xmp\b[^>]{0,500}>|\Z)", re.IGNORECASE)
+# A template whose content is shown, in the shadow of the element around it.
+_SHADOW = re.compile(r"shadowrootmode", re.IGNORECASE)
 _NO_FRAMES = re.compile(r"<noframes\b[^>]{0,500}>((?s:.)*?)(?:</noframes|\Z)", re.IGNORECASE)
 _ANY_TAG = re.compile(r"<[^<>]*>")
 # Asides that are part of the text: quotations in posts, notes, warnings and abstracts in documentation.
@@ -94,6 +98,8 @@ class _Walk:
         # The depth of the stack where the open link began; -1: none is open.
         self.link = -1
         self.shown = ""
+        # Whether nothing but tags came since a formula.
+        self.after_formula = False
         # Of each element its name in the source, what becomes of its white space, whether that is so since an element
         # within a block, and whether its text is left out: 2 with that of all elements inside, 1 alone.
         self.names: list[str] = []
@@ -136,10 +142,10 @@ class _Walk:
         unshown = unshown or (hidden and parent >= 0)
         if unshown and tag == "span":
             silent = max(silent, 1)
-        if numbers > 1 or (numbers and space == CODE) or (tag == "span" and is_drawn(attributes)):
+        if numbers > 1 or (numbers and space == CODE) or (tag == "span" and is_drawn(attributes, self.after_formula)):
             silent = 2
         inline = parent >= 0 and self.inline[parent] and space != COLLAPSED
-        if own is None and tag == "pre":
+        if own is None and tag in ("pre", "listing"):
             own = CODE
         if own is not None and own != space:
             # Inside text whose lines are lines of one, they stay so.
@@ -253,7 +259,7 @@ class _Walk:
             return
         differs = own is not None and own != space
         if tag == "span":
-            differs = differs or hidden or is_drawn(attributes)
+            differs = differs or hidden or is_drawn(attributes, self.after_formula)
         # Inside an element that was pushed, the end of another of its tag is not its own.
         if differs or self.open.get(tag) or (space == CODE and numbers):
             self.push(tag, attributes, False)
@@ -298,9 +304,16 @@ class _Walk:
         result, stack = self.page, self.stack
         self.shown = shown
         previous, apart = "", False
+        # How many templates are open: their content waits for scripts, and may hold templates.
+        templates = 0
         for text, maths, closing, tag, attributes in tokens(page):
+            if templates:
+                if tag is not None and tag.lower() == "template":
+                    templates += -1 if closing else not _is_empty(attributes)
+                continue
             if text:
                 top = stack[-1]
+                self.after_formula = self.after_formula and text.isspace()
                 if not self.silent[top]:
                     if self.inline[top] or self.spaces[top] == LINES:
                         text = with_marks(text, self.spaces[top])
@@ -313,6 +326,7 @@ class _Walk:
             if maths is not None and self.silent[stack[-1]] < 2:
                 if shown := formula(*maths):
                     pieces.append(shown)
+                    self.after_formula = True
                 previous, apart = "", False
             if tag is None:
                 continue
@@ -320,12 +334,19 @@ class _Walk:
             if closing:
                 end(tag)
                 previous = tag
+            elif tag == "template" and not _SHADOW.search(attributes or ""):
+                templates = int(not _is_empty(attributes))
             elif tag not in ("body", "html", "head"):
                 apart = (apart or previous in _INLINE_GAP) and tag in _INLINE_GAP and not result.preformatted[stack[-1]]
                 start(tag, attributes or "")
                 previous = ""
         self.flush()
         self.pop_to(1)
+
+
+def _is_empty(attributes: str | None) -> bool:
+    """Whether a tag ends its own element, as XML's do."""
+    return (attributes or "").endswith("/")
 
 
 def _in_order(text: str) -> str:
@@ -341,6 +362,8 @@ def read_markup(page: str, with_carried: bool = True) -> Markup:
     as its script would show it, if its data tells.
     """
     page = in_place(_CONTROLS.sub("", page))
+    if "<xmp" in page or "<XMP" in page:
+        page = _SOURCE.sub(lambda found: f"<pre>{escape(found[1], quote=False)}</pre>", page)
     walk = _Walk()
     body = _BODY.search(page)
     walk.push("body", body[1] if body else "")

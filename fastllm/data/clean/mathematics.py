@@ -27,7 +27,7 @@ _IMAGE_TEXT = re.compile(r"""\balt\s*=\s*(?:"([^"]*)"|'([^']*)')""", re.IGNORECA
 _NAMES = 1000
 # What shows a formula that the page also has as MathML or TeX, for the eyes alone.
 _DRAWN = re.compile(
-    r"""\bclass\s*=\s*["']?[^"'>]*(?<![\w-])(?:katex-html|MathJax(?:_Preview|_Display|_CHTML|_SVG)?|mjx-math)(?![\w-])"""
+    r"""\bclass\s*=\s*["']?[^"'>]*(?<![\w-])(katex-html|MathJax(?:_Preview|_Display|_CHTML|_SVG)?|mjx-math)(?![\w-])"""
 )
 # Elements that nest deeper are read as a row.
 _DEEPEST = 200
@@ -54,11 +54,15 @@ def image_formula(attributes: str) -> str:
     return _in_signs(tex, False) if tex.strip() else ""
 
 
-def is_drawn(attributes: str) -> bool:
-    """Whether an element shows a formula for the eyes, which the page also has as MathML or TeX."""
-    return ("katex" in attributes or "MathJax" in attributes or "mjx" in attributes) and bool(
-        _DRAWN.search(attributes[:1000])
-    )
+def is_drawn(attributes: str, after_formula: bool) -> bool:
+    """Whether an element shows a formula for the eyes, which the page also has as MathML or TeX.
+
+    KaTeX puts MathML before it, or none at all: what is not ``after_formula`` is all that its page has.
+    """
+    if not ("katex" in attributes or "MathJax" in attributes or "mjx" in attributes):
+        return False
+    found = _DRAWN.search(attributes[:_NAMES])
+    return found is not None and (after_formula or found[1] != "katex-html")
 
 
 def _in_signs(tex: str, displayed: bool) -> str:

@@ -14,7 +14,8 @@ from ..sentences import sentence_starts
 from .document import Document, Rejection
 from .words import repeated_parts, repeated_share, top_share, words_of
 
-# The most frequent function words; a text must have two of one language's.
+# The most frequent function words; a text must have two of one language's. No list but the first has words that are
+# English too: a list of English words must not pass by another language's.
 _STOP_WORDS = {
     "en": "the be to of and that have with",
     "de": "der die das und ist nicht mit ein von den",
@@ -23,8 +24,33 @@ _STOP_WORDS = {
     "it": "il di che la e un per non sono del",
     "pt": "o que de e do da em um para com",
     "nl": "de het een van en is dat niet op te",
+    "pl": "w się nie że jest na z jak są przez od po",
+    "cs": "je v na se že jako které byl z při jsou ale",
+    "sk": "je v na sa že ako ktoré bol z pri sú ale",
+    "sl": "je v na se da ki za so z pa ni bi",
+    "hr": "je u na se da su za od što kao koji nije",
+    "ro": "și şi în de la cu nu este din pe care să",
+    "hu": "az és hogy nem egy van meg ez csak mint el volt",
+    "fi": "ja ei että oli joka mutta ovat myös hän kun sekä ole",
+    "et": "ja ei et see oli kui ka mis oma ning aga siis",
+    "sv": "och att det som en på är av för med till den",
+    "da": "og det som en på er af til med den ikke der",
+    "nb": "og å det som en på er av til med ikke",
+    "is": "og að er sem til við um ekki það en",
+    "tr": "ve bir bu için ile çok olarak daha olan gibi ne kadar",
+    "lt": "ir yra kad su tai ne iš bet kaip jau buvo apie",
+    "lv": "un ir ka ar par tas uz bet kā bija arī",
+    "sq": "dhe në të që për një është nga",
+    "eu": "eta da ez bat zen du ere dira zuen izan",
+    "id": "yang dan di itu dengan untuk ini dari tidak pada dalam akan",
+    "tl": "ang ng sa na mga ay hindi para ito",
+    "sw": "na ya wa kwa ni katika za kuwa hii",
+    "vi": "và của là có được cho trong không người các một những",
 }
-_STOPS = tuple(frozenset(words.split()) for words in _STOP_WORDS.values())
+# Characters of scripts without spaces that count as a word of a repeated run. A character is less than a word: runs of
+# so many words of single characters would reject 29 of 201 Chinese articles.
+_TO_A_WORD = 2
+_STOPS = {language: frozenset(words.split()) for language, words in _STOP_WORDS.items()}
 _NON_LATIN = re.compile("[^\\W\\d_\u0000-\u024f\u1e00-\u1eff]")
 _LETTER = re.compile(r"[^\W\d_]")
 _BULLETS = ("-", "*", "\u2022", "\u2023", "\u25cf", "\u25e6", "\u25aa", "\u25a0")
@@ -66,9 +92,11 @@ def gopher_quality(document: Document) -> Document | Rejection:
     # Word lengths and stop words are those of languages in Latin letters.
     if rejection is None and not foreign:
         present = {word.strip(".,;:!?()\"'").lower() for word in words.words}
-        stops = max(len(present & stop) for stop in _STOPS)
-        mean = float(words.lengths.mean())
-        rejection = _over(document, rule, mean_word_length=(mean, 3, 10), stop_words=(stops, 2, infinity))
+        stops = {language: len(present & stop) for language, stop in _STOPS.items()}
+        mean, most = float(words.lengths.mean()), max(stops.values())
+        # Vietnamese puts a space between syllables.
+        shortest = 2.5 if stops["vi"] == most else 3
+        rejection = _over(document, rule, mean_word_length=(mean, shortest, 10), stop_words=(most, 2, infinity))
     return rejection or document
 
 
@@ -89,12 +117,13 @@ def gopher_repetition(document: Document) -> Document | Rejection:
     if rejection is not None:
         return rejection
     words = words_of(text)
+    apart = _TO_A_WORD if words.single_share > 0.5 else 1
     for n, most in ((2, 0.2), (3, 0.18), (4, 0.16)):
-        rejection = _over(document, rule, **{f"top_{n}_words": (top_share(words, n), 0, most)})
+        rejection = _over(document, rule, **{f"top_{n}_words": (top_share(words, n * apart), 0, most)})
         if rejection is not None:
             return rejection
     for n, most in ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10)):
-        rejection = _over(document, rule, **{f"repeated_{n}_words": (repeated_share(words, n), 0, most)})
+        rejection = _over(document, rule, **{f"repeated_{n}_words": (repeated_share(words, n * apart), 0, most)})
         if rejection is not None:
             return rejection
     return document

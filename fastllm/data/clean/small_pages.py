@@ -13,12 +13,17 @@ from .elements import Markup
 # pages that the model was learned from, 39 have fewer than 500 words and 5 fewer than 100.
 MODEL_ALONE, RULES_ALONE = (500, 60), (100, 25)
 _FURNITURE = {"nav", "form", "button", "dialog", "menu", "select", "label", "aside", "footer"}
+_NAME = r"""(?:class|id|role|aria-label)\s*=\s*["']?[^"'>]*(?<![a-z])(?:{})(?![a-z])"""
 _NAMED = re.compile(
-    r"""(?:class|id|role|aria-label)\s*=\s*["']?[^"'>]*(?<![a-z])(?:nav(?:bar|igation)?|menu|breadcrumbs?|sidebar|footer|"""
-    r"""cookies?|consent|shar(?:e|ing)|social|advert\w*|ads?|banner|promo|related|newsletter|skip|pagination|pager|toc|"""
-    r"""search|complementary|contentinfo|copyright)(?![a-z])""",
+    _NAME.format(
+        r"sidebar|footer|cookies?|consent|shar(?:e|ing)|social|advert\w*|ads?|banner|promo|related|newsletter|search"
+        "|complementary|contentinfo|copyright"
+    ),
     re.IGNORECASE,
 )
+# Names of what leads elsewhere count where at least so many of the characters are links: a restaurant has a menu too.
+_LEADING = re.compile(_NAME.format("nav(?:bar|igation)?|menu|breadcrumbs?|skip|pagination|pager|toc"), re.IGNORECASE)
+_LED = 0.3
 # Blocks of at least this many characters, mostly outside links, are text.
 _LONG, _LINKED, _MENU, _MUCH = 70, 0.8, 3, 0.5
 # What the model leaves out with less than these log-odds stays out, but for what is within so much of a page's
@@ -53,12 +58,14 @@ def shows_nothing(markup: Markup) -> bool:
     return noticed or not linked
 
 
-def _is_named(markup: Markup, number: int) -> bool:
-    """Whether a class, an id or the like says that element ``number`` is no main text."""
+def _is_named(markup: Markup, number: int, linked: float) -> bool:
+    """Whether a class, an id or the like says that element ``number``, with this share of links, is no main text."""
     attributes = markup.attributes[number]
-    if len(attributes) <= 8 or not _NAMED.search(attributes):
+    found = [name for name in (_NAMED, *([_LEADING] if linked >= _LED else ())) if len(attributes) > 8]
+    if not any(name.search(attributes) for name in found):
         return False
-    return _NAMED.search(without_slug(markup, number)) is not None
+    without = without_slug(markup, number)
+    return any(name.search(without) for name in found)
 
 
 def rule_odds(markup: Markup) -> np.ndarray:
@@ -66,7 +73,7 @@ def rule_odds(markup: Markup) -> np.ndarray:
 
     NaN for text that a page carries as data, except an article's body where the page shows no text.
     """
-    total = np.cumsum([0, *map(len, markup.texts)])
+    total, links = np.cumsum([0, *map(len, markup.texts)]), np.cumsum([0, *markup.linked])
     outside: list[bool] = []
     carried: list[bool] = []
     bodies: list[bool] = []
@@ -78,8 +85,10 @@ def rule_odds(markup: Markup) -> np.ndarray:
             out = tag in _FURNITURE or markup.unshown[number]
             # A name on what holds much of the page says how it looks, not what it is. Some pages are a script and, in
             # noscript, their text for who runs none.
-            few = total[markup.ends[number]] - total[markup.starts[number]] < _MUCH * total[-1]
-            out = out or (few and (tag == "noscript" or _is_named(markup, number)))
+            begin, end = markup.starts[number], markup.ends[number]
+            size, linked = total[end] - total[begin], links[end] - links[begin]
+            few = size < _MUCH * total[-1]
+            out = out or (few and (tag == "noscript" or _is_named(markup, number, linked / max(1, size))))
         outside.append(out)
         carried.append(tag.startswith("carried-") or (parent >= 0 and carried[parent]))
         body = carried[number] and (tag == "carried-posts" or 'itemprop="articleBody"' in attributes)

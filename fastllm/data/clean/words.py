@@ -11,9 +11,9 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 # Scripts that put no space between words: each of their characters counts as one.
-WORD = re.compile(
-    "[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\\s\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]+"
-)
+_APART = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+WORD = re.compile(f"[{_APART}]|[^\\s{_APART}]+")
+SINGLE = re.compile(f"^[{_APART}]$", re.MULTILINE)
 # An odd multiplier for polynomial hashes modulo 2^64 (Knuth's MMIX).
 _BASE = 6364136223846793005
 
@@ -27,6 +27,11 @@ class Words:
     @cached_property
     def lengths(self) -> np.ndarray:
         return np.fromiter(map(len, self.words), np.int64, len(self.words))
+
+    @cached_property
+    def single_share(self) -> float:
+        """The share of words that are one character of a script without spaces."""
+        return sum(map(len, SINGLE.findall("\n".join(self.words)))) / max(1, len(self.words))
 
     @cached_property
     def hashes(self) -> np.ndarray:

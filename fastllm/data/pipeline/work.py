@@ -13,7 +13,7 @@ import numpy as np
 from ...config import InputError
 from ...time_limit import OutOfTime, time_limit
 from ..clean import CleanConfig, Document, Rejection, clean
-from ..clean.encodings import decode_page, undecodable
+from ..clean.encodings import decode_page, undecodable, utf_16
 from ..clean.minhash import SIZE, exact_key, signature
 from ..clean.passages import anchors, code_points, sentence_spans
 from ..sources import SINGLE, Failure, Raw, SourceEntry, read
@@ -86,9 +86,8 @@ def batches(
 
 def _text(raw: Raw) -> tuple[str, dict[str, str]]:
     """The text of ``raw``, and what is worth noting of its encoding."""
-    if raw.kind == "text" and raw.content.count(b"\0") > len(raw.content) // 100 and raw.content[:2] not in (
-        b"\xff\xfe", b"\xfe\xff",
-    ):  # fmt: skip
+    wide = raw.content.startswith((b"\xff\xfe", b"\xfe\xff")) or utf_16(raw.content) is not None
+    if raw.kind == "text" and not wide and raw.content.count(b"\0") > len(raw.content) // 100:
         raise ValueError("binary, not text")
     text, encoding = decode_page(raw.content, raw.encoding or ("utf-8" if raw.kind == "wikitext" else None))
     noted = {} if encoding == "utf-8" else {"encoding": encoding}

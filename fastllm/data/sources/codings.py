@@ -33,6 +33,14 @@ def _charset(name: str | None) -> str | None:
     return codec_of(name)
 
 
+def _is_wide(content: bytes, charset: str | None) -> bool:
+    """Whether ``content`` is UTF-16: a byte order mark, ``charset`` or its zeros say so."""
+    from ..clean.encodings import utf_16
+
+    marked = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    return marked or _charset(charset) in ("utf-16-le", "utf-16-be") or utf_16(content) is not None
+
+
 def codings(values: list[str]) -> list[str]:
     """The codings that header values list, in the order in which they were applied."""
     names = [name.strip(" \t\"'").lower() for value in values for name in value.split(",")]
@@ -67,11 +75,10 @@ def text_of(content: bytes, charset: str | None, limits: Limits) -> bytes:
     for name, magic in (("gzip", b"\x1f\x8b\x08"), ("zstd", b"\x28\xb5\x2f\xfd")):
         if content.startswith(magic):
             content = undo(content, [name], limits)
-    wide = content.startswith((b"\xff\xfe", b"\xfe\xff", b"<\0", b"\0<"))
-    wide = wide or _charset(charset) in ("utf-16-le", "utf-16-be")
     begin = content[:1024]
     controls = len(begin) - len(begin.translate(None, _CONTROLS))
-    if content.startswith(_MEDIA) or (not wide and (b"\0" in begin or controls > _MOST_CONTROLS * len(begin))):
+    binary = controls > _MOST_CONTROLS * len(begin) and not _is_wide(content, charset)
+    if binary or content.startswith(_MEDIA):
         raise Unreadable("coding", "content is binary")
     return content
 

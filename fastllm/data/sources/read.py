@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import BinaryIO
 
+from .codings import text_of
 from .compressed import SUFFIXES, Prompt, open_stream
 from .limits import Failure, Limits, Raw, Unreadable, one_line
 from .mediawiki import read_mediawiki
@@ -27,13 +28,21 @@ def _too_large(id: str, limits: Limits) -> Failure:
     return Failure(id, "too_large", {"limit": limits.document})
 
 
+def _document(id: str, content: bytes, kind: str, limits: Limits) -> Item:
+    """A file or an archive's member as a document; a page that was saved as it was sent may be compressed."""
+    try:
+        return Raw(id, text_of(content, None, limits), kind, {})
+    except Unreadable as error:
+        return Failure(id, error.reason, {"error": str(error)})
+
+
 def _read_single(entry: SourceEntry, limits: Limits) -> Iterator[Item]:
     with open_stream(entry.path, limits) as stream:
         content = stream.read(limits.document + 1)
     if len(content) > limits.document:
         yield _too_large(entry.id, limits)
     else:
-        yield Raw(entry.id, content, entry.format, {})
+        yield _document(entry.id, content, entry.format, limits)
 
 
 def _line(stream: BinaryIO, limits: Limits) -> bytes | None:
@@ -79,7 +88,7 @@ def _member(entry: SourceEntry, name: str, read: Callable[[int], bytes], limits:
     if kind not in SINGLE or path.suffix.lower() in SUFFIXES:
         return Failure(id, "unknown_format", {})
     content = read(limits.document + 1)
-    return _too_large(id, limits) if len(content) > limits.document else Raw(id, content, kind, {})
+    return _too_large(id, limits) if len(content) > limits.document else _document(id, content, kind, limits)
 
 
 def _read_tar(entry: SourceEntry, limits: Limits) -> Iterator[Item]:
