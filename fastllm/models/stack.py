@@ -43,7 +43,8 @@ def through(stack: Embedded, x: torch.Tensor, *arguments) -> torch.Tensor:
             stream = checkpoint(block, Stream(stream.whole()), *arguments, layer, use_reentrant=False)
         else:
             stream = block(stream, *arguments, layer)
-    return stream.normed(stack.norm).branch
+    normed, _ = stream.normed(stack.norm)
+    return normed
 
 
 class TransformerStack(Embedded):
