@@ -78,7 +78,7 @@ def _adamw(named_parameters, training: TrainingConfig) -> torch.optim.AdamW:
 
     matrices = [p for name, p in named if p.ndim == 2 and not table(name)]
     others = [p for name, p in named if p.ndim != 2 or table(name)]
-    groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": training.hidden_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=training.lr, betas=(training.beta1, training.beta2))
 
 
@@ -186,7 +186,7 @@ def nanogpt(setting: Setting) -> Step:
     model.load_state_dict(nanogpt_weights(setting.model.state_dict()), strict=True)
     training = setting.training
     optimizer = model.configure_optimizers(
-        training.weight_decay, training.lr, (training.beta1, training.beta2), setting.device.type
+        training.hidden_decay, training.lr, (training.beta1, training.beta2), setting.device.type
     )
     dtype = setting.dtype if setting.device.type == "cuda" else "float32"  # train.py: no autocast on a CPU
 
