@@ -67,8 +67,8 @@ class TrainingConfig:
     lr: float = option(3e-3, "peak learning rate of AdamW", above=0)
     weight_decay: float | None = option(
         None,
-        f"decay of the hidden matrices; if not given {WEIGHT_DECAY:g}, and {DEFAULT_RUN_WEIGHT_DECAY:g} under Muon for a "
-        "new causal model without any budget",
+        f"decay of the hidden matrices; if not given {WEIGHT_DECAY:g}, and {DEFAULT_RUN_WEIGHT_DECAY:g} under Muon for "
+        "a new causal model without any budget",
         minimum=0,
     )
     embedding_weight_decay: float = option(0.0, "decay of embeddings and head", minimum=0)
@@ -154,7 +154,6 @@ class TrainingConfig:
                              "(eval_windows 0)")  # fmt: skip
         if self.warmup + (self.decay if self.schedule == "wsd" else 0) > 1:
             raise InputError(f"decay: {self.decay} and warmup {self.warmup} are together more than the run")
-
         if self.keep_best and not (self.eval_interval and self.checkpoint_interval):
             raise InputError("keep_best: needs evaluations (eval_interval) and checkpoints (checkpoint_interval) "
                              "during the run")  # fmt: skip
