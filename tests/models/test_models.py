@@ -155,7 +155,7 @@ def test_damaged_folders_are_named(tmp_path):
     for change, message in (
         ({"depth": 3}, "unknown field of ModelConfig: depth"),
         ({"num_layers": 3}, "does not fit its config: missing"),
-        ({"hidden_size": 25}, "num_heads must be a divisor of hidden_size 25"),
+        ({"hidden_size": 25}, "num_heads: expected a divisor of hidden_size 25"),
         ({"architecture": "RNN"}, "describes a RNN"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
@@ -180,12 +180,12 @@ def test_a_failed_save_changes_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_heads": 7}, "num_heads must be a divisor of hidden_size 768"),
-        ({"num_kv_heads": 5}, "num_kv_heads must be a divisor of num_heads 12"),
-        ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
-        ({"positions": "none"}, "positions must be one of learned, rotary"),
-        ({"num_layers": 0}, "num_layers must be at least 1"),
-        ({"hidden_size": 12, "positions": "rotary"}, "is even, for rotary"),
+        ({"num_heads": 7}, "num_heads: expected a divisor of hidden_size 768"),
+        ({"num_kv_heads": 5}, "num_kv_heads: expected a divisor of num_heads 12"),
+        ({"dropout": 1.0}, "dropout: expected less than 1"),
+        ({"positions": "none"}, "positions: expected one of learned, rotary"),
+        ({"num_layers": 0}, "num_layers: expected at least 1"),
+        ({"hidden_size": 12, "positions": "rotary"}, "num_heads: expected an even hidden_size"),
     ],
 )
 def test_config_refuses(changes, message):

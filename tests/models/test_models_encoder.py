@@ -316,12 +316,12 @@ def test_activation_checkpointing_changes_nothing(kind):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"encoder": "none", "decoder": "none"}, "decoder must be given where there is no encoder"),
-        ({"heads": ("mlm",)}, "heads must be empty for a model with a decoder"),
-        ({"heads": ("mlm", "tail"), "encoder": "gru", "decoder": "none"}, "heads must be among mlm"),
-        ({"encoder": "cnn"}, "encoder must be one of none, transformer, lstm, gru"),
-        ({"relative_buckets": 6}, "relative_buckets must be a positive multiple of 4"),
-        ({"encoder": "gru", "hidden_size": 15, "num_heads": 3}, "hidden_size must be even"),
+        ({"encoder": "none", "decoder": "none"}, "decoder: expected one where there is no encoder"),
+        ({"heads": ("mlm",)}, "heads: expected none for a model with a decoder"),
+        ({"heads": ("mlm", "tail"), "encoder": "gru", "decoder": "none"}, "heads: expected one of mlm"),
+        ({"encoder": "cnn"}, "encoder: expected one of none, transformer, lstm, gru"),
+        ({"relative_buckets": 6}, "relative_buckets: expected a multiple of 4"),
+        ({"encoder": "gru", "hidden_size": 15, "num_heads": 3}, "hidden_size: expected an even number"),
     ],
 )
 def test_config_refuses(changes, message):
