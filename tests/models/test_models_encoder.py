@@ -36,6 +36,18 @@ def ragged():
     return tokens, lengths, segments
 
 
+@pytest.mark.runs_on("anywhere")
+@pytest.mark.parametrize("decoder", ["none", "transformer", "gru"])
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_a_longer_text_costs_a_token_more_by_self_attention_alone(kind, decoder):
+    with torch.device("meta"):
+        model = build_model(ModelConfig(**{**SHAPE, "num_encoder_layers": 4}, encoder=kind, decoder=decoder))
+    layers = 4 * (kind == "transformer") + SHAPE["num_layers"] * (decoder == "transformer")
+    more = 12 * layers * SHAPE["hidden_size"] * 8
+    # With a decoder a token passes through one of the two.
+    assert model.flops_per_token(16) - model.flops_per_token(8) == (more if decoder == "none" else more // 2)
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_a_packed_batch_gives_the_padded_ones_states_and_gradients(style):
     model = encoder(**STYLES[style])
