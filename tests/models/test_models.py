@@ -41,6 +41,22 @@ def test_published_parameter_counts():
 
 
 @pytest.mark.runs_on("anywhere")
+@pytest.mark.parametrize("zero_init", [False, True])
+def test_weights_start_at_gpt2s_scale_and_projections_into_the_stream_below_it(zero_init):
+    config = TransformerConfig(vocab_size=64, num_layers=3, num_heads=4, hidden_size=128, zero_init=zero_init)
+    model = Transformer(config)
+    below = 0.0 if zero_init else 0.02 / 6**0.5
+    for block in model.blocks:
+        for weight, std in (
+            (block.attention.qkv.weight, 0.02), (block.mlp.up.weight, 0.02), (block.attention.out.weight, below),
+            (block.mlp.down.weight, below),
+        ):  # fmt: skip
+            # 16,384 numbers and more: the deviation of their deviation is 0.6% of it.
+            assert weight.std().item() == pytest.approx(std, rel=0.03)
+    assert model.token_embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.runs_on("anywhere")
 def test_flops_follow_the_stated_formula():
     with torch.device("meta"):
         model = Transformer(PRESETS["gpt2"])
