@@ -1,4 +1,4 @@
-"""The table's gradient beside PyTorch's, in pairs: ``python -m fastllm.bench.embedding_backward [FILE.json]``.
+"""The table's gradient beside PyTorch's, in pairs: ``python -m fastllm.bench.embedding_backward [--json FILE]``.
 
 32,768 Zipf ids in a table of 50304 x 768. Fresh: backward makes the gradient. Reused: there is one already, and
 backward adds to it (micro-batches, ``zero_grad(set_to_none=False)``). Sum: forward and backward of token + position +
@@ -7,8 +7,8 @@ segment embeddings beside three lookups and two additions.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as torch_F
 
 from ..functional import embedding, embedding_sum
+from ..parser import first_paragraph
 from ..registry import Sample
 from . import embedding as lookups
 from . import embedding_sum as sums
@@ -80,7 +81,11 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, Calla
     }
 
 
-def main(path: str | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see the module's docstring."""
+    parser = argparse.ArgumentParser("python -m fastllm.bench.embedding_backward", description=first_paragraph(__doc__))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="for every sample")
+    options = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
     for dtype in (torch.bfloat16, torch.float32):
@@ -90,9 +95,10 @@ def main(path: str | None = None) -> None:
             label = str(dtype).removeprefix("torch.")
             print(f"{label:<9} {name:<36} {ratio.median:5.2f}x torch ({ratio.low:.2f} to {ratio.high:.2f})", flush=True)
             rows.append({"dtype": label, "case": name, "ratio": asdict(ratio), "seconds": times})
-    if path is not None:
-        Path(path).write_text(json.dumps({"environment": environment(device), "rows": rows}, indent=1) + "\n", "utf-8")
+    if options.json:
+        content = {"environment": environment(device), "rows": rows}
+        options.json.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +80,7 @@ def read(path: Path | None, call: dict) -> dict:
     return {**found, "environment": fresh["environment"]}
 
 
-def main(argv: list[str] | None = None) -> None:
+def build_parser() -> argparse.ArgumentParser:
     """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m fastllm.bench.memory", description=first_paragraph(__doc__))
     parser.add_argument("--tokens", type=int, default=8192)
@@ -89,53 +90,80 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=10, help="pairs to time; 0 for memory alone")
     parser.add_argument("--json", metavar="FILE", type=Path, help="every sample, beside those already there")
-    options = parser.parse_args(argv)
-    dtype = getattr(torch, options.dtype)
-    torch.manual_seed(0)
-    x = torch.randn(options.tokens, options.hidden_size, dtype=dtype).requires_grad_()
-    w = (torch.randn(options.vocab_size, options.hidden_size) / options.hidden_size**0.5).to(dtype).requires_grad_()
-    y = torch.randint(options.vocab_size, (options.tokens,))
-    plan = linear_cross_entropy_plan(x, w, max_workspace_mb=options.workspace)
+    return parser
+
+
+class Layer(NamedTuple):
+    """Hidden states (tokens, D) and a head's weight (V, D), which get gradients, and targets (tokens,)."""
+
+    x: torch.Tensor
+    w: torch.Tensor
+    y: torch.Tensor
+
+    @classmethod
+    def random(cls, tokens: int, hidden_size: int, vocab_size: int, dtype: torch.dtype) -> Layer:
+        torch.manual_seed(0)
+        x = torch.randn(tokens, hidden_size, dtype=dtype).requires_grad_()
+        w = (torch.randn(vocab_size, hidden_size) / hidden_size**0.5).to(dtype).requires_grad_()
+        return cls(x, w, torch.randint(vocab_size, (tokens,)))
+
+    @property
+    def gradient_bytes(self) -> int:
+        return (self.x.numel() + self.w.numel()) * self.x.dtype.itemsize
+
+    def seconds(self, loss: Callable[[], torch.Tensor]) -> float:
+        """Of forward and backward of ``loss``, which is this layer's; the gradients are new."""
+        self.x.grad = self.w.grad = None
+        start = time.perf_counter()
+        loss().backward()
+        return time.perf_counter() - start
+
+    def allocate(self, workspace: float) -> None:
+        """Take what the libraries allocate in their first calls, so that no peak has it."""
+        few, narrow = (t[:64].detach().requires_grad_() for t in (self.x, self.w))
+        for call in ways(few, narrow, self.y[:64] % 64, workspace).values():
+            call().backward()
+
+
+def _show_times(seconds: dict[str, list[float]], pair: list[str]) -> None:
+    speed = ratios(seconds, *pair)
+    print(
+        f"{pair[0]} / {pair[1]} in time: median {1 / speed.median:.3f}, quartiles {1 / speed.high:.3f} to "
+        f"{1 / speed.low:.3f}, over {len(seconds[pair[0]])} pairs"
+    )
+    print(f"median seconds: {', '.join(f'{name} {statistics.median(seconds[name]):.2f}' for name in pair)}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see the module's docstring."""
+    options = build_parser().parse_args(argv)
+    layer = Layer.random(options.tokens, options.hidden_size, options.vocab_size, getattr(torch, options.dtype))
+    plan = linear_cross_entropy_plan(layer.x, layer.w, max_workspace_mb=options.workspace)
     names = ("tokens", "hidden_size", "vocab_size", "workspace", "dtype")
     found = read(options.json, {name: getattr(options, name) for name in names} | {"rows": plan.rows})
-    found["gradient_bytes"] = gradients = (x.numel() + w.numel()) * dtype.itemsize
+    found["gradient_bytes"] = gradients = layer.gradient_bytes
     print(f"{plan}; gradients {gradients / 1e6:.1f} MB; {torch.get_num_threads()} threads, torch {torch.__version__}")
-
-    calls = ways(x, w, y, options.workspace)
+    calls = ways(*layer, options.workspace)
     pair = list(calls)[:2]
 
     def save() -> None:
         if options.json:
             options.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
 
-    def run(name: str) -> float:
-        x.grad = w.grad = None
-        start = time.perf_counter()
-        calls[name]().backward()
-        return time.perf_counter() - start
-
-    few, narrow = (t[:64].detach().requires_grad_() for t in (x, w))
-    for call in ways(few, narrow, y[:64] % 64, options.workspace).values():
-        call().backward()  # first-call allocations
-    for name in calls if not found["peak_bytes"] else ():
-        x.grad = w.grad = None
-        found["peak_bytes"][name] = peak(lambda name=name: run(name))
+    layer.allocate(options.workspace)
+    for name, loss in calls.items() if not found["peak_bytes"] else ():
+        layer.x.grad = layer.w.grad = None
+        found["peak_bytes"][name] = peak(lambda loss=loss: layer.seconds(loss))
     save()
     for name, bytes_ in found["peak_bytes"].items():
         print(f"{name}: peak {bytes_ / 1e6:,.1f} MB, of which {(bytes_ - gradients) / 1e6:,.1f} beside the gradients")
     for turn in range(options.rounds):
-        round_ = {name: run(name) for name in order(pair, turn)}
+        round_ = {name: layer.seconds(calls[name]) for name in order(pair, turn)}
         for name in pair:
             found["seconds"].setdefault(name, []).append(round_[name])
         save()
     if found["seconds"] and len(pair) == 2:
-        speed = ratios(found["seconds"], *pair)
-        print(
-            f"{pair[0]} / {pair[1]} in time: median {1 / speed.median:.3f}, quartiles {1 / speed.high:.3f} to "
-            f"{1 / speed.low:.3f}, over {len(found['seconds'][pair[0]])} pairs"
-        )
-        medians = ", ".join(f"{name} {statistics.median(found['seconds'][name]):.2f}" for name in pair)
-        print(f"median seconds: {medians}")
+        _show_times(found["seconds"], pair)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ right if it masks such a part, and nothing else of the line.
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..data.clean.pii import mask
+from ..parser import first_paragraph
 
 LINES = Path(__file__).with_name("personal_lines.txt")
 _MARKED = re.compile(r"\{(\w+):([^{}]+)\}")
@@ -54,7 +56,10 @@ def grade(lines: list[str]) -> Grades:
     return grades
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see the module's docstring."""
+    parser = argparse.ArgumentParser("python -m fastllm.bench.personal_data", description=first_paragraph(__doc__))
+    parser.parse_args(argv)
     lines = read_lines()
     grades = grade(lines)
     print(f"{len(lines)} lines, {sum('{' in line for line in lines)} of them with personal data\n")

@@ -14,9 +14,9 @@ import importlib
 import math
 import time
 from collections.abc import Callable, Collection, Container, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -85,54 +85,86 @@ class Compiling:
             self.left -= time.monotonic() - began
 
 
-class Entrants:
+@dataclass(frozen=True)
+class Effort:
+    """What the measuring of one call may take.
+
+    Attributes:
+        rounds: samples of each provider; fewer, but at least ``timing.FEWEST``, where they would take longer than
+            ``within`` seconds.
+        left: seconds that it must not exceed; a call whose first run says that it would raises OutOfTime.
+        compiling: what torch.compile may take; by default all that it wants.
+        balance: FLOPs a byte above which matrix products bound a call: on CUDA it is timed with a hot cache too.
+        rivals: those in processes of their own.
+    """
+
+    rounds: int
+    within: float = math.inf
+    left: float = math.inf
+    balance: float = math.inf
+    compiling: Compiling = field(default_factory=Compiling)
+    rivals: Sequence[Rival] = ()
+
+
+class Entrants(NamedTuple):
     """The providers of one call that are right, how long their first calls took, and what is wrong with the others."""
 
-    def __init__(
-        self, op: Op, sample: Sample, dtype: torch.dtype, device: torch.device, only=(), *, left=math.inf,
-        compiling: Compiling | None = None, rivals: Sequence[Rival] = (),
-    ):  # fmt: skip
-        compiling = compiling or Compiling()
-        self.functions: dict[str, Callable] = {}
-        self.first: dict[str, dict[str, float]] = {}
-        self.problems: dict[str, str] = {}
-        judge = None
-        # Eager comes first: its error is the yardstick. Where it fails, that of the reference in the same dtype is.
-        for name, setup in sorted(providers(op).items(), key=lambda item: item[0] != EAGER):
-            if only and name not in (OURS, EAGER, *only):
-                continue
-            if name == COMPILED and compiling.left <= 0:
-                self.problems[name] = NOT_COMPILED
-                continue
-            spending = compiling.spending() if name == COMPILED else contextlib.nullcontext()
-            try:
-                limit = math.inf if name in (OURS, EAGER) else RIVAL_SHARE * left
-                with spending, none_left_running(), time_limit(limit):
-                    function = setup()
-                    self.first[name] = first_calls(function, sample, device)
-                    if name == EAGER and PASSES * sum(self.first[name].values()) / 2 > left:
-                        raise OutOfTime(f"a call takes {sum(self.first[name].values()):.1f} s, {left:.0f} s are left")
-                    judge = judge or Judge(op, function if name == EAGER else op.reference, sample, dtype)
-                    problem = judge.problem(function)
-            except OutOfTime as error:
-                if name in (OURS, EAGER):
-                    raise
-                problem = str(error)
-            except ModuleNotFoundError as error:
-                problem = f"{NOT_INSTALLED} ({error.name})"
-            except Exception as error:
-                problem = first_line(error)
-            if problem is None:
-                self.functions[name] = function
-            else:
-                self.problems[name] = problem
-        for rival in rivals:
-            try:
-                with none_left_running(), time_limit(RIVAL_SHARE * left):
-                    rival.enter(judge or Judge(op, op.reference, sample, dtype))
-            except OutOfTime as error:
-                rival.problem = str(error)
-            self.first[rival.name] = rival.first
+    functions: dict[str, Callable]
+    first: dict[str, dict[str, float]]
+    problems: dict[str, str]
+
+
+def entered(
+    op: Op, sample: Sample, dtype: torch.dtype, device: torch.device, effort: Effort, only: Collection[str] = ()
+) -> Entrants:
+    """Sets up every provider, and judges its first call and those of ``effort.rivals``.
+
+    Args:
+        only: providers to take beside ours and eager; all if empty.
+
+    Raises:
+        OutOfTime: ours or eager PyTorch takes longer than there is.
+    """
+    found = Entrants({}, {}, {})
+    judge = None
+    # Eager comes first: its error is the yardstick. Where it fails, that of the reference in the same dtype is.
+    for name, setup in sorted(providers(op).items(), key=lambda item: item[0] != EAGER):
+        if only and name not in (OURS, EAGER, *only):
+            continue
+        if name == COMPILED and effort.compiling.left <= 0:
+            found.problems[name] = NOT_COMPILED
+            continue
+        spending = effort.compiling.spending() if name == COMPILED else contextlib.nullcontext()
+        try:
+            limit = math.inf if name in (OURS, EAGER) else RIVAL_SHARE * effort.left
+            with spending, none_left_running(), time_limit(limit):
+                function = setup()
+                found.first[name] = first_calls(function, sample, device)
+                once = found.first[name].get("both", found.first[name]["forward"])
+                if name == EAGER and PASSES * once > effort.left:
+                    raise OutOfTime(f"a call takes {once:.1f} s, {effort.left:.0f} s are left")
+                judge = judge or Judge(op, function if name == EAGER else op.reference, sample, dtype)
+                problem = judge.problem(function)
+        except OutOfTime as error:
+            if name in (OURS, EAGER):
+                raise
+            problem = str(error)
+        except ModuleNotFoundError as error:
+            problem = f"{NOT_INSTALLED} ({error.name})"
+        except Exception as error:
+            problem = first_line(error)
+        if problem is None:
+            found.functions[name] = function
+        else:
+            found.problems[name] = problem
+    for rival in effort.rivals:
+        try:
+            with none_left_running(), time_limit(RIVAL_SHARE * effort.left):
+                rival.enter(judge or Judge(op, op.reference, sample, dtype))
+        except OutOfTime as error:
+            rival.problem = str(error)
+        found.first[rival.name] = rival.first
+    return found
 
 
 def _least(cost: Cost, direction: str) -> tuple[int, int]:
@@ -147,27 +179,6 @@ def _floor(cost: Cost, rates: dict[str, float], dtype: str) -> float:
     return max(least / rates["copy"], flops / matrix_rate(rates, dtype))
 
 
-@dataclass(frozen=True)
-class Effort:
-    """What the measuring of one call may take.
-
-    Attributes:
-        rounds: samples of each provider; fewer, but at least ``timing.FEWEST``, where they would take longer than
-            ``within`` seconds.
-        left: seconds that it must not exceed; a call whose first run says that it would raises OutOfTime.
-        compiling: what torch.compile may take; all that it wants without.
-        balance: FLOPs a byte above which matrix products bound a call: on CUDA it is timed with a hot cache too.
-        rivals: those in processes of their own.
-    """
-
-    rounds: int
-    within: float = math.inf
-    left: float = math.inf
-    balance: float = math.inf
-    compiling: Compiling | None = None
-    rivals: Sequence[Rival] = ()
-
-
 def measure(
     op: Op, sample: Sample, dtype: str, device: torch.device, effort: Effort, only: Collection[str] = (), **sweep
 ) -> Iterator[Row]:
@@ -179,10 +190,7 @@ def measure(
     """
     began = time.monotonic()
     cost = op.cost(*sample.args, **sample.kwargs)
-    entrants = Entrants(
-        op, sample, getattr(torch, dtype), device, only, left=effort.left, compiling=effort.compiling,
-        rivals=effort.rivals,
-    )  # fmt: skip
+    entrants = entered(op, sample, getattr(torch, dtype), device, effort, only)
     common: dict[str, Any] = dict(op=op.name, shape=sample.name, dtype=dtype, **sweep)
     directions = DIRECTIONS if cases.differentiable(sample) else DIRECTIONS[:1]
     states = {}

@@ -21,7 +21,7 @@ def _entrants(planned, provider, device, dtype):
     """The call and who may be timed on it, once for all directions."""
     torch.manual_seed(0)
     sample = replace(planned.make(device, dtype), name=planned.name)
-    return sample, run.Entrants(planned.op, sample, dtype, device, [provider])
+    return sample, run.entered(planned.op, sample, dtype, device, run.Effort(rounds=1), [provider])
 
 
 def test_op(planned, provider, direction, device, dtype, benchmark):

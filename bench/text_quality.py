@@ -33,10 +33,11 @@ def around(html: str, text: str) -> str:
     )  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=first_paragraph(__doc__))
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see the module's docstring."""
+    parser = argparse.ArgumentParser("python -m fastllm.bench.text_quality", description=first_paragraph(__doc__))
     parser.add_argument("pages", type=Path)
-    pages = read_marked(parser.parse_args().pages)
+    pages = read_marked(parser.parse_args(argv).pages)
     # By a checksum of the site, so that no site is on both sides.
     halves = [[page for page in pages if zlib.crc32(page.site.encode()) % 2 == half] for half in range(2)]
     main_texts = [page.text for page in halves[1]]

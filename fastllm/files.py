@@ -92,6 +92,24 @@ def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
 
 
+def _make_folders(folder: Path, new: bool) -> Iterator[Path]:
+    """Make ``folder`` and those above it, and yield each that was not there.
+
+    Raises:
+        FileExistsError: ``folder`` is there and must not be, or is no folder.
+        OSError: one cannot be made.
+    """
+    for each in reversed((folder, *folder.parents)):
+        # Another process may make the same folders at this moment: its own are not this one's to remove.
+        try:
+            each.mkdir()
+        except FileExistsError:
+            if each == folder and (new or not folder.is_dir()):
+                raise
+        else:
+            yield each
+
+
 @contextlib.contextmanager
 def folder_to_fill(path: str | os.PathLike, new: bool = False) -> Iterator[Path]:
     """``path``, made with the folders above it and tried; if the block raises, what it has made goes again.
@@ -109,14 +127,8 @@ def folder_to_fill(path: str | os.PathLike, new: bool = False) -> Iterator[Path]
     made: list[Path] = []
     try:
         try:
-            for each in reversed((folder, *folder.parents)):
-                # Another process may make the same folders at this moment: its own are not this one's to remove.
-                try:
-                    each.mkdir()
-                    made.append(each)
-                except FileExistsError:
-                    if each == folder and (new or not folder.is_dir()):
-                        raise
+            for each in _make_folders(folder, new):
+                made.append(each)
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
@@ -234,6 +246,25 @@ def _exchange(one: Path, other: Path) -> bool:
     return swap(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
+def _replace(path: Path, temporary: Path) -> None:
+    """Rename the folder ``temporary`` to ``path``, in the place of what is there."""
+    if not os.path.lexists(path):
+        os.replace(temporary, path)
+    elif _exchange(temporary, path):
+        remove(temporary)
+    else:
+        # A folder cannot be renamed onto one that has files; between the two renames only the old one under its
+        # temporary name exists, complete.
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        os.replace(path, old)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            os.replace(old, path)
+            raise
+        remove(old)
+
+
 @contextlib.contextmanager
 def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
     """An empty folder to fill that becomes ``path`` when the block ends, and leaves no trace if it raises.
@@ -255,21 +286,7 @@ def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
                     with open(file, "rb+") as handle:
                         os.fsync(handle.fileno())
             sync_folder(temporary)
-            if not os.path.lexists(path):
-                os.replace(temporary, path)
-            elif _exchange(temporary, path):
-                remove(temporary)
-            else:
-                # A folder cannot be renamed onto one that has files; between the two renames only the old
-                # one under its temporary name exists, complete.
-                old = path.with_name(f".{path.name}.{os.getpid()}.old")
-                os.replace(path, old)
-                try:
-                    os.replace(temporary, path)
-                except OSError:
-                    os.replace(old, path)
-                    raise
-                remove(old)
+            _replace(path, temporary)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

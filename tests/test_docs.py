@@ -5,6 +5,7 @@ The Python blocks of a page share their names, as a reader would paste them one 
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import json
@@ -13,13 +14,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from fastllm.bench.command import build_parser as bench_parser
-from fastllm.bench.export import build_parser as export_parser
-from fastllm.bench.regress import build_parser as regress_parser
+from fastllm.bench.command import main as bench_main
 from fastllm.cli import build_parser as cli_parser
 from fastllm.data import Tokenizer, write_token_file
 
@@ -131,7 +132,7 @@ def refused(words: list[str]) -> str | None:
         if missing := [a for a in named if not (ROOT / a).exists() and not a.startswith(("runs/", "results"))]:
             return f"{missing[0]} does not exist"
         if program == "python" and arguments[:1] == ["-m"]:
-            return None if importlib.util.find_spec(arguments[1]) else f"no module {arguments[1]}"
+            return _refused_by_module(*arguments[1:])
         return None
     return None if program in OTHERS else f"the program {program} is not known"
 
@@ -139,21 +140,38 @@ def refused(words: list[str]) -> str | None:
 def _refused_arguments(arguments: list[str]) -> str | None:
     if "--help" in arguments or "$@" in arguments or "..." in arguments:
         arguments = [*arguments[:1], "--help"]
-    try:
-        if arguments[:2] == ["bench", "train"] or arguments[:2] in (["bench", "compare"], ["bench", "report"]):
-            return None  # tests/bench has them
-        if arguments[:2] == ["bench", "regress"]:
-            regress_parser().parse_args(arguments[2:])
-        elif arguments[:2] == ["bench", "export"]:
-            export_parser().parse_args(arguments[2:])
-        elif arguments[0] == "bench":
-            bench_parser().parse_args(arguments[1:])
-        else:
-            cli_parser(arguments[0]).parse_args(arguments)
-    except SystemExit as exit_:
-        if exit_.code:
-            return f"fastllm {' '.join(arguments)}: exit code {exit_.code}"
-    return None
+    if arguments[0] == "bench":
+        return _refused_by(bench_main, arguments[1:])
+    return _refused_by(lambda words: cli_parser(words[0]).parse_args(words), arguments)
+
+
+def _refused_by_module(name: str, *arguments: str) -> str | None:
+    if importlib.util.find_spec(name) is None:
+        return f"no module {name}"
+    # The others have no arguments.
+    return _refused_by(importlib.import_module(name).main, [*arguments]) if name.startswith("fastllm.bench.") else None
+
+
+class Parsed(Exception):
+    """The arguments are in order: what would be done with them is not done."""
+
+
+def _refused_by(main: Callable[[list[str]], object], arguments: list[str]) -> str | None:
+    """Why the parser in ``main`` refuses the arguments, or None."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_args(parser, args=None, namespace=None):
+        parse(parser, args, namespace)
+        raise Parsed
+
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", parse_args):
+        try:
+            main(arguments)
+        except Parsed:
+            return None
+        except SystemExit as exit_:
+            return f"{' '.join(arguments)}: exit code {exit_.code}" if exit_.code else None
+    raise AssertionError(f"{main.__module__}: parses no arguments")
 
 
 def test_shell_commands_are_what_the_command_line_takes(capsys):
@@ -165,7 +183,8 @@ def test_shell_commands_are_what_the_command_line_takes(capsys):
 
 @pytest.mark.parametrize(
     "text", ["fastllm train --no-such-flag", "fastllm fly", "python -m fastllm.bench.nothing", "python docs/none.py",
-             "fastllm bench --nothing", "fastllm bench regress", "unheard-of --help"],
+             "fastllm bench --nothing", "fastllm bench regress", "fastllm bench train --cpu avx2", "unheard-of --help",
+             "python -m fastllm.bench.memory --no-such-flag"],
 )  # fmt: skip
 def test_a_command_that_does_not_exist_is_seen(text):
     assert refused(text.split())

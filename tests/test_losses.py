@@ -240,6 +240,14 @@ def test_advantages_and_metrics_are_what_they_say():
     assert {name: round(float(value), 5) for name, value in logged.items()} == {
         name: round(value, 5) for name, value in expected.items()
     }
+    # Of a ratio below the range the clipped term is the smaller one where the advantage is negative, and above it where
+    # it is positive.
+    ratios = torch.tensor([[0.5, 0.5, 2.0, 2.0, 1.0]])
+    gains = torch.tensor([[-1.0, 1.0, -1.0, 1.0, 1.0]])
+    for counted, share in (([1, 0, 0, 0, 0], 1.0), ([0, 1, 0, 0, 0], 0.0), ([1] * 5, 0.4)):
+        mask = torch.tensor([counted])
+        _, logged = losses.ppo(ratios.log(), torch.zeros(1, 5), gains, mask, return_metrics=True)
+        assert logged["clip_share"].item() == pytest.approx(share)
     pairs = [torch.tensor(values) for values in ([-1.0, -2.0], [-4.0, -1.0], [-2.0, -2.0], [-3.0, -1.0])]
     _, logged = losses.dpo(*pairs, beta=0.5, return_metrics=True)
     expected = {"chosen_reward": 0.25, "rejected_reward": -0.25, "margin": 0.5, "accuracy": 0.5}

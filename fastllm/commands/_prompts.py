@@ -13,7 +13,7 @@ from ..data import Tokenizer
 from ..models import LanguageModel
 from ..tasks.features import answer_features, preference_features
 from ..tasks.metrics import wilson_interval
-from ..tasks.preferences import preference_scores, score_pairs
+from ..tasks.preferences import preference_scores, right_pairs, score_pairs
 from ..tasks.prompts import prompt_form, rendered
 from ..tasks.read import read_examples
 from ..training.checkpoints.model_folder import language_model_folder, load_language_model
@@ -99,7 +99,7 @@ def _of_preferences(model, tokenizer, examples, arguments) -> tuple[dict, list[d
                              f"{model.config.context_length}")  # fmt: skip
         reference = score_pairs(other, features, ROWS)
     scores = preference_scores(own, reference, beta or ObjectiveConfig.beta)
-    interval = wilson_interval(scores.pop("right"), len(examples))
+    interval = wilson_interval(right_pairs(own), len(examples))
     scores = {
         "preference_accuracy": scores.pop("preference_accuracy"),
         "preference_accuracy_interval": interval,

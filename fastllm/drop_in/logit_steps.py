@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -33,9 +32,9 @@ def step_after(plan, tensor, func, args, kwargs):
 def _contiguous(plan, tensor, func, args, kwargs):
     if args or kwargs:
         return NotImplemented
-    if plan.laid_out().is_contiguous():
+    if plan.layout.is_contiguous():
         return tensor
-    return plan.derive(tensor, lambda x: x.contiguous(), class_dim=plan.class_dim, cast=True)
+    return plan.derive(tensor, lambda x: x.contiguous(), plan.form)
 
 
 def _cast(plan, tensor, func, args, kwargs):
@@ -43,43 +42,43 @@ def _cast(plan, tensor, func, args, kwargs):
         return NotImplemented
     named = {"float": torch.float32, "double": torch.float64}.get(func.__name__)
     dtype = named or (args[0] if len(args) == 1 else None)
-    if dtype is plan.dtype or dtype == plan.rows.device:
+    if dtype is plan.dtype or dtype == plan.form.rows.device:
         return tensor
     if dtype is torch.float32 and plan.dtype.itemsize < 4:
-        return plan.derive(tensor, lambda x: x.to(dtype), class_dim=plan.class_dim, cast=True)
+        return plan.derive(tensor, lambda x: x.to(dtype), plan.form)
     return NotImplemented
 
 
 def _scaled(plan, tensor, func, args, kwargs):
-    number = _number(args[0]) if len(args) == 1 else None
-    if number is None or kwargs or plan.softcap is not None:
+    form, number = plan.form, _number(args[0]) if len(args) == 1 else None
+    if number is None or kwargs or form.softcap is not None:
         return NotImplemented
     factor = number if "mul" in func.__name__ else 1.0 / number
-    if plan.pending is not None:  # a soft cap ends with the number that tanh's argument was divided by
-        if not math.isclose(factor, plan.pending, rel_tol=1e-9):
+    if form.pending is not None:  # a soft cap ends with the number that tanh's argument was divided by
+        if not math.isclose(factor, form.pending, rel_tol=1e-9):
             return NotImplemented
-        changes: dict[str, Any] = dict(softcap=plan.pending, pending=None)
-    elif _number(plan.scale * factor) is None:
+        scaled = form._replace(softcap=form.pending, pending=None, last=1.0)
+    elif _number(form.scale * factor) is None:
         return NotImplemented
     else:
-        changes = dict(scale=plan.scale * factor, last=factor)
-    return plan.derive(tensor, lambda x: func(x, args[0]), class_dim=plan.class_dim, **changes)
+        scaled = form._replace(scale=form.scale * factor, last=factor)
+    return plan.derive(tensor, lambda x: func(x, args[0]), scaled)
 
 
 def _shifted(plan, tensor, func, args, kwargs):
     if len(args) != 1 or kwargs or not _is_shift(plan, args[0]):
         return NotImplemented
-    result = plan.laid_out() + torch.empty_like(args[0], device="meta")
+    layout = plan.layout + torch.empty_like(args[0], device="meta")
     shift = args[0].clone()  # as it is now, whatever becomes of it before the logits are made
-    return plan.derive(tensor, lambda x: func(x, shift), result=result, shift=shift, last=1.0)
+    return plan.derive(tensor, lambda x: func(x, shift), plan.form._replace(shift=shift, last=1.0), layout)
 
 
 def _bent(plan, tensor, func, args, kwargs):
-    if args or kwargs or plan.softcap is not None or plan.pending is not None:
+    form = plan.form
+    if args or kwargs or form.softcap is not None or form.pending is not None:
         return NotImplemented
     # tanh(z / cap), and cap to come: the scale before the division is the logits' own.
-    scale, pending = plan.scale / plan.last, 1.0 / plan.last
-    return plan.derive(tensor, func, class_dim=plan.class_dim, scale=scale, pending=pending)
+    return plan.derive(tensor, func, form._replace(scale=form.scale / form.last, pending=1.0 / form.last, last=1.0))
 
 
 def _with_classes_last(step: Callable) -> Callable:
@@ -87,7 +86,7 @@ def _with_classes_last(step: Callable) -> Callable:
 
     @functools.wraps(step)
     def checked(plan, *arguments):
-        return step(plan, *arguments) if plan.class_dim == len(plan.shape) - 1 else NotImplemented
+        return step(plan, *arguments) if plan.form.class_dim == len(plan.shape) - 1 else NotImplemented
 
     return checked
 
@@ -97,8 +96,9 @@ def _reshaped(plan, tensor, func, args, kwargs):
     sizes = args[0] if len(args) == 1 and isinstance(args[0], tuple | list | torch.Size) else args
     if kwargs or not sizes or not all(type(s) is int for s in sizes) or sizes[-1] != plan.shape[-1]:
         return NotImplemented
-    rows = plan.rows.reshape(*sizes[:-1], plan.rows.shape[-1])
-    return plan.derive(tensor, lambda x: func(x, *args), rows=rows)
+    rows = plan.form.rows
+    form = plan.form.of_rows(rows.reshape(*sizes[:-1], rows.shape[-1]))
+    return plan.derive(tensor, lambda x: func(x, *args), form)
 
 
 @_with_classes_last
@@ -106,7 +106,7 @@ def _flattened(plan, tensor, func, args, kwargs):
     last = len(plan.shape) - 1
     if last < 2 or (tuple(args), dict(kwargs)) not in (((0, last - 1), {}), ((0, -2), {})):
         return NotImplemented
-    return plan.derive(tensor, lambda x: func(x, *args), rows=plan.rows.flatten(0, -2))
+    return plan.derive(tensor, lambda x: func(x, *args), plan.form.of_rows(plan.form.rows.flatten(0, -2)))
 
 
 @_with_classes_last
@@ -115,19 +115,19 @@ def _indexed(plan, tensor, func, args, kwargs):
         return NotImplemented
     # A mask or numbers as they are now, whatever becomes of them before the logits are made.
     index = pytree.tree_map_only(torch.Tensor, torch.clone, args[0])
-    rows = plan.rows[index]
+    rows = plan.form.rows[index]
     if rows.dim() < 2:
         return NotImplemented
     shape = (*rows.shape[:-1], plan.shape[-1])
-    result = None if _is_basic(index) else torch.empty(shape, dtype=plan.dtype, device="meta")
-    return plan.derive(tensor, lambda x: func(x, index), rows=rows, result=result)
+    layout = None if _is_basic(index) else torch.empty(shape, dtype=plan.dtype, device="meta")
+    return plan.derive(tensor, lambda x: func(x, index), plan.form.of_rows(rows), layout)
 
 
 @_with_classes_last
 def _transposed(plan, tensor, func, args, kwargs):
     if len(plan.shape) != 3 or not _swaps_the_last_two(func.__name__, args):
         return NotImplemented
-    return plan.derive(tensor, lambda x: func(x, *args), class_dim=1)
+    return plan.derive(tensor, lambda x: func(x, *args), plan.form._replace(class_dim=1, last=1.0))
 
 
 # The name of a tensor's method -> the deferred step that it is: (plan, tensor, method, arguments, named arguments) to a
@@ -147,15 +147,16 @@ _STEPS: dict[str, Callable] = {
 
 def _is_shift(plan, other) -> bool:
     """Whether ``other`` is one constant for each class, as BART adds it, before any scale."""
+    form = plan.form
     return (
         type(other) is torch.Tensor
         and not other.requires_grad
         and other.numel() == other.shape[-1] == plan.shape[-1]
         and other.dim() <= len(plan.shape)
-        and (other.dtype, other.device) == (plan.weight.dtype, plan.weight.device)
+        and (other.dtype, other.device) == (plan.product.weight.dtype, plan.product.weight.device)
         and plan.dtype == other.dtype
-        and (plan.scale, plan.softcap, plan.pending, plan.shift) == (1.0, None, None, None)
-        and plan.class_dim == len(plan.shape) - 1
+        and (form.scale, form.softcap, form.pending, form.shift) == (1.0, None, None, None)
+        and form.class_dim == len(plan.shape) - 1
     )
 
 

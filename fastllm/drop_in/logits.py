@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -51,46 +52,17 @@ class _Loss(NamedTuple):
     label_smoothing: float = 0.0
 
 
-class Logits:
-    """The plan of ``linear(hidden, weight, bias)``, reshaped, indexed, cast, scaled and soft-capped since.
+class _Product(NamedTuple):
+    """``linear(hidden, weight, bias)`` as it was called: its autocast, (on, dtype), and its tensors' versions."""
 
-    Each step is a plan of its own, with its parent; ``rows`` are the hidden states that belong to its rows.
-    """
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    autocast: tuple[bool, torch.dtype]
+    versions: tuple[int | None, ...]
 
-    too_late = TOO_LATE
-
-    def __init__(
-        self, hidden, weight, bias, *, parent: Logits | None = None, step: Any = None, view=False, rows=None, shape,
-        dtype, strides=None,
-    ):  # fmt: skip
-        self.hidden, self.weight, self.bias = hidden, weight, bias
-        self.parent, self.step, self.view = parent, step, view
-        self.rows = hidden if rows is None else rows
-        self.shape, self.dtype, self.strides = torch.Size(shape), dtype, strides  # strides None: contiguous
-        self.class_dim = len(shape) - 1
-        # last: the last factor; pending: the soft cap that tanh has begun.
-        self.scale, self.softcap, self.last, self.pending = 1.0, None, 1.0, None
-        self.shift: Any = None  # a constant for each class, added since: (..., V), its own copy
-        self.value: Any = None  # once they were read
-        self.version: int | None = None
-        self.parent_tensor: Any = None
-        self.consumed = False
-        if parent is None:
-            self.autocast = _autocast_state(hidden.device.type)
-            self.versions = [t if t is None else t._version for t in (hidden, weight, bias)]
-        else:
-            self.autocast, self.versions = parent.autocast, parent.versions
-
-    @staticmethod
-    def of(hidden, weight, bias) -> Deferred:
-        """Deferred ``F.linear(hidden, weight, bias)``."""
-        narrow, dtype = _autocast_state(hidden.device.type)
-        shape = (*hidden.shape[:-1], weight.shape[0])
-        narrow = narrow and hidden.dtype != torch.float64
-        plan = Logits(hidden, weight, bias, shape=shape, dtype=dtype if narrow else hidden.dtype)
-        return defer(plan, hidden, weight, *([] if bias is None else [bias]))
-
-    def _check_fresh(self) -> None:
+    def check_fresh(self) -> None:
+        """Refuse to compute what the forward would have computed of other values, or of values that are gone."""
         for tensor, version in zip((self.hidden, self.weight, self.bias), self.versions, strict=True):
             if tensor is None:
                 continue
@@ -107,41 +79,125 @@ class Logits:
                 )
 
     def compute(self) -> torch.Tensor:
-        self._check_fresh()
-        with torch.autocast(self.hidden.device.type, self.autocast[1], enabled=self.autocast[0]):
+        self.check_fresh()
+        enabled, dtype = self.autocast
+        with torch.autocast(self.hidden.device.type, dtype, enabled=enabled):
             flat = linear(self.hidden.flatten(0, -2), self.weight, self.bias)
         # Not a view in autograd's eyes: it may then be changed in place outside the node that makes it.
         return torch.ops.aten._unsafe_view(flat, (*self.hidden.shape[:-1], len(self.weight)))
+
+
+class LogitsForm(NamedTuple):
+    """How logits came from their product, as far as their loss has to know.
+
+    ``rows``: the hidden states that belong to their rows. ``class_dim``: which dimension is that of the classes.
+    ``scale``, then ``softcap``: what they are multiplied with and capped at. ``last``: the last factor. ``pending``:
+    the soft cap that a tanh has begun. ``shift``: added before any scale, for each class one constant, (..., V).
+    """
+
+    rows: torch.Tensor
+    class_dim: int
+    scale: float = 1.0
+    softcap: float | None = None
+    last: float = 1.0
+    pending: float | None = None
+    shift: torch.Tensor | None = None
+
+    def of_rows(self, rows: torch.Tensor) -> LogitsForm:
+        """The form of logits with other rows, whose last dimension is that of the classes."""
+        return self._replace(rows=rows, class_dim=rows.dim() - 1, last=1.0)
+
+
+class _Source(NamedTuple):
+    """What logits were derived from: ``step`` of ``tensor``, whose plan is ``plan``; ``view``: of the same memory."""
+
+    plan: Logits
+    tensor: Deferred
+    step: Callable[[torch.Tensor], torch.Tensor]
+    view: bool
+
+
+class Logits:
+    """The plan of ``linear(hidden, weight, bias)``, reshaped, indexed, cast, scaled and soft-capped since.
+
+    Each step is a plan of its own, which knows its ``source``. ``layout`` is a tensor without values of the values'
+    shape, strides and dtype.
+    """
+
+    too_late = TOO_LATE
+
+    def __init__(self, product: _Product, form: LogitsForm, layout: torch.Tensor, source: _Source | None = None):
+        self.product, self.form, self.layout, self.source = product, form, layout, source
+        # Once they were read: the values, and their version then.
+        self.value: torch.Tensor | None = None
+        self._version: int | None = None
+        self.consumed = False
+
+    @staticmethod
+    def of(hidden, weight, bias) -> Deferred:
+        """Deferred ``F.linear(hidden, weight, bias)``."""
+        autocast = _autocast_state(hidden.device.type)
+        narrow, dtype = autocast
+        versions = tuple(None if t is None else t._version for t in (hidden, weight, bias))
+        layout = torch.empty(
+            (*hidden.shape[:-1], weight.shape[0]), device="meta",
+            dtype=dtype if narrow and hidden.dtype != torch.float64 else hidden.dtype,
+        )  # fmt: skip
+        product = _Product(hidden, weight, bias, autocast, versions)
+        plan = Logits(product, LogitsForm(hidden, class_dim=layout.dim() - 1), layout)
+        return defer(plan, hidden, weight, *([] if bias is None else [bias]))
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.layout.shape
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return self.layout.stride()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layout.dtype
+
+    def compute(self) -> torch.Tensor:
+        return self.product.compute()
 
     def read(self, tensor: Deferred) -> torch.Tensor:
         """The values, computed once; changes in place then show in what was derived from them as views."""
         if self.value is None:
             with as_in_the_forward(True):
                 self.value = self._make(tensor)
-            self.version = self.value._version
+            self._version = self.value._version
         return self.value if torch.is_grad_enabled() else self.value.detach()
 
     def _make(self, tensor: Deferred) -> torch.Tensor:
-        if self.parent is None:
+        source = self.source
+        if source is None:
             return _Values.apply(tensor, self)
-        base = self.parent.read(self.parent_tensor)
-        if not self.view and self.parent._changed():
-            # Somebody has changed the parent in place since; what was derived before did not change with it.
-            base = self.parent._anew()
-        return self.step(base)
+        base = source.plan.read(source.tensor)
+        if not source.view and source.plan._changed():
+            # Somebody has changed them in place since; what was derived before did not change with them.
+            base = source.plan._anew()
+        return source.step(base)
 
     def _changed(self) -> bool:
         """Whether these values, or those that they were derived from, have been changed in place since."""
-        here = self.value is not None and self.value._version != self.version
-        return here or (self.parent is not None and self.parent._changed())
+        return any(plan.value is not None and plan.value._version != plan._version for plan in self._lineage())
 
     def _anew(self) -> torch.Tensor:
-        return self.compute() if self.parent is None else self.step(self.parent._anew())
+        return self.compute() if self.source is None else self.source.step(self.source.plan._anew())
+
+    def _lineage(self) -> Iterator[Logits]:
+        """This plan, and those that it was derived from."""
+        plan: Logits | None = self
+        while plan is not None:
+            yield plan
+            plan = None if plan.source is None else plan.source.plan
 
     def gradients(self, grad, inputs, needs):
-        if self.parent is not None:
+        if self.source is not None:
             with torch.enable_grad():
-                pull = torch.func.vjp(self.step, self.parent.read(self.parent_tensor).detach())[1]
+                pull = torch.func.vjp(self.source.step, self.source.plan.read(self.source.tensor).detach())[1]
             return pull(grad)
         hidden, weight = (t.to(grad.dtype) for t in inputs[:2])
         flat = grad.reshape(-1, grad.shape[-1])
@@ -155,35 +211,13 @@ class Logits:
             grads[2] = flat.sum(0).to(inputs[2].dtype)
         return grads
 
-    def laid_out(self) -> torch.Tensor:
-        """A tensor without values of the values' shape, strides and dtype."""
-        if self.strides is None:
-            return torch.empty(self.shape, dtype=self.dtype, device="meta")
-        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
-
-    def derive(self, tensor, step, *, rows=None, result=None, class_dim=None, cast=False, **changes) -> Deferred:
-        """``step`` of these logits; ``result`` is its output laid out, found by ``step`` itself unless given."""
-        before = self.laid_out()
-        result = step(before) if result is None else result
-        plan = Logits(
-            self.hidden, self.weight, self.bias, parent=self, step=step, view=result is before or result._is_view(),
-            rows=self.rows if rows is None else rows, shape=result.shape, dtype=result.dtype, strides=result.stride(),
-        )  # fmt: skip
-        plan.class_dim = (result.dim() - 1) if class_dim is None else class_dim
-        plan.parent_tensor = tensor
-        plan.scale, plan.softcap, plan.pending, plan.shift = self.scale, self.softcap, self.pending, self.shift
-        plan.last = self.last if cast else 1.0
-        for name, value in changes.items():
-            setattr(plan, name, value)
-        return defer(plan, tensor)
-
-    def _unread(self) -> bool:
-        plan = self
-        while plan is not None:
-            if plan.value is not None:
-                return False
-            plan = plan.parent
-        return True
+    def derive(
+        self, tensor: Deferred, step: Callable, form: LogitsForm, layout: torch.Tensor | None = None
+    ) -> Deferred:
+        """``step`` of these logits, in the form that it has then; ``step`` itself finds the layout unless given."""
+        layout = step(self.layout) if layout is None else layout
+        view = layout is self.layout or layout._is_view()
+        return defer(Logits(self.product, form, layout, _Source(self, tensor, step, view)), tensor)
 
     def handle(self, tensor, func, args, kwargs):
         """What ``func`` gives without the values, or NotImplemented."""
@@ -192,7 +226,7 @@ class Logits:
         if func in WATCH:
             self.read(tensor)  # from here on they are ordinary logits, whose loss passes through them
             return NotImplemented
-        if not self._unread():
+        if any(plan.value is not None for plan in self._lineage()):
             return NotImplemented
         if func is torch.nn.functional.cross_entropy and args and args[0] is tensor:
             return self._loss(_Loss(*args[1:], **kwargs))
@@ -204,43 +238,42 @@ class Logits:
         """Whether linear_cross_entropy has the loss that is asked for."""
         target, weight = asked.target, asked.weight
         return (
-            self.class_dim == 1
-            and self.pending is None
+            self.form.class_dim == 1
+            and self.form.pending is None
             and asked.size_average is None
             and asked.reduce is None
             and type(target) is torch.Tensor
             and target.dtype in (torch.int64, torch.uint8)
             and target.shape == self.shape[:1] + self.shape[2:]
-            and target.device == self.rows.device
+            and target.device == self.form.rows.device
             and (weight is None or (plain(weight) and not weight.requires_grad))
         )
 
     def _loss(self, asked: _Loss):
         if not self._gives(asked):
             return NotImplemented
-        self._check_fresh()
-        bias = self.bias
-        if self.shift is not None:
-            bias = self.shift.reshape(-1) if bias is None else bias + self.shift.reshape(-1)
+        product, form = self.product, self.form
+        product.check_fresh()
+        bias = product.bias
+        if form.shift is not None:
+            bias = form.shift.reshape(-1) if bias is None else bias + form.shift.reshape(-1)
         out = self.dtype
-        if torch.is_autocast_enabled(self.hidden.device.type):
+        if torch.is_autocast_enabled(product.hidden.device.type):
             out = torch.promote_types(out, torch.float32)
-        enabled, narrow = self.autocast
-        if not enabled and self.rows.dtype in (torch.bfloat16, torch.float16) and out == torch.float32:
-            enabled, narrow = True, self.rows.dtype  # the op gives its loss in fp32 under autocast
+        enabled, narrow = product.autocast
+        if not enabled and form.rows.dtype in (torch.bfloat16, torch.float16) and out == torch.float32:
+            enabled, narrow = True, form.rows.dtype  # the op gives its loss in fp32 under autocast
         try:
-            with torch.autocast(self.hidden.device.type, narrow, enabled=enabled):
+            with torch.autocast(product.hidden.device.type, narrow, enabled=enabled):
                 loss = serve(
-                    None, linear_cross_entropy, self.rows, self.weight, asked.target, linear_bias=bias,
+                    None, linear_cross_entropy, form.rows, product.weight, asked.target, linear_bias=bias,
                     weight=asked.weight, reduction=asked.reduction, ignore_index=asked.ignore_index,
-                    label_smoothing=asked.label_smoothing, softcap=self.softcap, logit_scale=self.scale,
+                    label_smoothing=asked.label_smoothing, softcap=form.softcap, logit_scale=form.scale,
                 ).to(out)  # fmt: skip
         except BackendError:
             raise
         except (TypeError, ValueError):
             return NotImplemented  # torch's own function takes it, or says in its own words why not
-        plan = self
-        while plan is not None:
+        for plan in self._lineage():
             plan.consumed = True
-            plan = plan.parent
         return loss

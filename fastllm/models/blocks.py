@@ -162,14 +162,14 @@ class Stream(NamedTuple):
     branch: torch.Tensor
     residual: torch.Tensor | None = None
 
-    def normed(self, norm: Any) -> Stream:
+    def normed(self, norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm of the sum, the sum)."""
         branch, residual = self
         if residual is None:
-            return Stream(norm(branch), branch)
+            return norm(branch), branch
         if isinstance(norm, fast.RMSNorm):
-            return Stream(*add_rms_norm(branch, residual, norm.normalized_shape, norm.weight, norm.eps))
-        return Stream(*add_layer_norm(branch, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
+            return add_rms_norm(branch, residual, norm.normalized_shape, norm.weight, norm.eps)
+        return add_layer_norm(branch, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
     def whole(self) -> torch.Tensor:
         """The sum."""
@@ -190,7 +190,8 @@ class Residual(nn.Module):
             x, residual = stream.normed(norm)
             return Stream(self.dropout(branch(x)), residual)
         x = stream.branch
-        return Stream(Stream(self.dropout(branch(x)), x).normed(norm).branch)
+        normed, _ = Stream(self.dropout(branch(x)), x).normed(norm)
+        return Stream(normed)
 
 
 class Block(Residual):

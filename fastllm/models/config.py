@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
 
-from ..config import MAX_FLOAT
+from ..config import InputError, check_fields, option
 
 POSITIONS = ("learned", "rotary", "sinusoidal", "relative")
 NORMS = ("layer", "rms")
@@ -25,8 +23,9 @@ _POSITIONS_OF = {"rotary_base": "rotary", "relative_buckets": "relative", "relat
 HEADS = ("mlm", "nsp", "classify", "span")
 
 
-def _field(default, help: str, **metadata):
-    return field(default=default, metadata={"help": help, **metadata})
+def _size(default, help: str, minimum: int = 1, maximum: int = MAX_SIZE):
+    """A whole number that is a size or a count."""
+    return option(default, help, minimum=minimum, maximum=maximum)
 
 
 @dataclass(frozen=True)
@@ -38,107 +37,75 @@ class ModelConfig:
     hidden_size.
 
     Raises:
-        ValueError: a field is out of range or two fields do not fit; the message names them.
+        InputError: a field is out of range or two fields do not fit; the message names them.
     """
 
-    encoder: str = _field("none", "the part that reads its whole input at once", choices=("none", *ENCODERS))
-    decoder: str = _field("transformer", "the part that predicts one token after another", choices=("none", *KINDS))
-    heads: tuple[str, ...] = _field((), "heads on an encoder", choices=HEADS)
-    labels: tuple[str, ...] = _field((), "names of the classes; training takes them from its data", metavar="LABEL")
-    vocab_size: int = _field(50257, "tokens in the vocabulary")
-    context_length: int = _field(1024, "longest sequence, in tokens")
-    num_layers: int = _field(12, "blocks of attention and MLP, or recurrent ones")
-    num_encoder_layers: int | None = _field(None, "blocks of the encoder; as num_layers if not given")
-    num_heads: int = _field(12, "query heads")
-    num_kv_heads: int | None = _field(None, "key and value heads (grouped-query attention); as num_heads if not given")
-    hidden_size: int = _field(768, "width of the residual stream")
-    head_size: int | None = _field(None, "width of a head; hidden_size / num_heads if not given")
-    intermediate_size: int | None = _field(
+    encoder: str = option("none", "the part that reads its whole input at once", choices=("none", *ENCODERS))
+    decoder: str = option("transformer", "the part that predicts one token after another", choices=("none", *KINDS))
+    heads: tuple[str, ...] = option((), "heads on an encoder", choices=HEADS)
+    labels: tuple[str, ...] = option((), "names of the classes; training takes them from its data", metavar="LABEL")
+    vocab_size: int = _size(50257, "tokens in the vocabulary")
+    context_length: int = _size(1024, "longest sequence, in tokens")
+    num_layers: int = _size(12, "blocks of attention and MLP, or recurrent ones", maximum=MAX_LAYERS)
+    num_encoder_layers: int | None = _size(
+        None, "blocks of the encoder; as num_layers if not given", maximum=MAX_LAYERS
+    )
+    num_heads: int = _size(12, "query heads")
+    num_kv_heads: int | None = _size(None, "key and value heads (grouped-query attention); as num_heads if not given")
+    hidden_size: int = _size(768, "width of the residual stream")
+    head_size: int | None = _size(None, "width of a head; hidden_size / num_heads if not given")
+    intermediate_size: int | None = _size(
         None, "width of the MLP; if not given 4 x hidden_size, for gated ones 8/3 of it rounded up to a multiple of 64"
     )
-    positions: str = _field("learned", "how positions enter a Transformer", choices=POSITIONS)
-    rotary_base: float = _field(10000.0, "base of the rotary frequencies (Su et al. 2021)")
-    relative_buckets: int = _field(32, "buckets of distance (relative positions, Raffel et al. 2020)")
-    relative_distance: int = _field(128, "all distances from here on share one bucket")
-    segments: int = _field(0, "rows of the segment embedding; 0: none")
-    scale_embeddings: bool = _field(False, "multiply token embeddings with sqrt(hidden_size) (Vaswani et al. 2017)")
-    norm: str = _field("layer", "normalisation", choices=NORMS)
-    norm_position: str = _field("pre", "before each branch, or after its sum with the residual", choices=NORM_POSITIONS)
-    norm_eps: float = _field(1e-5, "added to the variance or the mean square")
-    embedding_norm: bool = _field(False, "normalise the embeddings before the first block")
-    qk_norm: bool = _field(False, "RMS-normalise queries and keys per head before the product")
-    scale_attention: bool = _field(True, "divide attention's products by sqrt(head size); T5 does not")
-    activation: str = _field("gelu_tanh", "the MLP's non-linearity; relu2 is ReLU squared", choices=ACTIVATIONS)
-    bias: bool = _field(True, "biases in the linear layers and in LayerNorm")
-    tie_embeddings: bool = _field(True, "the head shares the token embedding's weight")
-    logit_scale: float = _field(1.0, "multiplies the logits; hidden_size^-0.5 in the first T5")
-    dropout: float = _field(0.0, "dropout probability on embeddings and on each branch, in training")
-    zero_init: bool = _field(False, "start the projections back into the residual stream at zero, not at GPT-2's scale")
-    pooling: str = _field(
+    positions: str = option("learned", "how positions enter a Transformer", choices=POSITIONS)
+    rotary_base: float = option(10000.0, "base of the rotary frequencies (Su et al. 2021)", above=0)
+    relative_buckets: int = _size(32, "buckets of distance (relative positions, Raffel et al. 2020)")
+    relative_distance: int = _size(128, "all distances from here on share one bucket")
+    segments: int = _size(0, "rows of the segment embedding; 0: none", minimum=0)
+    scale_embeddings: bool = option(False, "multiply token embeddings with sqrt(hidden_size) (Vaswani et al. 2017)")
+    norm: str = option("layer", "normalisation", choices=NORMS)
+    norm_position: str = option("pre", "before each branch, or after its sum with the residual", choices=NORM_POSITIONS)
+    norm_eps: float = option(1e-5, "added to the variance or the mean square", above=0)
+    embedding_norm: bool = option(False, "normalise the embeddings before the first block")
+    qk_norm: bool = option(False, "RMS-normalise queries and keys per head before the product")
+    scale_attention: bool = option(True, "divide attention's products by sqrt(head size); T5 does not")
+    activation: str = option("gelu_tanh", "the MLP's non-linearity; relu2 is ReLU squared", choices=ACTIVATIONS)
+    bias: bool = option(True, "biases in the linear layers and in LayerNorm")
+    tie_embeddings: bool = option(True, "the head shares the token embedding's weight")
+    logit_scale: float = option(1.0, "multiplies the logits; hidden_size^-0.5 in the first T5")
+    dropout: float = option(
+        0.0, "dropout probability on embeddings and on each branch, in training", minimum=0, below=1
+    )
+    zero_init: bool = option(False, "start the projections back into the residual stream at zero, not at GPT-2's scale")
+    pooling: str = option(
         "first", "what the heads nsp and classify read: a text's first token through a tanh layer, like BERT's, or "
         "the mean or the maximum of all its states", choices=POOLINGS,
     )  # fmt: skip
 
     def __post_init__(self):
+        check_fields(self)
         for name in ("heads", "labels"):
-            names: Any = getattr(self, name)
-            listed = isinstance(names, Iterable) and not isinstance(names, str)
-            names = tuple(names) if listed else names
-            object.__setattr__(self, name, names)
-            self._require(name, listed and all(isinstance(n, str) for n in names), "a list of texts")
-            self._require(name, len(set(names)) == len(names), "without repetitions")
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if type(f.default) is bool:
-                self._require(f.name, isinstance(value, bool), "True or False")
-            elif type(f.default) is float:
-                finite = isinstance(value, int | float) and abs(value) <= MAX_FLOAT
-                self._require(f.name, finite, "a finite number")
-        optional = ("num_kv_heads", "intermediate_size", "num_encoder_layers", "head_size")
-        for name in (
-            "vocab_size", "context_length", "num_layers", "num_heads", "hidden_size", "segments", "relative_buckets",
-            "relative_distance", *optional,
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is None and name in optional:
-                continue
-            least, most = int(name != "segments"), MAX_LAYERS if name.endswith("layers") else MAX_SIZE
-            number = value if isinstance(value, int) and not isinstance(value, bool) else -1
-            self._require(name, number >= least, f"at least {least}")
-            self._require(name, number <= most, f"at most {most}")
-        for name, choices in (
-            ("positions", POSITIONS), ("norm", NORMS), ("norm_position", NORM_POSITIONS), ("activation", ACTIVATIONS),
-            ("pooling", POOLINGS),
-            ("encoder", ("none", *ENCODERS)), ("decoder", ("none", *KINDS)),
-        ):  # fmt: skip
-            self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
-        self._require("decoder", self.encoder != "none" or self.decoder != "none", "given where there is no encoder")
-        self._require("heads", set(self.heads) <= set(HEADS), f"among {', '.join(HEADS)}")
-        self._require("heads", not self.heads or self.decoder == "none", "empty for a model with a decoder")
-        self._require("dropout", 0.0 <= self.dropout < 1.0, "in [0, 1)")
-        self._require("norm_eps", self.norm_eps > 0, "positive")
-        self._require("rotary_base", self.rotary_base > 0, "positive")
-        self._require("relative_buckets", self.relative_buckets >= 4 and self.relative_buckets % 4 == 0,
-                      "a positive multiple of 4")  # fmt: skip
+            names = getattr(self, name)
+            self._require(name, len(set(names)) == len(names), "no repetitions")
+        self._require("decoder", self.encoder != "none" or self.decoder != "none", "one where there is no encoder")
+        self._require("heads", not self.heads or self.decoder == "none", "none for a model with a decoder")
+        self._require("relative_buckets", self.relative_buckets % 4 == 0, "a multiple of 4")
         # Half of the buckets, per direction, hold single distances.
         self._require("relative_distance", self.relative_distance > self.relative_buckets // 2,
                       f"more than half of relative_buckets {self.relative_buckets}")  # fmt: skip
-        if self.attends and self.head_size is None:
-            self._require(
-                "num_heads", self.hidden_size % self.num_heads == 0, f"a divisor of hidden_size {self.hidden_size}"
-            )
         if self.attends:
-            self._require(
-                "num_kv_heads", self.num_heads % self.kv_heads == 0, f"a divisor of num_heads {self.num_heads}"
-            )
+            fits = self.head_size is not None or self.hidden_size % self.num_heads == 0
+            self._require("num_heads", fits, f"a divisor of hidden_size {self.hidden_size}")
+            fits = self.num_heads % self.kv_heads == 0
+            self._require("num_kv_heads", fits, f"a divisor of num_heads {self.num_heads}")
         if self.positions == "rotary" and self.has_transformer:
-            self._require("num_heads", self.head_dim % 2 == 0, "such that hidden_size / num_heads is even, for rotary")
+            self._require("num_heads", self.head_dim % 2 == 0, "an even hidden_size / num_heads, for rotary positions")
         if self.encoder in ("lstm", "gru") or (self.positions == "sinusoidal" and self.has_transformer):
-            self._require("hidden_size", self.hidden_size % 2 == 0, "even, for two directions and for sinusoids")
+            self._require("hidden_size", self.hidden_size % 2 == 0, "an even number, for two directions and sinusoids")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
-            raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+            raise InputError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
     @property
     def has_transformer(self) -> bool:
@@ -207,11 +174,11 @@ class ModelConfig:
         """A configuration from field names and values.
 
         Raises:
-            ValueError: a name is unknown, or a value is out of range.
+            InputError: a name is unknown, or a value is out of range.
         """
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
-            raise ValueError(f"unknown field of {cls.__name__}: {', '.join(sorted(unknown))}")
+            raise InputError(f"unknown field of {cls.__name__}: {', '.join(sorted(unknown))}")
         return cls(**values)
 
 

@@ -11,7 +11,7 @@ from .blocks import Residual, Stream
 from .cache import Encoded
 from .config import ModelConfig
 from .embedding import Embedded, make_norm
-from .stack import length_mask, through
+from .stack import length_mask, run_blocks
 
 # Tokens that the filters see; each width has its share of the filters.
 WIDTHS = (2, 3, 4)
@@ -65,5 +65,5 @@ class ConvEncoder(Embedded):
         """As :meth:`fastllm.models.stack.TransformerEncoder.encode`."""
         self.check_tokens(tokens)
         mask = None if lengths is None else length_mask(tokens, lengths)
-        states = through(self, self.embed(tokens, None, segments), mask)
+        states = run_blocks(self, self.embed(tokens, None, segments), mask)
         return Encoded(states if mask is None else states * mask[..., None], mask)

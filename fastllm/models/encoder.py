@@ -54,8 +54,6 @@ class Encoder(Pretrained):
     def fits(config: ModelConfig) -> bool:
         return config.decoder == "none"
 
-    config_class = ModelConfig
-
     def __init__(self, config: ModelConfig):
         super().__init__()
         self._check_fits(config)

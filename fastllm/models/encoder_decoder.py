@@ -32,8 +32,6 @@ class EncoderDecoder(Pretrained):
     def fits(config: ModelConfig) -> bool:
         return config.encoder != "none" and config.decoder != "none"
 
-    config_class = ModelConfig
-
     def __init__(self, config: ModelConfig):
         super().__init__()
         self._check_fits(config)

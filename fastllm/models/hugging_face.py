@@ -36,13 +36,13 @@ class Layout:
     """
 
     from_config: Callable[[Mapping], dict]
-    to_config: Callable[[object], dict]
+    to_config: Callable[[ModelConfig], dict]
     outside: Mapping[str, str]
     layer: str
     block: Mapping[str, str | tuple[str, ...]]
     prefix: str
     transposed: tuple[str, ...] = ()
-    split: Callable[[object, str], list[int]] | None = None
+    split: Callable[[ModelConfig, str], list[int]] | None = None
 
     def ours_and_theirs(self, num_layers: int) -> dict[str, tuple[str, ...]]:
         """For each of our parameters the ones of theirs that it is made of."""
@@ -84,11 +84,11 @@ _NEITHER = dict(
 )  # fmt: skip
 
 
-def _expect(config, architecture: str, **fields) -> None:
+def _expect(config: ModelConfig, architecture: str, **fields) -> None:
     """Raises a ValueError that names every setting in which ``config`` differs from ``architecture``."""
     differences = []
     for name, expected in {**fields, **_NEITHER}.items():
-        got = getattr(config, name, expected)
+        got = getattr(config, name)
         allowed = expected if isinstance(expected, tuple) else (expected,)
         if got not in allowed:
             differences.append(f"{name} {' or '.join(repr(a) for a in allowed)} (here {got!r})")
@@ -96,7 +96,7 @@ def _expect(config, architecture: str, **fields) -> None:
         raise ValueError(f"transformers has no class for this model: {architecture} needs {', '.join(differences)}")
 
 
-def _to_gpt2(config) -> dict:
+def _to_gpt2(config: ModelConfig) -> dict:
     _expect(
         config, "GPT-2", positions="learned", norm="layer", bias=True, activation=("gelu", "gelu_tanh"),
         num_kv_heads=(None, config.num_heads), head_size=(None, config.hidden_size // config.num_heads),
@@ -135,7 +135,7 @@ def _from_llama(values: Mapping) -> dict:
     )  # fmt: skip
 
 
-def _to_llama(config) -> dict:
+def _to_llama(config: ModelConfig) -> dict:
     _expect(config, "Llama", positions="rotary", norm="rms", bias=False, activation="swiglu")
     return dict(
         architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=config.vocab_size,
@@ -149,7 +149,7 @@ def _to_llama(config) -> dict:
     )  # fmt: skip
 
 
-def _llama_split(config, ours: str) -> list[int]:
+def _llama_split(config: ModelConfig, ours: str) -> list[int]:
     if ours.endswith("qkv.weight"):
         return [heads * config.head_dim for heads in (config.num_heads, config.kv_heads, config.kv_heads)]
     return [config.mlp_size, config.mlp_size]
@@ -232,7 +232,7 @@ def read_weights(folder: Path, single: str) -> dict[str, torch.Tensor]:
     return weights
 
 
-def check_layers(weights: Weights, config) -> None:
+def check_layers(weights: Weights, config: ModelConfig) -> None:
     """Raise a ValueError if there are weights of a layer that ``config`` does not have; names one."""
     for name in weights:
         found = _LAYER.search(name)
@@ -241,7 +241,7 @@ def check_layers(weights: Weights, config) -> None:
             raise ValueError(f"{name} is there, and the configuration has {layers} layers")
 
 
-def to_ours(layout: Layout, weights: Weights, config) -> dict[str, torch.Tensor]:
+def to_ours(layout: Layout, weights: Weights, config: ModelConfig) -> dict[str, torch.Tensor]:
     """The state dict of our model from theirs.
 
     Raises:
@@ -258,13 +258,13 @@ def to_ours(layout: Layout, weights: Weights, config) -> dict[str, torch.Tensor]
                     break
                 raise ValueError(f"{full} is missing")
             part = weights[full]
-            parts.append(part.t() if name.endswith(layout.transposed or ("\0",)) else part)
+            parts.append(part.t() if name.endswith(layout.transposed) else part)
         if parts:
             result[ours] = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
     return result
 
 
-def to_theirs(layout: Layout, weights: Weights, config) -> dict[str, torch.Tensor]:
+def to_theirs(layout: Layout, weights: Weights, config: ModelConfig) -> dict[str, torch.Tensor]:
     """Their tensors from our state dict; a tied head is left out, as transformers leaves it."""
     result = {}
     for ours, theirs in layout.ours_and_theirs(config.num_layers).items():
@@ -274,12 +274,12 @@ def to_theirs(layout: Layout, weights: Weights, config) -> dict[str, torch.Tenso
         split = None if len(theirs) == 1 else layout.split
         parts = [tensor] if split is None else tensor.split(split(config, ours))
         for name, part in zip(theirs, parts, strict=True):
-            turned = part.t() if name.endswith(layout.transposed or ("\0",)) else part
+            turned = part.t() if name.endswith(layout.transposed) else part
             result[_full(layout, name)] = turned.contiguous()
     return result
 
 
-def layout_for(config) -> Layout:
+def layout_for(config: ModelConfig) -> Layout:
     """The layout that can hold a model of ``config``.
 
     Raises:

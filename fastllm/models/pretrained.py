@@ -22,7 +22,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 class Pretrained(torch.nn.Module):
     """A module with a dataclass ``config``, save_pretrained and from_pretrained."""
 
-    config_class: type[ModelConfig]
+    config_class = ModelConfig
     config: ModelConfig
 
     def __init__(self, *args, **kwargs):  # a class's own configuration, or what the next base takes

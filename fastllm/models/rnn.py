@@ -17,7 +17,7 @@ from .blocks import Context, CrossAttention, Residual, Stream
 from .cache import Encoded, RecurrentCache
 from .config import ModelConfig
 from .embedding import Embedded, make_norm
-from .stack import length_mask, through
+from .stack import length_mask, run_blocks
 
 
 def _autocast_fails(device: torch.device) -> bool:
@@ -130,7 +130,7 @@ class RecurrentEncoder(RecurrentStack):
         self.check_tokens(tokens)
         mask = None if lengths is None else length_mask(tokens, lengths)
         x = self.embed(tokens, None, segments)
-        states = through(self, x, Context(causal=False), None if lengths is None else lengths.cpu())
+        states = run_blocks(self, x, Context(causal=False), None if lengths is None else lengths.cpu())
         return Encoded(states if mask is None else states * mask[..., None], mask)
 
 
@@ -155,7 +155,7 @@ class RecurrentDecoder(RecurrentStack):
         self.check_tokens(tokens, start)
         context = Context(causal=True, cache=cache)
         context.memory, context.memory_mask = (memory or (None, None)) if cache is None else cache.read(memory)
-        x = through(self, self.embed(tokens), context, None)
+        x = run_blocks(self, self.embed(tokens), context, None)
         if cache is not None:
             cache.length = start + tokens.shape[1]
         return x

@@ -34,7 +34,7 @@ def length_mask(tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
 
 
-def through(stack: Embedded, x: torch.Tensor, *arguments) -> torch.Tensor:
+def run_blocks(stack: Embedded, x: torch.Tensor, *arguments) -> torch.Tensor:
     """``x`` through ``stack.blocks``, which also take ``arguments``, and the last norm."""
     stream = Stream(x)
     for layer, block in enumerate(stack.blocks):
@@ -43,7 +43,8 @@ def through(stack: Embedded, x: torch.Tensor, *arguments) -> torch.Tensor:
             stream = checkpoint(block, Stream(stream.whole()), *arguments, layer, use_reentrant=False)
         else:
             stream = block(stream, *arguments, layer)
-    return stream.normed(stack.norm).branch
+    normed, _ = stream.normed(stack.norm)
+    return normed
 
 
 class TransformerStack(Embedded):
@@ -104,17 +105,23 @@ class TransformerEncoder(TransformerStack):
             IndexError: a token is not in the vocabulary (on CPU).
         """
         self.check_tokens(tokens)
+        packed = tokens.is_cuda if self.packed is None else self.packed
+        if lengths is not None and packed:
+            return self._encode_packed(tokens, lengths, segments)
         length = tokens.shape[1]
         mask = None if lengths is None else length_mask(tokens, lengths)
         bias = self._bias(0, length) if self.positions == "relative" else None
-        packed = tokens.is_cuda if self.packed is None else self.packed
-        if mask is None or lengths is None or not packed:
-            if mask is not None:
-                visible = mask[:, None, None, :]
-                bias = visible if bias is None else bias.masked_fill(~visible, -torch.inf)
-            rotary = (self.rotary_cos[:length], self.rotary_sin[:length]) if self.positions == "rotary" else None
-            states = through(self, self.embed(tokens, None, segments), Context(causal=False, rotary=rotary, bias=bias))
-            return Encoded(states if mask is None else states * mask[..., None], mask)
+        if mask is not None:
+            visible = mask[:, None, None, :]
+            bias = visible if bias is None else bias.masked_fill(~visible, -torch.inf)
+        rotary = (self.rotary_cos[:length], self.rotary_sin[:length]) if self.positions == "rotary" else None
+        states = run_blocks(self, self.embed(tokens, None, segments), Context(causal=False, rotary=rotary, bias=bias))
+        return Encoded(states if mask is None else states * mask[..., None], mask)
+
+    def _encode_packed(self, tokens: torch.Tensor, lengths: torch.Tensor, segments: torch.Tensor | None) -> Encoded:
+        """:meth:`encode` of the tokens alone, one sequence after the other."""
+        length, mask = tokens.shape[1], length_mask(tokens, lengths)
+        bias = self._bias(0, length) if self.positions == "relative" else None
         there = mask.flatten().nonzero()[:, 0]
         positions = there % length
         starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
@@ -124,7 +131,7 @@ class TransformerEncoder(TransformerStack):
         segments = None if segments is None else segments.flatten()[there]
         x = self.embed(tokens.flatten()[there], positions, segments)
         context = Context(causal=False, rotary=rotary, bias=bias, sequences=(starts, length))
-        x = through(self, x, context)
+        x = run_blocks(self, x, context)
         states = x.new_zeros(mask.numel(), x.shape[-1]).index_copy(0, there, x)
         return Encoded(states.view(*mask.shape, x.shape[-1]), mask)
 
@@ -170,7 +177,7 @@ class TransformerDecoder(TransformerStack):
         if step is not None and start and end == start + 1 and prefix is None and next_token.allowed(self):
             x = step(x, context)
         else:
-            x = through(self, x, context)
+            x = run_blocks(self, x, context)
         if cache is not None:
             cache.length = end
         return x

@@ -35,7 +35,7 @@ def _tensors(gguf, model: Pretrained, architecture: str) -> dict[str, torch.Tens
     names = gguf.get_tensor_name_map(kind, config.num_layers)
     result = {}
     for name, tensor in to_theirs(layout, model.state_dict(), config).items():
-        if layout.transposed and name.endswith(layout.transposed):
+        if name.endswith(layout.transposed):
             tensor = tensor.t()
         if architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
             tensor = _interleaved(tensor, config.num_heads if name.endswith("q_proj.weight") else config.kv_heads)

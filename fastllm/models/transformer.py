@@ -18,7 +18,6 @@ from .stack import TransformerDecoder
 class LanguageModel(Pretrained):
     """Logits, loss and size of a decoder alone. :class:`Transformer` and :class:`RNN` share it."""
 
-    config_class = ModelConfig
     # The decoder's.
     token_embedding: torch.nn.Embedding
     decode: Callable[..., torch.Tensor]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -26,16 +27,34 @@ class Span:
     score: float
 
 
-def _best(starts: torch.Tensor, ends: torch.Tensor, offsets: list) -> tuple[float, int, int]:
-    """The likeliest (first, last) among the text's tokens, at most :data:`MAX_TOKENS`, and its log-probability."""
+class _Place(NamedTuple):
+    """A span of a window's text: its log-probability, and its first and last tokens' characters, (begin, end)."""
+
+    score: float
+    first: tuple[int, int]
+    last: tuple[int, int]
+
+
+def _likeliest(starts: torch.Tensor, ends: torch.Tensor, offsets: list) -> _Place | None:
+    """The likeliest span of at most :data:`MAX_TOKENS` of the window's text; None where it has no text."""
     inside = torch.tensor([o is not None for o in offsets])
     first = starts.log_softmax(-1)[: len(offsets)].masked_fill(~inside, -torch.inf)
     last = ends.log_softmax(-1)[: len(offsets)].masked_fill(~inside, -torch.inf)
     scores = first[:, None] + last[None, :]
     ones = torch.ones_like(scores, dtype=torch.bool)
     scores = scores.masked_fill(~(ones.triu() & ones.tril(MAX_TOKENS - 1)), -torch.inf)
-    place = int(scores.argmax())
-    return float(scores.max()), place // len(offsets), place % len(offsets)
+    place, score = int(scores.argmax()), float(scores.max())
+    if score == -torch.inf:
+        return None
+    return _Place(score, offsets[place // len(offsets)], offsets[place % len(offsets)])
+
+
+def _span(place: _Place, text: str) -> Span:
+    begin, end = place.first[0], place.last[1]
+    # A byte-level piece takes the space before its word with it.
+    begin += len(text[begin:end]) - len(text[begin:end].lstrip())
+    found = text[begin:end].rstrip()
+    return Span(found, begin, begin + len(found), place.score)
 
 
 @torch.no_grad()
@@ -60,7 +79,7 @@ def answers(
         for number, (question, text) in enumerate(questions)
         for window in windows(question, text, tokenizer, context)
     ]
-    best: dict[int, tuple[float, int, int, list]] = {}
+    best: dict[int, _Place] = {}
     none: dict[int, float] = {}
     with evaluation_mode(model):
         for begin in range(0, len(todo), rows):
@@ -72,19 +91,16 @@ def answers(
             encoded = model.encode(batch["tokens"], batch["lengths"], segments)
             starts, ends = (logits.float().cpu() for logits in model.span_logits(encoded))
             for (number, window), start, end in zip(part, starts, ends, strict=True):
-                score, first, last = _best(start, end, window["_offsets"])
-                if number not in best or score > best[number][0]:
-                    best[number] = (score, first, last, window["_offsets"])
+                place = _likeliest(start, end, window["_offsets"])
+                if place is not None and (number not in best or place.score > best[number].score):
+                    best[number] = place
                 nothing = float(start.log_softmax(-1)[0] + end.log_softmax(-1)[0])
                 none[number] = min(none.get(number, 0.0), nothing)
     result = []
     for number, (_, text) in enumerate(questions):
-        score, first, last, offsets = best[number]
-        if score == -torch.inf or (allow_none and none[number] > score):
+        place = best.get(number)
+        if place is None or (allow_none and none[number] > place.score):
             result.append(Span("", 0, 0, none[number]))
-            continue
-        begin, end = offsets[first][0], offsets[last][1]
-        # A byte-level piece takes the space before its word with it.
-        begin += len(text[begin:end]) - len(text[begin:end].lstrip())
-        result.append(Span(text[begin:end].rstrip(), begin, begin + len(text[begin:end].rstrip()), score))
+        else:
+            result.append(_span(place, text))
     return result

@@ -44,6 +44,8 @@ def padded(rows: Sequence[Sequence[int] | np.ndarray], filler: int, width: int |
 class Features:
     """``rows``: for each example arrays and numbers by name. ``fillers``: what fills arrays up; others are numbers.
 
+    What a name that begins with an underscore has is no part of a batch.
+
     ``measures``: name of a batch's entry with the length of an array -> that array's name.
     """
 

@@ -107,7 +107,7 @@ def squad_scores(expected: Sequence[Sequence[dict]], given: Sequence[str]) -> di
     }
 
 
-def _metrics(tokenize: str):
+def _bleu_and_chrf(tokenize: str):
     """sacrebleu's BLEU and chrF.
 
     Raises:
@@ -134,7 +134,7 @@ def signatures(tokenize: str = "13a") -> dict[str, str]:
         InputError: as for :func:`translation_scores`.
     """
     result = {}
-    for name, metric in zip(("bleu", "chrf"), _metrics(tokenize), strict=True):
+    for name, metric in zip(("bleu", "chrf"), _bleu_and_chrf(tokenize), strict=True):
         # A signature has the number of references, which a metric knows after its first use.
         metric.corpus_score(["a"], [["a"]])
         result[name] = str(metric.get_signature())
@@ -152,7 +152,7 @@ def translation_scores(
     Raises:
         InputError: sacrebleu, or what it needs for ``tokenize``, is not installed; or there is no such tokenizer.
     """
-    bleu, chrf = _metrics(tokenize)
+    bleu, chrf = _bleu_and_chrf(tokenize)
     pair = (list(translations), [list(references)])
     return {"bleu": bleu.corpus_score(*pair).score, "chrf": chrf.corpus_score(*pair).score}
 
@@ -180,7 +180,7 @@ def translation_intervals(
         InputError: as for :func:`translation_scores`.
     """
     result = {}
-    for name, metric in zip(("bleu", "chrf"), _metrics(tokenize), strict=True):
+    for name, metric in zip(("bleu", "chrf"), _bleu_and_chrf(tokenize), strict=True):
         _with_plain_numbers(metric)
         score = metric.corpus_score(list(translations), [list(references)], n_bootstrap=resamples)
         found = json.loads(score.format(width=6, signature=str(metric.get_signature()), is_json=True))

@@ -65,15 +65,21 @@ def with_reference(examples: list[dict], score: Callable[[Features], dict], toke
     ]
 
 
-def preference_scores(scores: dict[str, torch.Tensor], reference: dict[str, torch.Tensor] | None, beta: float) -> dict:
+def right_pairs(scores: dict[str, torch.Tensor]) -> int:
+    """In how many pairs the chosen answer is strictly the likelier one."""
+    return int((scores["chosen"] > scores["rejected"]).sum())
+
+
+def preference_scores(
+    scores: dict[str, torch.Tensor], reference: dict[str, torch.Tensor] | None, beta: float
+) -> dict[str, float]:
     """How often the chosen answer is the likelier one, and how often more so than for a reference.
 
-    ``preference_accuracy``: the share of pairs whose chosen answer is the likelier one, ``right`` their number.
+    ``preference_accuracy``: the share of pairs whose chosen answer is the likelier one.
     ``reward_accuracy`` and ``margin``, with a reference: of beta times the gain in log-probability over it, the share
     of pairs in which the chosen answer's is the larger one, and the mean difference.
     """
-    right = int((scores["chosen"] > scores["rejected"]).sum())
-    found = {"preference_accuracy": right / len(scores["chosen"]), "right": right}
+    found = {"preference_accuracy": right_pairs(scores) / len(scores["chosen"])}
     if reference is not None:
         gain = (scores["chosen"] - reference["chosen"]) - (scores["rejected"] - reference["rejected"])
         found |= {"reward_accuracy": (gain > 0).float().mean().item(), "margin": beta * gain.mean().item()}

@@ -34,28 +34,46 @@ def _answered(model: LanguageModel, tokenizer, example: dict) -> str:
     return f"prompt:   {shown}\nexpected: {parts[-1][0]}\nanswer:   {tokenizer.decode(found)}\n"
 
 
+def _translated(model: EncoderDecoder, dataset: TaskDataset, examples: list[dict]) -> list[str]:
+    found = translate(model, dataset.tokenizer, [e["source"] for e in examples])
+    return [
+        f"source:      {example['source']}\nreference:   {example['target']}\ntranslation: {text}\n"
+        for example, text in zip(examples, found, strict=True)
+    ]
+
+
+def _classified(model: Encoder, dataset: TaskDataset, examples: list[dict]) -> list[str]:
+    blocks = []
+    table = classify(model, dataset.tokenizer, [e["text"] for e in examples])
+    for example, row in zip(examples, table, strict=True):
+        best = int(row.argmax())
+        text = " ".join(example["text"].split())[:200]
+        blocks.append(f"{text}\n  -> {dataset.labels[best]} ({row[best]:.2f}); labelled {example['label']}\n")
+    return blocks
+
+
+def _found(model: Encoder, dataset: TaskDataset, examples: list[dict]) -> list[str]:
+    blocks = []
+    spans = answers(model, dataset.tokenizer, [(e["question"], e["context"]) for e in examples])
+    for example, span in zip(examples, spans, strict=True):
+        expected = example["answers"][0]["text"] if example["answers"] else "(none)"
+        blocks.append(f"{example['question']}\n  {marked(example['context'], span.start, span.end)}\n"
+                      f"  expected: {' '.join(expected.split())}\n")  # fmt: skip
+    return blocks
+
+
 def show(model: Model, dataset, count: int) -> str:
     """What ``model`` makes of the first ``count`` held-out examples; of a stream of text, nothing."""
     if not isinstance(dataset, TaskDataset):
         return ""
     examples = dataset.validation.examples[:count]
-    blocks = []
+    blocks: list[str] = []
     if isinstance(model, EncoderDecoder):
-        found = translate(model, dataset.tokenizer, [e["source"] for e in examples])
-        for example, text in zip(examples, found, strict=True):
-            blocks.append(f"source:      {example['source']}\nreference:   {example['target']}\ntranslation: {text}\n")
-    elif isinstance(model, Encoder) and "classify" in model.config.heads:
-        table = classify(model, dataset.tokenizer, [e["text"] for e in examples])
-        for example, row in zip(examples, table, strict=True):
-            best = int(row.argmax())
-            text = " ".join(example["text"].split())[:200]
-            blocks.append(f"{text}\n  -> {dataset.labels[best]} ({row[best]:.2f}); labelled {example['label']}\n")
-    elif isinstance(model, Encoder) and "span" in model.config.heads:
-        spans = answers(model, dataset.tokenizer, [(e["question"], e["context"]) for e in examples])
-        for example, span in zip(examples, spans, strict=True):
-            expected = example["answers"][0]["text"] if example["answers"] else "(none)"
-            blocks.append(f"{example['question']}\n  {marked(example['context'], span.start, span.end)}\n"
-                          f"  expected: {' '.join(expected.split())}\n")  # fmt: skip
+        blocks = _translated(model, dataset, examples)
     elif isinstance(model, LanguageModel):
         blocks = [_answered(model, dataset.tokenizer, example) for example in examples]
+    elif "classify" in model.config.heads:
+        blocks = _classified(model, dataset, examples)
+    elif "span" in model.config.heads:
+        blocks = _found(model, dataset, examples)
     return "\n".join(blocks)

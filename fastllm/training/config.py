@@ -154,7 +154,6 @@ class TrainingConfig:
                              "(eval_windows 0)")  # fmt: skip
         if self.warmup + (self.decay if self.schedule == "wsd" else 0) > 1:
             raise InputError(f"decay: {self.decay} and warmup {self.warmup} are together more than the run")
-
         if self.keep_best and not (self.eval_interval and self.checkpoint_interval):
             raise InputError("keep_best: needs evaluations (eval_interval) and checkpoints (checkpoint_interval) "
                              "during the run")  # fmt: skip

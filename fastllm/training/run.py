@@ -262,10 +262,7 @@ class Run:
             f"{state.seconds:.1f} s of training, {state.tokens / max(state.seconds, 1e-9):,.0f} tok/s"
         )
         say(f"validation: {validation.describe()}")
-        if validation.bits_per_byte is None:
-            pass
-        elif xz is None:
-            say("xz -9 primed with the training text: not computed for so long a text")
-        else:
-            say(f"xz -9 primed with the training text: {xz:.4f} bits per byte")
+        if validation.bits_per_byte is not None:
+            primed = "not computed for so long a text" if xz is None else f"{xz:.4f} bits per byte"
+            say(f"xz -9 primed with the training text: {primed}")
         say(f"in {self.folder}: model/, loss.png, samples.txt, metrics.jsonl, config.toml")

@@ -54,13 +54,13 @@ def test_settings_take_paths_lists_and_whole_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"vocab_size": True}, "vocab_size must be at least 1, got True"),
-        ({"logit_scale": float("nan")}, "logit_scale must be a finite number"),
-        ({"norm_eps": 10**400}, "norm_eps must be a finite number"),
-        ({"rotary_base": float("inf")}, "rotary_base must be a finite number"),
-        ({"labels": "ab"}, "labels must be a list of texts, got 'ab'"),
-        ({"labels": ("a", "a")}, "labels must be without repetitions"),
-        ({"heads": 5}, "heads must be a list of texts, got 5"),
+        ({"vocab_size": True}, "vocab_size: expected int, got True"),
+        ({"logit_scale": float("nan")}, "logit_scale: expected a finite number"),
+        ({"norm_eps": 10**400}, "norm_eps: expected a finite number"),
+        ({"rotary_base": float("inf")}, "rotary_base: expected a finite number"),
+        ({"labels": "ab"}, "labels: expected a list, got 'ab'"),
+        ({"labels": ("a", "a")}, "labels: expected no repetitions"),
+        ({"heads": 5}, "heads: expected a list, got 5"),
     ],
 )
 def test_a_models_shape_is_of_numbers_and_names(values, message):

@@ -359,3 +359,30 @@ def test_predictions_do_not_depend_on_their_batch_and_leave_the_model_alone(toke
         assert together == [translate(model, tokenizer, [text], beams=beams)[0] for text in texts]
     assert model.training
     assert judge.training
+
+
+class SpanLogits(Encoder):
+    """The n-th row that is asked for has the logit ``first_tokens[n]`` at its first token, and 0 at ``place``."""
+
+    def __init__(self, config, first_tokens, place):
+        super().__init__(config)
+        self.first_tokens, self.place = iter(first_tokens), place
+
+    def span_logits(self, encoded):
+        logits = torch.full(encoded.states.shape[:2], -50.0)
+        for row in logits:
+            row[0], row[self.place] = next(self.first_tokens), 0.0
+        return logits, logits
+
+
+@pytest.mark.parametrize(("last", "answered"), [(1.0, False), (-0.5, True)])
+def test_no_answer_is_one_where_the_first_token_is_likelier_in_every_window(tokenizer, last, answered):
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, context_length=24, num_layers=1, num_heads=2, hidden_size=16,
+        encoder="transformer", decoder="none", heads=("span",),
+    )  # fmt: skip
+    found = windows("What?", TEXT, tokenizer, config.context_length)
+    assert len(found) > 1
+    model = SpanLogits(config, [1.0] * (len(found) - 1) + [last], found[0]["segments"].index(1))
+    (span,) = answers(model, tokenizer, [("What?", TEXT)], allow_none=True)
+    assert bool(span.text) == answered

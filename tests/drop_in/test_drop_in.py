@@ -242,7 +242,8 @@ def test_class_weights_of_another_dtype_beside_probabilities():
     want = loss(logits, logits.softmax(-1))
     assert fastllm.accelerate(loss).swapped
     got = loss(logits, logits.softmax(-1))
-    torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
+    # PyTorch computes it in half precision.
+    torch.testing.assert_close(got, want, rtol=2 * torch.finfo(torch.half).eps, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

@@ -36,6 +36,18 @@ def ragged():
     return tokens, lengths, segments
 
 
+@pytest.mark.runs_on("anywhere")
+@pytest.mark.parametrize("decoder", ["none", "transformer", "gru"])
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_a_longer_text_costs_a_token_more_by_self_attention_alone(kind, decoder):
+    with torch.device("meta"):
+        model = build_model(ModelConfig(**{**SHAPE, "num_encoder_layers": 4}, encoder=kind, decoder=decoder))
+    layers = 4 * (kind == "transformer") + SHAPE["num_layers"] * (decoder == "transformer")
+    more = 12 * layers * SHAPE["hidden_size"] * 8
+    # With a decoder a token passes through one of the two.
+    assert model.flops_per_token(16) - model.flops_per_token(8) == (more if decoder == "none" else more // 2)
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_a_packed_batch_gives_the_padded_ones_states_and_gradients(style):
     model = encoder(**STYLES[style])
@@ -316,12 +328,12 @@ def test_activation_checkpointing_changes_nothing(kind):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"encoder": "none", "decoder": "none"}, "decoder must be given where there is no encoder"),
-        ({"heads": ("mlm",)}, "heads must be empty for a model with a decoder"),
-        ({"heads": ("mlm", "tail"), "encoder": "gru", "decoder": "none"}, "heads must be among mlm"),
-        ({"encoder": "cnn"}, "encoder must be one of none, transformer, lstm, gru"),
-        ({"relative_buckets": 6}, "relative_buckets must be a positive multiple of 4"),
-        ({"encoder": "gru", "hidden_size": 15, "num_heads": 3}, "hidden_size must be even"),
+        ({"encoder": "none", "decoder": "none"}, "decoder: expected one where there is no encoder"),
+        ({"heads": ("mlm",)}, "heads: expected none for a model with a decoder"),
+        ({"heads": ("mlm", "tail"), "encoder": "gru", "decoder": "none"}, "heads: expected one of mlm"),
+        ({"encoder": "cnn"}, "encoder: expected one of none, transformer, lstm, gru"),
+        ({"relative_buckets": 6}, "relative_buckets: expected a multiple of 4"),
+        ({"encoder": "gru", "hidden_size": 15, "num_heads": 3}, "hidden_size: expected an even number"),
     ],
 )
 def test_config_refuses(changes, message):

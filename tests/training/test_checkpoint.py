@@ -19,7 +19,16 @@ from fastllm.data import Corpus, prepare
 from fastllm.files import save_tensors
 from fastllm.training import resume, run, session, train
 from fastllm.training.checkpoints import saving
-from fastllm.training.checkpoints.checkpoint import check, checkpoints, find_checkpoint, read_state, write_manifest
+from fastllm.training.checkpoints.checkpoint import (
+    Keep,
+    State,
+    check,
+    checkpoints,
+    find_checkpoint,
+    read_state,
+    save_checkpoint,
+    write_manifest,
+)
 from fastllm.training.clock import StopRequest
 from fastllm.training.objectives import CausalLM
 from fastllm.training.reports.progress import read_metrics
@@ -323,3 +332,15 @@ def test_changed_data_are_refused(finished, tmp_path):
 def test_a_folder_that_holds_a_run_is_not_trained_in_again(config, finished):
     with pytest.raises(InputError, match="holds a run already"):
         train(config(), finished, quiet=True)
+
+
+@pytest.mark.parametrize(("keep", "stay"), [(Keep(newest=2), [4, 5]), (Keep(newest=1, best=1), [5])])
+def test_what_a_run_saved_on_a_course_that_it_has_left_goes(tmp_path, keep, stay):
+    def save(step, score):
+        state = State(step=step, seconds=0.0, tokens=0, dtype="float32", data="", score=score)
+        save_checkpoint(tmp_path, state, lambda folder: None, keep)
+
+    for step, score in ((2, 0.5), (4, 0.4), (6, 0.9)):
+        save(step, score)
+    save(5, 0.3)  # resumed from step 4 or before
+    assert [int(path.name[5:]) for path in checkpoints(tmp_path)] == stay

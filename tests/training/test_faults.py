@@ -62,7 +62,7 @@ def code(*arguments):
         (["train", "--data", ""], "data: expected a value"),
         (["train", "--wandb=\udcff"], r"wandb: expected UTF-8, got '\udcff'"),
         (["train", "--batch-size", "9" * 30], "batch_size: expected at most 9223372036854775807"),
-        (["train", "--num-layers", "1000000"], "num_layers must be at most 10000"),
+        (["train", "--num-layers", "1000000"], "num_layers: expected at most 10000"),
         (["train", "--muon-lr", "1e308"], "muon_lr: expected a finite number (of float32)"),
         (["train", "--bogus=a\nb"], "unrecognized arguments: --bogus=a b"),
         (["train", "--wandb", "x", "--out", "run"], "W&B is not installed"),

@@ -100,7 +100,10 @@ def test_an_outlier_is_judged_by_the_last_steps_and_the_memory_is_the_state():
     assert state.skipped == state.in_a_row == 2
     assert guard.accept(1.0, 0.5, {}) is None  # far below is welcome
     assert state.in_a_row == 0
-    assert deviation(100.0, [1.0] * 10) == 0.0  # too little seen
+    # With fewer than a quarter of the steps too little is seen.
+    seen = [1.0, 2.0] * (HISTORY // 8)
+    assert deviation(100.0, seen[1:]) == 0.0
+    assert deviation(100.0, seen) == pytest.approx(98.5 / 0.5)
 
 
 def test_a_spiking_loss_is_skipped(config, tmp_path, poison):

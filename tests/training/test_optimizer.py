@@ -181,3 +181,11 @@ def test_optimizer_state_survives_a_round_trip_and_a_stranger_is_refused():
     name, parameter = parameter_groups(model)["hidden"][0]
     with pytest.raises(ValueError, match=f"{name}:exp_avg: Muon, which trains it, keeps momentum_buffer"):
         fresh.load_state_dict({f"{name}:exp_avg": torch.zeros_like(parameter)})
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (3, 8, 8)])
+def test_the_orthogonal_factor_is_that_of_the_matrix_at_any_scale(shape):
+    matrix = torch.randn(shape)
+    # A power of 2: only the norm that is divided by can make a difference.
+    assert torch.equal(orthogonal(matrix * 2.0**-20), orthogonal(matrix))
+    assert not orthogonal(torch.zeros(shape)).any()

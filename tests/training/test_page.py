@@ -8,6 +8,7 @@ import pytest
 
 from fastllm.cli import main
 from fastllm.training import train
+from fastllm.training.reports.curves import START, smoothed
 from fastllm.training.reports.page import make_page
 
 pytestmark = pytest.mark.usefixtures("short_runs")
@@ -64,3 +65,12 @@ def test_what_is_no_run_is_refused(config, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "file" / "page.html")]) == 2
     assert f"{tmp_path / 'file'}: cannot write there: it is no folder" in capsys.readouterr().err
+
+
+def test_smoothing_has_as_many_values_on_either_side_and_none_after_the_first():
+    values = [float(i * i) for i in range(200)]
+    found, span = smoothed(values), 200 // START
+    for i in (0, 1, 3, span, 100, 199 - span):
+        some = min(i, span)
+        assert found[i] == pytest.approx(sum(values[i - some : i + some + 1]) / (2 * some + 1))
+    assert found[199] == pytest.approx(sum(values[199 - span :]) / (span + 1))

@@ -25,12 +25,20 @@ SHAPES = [
     TOY,
     TOY.replace(bias=True, norm="layer", positions="learned", tie_embeddings=False, activation="gelu"),
     TOY.replace(activation="swiglu", num_kv_heads=1, embedding_norm=True),
+    TOY.replace(activation="geglu", head_size=2 * TOY.head_dim, positions="relative", norm_position="post", segments=2),
 ]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_parameters_are_counted_without_building_them(shape):
     assert parameter_count(shape) == Transformer(shape).num_parameters()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_flops_of_a_token_are_the_models(shape):
+    gpu, tokens = GPUS["h200"], 4 * shape.context_length
+    computed = plan(shape, 1, gpu, batch_tokens=tokens, efficiency=1.0).compute_seconds * gpu.flops / tokens
+    assert computed == pytest.approx(Transformer(shape).flops_per_token())
 
 
 def test_the_published_sizes_are_met():

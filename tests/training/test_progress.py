@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from fastllm.cpu import matmul_dtype
-from fastllm.training import resume, train
-from fastllm.training.reports.progress import Display, read_metrics
+from fastllm.training import TrainingConfig, resume, train
+from fastllm.training.checkpoints.checkpoint import State
+from fastllm.training.clock import Clock
+from fastllm.training.reports.meters import Meters, Timer
+from fastllm.training.reports.progress import METRICS, Display, read_metrics
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 
@@ -119,3 +122,26 @@ def test_sessions_say_what_was_measured(config, tmp_path):
     again = json.loads((tmp_path / "run" / "sessions.jsonl").read_text().splitlines()[1])
     assert again["dtype"] == session["dtype"]
     assert again["seconds_per_forward_backward"] == {}  # the choice is kept, not made again
+
+
+def test_metrics_name_the_slowest_rank_and_how_far_it_is_behind_the_fastest(tmp_path):
+    state = State(step=0, seconds=0.0, tokens=0, dtype="float32", data="")
+    meters = Meters(tmp_path, Display(quiet=True), TrainingConfig(steps=4), state, flops_per_token=10.0, peak=1e3)
+    state.step, state.seconds, state.tokens = 1, 2.0, 64
+    meters.step(1.0, {"loss": 3.0}, Timer(), None, own=[1.0, 3.5, 2.5])
+    meters.close()
+    (line,) = read_metrics(tmp_path / METRICS)
+    assert (line["rank_skew_seconds"], line["slowest_rank"]) == (2.5, 1)
+    assert (line["tokens_per_second"], line["mfu"]) == (32.0, 0.32)
+
+
+def test_a_clock_stands_still_within_a_pause(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("fastllm.training.clock.time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    clock = Clock(torch.device("cpu"), 5.0)
+    now[0] += 3.0
+    with clock.pause():
+        now[0] += 50.0
+    assert clock.seconds == 8.0
+    now[0] += 1.0
+    assert clock.seconds == 9.0

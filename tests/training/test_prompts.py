@@ -16,8 +16,8 @@ from fastllm.data import Tokenizer
 from fastllm.data.batches import IGNORE
 from fastllm.models import build_model, load_model
 from fastllm.tasks.features import answer_features, answer_ids, pair_parts, preference_features
-from fastllm.tasks.preferences import pair_log_probs, preference_scores, score_pairs
-from fastllm.tasks.prompts import prompt_form, read_instructions, read_preferences, rendered
+from fastllm.tasks.preferences import pair_log_probs, preference_scores, right_pairs, score_pairs
+from fastllm.tasks.prompts import SIDES, prompt_form, read_instructions, read_preferences, rendered
 from fastllm.training.objectives import make_objective
 from fastllm.training.prompts import fitting
 from fastllm.training.reports.progress import read_metrics
@@ -226,7 +226,9 @@ def test_a_models_own_reference_makes_every_margin_zero_and_log_2_the_loss(toys)
     assert objective.losses(model, batch)["loss"].item() == pytest.approx(math.log(2), abs=1e-5)
     found = preference_scores(scores, scores, 0.1)
     assert (found["reward_accuracy"], found["margin"]) == (0.0, 0.0)
-    assert found["preference_accuracy"] == found["right"] / len(features)
+    likelier = [chosen > rejected for chosen, rejected in zip(*(scores[name].tolist() for name in SIDES), strict=True)]
+    assert right_pairs(scores) == sum(likelier)
+    assert found["preference_accuracy"] == sum(likelier) / len(features)
 
 
 @pytest.mark.parametrize("share", [0.25, 1.0])

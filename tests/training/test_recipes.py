@@ -144,5 +144,5 @@ def test_a_text_is_pooled_without_its_padding(encoder, pooling):
         torch.testing.assert_close(together[row], model.classifier(expected), rtol=1e-4, atol=1e-6)
     padded = Encoded(torch.full((1, 2, 16), 5.0), torch.tensor([[True, False]]))
     torch.testing.assert_close(model.class_logits(padded)[0], model.classifier(torch.full((16,), 5.0)))
-    with pytest.raises(ValueError, match="pooling must be one of first, mean, max"):
+    with pytest.raises(ValueError, match="pooling: expected one of first, mean, max"):
         ModelConfig(pooling="last")

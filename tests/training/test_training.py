@@ -174,6 +174,14 @@ def test_measuring_stops_when_one_precision_is_clearly_behind(seconds, rounds, c
     assert len(turns) == 2 * rounds
 
 
+def test_a_first_round_beside_others_does_not_count(monkeypatch):
+    later = iter([0.4, 0.8] * 20)
+    first = iter([0.3, 0.001])
+    monkeypatch.setattr(measure, "narrow_dtype", lambda device: "bfloat16")
+    monkeypatch.setattr(measure, "seconds_of", lambda run, device: next(first, None) or next(later))
+    assert faster_dtype(CausalLM, Transformer(TOY), {}) == ("float32", {"float32": 0.4, "bfloat16": 0.8})
+
+
 def test_measuring_leaves_model_and_random_state_alone(monkeypatch):
     monkeypatch.setattr(measure, "narrow_dtype", lambda device: "bfloat16")
     model = Transformer(TOY)

@@ -81,7 +81,7 @@ def test_a_model_names_the_fields_that_it_does_not_read(name):
 @pytest.mark.parametrize("field", ["num_heads", "num_kv_heads"])
 def test_a_model_without_attention_needs_no_heads_that_fit(field):
     assert ModelConfig(decoder="gru", hidden_size=26, **{field: 5}).hidden_size == 26
-    with pytest.raises(ValueError, match=f"{field} must be a divisor"):
+    with pytest.raises(ValueError, match=f"{field}: expected a divisor"):
         ModelConfig(hidden_size=26 if field == "num_heads" else 24, **{field: 5})
 
 

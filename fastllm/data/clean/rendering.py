@@ -137,6 +137,28 @@ class _Items:
         return 0
 
 
+def _row(markup: Markup, blocks: list[int], columns: dict[int, int]) -> str:
+    """The cells of a row of data, by ``columns``, which has the column of a cell; its lines become one."""
+    texts: dict[int, list[str]] = {}
+    for block in blocks:
+        texts.setdefault(columns.get(markup.cells[markup.places[block]], 0), []).append(markup.texts[block])
+    cells = (" ".join(texts.get(column, ())).replace("\n", " ") for column in range(max(texts) + 1))
+    return " | ".join(cells).strip()
+
+
+def _block(markup: Markup, block: int) -> str:
+    """The text of a block without the signs that link to it; of a preformatted one, as it is."""
+    place, text = markup.places[block], markup.texts[block]
+    if markup.preformatted[place]:
+        return text
+    text = _PERMALINK.sub("", text).strip()
+    if markup.links[block] and markup.tags[place] in _HEADINGS:
+        text = _EDIT.sub("", text)
+        if markup.linked[block] <= _SIGN:
+            text = _LINKED_SIGN.sub("", text)
+    return text
+
+
 def render(markup: Markup, kept: list[int]) -> str:
     """The blocks ``kept`` as text: paragraphs apart, items and rows on lines of their own, a title once."""
     rows = data_rows(markup)
@@ -148,28 +170,17 @@ def render(markup: Markup, kept: list[int]) -> str:
     row_of = {block: row for row, blocks in rows.items() for block in blocks}
     for key, group in groupby(kept, key=lambda block: row_of.get(block, -1 - block)):
         blocks = list(group)
-        place = markup.places[blocks[0]]
         if key >= 0:
-            texts: dict[int, list[str]] = {}
-            for block in blocks:
-                texts.setdefault(columns.get(markup.cells[markup.places[block]], 0), []).append(markup.texts[block])
-            cells = (" ".join(texts.get(column, ())).replace("\n", " ") for column in range(max(texts) + 1))
-            text = " | ".join(cells).strip()
-            current = ("row", table_of(markup, key))
+            text, current = _row(markup, blocks, columns), ("row", table_of(markup, key))
         else:
-            text = markup.texts[blocks[0]]
-            item = markup.items[place]
+            (block,) = blocks
+            place = markup.places[block]
+            text, item = _block(markup, block), markup.items[place]
             current = ("item", item) if item >= 0 and not markup.preformatted[place] else ("block", place)
-            if not markup.preformatted[place]:
-                text = _PERMALINK.sub("", text).strip()
-                if markup.links[blocks[0]] and markup.tags[place] in _HEADINGS:
-                    text = _EDIT.sub("", text)
-                    if markup.linked[blocks[0]] <= _SIGN:
-                        text = _LINKED_SIGN.sub("", text)
-                if markup.tags[place] in ("h1", "h2"):
-                    if text in headings:
-                        continue
-                    headings.add(text)
+            if markup.tags[place] in ("h1", "h2") and not markup.preformatted[place]:
+                if text in headings:
+                    continue
+                headings.add(text)
             if current[0] == "item" and text:
                 text = items.line(text, item)
         if not text:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 
 import numpy as np
 import torch
@@ -48,10 +48,8 @@ class ExampleOrder:
         return numbers[permute(np.array([place]), POOL, derive_seed("pool", *self._key, pool))[0]]
 
 
-class ExampleObjective:
-    """What the objectives on examples share; ``_features`` makes the arrays of examples."""
-
-    _features: Callable[[list[dict]], Features]
+class ExampleObjective(ABC):
+    """What the objectives on examples share."""
 
     def __init__(self, dataset: TaskDataset, context_length: int, batch_size: int, seed: int):
         self.dataset, self.context_length = dataset, context_length
@@ -60,6 +58,10 @@ class ExampleObjective:
         if not len(self.train) or not len(self.validation):
             raise InputError(f"context_length: no example fits into {context_length} tokens")
         self._order = ExampleOrder(self.train.lengths(), batch_size, dataset.train.sha256, seed)
+
+    @abstractmethod
+    def _features(self, examples: list[dict]) -> Features:
+        """The arrays of ``examples``."""
 
     def batch(self, step: int, done: float = 1.0) -> Batch:
         return self.train.batch(self._order(step))

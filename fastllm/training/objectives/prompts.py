@@ -86,5 +86,4 @@ class DPO(ExampleObjective):
         loss = dpo(*(scores[name] for name in SIDES), *(reference[name] for name in SIDES), beta=self.beta,
                    kind=self.kind)  # fmt: skip
         found = preference_scores(scores, reference, self.beta)
-        del found["right"]
         return Evaluation(loss.item(), len(features), found, "preference_accuracy", self._whole(limit))

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from ...config import InputError
-from ...models.config import TransformerConfig
+from ...models.config import GATED, TransformerConfig
 
 GIB = 2**30
 # The most that the loss takes by itself, from 16,384 tokens on.
@@ -108,15 +108,22 @@ def parameter_count(config: TransformerConfig) -> int:
     with a gate, three matrices of the MLP, two norms and what biases there are.
     """
     h, mlp = config.hidden_size, config.mlp_size
-    qkv = h * config.head_dim * (config.num_heads + 2 * config.kv_heads)
-    gates = 2 if config.activation == "swiglu" else 1
-    layer = qkv + h * h + h * mlp * (gates + 1)
+    qkv = config.head_dim * (config.num_heads + 2 * config.kv_heads)
+    gates = 2 if config.activation in GATED else 1
+    layer = h * qkv + config.head_dim * config.num_heads * h + h * mlp * (gates + 1)
     norm = h
     if config.bias:
-        layer += config.head_dim * (config.num_heads + 2 * config.kv_heads) + h + gates * mlp + h
+        layer += qkv + h + gates * mlp + h
         norm += h if config.norm == "layer" else 0
-    total = config.num_layers * (layer + 2 * norm) + norm * (2 if config.embedding_norm else 1)
-    return total + table_parameters(config) + (config.context_length * h if config.positions == "learned" else 0)
+    norms = 2 * config.num_layers + config.embedding_norm + (config.norm_position == "pre")
+    return config.num_layers * layer + norms * norm + table_parameters(config) + _position_parameters(config)
+
+
+def _position_parameters(config: TransformerConfig) -> int:
+    """Parameters of the tables of positions and segments, which are looked up alone."""
+    learned = config.context_length if config.positions == "learned" else 0
+    relative = config.relative_buckets * config.num_heads if config.positions == "relative" else 0
+    return (learned + config.segments) * config.hidden_size + relative
 
 
 def table_parameters(config: TransformerConfig) -> int:
@@ -187,9 +194,9 @@ def _bytes_of_a_row(config: TransformerConfig, dtype: str, recompute: bool, narr
 
 
 def _flops_of_a_token(config: TransformerConfig) -> int:
-    """6 N + 12 layers x hidden x context, as :func:`fastllm.models.transformer.flops_per_token` without a model."""
-    looked_up = 0 if config.tie_embeddings else table_parameters(config) // 2
-    attention = 12 * config.num_layers * config.hidden_size * config.context_length
+    """What :func:`fastllm.models.transformer.flops_per_token` counts on a model, without one."""
+    looked_up = _position_parameters(config) + (0 if config.tie_embeddings else table_parameters(config) // 2)
+    attention = 12 * config.num_layers * config.num_heads * config.head_dim * config.context_length
     return 6 * (parameter_count(config) - looked_up) + attention
 
 
