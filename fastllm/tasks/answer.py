@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,14 +40,16 @@ def _best(starts: torch.Tensor, ends: torch.Tensor, offsets: list) -> tuple[floa
 
 @torch.no_grad()
 def answers(
-    model, tokenizer: Tokenizer, questions: Sequence[tuple[str, str]], *, rows: int = 16, allow_none: bool = False
-) -> list[Span]:
+    model, tokenizer: Tokenizer, questions: Sequence[tuple[str, str]], *, rows: int = 16, allow_none: bool = False,
+    done: Callable[[int], None] = lambda count: None,
+) -> list[Span]:  # fmt: skip
     """For each (question, text) the likeliest span, over all windows of the text.
 
     Args:
         model: an :class:`fastllm.models.Encoder` with a span head; run in evaluation mode and left as it was.
         rows: windows at a time.
         allow_none: no answer (an empty text) where the first token, which stands for it, is likelier in every window.
+        done: told how many windows are read, as it goes.
 
     Raises:
         TypeError, ValueError: an argument is of another kind or out of its range; names it.
@@ -77,6 +79,7 @@ def answers(
                     best[number] = (score, first, last, window["_offsets"])
                 nothing = float(start.log_softmax(-1)[0] + end.log_softmax(-1)[0])
                 none[number] = min(none.get(number, 0.0), nothing)
+            done(begin + len(part))
     result = []
     for number, (_, text) in enumerate(questions):
         score, first, last, offsets = best[number]
