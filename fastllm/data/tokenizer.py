@@ -88,7 +88,7 @@ def _chat_template(folder: Path) -> str | None:
         found = json.loads(read_plain(config)).get("chat_template")
         if isinstance(found, list):  # several, by name
             found = next((entry["template"] for entry in found if entry["name"] == "default"), None)
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"{config}: not a tokenizer's configuration: {error!r}") from error
     return found
 

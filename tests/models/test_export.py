@@ -31,6 +31,9 @@ def test_what_is_exported_is_the_same_model(model, tmp_path, capsys, layout):
     assert "model.safetensors" in capsys.readouterr().out
     tokens = torch.randint(257, (2, 9))
     assert torch.equal(load_model(tmp_path / "out").eval()(tokens), model(tokens))
+    ends = tmp_path / "out" / "generation_config.json"
+    assert ends.exists() == (layout == "transformers")
+    assert layout == "fastllm" or json.loads(ends.read_text()) == {"bos_token_id": 0, "eos_token_id": 0}
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
     assert "is there already" in capsys.readouterr().err
 
@@ -130,5 +133,10 @@ def test_transformers_gives_the_same_logits(model, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokens = torch.randint(257, (2, 9))
     torch.testing.assert_close(theirs(tokens).logits, model(tokens), rtol=1e-4, atol=1e-5)
+    # The likeliest first token ends the text: theirs stops there, as generate does with a stop_token.
+    end = int(model(torch.zeros(1, 1, dtype=torch.long)).argmax())
+    assert theirs.generation_config.eos_token_id == 0
+    theirs.generation_config.eos_token_id = end
+    assert theirs.generate(max_new_tokens=5, do_sample=False).tolist() == [[0, end]]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.decode(tokenizer("some words")["input_ids"]) == "some words"
