@@ -22,7 +22,7 @@ from ..generate.sampling import check_sampling, generate
 from ..models import Model
 from ..tasks.answer import answers
 from ..tasks.classify import classify
-from ..tasks.translate import translate
+from ..tasks.translate import translate_lines
 
 TASKS = ("generate", "translate", "classify", "answer")
 # Bytes of a request's body, and seconds that one may take.
@@ -122,10 +122,8 @@ def _translated(served: ServedModel, values: dict, deadline: float) -> dict:
     beams = _number(values, "beams", 4, int)
     if beams < 1:
         raise BadRequest(f"beams: expected at least 1, got {beams}")
-    lines = lines_of(_text(values, "text"))
-    filled = [line for line in lines if line.strip()]
-    found = iter(translate(served.model, served.tokenizer, filled, beams=beams, done=_until(deadline)))
-    return {"translation": "\n".join(next(found) if line.strip() else "" for line in lines)}
+    lines, done = lines_of(_text(values, "text")), _until(deadline)
+    return {"translation": "\n".join(translate_lines(served.model, served.tokenizer, lines, beams=beams, done=done))}
 
 
 def _classified(served: ServedModel, values: dict, deadline: float) -> dict:
