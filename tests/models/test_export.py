@@ -1,6 +1,9 @@
 """fastllm export: what it writes is read back, by transformers too."""
 
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -109,6 +112,22 @@ def test_what_gguf_has_not_is_refused_and_leaves_nothing(tmp_path, capsys, shape
     save_model(tmp_path / "model", Transformer(shape.replace(vocab_size=tokenizer.vocab_size)), tokenizer)
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "out"), "--format", "gguf"]) == 2
     assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the limit is POSIX's")
+def test_a_gguf_file_that_does_not_fit_is_named_and_gone(tmp_path):
+    needed("gguf", "gguf")
+    tokenizer = Tokenizer.train(["some words"], 257)
+    save_model(tmp_path / "model", Transformer(LLAMA.replace(vocab_size=tokenizer.vocab_size)), tokenizer)
+    code = (
+        "import sys; from resource import RLIMIT_FSIZE, setrlimit; from fastllm.cli import main; "
+        "setrlimit(RLIMIT_FSIZE, (20_000, 20_000)); sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "export", "--format", "gguf", "model", "out"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    assert re.fullmatch(r"fastllm export: error: cannot write \S*model\.gguf: [^\n]*\n", ended.stderr)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
