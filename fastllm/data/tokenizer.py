@@ -119,6 +119,8 @@ class Tokenizer:
     ) -> Tokenizer:  # fmt: skip
         """Train on ``documents``. The same documents give the same tokenizer, except for kind ``unigram``.
 
+        Ctrl-C raises at once. In a Python session the trainer then goes on in the background until it is through.
+
         Args:
             vocab_size: the most tokens to have, special ones included. A small corpus may yield fewer.
             kind: ``bpe``, ``unigram``, ``wordpiece``, ``word`` or ``char``; see
