@@ -20,7 +20,7 @@ class Connection(H11Protocol):
         super().__init__(*args, **options)
         self._watch: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self._look_again(self.cycle)
 
