@@ -118,20 +118,28 @@ def on_a_line(text: str) -> str:
     return re.sub("[\r\n]+", " ", text)
 
 
-def given_texts(texts: list[str], file: str | None) -> list[str]:
-    """The texts on the command line, else the lines of ``file`` ("-": standard input); none is empty.
+def given_texts(texts: list[str], file: str | None, *, blank: bool = False) -> list[str]:
+    """The texts on the command line, else the lines of ``file`` ("-": standard input).
+
+    Args:
+        blank: lines of the file without text are given too; else they are left out.
 
     Raises:
-        InputError: there is no text, or the file is missing or not UTF-8.
+        InputError: there is no text, one of the command line is empty, or the file is missing or not UTF-8.
     """
     if texts and file:
         raise InputError("--file: texts are given on the command line too")
     if file is not None:
         try:
             content = sys.stdin.buffer.read() if file == "-" else read_plain(file)
-            texts = [line for line in lines_of(content.decode("utf-8-sig")) if line.strip()]
+            lines = lines_of(content.decode("utf-8-sig"))
+            filled = [line for line in lines if line.strip()]
+            texts = lines if blank and filled else filled
         except UnicodeDecodeError as error:
             raise InputError(f"{file}: not UTF-8 text (offset {error.start})") from error
-    if not texts or not all(text.strip() for text in texts):
+    if not any(text.strip() for text in texts):
         raise InputError("no text given; write it on the command line, or name a --file (- reads standard input)")
+    empty = None if file else next((n for n, text in enumerate(texts, 1) if not text.strip()), None)
+    if empty:
+        raise InputError(f"text {empty} of {len(texts)} is empty")
     return texts

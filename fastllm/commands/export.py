@@ -4,13 +4,14 @@ as fastllm does, or one GGUF file for llama.cpp. A checkpoint that is in parts b
 from __future__ import annotations
 
 import argparse
+import json
 import os
 
 import torch
 
 from ..config import InputError, path
 from ..data import Tokenizer
-from ..files import folder_to_fill, whole_folder
+from ..files import folder_to_fill, whole_folder, write_text
 from ..models import build_model, load_model
 from ..models.pretrained import Pretrained
 from ..models.to_gguf import write_gguf
@@ -50,8 +51,13 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.format == "gguf":
                 write_gguf(model, tokenizer, out, arguments.out.name)
             else:
-                model.save_pretrained(out, layout=arguments.layout or "transformers")
+                layout = arguments.layout or "transformers"
+                model.save_pretrained(out, layout=layout)
                 tokenizer.save_pretrained(out)
+                if layout == "transformers":
+                    # A document begins and ends with the same token; without it their generate would never end.
+                    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text)
+                    write_text(out / "generation_config.json", json.dumps(ends, indent=2) + "\n")
                 write_manifest(out)
     except (ValueError, FileNotFoundError) as error:
         raise InputError(str(error)) from error

@@ -43,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         import uvicorn
 
         from ..serving.app import TASKS, ServedModel, make_app
+        from ..serving.connection import Connection
     except ImportError as error:
         raise InputError("serving needs Starlette and uvicorn: pip install 'fastllm[serve]'") from error
     if not 0 < arguments.seconds < float("inf"):
@@ -63,6 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
         hosts = (arguments.host, "localhost", "127.0.0.1", "::1")
         print(f"serving {', '.join(served)} on http://{arguments.host}:{port} (Ctrl-C ends)", flush=True)
         app = make_app(served, hosts, arguments.seconds)
-        config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=5, limit_concurrency=64, ws="none")
+        config = uvicorn.Config(
+            app, http=Connection, log_level="warning", timeout_keep_alive=5, limit_concurrency=64, ws="none"
+        )
         uvicorn.Server(config).run(sockets=[listener])
     return 0

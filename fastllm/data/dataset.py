@@ -195,6 +195,22 @@ def prepare(
     return open_dataset(folder)
 
 
+def _check_summary(summary: Summary) -> None:
+    """Raise a TypeError or ValueError for a field of another kind than :func:`prepare` writes; names it."""
+    for name, value in vars(summary).items():
+        if name == "xz_bits_per_byte":
+            fits, expected = value is None or type(value) in (int, float), "a number or null"
+        elif name in ("notes", "train", "validation"):
+            fits, expected = isinstance(value, list) and all(isinstance(v, str) for v in value), "a list of texts"
+        else:
+            fits, expected = isinstance(value, str), "a text"
+        if not fits:
+            raise TypeError(f"{name}: expected {expected}, got {value!r}")
+    for name in ("train", "validation"):
+        if not getattr(summary, name):
+            raise ValueError(f"{name}: expected the name of a token file at least")
+
+
 def open_dataset(folder: str | Path) -> Dataset:
     """Open a prepared folder and check that its files belong together.
 
@@ -207,10 +223,14 @@ def open_dataset(folder: str | Path) -> Dataset:
         if "folder" in content:
             return open_dataset(content["folder"])
         summary = Summary(**content)
+        _check_summary(summary)
     except OSError as error:
         raise InputError(f"{folder / SUMMARY}: {error.strerror}") from error
-    except (ValueError, TypeError) as error:
-        raise error if isinstance(error, InputError) else InputError(f"{folder / SUMMARY}: damaged: {error}") from error
+    except InputError:
+        raise
+    # A folder that names itself recurses too.
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{folder / SUMMARY}: damaged: {error}") from error
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     train = open_token_shards(folder, summary.train, tokenizer, summary.train_sha256)
     validation = open_token_shards(folder, summary.validation, tokenizer, summary.validation_sha256)

@@ -51,7 +51,7 @@ class PreparedCorpus:
             self.size = content["bytes"]
         except OSError as error:
             raise InputError(f"{manifest}: {error.strerror}; has fastllm prepare finished?") from error
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise InputError(f"{manifest}: damaged: {error}") from error
         self.every = max(HELD_OUT, self.count // MOST_HELD_OUT)
         if self.count < HELD_OUT:
@@ -87,7 +87,7 @@ class PreparedCorpus:
                         yield json.loads(line)
             except FileNotFoundError:
                 raise InputError(f"{path}: no such file") from None
-            except (OSError, EOFError, ValueError, zlib.error) as error:
+            except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
                 raise InputError(f"{path}: damaged: {error}") from error
             if count != shard["documents"]:
                 raise InputError(f"{path}: damaged: {shard['documents']} documents expected, {count} found")

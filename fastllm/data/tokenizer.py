@@ -88,7 +88,7 @@ def _chat_template(folder: Path) -> str | None:
         found = json.loads(read_plain(config)).get("chat_template")
         if isinstance(found, list):  # several, by name
             found = next((entry["template"] for entry in found if entry["name"] == "default"), None)
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"{config}: not a tokenizer's configuration: {error!r}") from error
     return found
 
@@ -118,6 +118,8 @@ class Tokenizer:
         special_tokens: Sequence[str] = SPECIAL_TOKENS["causal"], lowercase: bool = False,
     ) -> Tokenizer:  # fmt: skip
         """Train on ``documents``. The same documents give the same tokenizer, except for kind ``unigram``.
+
+        Ctrl-C raises at once. In a Python session the trainer then goes on in the background until it is through.
 
         Args:
             vocab_size: the most tokens to have, special ones included. A small corpus may yield fewer.

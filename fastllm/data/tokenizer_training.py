@@ -24,6 +24,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from ..config import InputError
+from .interruptible import train_from_texts
 
 KINDS = ("bpe", "unigram", "wordpiece", "word", "char")
 END_OF_TEXT = "<|endoftext|>"
@@ -103,7 +104,7 @@ def train_tokenizer(
         inner.pre_tokenizer = pre_tokenizers.Whitespace()
         trainer = trainers.WordLevelTrainer(**common)
     texts = _checked(documents)
-    inner.train_from_iterator(_with_short_words(texts) if kind == "bpe" else texts, trainer)
+    train_from_texts(inner, _with_short_words(texts) if kind == "bpe" else texts, trainer)
     return inner
 
 
@@ -158,7 +159,7 @@ def _word_pieces(
         limit_alphabet=len(alphabet),
         show_progress=False,
     )
-    training.train_from_iterator(_with_short_words(documents), trainer)
+    train_from_texts(training, _with_short_words(documents), trainer)
     inner = new(models.WordPiece(vocab=training.get_vocab(with_added_tokens=True), unk_token=unknown))
     inner.add_special_tokens(special)
     return inner

@@ -35,7 +35,7 @@ def load_model(folder: str | Path, *, device="cpu") -> Model:
         name = values.get("architecture", "Transformer" if "model_type" in values else None)
     except FileNotFoundError:
         name = "Transformer"  # whose loader says what is missing
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a model's configuration: {error}") from error
     if name not in classes:
         raise ValueError(f"{path}: architecture: expected one of {', '.join(classes)}; got {name!r}")

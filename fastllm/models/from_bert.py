@@ -43,6 +43,8 @@ def _heads(names: set[str]) -> tuple[str, ...]:
 
 def _labels(values: Mapping, weights: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
     names = values.get("id2label") or {}
+    if not isinstance(names, Mapping):
+        raise ValueError(f"id2label: expected an object, got {names!r}")
     return tuple(str(names.get(i, names.get(str(i), f"LABEL_{i}"))) for i in range(len(weights["classifier.weight"])))
 
 

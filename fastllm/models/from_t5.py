@@ -22,19 +22,24 @@ def t5_config(values: Mapping, weights: Mapping[str, torch.Tensor]) -> ModelConf
     activation = values.get("feed_forward_proj", "relu")
     if activation not in _ACTIVATIONS:
         raise ValueError(f"feed_forward_proj: expected one of {', '.join(_ACTIVATIONS)}; got {activation!r}")
+    width = values["d_model"]
+    if not isinstance(width, int) or width < 1:  # whose root the logits' scale is
+        raise ValueError(f"d_model: expected a whole number of at least 1, got {width!r}")
+    if "shared.weight" not in weights:
+        raise ValueError("these are not a T5's weights: shared.weight is missing")
     head = weights.get("lm_head.weight")
     tied = head is None or torch.equal(head, weights["shared.weight"])
     return ModelConfig(
         encoder="transformer", decoder="transformer", vocab_size=len(weights["shared.weight"]),
         context_length=values.get("n_positions", CONTEXT), num_encoder_layers=values["num_layers"],
         num_layers=values.get("num_decoder_layers") or values["num_layers"], num_heads=values["num_heads"],
-        hidden_size=values["d_model"], head_size=values["d_kv"], intermediate_size=values["d_ff"],
+        hidden_size=width, head_size=values["d_kv"], intermediate_size=values["d_ff"],
         positions="relative", relative_buckets=values.get("relative_attention_num_buckets", 32),
         relative_distance=values.get("relative_attention_max_distance", 128), norm="rms",
         norm_eps=values.get("layer_norm_epsilon", 1e-6), activation=_ACTIVATIONS[activation], bias=False,
         scale_attention=False, tie_embeddings=tied, dropout=values.get("dropout_rate", 0.1),
         # 1.1 does not scale. Newer files say so in a key of its own, older ones by not tying the head.
-        logit_scale=values["d_model"] ** -0.5
+        logit_scale=width**-0.5
         if values.get("scale_decoder_outputs", values.get("tie_word_embeddings", True))
         else 1.0,
     )  # fmt: skip

@@ -105,7 +105,7 @@ class Pretrained(torch.nn.Module):
         try:
             values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
             architecture = values.pop("architecture")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f"{folder / CONFIG} is not a model's configuration: {error}") from error
         if architecture != cls.__name__:
             raise ValueError(f"{folder / CONFIG} describes a {architecture}, not a {cls.__name__}")
@@ -134,7 +134,8 @@ class Pretrained(torch.nn.Module):
         try:
             check_layers(weights, config)
             converted = convert(weights, config)
-        except ValueError as error:
+        # torch's error for parts of other shapes, which cannot be put together.
+        except (ValueError, RuntimeError) as error:
             raise ValueError(f"{folder} does not fit its config: {error}") from error
         return _load(found(config), converted, folder)
 
@@ -183,5 +184,5 @@ def _foreign_values(path: Path) -> dict | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return values if "architecture" not in values and values.get("model_type") in READERS else None
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return None

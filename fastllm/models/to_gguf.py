@@ -100,6 +100,7 @@ def write_gguf(model: Pretrained, tokenizer: Tokenizer, folder: Path, name: str)
         ValueError: GGUF's GPT-2 and Llama cannot be this model; says which setting it is. Or the tokenizer is of
             another kind.
         InputError: the package gguf is not installed.
+        OSError: the file cannot be written; names it.
     """
     config = model.config
     layout_for(config)
@@ -120,5 +121,8 @@ def write_gguf(model: Pretrained, tokenizer: Tokenizer, folder: Path, name: str)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
+    except OSError as error:
+        # NumPy's for a full disk has neither number nor name: "20480 requested and 176 written".
+        raise OSError(f"cannot write {folder / FILE}: {error}") from error
     finally:
         writer.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from ..generate.sampling import check_sampling, generate
 from ..models import Model
 from ..tasks.answer import answers
 from ..tasks.classify import classify
-from ..tasks.translate import translate
+from ..tasks.translate import translate_lines
 
 TASKS = ("generate", "translate", "classify", "answer")
 # Bytes of a request's body, and seconds that one may take.
@@ -109,30 +108,38 @@ def _written(served: ServedModel, values: dict, deadline: float) -> Iterator[str
     return tokenizer.stream(in_time(), after=start)
 
 
-def _translated(served: ServedModel, values: dict) -> dict:
+def _until(deadline: float) -> Callable[[int], None]:
+    """What a computation calls after each of its parts; raises a TimeoutError after the deadline."""
+
+    def check(count: int) -> None:
+        if time.monotonic() > deadline:
+            raise TimeoutError
+
+    return check
+
+
+def _translated(served: ServedModel, values: dict, deadline: float) -> dict:
     beams = _number(values, "beams", 4, int)
     if beams < 1:
         raise BadRequest(f"beams: expected at least 1, got {beams}")
-    lines = lines_of(_text(values, "text"))
-    filled = [line for line in lines if line.strip()]
-    found = iter(translate(served.model, served.tokenizer, filled, beams=beams))
-    return {"translation": "\n".join(next(found) if line.strip() else "" for line in lines)}
+    lines, done = lines_of(_text(values, "text")), _until(deadline)
+    return {"translation": "\n".join(translate_lines(served.model, served.tokenizer, lines, beams=beams, done=done))}
 
 
-def _classified(served: ServedModel, values: dict) -> dict:
+def _classified(served: ServedModel, values: dict, deadline: float) -> dict:
     row = classify(served.model, served.tokenizer, [_text(values, "text")])[0].tolist()
     labels = served.model.config.labels
     ranked = sorted(zip(labels, row, strict=True), key=lambda pair: -pair[1])
     return {"labels": [{"label": label, "probability": probability} for label, probability in ranked]}
 
 
-def _answered(served: ServedModel, values: dict) -> dict:
+def _answered(served: ServedModel, values: dict, deadline: float) -> dict:
     asked = (_text(values, "question"), _text(values, "text"))
-    (span,) = answers(served.model, served.tokenizer, [asked], allow_none=True)
+    (span,) = answers(served.model, served.tokenizer, [asked], allow_none=True, done=_until(deadline))
     return {"answer": span.text, "start": span.start, "end": span.end}
 
 
-ANSWERS: dict[str, Callable[[ServedModel, dict], dict]] = {
+ANSWERS: dict[str, Callable[[ServedModel, dict, float], dict]] = {
     "translate": _translated, "classify": _classified, "answer": _answered,
 }  # fmt: skip
 
@@ -143,7 +150,7 @@ def _no_constant(name: str):
 
 
 async def _body(request: Request) -> dict:
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         # A form of another site cannot send JSON without asking first.
         raise BadRequest("expected application/json")
     content = b""
@@ -208,17 +215,17 @@ class _Site:
             ClientDisconnect: nobody waits for the answer any more.
             TimeoutError, asyncio.TimeoutError: it took more than ``seconds``.
         """
-        async with asyncio.timeout(self.seconds) if hasattr(asyncio, "timeout") else contextlib.nullcontext():
-            values = await _body(request)
+        values = await asyncio.wait_for(_body(request), self.seconds)
+        deadline = time.monotonic() + self.seconds
         if task == "generate":
-            pieces = _written(self.models[task], values, time.monotonic() + self.seconds)
+            pieces = _written(self.models[task], values, deadline)
             await asyncio.wait_for(self.busy.acquire(), self.seconds)
             return _Held(iterate_in_threadpool(pieces), self.busy, media_type="text/plain; charset=utf-8")
-        return JSONResponse(await asyncio.wait_for(self._computed(task, values), self.seconds))
+        return JSONResponse(await asyncio.wait_for(self._computed(task, values, deadline), self.seconds))
 
-    async def _computed(self, task: str, values: dict) -> dict:
+    async def _computed(self, task: str, values: dict, deadline: float) -> dict:
         await self.busy.acquire()
-        running = asyncio.ensure_future(run_in_threadpool(ANSWERS[task], self.models[task], values))
+        running = asyncio.ensure_future(run_in_threadpool(ANSWERS[task], self.models[task], values, deadline))
 
         def ended(running: asyncio.Future) -> None:
             self.busy.release()
@@ -226,7 +233,8 @@ class _Site:
                 running.exception()  # seen, also where nobody waits for it any more
 
         running.add_done_callback(ended)
-        # A thread cannot be stopped: after a timeout it goes on, and the next computation waits for its end.
+        # A thread cannot be stopped: after a timeout it goes on to the end of its part of the work, and the next
+        # computation waits for that.
         return await asyncio.shield(running)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -59,14 +59,16 @@ def _span(place: _Place, text: str) -> Span:
 
 @torch.no_grad()
 def answers(
-    model, tokenizer: Tokenizer, questions: Sequence[tuple[str, str]], *, rows: int = 16, allow_none: bool = False
-) -> list[Span]:
+    model, tokenizer: Tokenizer, questions: Sequence[tuple[str, str]], *, rows: int = 16, allow_none: bool = False,
+    done: Callable[[int], None] = lambda count: None,
+) -> list[Span]:  # fmt: skip
     """For each (question, text) the likeliest span, over all windows of the text.
 
     Args:
         model: an :class:`fastllm.models.Encoder` with a span head; run in evaluation mode and left as it was.
         rows: windows at a time.
         allow_none: no answer (an empty text) where the first token, which stands for it, is likelier in every window.
+        done: told how many windows are read, as it goes.
 
     Raises:
         TypeError, ValueError: an argument is of another kind or out of its range; names it.
@@ -96,6 +98,7 @@ def answers(
                     best[number] = place
                 nothing = float(start.log_softmax(-1)[0] + end.log_softmax(-1)[0])
                 none[number] = min(none.get(number, 0.0), nothing)
+            done(begin + len(part))
     result = []
     for number, (_, text) in enumerate(questions):
         place = best.get(number)

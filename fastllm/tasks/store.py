@@ -161,7 +161,7 @@ def open_examples(folder: str | Path) -> TaskDataset:
         summary = TaskSummary(**{**values, "labels": tuple(values["labels"]), "notes": tuple(values["notes"])})
     except OSError as error:
         raise InputError(f"{folder / SUMMARY}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"{folder / SUMMARY}: damaged: {error}") from error
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     if tokenizer.fingerprint != summary.tokenizer:

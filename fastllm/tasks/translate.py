@@ -59,3 +59,9 @@ def translate(
         count += len(part)
         done(count)
     return result
+
+
+def translate_lines(model, tokenizer: Tokenizer, lines: Sequence[str], **options: Any) -> list[str]:
+    """The translation of each line, "" of one without text; ``options`` are :func:`translate`'s."""
+    found = iter(translate(model, tokenizer, [line for line in lines if line.strip()], **options))
+    return [next(found) if line.strip() else "" for line in lines]

@@ -14,7 +14,7 @@ from .. import cpu
 from ..backends import chosen_backend
 from ..config import InputError, defaults_for, settings
 from ..data import derive_seed
-from ..files import whole_folder
+from ..files import naming, whole_folder
 from ..matmul import matmul_flops
 from ..models import Model, build_model, load_model
 from ..version import __version__
@@ -192,7 +192,8 @@ class Run:
             "flops_per_token": measured.flops_per_token,
             "parameters": self.model.num_parameters(),
         }
-        with open(self.folder / SESSIONS, "a", encoding="utf-8") as file:
+        path = self.folder / SESSIONS
+        with naming(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(environment) + "\n")
 
     def _try_one_row(self) -> None:

@@ -23,7 +23,8 @@ uvicorn, Request = needed("uvicorn", "serve"), needed("starlette.requests", "ser
 HTMLResponse = needed("starlette.responses", "serve").HTMLResponse
 
 from fastllm.serving import app  # noqa: E402
-from fastllm.serving.app import MAX_BODY_BYTES, ServedModel, _written, make_app  # noqa: E402
+from fastllm.serving.app import ANSWERS, MAX_BODY_BYTES, ServedModel, _written, make_app  # noqa: E402
+from fastllm.serving.connection import Connection  # noqa: E402
 
 # Chromium is no Python package; a machine without it tests the interface alone.
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -51,7 +52,7 @@ def models(tmp_path_factory):
 class Running:
     """The application on a free port, in a thread of its own."""
 
-    def __init__(self, models, seconds=20.0, page=None):
+    def __init__(self, models, seconds=20.0, page=None, **options):
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -66,7 +67,8 @@ class Running:
             else:
                 await inner(scope, receive, send)
 
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none", lifespan="off"))
+        config = uvicorn.Config(app, http=Connection, log_level="error", ws="none", lifespan="off", **options)
+        self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]}, daemon=True)
         self.thread.start()
         while not self.server.started:
@@ -172,7 +174,10 @@ def test_other_sites_and_unknown_tasks_are_refused(served, models):
         assert served.post("classify", {"text": "x"}, {"Host": host})[0] == 421
     for host in ("LocalHost", "LOCALHOST:80", "127.0.0.1", "[::1]", "[::1]:80"):
         assert served.post("classify", {"text": "x"}, {"Host": host})[0] == 200
-    assert served.post("classify", {"text": "x"}, {"Content-Type": "text/plain"})[0] == 400
+    for kind in ("text/plain", "application/jsonl", ""):
+        assert served.post("classify", {"text": "x"}, {"Content-Type": kind})[0] == 400
+    for kind in ("Application/JSON", "application/json;charset=utf-8"):
+        assert served.post("classify", {"text": "x"}, {"Content-Type": kind})[0] == 200
     assert served.post("paint", {"text": "x"})[0] == 404
 
 
@@ -202,7 +207,7 @@ def test_a_request_that_takes_too_long_ends(models):
 def test_what_took_too_long_is_waited_for_by_the_next(models, monkeypatch):
     going, most, release = [], [], threading.Event()
 
-    def slow(served, values):
+    def slow(served, values, deadline):
         going.append(values)
         most.append(len(going))
         release.wait(30)
@@ -226,6 +231,56 @@ def test_what_took_too_long_is_waited_for_by_the_next(models, monkeypatch):
         assert most == [1, 1]
     finally:
         release.set()
+        running.close()
+
+
+@pytest.mark.parametrize(
+    ("task", "values"),
+    [("translate", {"text": "the cat\n" * 2000}), ("answer", {"text": "the cat " * 2000, "question": "which?"})],
+)
+def test_what_is_computed_in_parts_ends_at_the_deadline(models, task, values):
+    parts = []
+    model = models[task].model
+    encode, model.encode = model.encode, lambda *args: parts.append(1) or encode(*args)
+    try:
+        with pytest.raises(TimeoutError):
+            ANSWERS[task](models[task], values, time.monotonic() - 1)
+    finally:
+        del model.encode
+    assert len(parts) == 1
+
+
+def test_connections_that_ask_for_nothing_keep_nobody_out(models):
+    running = Running(models, timeout_keep_alive=1, limit_concurrency=8)
+    address = ("127.0.0.1", int(running.url.rpartition(":")[2]))
+    heads = [b"", b"GET / HTTP/1.1\r\nHost: local"] * 4
+    silent = [socket.create_connection(address) for _ in heads]
+    try:
+        for connection, head in zip(silent, heads, strict=True):
+            connection.sendall(head)
+        assert running.post("classify", {"text": "x"})[0] == 503
+        for connection in silent:
+            connection.settimeout(30)
+            assert connection.recv(1) == b""
+        assert running.post("classify", {"text": "x"})[0] == 200
+        # The next head on a connection that has had an answer.
+        with socket.create_connection(address) as connection:
+            connection.settimeout(30)
+            connection.sendall(b"GET /models HTTP/1.1\r\nHost: localhost\r\n\r\nGET /mod")
+            while connection.recv(4096):
+                pass
+    finally:
+        for connection in silent:
+            connection.close()
+        running.close()
+
+
+def test_a_connection_outlives_an_answer_that_takes_long(models, monkeypatch):
+    monkeypatch.setitem(app.ANSWERS, "classify", lambda *args: time.sleep(2.5) or {"labels": []})
+    running = Running(models, timeout_keep_alive=1)
+    try:
+        assert running.post("classify", {"text": "x"}) == (200, '{"labels":[]}')
+    finally:
         running.close()
 
 

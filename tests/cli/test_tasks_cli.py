@@ -115,6 +115,10 @@ def test_every_task_predicts_and_is_scored(here, capsys):
     (here / "lines.txt").write_text("red cat\n\ngreen dog\n")
     assert run("classify", "--run", "classify", "--file", "lines.txt") == 0
     assert re.fullmatch(r"(bad|good)\t0\.\d+\tred cat\n(bad|good)\t0\.\d+\tgreen dog\n", capsys.readouterr().out)
+    # The n-th line of what comes out is the translation of the n-th that went in.
+    assert run("translate", "--run", "translate", "--file", "lines.txt") == 0
+    translated = capsys.readouterr().out.split("\n")
+    assert [bool(line) for line in translated] == [True, False, True, False]
     assert run("answer", "--run", "answer", "--question", "which?", "--context", "the key is K7.") == 0
     assert "[" in capsys.readouterr().out
     assert run("generate", "--run", "write", "--max-new-tokens", "3") == 0
@@ -178,6 +182,8 @@ def test_bad_input_is_refused_in_one_line_before_any_work(here, capsys):
     check("an encoder without a task", "eval", "--run", "encoder", "text3.txt")
     check("no text given", "translate", "--run", "translate")
     check("no text given", "classify", "--run", "classify", " ")
+    check("text 2 of 3 is empty", "classify", "--run", "classify", "red", "", "cat")
+    check("text 2 of 2 is empty", "translate", "--run", "translate", "red", " ")
     check("beams: expected at least 1, got 0", "translate", "--run", "translate", "--beams", "0", "x")
     check("no such run", "classify", "--run", "absent", "x")
     check("objective seq2seq needs files", *train, "--objective", "seq2seq", "--out", "o")

@@ -1,5 +1,6 @@
 """Corpus, split, tokenizer, token files."""
 
+import json
 import lzma
 import os
 from dataclasses import replace
@@ -270,6 +271,28 @@ def test_a_prepared_folder_is_used_again_for_the_same_text_and_made_anew_for_ano
     assert again.summary == first.summary
     other = prepare(Corpus("c", [prose(61)], [prose(6, 1)]), tmp_path, vocab_size=300)
     assert other.train.sha256 != first.train.sha256
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": None}, "train: expected a list of texts, got None"),
+        ({"validation": []}, "validation: expected the name of a token file"),
+        ({"notes": [1]}, "notes: expected a list of texts"),
+        ({"xz_bits_per_byte": "2"}, "xz_bits_per_byte: expected a number or null"),
+        ({"name": 3}, "name: expected a text"),
+        ("[" * 100_000, "recursion"),
+        ({"folder": "."}, "recursion"),
+    ],
+)
+def test_a_summary_that_is_none_is_refused_by_name(tmp_path, monkeypatch, change, message):
+    monkeypatch.chdir(tmp_path)
+    prepare(Corpus("test", ["abc " * 50], ["abc"]), tmp_path, vocab_size=300)
+    summary = tmp_path / "corpus.json"
+    content = json.loads(summary.read_text())
+    summary.write_text(change if isinstance(change, str) else json.dumps({**content, **change}))
+    with pytest.raises(InputError, match=rf"corpus\.json: damaged: .*{message}"):
+        open_dataset(".")
 
 
 def test_a_damaged_prepared_folder_is_mended_by_prepare_and_refused_by_open(tmp_path):

@@ -1,6 +1,9 @@
 """fastllm export: what it writes is read back, by transformers too."""
 
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -31,6 +34,9 @@ def test_what_is_exported_is_the_same_model(model, tmp_path, capsys, layout):
     assert "model.safetensors" in capsys.readouterr().out
     tokens = torch.randint(257, (2, 9))
     assert torch.equal(load_model(tmp_path / "out").eval()(tokens), model(tokens))
+    ends = tmp_path / "out" / "generation_config.json"
+    assert ends.exists() == (layout == "transformers")
+    assert layout == "fastllm" or json.loads(ends.read_text()) == {"bos_token_id": 0, "eos_token_id": 0}
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
     assert "is there already" in capsys.readouterr().err
 
@@ -109,6 +115,22 @@ def test_what_gguf_has_not_is_refused_and_leaves_nothing(tmp_path, capsys, shape
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="the limit is POSIX's")
+def test_a_gguf_file_that_does_not_fit_is_named_and_gone(tmp_path):
+    needed("gguf", "gguf")
+    tokenizer = Tokenizer.train(["some words"], 257)
+    save_model(tmp_path / "model", Transformer(LLAMA.replace(vocab_size=tokenizer.vocab_size)), tokenizer)
+    code = (
+        "import sys; from resource import RLIMIT_FSIZE, setrlimit; from fastllm.cli import main; "
+        "setrlimit(RLIMIT_FSIZE, (20_000, 20_000)); sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "export", "--format", "gguf", "model", "out"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    assert re.fullmatch(r"fastllm export: error: cannot write \S*model\.gguf: [^\n]*\n", ended.stderr)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
 @THOROUGH
 # transformers takes GPT-2's 1,024 positions for granted there.
 @pytest.mark.parametrize("shape", [LLAMA, GPT.replace(context_length=1024)])
@@ -130,5 +152,10 @@ def test_transformers_gives_the_same_logits(model, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokens = torch.randint(257, (2, 9))
     torch.testing.assert_close(theirs(tokens).logits, model(tokens), rtol=1e-4, atol=1e-5)
+    # The likeliest first token ends the text: theirs stops there, as generate does with a stop_token.
+    end = int(model(torch.zeros(1, 1, dtype=torch.long)).argmax())
+    assert theirs.generation_config.eos_token_id == 0
+    theirs.generation_config.eos_token_id = end
+    assert theirs.generate(max_new_tokens=5, do_sample=False).tolist() == [[0, end]]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.decode(tokenizer("some words")["input_ids"]) == "some words"

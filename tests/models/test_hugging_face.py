@@ -91,10 +91,7 @@ def test_encoders_and_encoder_decoders_come_as_what_they_are(tmp_path):
         with torch.no_grad():
             logits = ours.masked_logits(ours.encode(ids).states)
             torch.testing.assert_close(logits, bert(ids).logits, rtol=1e-5, atol=2e-6)
-    t5 = transformers.T5ForConditionalGeneration(
-        transformers.T5Config(vocab_size=V, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
-    )
-    randomised(t5).save_pretrained(tmp_path / "t5")
+    t5().save_pretrained(tmp_path / "t5")
     assert type(load_model(tmp_path / "t5")) is EncoderDecoder
     with pytest.raises(ValueError, match="describes a Encoder, not a EncoderDecoder"):
         EncoderDecoder.from_pretrained(tmp_path / "bert")
@@ -108,6 +105,15 @@ SMALL_BERT = dict(
 
 def bert(**options):
     return randomised(transformers.BertForMaskedLM(transformers.BertConfig(**SMALL_BERT, **options)))
+
+
+def classifier():
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL_BERT))
+
+
+def t5():
+    sizes = dict(vocab_size=V, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    return randomised(transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)))
 
 
 def test_a_head_for_masked_tokens_with_a_matrix_and_a_bias_of_its_own(tmp_path):
@@ -147,7 +153,16 @@ def test_quantised_weights_are_refused_by_name(dtype, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "index", ["{", "null", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../b"}}']
+    "index",
+    [
+        "{",
+        "[" * 100_000,
+        "null",
+        "{}",
+        '{"weight_map": [1]}',
+        '{"weight_map": {"a": 1}}',
+        '{"weight_map": {"a": "../b"}}',
+    ],
 )
 def test_an_index_that_is_none_is_refused(index, tmp_path):
     llama().save_pretrained(tmp_path)
@@ -183,6 +198,12 @@ def test_transformers_is_not_imported(tmp_path):
         (llama, {"num_hidden_layers": 1}, r"model\.layers\.1\..* is there, and the configuration has 1 layers"),
         (gpt2, {"n_layer": 1}, r"transformer\.h\.1\..* is there, and the configuration has 1 layers"),
         (llama, {"num_hidden_layers": 3}, r"model\.layers\.2\.input_layernorm\.weight is missing"),
+        (
+            classifier,
+            {"id2label": ["bad", "good"]},
+            "id2label: expected an object, got .*good",
+        ),
+        (t5, {"d_model": 0}, "config\\.json: d_model: expected a whole number of at least 1, got 0"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(model, change, message, tmp_path):
@@ -190,6 +211,17 @@ def test_what_does_not_fit_is_refused_by_name(model, change, message, tmp_path):
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**values, **change}))
     with pytest.raises(ValueError, match=message):
+        Transformer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("model", [llama, bert, t5])
+@pytest.mark.parametrize("change", [lambda t: torch.zeros(()), torch.Tensor.flatten, lambda t: t.movedim(0, -1)])
+def test_tensors_of_other_shapes_are_refused(model, change, tmp_path):
+    model().save_pretrained(tmp_path)
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    changed = {name: change(tensor).clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
+    safetensors.torch.save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=str(tmp_path)):
         Transformer.from_pretrained(tmp_path)
 
 

@@ -9,7 +9,7 @@ from conftest import DEVICE, HAS_GPU
 
 import fastllm
 from fastllm.generate.sampling import filter_logits, generate
-from fastllm.models import PRESETS, Transformer, TransformerConfig
+from fastllm.models import PRESETS, Transformer, TransformerConfig, load_model
 
 pytestmark = pytest.mark.runs_on("gpu", "interpreter")
 
@@ -177,9 +177,11 @@ def test_damaged_folders_are_named(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ValueError, match=message):
             Transformer.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="not a model's configuration"):
-        Transformer.from_pretrained(tmp_path)
+    for content in ("{", "[" * 100_000):
+        (tmp_path / "config.json").write_text(content)
+        for load in (Transformer.from_pretrained, load_model):
+            with pytest.raises(ValueError, match="not a model's configuration"):
+                load(tmp_path)
 
 
 @pytest.mark.runs_on("anywhere")

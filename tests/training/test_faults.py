@@ -253,6 +253,14 @@ def test_a_skipped_batch_that_cannot_be_kept_is_no_end(config, tmp_path, monkeyp
     assert "No space left" in reason
 
 
+def test_a_session_that_cannot_be_noted_names_its_file(config, tmp_path):
+    train(config(steps=1), tmp_path / "run", quiet=True)
+    (tmp_path / "run" / "sessions.jsonl").unlink()
+    (tmp_path / "run" / "sessions.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: .*sessions\.jsonl"):
+        resume(tmp_path / "run", {"steps": 2}, quiet=True)
+
+
 def test_a_token_file_that_does_not_fit_is_named_and_gone(tmp_path, monkeypatch):
     tokenizer = Tokenizer.train([prose(30)], 300)
     writer = TokenWriter(tmp_path / "train.bin", tokenizer)
