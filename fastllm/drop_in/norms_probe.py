@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import NamedTuple
@@ -39,10 +40,14 @@ class _Formula(NamedTuple):
     offset: float
 
     def __call__(self, x: torch.Tensor, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        return functools.reduce(torch.add, self.terms(x, parameters))
+
+    def terms(self, x: torch.Tensor, parameters: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """What the output is the sum of: the scaled input and, where there is one, the bias."""
         x = x - x.mean(-1, keepdim=True) if self.center else x
         y = x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
         y = y if self.weight is None else y * (parameters[self.weight] + self.offset)
-        return y if self.bias is None else y + parameters[self.bias]
+        return [y] if self.bias is None else [y, parameters[self.bias]]
 
 
 def _rms(x):
@@ -284,10 +289,13 @@ def _agrees(probe: _Probe, parameters, of_input: torch.dtype, formula) -> tuple[
     for scale in (1.0, 1000.0):
         x = (scale * probe.normal(8, probe.size)).to(of_input)
         y = probe.run(x, parameters)
-        truth = formula(x.double(), {name: p.double() for name, p in parameters.items()})
+        terms = formula.terms(x.double(), {name: p.double() for name, p in parameters.items()})
+        truth = functools.reduce(torch.add, terms)
         # A norm in fp64 that computes in fp32 is another one: ours would not round.
         eps = max(torch.finfo(d).eps for d in (*involved, y.dtype))
-        bound = 6 * eps * truth.abs() + 4 * eps * truth.abs().amax() / probe.size**0.5 + 1e-30
+        # Of the terms and not of their sum: a bias may leave little of the output, and nothing of its roundings.
+        rounded = functools.reduce(torch.add, [term.abs() for term in terms])
+        bound = 6 * eps * rounded + 4 * eps * truth.abs().amax() / probe.size**0.5 + 1e-30
         if not ((y.double() - truth).abs() <= bound).all():
             return False, y.dtype
     return True, y.dtype

@@ -64,6 +64,33 @@ def _oracle(cls, module, x):
     return y * (module.weight + (cls is ZeroCentred)) if hasattr(module, "weight") else y
 
 
+class ShiftedNorm(torch.nn.Module):
+    """A norm with a bias, which may leave next to nothing of an output; ``center`` says which norm."""
+
+    def __init__(self, size, center):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(size))
+        self.bias = torch.nn.Parameter(torch.zeros(size))
+        self.center, self.eps = center, 1e-6
+
+    def forward(self, x):
+        y = x.float()
+        y = y - y.mean(-1, keepdim=True) if self.center else y
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return (y * self.weight + self.bias).to(x.dtype)
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norms_with_a_bias_are_recognised_in_every_width(center, dtype):
+    tables = []
+    for size in (24, 256, 768, 4096):
+        norm = ShiftedNorm(size, center).to(dtype)
+        assert fastllm.accelerate(norm).swapped, size
+        tables.append(norm.fastllm_kind.options.dtypes)
+    assert all(table == tables[0] for table in tables)
+
+
 @pytest.mark.parametrize(
     ("cls", "why"),
     [
