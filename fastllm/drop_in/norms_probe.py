@@ -125,7 +125,7 @@ def _eps_candidates(module) -> list[tuple[str | float, float]]:
 def recognise_norm(module: torch.nn.Module) -> Norm | str:
     """The :class:`Norm` that ``module``'s forward is, by its outputs and gradients on random inputs; or why it is none.
 
-    Inputs of several scales (eps decides at the smallest), with and without a mean, in three shapes, in training and
+    Inputs of several scales (eps decides at the smallest), with and without a mean, in four shapes, in training and
     evaluation mode, in fp32 and in 16 bits. Nothing global is drawn from or changed.
     """
     try:
@@ -168,6 +168,7 @@ def _recognise(module, argument: str) -> Norm | str:
         dtypes=dtypes,
         settings=settings_of(module, formula.held),
         narrow_inside=_narrow_inside(probe, values),
+        vectors=_takes_vectors(probe, values, formula),
     )
 
 
@@ -281,6 +282,16 @@ def _narrow_inside(probe: _Probe, values) -> bool:
         except Exception:  # foreign code: taken for the kind that keeps its own forward under autocast
             return True
     return seen.found
+
+
+def _takes_vectors(probe: _Probe, values, formula: _Formula) -> bool:
+    """Whether an input of one dimension, a single row, is normalised as the rows of all others are."""
+    x = probe.normal(probe.size).float()
+    truth = formula(x.double(), {name: p.double() for name, p in values.items()})
+    try:
+        return all(_error(probe.run(x, values, training).detach(), truth) <= 2e-5 for training in (True, False))
+    except Exception:  # foreign code, or one that returns something else: such calls stay its own
+        return False
 
 
 def _agrees(probe: _Probe, parameters, of_input: torch.dtype, formula) -> tuple[bool, torch.dtype]:

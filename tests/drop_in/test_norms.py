@@ -91,6 +91,43 @@ def test_norms_with_a_bias_are_recognised_in_every_width(center, dtype):
     assert all(table == tables[0] for table in tables)
 
 
+class UnscaledNorm(torch.nn.Module):
+    """An embedding's norm without parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.eps = 1e-6
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+
+class TwoDimensions(Lookalike):
+    """A norm that takes no vector."""
+
+    def forward(self, x):
+        if x.dim() < 2:
+            raise ValueError("rows, please")
+        return super().forward(x)
+
+
+def test_a_single_row_has_the_bits_that_it_has_among_others():
+    # Models look for the rows of a special token by comparing them with that token's own.
+    for norm in (Lookalike(96), CentredLookalike(96), UnscaledNorm()):
+        assert fastllm.accelerate(norm).swapped
+        x = torch.randn(50, 96)
+        with torch.no_grad():
+            rows = norm(x)
+            assert all(torch.equal(norm(row), out) for row, out in zip(x, rows, strict=True)), type(norm)
+
+
+def test_a_norm_that_takes_no_vector_still_takes_none():
+    norm = TwoDimensions(96)
+    assert fastllm.accelerate(norm).swapped
+    with pytest.raises(ValueError, match="rows, please"):
+        norm(torch.randn(96))
+
+
 @pytest.mark.parametrize(
     ("cls", "why"),
     [
