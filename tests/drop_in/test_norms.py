@@ -154,6 +154,50 @@ def test_what_only_looks_like_a_norm_is_left(cls, why):
     assert type(norm) is cls
 
 
+class Repairing(Lookalike):
+    """A norm whose output is always finite."""
+
+    def forward(self, x):
+        return torch.nan_to_num(super().forward(x))
+
+
+class RepairingHalves(Lookalike):
+    """One that bounds what overflowed, in fp16 alone."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y.nan_to_num(0.0) if x.dtype == torch.float16 else y
+
+
+class BoundedInput(Lookalike):
+    """One that lets nothing in that fp16 could not hold."""
+
+    def forward(self, x):
+        return super().forward(x.clamp(-65504.0, 65504.0))
+
+
+class ByLayout(Lookalike):
+    """One that is another for tensors that are not contiguous."""
+
+    def forward(self, x):
+        return super().forward(x) if x.is_contiguous() else super().forward(x).relu()
+
+
+@pytest.mark.parametrize("cls", [Repairing, BoundedInput, ByLayout])
+def test_norms_that_repair_or_bound_their_values_are_left(cls):
+    norm = cls(32)
+    assert fastllm.accelerate(norm).swapped == []
+
+
+def test_a_norm_that_repairs_one_dtype_keeps_its_forward_for_that():
+    norm = RepairingHalves(32)
+    assert fastllm.accelerate(norm).swapped
+    x = torch.randn(3, 32)
+    x[0, 0] = float("inf")
+    assert not norm(x).isfinite().all()
+    assert norm(x.half()).isfinite().all()
+
+
 def test_squares_in_sixteen_bits_are_another_arithmetic():
     class Narrow(Lookalike):
         def forward(self, x):
