@@ -134,9 +134,9 @@ def swap_forward(module: torch.nn.Module, kind: Kind) -> None:
     Raises:
         TypeError: Python refuses another class for this object.
     """
-    cls = type(module)
-    if isinstance(module, Accelerated) and cls.fastllm_kind == kind:  # made by type(another)(...)
+    if isinstance(module, Accelerated) and module.fastllm_kind == kind:  # made by type(another)(...)
         return
+    cls = type(module)
     if is_parametrized(module) and isinstance(vars(cls).get(_first_parametrized(module)), property):
         # remove_parametrizations() deletes the properties from the module's own class, and gives it the class below.
         base, *others = cls.__bases__
