@@ -169,6 +169,8 @@ def take_over(module: nn.Module, switches: dict[int, Switch]) -> None:
     """
     _register()
     config = unfaced(module.config)
+    if config._attn_implementation == "eager":
+        swap_forward(module, INTERFACE)  # first: where Python refuses, nothing has changed yet
     for part in attending_within(module):
         theirs = unfaced(part.config)
         if theirs is config or getattr(theirs, "_attn_implementation", None) == config._attn_implementation:
@@ -178,7 +180,6 @@ def take_over(module: nn.Module, switches: dict[int, Switch]) -> None:
     if config._attn_implementation == "eager":
         # Its masks are then made for ours, too, and each call says whether it can be ours.
         module.config = face(config, _switch(config, switches), in_a_call=True)
-        swap_forward(module, INTERFACE)
 
 
 def _switch(config, switches: dict[int, Switch]) -> Switch:

@@ -78,7 +78,6 @@ def embedding_forward(module, original, may_defer: str | None, input):
 @forward_of("linear_cross_entropy")
 def head_forward(module, original, options, input):
     x, weight, bias = value_of(input), module.weight, module.bias
-    wide = torch.float64 in (x.dtype, weight.dtype)  # which autocast leaves
     if (
         recorded()
         or not (module.training and torch.is_grad_enabled())
@@ -89,7 +88,7 @@ def head_forward(module, original, options, input):
         or x.shape[-1] != weight.shape[1]
         or x.device != weight.device
         or not (x.requires_grad or weight.requires_grad)
-        or not (x.dtype == weight.dtype or (torch.is_autocast_enabled(x.device.type) and not wide))
+        or not (x.dtype == weight.dtype or _cast_by_autocast(x, weight))
         or x.is_inference()
         or weight.is_inference()
         or freed_after_forward(module)
@@ -101,10 +100,15 @@ def head_forward(module, original, options, input):
     return Logits.of(x, weight, bias)
 
 
+def _cast_by_autocast(*tensors) -> bool:
+    """Whether the tensors of a product get one dtype from autocast, which leaves fp64."""
+    return torch.is_autocast_enabled(tensors[0].device.type) and all(t.dtype != torch.float64 for t in tensors)
+
+
 def _multiplied(module, original, x, weight):
     """``linear(x, weight, bias)`` where the tensors are ordinary ones of one dtype, else the original forward."""
     bias = module.bias
-    if torch._C._get_tracing_state() is not None:
+    if torch._C._get_tracing_state() is not None or not isinstance(x, torch.Tensor):
         own("linear", UNFIT)
         return original(module, x)
     columns = x.shape[-1] if x.dim() > 0 else 0
@@ -139,7 +143,7 @@ def conv1d_forward(module, original, options, x):
 
 @forward_of("cross_entropy")
 def cross_entropy_forward(module, original, options, input, target):
-    if isinstance(input, Deferred) or not plain(input, target, module.weight):
+    if isinstance(input, Deferred) or target is None or not plain(input, target, module.weight):
         own("cross_entropy", UNFIT)
         return original(module, input, target)
     if (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -37,13 +39,17 @@ FORMULAS = {
 }
 
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
 @dataclass(frozen=True)
 class GatedMLP:
     """Names of the parts: ``gate`` is all of a packed projection where ``up`` is None.
 
     ``limit`` bounds the gate from above, and the other factor from both sides, before the product (DeepSeek V4).
     ``others`` are the parts beside linear layers and dropouts, an activation, with the class and the attributes that
-    each had when it was measured; ``settings`` are the module's own.
+    each had when it was measured; ``settings`` are the module's own. ``dtypes`` are the inputs' dtypes in which it is
+    this MLP, ``autocast`` says whether it is under autocast too: some code casts its output or repairs one dtype's.
     """
 
     formula: str
@@ -56,6 +62,8 @@ class GatedMLP:
     others: Parts
     argument: str
     settings: tuple[tuple[str, object], ...]
+    dtypes: tuple[torch.dtype, ...]
+    autocast: bool
 
     @property
     def op(self) -> str:
@@ -79,11 +87,15 @@ def gated_mlp_forward(module, original, mlp: GatedMLP, *args, **kwargs):
     if not plain(x) or not x.is_floating_point():
         own(mlp.op, "tensors that it does not take, or vmap, tracing or forward-mode differentiation")
         return original(module, x)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if not (mlp.autocast if autocast else x.dtype in mlp.dtypes):
+        own(mlp.op, "a dtype, or autocast, in which it was measured to be another")
+        return original(module, x)
     gate = getattr(module, mlp.gate)(x)
     up = None if mlp.up is None else getattr(module, mlp.up)(x)
     weight = down._parameters.get("weight")  # the attribute may be a parametrization, computed at each look
     weight = next(down.parameters(), None) if weight is None else weight
-    if weight is not None and weight.dtype != gate.dtype and not torch.is_autocast_enabled(x.device.type):
+    if weight is not None and weight.dtype != gate.dtype and not autocast:
         own(mlp.op, "its projections give another dtype than the last one takes")
         return original(module, x)
     gate, up = _bounded(gate, up, mlp.limit)
@@ -168,14 +180,32 @@ def _recognise(module, argument: str) -> GatedMLP | str:
         for limit, formula, inner, outer in itertools.product(
             _limits(module), FORMULAS, (None, *dropouts), (None, *dropouts)
         ):
-            layers = small[gate], None if up is None else small[up], small[down]
-            truth = _GatedProduct(FORMULAS[formula], *layers, stages[inner], stages[outer], limit)
-            if all(_same(truth, *each) for each in measured):
-                return GatedMLP(
-                    formula, gate, up, down, inner, outer, limit,
-                    parts_of(others), argument, settings_of(module),
-                )  # fmt: skip
+            form = formula, gate, up, down, inner, outer, limit
+            if all(_same(_truth(form, small, stages), small, *each) for each in measured):
+                dtypes, autocast = _agreeing(form, module, stages, small, others)
+                return GatedMLP(*form, parts_of(others), argument, settings_of(module), dtypes, autocast)
     return "its forward is none of swiglu, geglu and geglu by tanh, clamped or not, between its layers"
+
+
+def _truth(form: tuple, layers: dict[str, nn.Linear], stages) -> _GatedProduct:
+    """What the first fields of a :class:`GatedMLP` say, of ``layers``."""
+    formula, gate, up, down, inner, outer, limit = form
+    parts = layers[gate], None if up is None else layers[up], layers[down]
+    return _GatedProduct(FORMULAS[formula], *parts, stages[inner], stages[outer], limit)
+
+
+def _agreeing(form: tuple, module, stages, small, others) -> tuple[tuple[torch.dtype, ...], bool]:
+    """In which dtypes ``module`` is the MLP that it is in fp64, and whether it is under autocast."""
+
+    def agrees(dtype: torch.dtype, autocast: bool = False) -> bool:
+        layers = {name: copy.deepcopy(layer).to(dtype) for name, layer in small.items()}
+        forward = partial(_run, module, stages, layers, others)
+        return _agrees(_truth(form, layers, stages), forward, dtype, autocast)
+
+    dtypes = tuple(dtype for dtype in DTYPES if agrees(dtype))
+    if not dtypes:
+        raise Differs("its forward repairs values that are not finite, or casts its output")
+    return dtypes, agrees(torch.float32, autocast=True)
 
 
 def _limits(module) -> list[float | None]:
@@ -210,21 +240,61 @@ def _inputs() -> list[tuple[torch.Tensor, bool]]:
     return [(s * torch.randn(*n, generator=generator, dtype=torch.float64), training) for s, n, training in shapes]
 
 
-def _outputs(module, stages, small, others, x, training: bool):
-    """The output of ``module``'s forward for ``x``, with ``small`` for its linear layers, and the gradient."""
+def _run(module, stages, layers, others, x, training: bool) -> torch.Tensor:
+    """The output of ``module``'s forward for ``x``, with ``layers`` for its linear layers."""
     acting = {name: stand_in(part, training) for name, part in others.items()}
-    replaced = {name: acting.get(name, small.get(name, stages.get(name))) for name in module._modules}
-    leaf = x.clone().requires_grad_()
-    y = run(stand_in(module, training, _modules=replaced), leaf)
+    replaced = {name: acting.get(name, layers.get(name, stages.get(name))) for name in module._modules}
+    y = run(stand_in(module, training, _modules=replaced), x)
     if not isinstance(y, torch.Tensor) or y.shape != x.shape:
         raise Differs("its forward does not return one tensor of its input's shape")
-    return y.detach(), torch.autograd.grad(y.sum(), leaf)[0]
+    return y
 
 
-def _same(truth, x, y, grad) -> bool:
+def _outputs(module, stages, small, others, x, training: bool):
+    """What :func:`_run` gives, and the gradients of the input and of the parameters of ``small``."""
+    leaf = x.clone().requires_grad_()
+    y = _run(module, stages, small, others, leaf, training)
+    return y.detach(), _gradients(y, leaf, small)
+
+
+def _gradients(y, leaf, small):
+    parameters = [p for layer in small.values() for p in layer.parameters()]
+    return torch.autograd.grad(y.sum(), [leaf, *parameters], allow_unused=True)
+
+
+def _same(truth, small, x, y, grads) -> bool:
     leaf = x.clone().requires_grad_()
     want = truth(leaf)
-    return _close(y, want.detach()) and _close(grad, torch.autograd.grad(want.sum(), leaf)[0])
+    pairs = zip(grads, _gradients(want, leaf, small), strict=True)
+    return _close(y, want.detach()) and all(g is not None and _close(g, t) for g, t in pairs)
+
+
+def _agrees(truth, forward: Callable, dtype: torch.dtype, autocast: bool) -> bool:
+    """Whether ``forward(x, training)`` gives what ``truth`` gives of ``dtype``: dtype, and values to some roundings.
+
+    NaN, infinities and what overflows in fp16 on the way must become the same, too.
+    """
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(6, 6, generator=generator).t()  # some code asks for the layout
+    # Of the scales some overflow in fp16 in the last sum alone, some before it.
+    scales = torch.tensor([1.0, 1.0, 40.0, 60.0, 80.0, 100.0, 1e4])
+    broken = scales[:, None] * torch.randn(7, 6, generator=generator)
+    broken[0, 0], broken[1, 0] = float("nan"), float("inf")
+    eps = torch.finfo(torch.bfloat16 if autocast else dtype).eps
+    try:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            for given, training in itertools.product((x.to(dtype), broken.to(dtype)), (True, False)):
+                y, want = forward(given, training), truth(given)
+                finite = want.isfinite()
+                if y.dtype != want.dtype or not torch.equal(y.isfinite(), finite):
+                    return False
+                y, want = y[finite].double(), want[finite].double()
+                # 32 roundings of the largest value: a guess, eight products and their sum take fewer.
+                if want.numel() and (y - want).abs().amax() > 32 * eps * want.abs().amax():
+                    return False
+    except Exception:  # foreign code: what it refuses is not swapped
+        return False
+    return True
 
 
 def _close(a, b) -> bool:

@@ -46,7 +46,7 @@ class _Accelerated(SteppingAside):
 def _serves(func, args, kwargs) -> bool:
     leaves = pytree.arg_tree_leaves(*args, **kwargs)
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    if any(isinstance(t, Deferred) for t in tensors) or not plain(*tensors):
+    if any(isinstance(t, Deferred) for t in tensors) or not all(map(plain, tensors)):
         return False
     # torch.layer_norm has one argument more than F's.
     return func is not torch.layer_norm or (len(args) < 6 and "cudnn_enable" not in kwargs)

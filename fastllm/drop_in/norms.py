@@ -23,7 +23,8 @@ class Norm:
 
     ``dtypes`` holds (input, weight, output) triples that were tried; None for the weight where there is none.
     ``settings`` are the module's other attributes when it was measured, on which its forward may depend.
-    ``narrow_inside``: it squares or takes roots of 16-bit tensors, which autocast would widen.
+    ``narrow_inside``: it squares or takes roots of 16-bit tensors, which autocast would widen. ``vectors``: it takes an
+    input of one dimension as a row.
     """
 
     center: bool
@@ -35,6 +36,7 @@ class Norm:
     dtypes: tuple[tuple[torch.dtype, torch.dtype | None, torch.dtype], ...]
     settings: tuple[tuple[str, object], ...]
     narrow_inside: bool
+    vectors: bool
 
     @property
     def op(self) -> str:
@@ -57,7 +59,7 @@ def norm_forward(module, original, norm: Norm, *args, **kwargs):
     out = _output_dtype(norm, x, weight) if plain(x, weight, bias) else None
     if (
         out is None
-        or x.dim() < 2
+        or x.dim() < (1 if norm.vectors else 2)
         or (bias is not None and (weight is None or bias.dtype != weight.dtype))
         or changed(module, norm.settings)
     ):

@@ -8,13 +8,16 @@ _ORDINARY = (torch.Tensor, torch.nn.Parameter)
 _functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]  # not in torch's stubs
 
 
-def plain(*tensors) -> bool:
+def plain(first, *others) -> bool:
     """Whether all are ordinary dense tensors on a CPU or GPU, outside vmap, jvp and forward-mode differentiation.
 
+    Each of ``others`` may be None, as an optional parameter is; ``first`` may not.
     DTensors, quantised, nested and fake tensors are not: what they mean is their own class's affair. Nor is anything
     within torch.jit.trace: a trace is saved, and loaded where there are torch's operators alone. No module is left out.
     """
-    for tensor in tensors:
+    if first is None:
+        return False
+    for tensor in (first, *others):
         if tensor is None:
             continue
         if type(tensor) not in _ORDINARY or not (tensor.is_cpu or tensor.is_cuda):

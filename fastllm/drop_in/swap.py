@@ -129,11 +129,13 @@ def _first_parametrized(module: torch.nn.Module) -> str:
 
 
 def swap_forward(module: torch.nn.Module, kind: Kind) -> None:
-    """Let ``module``'s forward be that of ``kind``.
+    """Let ``module``'s forward be that of ``kind``, if it is not yet.
 
     Raises:
         TypeError: Python refuses another class for this object.
     """
+    if isinstance(module, Accelerated) and module.fastllm_kind == kind:  # made by type(another)(...)
+        return
     cls = type(module)
     if is_parametrized(module) and isinstance(vars(cls).get(_first_parametrized(module)), property):
         # remove_parametrizations() deletes the properties from the module's own class, and gives it the class below.

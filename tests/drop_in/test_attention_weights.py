@@ -338,3 +338,17 @@ def test_attention_that_is_registered_as_sdpa_is_called(when, ours, monkeypatch)
     torch.testing.assert_close(model(**inputs).loss, expected)
     assert len(called) == model.config.num_hidden_layers
     assert not ours
+
+
+@pytest.mark.parametrize("name", NEED_EAGER)
+def test_a_model_made_by_the_class_of_an_accelerated_one_is_accelerated_like_any(name):
+    model, plain, _ = pair(name)
+    made = type(model)(copy.deepcopy(plain.config))
+    made.load_state_dict(plain.state_dict())
+    report = fastllm.accelerate(made)
+    assert not any(entry.what == type(plain).__name__ and "Python refuses" in entry.why for entry in report.left)
+    assert sum(entry.by == "attention" for entry in report.swapped) == sum(
+        entry.by == "attention" for entry in fastllm.accelerate(copy.deepcopy(plain), dry_run=True).swapped
+    )
+    fastllm.revert(made)
+    assert [type(part) for part in made.modules()] == [type(part) for part in plain.modules()]

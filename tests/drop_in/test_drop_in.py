@@ -236,6 +236,46 @@ def test_what_torch_refuses_it_refuses_in_its_own_words():
     assert messages() == want
 
 
+class _Tied(nn.Module):
+    """A table and a head of as many rows, so that the head is found."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(40, 8)
+        self.head = nn.Linear(8, 40)
+
+    def forward(self, x):
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.LayerNorm(8),
+        lambda: nn.RMSNorm(8),
+        lambda: Lookalike(8),
+        lambda: nn.Embedding(5, 8),
+        lambda: nn.CrossEntropyLoss(),
+        lambda: nn.Linear(512, 512).bfloat16(),  # swapped where the processor has no 16-bit products
+        _Tied,
+    ],
+)
+def test_what_is_no_tensor_is_refused_in_torchs_words(build):
+    module = build()
+    other = copy.deepcopy(module)
+    fastllm.accelerate(module)
+    for given in (None, 3, [1.0, 2.0]):
+        arguments = (
+            [(given,)] if not isinstance(module, nn.CrossEntropyLoss) else [(given,) * 2, (torch.rand(2, 3), given)]
+        )
+        for each in arguments:
+            with pytest.raises((TypeError, AttributeError)) as theirs:
+                other(*each)
+            with pytest.raises(type(theirs.value)) as ours:
+                module(*each)
+            assert str(ours.value) == str(theirs.value)
+
+
 def test_class_weights_of_another_dtype_beside_probabilities():
     loss = nn.CrossEntropyLoss(weight=torch.rand(9))
     logits = torch.randn(4, 9).half()

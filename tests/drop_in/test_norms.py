@@ -64,6 +64,70 @@ def _oracle(cls, module, x):
     return y * (module.weight + (cls is ZeroCentred)) if hasattr(module, "weight") else y
 
 
+class ShiftedNorm(torch.nn.Module):
+    """A norm with a bias, which may leave next to nothing of an output; ``center`` says which norm."""
+
+    def __init__(self, size, center):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(size))
+        self.bias = torch.nn.Parameter(torch.zeros(size))
+        self.center, self.eps = center, 1e-6
+
+    def forward(self, x):
+        y = x.float()
+        y = y - y.mean(-1, keepdim=True) if self.center else y
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return (y * self.weight + self.bias).to(x.dtype)
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norms_with_a_bias_are_recognised_in_every_width(center, dtype):
+    tables = []
+    for size in (24, 256, 768, 4096):
+        norm = ShiftedNorm(size, center).to(dtype)
+        assert fastllm.accelerate(norm).swapped, size
+        tables.append(norm.fastllm_kind.options.dtypes)
+    assert all(table == tables[0] for table in tables)
+
+
+class UnscaledNorm(torch.nn.Module):
+    """An embedding's norm without parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.eps = 1e-6
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+
+class TwoDimensions(Lookalike):
+    """A norm that takes no vector."""
+
+    def forward(self, x):
+        if x.dim() < 2:
+            raise ValueError("rows, please")
+        return super().forward(x)
+
+
+def test_a_single_row_has_the_bits_that_it_has_among_others():
+    # Models look for the rows of a special token by comparing them with that token's own.
+    for norm in (Lookalike(96), CentredLookalike(96), UnscaledNorm()):
+        assert fastllm.accelerate(norm).swapped
+        x = torch.randn(50, 96)
+        with torch.no_grad():
+            rows = norm(x)
+            assert all(torch.equal(norm(row), out) for row, out in zip(x, rows, strict=True)), type(norm)
+
+
+def test_a_norm_that_takes_no_vector_still_takes_none():
+    norm = TwoDimensions(96)
+    assert fastllm.accelerate(norm).swapped
+    with pytest.raises(ValueError, match="rows, please"):
+        norm(torch.randn(96))
+
+
 @pytest.mark.parametrize(
     ("cls", "why"),
     [
@@ -88,6 +152,50 @@ def test_what_only_looks_like_a_norm_is_left(cls, why):
     assert report.swapped == []
     assert why in report.left[0].why
     assert type(norm) is cls
+
+
+class Repairing(Lookalike):
+    """A norm whose output is always finite."""
+
+    def forward(self, x):
+        return torch.nan_to_num(super().forward(x))
+
+
+class RepairingHalves(Lookalike):
+    """One that bounds what overflowed, in fp16 alone."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y.nan_to_num(0.0) if x.dtype == torch.float16 else y
+
+
+class BoundedInput(Lookalike):
+    """One that lets nothing in that fp16 could not hold."""
+
+    def forward(self, x):
+        return super().forward(x.clamp(-65504.0, 65504.0))
+
+
+class ByLayout(Lookalike):
+    """One that is another for tensors that are not contiguous."""
+
+    def forward(self, x):
+        return super().forward(x) if x.is_contiguous() else super().forward(x).relu()
+
+
+@pytest.mark.parametrize("cls", [Repairing, BoundedInput, ByLayout])
+def test_norms_that_repair_or_bound_their_values_are_left(cls):
+    norm = cls(32)
+    assert fastllm.accelerate(norm).swapped == []
+
+
+def test_a_norm_that_repairs_one_dtype_keeps_its_forward_for_that():
+    norm = RepairingHalves(32)
+    assert fastllm.accelerate(norm).swapped
+    x = torch.randn(3, 32)
+    x[0, 0] = float("inf")
+    assert not norm(x).isfinite().all()
+    assert norm(x.half()).isfinite().all()
 
 
 def test_squares_in_sixteen_bits_are_another_arithmetic():
