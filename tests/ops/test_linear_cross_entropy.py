@@ -81,7 +81,7 @@ def test_options_together(backend, options, weighted, tokens, bias, v):
             upstream = [torch.linspace(0.5, 2, o.numel(), device=DEVICE).view(o.shape) for o in given]
             results.append([*outs, *torch.autograd.grad(given, leaves, upstream)])
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5, equal_nan=True)
+        torch.testing.assert_close(a, b, equal_nan=True)  # beside rtol up to 7e-7 of atol 1e-5, measured with AVX-512
 
 
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch has none before 2.13")
@@ -95,6 +95,24 @@ def test_equals_torchs_own(backend):
             torch.autograd.grad(mine.sum(), (x, w)), torch.autograd.grad(theirs.sum(), (x, w)), strict=True
         ):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager", "triton"])
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"max_workspace_mb": 1e-4}, {"token_weight": True}])
+def test_a_mean_over_classes_of_no_weight_is_nan_whatever_smoothing_adds(backend, options):
+    x, w, _ = _call(n=4, v=5)
+    y = torch.tensor([1, 1, -100, 1], device=DEVICE)
+    weight = torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0], device=DEVICE)
+    if "token_weight" in options:
+        options = {"token_weight": torch.rand(4, device=DEVICE)}
+    for smoothing in (0.0, 0.1, 1.0):
+        for function in (linear_cross_entropy, linear_cross_entropy_reference):
+            with fastllm.backend(backend):
+                loss = function(x, w, y, weight=weight, label_smoothing=smoothing, **options)
+                dx, _ = torch.autograd.grad(loss, (x, w))
+            assert loss.isnan()
+            assert not dx[y != -100].isfinite().any()
+            assert (dx[y == -100] == 0).all()
 
 
 def test_none_has_the_right_gradient_for_any_upstream(backend):
