@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...backends import KERNEL_DTYPES, free_for_native, free_for_torch, under_transform
-from ..shared.autograd import PLAIN, apply_untransformed, unwrapped
+from ..shared.autograd import PLAIN, apply_untransformed, frozen, unwrapped
 from ..shared.widened import NARROW
 from .call import NormOptions, WantedGradients
 from .native import undropped_norm, undropped_norm_grad
@@ -32,6 +32,7 @@ class _OrdinaryNorm(torch.autograd.Function):
         if residual is None:
             ctx.save_for_backward(x, weight, bias, mean, rstd)
             return y
+        ctx.mark_non_differentiable(*frozen(h, (x, residual)))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(h, weight, bias, mean, rstd)
         return y, h
