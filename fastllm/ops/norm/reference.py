@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ..shared.dropout import dropout
 from ..shared.philox import draw_seed, first_row_of
+from ..shared.sharded import agreed
 from ..shared.widened import NARROW
 from .call import NormCall
 
@@ -31,7 +32,7 @@ def norm_reference(call: NormCall) -> torch.Tensor:
 def branch_seed(call: NormCall) -> torch.Tensor:
     """A seed of the dropout of ``call.input``, whose rows are those that are normed."""
     rows = call.input.shape[: call.input.dim() - len(call.shape)]
-    return draw_seed(call.input.device, first_row_of(rows, call.first_row))
+    return agreed(draw_seed(call.input.device, first_row_of(rows, call.first_row)), call.input)
 
 
 def added(call: NormCall) -> torch.Tensor:
