@@ -320,29 +320,6 @@ def test_modules(backend):
     torch.testing.assert_close(head(x, y, label_smoothing=0.1), F.cross_entropy(head(x), y, label_smoothing=0.1))
 
 
-@pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyLoss"), reason="torch < 2.13 has no such class")
-@pytest.mark.parametrize("options", [{}, dict(out_features=(3, 2)), dict(weight=torch.rand(33), reduction="sum")])
-@pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_the_module_is_torchs(options, kind, backend):
-    both = [
-        cls(8, 33, bias=True, **options).to(DEVICE)
-        for cls in (torch.nn.LinearCrossEntropyLoss, fastllm.nn.LinearCrossEntropyLoss)
-    ]
-    theirs, mine = both
-    assert isinstance(mine, torch.nn.LinearCrossEntropyLoss)
-    mine.load_state_dict(theirs.state_dict())
-    x, dims = torch.randn(5, 8, device=DEVICE), options.get("out_features", ())
-    y = torch.randint(33, (5, *dims), device=DEVICE)
-    if kind == "probabilities":
-        y = torch.randn(5, 33, *dims, device=DEVICE).softmax(1)
-    losses = [module(x, y) for module in both]
-    torch.testing.assert_close(losses[1], losses[0])
-    for loss in losses:
-        loss.backward()
-    for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
-
-
 def test_no_features_leave_the_bias(backend):
     x, w, b = (torch.zeros(n, device=DEVICE, requires_grad=True) for n in ((4, 0), (5, 0), (5,)))
     with torch.no_grad():
