@@ -16,6 +16,20 @@ def backend(request):
         yield request.param
 
 
+@pytest.mark.parametrize("form", ["probabilities", "weight of three dimensions"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_second_backward(backend, form, reduction):
+    x, head = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((4, 8), (2, 3, 8)))
+    target = torch.randint(0, 2, (4, 3), device=DEVICE)
+    if form == "probabilities":
+        head, target = head.flatten(0, 1), torch.rand(4, 6, device=DEVICE)
+    loss = linear_cross_entropy(x, head, target, reduction=reduction).sum()
+    first = torch.autograd.grad(loss, (x, head), retain_graph=True)
+    second = torch.autograd.grad(loss, (x, head))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyLoss"), reason="torch < 2.13 has no such class")
 @pytest.mark.parametrize("options", [{}, dict(out_features=(3, 2)), dict(weight=torch.rand(33), reduction="sum")])
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
