@@ -1,4 +1,4 @@
-"""linear_cross_entropy in PyTorch's other forms, class probabilities and a weight of three dimensions, and its module."""
+"""linear_cross_entropy in PyTorch's other forms, probabilities and a weight of three dimensions, and its module."""
 
 import pytest
 import torch
