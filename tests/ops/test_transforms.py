@@ -56,6 +56,18 @@ def test_forward_mode(op):
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=case_id)
+def test_gradients_of_forward_mode(op):
+    for name, mine, theirs, values in calls(op):
+        tangents = tuple(torch.randn_like(v) for v in values)
+
+        def pulled(function, values=values, tangents=tangents):
+            out, pull = torch.func.vjp(lambda *x: torch.func.jvp(function, x, tangents)[1], *values)
+            return pull(tuple(torch.ones_like(o) for o in out))
+
+        close(pulled(mine), pulled(theirs), name)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=case_id)
 def test_vmap_and_its_gradients(op):
     for name, mine, theirs, values in calls(op):
         batched = [torch.stack([v, v * 0.5, v + 1]) for v in values]
