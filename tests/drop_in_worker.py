@@ -122,7 +122,20 @@ def with_dtensors() -> bool:
             (FF.add_rms_norm(rows, rows, (D,))[0], F.rms_norm(x + x, (D,))),
             (FF.cross_entropy(rows, numbers), F.cross_entropy(x, ids)),
             (FF.embedding(numbers, table), x[ids]),
+            (FF.embedding_sum([numbers, None], [table, table]), x[ids] + x),
         ):
+            torch.testing.assert_close(found.full_tensor(), expected)
+        # The ranks' generators differ, and the mask is that of the first one's.
+        torch.manual_seed(dist.get_rank())
+        dropped = [
+            FF.add_rms_norm(rows, rows, (D,), dropout_p=0.5)[1],
+            FF.embedding_sum([numbers, None], [table, table], dropout_p=0.5),
+        ]
+        torch.manual_seed(0)
+        wanted = [
+            FF.add_rms_norm(x, x, (D,), dropout_p=0.5)[1], FF.embedding_sum([ids, None], [x, x], dropout_p=0.5)
+        ]  # fmt: skip
+        for found, expected in zip(dropped, wanted, strict=True):
             torch.testing.assert_close(found.full_tensor(), expected)
     return torch.allclose(model(distribute_tensor(x, mesh, [Replicate()])).full_tensor(), want)
 

@@ -95,6 +95,19 @@ def test_each_gradient_alone_equals_it_among_all(op, backend):
 
 
 @pytest.mark.parametrize(("op", "backend"), CASES, ids=case_id)
+def test_outputs_need_a_gradient_where_the_definitions_do(op, backend):
+    """One that depends on no leaf is as frozen as PyTorch's operators leave it, whatever its neighbours are."""
+    for sample in samples(op):
+        for i in range(len(leaves(sample))):
+            alone = copy(sample, keep=i)
+            with fastllm.backend(backend):
+                mine = outputs(op.function(*alone.args, **alone.kwargs))
+            theirs = outputs(op.reference(*alone.args, **alone.kwargs))
+            found, wanted = ([out.requires_grad for out in outs] for outs in (mine, theirs))
+            assert found == wanted, f"{sample.name}, leaf {i}"
+
+
+@pytest.mark.parametrize(("op", "backend"), CASES, ids=case_id)
 def test_upstream_gradients_of_any_layout(op, backend):
     for sample in few(op):
         sample = copy(sample)

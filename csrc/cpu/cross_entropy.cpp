@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "caches.h"
 #include "../scalar.h"
@@ -211,7 +212,8 @@ Tensor number(const Tensor& like, double value, ScalarType dtype) {
 // As torch's at::Reduction.
 enum Reduction : int64_t { kNone, kMean, kSum };
 
-// What a mean divides by: the number of targets that are not ignored, or the sum of their classes' weights.
+// What a mean divides by: the number of targets that are not ignored, or the sum of their classes' weights. Of 0 beside
+// smoothing NaN, as Loss.divisor in Python.
 double total_of(const Labelled& call, const int64_t* ids, int64_t ignore_index) {
   double total = 0.0;
   for (int64_t i = 0; i < call.rows(); ++i)
@@ -219,6 +221,7 @@ double total_of(const Labelled& call, const int64_t* ids, int64_t ignore_index) 
       total += call.options.weight == nullptr ? 1.0
                : call.wide() ? static_cast<const double*>(call.options.weight)[ids[i]]
                              : static_cast<double>(static_cast<const float*>(call.options.weight)[ids[i]]);
+  if (total == 0.0 && call.options.smoothing != 0.0) return std::numeric_limits<double>::quiet_NaN();
   return call.wide() ? total : static_cast<double>(static_cast<float>(total));
 }
 

@@ -9,7 +9,7 @@ import torch
 from .. import extension
 from ..backends import pick, under_transform
 from ..registry import Cost, Op, Sample, define, register
-from .shared.autograd import apply
+from .shared.autograd import apply, frozen
 from .shared.check import beyond_float32, check_dense, check_floating, check_integer
 
 
@@ -144,11 +144,10 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, key, turn = inputs
+        query, key, turn = inputs
+        query_out, key_out = output
         ctx.set_materialize_grads(False)
-        if key is None:
-            _, key_out = output
-            ctx.mark_non_differentiable(key_out)
+        ctx.mark_non_differentiable(*frozen(query_out, (query,)), *frozen(key_out, (key,)))
         ctx.save_for_backward(turn.cos, turn.sin, turn.position_ids)
         ctx.options = turn.offset, turn.interleaved, not turn.inverse, turn.backend
 

@@ -6,7 +6,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..device import device_info
 from ..launch import cdiv, launch_options, next_power_of_2, tuned
 from ..math import LOG2E
-from ..sizes import ATTENTION_ROWS
 from .values import CallSizes, KernelFlags, Plane, Programs, Score, ScoreStatistics, TileShape, WeightDropout
 
 
@@ -19,8 +18,9 @@ class Problem:
     """One attention call as the launchers see it: what its kernels take, made once.
 
     ``call`` has the fields of the ops' AttentionCall: q, k and v, dense (B, H, S, D) or packed (total, H, D) with cu_q
-    and cu_k; bias, sinks, slopes and seed, or None; scale; softcap, 0 for none; left and right, < 0 where unbounded;
-    bottom_right; dropout_p. The batch stride of a packed tensor is 0: cu_q and cu_k say where a sequence starts.
+    and cu_k; bias, sinks, slopes and seed, or None; scale; softcap, 0 for none; left and right, < 0 where unbounded
+    and else below 2^30; bottom_right; dropout_p. The batch stride of a packed tensor is 0: cu_q and cu_k say where a
+    sequence starts.
     """
 
     def __init__(self, call):
@@ -69,8 +69,8 @@ class Problem:
             scale=call.scale,
             unit=LOG2E.value if self.natural else call.scale * LOG2E.value,
             softcap=call.softcap if call.softcap > 0 else None,
-            left=min(call.left, ATTENTION_ROWS) if call.left >= 0 else None,
-            right=min(call.right, ATTENTION_ROWS) if call.right >= 0 else None,
+            left=call.left if call.left >= 0 else None,
+            right=call.right if call.right >= 0 else None,
             **features,
         )
 

@@ -51,6 +51,24 @@ def test_all_ignored_is_nan_with_zero_gradients(backend):
         assert (grad == 0).all()
 
 
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}, {"softcap": 3.0}, {"return_lse": True}])
+def test_a_mean_over_classes_of_no_weight_is_nan_whatever_smoothing_adds(backend, options):
+    x, y = torch.randn(4, 5, device=DEVICE), torch.tensor([1, 1, -100, 1], device=DEVICE)
+    weight = torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0], device=DEVICE)
+    assert F.cross_entropy(x, y, weight, label_smoothing=0.1).isnan()
+    for smoothing in (0.0, 0.1, 1.0):
+        for function in (cross_entropy, cross_entropy_reference):
+            with fastllm.backend(backend):
+                leaf = x.clone().requires_grad_()
+                loss = function(leaf, y, weight, label_smoothing=smoothing, **options)
+                loss = loss[0] if isinstance(loss, tuple) else loss
+                (grad,) = torch.autograd.grad(loss, leaf)
+            assert loss.isnan()
+            assert not grad[y != -100].isfinite().any()
+            assert (grad[y == -100] == 0).all()
+
+
 def test_ignored_rows_have_exactly_zero_loss_and_gradient(backend):
     x, y = torch.randn(6, 40, device=DEVICE), torch.tensor([3, -100, 2, -100, 0, 39], device=DEVICE)
     loss, grad = _gradient(cross_entropy, x, y, reduction="none", label_smoothing=0.1, z_loss=0.1)

@@ -112,10 +112,3 @@ def test_an_accelerated_model_exported_without_a_gradient(strict, dtype):
     x = torch.randn(2, 64, dtype=dtype)
     with torch.no_grad():
         torch.testing.assert_close(exported_with_torchs_operators(model, x, strict=strict)(x), model(x))
-
-
-@pytest.mark.parametrize("op", OPS.values(), ids=case_id)
-def test_functionalize(op):
-    sample = next(s for s in op.samples(torch.device("cpu"), torch.float32) if leaves(s))
-    module = Called(op, copy(sample))
-    torch.testing.assert_close(torch.func.functionalize(module)(), module(), **CLOSE)

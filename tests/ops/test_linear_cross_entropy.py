@@ -81,7 +81,7 @@ def test_options_together(backend, options, weighted, tokens, bias, v):
             upstream = [torch.linspace(0.5, 2, o.numel(), device=DEVICE).view(o.shape) for o in given]
             results.append([*outs, *torch.autograd.grad(given, leaves, upstream)])
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5, equal_nan=True)
+        torch.testing.assert_close(a, b, equal_nan=True)  # beside rtol up to 7e-7 of atol 1e-5, measured with AVX-512
 
 
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch has none before 2.13")
@@ -95,6 +95,24 @@ def test_equals_torchs_own(backend):
             torch.autograd.grad(mine.sum(), (x, w)), torch.autograd.grad(theirs.sum(), (x, w)), strict=True
         ):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager", "triton"])
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"max_workspace_mb": 1e-4}, {"token_weight": True}])
+def test_a_mean_over_classes_of_no_weight_is_nan_whatever_smoothing_adds(backend, options):
+    x, w, _ = _call(n=4, v=5)
+    y = torch.tensor([1, 1, -100, 1], device=DEVICE)
+    weight = torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0], device=DEVICE)
+    if "token_weight" in options:
+        options = {"token_weight": torch.rand(4, device=DEVICE)}
+    for smoothing in (0.0, 0.1, 1.0):
+        for function in (linear_cross_entropy, linear_cross_entropy_reference):
+            with fastllm.backend(backend):
+                loss = function(x, w, y, weight=weight, label_smoothing=smoothing, **options)
+                dx, _ = torch.autograd.grad(loss, (x, w))
+            assert loss.isnan()
+            assert not dx[y != -100].isfinite().any()
+            assert (dx[y == -100] == 0).all()
 
 
 def test_none_has_the_right_gradient_for_any_upstream(backend):
@@ -300,29 +318,6 @@ def test_modules(backend):
     head = fastllm.nn.LinearCrossEntropyHead(8, 33, bias=False).to(DEVICE)
     assert set(head.state_dict()) == {"weight"}
     torch.testing.assert_close(head(x, y, label_smoothing=0.1), F.cross_entropy(head(x), y, label_smoothing=0.1))
-
-
-@pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyLoss"), reason="torch < 2.13 has no such class")
-@pytest.mark.parametrize("options", [{}, dict(out_features=(3, 2)), dict(weight=torch.rand(33), reduction="sum")])
-@pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_the_module_is_torchs(options, kind, backend):
-    both = [
-        cls(8, 33, bias=True, **options).to(DEVICE)
-        for cls in (torch.nn.LinearCrossEntropyLoss, fastllm.nn.LinearCrossEntropyLoss)
-    ]
-    theirs, mine = both
-    assert isinstance(mine, torch.nn.LinearCrossEntropyLoss)
-    mine.load_state_dict(theirs.state_dict())
-    x, dims = torch.randn(5, 8, device=DEVICE), options.get("out_features", ())
-    y = torch.randint(33, (5, *dims), device=DEVICE)
-    if kind == "probabilities":
-        y = torch.randn(5, 33, *dims, device=DEVICE).softmax(1)
-    losses = [module(x, y) for module in both]
-    torch.testing.assert_close(losses[1], losses[0])
-    for loss in losses:
-        loss.backward()
-    for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
 
 
 def test_no_features_leave_the_bias(backend):

@@ -56,6 +56,18 @@ def test_forward_mode(op):
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=case_id)
+def test_gradients_of_forward_mode(op):
+    for name, mine, theirs, values in calls(op):
+        tangents = tuple(torch.randn_like(v) for v in values)
+
+        def pulled(function, values=values, tangents=tangents):
+            out, pull = torch.func.vjp(lambda *x: torch.func.jvp(function, x, tangents)[1], *values)
+            return pull(tuple(torch.ones_like(o) for o in out))
+
+        close(pulled(mine), pulled(theirs), name)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=case_id)
 def test_vmap_and_its_gradients(op):
     for name, mine, theirs, values in calls(op):
         batched = [torch.stack([v, v * 0.5, v + 1]) for v in values]
@@ -112,3 +124,20 @@ def test_cross_entropy_of_each_row_alone(backend, options):
             torch.testing.assert_close(grad, torch.autograd.grad(alone, row)[0])
         compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x[0], target[0]), losses[0])
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=case_id)
+def test_functionalize(op):
+    """Of every tensor among the arguments, so that values which the host reads have no memory there."""
+    for sample in op.samples(DEVICE, torch.float32):
+        flat, spec = contract.pytree.tree_flatten((sample.args, dict(sample.kwargs)))
+        at = [i for i, value in enumerate(flat) if isinstance(value, torch.Tensor)]
+
+        def call(*values, flat=flat, spec=spec, at=at):
+            swap = dict(zip(at, values, strict=True))
+            args, kwargs = contract.pytree.tree_unflatten([swap.get(i, old) for i, old in enumerate(flat)], spec)
+            torch.manual_seed(2)
+            return tuple(outputs(op.function(*args, **kwargs)))
+
+        values = [flat[i].detach() for i in at]
+        close(torch.func.functionalize(call)(*values), call(*values), sample.name)

@@ -236,6 +236,13 @@ def _same_device(op: str, name: str, x, query) -> None:
         raise ValueError(f"{op}: {name} is on {x.device}, query on {query.device}; they must be together")
 
 
+def numbers_of(cu: torch.Tensor) -> list[int]:
+    """A vector's values; one by one within torch.func.functionalize, which gives it no memory to read them from."""
+    if not torch.compiler.is_compiling() and torch._is_functional_tensor(cu):
+        return [int(one.item()) for one in cu.unbind()]
+    return cu.tolist()
+
+
 def _check_cu(op: str, name: str, cu, rows: tuple[int, int | None], query) -> torch.Tensor:
     """``rows``: how many there are, and how many a sequence may have, where that is known."""
     total, most = rows
@@ -248,7 +255,7 @@ def _check_cu(op: str, name: str, cu, rows: tuple[int, int | None], query) -> to
     _same_device(op, name, cu, query)
     # The values on a GPU are not read: reading them would wait for it.
     if cu.device.type == "cpu" and not torch.compiler.is_compiling() and type(cu) is torch.Tensor:
-        bounds = cu.tolist()
+        bounds = numbers_of(cu)
         if bounds[0] != 0 or bounds[-1] > total or any(a > b for a, b in itertools.pairwise(bounds)):
             raise ValueError(
                 f"{op}: {name} must rise from 0 to at most {total} rows, got {bounds[:4]} ... {bounds[-1]}"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ...cpu import multiplies
-from .call import AttentionCall, ForwardResult, OutputGradients, Wanted, sequence_bias, sequence_call
+from .call import AttentionCall, ForwardResult, OutputGradients, Wanted, numbers_of, sequence_bias, sequence_call
 from .reference import dropout_kept, visible
 
 # Scores held at once. 2^19 in fp32 are 2 MB, a core's L2 on server CPUs; GPUs want larger launches.
@@ -270,7 +270,7 @@ def each_sequence(call: AttentionCall) -> Iterator[Sequence]:
     if call.cu_q is None or call.cu_k is None:
         yield Sequence(_Dense(call, 0))
         return
-    bounds_q, bounds_k = call.cu_q.tolist(), call.cu_k.tolist()
+    bounds_q, bounds_k = numbers_of(call.cu_q), numbers_of(call.cu_k)
     for b in range(len(bounds_q) - 1):
         at_q, at_k = slice(*bounds_q[b : b + 2]), slice(*bounds_k[b : b + 2])
         yield Sequence(_Dense(sequence_call(call, b, at_q, at_k), b * call.q.shape[1]), b, at_q, at_k)

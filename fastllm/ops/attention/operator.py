@@ -9,7 +9,7 @@ import torch
 
 from ...backends import plain_eager
 from ...registry import define
-from ..shared.autograd import apply, gradients
+from ..shared.autograd import apply, frozen, gradients
 from .call import AttentionCall, ForwardResult, OutputGradients, Wanted
 from .eager import eager_attention_bwd, eager_attention_fwd
 from .native import native_attention_bwd, native_attention_fwd
@@ -144,12 +144,12 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         q, k, v, bias, sinks, served = inputs
-        out, _, stats = output
+        out, lse, stats = output
         rest = served.rest
         ctx.served = _Served(
             rest._replace(bias=None, slopes=None, seed=None, cu_q=None, cu_k=None), served.backend
         )  # fmt: skip
-        ctx.mark_non_differentiable(stats)
+        ctx.mark_non_differentiable(stats, *frozen(lse, (q, k, bias, sinks)))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, bias, sinks, rest.bias, rest.slopes, rest.seed, rest.cu_q, rest.cu_k, out, stats)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..shared.philox import dropout_scale, rows_kept
-from .call import AttentionCall, sequence_call
+from .call import AttentionCall, numbers_of, sequence_call
 
 
 def dropout_kept(seed: torch.Tensor, planes: torch.Tensor, rows: torch.Tensor, cols: int, p: float) -> torch.Tensor:
@@ -92,7 +92,7 @@ def reference(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         return out.to(q.dtype), lse
     heads = q.shape[1]
     outs, lses = [], []
-    bounds_q, bounds_k = call.cu_q.tolist(), call.cu_k.tolist()
+    bounds_q, bounds_k = numbers_of(call.cu_q), numbers_of(call.cu_k)
     for b in range(len(bounds_q) - 1):
         at_q, at_k = slice(*bounds_q[b : b + 2]), slice(*bounds_k[b : b + 2])
         out, lse = _sequence(sequence_call(call, b, at_q, at_k), b * heads)

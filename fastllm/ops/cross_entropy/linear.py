@@ -105,7 +105,7 @@ def linear_cross_entropy(
             whole_logits(input, linear_weight, linear_bias, input.dtype), target, weight,
             ignore_index=-100 if ignore_index is None else ignore_index, reduction=reduction,
             label_smoothing=label_smoothing, softcap=softcap, logit_scale=logit_scale, z_loss=z_loss,
-            return_lse=return_lse, inplace=True,
+            return_lse=return_lse,
         )  # fmt: skip
     call = _checked(
         input, linear_weight, target, linear_bias=linear_bias, weight=weight, reduction=reduction,

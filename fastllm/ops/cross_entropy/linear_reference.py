@@ -34,7 +34,7 @@ def denominator(rows, target, weight, token_weight, loss: Loss):
         return rows.new_ones(())
     keep = target != loss.ignore_index
     mass = keep.to(rows.dtype) if weight is None else weight.to(rows.dtype)[torch.where(keep, target, 0)] * keep
-    return (mass if token_weight is None else mass * token_weight).sum()
+    return loss.divisor((mass if token_weight is None else mass * token_weight).sum())
 
 
 def linear_cross_entropy_reference(input, linear_weight, target, **options):

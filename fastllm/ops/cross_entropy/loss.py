@@ -64,6 +64,13 @@ class Loss(NamedTuple):
             z = z * self.logit_scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
+    def divisor(self, total: torch.Tensor) -> torch.Tensor:
+        """What a mean divides by where the targets' weights add up to ``total``: beside label smoothing NaN for 0.
+
+        PyTorch takes the mean of the targets' own losses alone, which is 0 / 0 then, and adds the smoothing's.
+        """
+        return total if self.label_smoothing == 0.0 else torch.where(total == 0, math.nan, total)
+
     @property
     def has_penalty(self) -> bool:
         """Whether :meth:`penalty` adds anything."""

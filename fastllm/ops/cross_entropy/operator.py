@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ...registry import define
-from ..shared.autograd import gradients, scalable
+from ..shared.autograd import frozen, gradients, scalable
 from .loss import LABELLED_SCHEMA, LOSS_SCHEMA, Labelled, Loss, row_out_of_range
 from .native import native_cross_entropy_bwd, native_cross_entropy_fwd, native_scale_gradient
 from .reference import loss_and_lse
@@ -150,8 +150,8 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, target, node = inputs
-        _, _, stats, total, dlogits = output
-        ctx.mark_non_differentiable(stats, total, dlogits)
+        _, lse, stats, total, dlogits = output
+        ctx.mark_non_differentiable(stats, total, dlogits, *frozen(lse, (x,)))
         ctx.set_materialize_grads(False)
         # The class weights are saved as a tensor.
         ctx.has_gradient, ctx.node = node.with_gradient, node._replace(weight=None)

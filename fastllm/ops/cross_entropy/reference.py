@@ -41,7 +41,7 @@ def loss_and_lse(labelled: Labelled):
         mass = torch.where(kept, _of_classes(w, index), 0.0)
         own = gather(log_p, dim, index.unsqueeze(dim).view(*index.shape[:dim], 1, *index.shape[dim:]))
         rows = -mass * own.view(index.shape)
-        count = mass.sum()
+        count = loss.divisor(mass.sum())
     smoothing = loss.label_smoothing
     if smoothing != 0.0:
         rows = (1 - smoothing) * rows - smoothing / n_classes * (w_along * log_p).sum(dim).view(rows.shape)
@@ -87,7 +87,7 @@ def eager_cross_entropy(call: CrossEntropyCall):
             kept = target != loss.ignore_index
             index = torch.where(kept, target, 0)
             mass = kept.to(lse.dtype) if weight is None else torch.where(kept, _of_classes(weight, index), 0)
-            count = mass.sum()
+            count = loss.divisor(mass.sum())
         penalty = loss.penalty(mass, lse.view(mass.shape))
         if not target.is_floating_point():
             penalty = torch.where(kept, penalty, 0)

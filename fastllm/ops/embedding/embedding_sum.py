@@ -14,6 +14,7 @@ from ..shared.autograd import apply
 from ..shared.check import check_floating, check_number
 from ..shared.dropout import dropped, dropped_gradient
 from ..shared.philox import draw_seed, dropout_mask, dropout_scale, first_row_of
+from ..shared.sharded import agreed, replicated
 from .call import check_indices, check_table, normalised_padding
 from .eager import gather_eager
 from .embedding import Embedding
@@ -48,7 +49,7 @@ def _filled(indices, device) -> list[torch.Tensor]:
         raise TypeError(f"embedding_sum: indices must be tensors or None, got {type(given).__name__}")
     if given is None or given.dim() == 0:
         raise ValueError("embedding_sum: positions (None) need ids of another table with at least one dimension")
-    positions = torch.arange(given.shape[-1], device=device)
+    positions = replicated(torch.arange(given.shape[-1], device=device), given)
     return [positions if i is None else i for i in indices]
 
 
@@ -65,7 +66,8 @@ def embedding_sum_reference(
     parts = [s * F.embedding(i, w.to(wide), p) for i, w, p, s in zip(indices, weights, padding, scales, strict=True)]
     total = sum(parts[1:], parts[0])
     if dropout_p > 0.0:
-        kept = dropout_mask(draw_seed(total.device, first_row_of(total.shape[:-1], first_row)), total.shape, dropout_p)
+        seed = agreed(draw_seed(total.device, first_row_of(total.shape[:-1], first_row)), total)
+        kept = replicated(dropout_mask(seed, total.shape, dropout_p), total)
         total = torch.where(kept, total * dropout_scale(dropout_p), 0.0)
     return total.to(dtype)
 
@@ -255,7 +257,7 @@ def embedding_sum(indices, weights, *, padding_idx=None, scale=1.0, dropout_p=0.
 
 def _served(call: EmbeddingSumCall) -> torch.Tensor:
     backend = pick("embedding_sum", call).backend
-    if plain_eager(backend):
+    if plain_eager(backend, call.weights):
         return call.by_torch()
     indices, weights, shape, scales, padding, dropout_p, positions, _ = call
     total = _Sum(backend == "native", shape, scales, padding, dropout_p, positions)

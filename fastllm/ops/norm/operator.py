@@ -9,7 +9,7 @@ import torch
 
 from ...backends import under_transform
 from ...registry import define
-from ..shared.autograd import apply, gradients
+from ..shared.autograd import apply, frozen, gradients
 from ..shared.dropout import dropout
 from .call import NormBackward, NormCall, NormForward, NormOptions
 from .native import norm_grad_rows, norm_rows
@@ -184,7 +184,7 @@ class _Norm(torch.autograd.Function):
         ctx.added = residual is not None
         ctx.input_dtype = x.dtype
         ctx.options = options
-        ctx.mark_non_differentiable(mean, rstd, *(() if ctx.added else (h,)))
+        ctx.mark_non_differentiable(mean, rstd, *(frozen(h, (x, residual)) if ctx.added else (h,)))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(h if ctx.added else x, weight, bias, seed, mean, rstd)
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ...backends import KERNEL_DTYPES, free_for_native, free_for_torch, under_transform
-from ..shared.autograd import PLAIN, apply_untransformed, unwrapped
+from ...backends import KERNEL_DTYPES, forward_mode, free_for_native, free_for_torch, under_transform
+from ..shared.autograd import PLAIN, apply_untransformed, frozen, unwrapped
 from ..shared.widened import NARROW
 from .call import NormOptions, WantedGradients
 from .native import undropped_norm, undropped_norm_grad
@@ -32,6 +32,7 @@ class _OrdinaryNorm(torch.autograd.Function):
         if residual is None:
             ctx.save_for_backward(x, weight, bias, mean, rstd)
             return y
+        ctx.mark_non_differentiable(*frozen(h, (x, residual)))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(h, weight, bias, mean, rstd)
         return y, h
@@ -87,7 +88,7 @@ def ordinary_layer_norm(x, shape, weight, bias, eps) -> torch.Tensor | None:
     if not _is_ordinary(x, shape, weight, bias, eps):
         return None
     if x.dtype is torch.float32:
-        return torch.layer_norm(x, shape, weight, bias, eps) if free_for_torch() else None
+        return torch.layer_norm(x, shape, weight, bias, eps) if free_for_torch() and not forward_mode() else None
     return _by_extension(x, None, weight, bias, eps, True) if x.dtype in NARROW else None
 
 
@@ -97,7 +98,7 @@ def ordinary_add_layer_norm(input, residual, shape, weight, bias, eps) -> tuple[
         return None
     if input.dtype is not torch.float32:
         return _by_extension(input, residual, weight, bias, eps, True) if input.dtype in NARROW else None
-    if not free_for_torch():
+    if not free_for_torch() or forward_mode():
         return None
     h = residual + input
     return torch.layer_norm(h, shape, weight, bias, eps), h

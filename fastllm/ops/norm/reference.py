@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ...backends import forward_mode
 from ..shared.dropout import dropout
 from ..shared.philox import draw_seed, first_row_of
+from ..shared.sharded import agreed
 from ..shared.widened import NARROW
 from .call import NormCall
 
@@ -31,7 +33,7 @@ def norm_reference(call: NormCall) -> torch.Tensor:
 def branch_seed(call: NormCall) -> torch.Tensor:
     """A seed of the dropout of ``call.input``, whose rows are those that are normed."""
     rows = call.input.shape[: call.input.dim() - len(call.shape)]
-    return draw_seed(call.input.device, first_row_of(rows, call.first_row))
+    return agreed(draw_seed(call.input.device, first_row_of(rows, call.first_row)), call.input)
 
 
 def added(call: NormCall) -> torch.Tensor:
@@ -63,7 +65,9 @@ def eager_norm(call: NormCall) -> torch.Tensor:
         # torch.nn.functional.layer_norm takes fp32 parameters beside 16-bit rows on a CPU alone, and no bias alone.
         taken = call.weight is not None and dtypes == {torch.float32} and call.input.dtype in NARROW
         taken = taken and call.input.device.type == "cpu"
-        if call.weight_offset != 0.0 or (mixed and not taken):
+        # The gradient of PyTorch's forward-mode derivative is not right (2.13): of layer_norm's input it is not 0 for a
+        # tangent and an upstream gradient of equal numbers.
+        if call.weight_offset != 0.0 or (mixed and not taken) or forward_mode():
             return norm_reference(call)
         return F.layer_norm(call.input, call.shape, call.weight, call.bias, call.eps)
     # torch.nn.functional.rms_norm would warn of mixed dtypes at every call.

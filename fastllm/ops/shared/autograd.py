@@ -68,6 +68,15 @@ def unwrapped(args: Sequence) -> list:
     return [unwrap_if_dead(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
 
 
+def frozen(output: torch.Tensor, sources: Tensors) -> Tensors:
+    """``(output,)`` where none of the ``sources`` that it depends on requires a gradient, else ``()``.
+
+    autograd lets every output of a function require one where any input does, and PyTorch's own operators do not: a
+    function marks these as not differentiable.
+    """
+    return () if any(source is not None and source.requires_grad for source in sources) else (output,)
+
+
 def _distinct(args: Sequence, found: list) -> list:
     """``args`` with a view in place of each tensor that has come before; ``found``: those that have."""
     result = []

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ...backends import chosen_backend, device_type_of, operators_alone, why_not
+from ...backends import chosen_backend, device_type_of, is_sharded, operators_alone, why_not
 from ...extension import operator
 from .autograd import apply
 from .philox import dropout_mask, dropout_scale
+from .sharded import replicated
 
 
 def _rows_fake(x, p, seed):
@@ -20,7 +21,7 @@ _dropout_rows = operator("dropout_rows", _rows_fake)
 
 def _native(x: torch.Tensor) -> bool:
     """Whether the extension serves ``x``: where it can, unless another backend is asked for."""
-    if chosen_backend() not in ("auto", "native"):
+    if chosen_backend() not in ("auto", "native") or is_sharded(x):
         return False
     index = None if x.is_cpu else x.device.index
     return why_not("native", device_type_of(x), (x.dtype,), index=index) is None
@@ -30,7 +31,7 @@ def dropped(x: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
     """What dropout leaves of ``x``, of one dimension at least: its own transpose."""
     if x.numel() and not operators_alone() and _native(x):
         return _dropout_rows(x.reshape(-1, x.shape[-1]), p, seed).view(x.shape)
-    return torch.where(dropout_mask(seed, x.shape, p), x * dropout_scale(p), 0.0)
+    return torch.where(replicated(dropout_mask(seed, x.shape, p), x), x * dropout_scale(p), 0.0)
 
 
 class _Dropout(torch.autograd.Function):

@@ -31,3 +31,25 @@ def gather(z: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
     assert isinstance(values, DTensor)
     places = [Replicate() if place.is_partial() else place for place in values.placements]
     return values.redistribute(placements=places)
+
+
+def replicated(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``values``, which every rank has: beside a DTensor ``like`` a DTensor too, whole on each rank of its mesh."""
+    if not is_sharded(like):
+        return values
+    from torch.distributed.tensor import DTensor, Replicate
+
+    assert isinstance(like, DTensor)
+    mesh = like.device_mesh
+    return DTensor.from_local(values, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def agreed(seed: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``seed``; beside a DTensor ``like`` that of the mesh's first rank, since the ranks' generators may differ."""
+    if not is_sharded(like):
+        return seed
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    mesh = like.device_mesh
+    return distribute_tensor(seed, mesh, [Replicate()] * mesh.ndim).to_local()

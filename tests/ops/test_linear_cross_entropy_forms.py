@@ -1,0 +1,53 @@
+"""linear_cross_entropy in PyTorch's other forms, probabilities and a weight of three dimensions, and its module."""
+
+import pytest
+import torch
+from conftest import DEVICE
+
+import fastllm
+from fastllm.functional import linear_cross_entropy
+
+pytestmark = [pytest.mark.cpu_level, pytest.mark.runs_on("gpu", "interpreter")]
+
+
+@pytest.fixture(params=["auto", "eager", "triton"])
+def backend(request):
+    with fastllm.backend(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("form", ["probabilities", "weight of three dimensions"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_second_backward(backend, form, reduction):
+    x, head = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((4, 8), (2, 3, 8)))
+    target = torch.randint(0, 2, (4, 3), device=DEVICE)
+    if form == "probabilities":
+        head, target = head.flatten(0, 1), torch.rand(4, 6, device=DEVICE)
+    loss = linear_cross_entropy(x, head, target, reduction=reduction).sum()
+    first = torch.autograd.grad(loss, (x, head), retain_graph=True)
+    second = torch.autograd.grad(loss, (x, head))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyLoss"), reason="torch < 2.13 has no such class")
+@pytest.mark.parametrize("options", [{}, dict(out_features=(3, 2)), dict(weight=torch.rand(33), reduction="sum")])
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_the_module_is_torchs(options, kind, backend):
+    both = [
+        cls(8, 33, bias=True, **options).to(DEVICE)
+        for cls in (torch.nn.LinearCrossEntropyLoss, fastllm.nn.LinearCrossEntropyLoss)
+    ]
+    theirs, mine = both
+    assert isinstance(mine, torch.nn.LinearCrossEntropyLoss)
+    mine.load_state_dict(theirs.state_dict())
+    x, dims = torch.randn(5, 8, device=DEVICE), options.get("out_features", ())
+    y = torch.randint(33, (5, *dims), device=DEVICE)
+    if kind == "probabilities":
+        y = torch.randn(5, 33, *dims, device=DEVICE).softmax(1)
+    losses = [module(x, y) for module in both]
+    torch.testing.assert_close(losses[1], losses[0])
+    for loss in losses:
+        loss.backward()
+    for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
