@@ -1,5 +1,6 @@
 """linear_kl_div against the papers' formulas by PyTorch's own operators in fp64; memory, orders, transforms, errors."""
 
+import contextlib
 import math
 
 import pytest
@@ -174,6 +175,36 @@ def test_operators_are_well_formed():
     }
     for func, args in seen:
         torch.library.opcheck(func, args)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_operators_and_what_is_called_without_them_give_the_same_bits(reduction):
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    x, w, tx, tw = _call()
+    target = torch.where(torch.rand(len(x), device=DEVICE) < 0.3, -100, 1)
+    for call, options in (((x, w, tx.detach(), tw.detach()), {}), ((x, w, tx, tw), {"target": target})):
+        found = []
+        for mode in (contextlib.nullcontext(), Watch()):
+            with mode:
+                loss = linear_kl_div(*call, reduction=reduction, **options)
+                leaves = [t for t in call if t.requires_grad]
+                # The second time what the forward left is gone.
+                orders = [torch.autograd.grad(3 * loss.sum(), leaves, retain_graph=True) for _ in range(2)]
+            found.append((loss, *orders[0], *orders[1]))
+        for alone, watched in zip(*found, strict=True):
+            torch.testing.assert_close(alone, watched, rtol=0, atol=0)
+
+
+def test_no_rows_have_no_loss(backend):
+    x, w, tx, tw = _call(n=0)
+    assert linear_kl_div(x, w, tx, tw, reduction="none").shape == (0,)
+    loss = linear_kl_div(x, w, tx, tw, reduction="sum")
+    grads = torch.autograd.grad(loss, (x, w, tx, tw))
+    assert loss == 0
+    assert not any(grad.any() for grad in grads)
 
 
 def test_functional_transforms_and_checkpoints():
