@@ -235,6 +235,21 @@ def test_a_narrow_teacher_and_autocast():
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("v", [3, 64, 133])
+def test_a_teacher_of_another_dtype_gives_the_same_bits(backend, v, temperature):
+    """The extension takes rows of two dtypes in other code than rows of one."""
+    x, w = _leaf(9, 8), _leaf(v, 8)
+    narrow = _leaf(9, v).detach().bfloat16()
+    narrow[2, 1:], narrow[3, 0] = -math.inf, -math.inf
+    found = []
+    for teacher in (narrow, narrow.float()):
+        loss = linear_kl_div(x, w, teacher, temperature=temperature, reduction="none")
+        found.append((loss, *torch.autograd.grad(loss.sum(), (x, w))))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 def test_rows_are_the_same_bits_in_slices_of_any_size(monkeypatch):
     call = tuple(t.detach() for t in _call(n=64, v=500))
     with fastllm.backend("eager"):
