@@ -278,6 +278,11 @@ std::tuple<int64_t, Tensor, Tensor> cross_entropy_of_classes(const Tensor& x, co
   return {bad, loss.has_value() ? *loss : blank(), dx.has_value() ? *dx : blank()};
 }
 
+template <class A>
+void turn_sign(A* values, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) values[i] = A(0) - values[i];
+}
+
 // What PyTorch's operators make of it in A: factor * (1 / total) for each row, 1 where there is no factor.
 template <class A>
 void shares_of(const A* factor, int64_t n, double total, A* out) {
@@ -327,7 +332,8 @@ int64_t linear_loss_counts(const Tensor& x, const Tensor& target_, int64_t ignor
 // else false and nothing is computed. (whether, loss, lse, hits, entropy, logits, dx, dweight), without elements what
 // was not asked for:
 // - `mean`: the loss is the sum of the rows' losses over `total`, in that dtype; else a loss a row, as the others.
-//   total 0 stands for the number of targets that count.
+//   total 0 stands for the number of targets that count. A total below 0 turns the sign of rows' losses too: they are
+//   log-probabilities then, 0 and not -0 where a row does not count.
 // - `skip`: an ignored row has 0 everywhere; else its logsumexp and its entropy are like another row's.
 // - `logits` (rows, classes), where they are known; else they are computed, and come back if `keep`.
 // - `need_x`, `need_weight`: gradients of the rows' losses, for `factor` (rows,) or 1, over `total`, and for dlse and
@@ -370,9 +376,15 @@ std::tuple<bool, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_
       counted_rows(logits, target, std::nullopt, shares, dlse, dentropy, dlogits, std::nullopt, {ignore_index, skip},
                    smoothing, softcap, scale, z_loss, accuracy, entropy);
   void* const losses = loss.mutable_data_ptr();
-  if (mean.has_value())
+  if (mean.has_value()) {
     loss = number(x, wide ? mean_of(static_cast<const double*>(losses), rows, total)
                           : mean_of(static_cast<const float*>(losses), rows, total), *mean);
+  } else if (total < 0.0) {
+    if (wide)
+      turn_sign(static_cast<double*>(losses), rows);
+    else
+      turn_sign(static_cast<float*>(losses), rows);
+  }
   auto [dx, dweight] = product_gradients(logits, x, weight, need_x, need_weight);
   if (need_x && skip && counted < rows) {  // 0 times an infinite weight is NaN
     const auto* ids = static_cast<const int64_t*>(target.const_data_ptr());

@@ -46,6 +46,17 @@ void write_row(const Plan& plan, const Table& table, int64_t row, int64_t begin,
   plan.sum_rows(out, segment, begin, columns, scale, plan.accumulate, scratch);
 }
 
+// Zeros in the rows from `row` on, before `last`, that gathered nothing; the first row after them. At once: 8 ids of
+// 32000 rows of 1 KB take 0.65 of the time of a row at a time.
+int64_t fill_empty_rows(const Plan& plan, const Table& table, int64_t row, int64_t last) {
+  const auto& offsets = plan.groups.offsets;
+  int64_t end = row;
+  while (end < last && offsets[end + 1] == offsets[row]) ++end;
+  if (end > row)
+    std::memset(table.data + row * table.row_bytes, 0, static_cast<size_t>((end - row) * table.row_bytes));
+  return end;
+}
+
 // Rows that gathered so much that one thread would still be at it when the others are done: these are shared out by
 // columns, which leaves the order of each sum alone.
 std::vector<int64_t> hot_rows(const Plan& plan, int64_t rows, int64_t total, int64_t threads) {
@@ -103,10 +114,13 @@ void write_table(const Plan& plan, const Table& table) {
     }
     bounds[t] = low;
   }
+  const bool fills = !plan.accumulate && table.row_bytes == table.columns * table.element;  // rows side by side
   torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
     std::vector<double> scratch(static_cast<size_t>(3 * table.columns));
     auto next_hot = std::lower_bound(hot.begin(), hot.end(), bounds[first]);
     for (int64_t row = bounds[first]; row < bounds[last]; ++row) {
+      if (fills) row = fill_empty_rows(plan, table, row, bounds[last]);
+      if (row == bounds[last]) break;
       if (next_hot != hot.end() && *next_hot == row) {
         ++next_hot;
         continue;

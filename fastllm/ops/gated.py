@@ -164,11 +164,15 @@ def _prefers_torch(call: GatedCall) -> str | None:
 
 
 def _ordinary(gate, up, kind: str) -> torch.Tensor | None:
-    """The result of a call of two ordinary tensors of one dtype on a CPU, or None where a call is not that.
+    """The result of a call of ordinary tensors of one dtype on a CPU, or None where a call is not that.
 
-    What serves it is known in 1 us, where all checks and :func:`pick`, which decides the same, take 4 to 6.
+    What serves it is known in 1 us, where all checks and :func:`pick`, which decides the same, take 4 to 7.
     """
-    if type(gate) not in PLAIN or type(up) not in PLAIN or not gate.is_cpu or not up.is_cpu:
+    if type(gate) not in PLAIN or not gate.is_cpu:
+        return None
+    if up is None:
+        return _ordinary_halves(gate, kind)
+    if type(up) not in PLAIN or not up.is_cpu:
         return None
     if gate.is_nested:  # and has no one shape
         return _eager(gate, up, kind)
@@ -176,7 +180,18 @@ def _ordinary(gate, up, kind: str) -> torch.Tensor | None:
         return None
     if up.layout is not torch.strided or not free_for_native(gate):
         return None
-    if (gate.requires_grad or up.requires_grad) and torch.is_grad_enabled():
+    return _by_extension(gate, up, kind, gate.requires_grad or up.requires_grad)
+
+
+def _ordinary_halves(gate, kind: str) -> torch.Tensor | None:
+    """The same of one tensor that holds both."""
+    if gate.is_nested or gate.dtype not in KERNEL_DTYPES or not free_for_native(gate):
+        return None
+    return None if gate.dim() == 0 or gate.shape[-1] % 2 else _by_extension(gate, None, kind, gate.requires_grad)
+
+
+def _by_extension(gate, up, kind: str, differentiable: bool) -> torch.Tensor:
+    if differentiable and torch.is_grad_enabled():
         return apply_untransformed(_OrdinaryGated, gate, up, kind)
     return _rows(*unwrapped((gate, up)), _NUMBER[kind])
 

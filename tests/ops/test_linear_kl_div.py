@@ -1,5 +1,6 @@
 """linear_kl_div against the papers' formulas by PyTorch's own operators in fp64; memory, orders, transforms, errors."""
 
+import contextlib
 import math
 
 import pytest
@@ -176,6 +177,36 @@ def test_operators_are_well_formed():
         torch.library.opcheck(func, args)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_operators_and_what_is_called_without_them_give_the_same_bits(reduction):
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    x, w, tx, tw = _call()
+    target = torch.where(torch.rand(len(x), device=DEVICE) < 0.3, -100, 1)
+    for call, options in (((x, w, tx.detach(), tw.detach()), {}), ((x, w, tx, tw), {"target": target})):
+        found = []
+        for mode in (contextlib.nullcontext(), Watch()):
+            with mode:
+                loss = linear_kl_div(*call, reduction=reduction, **options)
+                leaves = [t for t in call if t.requires_grad]
+                # The second time what the forward left is gone.
+                orders = [torch.autograd.grad(3 * loss.sum(), leaves, retain_graph=True) for _ in range(2)]
+            found.append((loss, *orders[0], *orders[1]))
+        for alone, watched in zip(*found, strict=True):
+            torch.testing.assert_close(alone, watched, rtol=0, atol=0)
+
+
+def test_no_rows_have_no_loss(backend):
+    x, w, tx, tw = _call(n=0)
+    assert linear_kl_div(x, w, tx, tw, reduction="none").shape == (0,)
+    loss = linear_kl_div(x, w, tx, tw, reduction="sum")
+    grads = torch.autograd.grad(loss, (x, w, tx, tw))
+    assert loss == 0
+    assert not any(grad.any() for grad in grads)
+
+
 def test_functional_transforms_and_checkpoints():
     x, w, tx, tw = (t.detach() for t in _call())
     x.requires_grad_()
@@ -201,6 +232,21 @@ def test_a_narrow_teacher_and_autocast():
     expected = linear_kl_div(*(t.bfloat16() for t in (x, w, tx, tw)))
     torch.testing.assert_close(auto, expected, rtol=0, atol=0)
     for a, b in zip(*(torch.autograd.grad(loss, (x, w, tx, tw)) for loss in (auto, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("v", [3, 64, 133])
+def test_a_teacher_of_another_dtype_gives_the_same_bits(backend, v, temperature):
+    """The extension takes rows of two dtypes in other code than rows of one."""
+    x, w = _leaf(9, 8), _leaf(v, 8)
+    narrow = _leaf(9, v).detach().bfloat16()
+    narrow[2, 1:], narrow[3, 0] = -math.inf, -math.inf
+    found = []
+    for teacher in (narrow, narrow.float()):
+        loss = linear_kl_div(x, w, teacher, temperature=temperature, reduction="none")
+        found.append((loss, *torch.autograd.grad(loss.sum(), (x, w))))
+    for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 

@@ -132,6 +132,24 @@ def test_an_ordinary_call_is_not_picked(name, dtype, monkeypatch):
         OPS[name].function(*sample.args, **sample.kwargs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["swiglu", "geglu"])
+def test_halves_of_one_tensor_are_not_picked(name, dtype, monkeypatch):
+    def refused(*args):
+        raise AssertionError("the choice was known")
+
+    monkeypatch.setattr(importlib.import_module("fastllm.ops.gated"), "pick", refused)
+    packed = Sample("", (torch.randn(2, 3, 64).to(dtype).requires_grad_(),))
+    pair = Sample("", tuple(packed.args[0].detach().chunk(2, -1)))
+    assert torch.equal(_results(OPS[name], packed)[0], OPS[name].function(*pair.args))
+    with torch.no_grad():
+        OPS[name].function(*packed.args)
+    with pytest.raises(ValueError, match="even last dimension"):
+        OPS[name].function(torch.randn(2, 3))
+    with pytest.raises(ValueError, match="even last dimension"):
+        OPS[name].function(torch.randn(()))
+
+
 @pytest.mark.parametrize("name", ["layer_norm", "add_layer_norm", "swiglu"])
 def test_a_gradient_of_the_gradient_is_that_of_pytorchs_operators(name):
     op, sample = OPS[name], copy(_ordinary(name, torch.float32))

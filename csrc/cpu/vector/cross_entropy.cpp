@@ -15,27 +15,6 @@ void transform(A* __restrict z, int64_t n, A scale, A cap) {
     for (int64_t c = 0; c < n; ++c) z[c] = cap * tanh_(z[c] / cap);
 }
 
-inline Vector larger(Vector x, Vector than) { return x > than ? x : than; }
-
-// The largest of n logits times `scale`; NaNs are passed over.
-template <class X>
-float largest_scaled(const X* x, int64_t n, float scale) {
-  constexpr int kParts = 4;
-  const float none = -__builtin_inff();
-  Vector found[kParts] = {all(none), all(none), all(none), all(none)};
-  int64_t c = 0;
-  for (; c + kParts * kVector <= n; c += kParts * kVector)
-    for (int part = 0; part < kParts; ++part)
-      found[part] = larger(load(x + c + part * kVector) * scale, found[part]);
-  for (; c + kVector <= n; c += kVector) found[0] = larger(load(x + c) * scale, found[0]);
-  float top = largest_of(larger(larger(found[0], found[1]), larger(found[2], found[3])));
-  for (; c < n; ++c) {
-    const float one = widen(x[c]) * scale;
-    top = one > top ? one : top;
-  }
-  return top;
-}
-
 // Whether loss_of_vectors takes the row.
 bool is_plain(const LossOptions& o, const LossRow& row) {
   return row.q == nullptr && o.cap == 0.0 && o.smoothing == 0.0 && !o.entropy;

@@ -1,7 +1,7 @@
 // Built once per instruction set, like rows.cpp.
 #include "../divergence.h"
 
-#include "numbers.h"
+#include "passes.h"
 
 namespace fastllm::FASTLLM_ISA {
 namespace {
@@ -53,8 +53,88 @@ void write(const void* x, int x_dtype, A cap, A factor, A* __restrict slope, A* 
   narrow_row(dtype, slope, to, n);
 }
 
+// A row of logits, and what their softmax is made of.
+template <class X>
+struct Logits {
+  const X* x;
+  float temperature, base, rel, part;
+
+  Logits(const X* x, int64_t n, float temperature) : x(x), temperature(temperature) {
+    const float largest = largest_scaled(x, n, 1.0f), top = temperature == 1.0f ? largest : largest / temperature;
+    base = top == -__builtin_inff() ? 0.0f : top;
+  }
+
+  void summed(float sum) {
+    rel = log_(sum);
+    part = 1.0f / sum;
+  }
+
+  // Less the largest.
+  Vector at(int64_t c, int64_t some) const {
+    const Vector z = load_some(x + c, some);
+    return (temperature == 1.0f ? z : z / temperature) - base;
+  }
+};
+
+// Whether divergence_of_vectors takes the row.
+bool is_plain(const DivergenceOptions& o, const DivergenceRow& row) {
+  return o.direction == kForward && row.indices == nullptr && o.cap == 0.0 && o.teacher_cap == 0.0 &&
+         o.x_dtype == o.teacher_dtype && o.dx_dtype == o.x_dtype && o.dteacher_dtype == o.x_dtype;
+}
+
+// divergence_of_row of the forward direction, of 32 or 16 bits, vector by vector: the same numbers, in the same order.
+// Four passes with two rows of scratch, where divergence_of_row takes a dozen with four.
+template <class X>
+void divergence_of_vectors(const DivergenceOptions& o, DivergenceRow& row, float* scratch) {
+  const int64_t n = o.classes;
+  const float temperature = static_cast<float>(o.temperature), factor = static_cast<float>(row.factor) * temperature;
+  Logits<X> student(static_cast<const X*>(row.x), n, temperature);
+  Logits<X> teacher(static_cast<const X*>(row.teacher), n, temperature);
+  float* const of_student = scratch;
+  float* const of_teacher = scratch + n;
+  float sums[2];
+  sums_over<2>(n, sums, [=](int64_t c, int64_t some) {
+    const Vector mine = keep_some(exp_to_88<Vector, Unsigned>(student.at(c, some)), some);
+    const Vector theirs = keep_some(exp_to_88<Vector, Unsigned>(teacher.at(c, some)), some);
+    store_some(of_student + c, mine, some);
+    store_some(of_teacher + c, theirs, some);
+    return Terms<2>{{mine, theirs}};
+  });
+  student.summed(sums[0]);
+  teacher.summed(sums[1]);
+  // log p - log q where p is not 0, else 0.
+  const auto difference = [=](Vector p, int64_t c, int64_t some) {
+    const Vector d = (teacher.at(c, some) - teacher.rel) - (student.at(c, some) - student.rel);
+    return p == 0.0f ? Vector{} : d;
+  };
+  sums_over<2>(n, sums, [=](int64_t c, int64_t some) {
+    const Vector p = load_some(of_teacher + c, some) * teacher.part;
+    return Terms<2>{{p, p * difference(p, c, some)}};
+  });
+  const float mass = sums[0], value = sums[1];
+  row.value = value * temperature * temperature;
+  X* const dx = static_cast<X*>(row.dx);
+  X* const dteacher = static_cast<X*>(row.dteacher);
+  if (dx == nullptr && dteacher == nullptr) return;
+  each_vector(n, [=](int64_t c, int64_t some) {
+    const Vector p = load_some(of_teacher + c, some) * teacher.part;
+    const Vector q = load_some(of_student + c, some) * student.part;
+    const Vector by_teacher = dteacher == nullptr ? Vector{} : p * (difference(p, c, some) - value) * factor;
+    if (dx != nullptr) store_some(dx + c, (q * mass - p) * factor, some);
+    if (dteacher != nullptr) store_some(dteacher + c, by_teacher, some);
+  });
+}
+
 template <class A>
 void divergence_of_row(const DivergenceOptions& o, DivergenceRow& row, void* scratch) {
+  if constexpr (sizeof(A) == sizeof(float)) {
+    if (is_plain(o, row)) {
+      float* const room = static_cast<float*>(scratch);
+      if (o.x_dtype == kBF16) return divergence_of_vectors<BF16>(o, row, room);
+      if (o.x_dtype == kF16) return divergence_of_vectors<F16>(o, row, room);
+      return divergence_of_vectors<float>(o, row, room);
+    }
+  }
   const int64_t n = o.classes;
   A* __restrict log_q = static_cast<A*>(scratch);
   A* __restrict q = log_q + n;

@@ -42,5 +42,26 @@ inline void each_vector(int64_t n, const With& with) {
   if (c < n) with(c, n - c);
 }
 
+inline Vector larger(Vector x, Vector than) { return x > than ? x : than; }
+
+// The largest of n logits times `scale`; NaNs are passed over.
+template <class X>
+float largest_scaled(const X* x, int64_t n, float scale) {
+  constexpr int kParts = 4;
+  const float none = -__builtin_inff();
+  Vector found[kParts] = {all(none), all(none), all(none), all(none)};
+  int64_t c = 0;
+  for (; c + kParts * kVector <= n; c += kParts * kVector)
+    for (int part = 0; part < kParts; ++part)
+      found[part] = larger(load(x + c + part * kVector) * scale, found[part]);
+  for (; c + kVector <= n; c += kVector) found[0] = larger(load(x + c) * scale, found[0]);
+  float top = largest_of(larger(larger(found[0], found[1]), larger(found[2], found[3])));
+  for (; c < n; ++c) {
+    const float one = widen(x[c]) * scale;
+    top = one > top ? one : top;
+  }
+  return top;
+}
+
 }  // namespace
 }  // namespace fastllm::FASTLLM_ISA

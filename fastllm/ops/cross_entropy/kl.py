@@ -84,7 +84,7 @@ def linear_kl_div(
         node = KLNode(call.teacher_indices, call.target, call.divergence, backend, with_gradient, needs)
         loss = apply(LinearKLDiv, *call.layers(), node)[0]
     else:
-        loss = linear_kl_div_fwd(*call.flat(), backend, False, needs)[0]
+        loss = linear_kl_div_fwd(call, backend, False, needs)[0]
     return loss.view(input.shape[:-1]) if reduction == "none" else loss
 
 

@@ -65,6 +65,8 @@ class LinearKLDivCall(NamedTuple):
 
     def rows(self) -> LinearKLDivCall:
         """With one leading dimension."""
+        if self.input.dim() == 2:
+            return self
 
         def flat(t, beside=1):
             return None if t is None else t.reshape(self.n_rows, *t.shape[t.dim() - beside :])

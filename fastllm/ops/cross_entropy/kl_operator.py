@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ...registry import define
-from ..shared.autograd import gradients, scalable
+from ..shared.autograd import gradients, scalable, unwatched
 from .kl_call import KL_SCHEMA, Divergence, LinearKLDivCall
 from .kl_chunks import kl_in_chunks
 from .kl_rows import count_of, kept_positions, linear_kl_div_definition
@@ -34,24 +34,30 @@ def _blank(call: LinearKLDivCall, needs):
     return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape if need else 0) for t, need in layers)
 
 
-def _given(grads, call: LinearKLDivCall):
-    """Gradients in their tensors' dtypes; an empty tensor for one that is not there."""
-    blank = _blank(call, _NOTHING)
-    return tuple(b if g is None else g.to(b.dtype) for g, b in zip(grads, blank, strict=True))
+def _in_their_dtypes(grads, call: LinearKLDivCall):
+    """``grads`` in the dtypes of their tensors; None for one that is not there."""
+    layers = zip(grads, call.layers(), strict=True)
+    return tuple(None if g is None or t is None else g.to(t.dtype) for g, t in layers)
+
+
+def _with_elements(grads, call: LinearKLDivCall):
+    """``grads`` with an empty tensor for each None: an operator takes and returns tensors alone."""
+    return tuple(b if g is None else g for g, b in zip(grads, _blank(call, _NOTHING), strict=True))
 
 
 def _fwd_fake(*args):
     call, (_, with_gradient, needs) = LinearKLDivCall.of(args)
     x, wide = call.input, call.wide
     loss = x.new_empty(x.shape[0] if call.divergence.reduction == "none" else (), dtype=wide)
-    return loss, x.new_empty((), dtype=wide), *_blank(call, needs if with_gradient else _NOTHING)
+    return loss, *_blank(call, needs if with_gradient else _NOTHING)
 
 
-def _factor(call: LinearKLDivCall, total):
+def _factor(call: LinearKLDivCall, total, kept):
     """The derivative of the whole loss by each row's, (N,)."""
-    kept = kept_positions(call)
-    share = (1 / total).expand(call.n_rows)
-    return share.contiguous() if kept is None else torch.where(kept, share, 0.0)
+    if kept is None:
+        share = 1 / max(total, 1)  # there may be no rows
+        return torch.full((call.n_rows,), share, dtype=call.wide, device=call.input.device)
+    return torch.where(kept, 1.0 / total, 0.0).to(call.wide)
 
 
 def _check_values(call: LinearKLDivCall, total) -> None:
@@ -80,21 +86,37 @@ def _check_values(call: LinearKLDivCall, total) -> None:
 
 
 @define(
-    f"linear_kl_div_fwd({KL_SCHEMA}, str backend, bool with_gradient, bool[6] needs) -> (Tensor, Tensor, {_SIX})",
+    f"linear_kl_div_fwd({KL_SCHEMA}, str backend, bool with_gradient, bool[6] needs) -> (Tensor, {_SIX})",
     _fwd_fake,
 )
-def linear_kl_div_fwd(*args):
-    """(loss, number of positions that count, six gradients, empty where not needed)."""
-    call, (backend, with_gradient, needs) = LinearKLDivCall.of(args)
-    total = count_of(call)
-    if total.device.type == "cpu":
+def _linear_kl_div_fwd(*args):
+    call, how = LinearKLDivCall.of(args)
+    loss, *grads = _forward(call, *how)
+    return loss, *_with_elements(grads, call)
+
+
+def _forward(call: LinearKLDivCall, backend: str, with_gradient: bool, needs):
+    kept = kept_positions(call)
+    total = count_of(call, kept)
+    if call.input.is_cpu:
         _check_values(call, total)
-    losses, *grads = kl_in_chunks(call, _factor(call, total) if with_gradient else None, needs, backend)
+    factor = _factor(call, total, kept) if with_gradient else None
+    losses, *grads = kl_in_chunks(call, factor, needs, backend)
     loss = losses if call.divergence.reduction == "none" else losses.sum() / total
-    return loss, total, *_given(grads, call)
+    return loss, *_in_their_dtypes(grads, call)
 
 
-def _bwd_fake(dloss, total, *args):
+def linear_kl_div_fwd(call: LinearKLDivCall, backend: str, with_gradient: bool, needs):
+    """(loss, six gradients), None or empty where one is not needed.
+
+    ``call`` has one leading dimension.
+    """
+    if unwatched(*call[:8]):
+        return _forward(call, backend, with_gradient, needs)
+    return _linear_kl_div_fwd(*call.flat(), backend, with_gradient, needs)
+
+
+def _bwd_fake(dloss, *args):
     call, (_, needs) = LinearKLDivCall.of(args)
     return _blank(call, needs)
 
@@ -103,7 +125,7 @@ def _scale(grads, factor) -> None:
     """``grads`` times a scalar, in place, where that is not 1."""
     if factor.is_cuda or factor.item() != 1:
         for grad in grads:
-            if grad.numel():
+            if grad is not None and grad.numel():
                 grad.mul_(factor)
 
 
@@ -117,20 +139,19 @@ def _linear_kl_div_scale_(*args):
     _scale(grads, dloss)
 
 
-@define(
-    f"linear_kl_div_bwd(Tensor dloss, Tensor total, {KL_SCHEMA}, str backend, bool[6] needs) -> ({_SIX})", _bwd_fake
-)
-def _linear_kl_div_bwd(dloss, total, *args):
+@define(f"linear_kl_div_bwd(Tensor dloss, {KL_SCHEMA}, str backend, bool[6] needs) -> ({_SIX})", _bwd_fake)
+def _linear_kl_div_bwd(dloss, *args):
     call, (backend, needs) = LinearKLDivCall.of(args)
     # As the forward's own gradients: for a loss of 1, rounded, then scaled. So both lanes agree bit for bit. In fp16
     # the upstream gradient, a loss scale, comes first.
     scale_last = call.divergence.reduction != "none" and call.input.dtype != torch.float16
-    factor = _factor(call, total)
+    kept = kept_positions(call)
+    factor = _factor(call, count_of(call, kept), kept)
     _, *grads = kl_in_chunks(call, factor if scale_last else factor * dloss, needs, backend)
-    grads = _given(grads, call)
+    grads = _in_their_dtypes(grads, call)
     if scale_last:
         _scale(grads, dloss)
-    return grads
+    return _with_elements(grads, call)
 
 
 def _call_of(layers, indices, target, divergence) -> LinearKLDivCall:
@@ -139,22 +160,22 @@ def _call_of(layers, indices, target, divergence) -> LinearKLDivCall:
 
 
 class LinearKLDiv(torch.autograd.Function):
-    """(loss, denominator, six gradients left by the forward) of a student's layer, a teacher's, and a KLNode."""
+    """(loss, six gradients left by the forward) of a student's layer, a teacher's, and a KLNode."""
 
     @staticmethod
     def forward(*args):
         *layers, node = args
         call = _call_of(layers, node.indices, node.target, node.divergence)
-        return linear_kl_div_fwd(*call.flat(), node.backend, node.with_gradient, node.needs)
+        return linear_kl_div_fwd(call, node.backend, node.with_gradient, node.needs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         *layers, node = inputs
-        _, total, *grads = output
-        ctx.mark_non_differentiable(total, *grads)
+        _, *grads = output
+        ctx.mark_non_differentiable(*(grad for grad in grads if grad is not None))
         ctx.set_materialize_grads(False)
         ctx.has_gradient, ctx.divergence, ctx.backend = node.with_gradient, node.divergence, node.backend
-        ctx.save_for_backward(*layers, node.indices, node.target, total, *grads)
+        ctx.save_for_backward(*layers, node.indices, node.target, *grads)
 
     @staticmethod
     def backward(ctx, dloss, *_):
@@ -162,22 +183,26 @@ class LinearKLDiv(torch.autograd.Function):
             return (None,) * 7
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:6]
         # The last six are the gradients of the first six.
-        (*layers, indices, target, total), ready = saved[: -len(needs)], saved[-len(needs) :]
+        (*layers, indices, target), ready = saved[: -len(needs)], saved[-len(needs) :]
+        divergence, backend = ctx.divergence, ctx.backend
         if ctx.has_gradient and not torch.is_grad_enabled() and scalable(dloss):
             # Handed out once, scaled in place, as in cross_entropy; a second backward computes them again.
             ctx.has_gradient = False
-            grads = [grad.data for grad in ready]
-            _linear_kl_div_scale_(*grads, dloss)
-            return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None
-        divergence, backend = ctx.divergence, ctx.backend
+            grads = [grad.data if need else None for grad, need in zip(ready, needs, strict=True)]
+            if unwatched(dloss, *grads):
+                _scale(grads, dloss)
+            else:
+                call = _call_of(layers, indices, target, divergence)
+                _linear_kl_div_scale_(*_with_elements(grads, call), dloss)
+            return *grads, None
 
         def call_of(layers):
             return _call_of(layers, indices, target, divergence)
 
         def launch(inputs, outputs_grad, extras, needs):
-            return _linear_kl_div_bwd(*outputs_grad, *extras, *call_of(inputs).flat(), backend, needs)
+            return _linear_kl_div_bwd(*outputs_grad, *call_of(inputs).flat(), backend, needs)
 
         def formula(*layers):
             return linear_kl_div_definition(call_of(layers))
 
-        return *gradients(launch, formula, layers, needs, (dloss,), (total,)), None
+        return *gradients(launch, formula, layers, needs, (dloss,)), None

@@ -84,13 +84,11 @@ def kept_positions(call: LinearKLDivCall):
     return None if call.target is None else call.target != call.divergence.ignore_index
 
 
-def count_of(call: LinearKLDivCall):
-    """What a mean divides by, 1 for the other reductions."""
-    one = torch.ones((), dtype=call.wide, device=call.input.device)
+def count_of(call: LinearKLDivCall, kept):
+    """What a mean divides by, 1 for the other reductions. ``kept``: :func:`kept_positions`, whose count is a tensor."""
     if call.divergence.reduction != "mean":
-        return one
-    kept = kept_positions(call)
-    return one * call.n_rows if kept is None else kept.sum().to(call.wide)
+        return 1
+    return call.n_rows if kept is None else kept.sum().to(call.wide)
 
 
 def linear_kl_div_definition(call: LinearKLDivCall):
@@ -110,4 +108,4 @@ def linear_kl_div_definition(call: LinearKLDivCall):
     rows = how.temperature**2 * divergence_of(log_p, log_q, how)
     kept = kept_positions(call)
     rows = rows if kept is None else torch.where(kept, rows, 0.0)
-    return rows if how.reduction == "none" else rows.sum() / count_of(call)
+    return rows if how.reduction == "none" else rows.sum() / count_of(call, kept)

@@ -68,7 +68,7 @@ def linear_log_probs(
     ):  # fmt: skip
         found = ordinary_linear_loss(_NAME, (input, linear_weight), target, ignore_index, "none")
         if found is not None:
-            return 0.0 - found
+            return found
     call = _checked(
         input, linear_weight, target, linear_bias=linear_bias, temperature=temperature, softcap=softcap,
         return_entropy=return_entropy, token_weight=token_weight, shift=shift, ignore_index=ignore_index,

@@ -20,7 +20,7 @@ BLOCK, MIN_ROWS = 2**18, 256
 
 def widens(x: torch.Tensor) -> bool:
     """Whether products of ``x``'s dtype are to be taken in fp32: 16 bits on a CPU that does not multiply them."""
-    return x.dtype in NARROW and x.device.type == "cpu" and not multiplies(x.dtype)
+    return x.dtype in NARROW and x.is_cpu and not multiplies(x.dtype)
 
 
 def blocks(count: int, depth: int) -> Iterator[slice]:
