@@ -135,9 +135,10 @@ def _fit(x, weight, target) -> bool:
 
 
 def ordinary_linear_loss(op: str, layer, target, ignore_index, reduction: str) -> torch.Tensor | None:
-    """The loss of an ordinary call, for ``op`` "linear_log_probs" its negative in at least fp32; None where it is none.
+    """The loss of an ordinary call; None where the call is none.
 
-    ``layer``: the pair of input and linear_weight.
+    For ``op`` "linear_log_probs" it is the log-probability, which is the loss's negative, in at least fp32. ``layer``:
+    the pair of input and linear_weight.
     """
     x, weight = layer
     # First: a compiler would keep what is asked of sizes.
