@@ -14,7 +14,8 @@ from ..ops.linear import pays
 from ..ops.shared.widened import widens
 from .experts import Experts
 from .experts_probe import looks_like_experts, recognise_experts
-from .gated import GatedMLP, looks_like_gated, recognise_gated
+from .gated import GatedMLP
+from .gated_probe import looks_like_gated, recognise_gated
 from .norms import Norm
 from .norms_probe import looks_like_norm, recognise_norm
 from .probe import OWN, settings_of
