@@ -21,7 +21,7 @@ class GatedMLP:
     ``limit`` bounds the gate from above, and the other factor from both sides, before the product (DeepSeek V4).
     ``others`` are the parts beside linear layers and dropouts, an activation, with the class and the attributes that
     each had when it was measured; ``settings`` are the module's own. ``dtypes`` are the inputs' dtypes in which it is
-    this MLP, ``autocast`` says whether it is under autocast too: some code casts its output or repairs one dtype's.
+    this MLP, ``autocast`` are those of autocast: some code casts its output or repairs one dtype's.
     """
 
     formula: str
@@ -35,7 +35,7 @@ class GatedMLP:
     argument: str
     settings: tuple[tuple[str, object], ...]
     dtypes: tuple[torch.dtype, ...]
-    autocast: bool
+    autocast: tuple[torch.dtype, ...]
 
     @property
     def op(self) -> str:
@@ -60,7 +60,7 @@ def gated_mlp_forward(module, original, mlp: GatedMLP, *args, **kwargs):
         own(mlp.op, "tensors that it does not take, or vmap, tracing or forward-mode differentiation")
         return original(module, x)
     autocast = torch.is_autocast_enabled(x.device.type)
-    if not (mlp.autocast if autocast else x.dtype in mlp.dtypes):
+    if x.dtype not in mlp.dtypes or (autocast and torch.get_autocast_dtype(x.device.type) not in mlp.autocast):
         own(mlp.op, "a dtype, or autocast, in which it was measured to be another")
         return original(module, x)
     gate = getattr(module, mlp.gate)(x)

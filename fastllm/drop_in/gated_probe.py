@@ -22,7 +22,8 @@ FORMULAS = {
     "geglu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+AUTOCAST_DTYPES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, torch.float32, *AUTOCAST_DTYPES)
 
 
 def looks_like_gated(module: nn.Module) -> bool:
@@ -103,10 +104,10 @@ def _truth(form: tuple, layers: dict[str, nn.Linear], stages) -> _GatedProduct:
     return _GatedProduct(FORMULAS[formula], *parts, stages[inner], stages[outer], limit)
 
 
-def _agreeing(form: tuple, module, stages, small, others) -> tuple[tuple[torch.dtype, ...], bool]:
-    """In which dtypes ``module`` is the MLP that it is in fp64, and whether it is under autocast."""
+def _agreeing(form: tuple, module, stages, small, others) -> tuple[tuple[torch.dtype, ...], tuple[torch.dtype, ...]]:
+    """In which dtypes ``module`` is the MLP that it is in fp64, and in which of autocast's."""
 
-    def agrees(dtype: torch.dtype, autocast: bool = False) -> bool:
+    def agrees(dtype: torch.dtype, autocast: torch.dtype | None = None) -> bool:
         layers = {name: copy.deepcopy(layer).to(dtype) for name, layer in small.items()}
         forward = partial(_run, module, stages, layers, others)
         return _agrees(_truth(form, layers, stages), forward, dtype, autocast)
@@ -114,7 +115,7 @@ def _agreeing(form: tuple, module, stages, small, others) -> tuple[tuple[torch.d
     dtypes = tuple(dtype for dtype in DTYPES if agrees(dtype))
     if not dtypes:
         raise Differs("its forward repairs values that are not finite, or casts its output")
-    return dtypes, agrees(torch.float32, autocast=True)
+    return dtypes, tuple(dtype for dtype in AUTOCAST_DTYPES if agrees(torch.float32, dtype))
 
 
 def _limits(module) -> list[float | None]:
@@ -178,9 +179,10 @@ def _same(truth, small, x, y, grads) -> bool:
     return _close(y, want.detach()) and all(g is not None and _close(g, t) for g, t in pairs)
 
 
-def _agrees(truth, forward: Callable, dtype: torch.dtype, autocast: bool) -> bool:
+def _agrees(truth, forward: Callable, dtype: torch.dtype, autocast: torch.dtype | None) -> bool:
     """Whether ``forward(x, training)`` gives what ``truth`` gives of ``dtype``: dtype, and values to some roundings.
 
+    ``autocast``: the dtype of the autocast that both are under; None for none.
     NaN, infinities and what overflows in fp16 on the way must become the same, too.
     """
     generator = torch.Generator().manual_seed(2)
@@ -189,9 +191,9 @@ def _agrees(truth, forward: Callable, dtype: torch.dtype, autocast: bool) -> boo
     scales = torch.tensor([1.0, 1.0, 40.0, 60.0, 80.0, 100.0, 1e4])
     broken = scales[:, None] * torch.randn(7, 6, generator=generator)
     broken[0, 0], broken[1, 0] = float("nan"), float("inf")
-    eps = torch.finfo(torch.bfloat16 if autocast else dtype).eps
+    eps = torch.finfo(autocast or dtype).eps
     try:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.no_grad(), torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
             for given, training in itertools.product((x.to(dtype), broken.to(dtype)), (True, False)):
                 y, want = forward(given, training), truth(given)
                 finite = want.isfinite()

@@ -97,15 +97,25 @@ def test_gated_mlps_that_are_others_in_some_call_are_left(build):
     assert fastllm.accelerate(mlp).swapped == []
 
 
+# Autocast's dtype, None for none, and that of what is given.
+FLOAT, BFLOAT, HALF = (None, torch.float32), (None, torch.bfloat16), (None, torch.float16)
+AUTO_BFLOAT, AUTO_HALF = (torch.bfloat16, torch.float32), (torch.float16, torch.float32)
+AUTO_HALF_OF_HALF = (torch.float16, torch.float16)
+
+
 @pytest.mark.parametrize(
     ("after", "own"),
     [
-        (lambda y, x: y.to(x.dtype), ["autocast"]),
-        (lambda y, x: y.to(torch.promote_types(x.dtype, torch.float32)), ["autocast", torch.bfloat16, torch.float16]),
-        (lambda y, x: y.clamp(-6e4, 6e4) if y.dtype == torch.float16 else y, [torch.float16]),
+        (lambda y, x: y.to(x.dtype), [AUTO_BFLOAT, AUTO_HALF, AUTO_HALF_OF_HALF]),
+        (
+            lambda y, x: y.to(torch.promote_types(x.dtype, torch.float32)),
+            [BFLOAT, HALF, AUTO_BFLOAT, AUTO_HALF, AUTO_HALF_OF_HALF],
+        ),
+        (lambda y, x: y.clamp(-6e4, 6e4) if y.dtype == torch.float16 else y, [HALF, AUTO_HALF, AUTO_HALF_OF_HALF]),
+        (lambda y, x: y.clamp(-6e4, 6e4) if x.dtype == torch.float16 else y, [HALF, AUTO_HALF_OF_HALF]),
         (lambda y, x: y, []),
     ],
-    ids=["input's", "float32", "clamped", "plain"],
+    ids=["input's", "float32", "clamped", "clamped by input", "plain"],
 )
 def test_a_gated_mlp_keeps_its_forward_where_it_casts_or_repairs(after, own):
     mlp = GatedPlain(after)
@@ -114,9 +124,10 @@ def test_a_gated_mlp_keeps_its_forward_where_it_casts_or_repairs(after, own):
     other = copy.deepcopy(mlp)
     fastllm.revert(other)
     x = torch.randn(3, 8) * 100
-    for mode in (torch.float32, torch.bfloat16, torch.float16, "autocast"):
-        dtype = torch.float32 if mode == "autocast" else mode
-        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"), report.calls() as calls:
+    for mode in (FLOAT, BFLOAT, HALF, AUTO_BFLOAT, AUTO_HALF, AUTO_HALF_OF_HALF):
+        autocast, dtype = mode
+        enabled, narrow = autocast is not None, autocast or torch.bfloat16
+        with torch.autocast("cpu", narrow, enabled=enabled), report.calls() as calls:
             got = mlp.to(dtype)(x.to(dtype))
             want = other.to(dtype)(x.to(dtype))
         assert got.dtype == want.dtype
