@@ -190,7 +190,8 @@ def multihead_attention_forward(module, original, options, *args, **kwargs):
         key = value = query
     asked = asked._replace(query=query, key=key, value=value)
     weights = [p for p in module.parameters() if p is not None]
-    ordinary = not asked.need_weights and plain(query, key, value, asked.key_padding_mask, asked.attn_mask, *weights)
+    ordinary = not asked.need_weights and all(map(plain, (query, key, value)))
+    ordinary = ordinary and plain(query, asked.key_padding_mask, asked.attn_mask, *weights)
     ordinary = ordinary and query.is_floating_point() and _is_linear(module.out_proj)
 
     def before():

@@ -274,6 +274,22 @@ def test_what_is_no_tensor_is_refused_in_torchs_words(build):
             assert str(ours.value) == str(theirs.value)
 
 
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("training", [True, False])
+def test_attention_to_what_is_no_tensor_is_refused_in_torchs_words(place, training):
+    module = nn.MultiheadAttention(16, 2).train(training)
+    other = copy.deepcopy(module)
+    fastllm.accelerate(module)
+    for given in (None, 3, [1.0, 2.0]):
+        arguments = [torch.randn(5, 2, 16)] * 3
+        arguments[place] = given
+        with pytest.raises((TypeError, AttributeError)) as theirs:
+            other(*arguments, need_weights=False)
+        with pytest.raises(type(theirs.value)) as ours:
+            module(*arguments, need_weights=False)
+        assert str(ours.value) == str(theirs.value)
+
+
 def test_class_weights_of_another_dtype_beside_probabilities():
     loss = nn.CrossEntropyLoss(weight=torch.rand(9))
     logits = torch.randn(4, 9).half()
