@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ...registry import define
-from ..shared.autograd import gradients, scalable, unwatched
+from ..shared.autograd import gradients, scalable, unwatched, with_elements
 from .kl_call import KL_SCHEMA, Divergence, LinearKLDivCall
 from .kl_chunks import kl_in_chunks
 from .kl_rows import count_of, kept_positions, linear_kl_div_definition
@@ -38,11 +38,6 @@ def _in_their_dtypes(grads, call: LinearKLDivCall):
     """``grads`` in the dtypes of their tensors; None for one that is not there."""
     layers = zip(grads, call.layers(), strict=True)
     return tuple(None if g is None or t is None else g.to(t.dtype) for g, t in layers)
-
-
-def _with_elements(grads, call: LinearKLDivCall):
-    """``grads`` with an empty tensor for each None: an operator takes and returns tensors alone."""
-    return tuple(b if g is None else g for g, b in zip(grads, _blank(call, _NOTHING), strict=True))
 
 
 def _fwd_fake(*args):
@@ -92,7 +87,7 @@ def _check_values(call: LinearKLDivCall, total) -> None:
 def _linear_kl_div_fwd(*args):
     call, how = LinearKLDivCall.of(args)
     loss, *grads = _forward(call, *how)
-    return loss, *_with_elements(grads, call)
+    return loss, *with_elements(grads, _blank(call, _NOTHING))
 
 
 def _forward(call: LinearKLDivCall, backend: str, with_gradient: bool, needs):
@@ -151,7 +146,7 @@ def _linear_kl_div_bwd(dloss, *args):
     grads = _in_their_dtypes(grads, call)
     if scale_last:
         _scale(grads, dloss)
-    return _with_elements(grads, call)
+    return with_elements(grads, _blank(call, _NOTHING))
 
 
 def _call_of(layers, indices, target, divergence) -> LinearKLDivCall:
@@ -193,7 +188,7 @@ class LinearKLDiv(torch.autograd.Function):
                 _scale(grads, dloss)
             else:
                 call = _call_of(layers, indices, target, divergence)
-                _linear_kl_div_scale_(*_with_elements(grads, call), dloss)
+                _linear_kl_div_scale_(*with_elements(grads, _blank(call, _NOTHING)), dloss)
             return *grads, None
 
         def call_of(layers):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ...registry import define
-from ..shared.autograd import gradients, scalable, traced, unwatched
+from ..shared.autograd import gradients, scalable, traced, unwatched, with_elements
 from .at_once import AtOnce, at_once
 from .call import LinearCrossEntropyCall
 from .chunks import LAYER_LOSS_SCHEMA, KeptLogits, LayerLoss, in_chunks
@@ -57,11 +57,6 @@ def _outputs(layer: Layer, needs):
     )
 
 
-def _with_elements(tensors, blank):
-    """``tensors`` with one of ``blank``, which have no elements, for each None: an operator returns tensors alone."""
-    return tuple(b if t is None else t for t, b in zip(tensors, blank, strict=True))
-
-
 def _fwd_fake(x, w, bias, *args):
     call, how = LayerLoss.of(args)
     layer, node = Layer(x, w, bias), LinearLossNode(call, *how)
@@ -89,8 +84,8 @@ def _linear_cross_entropy_fwd(x, w, bias, *args):
     layer = Layer(x, w, bias)
     loss, lse, accuracy, entropy, total, logits, *grads = _forward(layer, LinearLossNode(call, *how))
     total = number_of_targets(call, x.dtype) if total is None else total
-    extras = _with_elements((accuracy, entropy, logits), (lse.new_empty(0), lse.new_empty(0), x.new_empty(0)))
-    return loss, lse, *extras[:2], total, extras[2], *_with_elements(grads, _outputs(layer, _NOTHING))
+    extras = with_elements((accuracy, entropy, logits), (lse.new_empty(0), lse.new_empty(0), x.new_empty(0)))
+    return loss, lse, *extras[:2], total, extras[2], *with_elements(grads, _outputs(layer, _NOTHING))
 
 
 def _forward(layer: Layer, node: LinearLossNode):
@@ -160,7 +155,7 @@ def _linear_cross_entropy_bwd(*args):
     call, (needs,) = LayerLoss.of(args[7:])
     layer = Layer(*args[4:7])
     grads = layer_gradients(LossGradients(*args[:3]), args[3], layer, call, needs)
-    return _with_elements(grads, _outputs(layer, _NOTHING))
+    return with_elements(grads, _outputs(layer, _NOTHING))
 
 
 def _scaled(grads, layer: Layer, call: LayerLoss, needs, dloss):
@@ -170,7 +165,7 @@ def _scaled(grads, layer: Layer, call: LayerLoss, needs, dloss):
     if unwatched(factor, *grads):
         scale_all(grads, factor, call.backend)
     else:
-        _linear_cross_entropy_scale_(*_with_elements(grads, _outputs(layer, _NOTHING)), factor, call.backend)
+        _linear_cross_entropy_scale_(*with_elements(grads, _outputs(layer, _NOTHING)), factor, call.backend)
     return grads
 
 

@@ -68,6 +68,11 @@ def unwrapped(args: Sequence) -> list:
     return [unwrap_if_dead(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
 
 
+def with_elements(tensors: Tensors, blank: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """``tensors`` with one of ``blank``, which have no elements, for each None: an operator returns tensors alone."""
+    return tuple(b if t is None else t for t, b in zip(tensors, blank, strict=True))
+
+
 def frozen(output: torch.Tensor, sources: Tensors) -> Tensors:
     """``(output,)`` where none of the ``sources`` that it depends on requires a gradient, else ``()``.
 
