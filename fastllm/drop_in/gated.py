@@ -21,7 +21,7 @@ class GatedMLP:
     ``limit`` bounds the gate from above, and the other factor from both sides, before the product (DeepSeek V4).
     ``others`` are the parts beside linear layers and dropouts, an activation, with the class and the attributes that
     each had when it was measured; ``settings`` are the module's own. ``dtypes`` are the inputs' dtypes in which it is
-    this MLP, ``autocast`` are those of autocast: some code casts its output or repairs one dtype's.
+    this MLP, ``autocast`` the dtypes of autocast under which it is: some code casts its output or repairs one dtype's.
     """
 
     formula: str
