@@ -72,7 +72,7 @@ def test_a_right_declaration_is_believed(text, codec):
     [
         "café", "© 2020 \u2013 “all”", "10 £ or 12 ¥, 3 m², 5°", "\u00a0" * 200, "¼ ½ ¾", "\u2014" * 60,
         "naïve Müller, García, François, Åse, Søren, José, Zoë", "GRÖSSE ÄRGER ÜBER ÉTÉ", "Acme® and Brand™ it’s",
-        "â€™ Ã© â€œ",
+        "â€™ Ã© â€œ", "50 µm ± 3 µm, 10 µs. " * 20, "1º Sol, 2º Mar, 3ª Lua; nº 4. " * 20, "´a´ ¬b ¦ c, ¬d " * 20,
     ],
 )  # fmt: skip
 def test_a_few_letters_and_signs_are_western(text):

@@ -16,7 +16,7 @@ from itertools import pairwise
 # not use, and of what is no text.
 _ASCII, _SIGN, _FOREIGN, _NO_TEXT = -3.5, -3.5, -9.0, -12.0
 # Added for a capital, for one inside a word, for a letter of another script beside a Latin one, for a sign inside a
-# word, and for two letters with accents in a row.
+# word or a letter after a digit, and for two letters with accents in a row.
 _CAPITAL, _INSIDE, _MIXED, _SIGN_INSIDE, _ACCENTS = -2.0, -4.0, -4.0, -4.0, -2.0
 # Letters share this much with signs.
 _LETTERS = 0.8
@@ -28,11 +28,11 @@ _FEW, _MORE = 2, 5
 _SAMPLE = 3000
 _SIGNS = (
     "\u2018\u2019\u201c\u201d\u201e\u2013\u2014\u2026\u00ab\u00bb\u00a0\u00a9\u00ae\u2122\u20ac\u00b7\u2022\u00a7\u2116ºª\u00ad\u00d7"
-    "\u00a1\u00bf\u00a2\u00a3\u00a5\u00b0\u00b1\u00b6\u00bc\u00bd\u00be\u2020¹²³"
+    "\u00a1\u00bf\u00a2\u00a3\u00a5\u00a6\u00ac\u00b0\u00b1\u00b5\u00b6\u00bc\u00bd\u00be\u2020¹²³"
 )
 # Signs that stand between words, numbers and units, not between letters.
 _SIGN_IN_WORD = re.compile(
-    r"(?<=[^\W\d_])[\u00a1\u00bf\u00a2\u00a3\u00a5\u00b0\u00b1\u00b6\u00bc\u00bd\u00be\u2020¹²³](?=[^\W\d_])"
+    r"(?<=[^\W\d_])[\u00a1\u00bf\u00a2\u00a3\u00a5\u00a6\u00ac\u00b0\u00b1\u00b5\u00b6\u00bc\u00bd\u00be\u2020¹²³](?=[^\W\d_])"
 )
 _SEGMENT = re.compile(rb"[\x00-\x7f]?[\x80-\xff]+(?:[\x00-\x7f]{1,2}[\x80-\xff]+)*[\x00-\x7f]?")
 
@@ -118,6 +118,8 @@ def _of_single(content: bytes, codec: str) -> float:
             continue
         if before.islower() and after.isupper():
             wrong += _INSIDE
+        elif before.isdecimal() and after.isalpha() and after not in _SIGNS:
+            wrong += _SIGN_INSIDE
         elif codec in _LATIN and before.isalpha() and after.isalpha() and not before.isascii() and not after.isascii():
             wrong += _ACCENTS
         elif codec not in _LATIN and before.isalpha() and after.isalpha() and before.isascii() != after.isascii():
