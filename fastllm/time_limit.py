@@ -18,8 +18,10 @@ class OutOfTime(BaseException):
 def time_limit(limit: float) -> Iterator[None]:
     """Raises :class:`OutOfTime` in the block after ``limit`` seconds, at the main thread's next step of Python.
 
-    Blocks nest; the outer one's time goes on. No limit where it is infinite, on another thread, and on Windows.
+    Blocks nest; the outer one's time goes on. No limit where it is infinite, on another thread, and on Windows. One
+    below 0 is 0: none of the time is left.
     """
+    limit = max(limit, 0.0)
 
     def stop(*_):
         raise OutOfTime(f"stopped after {limit:.0f} s")

@@ -225,6 +225,9 @@ def test_time_limits_nest():
     with time_limit(0.01):
         pass
     time.sleep(0.05)
+    # Of a budget that is spent nothing is left.
+    with pytest.raises(OutOfTime, match="after 0 s"), time_limit(-3):
+        time.sleep(5)
 
 
 def test_a_calls_floor_takes_the_matrix_rate_of_its_precision():

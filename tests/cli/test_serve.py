@@ -251,7 +251,7 @@ def test_what_is_computed_in_parts_ends_at_the_deadline(models, task, values):
 
 
 def test_connections_that_ask_for_nothing_keep_nobody_out(models):
-    running = Running(models, timeout_keep_alive=1, limit_concurrency=8)
+    running = Running(models, timeout_keep_alive=2, limit_concurrency=8)
     address = ("127.0.0.1", int(running.url.rpartition(":")[2]))
     heads = [b"", b"GET / HTTP/1.1\r\nHost: local"] * 4
     silent = [socket.create_connection(address) for _ in heads]

@@ -68,11 +68,26 @@ def test_a_right_declaration_is_believed(text, codec):
 
 
 @pytest.mark.parametrize(
+    ("text", "codec"),
+    [
+        ("ﾆｭｰｽ ﾒｰﾙ ｹﾞｰﾑ ｵｰｸｼｮﾝ ﾗﾝｷﾝｸﾞ", "cp932"), ("ﾆｭｰｽ一覧へ ﾒｰﾙを送る ｹﾞｰﾑの攻略 ﾗﾝｷﾝｸﾞを見る", "cp932"),
+        ("ﾆｭｰｽ一覧へ ﾒｰﾙを送る ｹﾞｰﾑの攻略 ﾗﾝｷﾝｸﾞを見る", "euc-jp"),
+        ("שָׁלוֹם עֲלֵיכֶם מַלְאֲכֵי הַשָּׁרֵת", "cp1255"), ("السَّلامُ عَلَيْكُمْ وَرَحْمَةُ اللهِ", "cp1256"),
+        ("РЕКА ТЕЧЁТ С ГОР МИМО НАШЕЙ ДЕРЕВНИ", "cp1251"), ("РЕКА ТЕЧЁТ С ГОР МИМО НАШЕЙ ДЕРЕВНИ", "cp866"),
+    ],
+)  # fmt: skip
+def test_capitals_points_and_half_width_letters_are_letters(text, codec):
+    for times in (1, 4, 20):
+        for stated in (None, codec):
+            assert guess(page(f"{text} " * times).encode(codec), stated) == codec
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "café", "© 2020 \u2013 “all”", "10 £ or 12 ¥, 3 m², 5°", "\u00a0" * 200, "¼ ½ ¾", "\u2014" * 60,
         "naïve Müller, García, François, Åse, Søren, José, Zoë", "GRÖSSE ÄRGER ÜBER ÉTÉ", "Acme® and Brand™ it’s",
-        "â€™ Ã© â€œ",
+        "â€™ Ã© â€œ", "50 µm ± 3 µm, 10 µs. " * 20, "1º Sol, 2º Mar, 3ª Lua; nº 4. " * 20, "´a´ ¬b ¦ c, ¬d " * 20,
     ],
 )  # fmt: skip
 def test_a_few_letters_and_signs_are_western(text):

@@ -48,6 +48,7 @@ def blocks(source):
         ("<template><b>a<template>b</template><p>c</p><template/></template>d<template/>e", [("body", "de")]),
         ("<listing>a\n  b</listing>c", [("listing", "a\n  b"), ("body", "c")]),
         ("<p>a<XMP class=x><p>b &amp;</p>\n  c</xmp>d", [("p", "a"), ("pre", "<p>b &amp;</p>\n  c"), ("body", "d")]),
+        ("a<script>'<xmp>'</script><!-- <xmp> --><svg/><p>b<xmp>c", [("body", "a"), ("p", "b"), ("pre", "c")]),
         ("<template><p>a</template>b<template shadowrootmode=open><p>c</template>", [("body", "b"), ("p", "c")]),
     ],
 )

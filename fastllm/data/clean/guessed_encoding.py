@@ -15,8 +15,8 @@ from itertools import pairwise
 # Natural logarithms of probabilities: of any ASCII character, of signs that all languages use, of what a language does
 # not use, and of what is no text.
 _ASCII, _SIGN, _FOREIGN, _NO_TEXT = -3.5, -3.5, -9.0, -12.0
-# Added for a capital, for one inside a word, for a letter of another script beside a Latin one, for a sign inside a
-# word, and for two letters with accents in a row.
+# Added for a capital that follows none, for one inside a word, for a letter of another script beside a Latin one, for a
+# sign inside a word or a letter after a digit, and for two letters with accents in a row.
 _CAPITAL, _INSIDE, _MIXED, _SIGN_INSIDE, _ACCENTS = -2.0, -4.0, -4.0, -4.0, -2.0
 # Letters share this much with signs.
 _LETTERS = 0.8
@@ -28,11 +28,11 @@ _FEW, _MORE = 2, 5
 _SAMPLE = 3000
 _SIGNS = (
     "\u2018\u2019\u201c\u201d\u201e\u2013\u2014\u2026\u00ab\u00bb\u00a0\u00a9\u00ae\u2122\u20ac\u00b7\u2022\u00a7\u2116ºª\u00ad\u00d7"
-    "\u00a1\u00bf\u00a2\u00a3\u00a5\u00b0\u00b1\u00b6\u00bc\u00bd\u00be\u2020¹²³"
+    "\u00a1\u00bf\u00a2\u00a3\u00a5\u00a6\u00ac\u00b0\u00b1\u00b5\u00b6\u00bc\u00bd\u00be\u2020¹²³"
 )
 # Signs that stand between words, numbers and units, not between letters.
 _SIGN_IN_WORD = re.compile(
-    r"(?<=[^\W\d_])[\u00a1\u00bf\u00a2\u00a3\u00a5\u00b0\u00b1\u00b6\u00bc\u00bd\u00be\u2020¹²³](?=[^\W\d_])"
+    r"(?<=[^\W\d_])[\u00a1\u00bf\u00a2\u00a3\u00a5\u00a6\u00ac\u00b0\u00b1\u00b5\u00b6\u00bc\u00bd\u00be\u2020¹²³](?=[^\W\d_])"
 )
 _SEGMENT = re.compile(rb"[\x00-\x7f]?[\x80-\xff]+(?:[\x00-\x7f]{1,2}[\x80-\xff]+)*[\x00-\x7f]?")
 
@@ -55,10 +55,12 @@ _CYRILLIC = (
     "аоиетнрсвлкдпмузягъбчйщжхцшфюь", "аоиеснртјвкмдлупзгбчћшжцхђфљњџ",
 )  # fmt: skip
 _GREEK = ("αοιετσνηυρπκμλωςγίόάδέήφχβξθύζψώϊϋΐΰ",)
-_HEBREW = ("ויהלאתרמבנשכםדחפקעטגצןסזךףץ",)
+# Points and vowel signs last: few texts have them, and then after every letter.
+_HEBREW = ("ויהלאתרמבנשכםדחפקעטגצןסזךףץ\u05b0\u05b7\u05b8\u05b4\u05bc\u05b5\u05b6\u05c1\u05b9\u05c2\u05bb\u05b2",)
 # Arabic and Persian.
 _ARABIC = (
-    "الينمرتوبعدهسفكقحجةشصطخأىذضزءإغثئظآؤ\u060c\u061f", "ایرندهومتبسشکزلفگخعقجپحچطصآضغظذثژيك\u060c\u061f",
+    "الينمرتوبعدهسفكقحجةشصطخأىذضزءإغثئظآؤ\u060c\u061f\u064e\u0650\u0652\u064f\u0651\u064b\u064d\u064c",
+    "ایرندهومتبسشکزلفگخعقجپحچطصآضغظذثژيك\u060c\u061f",
 )  # fmt: skip
 _THAI = ("านรกอเง่ม้ยัวลีดทตสิปะคืแหไจพขใบชุถูโ็์ซผำศษภณธญฟฮๆฉฐฤ",)
 _SINGLE = {
@@ -82,6 +84,9 @@ _HIRAGANA = (
     "のにはをたがでてとしれさいるなあかもりっらこうまくきすつよそけめだどんわせえみじやおちばょびげべゃひむへほゅふ"
 )
 _HANGUL = "이다는의에을가고하지은로를한사기도어니리자대서시나인아것그해있수정일부상장"
+# Katakana of half the width, which are one byte in Shift_JIS, and any of them beside a Latin letter.
+_HALF_WIDTH, _HALF = re.compile("[\uff61-\uff9f]"), -4.5
+_HALF_MIXED = re.compile("(?<=[A-Za-z])[\uff61-\uff9f]|[\uff61-\uff9f](?=[A-Za-z])")
 _WIDE_SIGNS = (
     "、。「」・《》ー【】\uff0c\uff1a\uff1b\uff01\uff1f\uff08\uff09\uff0e\u3000\u2026\u2014\u201c\u201d\u2018\u2019"
 )
@@ -116,8 +121,12 @@ def _of_single(content: bytes, codec: str) -> float:
     for before, after in pairwise(text):
         if before.isascii() and after.isascii():
             continue
-        if before.islower() and after.isupper():
+        if before.isupper() and after.isupper():
+            wrong -= _CAPITAL
+        elif before.islower() and after.isupper():
             wrong += _INSIDE
+        elif before.isdecimal() and after.isalpha() and after not in _SIGNS:
+            wrong += _SIGN_INSIDE
         elif codec in _LATIN and before.isalpha() and after.isalpha() and not before.isascii() and not after.isascii():
             wrong += _ACCENTS
         elif codec not in _LATIN and before.isalpha() and after.isalpha() and before.isascii() != after.isascii():
@@ -153,14 +162,17 @@ def _of_multi(content: bytes, codec: str) -> float:
     """The log likelihood of ``content`` in an encoding of two bytes for a character."""
     _, _, (first, last), size = _MULTI[codec]
     frequent, common = _frequent(codec), math.log(0.4 / size)
-    total = 0.0
-    for character, number in Counter(content.decode(codec, "replace")).items():
+    text = content.decode(codec, "replace")
+    total = _MIXED * len(_HALF_MIXED.findall(text))
+    for character, number in Counter(text).items():
         if character < "\x80":
             value = _ASCII
         elif character in frequent:
             value = frequent[character]
         elif character == "\ufffd":
             value = _NO_TEXT
+        elif codec in ("cp932", "euc-jp") and _HALF_WIDTH.match(character):
+            value = _HALF
         else:
             code = character.encode(codec, "replace")
             plain = len(code) == 2 and first <= code[0] <= last and (code[1] >= 0xA1 or codec in ("big5hkscs", "cp932"))

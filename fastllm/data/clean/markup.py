@@ -15,7 +15,7 @@ from .mathematics import formula, image_formula, is_drawn
 from .page_data import carried
 from .page_state import SHOWN, state_markup
 from .streamed import in_place
-from .tokens import ATTRIBUTES, tokens
+from .tokens import ATTRIBUTES, COMMENT, raw_element, tokens
 from .white_space import (
     CODE,
     COLLAPSED,
@@ -70,8 +70,11 @@ _UNSHOWN = re.compile(
     r"""\shidden(?=[\s>=/]|$)|(?<![\w-])display\s*:\s*none|[\s"'](?:sr-only|visually-?hidden|screen-reader-text)[\s"']""",
     re.IGNORECASE,
 )
-# What HTML once had for source code; tags inside are text.
-_SOURCE = re.compile(r"<xmp\b[^>]{0,500}>((?s:.)*?)(?:</xmp\b[^>]{0,500}>|\Z)", re.IGNORECASE)
+# What HTML once had for source code; tags inside are text. In a comment or a script it is no element.
+_SOURCE = re.compile(
+    rf"<(?:{COMMENT}|{raw_element(1)}|(?i:xmp)(?![-\w:]){ATTRIBUTES}"
+    r"(?:>((?s:.)*?)(?:</(?i:xmp)(?![-\w:])[^>]*(?:>|\Z)|\Z)|\Z))"
+)
 # A template whose content is shown, in the shadow of the element around it.
 _SHADOW = re.compile(r"shadowrootmode", re.IGNORECASE)
 _NO_FRAMES = re.compile(r"<noframes\b[^>]{0,500}>((?s:.)*?)(?:</noframes|\Z)", re.IGNORECASE)
@@ -349,6 +352,11 @@ def _is_empty(attributes: str | None) -> bool:
     return (attributes or "").endswith("/")
 
 
+def _as_pre(found: re.Match[str]) -> str:
+    """What :data:`_SOURCE` finds, an ``xmp`` element as a ``pre`` element."""
+    return found[0] if found[2] is None else f"<pre>{escape(found[2], quote=False)}</pre>"
+
+
 def _in_order(text: str) -> str:
     """``text`` with single spaces, and lines where marks were."""
     text = " ".join(text.split())
@@ -363,7 +371,7 @@ def read_markup(page: str, with_carried: bool = True) -> Markup:
     """
     page = in_place(_CONTROLS.sub("", page))
     if "<xmp" in page or "<XMP" in page:
-        page = _SOURCE.sub(lambda found: f"<pre>{escape(found[1], quote=False)}</pre>", page)
+        page = _SOURCE.sub(_as_pre, page)
     walk = _Walk()
     body = _BODY.search(page)
     walk.push("body", body[1] if body else "")

@@ -14,8 +14,8 @@ from ..sentences import sentence_starts
 from .document import Document, Rejection
 from .words import repeated_parts, repeated_share, top_share, words_of
 
-# The most frequent function words; a text must have two of one language's. No list but the first has words that are
-# English too: a list of English words must not pass by another language's.
+# The most frequent function words; a text must have two of one language's. No list but the first has two words that are
+# frequent in English too: a list of English words must not pass by another language's.
 _STOP_WORDS = {
     "en": "the be to of and that have with",
     "de": "der die das und ist nicht mit ein von den",

@@ -9,13 +9,23 @@ from collections.abc import Iterator
 _RAW = "script|style|iframe|noembed|noframes|svg|textarea|title|canvas|object|audio|video"
 # Quotes count right after "=" alone. Every loop ends at ">" or at the page's end, so that nothing is tried twice.
 ATTRIBUTES = r"""(?:[^>=]+(?=[>=]|\Z)|=\s*(?:"[^"]*(?:"|\Z)|'[^']*(?:'|\Z))?)*"""
+COMMENT = r"!--(?:-?>|(?s:.)*?(?:--!?>|\Z))"
+
+
+def raw_element(group: int) -> str:
+    """A pattern of such an element but for its first bracket; its name is group number ``group``."""
+    return (
+        rf"(?i:({_RAW}))(?![-\w:]){ATTRIBUTES}"
+        rf"(?:(?<=/)>|>(?s:.)*?(?:</(?i:\{group})(?![-\w:])[^>]*(?:>|\Z)|\Z)|\Z)"
+    )
+
+
 _TOKEN = re.compile(
     rf"<(?:(?i:math(?![-\w:])|script(?=\s[^>]{{0,200}}?math/tex))({ATTRIBUTES})"
     r"(?:(?<=/)>|>((?s:.)*?)(?:</(?i:math|script)(?![-\w:])[^>]*(?:>|\Z)|\Z)|\Z)"
-    rf"|(?i:({_RAW}))(?![-\w:]){ATTRIBUTES}"
-    r"(?:(?<=/)>|>(?s:.)*?(?:</(?i:\3)(?![-\w:])[^>]*(?:>|\Z)|\Z)|\Z)"
+    rf"|{raw_element(3)}"
     rf"|(/?)([a-zA-Z][^\s/>]*)({ATTRIBUTES})(?:>|\Z)"
-    r"|!--(?:-?>|(?s:.)*?(?:--!?>|\Z))|[!?/][^>]*(?:>|\Z))"
+    rf"|{COMMENT}|[!?/][^>]*(?:>|\Z))"
 )
 # Tags that are cut at once, and at most: 100 times as many as the fullest of 511 benchmark pages has.
 _AT_ONCE, _MOST = 100_000, 2_000_000

@@ -19,7 +19,9 @@ _PIECE = 4096
 _PIECE_ZSTD = 64
 _PART_BROTLI = 1 << 20
 # What files of other kinds begin with, and bytes that text does not have. A tenth of what is compressed is such bytes.
-_MEDIA = (b"%PDF-", b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"PK\x03\x04", b"wOFF", b"wOF2", b"RIFF")
+_MEDIA = re.compile(
+    rb"%PDF-\d|\x89PNG|\xff\xd8\xff|GIF8[79]a.[\0-\x08]|PK\x03\x04|wOF[F2][\0OTt]|RIFF.{4}(?:WEBP|WAVE|AVI )", re.DOTALL
+)
 _CONTROLS = bytes(code for code in range(32) if code not in b"\t\n\v\f\r\x1b\x0e\x0f")
 _MOST_CONTROLS = 0.04
 _CHUNK = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]{0,4096})?\r?\n")
@@ -78,7 +80,7 @@ def text_of(content: bytes, charset: str | None, limits: Limits) -> bytes:
     begin = content[:1024]
     controls = len(begin) - len(begin.translate(None, _CONTROLS))
     binary = controls > _MOST_CONTROLS * len(begin) and not _is_wide(content, charset)
-    if binary or content.startswith(_MEDIA):
+    if binary or _MEDIA.match(content):
         raise Unreadable("coding", "content is binary")
     return content
 
