@@ -114,7 +114,7 @@ def _agreeing(form: tuple, module, stages, small, others) -> tuple[tuple[torch.d
 
     dtypes = tuple(dtype for dtype in DTYPES if agrees(dtype))
     if not dtypes:
-        raise Differs("its forward repairs values that are not finite, or casts its output")
+        raise Differs("its forward repairs values, casts its output or asks for its input's layout")
     return dtypes, tuple(dtype for dtype in AUTOCAST_DTYPES if agrees(torch.float32, dtype))
 
 

@@ -14,6 +14,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch._C._functorch import is_functionaltensor
 
 from ..shared.autograd import autocasted
 from ..shared.check import check_dense, check_floating, check_length, is_floating, is_number
@@ -238,7 +239,7 @@ def _same_device(op: str, name: str, x, query) -> None:
 
 def numbers_of(cu: torch.Tensor) -> list[int]:
     """A vector's values; one by one within torch.func.functionalize, which gives it no memory to read them from."""
-    if not torch.compiler.is_compiling() and torch._is_functional_tensor(cu):
+    if not torch.compiler.is_compiling() and is_functionaltensor(cu):
         return [int(one.item()) for one in cu.unbind()]
     return cu.tolist()
 
