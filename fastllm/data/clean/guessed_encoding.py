@@ -6,6 +6,7 @@ numbers here are guesses, which tests check with sentences in 13 languages.
 
 from __future__ import annotations
 
+import codecs
 import math
 import re
 from collections import Counter
@@ -181,13 +182,25 @@ def _of_multi(content: bytes, codec: str) -> float:
     return total
 
 
+# What no text has, in any encoding: bytes that are no character, and C1 controls, which Windows' encodings have not.
+_BROKEN = re.compile("[\ufffd\x80-\x9f]")
+
+
+def _may_be_wrong(content: bytes, stated: str) -> bool:
+    """Whether ``stated`` is what servers name for any page, or makes something of ``content`` that is no text."""
+    if _ALIKE.get(stated, stated) == "cp1252":
+        return True
+    return _BROKEN.search(codecs.getincrementaldecoder(stated)("replace").decode(content[: 50 * _SAMPLE])) is not None
+
+
 def guess(content: bytes, stated: str | None = None) -> str:
     """Python's codec for what ``content``, which is not UTF-8, seems to be written in.
 
     Args:
         content: a page or a text.
-        stated: the codec that something names for it. The result is another only if more speaks against this one, and
-            never if it is none of those that are told apart here. Without it ``cp1252`` stands if nothing is better.
+        stated: the codec that something names for it. The result is another only if this one is Windows-1252, which
+            servers name for any page, or makes no text of ``content``, and if much speaks for the other. Codecs that
+            are not told apart here stay. Without it ``cp1252`` stands if nothing is better.
     """
     basis = _ALIKE.get(stated, stated) if stated else "cp1252"
     if content.isascii():
@@ -196,6 +209,8 @@ def guess(content: bytes, stated: str | None = None) -> str:
         return "iso2022-jp-ext" if japanese else stated or "cp1252"
     if basis not in _SINGLE and basis not in _MULTI:
         return stated or basis
+    if stated and not _may_be_wrong(content, stated):
+        return stated
     sample = b"\n".join(_SEGMENT.findall(content, 0, 50 * _SAMPLE))[:_SAMPLE]
     found = {codec: _of_single(sample, codec) for codec in _SINGLE} | {c: _of_multi(sample, c) for c in _MULTI}
     best = max(found, key=found.__getitem__)
