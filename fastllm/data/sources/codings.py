@@ -20,7 +20,8 @@ _PIECE_ZSTD = 64
 _PART_BROTLI = 1 << 20
 # What files of other kinds begin with, and bytes that text does not have. A tenth of what is compressed is such bytes.
 _MEDIA = re.compile(
-    rb"%PDF-\d|\x89PNG|\xff\xd8\xff|GIF8[79]a(?![ -~\s]{4})|PK\x03\x04|wOF[F2][\0OTt]|RIFF.{4}(?:WEBP|WAVE|AVI )", re.DOTALL
+    rb"%PDF-\d|\x89PNG|\xff\xd8\xff|GIF8[79]a(?![ -~\s]{4})|PK\x03\x04|wOF[F2][\0OTt]|RIFF.{4}(?:WEBP|WAVE|AVI )",
+    re.DOTALL,
 )
 _CONTROLS = bytes(code for code in range(32) if code not in b"\t\n\v\f\r\x1b\x0e\x0f")
 _MOST_CONTROLS = 0.04
