@@ -1,4 +1,4 @@
-"""Norms that are one by another name, and modules that only look like one."""
+"""Norms that are one by another name, modules that only look like one, and a model of a table and a head."""
 
 import torch
 from torch import nn
@@ -98,3 +98,14 @@ class AnotherArgument(Lookalike):
 class Wrong(Lookalike):
     def forward(self, x):
         raise RuntimeError("no such device")
+
+
+class Bigrams(nn.Module):
+    """A table and a head of as many rows, so that the head is found."""
+
+    def __init__(self, tokens=20, size=8):
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(tokens, size), nn.Linear(size, tokens)
+
+    def forward(self, ids):
+        return self.head(self.tokens(ids))

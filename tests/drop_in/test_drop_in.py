@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from lookalikes import Lookalike
+from lookalikes import Bigrams, Lookalike
 from torch import nn
 
 import fastllm
@@ -234,18 +234,6 @@ def test_what_torch_refuses_it_refuses_in_its_own_words():
     assert messages() == want
 
 
-class _Tied(nn.Module):
-    """A table and a head of as many rows, so that the head is found."""
-
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Embedding(40, 8)
-        self.head = nn.Linear(8, 40)
-
-    def forward(self, x):
-        return self.head(x)
-
-
 @pytest.mark.parametrize(
     "build",
     [
@@ -255,7 +243,7 @@ class _Tied(nn.Module):
         lambda: nn.Embedding(5, 8),
         lambda: nn.CrossEntropyLoss(),
         lambda: nn.Linear(512, 512).bfloat16(),  # swapped where the processor has no 16-bit products
-        _Tied,
+        Bigrams,
     ],
 )
 def test_what_is_no_tensor_is_refused_in_torchs_words(build):

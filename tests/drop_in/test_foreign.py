@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import same_gradients
+from lookalikes import Bigrams
 from torch import nn
 
 import fastllm
@@ -218,16 +219,6 @@ def test_inference_mode():
     fastllm.accelerate(model)
     with torch.inference_mode():
         assert model["head"](model["a"](ids) + model["b"](ids)).shape == (5, 9)
-
-
-class Bigrams(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.tokens = nn.Embedding(20, 8)
-        self.head = nn.Linear(8, 20)
-
-    def forward(self, ids):
-        return self.head(self.tokens(ids))
 
 
 def bigrams():
