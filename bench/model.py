@@ -2,21 +2,23 @@
 
     python -m fastllm.bench.model [OP...] [--arch 90] [--dtype bfloat16] [--shape TEXT...] [--json FILE]
 
-Bytes are counted in Triton's interpreter on the real shape, with the grid of the real GPU, over a few programs of
-each launch (traffic.py). The time is a roofline: the larger of bytes over the copy bandwidth and operations over the
-matrix rate, plus LAUNCH for each launch. The floor is the same of the least bytes in one launch. It says what a
+Bytes are counted in Triton's interpreter on the real shape, with the grid of the real GPU, over a few programs of each
+launch (traffic.py). What follows the device is the GPU's: its number of processors, and the workspace of the linear
+losses, which a CPU has less of. The time is a roofline: the larger of bytes over the copy bandwidth and operations over
+the matrix rate, plus LAUNCH for each launch. The floor is the same of the least bytes in one launch. It says what a
 perfect schedule of these accesses would take; what the kernels lose beyond it shows on a GPU only.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import math
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,8 +27,9 @@ import torch
 
 from ..backends import interpreting
 from ..kernels import device
+from ..ops.cross_entropy.chunks import default_workspace_mb
 from ..parser import first_paragraph
-from ..registry import Op
+from ..registry import Op, Sample
 from . import cases, interpreter
 from .budget import Budget
 from .run import plan
@@ -77,6 +80,14 @@ class Row:
         return max(self.least_bytes / rates.copy, self.flops / rates.matrix) + LAUNCH
 
 
+def _with_workspace(op: Op, call: Sample) -> Sample:
+    """``call`` with the workspace that it has on a GPU, where the op has one. The call's own tensors are a CPU's."""
+    if "max_workspace_mb" not in inspect.signature(op.function).parameters:
+        return call
+    workspace = default_workspace_mb("cuda", call.args[0].shape[:-1].numel())
+    return replace(call, kwargs={"max_workspace_mb": workspace, **call.kwargs})
+
+
 def rows(
     ops: Iterable[Op], arch: int = 90, dtype: torch.dtype = torch.bfloat16, shapes: Iterable[str] = ("",),
     budget: Budget | None = None,
@@ -95,7 +106,7 @@ def rows(
             continue
         if not budget.allows(f"{op.name}, {name}"):
             continue
-        call = case.make(torch.device("cpu"), dtype)
+        call = _with_workspace(op, case.make(torch.device("cpu"), dtype))
         # The launchers see the GPU's number of processors in place of the interpreter's.
         seen = device.INTERPRETER._replace(processors=device.GPUS[arch].processors)
         with mock.patch.object(device, "INTERPRETER", seen):

@@ -10,6 +10,7 @@ from fastllm.bench import model
 from fastllm.bench.interpreter import without_interpreter
 from fastllm.kernels.norm import backward as _norm_backward
 from fastllm.kernels.norm import forward as _norm
+from fastllm.ops.cross_entropy import chunks
 
 
 def _rows(*shapes):
@@ -40,6 +41,17 @@ def test_reading_twice_costs_time(monkeypatch):
         assert slow[direction].counted_bytes > 1.45 * good[direction].counted_bytes
         assert slow[direction].seconds > 1.25 * good[direction].seconds
         assert slow[direction].floor == good[direction].floor
+
+
+def test_linear_losses_have_the_workspace_of_a_gpu(monkeypatch):
+    def launches(megabytes):
+        monkeypatch.setitem(chunks.DEFAULT_WORKSPACE_MB, "cuda", megabytes)
+        found = model.rows([OPS["linear_cross_entropy"]], shapes=["128x768x4096"])
+        return next(row.launches for row in found if row.direction == "forward")
+
+    # A row of 4096 logits in bfloat16 takes 8 KiB: one chunk of 128 rows, or two of 64.
+    whole, halves = launches(1.0), launches(0.5)
+    assert halves > whole
 
 
 def test_shapes_too_large_for_the_interpreter_are_left_out():

@@ -99,14 +99,19 @@ def chunk_plan(tokens: int, row_bytes: int, workspace_mb: float) -> LinearCrossE
     return LinearCrossEntropyPlan(rows, chunks, rows * row_bytes, "")
 
 
+def default_workspace_mb(device_type: str, rows: int) -> float:
+    """MiB for a chunk of a call on ``rows`` rows where the caller gives none; of few rows, a CPU's may take more."""
+    default = DEFAULT_WORKSPACE_MB.get(device_type, DEFAULT_WORKSPACE_MB["cpu"])
+    return 2 * default if device_type == "cuda" and rows >= MANY_ROWS else default
+
+
 def workspace_mb(chunking: Chunking, weight: torch.Tensor, rows: int, row_bytes: int) -> float:
     """MiB for a chunk of a call on ``rows`` rows of ``row_bytes``: what the caller gave, else the device's default."""
     if chunking.max_workspace_mb:
         return chunking.max_workspace_mb
-    device_type = weight.device.type
-    default = DEFAULT_WORKSPACE_MB.get(device_type, DEFAULT_WORKSPACE_MB["cpu"])
-    if device_type == "cuda":
-        return 2 * default if rows >= MANY_ROWS else default
+    default = default_workspace_mb(weight.device.type, rows)
+    if weight.is_cuda:
+        return default
     return max(default, min(WHOLE_ROWS * row_bytes, weight.numel() * weight.element_size()) / 2**20)
 
 
