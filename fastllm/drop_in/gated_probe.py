@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .gated import GatedMLP, clamped_factors
-from .probe import Differs, found_or_why, keeps, parts_of, run, settings_of, stand_in
+from .probe import Differs, found_or_why, keeps, own_numbers, parts_of, run, settings_of, stand_in
 
 FORMULAS = {
     "swiglu": F.silu,
@@ -121,8 +121,7 @@ def _agreeing(form: tuple, module, stages, small, others) -> tuple[tuple[torch.d
 def _limits(module) -> list[float | None]:
     """What may bound the factors: None, and the module's own numbers that are no sizes of its layers."""
     sizes = {size for part in module.children() for p in part.parameters() for size in p.shape}
-    given = [v for v in vars(module).values() if type(v) is float or (type(v) is int and v not in sizes)]
-    return [None, *dict.fromkeys(float(v) for v in given if 0 < v < 1e4)]
+    return [None, *own_numbers(module, sizes)]
 
 
 class _GatedProduct(NamedTuple):

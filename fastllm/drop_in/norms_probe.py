@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .norms import NARROW, Norm
+from ..ops.shared.widened import NARROW
+from .norms import Norm
 from .probe import Differs, found_or_why, keeps, run, settings_of, stand_in
 
 # The eps of norms that keep it in their code; the last one is torch's default for RMSNorm in fp32.
