@@ -81,6 +81,13 @@ class ExampleObjective(ABC):
         for first in range(0, len(numbers), rows):
             yield self.validation.batch(numbers[first : first + rows])
 
+    def _perplexity(self, model: TrainedModel, rows: int, dtype: str, limit: int) -> Evaluation:
+        """The score of an objective whose one term is the loss of targets."""
+        with evaluating(model):
+            losses, counts = mean_losses(self, model, self._batches(limit, rows), dtype)
+        scores = {"perplexity": perplexity(losses["loss"])}
+        return Evaluation(losses["loss"], counts["loss"], scores, "perplexity", self._whole(limit))
+
 
 class Seq2Seq(ExampleObjective):
     """A target text given a source text. A batch: ``source``, ``lengths``, ``tokens`` and ``targets``."""
@@ -107,10 +114,7 @@ class Seq2Seq(ExampleObjective):
         return {"loss": model.loss(*(batch[name] for name in names), label_smoothing=smoothing)}
 
     def evaluate(self, model: TrainedModel, rows: int, dtype: str, limit: int) -> Evaluation:
-        with evaluating(model):
-            losses, counts = mean_losses(self, model, self._batches(limit, rows), dtype)
-        scores = {"perplexity": perplexity(losses["loss"])}
-        return Evaluation(losses["loss"], counts["loss"], scores, "perplexity", self._whole(limit))
+        return self._perplexity(model, rows, dtype, limit)
 
 
 class Classify(ExampleObjective):
