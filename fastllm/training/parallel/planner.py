@@ -89,13 +89,14 @@ def shape_of(parameters: float, context_length: int = 8192, vocab_size: int = 12
         (layers, heads)
         for layers in range(4, 300)
         for heads in (*range(2, 8), *range(8, 400, 8))
-        if 75 <= 128 * heads / layers <= 135
+        if 75 <= 128 * heads / layers <= 135  # a guess: Llama 3's have 128, 102 and 130
     ]
     layers, heads = min(
         shapes,
         key=lambda shape: abs(math.log(parameter_count(config(*shape)) / parameters)),
     )
     found = config(layers, heads)
+    # A guess of how far from what was asked a plan still helps.
     if abs(parameter_count(found) / parameters - 1) > 0.25:
         raise InputError(f"params: no decoder of this shape has about {parameters:,.0f} parameters; name a --preset")
     return found
