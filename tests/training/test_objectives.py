@@ -147,6 +147,11 @@ def test_masking_takes_its_part_of_which_80_10_10(words):
     assert stayed == pytest.approx(0.1 + 0.1 / 280, abs=5 * (0.09 / len(positions)) ** 0.5)
 
 
+def test_the_number_of_masked_tokens_is_the_nearest_to_the_part(words):
+    counts = [len(drawn(words[1][:count], np.arange(count), 0)[1]) for count in (1, 9, 11, 17, 100)]
+    assert counts == [1, 1, 2, 3, 15]
+
+
 def test_whole_words_are_masked_whole(words):
     tokenizer, ids = words
     groups = Pieces(tokenizer).words(ids)
