@@ -72,10 +72,13 @@ for _code in range(1 << 16):
     elif _c in "$\u20ac\u00a3\u00a5%":
         _TABLE[_code] = 7
 
-# Levels of ancestors whose sums a block sees.
+# Levels of ancestors whose sums a block sees, the blocks beside it that it sees too, and the characters of a block that
+# are counted. Guesses.
 _LEVELS = 6
 _NEIGHBOURS = (-3, -2, -1, 1, 2, 3)
 _LONGEST = 1 << 14
+# The least share of the page's text in an element that has much of it. A guess.
+_MUCH = 0.25
 
 
 class Sums:
@@ -257,7 +260,7 @@ def _ancestor_columns(markup: Markup, blocks: _Blocks) -> list[np.ndarray]:
         own += _shares(of_elements[at])
         own += [of_elements[at, 0] / whole, columns[at, 0]]
         at = np.where(parents[at] < 0, at, parents[at])
-    much = nearest(parents, of_elements[:, 0] >= 0.25 * whole)
+    much = nearest(parents, of_elements[:, 0] >= _MUCH * whole)
     landmark = nearest(parents, np.asarray([tag in ("article", "main") for tag in markup.tags]))
     for above in (much, landmark):
         of = above[place]

@@ -12,6 +12,7 @@ import numpy as np
 
 from .words import words_of
 
+# As FineWeb was compared (Penedo et al. 2024, arXiv:2406.17557).
 BANDS, ROWS, RUN = 14, 8, 5
 SIZE = BANDS * ROWS
 _draw = np.random.Generator(np.random.PCG64(20240607))
