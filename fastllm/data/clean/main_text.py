@@ -41,7 +41,7 @@ _MOST_BLOCKS = 50_000
 # than this. On the 511 pages, cross-validated, mean F1 is the same at 0.05, 0.1 and 0.2.
 _BEFORE, _TITLE = 6, 0.1
 # The fewest blocks of code and definitions in a reference, the fewest words in its part, their share of the blocks, and
-# the least probability of its words on average. Guesses, as those of smaller parts; :func:`decide` says what they bring.
+# the least probability of its words on average. Guesses, as for smaller parts; :func:`decide` says what they bring.
 _REFERENCE, _LARGE, _CODES, _PROBABLE = 15, 1000, 0.1, 0.6
 # Smaller parts count as references for what their text says of the rest: if so much of it is kept, the blocks that are
 # likelier than this and mostly outside links are kept too.
