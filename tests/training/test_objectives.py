@@ -199,6 +199,13 @@ def test_pairs_follow_each_other_or_come_from_another_document(folder):
     assert sentences.documents == 6
 
 
+def test_what_follows_a_documents_last_sentence_is_from_elsewhere(tmp_path):
+    corpus = Corpus("short", ["One sentence.", "Another one.", "A third."], ["Held out.", "Twice."])
+    data = prepare(corpus, tmp_path, vocab_size=300, special_tokens=SPECIAL_TOKENS["masked"])
+    objective = MaskedLM(data, 32, 16, 0, masking=False, pairs=True)
+    assert (objective.batch(0)["next"] == 1).all()
+
+
 def test_next_sentences_can_be_learnt(tmp_path):
     """Two documents of unlike words: whether A and B have the same is not to be seen in either alone."""
     source = random.Random(0)
@@ -262,10 +269,10 @@ def test_every_example_comes_once_an_epoch_beside_others_of_its_length():
     order = ExampleOrder(lengths, 4, "key")
     seen = np.concatenate([order(step) for step in range(160)])
     assert sorted(seen) == list(range(640))
-    # What a batch is padded to: the longer side of its pairs, which are of one length within a few tokens.
+    # What a batch is padded to: the longer side of its pairs. Measured 2.2, and 21 where the sum of both sides decides.
     longest = lengths.max(1)
     spread = np.mean([np.ptp(longest[order(step)]) for step in range(POOL)])
-    assert spread < 10
+    assert spread < 5
     assert (order(37) == ExampleOrder(lengths, 4, "key")(37)).all()
 
 

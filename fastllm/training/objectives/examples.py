@@ -72,7 +72,7 @@ class ExampleObjective(ABC):
     def _numbers(self, limit: int) -> np.ndarray:
         """Which held-out examples are scored: all, or ``limit`` of them, spread evenly."""
         count = len(self.validation)
-        return np.arange(count) if not limit or limit >= count else np.arange(limit) * count // limit
+        return np.arange(count) if self._whole(limit) else np.arange(limit) * count // limit
 
     def _batches(self, limit: int, rows: int):
         numbers = self._numbers(limit)
