@@ -40,6 +40,11 @@ GPUS = {
 }
 
 
+# The share of its peak that a GPU reaches while it computes, and the share of that time that can hide communication.
+# Guesses.
+EFFICIENCY, OVERLAP = 0.55, 0.8
+
+
 @dataclass(frozen=True)
 class Plan:
     """Per GPU and step: bytes by purpose, bytes sent, seconds, and the share of the GPU's rate that is useful."""
@@ -231,7 +236,7 @@ def sent_bytes(parameters: int, gpus: int, micro_steps: int, parallel: str) -> d
 def plan(
     config: TransformerConfig, gpus: int, gpu: GPU, *, batch_tokens: int, parallel: str = "fsdp",
     optimizer: str = "muon", dtype: str = "bfloat16", checkpoint_activations: bool = False, gpus_per_node: int = 8,
-    efficiency: float = 0.55, overlap: float = 0.8, reserve: float = 0.1, micro_batch: int | None = None,
+    efficiency: float = EFFICIENCY, overlap: float = OVERLAP, reserve: float = 0.1, micro_batch: int | None = None,
 ) -> Plan:  # fmt: skip
     """Memory, communication and time of a training step.
 
@@ -244,7 +249,7 @@ def plan(
     Args:
         batch_tokens: of a whole step, over all GPUs.
         efficiency: of the GPU's peak while it computes.
-        reserve: part of the memory that is left to CUDA, NCCL and fragmentation.
+        reserve: part of the memory that is left to CUDA, NCCL and fragmentation; its default is a guess.
         micro_batch: sequences in a forward pass; None: the largest that fits and divides the batch.
 
     Raises:
