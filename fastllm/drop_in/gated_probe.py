@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -94,8 +94,8 @@ class _Probe(NamedTuple):
     """``module``'s forward on layers of ours. ``stages`` stand for its dropouts; ``others`` are its other parts."""
 
     module: nn.Module
-    stages: dict[str | None, nn.Module]
-    others: dict[str, nn.Module]
+    stages: Mapping[str | None, nn.Module]
+    others: Mapping[str, nn.Module]
 
     def run(self, layers: dict[str, nn.Linear], x: torch.Tensor, training: bool) -> torch.Tensor:
         """The output for ``x``, with ``layers`` for the module's linear layers."""

@@ -142,8 +142,9 @@ def _linear_cross_entropy_scale_(dx, dw, db, dloss, backend):
     scale_all((dx, dw, db), dloss, backend)
 
 
-def _bwd_fake(dloss, dlse, dentropy, total, x, w, bias, *args):
-    _, (needs,) = LayerLoss.of(args)
+def _bwd_fake(*args):
+    _, _, _, _, x, w, bias, *how = args
+    _, (needs,) = LayerLoss.of(tuple(how))
     return _outputs(Layer(x, w, bias), needs)
 
 
@@ -153,8 +154,8 @@ def _bwd_fake(dloss, dlse, dentropy, total, x, w, bias, *args):
     _bwd_fake,
 )
 def _linear_cross_entropy_bwd(*args):
-    dloss, dlse, dentropy, total, x, w, bias, *args = args
-    call, (needs,) = LayerLoss.of(args)
+    dloss, dlse, dentropy, total, x, w, bias, *how = args
+    call, (needs,) = LayerLoss.of(tuple(how))
     layer = Layer(x, w, bias)
     grads = layer_gradients(LossGradients(dloss, dlse, dentropy), total, layer, call, needs)
     return with_elements(grads, _outputs(layer, _NOTHING))

@@ -14,7 +14,7 @@ from ...data.batches import permute, shuffled
 from ...tasks.features import Features, class_features, pair_features, span_features
 from ...tasks.store import TaskDataset
 from ..evaluate import Evaluation, evaluating, mean_losses
-from ..objective import Batch, TrainedModel, target_count, to_device
+from ..objective import Batch, Objective, TrainedModel, target_count, to_device
 from .streams import perplexity
 
 # Label smoothing of translation (Vaswani et al. 2017).
@@ -48,7 +48,7 @@ class ExampleOrder:
         return numbers[permute(np.array([place]), POOL, derive_seed("pool", *self._key, pool))[0]]
 
 
-class ExampleObjective(ABC):
+class ExampleObjective(Objective, ABC):
     """What the objectives on examples share."""
 
     def __init__(self, dataset: TaskDataset, context_length: int, batch_size: int, seed: int):
