@@ -139,7 +139,7 @@ def read_plain(path: str | Path) -> bytes:
     """The content of a file, or of a pipe as ``<(command)`` gives one; a device may have no end and is not read.
 
     Raises:
-        InputError: it is missing, unreadable, or neither; names it.
+        InputError: it is missing, unreadable, a folder or a device; names it.
     """
     try:
         mode = os.stat(path).st_mode
@@ -186,9 +186,9 @@ def tell_unused(unused: Mapping[str, str], given: Iterable[str], where: str) -> 
 
 
 def check_fields(config: Any) -> None:
-    """For a settings dataclass's ``__post_init__``: its fields have their types, ranges and choices. An integer becomes
-    the float that is wanted, a list a tuple,
-    a path its text.
+    """For a settings dataclass's ``__post_init__``: its fields have their types, ranges and choices.
+
+    An integer becomes the float that is wanted, a list a tuple, a path its text.
 
     Raises:
         InputError: names the first field that has not.

@@ -10,6 +10,7 @@ from . import cpu
 from .timing import seconds
 
 # Sizes of the square products: they double up to a CPU's largest, as far as time allows. A GPU takes one size at once.
+# All sizes, and how many products of the last one count, are guesses.
 SMALLEST = 128
 MAX_SIZE = {torch.float32: 1024, torch.float64: 1024}  # 16-bit products are several times as fast and need 2048
 GPU_SIZE = 8192

@@ -9,6 +9,9 @@ import threading
 import time
 from collections.abc import Iterator
 
+# Seconds: a timer of 0 never ends, and this is the shortest that the system knows.
+_SOONEST = 1e-6
+
 
 class OutOfTime(BaseException):
     """A time limit has passed. No Exception, so that no code on the way takes it for an error of its own."""
@@ -21,7 +24,7 @@ def time_limit(limit: float) -> Iterator[None]:
     Blocks nest; the outer one's time goes on. No limit where it is infinite, on another thread, and on Windows. One
     below 0 is 0: none of the time is left.
     """
-    limit = max(limit, 0.0)
+    limit = max(limit, _SOONEST)
 
     def stop(*_):
         raise OutOfTime(f"stopped after {limit:.0f} s")
@@ -33,11 +36,11 @@ def time_limit(limit: float) -> Iterator[None]:
     outer, _ = signal.getitimer(signal.ITIMER_REAL)
     before = signal.signal(signal.SIGALRM, stop)
     began = time.monotonic()
-    signal.setitimer(signal.ITIMER_REAL, max(limit, 1e-6))
+    signal.setitimer(signal.ITIMER_REAL, limit)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         if outer:
-            signal.setitimer(signal.ITIMER_REAL, max(outer - (time.monotonic() - began), 1e-6))
+            signal.setitimer(signal.ITIMER_REAL, max(outer - (time.monotonic() - began), _SOONEST))

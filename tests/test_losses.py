@@ -25,9 +25,10 @@ def _agree(loss, oracle, tensors, dtype=torch.float32):
     got, expected = loss(*given), oracle(*exact)
     assert got.shape == ()
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), expected, rtol=2e-5, atol=1e-6)
+    # Measured at most: 2.3e-7 of a value and 1.3e-6 of a gradient in fp32, 3.3e-3 of one in bf16.
+    torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-7)
     grads = [torch.autograd.grad(value, of, allow_unused=True) for value, of in ((got, given), (expected, exact))]
-    tolerance = dict(rtol=1e-4, atol=1e-6) if dtype == torch.float32 else dict(rtol=2**-7, atol=1e-4)
+    tolerance = dict(rtol=1e-5, atol=1e-7) if dtype == torch.float32 else dict(rtol=2**-7, atol=1e-4)
     for mine, theirs in zip(*grads, strict=True):
         assert (mine is None) == (theirs is None)
         if mine is not None:

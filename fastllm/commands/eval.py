@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,8 +137,6 @@ TASKS = {
 
 
 def _text(model, tokenizer, arguments) -> dict:
-    import tempfile
-
     corpus = read_corpus(arguments.data, remove_repeated=False)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "held-out.bin"

@@ -9,7 +9,7 @@ from functools import partial
 
 from ..config import InputError
 from ..models.config import MAX_SIZE, PRESETS
-from ..training.parallel.planner import GIB, GPU, GPUS, Plan, TooLarge, plan, shape_of
+from ..training.parallel.planner import EFFICIENCY, GIB, GPU, GPUS, OVERLAP, Plan, TooLarge, plan, shape_of
 
 # The largest number that is taken. A guess.
 MAX_NUMBER = 1e18
@@ -54,12 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--efficiency",
         type=float,
-        default=0.55,
+        default=EFFICIENCY,
         metavar="X",
         help="share of the peak that is reached (default: %(default)s)",
     )
     parser.add_argument(
-        "--overlap", type=float, default=0.8, metavar="X",
+        "--overlap", type=float, default=OVERLAP, metavar="X",
         help="share of the compute time that can hide communication (default: %(default)s)",
     )  # fmt: skip
 

@@ -17,6 +17,9 @@ from ..training.objectives import ObjectiveConfig
 from ..training.recipes import RECIPES
 from ..training.setup import with_pretrained, with_teacher
 
+# Settings by the title of their table.
+Tables = Mapping[str, Mapping[str, Any]]
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
@@ -40,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, TrainingConfig, "training")
 
 
-def _changed(tables: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+def _changed(tables: Tables) -> dict[str, list[str]]:
     """The names in ``tables`` with other values than the defaults, which files of earlier versions write out."""
     defaults = RunConfig()
     return {
@@ -70,40 +73,46 @@ def _check_shape(config: RunConfig, flags: Collection[str], shape: Mapping[str, 
             raise InputError(f"{name}: the model's shape comes from --pretrained {config.objective.pretrained}")
 
 
+def _check_resumption(arguments: argparse.Namespace, flags: Tables) -> None:
+    """Refuse settings that a resumed run keeps."""
+    free = {setting.name for setting in settings(TrainingConfig) if setting.metadata.get("resume")}
+    fixed = [*flags["data"], *flags["objective"], *flags["model"]]
+    fixed += [name for name in flags["training"] if name not in free]
+    fixed += [name for name in ("out", "config", "preset") if getattr(arguments, name) is not None]
+    if fixed:
+        raise InputError(f"--resume: a run keeps its settings; --{fixed[0].replace('_', '-')} cannot be given")
+
+
+def _configured(arguments: argparse.Namespace, flags: Tables) -> RunConfig:
+    """A new run's settings, of the file and of the command line; those without an effect are told."""
+    file = read_toml(arguments.config) if arguments.config else {}
+    # Check the file by itself first, so that a message names the file only for what it says.
+    alone = build_run_config(file, str(arguments.config))
+    for title, names in _changed(file).items():
+        tell_unused(alone.unused()[title], names, str(arguments.config))
+    # A preset on the command line replaces the file's whole model.
+    kept = {**file, "model": {}} if arguments.preset else file
+    merged = {title: {**kept.get(title, {}), **table} for title, table in flags.items()}
+    config = build_run_config(merged, "command line", arguments.preset)
+    if config.objective.pretrained:
+        _check_shape(config, flags["model"], merged["model"])
+    for title, given in flags.items():
+        tell_unused(_unused(config)[title], given, "command line")
+    tokenizer = tokenizer_of(with_teacher(config).data)
+    if tokenizer and "vocab_size" in merged["model"]:
+        available = Tokenizer.load(tokenizer).vocab_size
+        if available != config.model.vocab_size:
+            raise InputError(f"{tokenizer}: {available} tokens do not match vocab_size {config.model.vocab_size}")
+    return config
+
+
 def run(arguments: argparse.Namespace) -> int:
-    model = flags_given(arguments, ModelConfig)
-    kinds = {"data": DataConfig, "training": TrainingConfig, "objective": ObjectiveConfig}
-    tables = {title: flags_given(arguments, kind) for title, kind in kinds.items()}
+    kinds = {"data": DataConfig, "training": TrainingConfig, "objective": ObjectiveConfig, "model": ModelConfig}
+    flags = {title: flags_given(arguments, kind) for title, kind in kinds.items()}
     if arguments.resume is not None:
-        free = {setting.name for setting in settings(TrainingConfig) if setting.metadata.get("resume")}
-        fixed = [
-            *tables["data"],
-            *tables["objective"],
-            *model,
-            *(name for name in tables["training"] if name not in free),
-        ]
-        fixed += [name for name in ("out", "config", "preset") if getattr(arguments, name) is not None]
-        if fixed:
-            raise InputError(f"--resume: a run keeps its settings; --{fixed[0].replace('_', '-')} cannot be given")
-        result = resume(arguments.resume, tables["training"], quiet=arguments.quiet)
+        _check_resumption(arguments, flags)
+        result = resume(arguments.resume, flags["training"], quiet=arguments.quiet)
     else:
-        file = read_toml(arguments.config) if arguments.config else {}
-        # Check the file by itself first, so that a message names the file only for what it says.
-        alone = build_run_config(file, str(arguments.config))
-        for title, names in _changed(file).items():
-            tell_unused(alone.unused()[title], names, str(arguments.config))
-        merged = {title: {**file.get(title, {}), **table} for title, table in tables.items()}
-        # A preset on the command line replaces the file's whole model.
-        merged["model"] = {**({} if arguments.preset else file.get("model", {})), **model}
-        config = build_run_config(merged, "command line", arguments.preset)
-        if config.objective.pretrained:
-            _check_shape(config, model, merged["model"])
-        for title, given in {**tables, "model": model}.items():
-            tell_unused(_unused(config)[title], given, "command line")
-        tokenizer = tokenizer_of(with_teacher(config).data)
-        if tokenizer and "vocab_size" in merged["model"]:
-            available = Tokenizer.load(tokenizer).vocab_size
-            if available != config.model.vocab_size:
-                raise InputError(f"{tokenizer}: {available} tokens do not match vocab_size {config.model.vocab_size}")
+        config = _configured(arguments, flags)
         result = train(config, arguments.out, quiet=arguments.quiet, auto_resume=arguments.auto_resume)
     return 128 + result.signal if result.signal else 0

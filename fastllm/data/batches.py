@@ -16,6 +16,7 @@ from .token_file import TokenFile
 if TYPE_CHECKING:
     import torch
 
+# A target that no loss counts: PyTorch's default ignore_index.
 IGNORE = -100
 
 

@@ -17,7 +17,7 @@ from .token_shards import SHARD_TOKENS, open_token_shards, write_token_shards
 from .tokenizer import SPECIAL_TOKENS, Tokenizer
 
 SUMMARY = "corpus.json"
-# Characters from which on preparing takes more than a few seconds and is announced.
+# Characters from which on preparing takes more than a few seconds and is announced. A guess.
 LONG_TEXT = 2_000_000
 
 

@@ -14,7 +14,7 @@ from ..config import InputError
 from .held_out import HELD_OUT, is_held_out
 
 PREPARED = "prepared.json"
-# Of a large corpus no more than about this many documents are held out.
+# Of a large corpus no more than about this many documents are held out. A guess.
 MOST_HELD_OUT = 2000
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
@@ -34,6 +36,16 @@ class Served:
     backward: int
 
 
+class _Key(NamedTuple):
+    """The fields of :class:`Served` that tell one from another."""
+
+    path: str
+    what: str
+    op: str
+    backend: str
+    why: str
+
+
 class Calls:
     """Counts of the calls of one model; see :meth:`fastllm.drop_in.Report.calls`. Iterating gives :class:`Served`."""
 
@@ -47,19 +59,25 @@ class Calls:
             if kind is not None and kind.name == "embedding" and kind.options:
                 for op in ("embedding", "embedding_sum"):  # looked up when they are read: named after the first
                     self._by_op.setdefault(op, (path, type(module).__name__))
-        self._counts: dict[tuple[str, str, str, str, str], list[int]] = {}
+        self._forward: Counter[_Key] = Counter()
+        self._backward: Counter[_Key] = Counter()
         self._lock = threading.Lock()
 
     def __iter__(self) -> Iterator[Served]:
         with self._lock:
-            return iter([Served(*key, *counts) for key, counts in self._counts.items()])
+            return iter([Served(*key, n, self._backward[key]) for key, n in self._forward.items()])
 
-    def _name(self, module: torch.nn.Module | None, op: str) -> tuple[str, str] | None:
+    def name(self, module: torch.nn.Module | None, op: str) -> tuple[str, str] | None:
+        """(path, class) under which a call of ``op`` in ``module`` is counted; None for another model's."""
         return self._by_op.get(op, ("", "(no module)")) if module is None else self._names.get(id(module))
 
-    def _count(self, key: tuple[str, str, str, str, str], direction: int) -> None:
+    def count_forward(self, key: _Key) -> None:
         with self._lock:
-            self._counts.setdefault(key, [0, 0])[direction] += 1
+            self._forward[key] += 1
+
+    def count_backward(self, key: _Key) -> None:
+        with self._lock:
+            self._backward[key] += 1
 
     @property
     def backends(self) -> dict[str, int]:
@@ -92,14 +110,14 @@ class _Work:
 
     def __init__(self, module: torch.nn.Module | None):
         self.module = module
-        self.keys: list[tuple[Calls, tuple[str, str, str, str, str]]] = []
+        self.keys: list[tuple[Calls, _Key]] = []
 
     def note(self, op: str, backend: str, why: str) -> None:
         for calls in list(_watching):
-            name = calls._name(self.module, op)
+            name = calls.name(self.module, op)
             if name is not None:
-                key = (*name, op, backend, why)
-                calls._count(key, 0)
+                key = _Key(*name, op, backend, why)
+                calls.count_forward(key)
                 self.keys.append((calls, key))
 
     def note_torch(self) -> None:
@@ -117,7 +135,7 @@ class _Work:
         def hook(_):
             for calls, key in keys:
                 if calls in _watching:
-                    calls._count(key, 1)
+                    calls.count_backward(key)
 
         for tensor in pytree.tree_leaves(output):
             if isinstance(tensor, torch.Tensor) and tensor.grad_fn is not None:

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from ..ops.gated import GATE_ACTIVATIONS
 from .experts import Experts, Gate, Projection, implementation_of
-from .probe import Differs, keeps, parts_of, refusal, run, settings_of, stand_in, undisturbed
+from .probe import Differs, keeps, own_numbers, parts_of, refusal, run, settings_of, stand_in, undisturbed
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 SMALL = {"hidden": 8, "inner": 12}  # multiples of 16 bytes in fp32, which torch's grouped product wants
 # Scale of inputs -> the error that is taken for roundings, of the largest value. The probes run in fp32, as torch's
 # grouped product does: 2e-7 was seen at scale 1, 4e-5 at scale 100, where few products are within a limit of 3.
@@ -104,11 +103,10 @@ def _recognise(module, experts: Experts) -> Experts:
 
 def _forms(module) -> Iterator[Gate]:
     sizes = {size for p in module.parameters(recurse=False) for n in p.shape for size in (n, n // 2)}
-    given = [v for v in vars(module).values() if type(v) is float or (type(v) is int and v not in sizes)]
-    numbers = [None, *(v for v in given if 0 < v < 1e4)]
-    for limit, scale, offset in itertools.product(dict.fromkeys(numbers), dict.fromkeys(numbers), (0.0, 1.0)):
-        for activation, interleaved in itertools.product(ACTIVATIONS, (False, True)):
-            yield Gate(activation, interleaved, limit, 1.0 if scale is None else float(scale), offset)
+    numbers = [None, *own_numbers(module, sizes)]
+    for limit, scale, offset in itertools.product(numbers, numbers, (0.0, 1.0)):
+        for activation, interleaved in itertools.product(GATE_ACTIVATIONS, (False, True)):
+            yield Gate(activation, interleaved, limit, 1.0 if scale is None else scale, offset)
 
 
 def _inputs(count: int) -> Iterator[tuple[float, tuple[torch.Tensor, torch.Tensor, torch.Tensor], bool]]:
@@ -154,7 +152,7 @@ def _truth(experts: Experts, parameters, x, numbers, weights):
         y = rows @ (weight if projection.transposed else weight.mT)
         return y if projection.bias is None else y + parameters[projection.bias][expert]
 
-    act = ACTIVATIONS[experts.form.activation]
+    act = GATE_ACTIVATIONS[experts.form.activation]
     sums = [torch.zeros_like(x)]
     for expert in numbers.unique().tolist():
         first = by(experts.gate, x, expert)

@@ -5,23 +5,22 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from ..ops.gated import GATE_ACTIVATIONS
 from .gated import GatedMLP, clamped_factors
-from .probe import Differs, found_or_why, keeps, parts_of, run, settings_of, stand_in
+from .probe import Differs, found_or_why, keeps, own_numbers, parts_of, run, settings_of, stand_in
 
 FORMULAS = {
-    "swiglu": F.silu,
-    "geglu": F.gelu,
-    "geglu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "swiglu": GATE_ACTIVATIONS["silu"],
+    "geglu": GATE_ACTIVATIONS["gelu"],
+    "geglu_tanh": GATE_ACTIVATIONS["gelu_tanh"],
 }
-
 AUTOCAST_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, *AUTOCAST_DTYPES)
 
@@ -79,38 +78,77 @@ class _Stage(nn.Module):
         return x + torch.sin(self.frequency * x)
 
 
+class _Form(NamedTuple):
+    """The first fields of a :class:`GatedMLP`."""
+
+    formula: str
+    gate: str
+    up: str | None
+    down: str
+    inner: str | None
+    outer: str | None
+    limit: float | None
+
+
+class _Probe(NamedTuple):
+    """``module``'s forward on layers of ours. ``stages`` stand for its dropouts; ``others`` are its other parts."""
+
+    module: nn.Module
+    stages: Mapping[str | None, nn.Module]
+    others: Mapping[str, nn.Module]
+
+    def run(self, layers: dict[str, nn.Linear], x: torch.Tensor, training: bool) -> torch.Tensor:
+        """The output for ``x``, with ``layers`` for the module's linear layers."""
+        acting = {name: stand_in(part, training) for name, part in self.others.items()}
+        parts = {**self.stages, **layers, **acting}
+        replaced = {name: parts.get(name) for name in self.module._modules}
+        y = run(stand_in(self.module, training, _modules=replaced), x)
+        if not isinstance(y, torch.Tensor) or y.shape != x.shape:
+            raise Differs("its forward does not return one tensor of its input's shape")
+        return y
+
+    def outputs(self, layers: dict[str, nn.Linear], x: torch.Tensor, training: bool):
+        """(what :meth:`run` gives, the gradients of the input and of the parameters of ``layers``)."""
+        leaf = x.clone().requires_grad_()
+        y = self.run(layers, leaf, training)
+        return y.detach(), _gradients(y, leaf, layers)
+
+    def truth(self, form: _Form, layers: dict[str, nn.Linear]) -> _GatedProduct:
+        """What ``form`` says, of ``layers``."""
+        up = None if form.up is None else layers[form.up]
+        inner, outer = self.stages[form.inner], self.stages[form.outer]
+        return _GatedProduct(
+            FORMULAS[form.formula], layers[form.gate], up, layers[form.down], inner, outer, form.limit
+        )  # fmt: skip
+
+
 def _recognise(module, argument: str) -> GatedMLP | str:
     linears = {name: p for name, p in module.named_children() if isinstance(p, nn.Linear)}
     dropouts = [name for name, p in module.named_children() if isinstance(p, nn.Dropout)]
     others = {name: p for name, p in module.named_children() if name not in linears and name not in dropouts}
     stages = {name: _Stage(1.0 + i) for i, name in enumerate(dropouts)} | {None: nn.Identity()}
+    probe = _Probe(module, stages, others)
     for gate, up, down in _roles(linears):
         small = _small_layers(linears, up, down)
-        measured = [(x, *_outputs(module, stages, small, others, x, training)) for x, training in _inputs()]
+        measured = [(x, *probe.outputs(small, x, training)) for x, training in _inputs()]
         for limit, formula, inner, outer in itertools.product(
             _limits(module), FORMULAS, (None, *dropouts), (None, *dropouts)
         ):
-            form = formula, gate, up, down, inner, outer, limit
-            if all(_same(_truth(form, small, stages), small, *each) for each in measured):
-                dtypes, autocast = _agreeing(form, module, stages, small, others)
+            form = _Form(formula, gate, up, down, inner, outer, limit)
+            if all(_same(probe.truth(form, small), small, *each) for each in measured):
+                dtypes, autocast = _agreeing(probe, form, small)
                 return GatedMLP(*form, parts_of(others), argument, settings_of(module), dtypes, autocast)
     return "its forward is none of swiglu, geglu and geglu by tanh, clamped or not, between its layers"
 
 
-def _truth(form: tuple, layers: dict[str, nn.Linear], stages) -> _GatedProduct:
-    """What the first fields of a :class:`GatedMLP` say, of ``layers``."""
-    formula, gate, up, down, inner, outer, limit = form
-    parts = layers[gate], None if up is None else layers[up], layers[down]
-    return _GatedProduct(FORMULAS[formula], *parts, stages[inner], stages[outer], limit)
-
-
-def _agreeing(form: tuple, module, stages, small, others) -> tuple[tuple[torch.dtype, ...], tuple[torch.dtype, ...]]:
-    """In which dtypes ``module`` is the MLP that it is in fp64, and in which of autocast's."""
+def _agreeing(
+    probe: _Probe, form: _Form, small: dict[str, nn.Linear]
+) -> tuple[tuple[torch.dtype, ...], tuple[torch.dtype, ...]]:
+    """In which dtypes the module is the MLP that it is in fp64, and in which of autocast's."""
 
     def agrees(dtype: torch.dtype, autocast: torch.dtype | None = None) -> bool:
         layers = {name: copy.deepcopy(layer).to(dtype) for name, layer in small.items()}
-        forward = partial(_run, module, stages, layers, others)
-        return _agrees(_truth(form, layers, stages), forward, dtype, autocast)
+        return _agrees(probe.truth(form, layers), partial(probe.run, layers), dtype, autocast)
 
     dtypes = tuple(dtype for dtype in DTYPES if agrees(dtype))
     if not dtypes:
@@ -121,8 +159,7 @@ def _agreeing(form: tuple, module, stages, small, others) -> tuple[tuple[torch.d
 def _limits(module) -> list[float | None]:
     """What may bound the factors: None, and the module's own numbers that are no sizes of its layers."""
     sizes = {size for part in module.children() for p in part.parameters() for size in p.shape}
-    given = [v for v in vars(module).values() if type(v) is float or (type(v) is int and v not in sizes)]
-    return [None, *dict.fromkeys(float(v) for v in given if 0 < v < 1e4)]
+    return [None, *own_numbers(module, sizes)]
 
 
 class _GatedProduct(NamedTuple):
@@ -148,23 +185,6 @@ def _inputs() -> list[tuple[torch.Tensor, bool]]:
     generator = torch.Generator().manual_seed(0)
     shapes = ((1.0, (3, 5, 6), True), (1.0, (4, 6), False), (4.0, (5, 6), True), (1e5, (2, 1, 3, 6), True))
     return [(s * torch.randn(*n, generator=generator, dtype=torch.float64), training) for s, n, training in shapes]
-
-
-def _run(module, stages, layers, others, x, training: bool) -> torch.Tensor:
-    """The output of ``module``'s forward for ``x``, with ``layers`` for its linear layers."""
-    acting = {name: stand_in(part, training) for name, part in others.items()}
-    replaced = {name: acting.get(name, layers.get(name, stages.get(name))) for name in module._modules}
-    y = run(stand_in(module, training, _modules=replaced), x)
-    if not isinstance(y, torch.Tensor) or y.shape != x.shape:
-        raise Differs("its forward does not return one tensor of its input's shape")
-    return y
-
-
-def _outputs(module, stages, small, others, x, training: bool):
-    """What :func:`_run` gives, and the gradients of the input and of the parameters of ``small``."""
-    leaf = x.clone().requires_grad_()
-    y = _run(module, stages, small, others, leaf, training)
-    return y.detach(), _gradients(y, leaf, small)
 
 
 def _gradients(y, leaf, small):
@@ -209,6 +229,7 @@ def _agrees(truth, forward: Callable, dtype: torch.dtype, autocast: torch.dtype 
 
 
 def _close(a, b) -> bool:
+    # In fp64, whose roundings are 1e-16; gelu and its form by tanh differ by 3e-4.
     return bool(((a - b).abs().amax() <= 1e-6 * b.abs().amax()).item())
 
 

@@ -8,13 +8,12 @@ import torch
 
 from ..functional import layer_norm, rms_norm
 from ..ops.norm.native import takes_rms, undropped_norm
+from ..ops.shared.widened import NARROW
 from .calls import own, watched
 from .deferred import value_of
 from .plain import only_input, plain
 from .probe import changed
 from .swap import forward_of
-
-NARROW = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)

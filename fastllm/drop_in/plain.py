@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-_ORDINARY = (torch.Tensor, torch.nn.Parameter)
+from ..ops.shared.autograd import PLAIN
+
 _functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]  # not in torch's stubs
 
 
@@ -20,7 +21,7 @@ def plain(first, *others) -> bool:
     for tensor in (first, *others):
         if tensor is None:
             continue
-        if type(tensor) not in _ORDINARY or not (tensor.is_cpu or tensor.is_cuda):
+        if type(tensor) not in PLAIN or not (tensor.is_cpu or tensor.is_cuda):
             return False
         if tensor.layout != torch.strided or tensor.is_nested:
             return False

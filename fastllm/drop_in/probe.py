@@ -11,7 +11,7 @@ import torch
 
 from .plain import hooked
 
-PLAIN = (bool, int, float, str, type(None), torch.dtype, types.FunctionType, types.BuiltinFunctionType)
+PLAIN_TYPES = (bool, int, float, str, type(None), torch.dtype, types.FunctionType, types.BuiltinFunctionType)
 CONTAINERS = (list, dict, set, OrderedDict, deque)
 # What torch.nn.Module keeps for itself, whose parts and hooks are looked at apart, and marks that others leave.
 OWN = {*vars(torch.nn.Module()), "_compiled_call_impl", "_is_hf_initialized"}
@@ -25,7 +25,7 @@ class Differs(Exception):
 def _frozen(value):
     """``value`` for comparison where it is plain or made of plain values; else :data:`OPAQUE`."""
     kind = type(value)
-    if kind in PLAIN:
+    if kind in PLAIN_TYPES:
         return value
     if kind in (list, tuple, torch.Size, dict, OrderedDict):
         parts = tuple(_frozen(v) for v in (value.items() if isinstance(value, dict) else value))
@@ -74,6 +74,16 @@ def keeps(module: torch.nn.Module) -> str | None:
     if any(isinstance(value, torch.Tensor) for name, value in vars(module).items() if name not in OWN):
         return "it keeps a tensor that is neither parameter nor buffer, on which its forward may depend"
     return None
+
+
+# Above it an attribute is taken for a size, and not for a bound or a factor of values. A guess.
+LARGEST_NUMBER = 1e4
+
+
+def own_numbers(module: torch.nn.Module, sizes: set[int]) -> list[float]:
+    """The attributes of ``module`` that may be bounds or factors: positive numbers, but for integers in ``sizes``."""
+    given = [v for v in vars(module).values() if type(v) is float or (type(v) is int and v not in sizes)]
+    return list(dict.fromkeys(float(v) for v in given if 0 < v < LARGEST_NUMBER))
 
 
 def _copied(value):

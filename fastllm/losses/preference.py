@@ -208,6 +208,7 @@ def _mean_nll(loss: str, chosen, nll):
 def _log_odds(log_p):
     """log(p / (1 - p)) of log-probabilities; those within eps of 0 count as -eps, where the odds are not infinite."""
     log_p = log_p.clamp(max=-torch.finfo(log_p.dtype).eps)
+    # Either form loses digits on the other's side of -log 2 (Maechler 2012, "Accurately Computing log(1 - exp(-|a|))").
     return log_p - torch.where(log_p > -0.6931, torch.log(-torch.expm1(log_p)), torch.log1p(-torch.exp(log_p)))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +16,18 @@ from .. import nn as fast
 from ..functional import add_layer_norm, add_rms_norm, attention, geglu, rms_norm, rotary_embedding, swiglu
 from .config import GATED, ModelConfig
 from .embedding import make_norm
+
+# What the MLP does between its layers, by the name of its activation: without a gate, and of gate and up side by side.
+UNGATED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+GATED_PRODUCTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "swiglu": swiglu, "geglu": geglu, "geglu_tanh": partial(geglu, approximate="tanh"),
+}  # fmt: skip
+_BETWEEN = {**UNGATED, **GATED_PRODUCTS}
 
 
 def rotary_tables(length: int, head_dim: int, base: float, device=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,18 +153,7 @@ class MLP(nn.Module):
         self.down = fast.Linear(config.mlp_size, config.hidden_size, bias=config.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.up(x)
-        if self.activation == "swiglu":
-            x = swiglu(x)
-        elif self.activation in GATED:
-            x = geglu(x, approximate="tanh" if self.activation == "geglu_tanh" else "none")
-        elif self.activation == "relu":
-            x = F.relu(x)
-        elif self.activation == "relu2":
-            x = F.relu(x).square()
-        else:
-            x = F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
-        return self.down(x)
+        return self.down(_BETWEEN[self.activation](self.up(x)))
 
 
 class Stream(NamedTuple):

@@ -12,6 +12,9 @@ from .. import nn as fast
 from ..functional import embedding_sum
 from .config import ModelConfig
 
+# The deviation of new weights (Radford et al. 2019, GPT-2's code).
+INITIAL_STD = 0.02
+
 
 def make_norm(config: ModelConfig) -> nn.Module:
     """The configuration's norm over hidden_size."""
@@ -101,7 +104,7 @@ class Embedded(nn.Module):
         """GPT-2's: N(0, 0.02), projections into the residual stream by 1 / sqrt(branches) of it, or zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=INITIAL_STD)
                 bias = getattr(module, "bias", None)
                 if bias is not None:
                     nn.init.zeros_(bias)
@@ -114,4 +117,4 @@ class Embedded(nn.Module):
             if self.config.zero_init:
                 nn.init.zeros_(projection.weight)
             else:
-                nn.init.normal_(projection.weight, std=0.02 / math.sqrt(len(projections)))
+                nn.init.normal_(projection.weight, std=INITIAL_STD / math.sqrt(len(projections)))

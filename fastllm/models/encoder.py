@@ -12,7 +12,7 @@ from .. import nn as fast
 from .cache import Encoded
 from .config import ModelConfig
 from .conv import ConvEncoder
-from .embedding import make_norm
+from .embedding import INITIAL_STD, make_norm
 from .head import Head
 from .pretrained import Pretrained, concrete
 from .rnn import RecurrentEncoder
@@ -70,7 +70,7 @@ class Encoder(Pretrained):
         for head in (self.masked, self.pooler, self.next, self.classifier, self.span):
             for module in () if head is None else head.modules():
                 if isinstance(module, nn.Linear):
-                    nn.init.normal_(module.weight, std=0.02)
+                    nn.init.normal_(module.weight, std=INITIAL_STD)
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
         if self.masked is not None and config.tie_embeddings:

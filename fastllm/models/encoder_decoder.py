@@ -8,6 +8,7 @@ import torch
 
 from .cache import DecoderCache, Encoded
 from .config import ModelConfig
+from .embedding import INITIAL_STD
 from .encoder import make_encoder
 from .head import Head
 from .next_token import last_logits
@@ -43,7 +44,7 @@ class EncoderDecoder(Pretrained):
         self.decoder.initialize()
         self.decoder.token_embedding = self.encoder.token_embedding
         self.head = Head(config.hidden_size, config.vocab_size, bias=False)
-        torch.nn.init.normal_(self.head.weight, std=0.02)
+        torch.nn.init.normal_(self.head.weight, std=INITIAL_STD)
         if config.tie_embeddings:
             self.head.weight = self.encoder.token_embedding.weight
 

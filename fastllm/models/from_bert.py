@@ -8,7 +8,9 @@ import torch
 
 from .config import ModelConfig
 
-_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+# transformers' names of GELU -> ours.
+GELUS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+_ACTIVATIONS = {**GELUS, "relu": "relu"}
 # Ours -> theirs, outside the layers and in layer i, for modules with weight and bias.
 _OUTSIDE = {
     "encoder.embedding_norm": "bert.embeddings.LayerNorm",

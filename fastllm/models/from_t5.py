@@ -9,7 +9,7 @@ import torch
 from .config import ModelConfig
 
 _ACTIVATIONS = {"relu": "relu", "gated-gelu": "geglu_tanh", "gated-silu": "swiglu"}
-# T5 has no maximum length; a cache needs one.
+# T5 has no maximum length; a cache needs one. It was trained on sequences of 512 tokens.
 CONTEXT = 512
 
 

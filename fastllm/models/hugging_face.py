@@ -10,13 +10,14 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors
 import torch
 from safetensors.torch import load_file
 
 from .config import ModelConfig
-from .from_bert import bert_config, bert_weights
+from .from_bert import GELUS, bert_config, bert_weights
 from .from_t5 import t5_config, t5_weights
 
 Weights = Mapping[str, torch.Tensor]
@@ -58,9 +59,6 @@ def _require(values: Mapping, name: str, *allowed, default=None) -> None:
     got = values.get(name, default)
     if got not in allowed:
         raise ValueError(f"{name}: expected {' or '.join(repr(a) for a in allowed)}, got {got!r}")
-
-
-GELUS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
 
 def _from_gpt2(values: Mapping) -> dict:
@@ -290,7 +288,18 @@ def layout_for(config: ModelConfig) -> Layout:
     return layout
 
 
-def _reader(name: str) -> tuple[Callable, Callable]:
+class Reader(NamedTuple):
+    """How folders of one ``model_type`` are read.
+
+    ``config``: our configuration from the values of config.json and the weights. ``weights``: our state dict from
+    theirs and our configuration. Both raise a ValueError that names what does not fit.
+    """
+
+    config: Callable[[Mapping, Weights], ModelConfig]
+    weights: Callable[[Weights, ModelConfig], dict[str, torch.Tensor]]
+
+
+def _reader(name: str) -> Reader:
     layout = LAYOUTS[name]
     table = layout.outside["token_embedding.weight"]
 
@@ -302,12 +311,12 @@ def _reader(name: str) -> tuple[Callable, Callable]:
             fields["tie_embeddings"] = torch.equal(head, embedding)
         return ModelConfig.from_dict(fields)
 
-    return config, lambda weights, config: to_ours(layout, weights, config)
+    return Reader(config, lambda weights, config: to_ours(layout, weights, config))
 
 
-# model_type -> (configuration of ours from config.json and the weights, state dict of ours from weights and it).
-READERS: dict[str, tuple[Callable, Callable]] = {
+# By model_type.
+READERS: dict[str, Reader] = {
     **{name: _reader(name) for name in LAYOUTS},
-    "bert": (bert_config, bert_weights),
-    "t5": (t5_config, t5_weights),
+    "bert": Reader(bert_config, bert_weights),
+    "t5": Reader(t5_config, t5_weights),
 }

@@ -7,7 +7,6 @@ those of :mod:`.blocks`, within rounding.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -19,11 +18,11 @@ from torch.nn.modules import module as torch_modules
 from .. import extension
 from .. import nn as fast
 from ..backends import chosen_backend, operators_alone
+from ..ops.gated import GATE_ACTIVATIONS
 from ..ops.linear_rows import MAX_ROWS, linear_rows
 from ..ops.norm.native import undropped_norm
 from ..ops.rotary_embedding import RotaryCall, rotary_rows
-from .blocks import MLP, Attention, Block, Context, CrossAttention
-from .config import GATED
+from .blocks import MLP, UNGATED, Attention, Block, Context, CrossAttention
 from .embedding import Embedded
 from .head import Head
 
@@ -32,6 +31,10 @@ KNOWN = (
     nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.Dropout, nn.Identity, nn.ModuleList,
     fast.Linear, fast.LayerNorm, fast.RMSNorm, fast.Embedding, Attention, CrossAttention, MLP, Block, Head,
 )  # fmt: skip
+# An MLP's activation with a gate -> that of its gate.
+_OF_GATE = {
+    "swiglu": GATE_ACTIVATIONS["silu"], "geglu": GATE_ACTIVATIONS["gelu"], "geglu_tanh": GATE_ACTIVATIONS["gelu_tanh"],
+}  # fmt: skip
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _ANY_MODULES_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
@@ -102,17 +105,6 @@ def _norm(norm: Any) -> Callable:
     return run
 
 
-def _activation(name: str) -> Callable:
-    if name in GATED:
-        return {"swiglu": F.silu, "geglu": F.gelu, "geglu_tanh": functools.partial(F.gelu, approximate="tanh")}[name]
-    return {
-        "relu": F.relu,
-        "relu2": lambda x: F.relu(x).square_(),
-        "gelu": F.gelu,
-        "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    }[name]
-
-
 def _attention(module: Attention, layer: int) -> Callable:
     config = module.config
     heads, kv_heads, size = config.num_heads, config.kv_heads, config.head_dim
@@ -160,7 +152,8 @@ def _cross_attention(module: CrossAttention, layer: int) -> Callable:
 
 
 def _mlp(module: MLP) -> Callable:
-    activation, gated = _activation(module.activation), module.activation in GATED
+    gated = module.activation in _OF_GATE
+    activation = _OF_GATE[module.activation] if gated else UNGATED[module.activation]
 
     def branch(x, now):
         x = now.product(x, module.up.weight, module.up.bias)

@@ -24,12 +24,11 @@ class Pretrained(torch.nn.Module):
 
     config_class = ModelConfig
     config: ModelConfig
+    # Whether from_pretrained also reads folders of transformers' whose model is of another class, and returns that.
+    reads_all = False
 
     def __init__(self, *args, **kwargs):  # a class's own configuration, or what the next base takes
         super().__init__(*args, **kwargs)
-
-    # Whether from_pretrained also reads folders of transformers' whose model is of another class, and returns that.
-    reads_all = False
 
     @staticmethod
     def fits(config) -> bool:
@@ -118,12 +117,12 @@ class Pretrained(torch.nn.Module):
 
     @classmethod
     def _from_transformers(cls, folder: Path, values: dict):
-        make_config, convert = READERS[values["model_type"]]
+        reader = READERS[values["model_type"]]
         if values.get("quantization_config") is not None:
             raise ValueError(f"{folder / CONFIG}: quantization_config: expected none; quantised weights are not read")
         weights = read_weights(folder, WEIGHTS)
         try:
-            config = make_config(values, weights)
+            config = reader.config(values, weights)
         except KeyError as error:
             raise ValueError(f"{folder / CONFIG}: {error} is missing") from error
         except (ValueError, TypeError) as error:
@@ -133,7 +132,7 @@ class Pretrained(torch.nn.Module):
             raise ValueError(f"{folder / CONFIG} describes a {found.__name__}, not a {cls.__name__}")
         try:
             check_layers(weights, config)
-            converted = convert(weights, config)
+            converted = reader.weights(weights, config)
         # torch's error for parts of other shapes, which cannot be put together.
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{folder} does not fit its config: {error}") from error

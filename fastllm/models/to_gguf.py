@@ -103,8 +103,7 @@ def write_gguf(model: Pretrained, tokenizer: Tokenizer, folder: Path, name: str)
         OSError: the file cannot be written; names it.
     """
     config = model.config
-    layout_for(config)
-    architecture = "gpt2" if config.positions == "learned" else "llama"
+    architecture = layout_for(config).to_config(config)["model_type"]
     if config.activation == "gelu":
         raise ValueError("GGUF's GPT-2 needs activation 'gelu_tanh' (here 'gelu')")
     if tokenizer.vocab_size != config.vocab_size:

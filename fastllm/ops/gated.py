@@ -16,7 +16,8 @@ from ..registry import Cost, Op, Sample, define, register
 from .shared.autograd import PLAIN, apply, apply_untransformed, gradients, unwrapped
 from .shared.check import beyond_float32, check_floating
 
-_ACTIVATIONS = {
+# The activation of the gate, by its name.
+GATE_ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -57,7 +58,7 @@ def _eager(gate, up, kind: str):
     """PyTorch's own operators."""
     if up is None:
         gate, up = gate.chunk(2, -1)
-    return _ACTIVATIONS[kind](gate) * up
+    return GATE_ACTIVATIONS[kind](gate) * up
 
 
 def gated_reference(gate, up, kind: str):
@@ -94,8 +95,8 @@ def _gated_bwd(*args):
     return gated_bwd(*args)
 
 
-# On a CPU, by csrc/cpu/gated.cpp. It knows the kind by its place among _ACTIVATIONS.
-_NUMBER = {kind: number for number, kind in enumerate(_ACTIVATIONS)}
+# On a CPU, by csrc/cpu/gated.cpp. It knows the kind by its place among GATE_ACTIVATIONS.
+_NUMBER = {kind: number for number, kind in enumerate(GATE_ACTIVATIONS)}
 _rows = extension.operator("gated_rows", _fwd_fake)
 _grad_rows = extension.operator(
     "gated_grad_rows", lambda dy, gate, up, kind, *needs: _bwd_fake(dy, gate, up, kind, needs)

@@ -25,7 +25,7 @@ from ..tasks.classify import classify
 from ..tasks.translate import translate_lines
 
 TASKS = ("generate", "translate", "classify", "answer")
-# Bytes of a request's body, and seconds that one may take.
+# Bytes of a request's body, and seconds that one may take. Guesses, as LIMITS are.
 MAX_BODY_BYTES, MAX_SECONDS = 64 << 10, 60.0
 # Characters of a text, tokens written, beams.
 LIMITS = {"text": 20_000, "question": 1_000, "max_new_tokens": 1_000, "beams": 16}

@@ -12,7 +12,7 @@ from ..data import Tokenizer
 from ..models.mode import evaluation_mode
 from .features import Features, check_asked, windows
 
-# An answer has at most this many tokens.
+# An answer has at most this many tokens, as in BERT's run_squad.py.
 MAX_TOKENS = 30
 
 

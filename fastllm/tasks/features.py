@@ -14,7 +14,7 @@ from ..data import Tokenizer
 from ..data.batches import IGNORE
 from .prompts import SIDES
 
-# Part of the room for a text by which the windows of a long one advance.
+# Part of the room for a text by which the windows of a long one advance. A guess.
 STRIDE = 0.5
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -16,7 +17,7 @@ from ..data.corpus import lines_of, read_text
 from ..models.mode import evaluation_mode
 from .features import padded
 
-# Logits held at once: 2^24 are 64 MiB in fp32.
+# Logits held at once: 2^24 are 64 MiB in fp32. A guess.
 LOGITS = 1 << 24
 
 
@@ -69,6 +70,14 @@ def _paradigm(path: Path) -> Paradigm:
     return Paradigm(name, phenomenon, pairs)
 
 
+class _Window(NamedTuple):
+    """A part of the sentence ``number``: ``ids``, of which those after the first ``skip`` + 1 are scored."""
+
+    number: int
+    ids: list[int]
+    skip: int
+
+
 @torch.no_grad()
 def log_probabilities(model, tokenizer: Tokenizer, sentences: Sequence[str]) -> list[float]:
     """ln p of each sentence: the sum over all its tokens, after an end-of-text token.
@@ -80,27 +89,27 @@ def log_probabilities(model, tokenizer: Tokenizer, sentences: Sequence[str]) -> 
     """
     context = model.config.context_length
     device = model.head.weight.device
-    rows = []
+    left: list[_Window] = []
     for number, sentence in enumerate(sentences):
         ids = [tokenizer.end_of_text, *tokenizer.encode(sentence)]
         for window in evaluation_windows(len(ids), context, max(1, context // 2)):
-            rows.append((number, ids[window.start : window.start + window.length + 1], window.skip))
-    rows.sort(key=lambda row: len(row[1]))
+            left.append(_Window(number, ids[window.start : window.start + window.length + 1], window.skip))
+    left.sort(key=lambda window: len(window.ids))
     result = [0.0] * len(sentences)
     with evaluation_mode(model):
-        while rows:
+        while left:
             # The longest of a part is its last; the part is as large as LOGITS allows.
-            part = rows[-max(1, LOGITS // (len(rows[-1][1]) * model.config.vocab_size)) :]
-            del rows[-len(part) :]
-            tokens = padded([ids for _, ids, _ in part], tokenizer.end_of_text).to(device)
+            part = left[-max(1, LOGITS // (len(left[-1].ids) * model.config.vocab_size)) :]
+            del left[-len(part) :]
+            tokens = padded([window.ids for window in part], tokenizer.end_of_text).to(device)
             scored = torch.zeros(len(part), tokens.shape[1] - 1, dtype=torch.bool)
-            for mask, (_, ids, skip) in zip(scored, part, strict=True):
-                mask[skip : len(ids) - 1] = True
+            for mask, window in zip(scored, part, strict=True):
+                mask[window.skip : len(window.ids) - 1] = True
             logits = model(tokens[:, :-1]).float()
             chosen = logits.gather(-1, tokens[:, 1:, None])[..., 0] - logits.logsumexp(-1)
             sums = chosen.double().masked_fill(~scored.to(device), 0.0).sum(-1).tolist()
-            for (number, *_), value in zip(part, sums, strict=True):
-                result[number] += value
+            for window, value in zip(part, sums, strict=True):
+                result[window.number] += value
     return result
 
 

@@ -176,12 +176,12 @@ def rendered(example: dict, tokenizer: Tokenizer) -> dict:
     Raises:
         InputError: the template does not serve, or a message holds one of the tokenizer's special tokens.
     """
+    templated = tokenizer.chat_template is not None
     if "messages" in example:
-        return {"parts": answers_of(example["messages"], tokenizer), "templated": tokenizer.chat_template is not None}
+        return {"parts": answers_of(example["messages"], tokenizer), "templated": templated}
     if "answer" in example:
         return {"parts": [[example["prompt"], False], [example["answer"], True]], "templated": False}
     if isinstance(example["prompt"], str):
         return {**example, "templated": False}
     prompt, answers = prompt_of(example["prompt"], (example["chosen"], example["rejected"]), tokenizer)
-    templated = tokenizer.chat_template is not None
     return {"prompt": prompt, "chosen": answers[0], "rejected": answers[1], "templated": templated}

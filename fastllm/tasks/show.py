@@ -18,7 +18,7 @@ def marked(context: str, start: int, end: int, around: int = 80) -> str:
     return " ".join((shown + ("..." if end + around < len(context) else "")).split())
 
 
-# An answer to a prompt is shown up to this many tokens.
+# An answer to a prompt is shown up to this many tokens. A guess.
 ANSWER_TOKENS = 100
 
 

@@ -21,7 +21,7 @@ from ..config import (
 from ..data import DataConfig
 from ..models.config import PRESETS, ModelConfig
 from .objective_config import ObjectiveConfig, fit_model
-from .recipes import RECIPES
+from .recipes import BUDGET, RECIPES
 
 DEFAULT_PRESET = "tiny"
 # Without any budget: seconds of training, and passes over the text of a new causal model, whichever are over first.
@@ -32,8 +32,6 @@ DEFAULT_EPOCHS = 11.0
 # texts and seeds 0.3 scored 0.0030 to 0.0144 bits per byte better there (docs/recipe.md). Elsewhere it is not measured.
 WEIGHT_DECAY = 0.1
 DEFAULT_RUN_WEIGHT_DECAY = 0.3
-# The settings that say when a run ends.
-BUDGET = ("steps", "max_seconds", "epochs")
 # Apple's and Intel's GPUs run PyTorch's own operators; nobody has tried them.
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 

@@ -12,9 +12,9 @@ import torch
 from ..files import save_tensors, write_text
 from .checkpoints.checkpoint import State
 
-# An outlier is judged by this many accepted steps. With fewer than a quarter of them nothing is judged.
+# An outlier is judged by this many accepted steps. With fewer than a quarter of them nothing is judged. Guesses.
 HISTORY = 128
-# Batches of skipped steps that are kept for study.
+# Batches of skipped steps that are kept for study. A guess.
 KEPT = 100
 
 
@@ -32,6 +32,7 @@ def deviation(value: float, history: list[float]) -> float:
         return 0.0
     mean = math.fsum(history) / len(history)
     variance = math.fsum((x - mean) ** 2 for x in history) / len(history)
+    # Equal values have no deviation to divide by; the parts of the mean that stand for it are guesses.
     return (value - mean) / max(math.sqrt(variance), 1e-6 * abs(mean), 1e-30)
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from ..config import InputError, build_settings
 from ..files import folder_to_fill, sole_writer, write_text
 from .checkpoints.checkpoint import MANIFEST, checkpoints, find_checkpoint
-from .config import BUDGET, RunConfig, TrainingConfig, read_run_config
+from .config import RunConfig, TrainingConfig, read_run_config
 from .device import pick_device
 from .parallel.ranks import ALONE, Ranks, launched
+from .recipes import BUDGET
 from .reports.progress import METRICS, Display, find_wandb
 from .run import CONFIG, SESSIONS, Result, Run, fixed_settings
 from .session import train_run

@@ -1,4 +1,7 @@
-"""Presets of a whole run: a model's shape with the objective and the training that suit it, chosen by measurement."""
+"""Presets of a whole run: a model's shape with the objective and the training that suit it.
+
+They were chosen by measurement; docs/tour-measured.md has their scores.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ from typing import Any
 
 from ..config import InputError
 from ..models.config import ModelConfig
+
+# The settings that say when a run ends.
+BUDGET = ("steps", "max_seconds", "epochs")
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class Recipe:
             raise InputError(f"{where}: preset: this one is for objective {own}, not for {asked}")
         given = tables.get("training", {})
         training = dict(self.training)
-        if {"steps", "max_seconds", "epochs"} & set(given):
+        if set(BUDGET) & set(given):
             training.pop("epochs", None)
         return {"objective": {**self.objective, **tables.get("objective", {})}, "training": {**training, **given}}
 

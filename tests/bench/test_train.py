@@ -62,6 +62,7 @@ def test_providers_agree_and_are_timed(dtype):
         assert row.problem is None
         assert len(row.samples) == 3
         assert len(row.losses) == train.CHECKED
+        # A fresh model gives each of the 50 tokens about the same probability.
         assert row.losses[0] == pytest.approx(math.log(50), rel=0.05)
         assert row.tokens_per_second.low <= row.tokens_per_second.median <= row.tokens_per_second.high
     assert rows[0].speedup == Quartiles(1.0, 1.0, 1.0)

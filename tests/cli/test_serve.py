@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -282,6 +283,20 @@ def test_a_connection_outlives_an_answer_that_takes_long(models, monkeypatch):
         assert running.post("classify", {"text": "x"}) == (200, '{"labels":[]}')
     finally:
         running.close()
+
+
+def test_a_connection_is_kept_for_a_whole_period_after_an_answer():
+    connection, looks, closed = object.__new__(Connection), [], []
+    connection.timeout_keep_alive = 5
+    connection.loop = SimpleNamespace(call_later=lambda seconds, look, seen: looks.append(seen))
+    connection.transport = SimpleNamespace(close=lambda: closed.append(True))
+    connection.cycle = SimpleNamespace(response_complete=False)
+    connection._look(connection.cycle)
+    connection.cycle.response_complete = True  # just before the next look
+    connection._look(looks.pop())
+    assert not closed
+    connection._look(looks.pop())
+    assert closed
 
 
 # Fills in the page's forms, one tab after the other, and sends home what they show.

@@ -12,7 +12,7 @@ from fastllm.config import InputError
 from fastllm.data import Tokenizer
 from fastllm.data.tokenizer import SPECIAL_TOKENS
 from fastllm.models import Encoder, EncoderDecoder, ModelConfig
-from fastllm.tasks.answer import answers
+from fastllm.tasks.answer import MAX_TOKENS, _likeliest, answers
 from fastllm.tasks.classify import classify
 from fastllm.tasks.features import span_features, text_ids, windows
 from fastllm.tasks.metrics import (
@@ -318,6 +318,14 @@ def test_intervals_of_translations_are_sacrebleus():
     # Some of the drawn scores are 0 then, others are not.
     least, most = translation_intervals(["abcdefgh", "c"], ["abxxxxxxx", "e"], resamples=40)["chrf"]
     assert least < translation_scores(["abcdefgh", "c"], ["abxxxxxxx", "e"])["chrf"] <= most
+
+
+def test_the_longest_span_has_as_many_tokens_as_its_bound():
+    offsets = [(place, place + 1) for place in range(MAX_TOKENS + 1)]
+    starts, ends = torch.zeros(2, len(offsets))
+    starts[0], ends[MAX_TOKENS - 1], ends[MAX_TOKENS] = 20.0, 20.0, 30.0
+    place = _likeliest(starts, ends, offsets)
+    assert (place.first, place.last) == (offsets[0], offsets[MAX_TOKENS - 1])
 
 
 def test_the_best_span_is_the_best_of_all_windows(tokenizer):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import pickle
 
 import pytest
@@ -84,6 +85,11 @@ def test_a_layer_whose_outputs_its_neighbour_takes_is_no_head():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_layer_with_fewer_outputs_than_inputs_is_no_head():
+    model = nn.ModuleDict({"tokens": nn.Embedding(16, 64), "last": nn.Linear(64, 16)})
+    assert [entry.path for entry in fastllm.accelerate(model).swapped] == ["tokens"]
+
+
 def test_instances_that_cannot_be_swapped_say_why():
     patched = nn.LayerNorm(8)
     patched.forward = lambda x: x
@@ -182,6 +188,9 @@ def test_the_report_reads_and_estimates():
     assert estimate.flops == 3 * 2 * rows * 16 * 64
     assert estimate.logits_bytes == 3 * rows * 64 * 4
     assert report.estimate(4, 10).seconds > estimate.seconds
+    # Each module takes the longer of its two times.
+    assert report.estimate(2, 10, flops=math.inf, bandwidth=1e9).seconds == pytest.approx(estimate.bytes / 1e9)
+    assert report.estimate(2, 10, flops=1e9, bandwidth=math.inf).seconds == pytest.approx(estimate.flops / 1e9)
     with pytest.raises(ValueError, match="batch must be a positive integer"):
         report.estimate(0)
     assert str(fastllm.accelerate(nn.ReLU())) == "nothing in this model that fastllm serves"

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import fastllm
 from fastllm.functional import attention, scaled_dot_product_attention
 from fastllm.ops.attention.attention import attention_reference
+from fastllm.ops.attention.call import check_window
 from fastllm.ops.attention.sdpa import scaled_dot_product_attention_reference
 
 DRAWS = int(os.environ.get("FASTLLM_ATTENTION_DRAWS", "40"))
@@ -26,6 +27,11 @@ SIZES = [1.0, 1.0, 0.0, 1e-6, 1e-30, 1e-41]
 LENGTHS = [(1, 1), (1, 9), (9, 9), (20, 31), (31, 20), (0, 4), (4, 0), (270, 270), (130, 520)]
 # What the additive masks of transformers hold where a key is hidden.
 HIDDEN = ["-inf", -1e4, "lowest"]
+
+
+def test_a_windows_side_that_no_sequence_reaches_is_unbounded():
+    assert check_window("attention", (2**30 - 1, 2**30), causal=False) == (2**30 - 1, -1)
+    assert check_window("attention", (2**40, None), causal=True) == (-1, 0)
 
 
 @st.composite

@@ -19,7 +19,7 @@ from fastllm.ops.cross_entropy.chunks import LayerLoss, in_chunks
 from fastllm.ops.cross_entropy.linear import linear_cross_entropy_reference
 from fastllm.ops.cross_entropy.loss import Loss
 from fastllm.ops.cross_entropy.operator import LossGradients
-from fastllm.ops.cross_entropy.products import WIDENED, Layer
+from fastllm.ops.cross_entropy.products import WIDENED_COLUMNS, Layer
 from fastllm.ops.cross_entropy.rows import Extras
 
 pytestmark = [pytest.mark.cpu_level, pytest.mark.runs_on("gpu", "interpreter")]
@@ -214,7 +214,7 @@ class _Sizes(TorchDispatchMode):
 
 @pytest.mark.parametrize(("workspace", "held"), [(None, False), (0.3, True)])
 def test_one_chunk_holds_no_second_dw_in_fp32(backend, workspace, held):
-    x, w, y = _call(n=64, d=128, v=2 * WIDENED, dtype=torch.bfloat16)
+    x, w, y = _call(n=64, d=128, v=2 * WIDENED_COLUMNS, dtype=torch.bfloat16)
     call = LayerLoss(y, None, None, Loss(), Chunking(workspace, None, False, False), backend, "linear_cross_entropy")
     upstream = LossGradients(torch.full((64,), 1 / 64, device=DEVICE))
     with torch.no_grad(), _Sizes() as sizes:

@@ -40,6 +40,10 @@ def test_the_scale_halves_on_overflow_and_doubles_after_quiet(monkeypatch):
     assert scale.overflow(1.0, float("nan")) is None
     assert LossScale(_state(dtype="bfloat16")).value == 1.0
     assert LossScale(_state(loss_scale=8.0)).value == 8.0
+    largest = LossScale(_state(loss_scale=loss_scale.MAX_SCALE))
+    for _ in range(4):
+        largest.overflow(1.0, 0.5)
+    assert largest.value == loss_scale.MAX_SCALE
 
 
 def test_the_rule_is_torchs(monkeypatch):

@@ -106,6 +106,17 @@ def test_an_outlier_is_judged_by_the_last_steps_and_the_memory_is_the_state():
     assert deviation(100.0, seen) == pytest.approx(98.5 / 0.5)
 
 
+def test_a_bounded_number_of_batches_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastllm.training.guard.KEPT", 2)
+    state = State(0, 0.0, 0, "float32", "")
+    guard = Guard(tmp_path, state, outlier=None, limit=9)
+    for step in range(4):
+        state.step = step
+        assert guard.accept(math.nan, 1.0, {"tokens": torch.zeros(1)}) is not None
+    assert state.skipped == 4
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == ["step-00000001.json", "step-00000002.json"]
+
+
 def test_a_spiking_loss_is_skipped(config, tmp_path, poison):
     poison(40, 40, 50.0)
     train(config(steps=42, outlier=8.0, eval_interval=0), tmp_path / "run", quiet=True)

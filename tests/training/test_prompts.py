@@ -138,6 +138,7 @@ USER, ANSWERS = TALK[1], ({"role": "assistant", "content": "A"}, {"role": "assis
         ({"prompt": [USER], "chosen": "A", "rejected": "B"}, [USER]),
         ({"prompt": [USER], "chosen": [ANSWERS[0]], "rejected": [ANSWERS[1]]}, [USER]),
         ({"chosen": [USER, ANSWERS[0]], "rejected": [USER, ANSWERS[1]]}, [USER]),
+        ({"prompt": [USER], "chosen": [USER, ANSWERS[0]], "rejected": [USER, ANSWERS[1]]}, [USER]),
         ({"prompt": "Hi", "chosen": [USER, ANSWERS[0]], "rejected": [USER, ANSWERS[1]]}, [USER]),
         ({"prompt": "Hi", "chosen": [ANSWERS[0]], "rejected": [ANSWERS[1]]}, [USER]),
     ],

@@ -20,9 +20,10 @@ _CAPTION = re.compile(
     r"""(?:img|image|photo|picture|media|gallery|slide|caption|credit|video)""",
     re.IGNORECASE,
 )
-# Names stand at the beginning of a tag: a bound on the time that a tag takes.
+# Names stand at the beginning of a tag: a bound on the time that a tag takes. A guess.
 _NAMES = 300
 # The fewest characters of running text in an article, and the least share of a block of links alone that is in links.
+# Guesses.
 _ARTICLE, _LINKS = 300, 0.9
 # How lines that send readers to another text begin, in eight languages.
 _READ_ALSO = re.compile(

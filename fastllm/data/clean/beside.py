@@ -16,7 +16,7 @@ _COMMENTS = re.compile(
 )
 # Each match has one of these, which are found sooner.
 _HINTS = ("comment", "coment", "komment", "respond", "disqus")
-# Names stand at the beginning of a tag: a bound on the time that a tag takes.
+# Names stand at the beginning of a tag: a bound on the time that a tag takes. A guess.
 _NAMES = 300
 # The fewest characters of running text in an article, and in one that the page declares: a guess. Where an article has
 # more than this many times the longest comment's, it is the page's text, even if the page looks like a forum.

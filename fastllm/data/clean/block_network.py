@@ -9,9 +9,9 @@ import numpy as np
 
 # How far apart the three blocks lie that each convolution sees.
 DILATIONS = (1, 4)
-# Features are scaled to a variance of 1 and cut at this.
+# Features are scaled to a variance of 1 and cut at this. A guess.
 MOST = 4.0
-# Rows whose features are scaled at once: a bound on memory.
+# Rows whose features are scaled at once: a bound on memory. A guess.
 _ROWS = 2048
 
 

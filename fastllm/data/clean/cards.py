@@ -8,7 +8,7 @@ import numpy as np
 
 from .elements import Markup
 
-# The fewest siblings of one tag that are cards, and their fewest blocks on average.
+# The fewest siblings of one tag that are cards, and their fewest blocks on average. Guesses.
 _LEAST, _BLOCKS = 3, 1.5
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-# Characters of a rejected text that are kept: the source still has the whole.
+# Characters of a rejected text that are kept: the source still has the whole. A guess.
 EXCERPT = 2000
 
 

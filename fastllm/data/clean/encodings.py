@@ -211,4 +211,4 @@ def _mostly_utf_8(content: bytes) -> bool:
     """Whether ``content`` is UTF-8 with a few broken bytes: legacy text fails at almost every byte beyond ASCII."""
     multibyte = len(_MULTIBYTE.findall(content))
     lone = len(re.findall(rb"[\x80-\xff]", _MULTIBYTE.sub(b"", content)))
-    return multibyte > 10 * lone
+    return multibyte > 10 * lone  # a guess

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from html import unescape
 
 import numpy as np
@@ -52,30 +53,52 @@ _PLACES = (
 )  # fmt: skip
 _PLACE = {tag: number for number, tag in enumerate(_PLACES)}
 
-# Classes of characters, for counting them in all blocks at once.
-_CLASSES = 8
-_TABLE = np.zeros(1 << 16, np.uint8)
-for _code in range(1 << 16):
-    _c = chr(_code)
-    if _c in " \n\t":
-        _TABLE[_code] = 1
-    elif _c in ".!?\u3002\uff01\uff1f\u2026":
-        _TABLE[_code] = 2
-    elif _c in ",;:\uff0c\u3001":
-        _TABLE[_code] = 3
-    elif _c.isdigit():
-        _TABLE[_code] = 4
-    elif _c.isupper():
-        _TABLE[_code] = 5
-    elif _c in "|/\u00bb\u203a>\u2192\u2022\u00b7+*#@\u00a9":
-        _TABLE[_code] = 6
-    elif _c in "$\u20ac\u00a3\u00a5%":
-        _TABLE[_code] = 7
 
-# Levels of ancestors whose sums a block sees.
+class Character(IntEnum):
+    """Classes of characters, for counting them in all blocks at once."""
+
+    OTHER = 0
+    SPACE = 1
+    STOP = 2
+    COMMA = 3
+    DIGIT = 4
+    CAPITAL = 5
+    ORNAMENT = 6
+    AMOUNT = 7
+
+
+_LISTED = {
+    Character.SPACE: " \n\t",
+    Character.STOP: ".!?\u3002\uff01\uff1f\u2026",
+    Character.COMMA: ",;:\uff0c\u3001",
+    Character.ORNAMENT: "|/\u00bb\u203a>\u2192\u2022\u00b7+*#@\u00a9",
+    Character.AMOUNT: "$\u20ac\u00a3\u00a5%",
+}
+
+
+def _classes() -> np.ndarray:
+    """The class of each of the first 2^16 characters."""
+    found = np.zeros(1 << 16, np.uint8)
+    for code in range(len(found)):
+        character = chr(code)
+        if character.isdigit():
+            found[code] = Character.DIGIT
+        elif character.isupper():
+            found[code] = Character.CAPITAL
+    for kind, listed in _LISTED.items():
+        found[list(map(ord, listed))] = kind
+    return found
+
+
+_CLASS_OF = _classes()
+
+# Levels of ancestors whose sums a block sees, the blocks beside it that it sees too, and the characters of a block that
+# are counted. Guesses.
 _LEVELS = 6
 _NEIGHBOURS = (-3, -2, -1, 1, 2, 3)
 _LONGEST = 1 << 14
+# The least share of the page's text in an element that has much of it. A guess.
+_MUCH = 0.25
 
 
 class Sums:
@@ -118,16 +141,21 @@ def _shares(counts: np.ndarray) -> list[np.ndarray]:
 
 
 def character_classes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How many characters of each class each block has, (blocks, classes), and its first and last character's class."""
+    """How many characters of each :class:`Character` a block has, (blocks, classes); its first and last one's class."""
     cut = [text[:_LONGEST] for text in texts]
     codes = np.frombuffer("".join(cut).encode("utf-32-le", "surrogatepass"), np.uint32)
     sizes = np.fromiter(map(len, cut), np.int64, len(cut))
     ends = np.cumsum(sizes)
-    classes = _TABLE[np.minimum(codes, (1 << 16) - 1)]
+    classes = _CLASS_OF[np.minimum(codes, len(_CLASS_OF) - 1)]
     # One count for each pair of block and class.
     owner = np.repeat(np.arange(len(cut)), sizes)
-    counted = np.bincount(owner * _CLASSES + classes, minlength=len(cut) * _CLASSES).reshape(len(cut), _CLASSES)
+    counted = np.bincount(owner * len(Character) + classes, minlength=len(cut) * len(Character))
+    counted = counted.reshape(len(cut), len(Character))
     return counted.astype(np.float64), classes[ends - sizes], classes[ends - 1]
+
+
+# Columns of :attr:`_Blocks.columns`.
+_NAME, _AROUND, _DEPTH = 0, 1, 4
 
 
 @dataclass(frozen=True)
@@ -159,7 +187,7 @@ class _Blocks:
     @property
     def values(self) -> np.ndarray:
         """Characters, characters in links, marks between words, 1 and links, (blocks, 5)."""
-        marks = self.counted[:, 2] + self.counted[:, 3]
+        marks = self.counted[:, Character.STOP] + self.counted[:, Character.COMMA]
         return np.stack([self.length, self.linked, marks, np.ones(len(self.length)), self.links], 1)
 
     @property
@@ -182,7 +210,8 @@ def features(page: str, markup: Markup, page_words: PageWords, lexicon: Lexicon)
         page_words.first_sums(lexicon.words),
     )  # fmt: skip
     # The card, row or post that it lies in.
-    of_cards = np.stack([length, blocks.linked, blocks.counted[:, 4], blocks.counted[:, 7] > 0], 1)
+    digits, amounts = blocks.counted[:, Character.DIGIT], blocks.counted[:, Character.AMOUNT]
+    of_cards = np.stack([length, blocks.linked, digits, amounts > 0], 1)
     own = card_columns(markup, of_cards, Running.of(markup).characters)
     own += _text_columns(blocks)
     own += list(blocks.columns[blocks.place].T)
@@ -207,13 +236,14 @@ def features(page: str, markup: Markup, page_words: PageWords, lexicon: Lexicon)
 
 def _text_columns(blocks: _Blocks) -> list[np.ndarray]:
     """A block's own text."""
-    length, counted, last = blocks.length, blocks.counted, blocks.last
-    words = counted[:, 1] + 1
+    length, first, last = blocks.length, blocks.first, blocks.last
+    _, spaces, stops, commas, digits, capitals, ornaments, amounts = blocks.counted.T
+    words = spaces + 1
     return [
-        np.log1p(length), np.log1p(words), length / words, blocks.link_share, blocks.links, counted[:, 2] / words,
-        counted[:, 3] / words, counted[:, 4] / np.minimum(length, _LONGEST), counted[:, 5] / words, counted[:, 6],
-        counted[:, 7], last == 2, last == 3, blocks.first == 5, blocks.first == 4,
-        (counted[:, 2] + counted[:, 3]) > 1,
+        np.log1p(length), np.log1p(words), length / words, blocks.link_share, blocks.links, stops / words,
+        commas / words, digits / np.minimum(length, _LONGEST), capitals / words, ornaments, amounts,
+        last == Character.STOP, last == Character.COMMA, first == Character.CAPITAL, first == Character.DIGIT,
+        (stops + commas) > 1,
     ]  # fmt: skip
 
 
@@ -255,14 +285,15 @@ def _ancestor_columns(markup: Markup, blocks: _Blocks) -> list[np.ndarray]:
     at = place
     for _ in range(_LEVELS):
         own += _shares(of_elements[at])
-        own += [of_elements[at, 0] / whole, columns[at, 0]]
+        own += [of_elements[at, 0] / whole, columns[at, _NAME]]
         at = np.where(parents[at] < 0, at, parents[at])
-    much = nearest(parents, of_elements[:, 0] >= 0.25 * whole)
+    much = nearest(parents, of_elements[:, 0] >= _MUCH * whole)
     landmark = nearest(parents, np.asarray([tag in ("article", "main") for tag in markup.tags]))
     for above in (much, landmark):
         of = above[place]
         own += _shares(of_elements[of])
-        own += [of_elements[of, 0] / whole, columns[of, 0], columns[place, 4] - columns[of, 4]]
+        deeper = columns[place, _DEPTH] - columns[of, _DEPTH]
+        own += [of_elements[of, 0] / whole, columns[of, _NAME], deeper]
     return own
 
 
@@ -285,8 +316,9 @@ def _group_columns(markup: Markup, blocks: _Blocks) -> list[np.ndarray]:
 
 def _neighbour_columns(blocks: _Blocks, children: np.ndarray) -> list[np.ndarray]:
     """What the blocks before and after look like; ``children`` is the last of :func:`_group_columns`."""
-    chain = blocks.columns[blocks.place, 1]
-    seen = [np.log1p(blocks.length), blocks.link_share, blocks.scores, chain, blocks.last == 2, children]
+    around = blocks.columns[blocks.place, _AROUND]
+    ends = blocks.last == Character.STOP
+    seen = [np.log1p(blocks.length), blocks.link_share, blocks.scores, around, ends, children]
     beside = np.stack(seen, 1)
     own: list[np.ndarray] = []
     for step in _NEIGHBOURS:
@@ -306,12 +338,13 @@ def page_counts(page: str, markup: Markup, counted: np.ndarray) -> np.ndarray:
     tags = Counter(markup.tags)
     length, linked = np.fromiter(map(len, markup.texts), np.float64), np.asarray(markup.linked, np.float64)
     long = (length > LONG) & (linked < LINKED * length)
-    whole = length.sum()
+    whole, marks = length.sum(), counted[:, [Character.STOP, Character.COMMA]].sum()
     numbers = [
-        np.log1p(len(length)), np.log1p(whole), linked.sum() / whole, counted[:, 2:4].sum() / whole * 100,
+        np.log1p(len(length)), np.log1p(whole), linked.sum() / whole, marks / whole * 100,
         (length * long).sum() / whole, np.log1p((length * long).sum()), np.log1p(long.sum()), "main" in tags,
         *(np.log1p(tags[tag]) for tag in ("article", "p", "li", "pre", "form")),
-        np.log1p(counted[:, 7].sum()), states_article(page), *(bool(declared & some) for some in _PAGE_KINDS),
+        np.log1p(counted[:, Character.AMOUNT].sum()), states_article(page),
+        *(bool(declared & some) for some in _PAGE_KINDS),
     ]  # fmt: skip
     return np.asarray(numbers, np.float64)
 

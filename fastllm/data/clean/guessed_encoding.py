@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from functools import cache
 from itertools import pairwise
+from typing import NamedTuple
 
 # Natural logarithms of probabilities: of any ASCII character, of signs that all languages use, of what a language does
 # not use, and of what is no text.
@@ -145,24 +146,40 @@ def _unlisted(character: str) -> float:
     return _FOREIGN if character.isprintable() and character != "\ufffd" else _NO_TEXT
 
 
-# Of each codec: what is frequent, the share of it; and which two-byte codes hold the rest that is common, how many.
+class _TwoBytes(NamedTuple):
+    """What is frequent in an encoding of two bytes for a character, and its share of the text.
+
+    ``common`` other characters have their first byte from ``first`` to ``last``.
+    """
+
+    frequent: str
+    share: float
+    first: int
+    last: int
+    common: int
+
+
 _MULTI = {
-    "gb18030": (_SIMPLIFIED, 0.4, (0xB0, 0xD7), 3755), "big5hkscs": (_TRADITIONAL, 0.4, (0xA4, 0xC6), 5401),
-    "euc-jp": (_HIRAGANA, 0.5, (0xA5, 0xCF), 3051), "cp932": (_HIRAGANA, 0.5, (0x83, 0x98), 3051),
-    "cp949": (_HANGUL, 0.4, (0xB0, 0xC8), 2350),
-}  # fmt: skip
+    "gb18030": _TwoBytes(_SIMPLIFIED, 0.4, 0xB0, 0xD7, 3755),
+    "big5hkscs": _TwoBytes(_TRADITIONAL, 0.4, 0xA4, 0xC6, 5401),
+    "euc-jp": _TwoBytes(_HIRAGANA, 0.5, 0xA5, 0xCF, 3051),
+    "cp932": _TwoBytes(_HIRAGANA, 0.5, 0x83, 0x98, 3051),
+    "cp949": _TwoBytes(_HANGUL, 0.4, 0xB0, 0xC8, 2350),
+}
+# The share of the common characters.
+_COMMON = 0.4
 
 
 @cache
 def _frequent(codec: str) -> dict[str, float]:
-    frequent, mass, _, _ = _MULTI[codec]
-    return {**dict.fromkeys(_WIDE_SIGNS, _SIGN), **_ranked(frequent, mass)}
+    encoding = _MULTI[codec]
+    return {**dict.fromkeys(_WIDE_SIGNS, _SIGN), **_ranked(encoding.frequent, encoding.share)}
 
 
 def _of_multi(content: bytes, codec: str) -> float:
     """The log likelihood of ``content`` in an encoding of two bytes for a character."""
-    _, _, (first, last), size = _MULTI[codec]
-    frequent, common = _frequent(codec), math.log(0.4 / size)
+    encoding = _MULTI[codec]
+    frequent, common = _frequent(codec), math.log(_COMMON / encoding.common)
     text = content.decode(codec, "replace")
     total = _MIXED * len(_HALF_MIXED.findall(text))
     for character, number in Counter(text).items():
@@ -176,7 +193,8 @@ def _of_multi(content: bytes, codec: str) -> float:
             value = _HALF
         else:
             code = character.encode(codec, "replace")
-            plain = len(code) == 2 and first <= code[0] <= last and (code[1] >= 0xA1 or codec in ("big5hkscs", "cp932"))
+            row = len(code) == 2 and encoding.first <= code[0] <= encoding.last
+            plain = row and (code[1] >= 0xA1 or codec in ("big5hkscs", "cp932"))
             value = common if plain else _NO_TEXT
         total += number * value
     return total

@@ -7,7 +7,7 @@ from functools import cache
 from ..optional import require
 from .document import Document, Rejection
 
-# Characters that are enough to tell.
+# Characters that are enough to tell. A guess.
 _SAMPLE = 20_000
 
 

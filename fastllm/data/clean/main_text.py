@@ -40,15 +40,17 @@ _MOST_BLOCKS = 50_000
 # The title belongs to a text that begins at most this many blocks of other text after it, unless it is less likely
 # than this. On the 511 pages, cross-validated, mean F1 is the same at 0.05, 0.1 and 0.2.
 _BEFORE, _TITLE = 6, 0.1
-# The fewest blocks of code and definitions in a reference, the fewest words in its part, and their share of the blocks.
-_REFERENCE, _LARGE, _CODES = 15, 1000, 0.1
+# The fewest blocks of code and definitions in a reference, the fewest words in its part, their share of the blocks, and
+# the least probability of its words on average. Guesses, as for smaller parts; :func:`decide` says what they bring.
+_REFERENCE, _LARGE, _CODES, _PROBABLE = 15, 1000, 0.1, 0.6
 # Smaller parts count as references for what their text says of the rest: if so much of it is kept, the blocks that are
 # likelier than this and mostly outside links are kept too.
 _SMALL_REFERENCE, _SMALL, _FEW_CODES = 5, 200, 0.05
 _MOSTLY, _LIKELY, _HALF_LINK = 0.8, 0.1, 0.5
 # The most characters of line numbers beside code, those of 10,000 lines: a guess.
 _LINE_NUMBERS = 60_000
-# Links that jump over what comes before the text; they are among a page's first blocks, and short.
+# Links that jump over what comes before the text; they are among a page's first blocks, and short, in characters:
+# guesses, as the limits of what stands around advertisements and of tables of contents.
 _SKIP = re.compile(
     r"^(?:skip|jump) (?:directly )?(?:to|over)\b|^(?:direkt )?zum? (?:haupt)?(?:inhalt|navigation)\b"
     r"|^(?:aller|passer|acc\u00e9der) (?:directement )?au (?:contenu|menu)\b"
@@ -217,7 +219,7 @@ def _reference_odds(markup: Markup, probabilities: np.ndarray, words: np.ndarray
     """
     likely, size, codes, count = _sums(markup, words, probabilities * words)
     mean = np.clip(likely / np.maximum(size, 1e-9), 0.02, 0.98)
-    reference = (mean > 0.6) & (size >= _LARGE) & (codes >= _REFERENCE) & (codes >= _CODES * count)
+    reference = (mean > _PROBABLE) & (size >= _LARGE) & (codes >= _REFERENCE) & (codes >= _CODES * count)
     around = nearest(np.asarray(markup.parents), reference)[np.asarray(markup.places)]
     return np.where(reference[around], np.log(mean / (1 - mean))[around], 0.0)
 

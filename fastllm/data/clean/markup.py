@@ -58,9 +58,9 @@ _IMPLIED = {
     "tbody": (("tbody", "thead", "tfoot", "tr", "td", "th", "caption"), ("table",)),
 }
 _IMPLIED["thead"] = _IMPLIED["tfoot"] = _IMPLIED["tbody"]
-# The fewest characters of a block of running text, and the largest share of them in links.
+# The fewest characters of a block of running text, and the largest share of them in links. Guesses.
 LONG, LINKED = 80, 0.3
-# Carried text that begins with this many characters of what the page shows is not read twice.
+# Carried text that begins with this many characters of what the page shows is not read twice. A guess.
 _BEGINNING = 60
 # Two of these in a row stand apart, as words in a menu or the name and the time of a post.
 _INLINE_GAP = {"span", "a", "label", "time"}
@@ -85,7 +85,7 @@ _PART_OF_TEXT = re.compile(
     r"""|alert|caution|important|danger|info|footnotes?|starlight-aside|abstract|(?<=["'])topic)(?![a-z])""",
     re.IGNORECASE,
 )
-# Names stand at the beginning of a tag: a bound on the time that a tag takes.
+# Names stand at the beginning of a tag: a bound on the time that a tag takes. A guess.
 _NAMES = 1000
 
 

@@ -23,13 +23,13 @@ _IMAGE = re.compile(
     r"""\bclass\s*=\s*["']?[^"'>]*(?<![\w-])(?:latex|tex|mathjax|equation|math|ql-img-\w+-equation)(?![\w-])""", re.I
 )
 _IMAGE_TEXT = re.compile(r"""\balt\s*=\s*(?:"([^"]*)"|'([^']*)')""", re.IGNORECASE)
-# Names stand at the beginning of a tag: a bound on the time that a tag takes.
+# Names stand at the beginning of a tag: a bound on the time that a tag takes. A guess.
 _NAMES = 1000
 # What shows a formula that the page also has as MathML or TeX, for the eyes alone.
 _DRAWN = re.compile(
     r"""\bclass\s*=\s*["']?[^"'>]*(?<![\w-])(katex-html|MathJax(?:_Preview|_Display|_CHTML|_SVG)?|mjx-math)(?![\w-])"""
 )
-# Elements that nest deeper are read as a row.
+# Elements that nest deeper are read as a row. A guess.
 _DEEPEST = 200
 
 

@@ -10,8 +10,9 @@ import hashlib
 
 import numpy as np
 
-from .words import words_of
+from .words import BASE, GOLDEN, words_of
 
+# As FineWeb was compared (Penedo et al. 2024, arXiv:2406.17557).
 BANDS, ROWS, RUN = 14, 8, 5
 SIZE = BANDS * ROWS
 _draw = np.random.Generator(np.random.PCG64(20240607))
@@ -32,7 +33,7 @@ def signature(text: str) -> np.ndarray:
     grams = np.unique(words.grams(min(RUN, max(1, len(words.words)))))
     result = np.full(SIZE, np.iinfo(np.uint32).max, np.uint32)
     # Runs differ mostly in their low bits; this spreads them.
-    grams = (grams ^ (grams >> np.uint64(31))) * np.uint64(0x9E3779B97F4A7C15)
+    grams = (grams ^ (grams >> np.uint64(31))) * np.uint64(GOLDEN)
     for begin in range(0, len(grams), _BLOCK):
         block = grams[begin : begin + _BLOCK, None]
         values = ((block * _FACTORS + _TERMS) >> np.uint64(32)).astype(np.uint32)
@@ -45,6 +46,6 @@ def band_keys(signatures: np.ndarray) -> np.ndarray:
     parts = signatures.reshape(len(signatures), BANDS, ROWS).astype(np.uint64)
     keys = np.zeros(parts.shape[:2], np.uint64)
     for row in range(ROWS):
-        keys = keys * np.uint64(6364136223846793005) + parts[:, :, row] + np.uint64(1)
+        keys = keys * np.uint64(BASE) + parts[:, :, row] + np.uint64(1)
         keys ^= keys >> np.uint64(29)
     return keys

@@ -35,7 +35,7 @@ _ABOUT = {
     "AggregateOffer", "Place", "PostalAddress", "ContactPoint", "SiteNavigationElement", "NewsMediaOrganization",
     "Rating", "AggregateRating", "VideoObject", "CollegeOrUniversity", "Corporation",
 }  # fmt: skip
-# JSON that nests deeper holds no text for readers. The second is the most objects that are read for a page.
+# JSON that nests deeper holds no text for readers. The second is the most objects that are read for a page. Guesses.
 _DEEPEST, _MOST = 24, 3000
 
 

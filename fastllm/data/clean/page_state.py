@@ -38,9 +38,9 @@ _NOT_SHOWN = re.compile(
     re.IGNORECASE,
 )
 _INLINE = ("children", "content", "nodes", "spans", "runs", "leaves", "inlines")
-# JSON that nests deeper holds no text for readers. The second is the most values that are read for a page.
+# JSON that nests deeper holds no text for readers. The second is the most values that are read for a page. Guesses.
 _DEEPEST, _MOST = 40, 200_000
-# Each is read to its end, wherever that is: a bound on the time that a page takes.
+# Each is read to its end, wherever that is: a bound on the time that a page takes. A guess.
 _ASSIGNMENTS = 20
 
 

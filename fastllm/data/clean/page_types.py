@@ -10,7 +10,7 @@ import numpy as np
 from .page_words import FIRST_WORDS, PageWords
 
 TYPES = ("article", "collection", "documentation", "forum", "listing", "product", "service")
-# So that a count that hardly differs between pages weighs little.
+# So that a count that hardly differs between pages weighs little. A guess.
 _LEAST_SPREAD = 1e-6
 
 

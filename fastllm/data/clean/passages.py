@@ -13,12 +13,11 @@ from functools import cache
 import numpy as np
 
 from ..sentences import sentence_starts
+from .words import BASE, GOLDEN
 
 SENTENCES = 3
 _WORD = re.compile(r"\w+")
-# Odd, so that it has an inverse modulo 2^64 (Knuth's MMIX).
-_BASE = 6364136223846793005
-_MIX = np.uint64(0x9E3779B97F4A7C15)
+_MIX = np.uint64(GOLDEN)
 # Windows that are hashed at once: some 100 bytes each.
 BLOCK = 1 << 18
 ANCHOR = np.dtype([("key", "<u8"), ("place", "<u4")])
@@ -41,7 +40,7 @@ def sentence_spans(text: str) -> tuple[np.ndarray, np.ndarray]:
     count = max(0, len(values) - SENTENCES + 1)
     keys = np.zeros(count, np.uint64)
     for i in range(SENTENCES):
-        keys = keys * np.uint64(_BASE) + values[i : i + count]
+        keys = keys * np.uint64(BASE) + values[i : i + count]
     return np.array([*starts, len(text)], np.int64), keys
 
 
@@ -64,7 +63,7 @@ def window_hashes(codes: np.ndarray, length: int) -> np.ndarray:
         return np.zeros(0, np.uint64)
     result = np.empty(count, np.uint64)
     size = BLOCK + length
-    powers, inverses = _powers(_BASE, size), _powers(pow(_BASE, -1, 1 << 64), size)
+    powers, inverses = _powers(BASE, size), _powers(pow(BASE, -1, 1 << 64), size)
     for begin in range(0, count, BLOCK):
         part = codes[begin : begin + BLOCK + length - 1].astype(np.uint64)
         part = (part + np.uint64(1)) * _MIX

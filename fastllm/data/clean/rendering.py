@@ -20,7 +20,7 @@ _EDIT = re.compile(
     re.IGNORECASE,
 )
 # Rows of tables whose cells hold more than this, in characters, lay out a page; and those of which a cell holds several
-# blocks, one of them with more than the second.
+# blocks, one of them with more than the second. Guesses.
 _LAYOUT, _PARAGRAPH = 600, 80
 _SPAN = re.compile(r"""(?<![\w-])(col|row)span\s*=\s*["']?\s*(\d{1,5})""", re.IGNORECASE)
 # A cell takes at most so many columns or rows, more than any table has whose rows hold data: a guess.

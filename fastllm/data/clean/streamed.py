@@ -11,7 +11,7 @@ import re
 _BEGIN = re.compile(r"""<div hidden(?:="")? id="S:([0-9a-z]+)">""")
 _END = re.compile(r"""</div>(?=\s{0,20}<script\b[^>]{0,200}>[^<]{0,8000}?\$R[CSX]\()""")
 _WAITING = re.compile(r"""<template id="[BP]:([0-9a-z]+)"></template>""")
-# Parts wait in parts. What lies deeper is put at the end.
+# Parts wait in parts. What lies deeper is put at the end. A guess.
 _DEEPEST = 8
 
 

@@ -14,8 +14,9 @@ import numpy as np
 _APART = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 WORD = re.compile(f"[{_APART}]|[^\\s{_APART}]+")
 SINGLE = re.compile(f"^[{_APART}]$", re.MULTILINE)
-# An odd multiplier for polynomial hashes modulo 2^64 (Knuth's MMIX).
-_BASE = 6364136223846793005
+# An odd multiplier for polynomial hashes modulo 2^64 (Knuth's MMIX); odd, so that it has an inverse. And 2^64 over the
+# golden ratio, which spreads bits (Fibonacci hashing, Knuth).
+BASE, GOLDEN = 6364136223846793005, 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Words:
             return np.zeros(0, np.uint64)
         total = np.zeros(count, np.uint64)
         for i in range(n):
-            total = total * np.uint64(_BASE) + self.hashes[i : i + count]
+            total = total * np.uint64(BASE) + self.hashes[i : i + count]
         return total
 
 

@@ -16,7 +16,7 @@ from ..optional import require
 from .config import PipelineConfig
 from .work import Batch, BatchResult, run_batch
 
-# Batches that one Ray Data execution takes: what bounds the driver's memory.
+# Batches that one Ray Data execution takes: what bounds the driver's memory. A guess.
 WINDOW = 64
 
 

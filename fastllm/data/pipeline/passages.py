@@ -90,7 +90,7 @@ class RepeatedSubstrings:
 
     def __init__(self, work: Path, duplicates: Duplicates, length: int):
         self._work, self._duplicates, self._length = work, duplicates, length
-        #: (document, first character, the one after the last), ascending.
+        # (document, first character, the one after the last), ascending.
         self.ranges = self._find()
 
     def of_shard(self, shard: int) -> Iterator[tuple[int, Ranges]]:

@@ -20,9 +20,9 @@ from ..sources import Failure
 from .config import PipelineConfig
 from .work import Batch, BatchResult, run_batch
 
-# What a worker may allocate, beyond what it has when it starts.
+# What a worker may allocate, beyond what it has when it starts. A guess.
 MEMORY = 4 << 30
-# Seconds that a batch may take beyond what its documents may, for starting a worker on a busy machine.
+# Seconds that a batch may take beyond what its documents may, for starting a worker on a busy machine. A guess.
 GRACE = 30.0
 
 

@@ -42,6 +42,8 @@ from .work import Batch, BatchResult, batches, run_batch
 
 # No machine has cores for more processes than this.
 MOST_WORKERS = 1024
+# A report of a large corpus: longer than files that describe a run may be. A guess.
+REPORT_LIMIT = 1 << 30
 Tell = Callable[[float, str], None]
 
 
@@ -74,11 +76,11 @@ def prepare_text(
     settings = {"sources": named, **asdict(cleaning), **cleaning.contents(), **asdict(config)}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     if (out / PREPARED).exists():
-        if read_json(out / PREPARED, 1 << 30).get("key") != key:
+        if read_json(out / PREPARED, REPORT_LIMIT).get("key") != key:
             raise InputError(f"{out}: holds text that was prepared with other settings; choose another --out")
         # A run that was killed at its very end.
         shutil.rmtree(out / "work", ignore_errors=True)
-        return read_json(out / "report.json", 1 << 30)
+        return read_json(out / "report.json", REPORT_LIMIT)
     with _locked(out):
         work = _plan(sources, out, config, key)
         shards = Shards(out, config)

@@ -13,6 +13,7 @@ import numpy as np
 from ...config import InputError
 from ...time_limit import OutOfTime, time_limit
 from ..clean import CleanConfig, Document, Rejection, clean
+from ..clean.document import EXCERPT
 from ..clean.encodings import decode_page, undecodable, utf_16
 from ..clean.minhash import SIZE, exact_key, signature
 from ..clean.passages import anchors, code_points, sentence_spans
@@ -87,6 +88,7 @@ def batches(
 def _text(raw: Raw) -> tuple[str, dict[str, str]]:
     """The text of ``raw``, and what is worth noting of its encoding."""
     wide = raw.content.startswith((b"\xff\xfe", b"\xfe\xff")) or utf_16(raw.content) is not None
+    # More than one byte in a hundred: a guess.
     if raw.kind == "text" and not wide and raw.content.count(b"\0") > len(raw.content) // 100:
         raise ValueError("binary, not text")
     text, encoding = decode_page(raw.content, raw.encoding or ("utf-8" if raw.kind == "wikitext" else None))
@@ -123,7 +125,7 @@ def document_line(record: Mapping[str, Any]) -> bytes:
 
 
 def _one(raw: Raw, cleaning: CleanConfig, config: PipelineConfig, result: BatchResult) -> None:
-    excerpt = raw.content[:2000].decode(errors="replace")
+    excerpt = raw.content[:EXCERPT].decode(errors="replace")
     try:
         with time_limit(config.document_seconds):
             text, noted = _text(raw)

@@ -274,7 +274,8 @@ def check_attention(op: str, call: AttentionCall, longest: tuple[int | None, int
 
     ``longest``: the arguments max_seqlen_q and max_seqlen_k.
     """
-    query, key, value, bias, sinks, slopes, _, cu_q, cu_k = call[:9]
+    query, key, value, bias, sinks, slopes = call.q, call.k, call.v, call.bias, call.sinks, call.slopes
+    cu_q, cu_k = call.cu_q, call.cu_k
     check_qkv(op, query, key, value)
     packed = cu_q is not None or cu_k is not None
     for name, most in zip(("max_seqlen_q", "max_seqlen_k"), longest, strict=True):
@@ -301,26 +302,36 @@ def check_attention(op: str, call: AttentionCall, longest: tuple[int | None, int
         if longest != (None, None):
             raise ValueError(f"{op}: max_seqlen_q and max_seqlen_k belong to packed calls, with cu_seqlens")
     if sinks is not None:
-        good = isinstance(sinks, torch.Tensor) and is_floating(sinks)
-        if not good or tuple(sinks.shape) != (heads,):
-            raise ValueError(f"{op}: sinks must be floating, of shape (heads,) = ({heads},), got {_say(sinks)}")
-        check_dense(op, "sinks", sinks)
-        _same_device(op, "sinks", sinks, query)
-        sinks = sinks.contiguous()
+        sinks = _check_sinks(op, sinks, heads, query)
     if slopes is not None:
-        good = isinstance(slopes, torch.Tensor) and is_floating(slopes)
-        if not good or tuple(slopes.shape) not in ((heads,), (batch, heads)):
-            raise ValueError(
-                f"{op}: alibi_slopes must be floating, of shape ({heads},) or ({batch}, {heads}), got {_say(slopes)}"
-            )
-        if slopes.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{op}: alibi_slopes are constants and have no gradient; pass alibi_slopes.detach()")
-        check_dense(op, "alibi_slopes", slopes)
-        _same_device(op, "alibi_slopes", slopes, query)
-        slopes = slopes.to(torch.promote_types(query.dtype, torch.float32))
+        slopes = _check_slopes(op, slopes, (batch, heads), query)
     if bias is not None:
         bias = _check_bias(op, bias, (batch, heads, rows, cols), query, packed)
     return bias, sinks, slopes, cu_q, cu_k
+
+
+def _check_sinks(op: str, sinks, heads: int, query) -> torch.Tensor:
+    good = isinstance(sinks, torch.Tensor) and is_floating(sinks)
+    if not good or tuple(sinks.shape) != (heads,):
+        raise ValueError(f"{op}: sinks must be floating, of shape (heads,) = ({heads},), got {_say(sinks)}")
+    check_dense(op, "sinks", sinks)
+    _same_device(op, "sinks", sinks, query)
+    return sinks.contiguous()
+
+
+def _check_slopes(op: str, slopes, planes: tuple[int, int], query) -> torch.Tensor:
+    """``planes``: batch and heads."""
+    batch, heads = planes
+    good = isinstance(slopes, torch.Tensor) and is_floating(slopes)
+    if not good or tuple(slopes.shape) not in ((heads,), planes):
+        raise ValueError(
+            f"{op}: alibi_slopes must be floating, of shape ({heads},) or ({batch}, {heads}), got {_say(slopes)}"
+        )
+    if slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{op}: alibi_slopes are constants and have no gradient; pass alibi_slopes.detach()")
+    check_dense(op, "alibi_slopes", slopes)
+    _same_device(op, "alibi_slopes", slopes, query)
+    return slopes.to(torch.promote_types(query.dtype, torch.float32))
 
 
 def _check_packing(op: str, call: AttentionCall, longest) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,8 +14,10 @@ from ...cpu import multiplies
 from .call import AttentionCall, ForwardResult, OutputGradients, Wanted, numbers_of, sequence_bias, sequence_call
 from .reference import dropout_kept, visible
 
-# Scores held at once. 2^19 in fp32 are 2 MB, a core's L2 on server CPUs; GPUs want larger launches.
+# Scores held at once. 2^19 in fp32 are 2 MB, a core's L2 on server CPUs; GPUs want larger launches. Guesses, and so are
+# OTHER_CHUNK for other devices and FEWEST_ROWS, the rows that a chunk has however many columns there are.
 CHUNK = {"cpu": 2**19, "cuda": 2**26}
+OTHER_CHUNK, FEWEST_ROWS = 2**24, 16
 
 
 class AttentionGradients(NamedTuple):
@@ -53,7 +55,7 @@ class _Dense:
 
     def chunks(self) -> Iterator[tuple[_Chunk, list[slice]]]:
         """Chunks, each with slices of its query rows, whose scores fit; the rows run innermost."""
-        limit = max(CHUNK.get(self.q.device.type, 2**24), 16 * self.cols)
+        limit = max(CHUNK.get(self.q.device.type, OTHER_CHUNK), FEWEST_ROWS * self.cols)
         plane = max(self.group * self.rows * self.cols, 1)
         n_b = n_h = 1
         n_r = max(self.rows, 1)

@@ -239,12 +239,13 @@ def _examples(device):
 
 
 def _cost(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    q, k, v, mask = sdpa_request(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa).call[:4]
+    call = sdpa_request(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa).call
+    q, k, v = call.q, call.k, call.v
     # A top-left diagonal leaves as many pairs as a band from the bottom right that starts Sk - Sq earlier.
     window = (None, q.shape[-2] - k.shape[-2]) if is_causal and q.shape[-2] >= k.shape[-2] else None
     if is_causal and window is None:
         k, v = k[:, :, : q.shape[-2]], v[:, :, : q.shape[-2]]
-    return attention_cost(q, k, v, causal=is_causal and window is None, window=window, bias=mask)
+    return attention_cost(q, k, v, causal=is_causal and window is None, window=window, bias=call.bias)
 
 
 register(

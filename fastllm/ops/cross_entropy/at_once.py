@@ -54,7 +54,7 @@ class Found(NamedTuple):
 
 
 def _fake(x, weight, target, *others):
-    mean, keep, accuracy, entropy, need_x, need_weight = others[-6:]
+    *_, mean, keep, accuracy, entropy, need_x, need_weight = others
     rows, wide = len(x), torch.promote_types(x.dtype, torch.float32)
     numbers = (x.new_empty(n, dtype=wide) for n in (rows, rows * accuracy, rows * entropy))
     grads = (x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape if need_weight else 0))

@@ -100,7 +100,7 @@ def kl_in_chunks(call: LinearKLDivCall, factor: torch.Tensor | None, needs: tupl
     count = n if index is None else len(index)
     by_logits = torch.zeros_like(teacher, memory_format=torch.contiguous_format) if needs[3] and head is None else None
     row_bytes = n_classes * (x.element_size() + (teacher.element_size() if head is not None or of_teacher else 0))
-    workspace = call.divergence.max_workspace_mb or DEFAULT_WORKSPACE_MB.get(x.device.type, 128.0)
+    workspace = call.divergence.max_workspace_mb or DEFAULT_WORKSPACE_MB.get(x.device.type, DEFAULT_WORKSPACE_MB["cpu"])
     rows = chunk_plan(count, row_bytes, workspace).rows
     chunks = math.ceil(count / rows)
     mine = LayerGradients.of(Layer(*call[:3]), needs[:3], backend, chunks, index is None)

@@ -142,8 +142,10 @@ def _linear_cross_entropy_scale_(dx, dw, db, dloss, backend):
     scale_all((dx, dw, db), dloss, backend)
 
 
-def _bwd_fake(dloss, dlse, dentropy, total, *args):
-    return _outputs(Layer(*args[:3]), args[-1])
+def _bwd_fake(*args):
+    _, _, _, _, x, w, bias, *how = args
+    _, (needs,) = LayerLoss.of(tuple(how))
+    return _outputs(Layer(x, w, bias), needs)
 
 
 @define(
@@ -152,9 +154,10 @@ def _bwd_fake(dloss, dlse, dentropy, total, *args):
     _bwd_fake,
 )
 def _linear_cross_entropy_bwd(*args):
-    call, (needs,) = LayerLoss.of(args[7:])
-    layer = Layer(*args[4:7])
-    grads = layer_gradients(LossGradients(*args[:3]), args[3], layer, call, needs)
+    dloss, dlse, dentropy, total, x, w, bias, *how = args
+    call, (needs,) = LayerLoss.of(tuple(how))
+    layer = Layer(x, w, bias)
+    grads = layer_gradients(LossGradients(dloss, dlse, dentropy), total, layer, call, needs)
     return with_elements(grads, _outputs(layer, _NOTHING))
 
 

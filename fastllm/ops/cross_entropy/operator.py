@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -44,14 +45,22 @@ class LossNode(NamedTuple):
     backend: str
 
 
-def _launchers(backend: str):
-    """(forward, backward, scaling of a gradient) of the backend that was picked."""
+class _Launchers(NamedTuple):
+    """What a backend computes with; ``scale`` is that of a gradient by a scalar, in place."""
+
+    forward: Callable
+    backward: Callable
+    scale: Callable
+
+
+def _launchers(backend: str) -> _Launchers:
+    """Those of the backend that was picked."""
     if backend == "native":
-        return native_cross_entropy_fwd, native_cross_entropy_bwd, native_scale_gradient
+        return _Launchers(native_cross_entropy_fwd, native_cross_entropy_bwd, native_scale_gradient)
     from ...kernels.cross_entropy.backward import cross_entropy_bwd, scale_gradient
     from ...kernels.cross_entropy.forward import cross_entropy_fwd
 
-    return cross_entropy_fwd, cross_entropy_bwd, scale_gradient
+    return _Launchers(cross_entropy_fwd, cross_entropy_bwd, scale_gradient)
 
 
 def _fwd_fake(*args):
@@ -80,7 +89,7 @@ def _cross_entropy_fwd(*args):
         error = row_out_of_range(target, loss.ignore_index, x.shape[1], "cross_entropy")
         if error is not None:
             raise error
-    return _launchers(backend)[0](labelled, dtype, with_gradient)
+    return _launchers(backend).forward(labelled, dtype, with_gradient)
 
 
 def _bwd_fake(dloss, dlse, stats, total, *args):
@@ -98,7 +107,7 @@ def _bwd_fake(dloss, dlse, stats, total, *args):
 )
 def _cross_entropy_bwd(dloss, dlse, stats, total, *args):
     labelled, (needs, backend) = Labelled.of(args)
-    return _launchers(backend)[1](LossGradients(dloss, dlse), labelled, RowStatistics(stats, total), needs)
+    return _launchers(backend).backward(LossGradients(dloss, dlse), labelled, RowStatistics(stats, total), needs)
 
 
 @define(
@@ -108,13 +117,13 @@ def _cross_entropy_bwd(dloss, dlse, stats, total, *args):
 )
 def _cross_entropy_bwd_(dloss, dlse, stats, total, *args):
     labelled, (backend,) = Labelled.of(args)
-    backward = _launchers(backend)[1]
+    backward = _launchers(backend).backward
     backward(LossGradients(dloss, dlse), labelled, RowStatistics(stats, total), (True, False), out=labelled.logits)
 
 
 @define("cross_entropy_scale_(Tensor(a!) dlogits, Tensor dloss, str backend) -> ()", lambda *args: None)
 def _cross_entropy_scale_(dx, dloss, backend):
-    _launchers(backend)[2](dx, dloss)
+    _launchers(backend).scale(dx, dloss)
 
 
 def loss_gradients(

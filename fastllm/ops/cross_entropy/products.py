@@ -11,8 +11,8 @@ from ... import extension
 from ..shared import onednn
 from ..shared.widened import widened_input_grad, widened_linear, widens
 
-# Columns of ``a`` that are widened at once where products of 16-bit operands are taken in fp32.
-WIDENED = 2048
+# Columns of ``a`` that are widened at once where products of 16-bit operands are taken in fp32. A guess.
+WIDENED_COLUMNS = 2048
 
 
 class Layer(NamedTuple):
@@ -79,7 +79,7 @@ def add_product(total, a, b, backend: str, first: bool) -> None:
     else:
         # PyTorch's CPU matmuls sum 16-bit operands into 16 bits, which would cost dW its precision over many chunks.
         b = b.to(wide)
-        for some, columns in zip(total.split(WIDENED), a.split(WIDENED, 1), strict=True):
+        for some, columns in zip(total.split(WIDENED_COLUMNS), a.split(WIDENED_COLUMNS, 1), strict=True):
             columns = columns.to(wide).t()
             if some.dtype == wide:
                 torch.addmm(some, columns, b, beta=0 if first else 1, out=some)

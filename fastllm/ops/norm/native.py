@@ -31,12 +31,13 @@ def _norm_rows_fake(*args):
 
 
 def _norm_grad_rows_fake(*args):
-    x, input_dtype, dtypes, needs = args[2], args[7], args[8:10], args[12:]
-    n = x.shape[-1]
+    _, _, x, _, _, _, _, input_dtype, weight_dtype, bias_dtype, _, _, *needs = args
+    wanted, n_cols = WantedGradients(*needs), x.shape[-1]
     return (
-        x.new_empty(x.shape if needs[0] else 0, dtype=input_dtype),
-        x.new_empty(x.shape if needs[1] else 0),
-        *(x.new_empty(n if need else 0, dtype=dtype) for need, dtype in zip(needs[2:], dtypes, strict=True)),
+        x.new_empty(x.shape if wanted.input else 0, dtype=input_dtype),
+        x.new_empty(x.shape if wanted.residual else 0),
+        x.new_empty(n_cols if wanted.weight else 0, dtype=weight_dtype),
+        x.new_empty(n_cols if wanted.bias else 0, dtype=bias_dtype),
     )
 
 

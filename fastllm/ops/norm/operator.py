@@ -120,29 +120,44 @@ class Normed(NamedTuple):
     input_dtype: torch.dtype
     options: NormOptions
 
+    @property
+    def bias_dtype(self) -> torch.dtype:
+        return self.rows.dtype if self.bias is None else self.bias.dtype
+
 
 def norm_gradients(found: Normed, needs, dy, dh):
     """The gradients of (x, residual, weight, bias) for those of y and h, None where there is none or no need."""
     if dy is None and dh is None:
         return None, None, None, None
+    if dy is None:
+        dy = torch.zeros_like(found.rows, dtype=found.input_dtype)
+    dh = dh if found.added else None  # a compiled graph has zeros for the gradient of the empty h
+    once = not torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if once and (found.added or not under_transform()):
+        return _gradients_once(found, needs, dy, dh)
+    return _gradients_of_any_order(found, needs, dy, dh)
+
+
+def _gradients_once(found: Normed, needs, dy, dh):
+    """By one call of the backend, not themselves differentiable."""
+    _, offset, dropout_p, center, backend = found.options
+    dinput, dresidual, *others = backward_by(
+        NormBackward(
+            dy=dy, dh=dh, x=found.rows, weight=found.weight, seed=found.seed, mean=found.mean, rstd=found.rstd,
+            input_dtype=found.input_dtype, bias_dtype=found.bias_dtype, offset=offset, dropout_p=dropout_p,
+            center=center, needs=needs, backend=backend,
+        )
+    )  # fmt: skip
+    if dropout_p == 0.0 and found.input_dtype == found.rows.dtype:
+        dresidual = dinput
+    grads = (dinput, dresidual, *others)
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+def _gradients_of_any_order(found: Normed, needs, dy, dh):
+    """Differentiable: the backend has the norm's own gradient, and PyTorch's operators the add's and the dropout's."""
     normed, weight, bias, seed, mean, rstd, added, input_dtype, options = found
     eps, offset, dropout_p, center, backend = options
-    bias_dtype = normed.dtype if bias is None else bias.dtype
-    if dy is None:
-        dy = torch.zeros_like(normed, dtype=input_dtype)
-    dh = dh if added else None  # a compiled graph has zeros for the gradient of the empty h
-    once = not torch.is_grad_enabled() or torch.compiler.is_compiling()
-    if once and (added or not under_transform()):
-        dinput, dresidual, *others = backward_by(
-            NormBackward(
-                dy=dy, dh=dh, x=normed, weight=weight, seed=seed, mean=mean, rstd=rstd, input_dtype=input_dtype,
-                bias_dtype=bias_dtype, offset=offset, dropout_p=dropout_p, center=center, needs=needs, backend=backend,
-            )
-        )  # fmt: skip
-        if dropout_p == 0.0 and input_dtype == normed.dtype:
-            dresidual = dinput
-        grads = (dinput, dresidual, *others)
-        return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
     def launch(inputs, outputs_grad, extras, needs):
         (dy,), (x, weight, _), (mean, rstd) = outputs_grad, inputs, extras
@@ -150,7 +165,7 @@ def norm_gradients(found: Normed, needs, dy, dh):
         dx, _, *others = backward_by(
             NormBackward(
                 dy=dy, dh=None, x=x, weight=weight, seed=None, mean=mean, rstd=rstd, input_dtype=x.dtype,
-                bias_dtype=bias_dtype, offset=offset, dropout_p=0.0, center=center,
+                bias_dtype=found.bias_dtype, offset=offset, dropout_p=0.0, center=center,
                 needs=(needs[0], False, *needs[1:]), backend=backend,
             )
         )  # fmt: skip

@@ -14,7 +14,7 @@ from ...data.batches import permute, shuffled
 from ...tasks.features import Features, class_features, pair_features, span_features
 from ...tasks.store import TaskDataset
 from ..evaluate import Evaluation, evaluating, mean_losses
-from ..objective import Batch, TrainedModel, target_count, to_device
+from ..objective import Batch, Objective, TrainedModel, target_count, to_device
 from .streams import perplexity
 
 # Label smoothing of translation (Vaswani et al. 2017).
@@ -48,7 +48,7 @@ class ExampleOrder:
         return numbers[permute(np.array([place]), POOL, derive_seed("pool", *self._key, pool))[0]]
 
 
-class ExampleObjective(ABC):
+class ExampleObjective(Objective, ABC):
     """What the objectives on examples share."""
 
     def __init__(self, dataset: TaskDataset, context_length: int, batch_size: int, seed: int):
@@ -72,7 +72,7 @@ class ExampleObjective(ABC):
     def _numbers(self, limit: int) -> np.ndarray:
         """Which held-out examples are scored: all, or ``limit`` of them, spread evenly."""
         count = len(self.validation)
-        return np.arange(count) if not limit or limit >= count else np.arange(limit) * count // limit
+        return np.arange(count) if self._whole(limit) else np.arange(limit) * count // limit
 
     def _batches(self, limit: int, rows: int):
         numbers = self._numbers(limit)
@@ -80,6 +80,13 @@ class ExampleObjective(ABC):
         numbers = numbers[np.argsort(-self.validation.sizes()[numbers], kind="stable")]
         for first in range(0, len(numbers), rows):
             yield self.validation.batch(numbers[first : first + rows])
+
+    def _perplexity(self, model: TrainedModel, rows: int, dtype: str, limit: int) -> Evaluation:
+        """The score of an objective whose one term is the loss of targets."""
+        with evaluating(model):
+            losses, counts = mean_losses(self, model, self._batches(limit, rows), dtype)
+        scores = {"perplexity": perplexity(losses["loss"])}
+        return Evaluation(losses["loss"], counts["loss"], scores, "perplexity", self._whole(limit))
 
 
 class Seq2Seq(ExampleObjective):
@@ -107,10 +114,7 @@ class Seq2Seq(ExampleObjective):
         return {"loss": model.loss(*(batch[name] for name in names), label_smoothing=smoothing)}
 
     def evaluate(self, model: TrainedModel, rows: int, dtype: str, limit: int) -> Evaluation:
-        with evaluating(model):
-            losses, counts = mean_losses(self, model, self._batches(limit, rows), dtype)
-        scores = {"perplexity": perplexity(losses["loss"])}
-        return Evaluation(losses["loss"], counts["loss"], scores, "perplexity", self._whole(limit))
+        return self._perplexity(model, rows, dtype, limit)
 
 
 class Classify(ExampleObjective):

@@ -11,10 +11,9 @@ from ...tasks.features import Features, answer_features, preference_features
 from ...tasks.preferences import pair_log_probs, preference_scores, score_pairs
 from ...tasks.prompts import SIDES
 from ..device import autocast
-from ..evaluate import Evaluation, evaluating, mean_losses
+from ..evaluate import Evaluation
 from ..objective import Batch, TrainedModel, target_count
 from .examples import ExampleObjective
-from .streams import perplexity
 
 
 class Instruct(ExampleObjective):
@@ -37,10 +36,7 @@ class Instruct(ExampleObjective):
         return {"loss": model.loss(batch["tokens"], batch["targets"])}
 
     def evaluate(self, model: TrainedModel, rows: int, dtype: str, limit: int) -> Evaluation:
-        with evaluating(model):
-            losses, counts = mean_losses(self, model, self._batches(limit, rows), dtype)
-        scores = {"perplexity": perplexity(losses["loss"])}
-        return Evaluation(losses["loss"], counts["loss"], scores, "perplexity", self._whole(limit))
+        return self._perplexity(model, rows, dtype, limit)
 
 
 class DPO(ExampleObjective):

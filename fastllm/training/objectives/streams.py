@@ -12,7 +12,7 @@ from ...data.batches import IGNORE
 from ..evaluate import Evaluation, evaluate, evaluating, mean_losses
 from ..objective import Batch, TrainedModel, target_count
 
-# How much shorter windows are while they are short, and how many more of them a batch has.
+# How much shorter windows are while they are short, and how many more of them a batch has. docs/recipe.md has the gain.
 SHORTER = 4
 # Part of a run of new weights in which they are.
 SHORT_WINDOWS = 0.5
@@ -20,7 +20,10 @@ SHORT_WINDOWS = 0.5
 
 def perplexity(nats: float) -> float:
     """exp(nats), infinite where a float cannot hold it."""
-    return math.exp(nats) if nats < 700 else math.inf
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
 
 
 class CausalLM:

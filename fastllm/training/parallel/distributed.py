@@ -368,6 +368,7 @@ class VocabParallel(Sharded):
         squares = torch.stack([grad.float().square().sum() for grad in split]).sum()
         dist.all_reduce(squares, group=self._vocabulary.get_group())
         norm = (squares + torch.stack([grad.float().square().sum() for grad in whole]).sum()).sqrt()
+        # As torch.nn.utils.clip_grad_norm_ does.
         factor = (largest / (norm + 1e-6)).clamp(max=1.0)
         for grad in (*whole, *split):
             grad.mul_(factor.to(grad.dtype))

@@ -40,6 +40,11 @@ GPUS = {
 }
 
 
+# The share of its peak that a GPU reaches while it computes, and the share of that time that can hide communication.
+# Guesses.
+EFFICIENCY, OVERLAP = 0.55, 0.8
+
+
 @dataclass(frozen=True)
 class Plan:
     """Per GPU and step: bytes by purpose, bytes sent, seconds, and the share of the GPU's rate that is useful."""
@@ -89,13 +94,14 @@ def shape_of(parameters: float, context_length: int = 8192, vocab_size: int = 12
         (layers, heads)
         for layers in range(4, 300)
         for heads in (*range(2, 8), *range(8, 400, 8))
-        if 75 <= 128 * heads / layers <= 135
+        if 75 <= 128 * heads / layers <= 135  # a guess: Llama 3's have 128, 102 and 130
     ]
     layers, heads = min(
         shapes,
         key=lambda shape: abs(math.log(parameter_count(config(*shape)) / parameters)),
     )
     found = config(layers, heads)
+    # A guess of how far from what was asked a plan still helps.
     if abs(parameter_count(found) / parameters - 1) > 0.25:
         raise InputError(f"params: no decoder of this shape has about {parameters:,.0f} parameters; name a --preset")
     return found
@@ -230,7 +236,7 @@ def sent_bytes(parameters: int, gpus: int, micro_steps: int, parallel: str) -> d
 def plan(
     config: TransformerConfig, gpus: int, gpu: GPU, *, batch_tokens: int, parallel: str = "fsdp",
     optimizer: str = "muon", dtype: str = "bfloat16", checkpoint_activations: bool = False, gpus_per_node: int = 8,
-    efficiency: float = 0.55, overlap: float = 0.8, reserve: float = 0.1, micro_batch: int | None = None,
+    efficiency: float = EFFICIENCY, overlap: float = OVERLAP, reserve: float = 0.1, micro_batch: int | None = None,
 ) -> Plan:  # fmt: skip
     """Memory, communication and time of a training step.
 
@@ -243,7 +249,7 @@ def plan(
     Args:
         batch_tokens: of a whole step, over all GPUs.
         efficiency: of the GPU's peak while it computes.
-        reserve: part of the memory that is left to CUDA, NCCL and fragmentation.
+        reserve: part of the memory that is left to CUDA, NCCL and fragmentation; its default is a guess.
         micro_batch: sequences in a forward pass; None: the largest that fits and divides the batch.
 
     Raises:

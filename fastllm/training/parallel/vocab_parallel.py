@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from ...config import InputError
+from ...data.batches import IGNORE
 from ...functional import embedding, linear_cross_entropy, linear_kl_div
 from ...models import Transformer
 from ...models.head import Head
@@ -144,7 +145,7 @@ class VocabParallelHead(Head):
                 stride=torch.empty((*part.shape[:-1], self.out_features), device="meta").stride(),
             )  # fmt: skip
             return logits.redistribute(placements=[Replicate()]).to_local(grad_placements=[Replicate()])
-        return -self.log_probs(input, target).sum() / (target != -100).sum()
+        return -self.log_probs(input, target).sum() / (target != IGNORE).sum()
 
     def _parts(self):
         """(this rank's rows of the weight, the number of the first, the group of the ranks that have the others)."""
@@ -153,10 +154,10 @@ class VocabParallelHead(Head):
     def log_probs(self, hidden, targets, logit_scale=1.0, *, return_entropy=False) -> Any:
         """As :meth:`Head.log_probs`; with ``return_entropy`` a pair of it and the entropies."""
         local, start, group = self._parts()
-        counts = targets != -100
+        counts = targets != IGNORE
         here = counts & (targets >= start) & (targets < start + local.shape[0])
         losses, lse, *entropy = linear_cross_entropy(
-            _Copy.apply(hidden, group), local, torch.where(here, targets - start, -100), reduction="none",
+            _Copy.apply(hidden, group), local, torch.where(here, targets - start, IGNORE), reduction="none",
             logit_scale=logit_scale, return_lse=True, return_entropy=return_entropy,
         )  # fmt: skip
         logit = _Sum.apply(torch.where(here, lse - losses.to(lse.dtype), 0.0), group)
@@ -180,20 +181,16 @@ class VocabParallelHead(Head):
         """
         local, start, group = self._parts()
         parts = _Parts(_Copy.apply(hidden, group), local, teacher_hidden, teacher_weight[start : start + len(local)])
-        counts = targets != -100
+        counts = targets != IGNORE
         if not counts.is_cuda and not counts.any():
-            raise ValueError("divergence: no position counts: targets are -100 everywhere")
+            raise ValueError(f"divergence: no position counts: targets are {IGNORE} everywhere")
         temperature = options.get("temperature", 1.0)
 
         def normalisers(x, weight):
             """The log-sum-exp (...) of this rank's logits, and of all ranks'."""
+            nothing = torch.full_like(targets, IGNORE)
             _, lse = linear_cross_entropy(
-                x,
-                weight,
-                torch.full_like(targets, -100),
-                reduction="none",
-                logit_scale=1 / temperature,
-                return_lse=True,
+                x, weight, nothing, reduction="none", logit_scale=1 / temperature, return_lse=True
             )
             return lse, _Copy.apply(_LogSumExp.apply(lse, group), group)
 
@@ -201,7 +198,7 @@ class VocabParallelHead(Head):
         if options.get("direction") == "jsd":
             how = Divergence(
                 direction="jsd", beta=options.get("beta", 0.5), temperature=temperature, softcap=None,
-                teacher_softcap=None, ignore_index=-100, reduction="none", max_workspace_mb=None,
+                teacher_softcap=None, ignore_index=IGNORE, reduction="none", max_workspace_mb=None,
             )  # fmt: skip
             mine = temperature**2 * _divergence_of_parts(parts, whole_q, whole_p, how)
         else:

@@ -16,11 +16,13 @@ import torch.distributed as dist
 
 # How a process ends that has waited too long; torchrun then starts all of them again, or gives up.
 EXIT_HANG = 75
-# The order of a step: who is further back keeps the others waiting. Phases beyond may take their time.
-PHASES = ("data", "step")
+# The phases of a step, in order, that are timed: who is further back keeps the others waiting.
+TIMED = ("data", "step")
 # Frames in here are the package's own. Its folder is compared, not its name: a clone's path may hold the name as well.
 PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
-# Another rank has this many of its intervals, and at least a second, to say where it is before it is judged.
+# Seconds between two words of a rank, and how many of them there are at least before the timeout. Guesses.
+INTERVAL, WORDS = 5.0, 5
+# Another rank has this many of its intervals, and at least a second, to say where it is before it is judged. A guess.
 PATIENCE = 3
 # Where in the store a rank that ends leaves why, and what stands in the place of a number in its last words.
 VERDICT, LAST = "fastllm/standstill", "last"
@@ -36,7 +38,7 @@ class Watch:
 
     def __init__(self, rank: int, size: int, timeout: float):
         self._rank, self._size, self._timeout = rank, size, timeout
-        self._interval = min(5.0, timeout / 5)
+        self._interval = min(INTERVAL, timeout / WORDS)
         self._at = (0, "start", time.monotonic())
         self._said = 0
         self._stop = threading.Event()
@@ -71,7 +73,7 @@ class Watch:
         """Say where this rank is, with a number that grows; ``last``: nothing will follow."""
         self._said += 1
         step, phase, _ = self._at
-        order = PHASES.index(phase) if phase in PHASES else -1 if phase == "start" else len(PHASES)
+        order = TIMED.index(phase) if phase in TIMED else -1 if phase == "start" else len(TIMED)
         said = f"{LAST if last else self._said} {step} {order} {socket.gethostname()} {self._where()}"
         self._store.set(_key(self._rank), said)
 
@@ -82,7 +84,7 @@ class Watch:
         while not self._stop.wait(self._interval):
             self._publish()
             step, phase, since = self._at
-            if phase in PHASES and time.monotonic() - since > self._timeout:
+            if phase in TIMED and time.monotonic() - since > self._timeout:
                 self._end(step)
         self._publish(last=True)
 

@@ -13,7 +13,7 @@ from ..evaluate import Evaluation
 from ..schedule import progress
 from .progress import PHASES, Display, Metrics, duration
 
-# Metrics are written and shown this often.
+# Metrics are written and shown this often. A guess.
 FLUSH_SECONDS = 1.0
 
 

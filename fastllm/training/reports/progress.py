@@ -22,7 +22,7 @@ from rich.table import Column
 from ...config import InputError
 from ...files import naming, write_text
 
-# Seconds between plain lines where the output is not a terminal.
+# Seconds between plain lines where the output is not a terminal. A guess.
 LINE_INTERVAL = 5.0
 METRICS = "metrics.jsonl"
 # Where the host spends a step: making the batch, the parts before the last exchange, up to the gradient's norm, update.
