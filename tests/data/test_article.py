@@ -102,11 +102,12 @@ def odds_elsewhere(body, likely):
 
 def test_what_leads_elsewhere_beside_the_one_text_of_a_page():
     note = "Smith (1990). <a href=/smith>On walls and what they keep</a>, in a book."
-    beside = "<div><p><a href=/b>Outside</a></p><p>Short</p></div>"
-    body = f"<div>{BODY}<p>{note}</p><p><a href=/a>Inside</a></p></div>{beside}"
+    beside = "<div><p>Short</p><p><a href=/b>Outside</a></p></div>"
+    links = [f"<p><a href=/{name}>{name}</a></p>" for name in ("Inside", "Again", "Source")]
+    body = f"<div>{BODY}<p>{note}</p>{links[0]}{links[1]}<p>end</p>{links[2]}</div>{beside}"
     odds = odds_elsewhere(body, lambda text: 0.9 if text in TEXT else 0.5)
     smith = "Smith (1990). On walls and what they keep, in a book."
-    assert [odds[text] for text in (*TEXT, smith)] == [0] * (len(TEXT) + 1)
+    assert [odds[text] for text in (*TEXT, smith, "end", "Source")] == [0] * (len(TEXT) + 3)
     assert odds["Outside"] <= odds["Inside"] < odds["Short"] < 0
 
 

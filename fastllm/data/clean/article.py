@@ -127,8 +127,10 @@ def elsewhere_odds(markup: Markup, running: Running, probabilities: np.ndarray) 
     linked = np.asarray(markup.linked) / length
     less = probabilities < likely - _LESS_LIKELY
     outside = (index < begin) | (index >= end)
-    # An article's notes come after its last paragraph, and each has a link.
-    leading = (linked >= _LINKS) & (outside | (index > begin + int(np.flatnonzero(inside)[-1])))
+    # After an article's last paragraph come its notes, which have a link each, and a link to its source.
+    alone = linked >= _LINKS
+    several = np.concatenate([[False], alone[:-1]]) | np.concatenate([alone[1:], [False]])
+    leading = alone & (outside | (several & (index > begin + int(np.flatnonzero(inside)[-1]))))
     leading |= (linked > _LINKED) & (length <= _LINE) & outside
     short = (index >= end) & (characters == 0) & (length < _SHORT)
     return -(_OFF * (less & leading) + _AFTER * (less & short))
