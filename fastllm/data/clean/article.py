@@ -55,8 +55,8 @@ _OFF = 4.0
 _ONE_TEXT, _ONE_TEXT_SHARE, _LIKELY = 150, 0.5, 0.5
 # What leads elsewhere is less likely than this text by so much: links that are as likely are a shop's or a list's own.
 # The other numbers are the length of short blocks and what they lose after the text. On the 986 pages of WCXB's
-# development split that a model of 511 others has not seen the rule moves mean F1 by 0.001 (-0.0002 to 0.0037 and -0.0014 to 0.0041
-# on its halves), and on 281 old news pages in five languages by 0.060 (0.046 to 0.076).
+# development split that a model of 511 others has not seen the rule moves mean F1 by 0.001 (-0.0002 to 0.0037 and
+# -0.0014 to 0.0041 on its halves), and on 281 old news pages in five languages by 0.060 (0.046 to 0.076).
 _LESS_LIKELY, _SHORT, _AFTER = 0.1, 100, 2.0
 
 

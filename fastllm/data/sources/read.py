@@ -67,7 +67,10 @@ def _read_jsonl(entry: SourceEntry, limits: Limits, field: str) -> Iterator[Item
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                # A line that was written by hand may have a tab in a string.
+                record = json.loads(line, strict=False)
+                if not isinstance(record, dict):
+                    raise TypeError(f"the line is {type(record).__name__}, not an object")
                 text = record[field]
                 if not isinstance(text, str):
                     raise TypeError(f"{field} is {type(text).__name__}, not a string")
