@@ -279,8 +279,31 @@ def test_damaged_and_lying_zip_archives_are_survived(tmp_path):
     (tmp_path / "a.zip").write_bytes(content)
     items = documents(tmp_path / "a.zip")
     assert [item.reason if isinstance(item, Failure) else "read" for item in items] == ["damaged", "bomb", "read"]
+    directory = content.index(b"PK\1\2")
+    for at, value in ((directory + 6, 255), (directory + 30, 255)):
+        changed = bytearray(content)
+        changed[at] = value
+        (tmp_path / "a.zip").write_bytes(changed)
+        assert [item.reason for item in documents(tmp_path / "a.zip")] == ["damaged"]
+    # The first member's name becomes its comment.
+    changed = bytearray(content)
+    changed[directory + 28], changed[directory + 32] = 0, changed[directory + 28]
+    (tmp_path / "a.zip").write_bytes(changed)
+    assert (documents(tmp_path / "a.zip")[0].id, documents(tmp_path / "a.zip")[0].reason) == ("a.zip#", "damaged")
     (tmp_path / "a.zip").write_bytes(content[:500])
     assert [item.reason for item in documents(tmp_path / "a.zip")] == ["damaged"]
+
+
+def test_damaged_members_of_every_compression_are_survived(tmp_path):
+    for kind in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w", kind) as archive:
+            archive.writestr("a.txt", os.urandom(500).hex())
+            archive.writestr("b.txt", "whole")
+        content = bytearray((tmp_path / "a.zip").read_bytes())
+        content[45:90] = b"\xff" * 45
+        (tmp_path / "a.zip").write_bytes(content)
+        damaged, whole = documents(tmp_path / "a.zip")
+        assert (damaged.reason, whole.content) == ("damaged", b"whole")
 
 
 def test_bad_json_lines_are_counted_one_by_one(tmp_path):
