@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from pages import paragraph
 
+from fastllm.data.clean.article import elsewhere_odds
 from fastllm.data.clean.body import Running
 from fastllm.data.clean.main_text import decide, extract_fast
 from fastllm.data.clean.markup import read_markup
@@ -73,6 +74,57 @@ def test_links_around_a_short_text_that_a_page_states_is_an_article_are_left_out
     found = extract_fast(page)
     assert TEXT[0] in found
     assert not any(name in found for name in names)
+
+
+@pytest.mark.parametrize(
+    "line", ["<div><a href=/{i}>{text}</a></div>", "<div><b>{i}</b><br><a href=/{i}>{text}</a></div>"]
+)
+def test_a_list_of_links_beside_the_one_text_of_a_page_without_data_is_left_out(line):
+    harbour = "\u0412 \u043f\u043e\u0440\u0442\u0443 \u0433\u043e\u0440\u043e\u0434\u0430"
+    harbour += " \u0441\u043d\u043e\u0432\u0430 \u0448\u0442\u043e\u0440\u043c"
+    others = [f"{harbour}, {1900 + i} \u0433\u043e\u0434" for i in range(60)]
+    teasers = "".join(line.format(i=i, text=other) for i, other in enumerate(others))
+    name = "\u041f\u043e\u0440\u0442"
+    text = [f"{part} {name} \u0437\u0430\u043a\u0440\u044b\u0442." for part in TEXT[:3]]
+    story = f"<div><b>{name}</b>{''.join(f'<p>{part}</p>' for part in text)}</div>"
+    found = extract_fast(f"<title>{name}</title><body><table><tr><td>{story}</td><td>{teasers}</td></tr></table>")
+    assert all(part in found for part in text)
+    assert not any(other in found for other in others)
+
+
+def odds_elsewhere(body, likely):
+    """What each block of ``body`` loses; ``likely`` gives the model's probability of a text."""
+    markup = read_markup(f"<body>{body}")
+    probabilities = np.asarray([likely(text) for text in markup.texts])
+    odds = elsewhere_odds(markup, Running.of(markup), probabilities)
+    return dict(zip(markup.texts, np.broadcast_to(odds, len(markup.texts)), strict=True))
+
+
+def test_what_leads_elsewhere_beside_the_one_text_of_a_page():
+    note = "Smith (1990). <a href=/smith>On walls and what they keep</a>, in a book."
+    beside = "<div><p>Short</p><p><a href=/b>Outside</a></p></div>"
+    links = [f"<p><a href=/{name}>{name}</a></p>" for name in ("Inside", "Again", "Source")]
+    body = f"<div>{BODY}<p>{note}</p>{links[0]}{links[1]}<p>end</p>{links[2]}</div>{beside}"
+    odds = odds_elsewhere(body, lambda text: 0.9 if text in TEXT else 0.5)
+    smith = "Smith (1990). On walls and what they keep, in a book."
+    assert [odds[text] for text in (*TEXT, smith, "end", "Source")] == [0] * (len(TEXT) + 3)
+    assert odds["Outside"] <= odds["Inside"] < odds["Short"] < 0
+
+
+@pytest.mark.parametrize(
+    "likely", [lambda text: 0.9, lambda text: 0.4 if text in TEXT else 0.2], ids=["as likely", "no main text"]
+)
+def test_links_that_are_as_likely_as_the_text_are_a_lists_own(likely):
+    body = f"<div>{BODY}</div><div><p><a href=/b>Outside</a></p></div>"
+    assert set(odds_elsewhere(body, likely).values()) == {0}
+
+
+def test_a_page_of_several_texts_has_no_one_text():
+    more = "".join(
+        f"<ul><li><div><p>{paragraph('bread', random.Random(seed), 3)}</p></div></li></ul>" for seed in range(9)
+    )
+    body = f"<div><p>{TEXT[0]}</p></div><div><p><a href=/b>Outside</a></p></div><div>{more}</div>"
+    assert set(odds_elsewhere(body, lambda text: 0.9 if len(text) > 50 else 0.2).values()) == {0}
 
 
 @pytest.mark.parametrize(

@@ -278,6 +278,8 @@ def test_repeated_runs_are_counted_as_gopher_does():
     assert top_share(words, 2) == 2 * 2 / 8
     assert repeated_share(words, 9) == top_share(words, 9) == 0
     assert top_share(words_of("a b c d"), 2) == 0
+    # "la la" occurs three times in these four words, which are half of the characters.
+    assert top_share(words_of("la la la la abcdefgh"), 2) == 0.5
 
 
 def test_shares_agree_with_a_plain_count():

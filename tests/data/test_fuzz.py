@@ -1,23 +1,30 @@
 """Readers of what others may have written: any bytes at all give the library's own error or a result, never a crash.
 
-``FASTLLM_TESTS=thorough pytest -n 0 tests/data/test_fuzz.py`` gives each 13,000 inputs, not 60, 104,000 in
-all (minutes).
+``FASTLLM_TESTS=thorough pytest -n 0 tests/data/test_fuzz.py`` gives each 13,000 inputs, not 60 or 500, 182,000 in all
+(minutes).
 """
 
+import io
 import json
 import random
 import shutil
 import struct
+import tarfile
+import zipfile
 
 import pytest
+from extras import needed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pages import dump, warc
 from prose import prose
 from thorough import IS_THOROUGH
 from toy import TOY
 
 from fastllm.config import InputError
 from fastllm.data import Tokenizer
+from fastllm.data.sources import Failure, Limits, Raw, SourceEntry, read
+from fastllm.data.sources.plan import format_of
 from fastllm.data.token_file import open_token_file
 from fastllm.files import read_tensors
 from fastllm.models import Transformer
@@ -133,6 +140,45 @@ def test_any_bytes_are_read_or_refused(seeds, tmp_path, name):
             fuzz(seed)
     else:
         many(given(st.integers(0, 2**64))(fuzz))()
+
+
+def archived(kind: str) -> bytes:
+    """An archive of two small members: ``tar`` or ``zip``."""
+    target = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a.txt", "one")
+            archive.writestr("b.html", "<p>two")
+    else:
+        with tarfile.open(fileobj=target, mode="w") as archive:
+            for name in ("a.txt", "b.html"):
+                member = tarfile.TarInfo(name)
+                member.size = 3
+                archive.addfile(member, io.BytesIO(b"one"))
+    return target.getvalue()
+
+
+SOURCES = {
+    "a.warc": lambda: warc([b"<p>one", b"<p>two"], compress=False),
+    "a.warc.gz": lambda: warc([b"<p>one", b"<p>two"]),
+    "a.xml": lambda: dump([("One", "0", "text"), ("Two", "0", "#REDIRECT")]).encode(),
+    "a.jsonl": lambda: b'{"text": "one", "url": "u"}\n{"text": "two"}\n',
+    "a.tar": lambda: archived("tar"),
+    "a.zip": lambda: archived("zip"),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.filterwarnings("ignore")
+def test_documents_of_any_bytes_are_read_or_counted(tmp_path, name):
+    if "warc" in name:
+        needed("warcio", "data")
+    content, limits = SOURCES[name](), Limits(document=1 << 16, ratio=50, free=1 << 18)
+    for seed in range(max(EXAMPLES, 500)):
+        found = changed(random.Random(seed), content)
+        (tmp_path / name).write_bytes(found)
+        entry = SourceEntry(str(tmp_path / name), name, format_of(name) or "", len(found))
+        assert all(isinstance(item, (Raw, Failure)) for item in read(entry, limits)), seed
 
 
 def test_any_names_in_a_folder_of_checkpoints_are_read_or_refused(tmp_path):

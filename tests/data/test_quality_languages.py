@@ -90,3 +90,12 @@ def test_names_that_recur_in_chinese_are_no_repetition_and_sentences_are():
         assert isinstance(RULES[rule](Document("a", CHINESE, "html")), Document)
     again = CHINESE + "".join(CHINESE[:120] for _ in range(3))
     assert isinstance(RULES["gopher_repetition"](Document("a", again, "html")), Rejection)
+
+
+@pytest.mark.parametrize("letters", ["ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyz"])
+def test_an_index_from_a_to_z_is_prose_of_no_language(letters):
+    index = " ".join(letters)
+    names = "harbour lantern meadow orchard pebble quarry saddle thistle umbrella velvet willow yarrow"
+    found = RULES["gopher_quality"](Document("a", f"{index}\n{names} {names} {names}\n" * 2, "html"))
+    assert isinstance(found, Rejection)
+    assert (found.details["measure"], found.details["value"]) == ("stop_words", 1)

@@ -77,6 +77,19 @@ def test_every_format_reads_the_same_however_it_is_compressed(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.warc", "a.xml", "a.tar", "a.txt"])
+def test_a_compressed_file_whose_name_does_not_say_so_is_read(tmp_path, name):
+    if name == "a.warc":
+        needed("warcio", "data")
+    (tmp_path / name).write_bytes(make(name))
+    expected = documents(tmp_path / name)
+    for _, compress in compressors():
+        (tmp_path / name).write_bytes(compress(make(name)))
+        assert documents(tmp_path / name) == expected
+    (tmp_path / "b.txt").write_bytes(b"BZh9 is how bzip2 begins.")
+    assert documents(tmp_path / "b.txt")[0].content == b"BZh9 is how bzip2 begins."
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.warc", "a.xml", "a.tar", "a.txt"])
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
 def test_a_file_that_was_cut_off_gives_what_is_whole_and_says_so(tmp_path, name, suffix):
     compress = dict(compressors())[suffix]
@@ -130,6 +143,49 @@ def test_other_warc_records_and_types_are_passed_over(tmp_path):
     )
     (item,) = documents(path)
     assert (item.content, item.encoding) == (b"<p>caf\xe9", "latin1")
+
+
+def response(content, headers=b"", without=b"none"):
+    """A WARC record of a response; a header of the record that begins with ``without`` is left out."""
+    block = b"HTTP/1.1 200 OK\r\n" + headers + b"\r\n" + content
+    head = [
+        b"WARC/1.0",
+        b"WARC-Type: response",
+        b"WARC-Target-URI: http://example.org/",
+        b"Content-Type: application/http",
+    ]
+    head.append(b"Content-Length: %d" % len(block))
+    return b"\r\n".join(line for line in head if not line.startswith(without)) + b"\r\n\r\n" + block + b"\r\n\r\n"
+
+
+def test_a_response_without_a_type_is_a_page_if_it_begins_as_one(tmp_path):
+    needed("warcio", "data")
+    path = tmp_path / "a.warc"
+    pages = [b"<!doctype html><p>one", b"\n <HTML lang=en>two", b"<!-- three -->"]
+    others = [b"\x89PNG\r\n\x1a\n\0\0", b'{"a": "<p>"}', b"<rss><p>", b"", b"text <p>"]
+    packed = response(gzip.compress(b"<body >four"), b"Content-Encoding: gzip\r\n")
+    empty = response(b"<p>five", b"Content-Type:\r\n")
+    path.write_bytes(b"".join(map(response, [*pages, *others])) + packed + empty)
+    assert [item.content for item in documents(path)] == [*pages, b"<body >four", b"<p>five"]
+
+
+def test_a_warc_with_empty_lines_before_it_or_records_without_headers_loses_nothing_in_silence(tmp_path):
+    needed("warcio", "data")
+    path = tmp_path / "a.warc"
+    record = response(b"<p>x")
+    path.write_bytes(b"\r\n\r\n\n" + record * 2)
+    assert [item.content for item in documents(path)] == [b"<p>x"] * 2
+    path.write_bytes(record + response(b"<p>y", without=b"WARC-Type") + record)
+    first, none, last = documents(path)
+    assert (first.content, none.reason, last.content) == (b"<p>x", "damaged", b"<p>x")
+    path.write_bytes(record + response(b"<p>y", without=b"Content-Length") + record)
+    first, rest = documents(path)
+    assert (first.content, rest.reason, rest.details["after_records"]) == (b"<p>x", "damaged", 1)
+    path.write_bytes(record + response(b"<p>y", without=b"WARC-Target-URI") + record)
+    first, rest = documents(path)
+    assert (first.content, rest.reason) == (b"<p>x", "damaged")
+    path.write_bytes(b"\r\n\r\n")
+    assert [item.reason for item in documents(path)] == ["damaged"]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.html", "a.jsonl", "a.xml", "a.warc", "a.tar"])
@@ -223,8 +279,31 @@ def test_damaged_and_lying_zip_archives_are_survived(tmp_path):
     (tmp_path / "a.zip").write_bytes(content)
     items = documents(tmp_path / "a.zip")
     assert [item.reason if isinstance(item, Failure) else "read" for item in items] == ["damaged", "bomb", "read"]
+    directory = content.index(b"PK\1\2")
+    for at, value in ((directory + 6, 255), (directory + 30, 255)):
+        changed = bytearray(content)
+        changed[at] = value
+        (tmp_path / "a.zip").write_bytes(changed)
+        assert [item.reason for item in documents(tmp_path / "a.zip")] == ["damaged"]
+    # The first member's name becomes its comment.
+    changed = bytearray(content)
+    changed[directory + 28], changed[directory + 32] = 0, changed[directory + 28]
+    (tmp_path / "a.zip").write_bytes(changed)
+    assert (documents(tmp_path / "a.zip")[0].id, documents(tmp_path / "a.zip")[0].reason) == ("a.zip#", "damaged")
     (tmp_path / "a.zip").write_bytes(content[:500])
     assert [item.reason for item in documents(tmp_path / "a.zip")] == ["damaged"]
+
+
+def test_damaged_members_of_every_compression_are_survived(tmp_path):
+    for kind in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w", kind) as archive:
+            archive.writestr("a.txt", os.urandom(500).hex())
+            archive.writestr("b.txt", "whole")
+        content = bytearray((tmp_path / "a.zip").read_bytes())
+        content[45:90] = b"\xff" * 45
+        (tmp_path / "a.zip").write_bytes(content)
+        damaged, whole = documents(tmp_path / "a.zip")
+        assert (damaged.reason, whole.content) == ("damaged", b"whole")
 
 
 def test_bad_json_lines_are_counted_one_by_one(tmp_path):
@@ -239,6 +318,10 @@ def test_bad_json_lines_are_counted_one_by_one(tmp_path):
         "read", "damaged", "damaged", "damaged", "damaged", "damaged", "too_large", "read", "damaged",
     ]  # fmt: skip
     assert (items[7].content, items[7].metadata) == (b"half ? a pair", {"id": "n"})
+    (tmp_path / "c.jsonl").write_bytes(b'{"text": "a\ttab and a \0"}\n[{"text": "a"}]\n')
+    written, array = documents(tmp_path / "c.jsonl")
+    assert written.content == b"a\ttab and a \0"
+    assert "list, not an object" in array.details["error"]
     (tmp_path / "b.jsonl").write_text('{"html": "<p>x"}\n')
     assert documents(tmp_path / "b.jsonl", text_field="html")[0].kind == "html"
 

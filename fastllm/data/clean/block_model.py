@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .article import caption_odds, leads, read_also_odds, teaser_odds
+from .article import caption_odds, elsewhere_odds, leads, read_also_odds, teaser_odds
 from .beside import comment_odds, landmark_odds, outside_odds
 from .block_context import context
 from .block_network import Network
@@ -98,8 +98,10 @@ def with_rules(markup: Markup, rows: np.ndarray, probabilities: np.ndarray) -> n
     running = Running.of(markup)
     odds += comment_odds(markup, running, forum, declared or stated) + landmark_odds(markup, running)
     outside = outside_odds(markup, running, declared)
-    if stated and not forum:
-        odds += teaser_odds(markup, running)
+    if not forum:
+        odds += elsewhere_odds(markup, running, probabilities)
+        if stated:
+            odds += teaser_odds(markup, running)
     if declared or stated or type == "article":
         odds += caption_odds(markup, running)
         outside = np.where(leads(markup, running), _LEAD, outside)

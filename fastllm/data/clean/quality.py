@@ -14,8 +14,9 @@ from ..sentences import sentence_starts
 from .document import Document, Rejection
 from .words import repeated_parts, repeated_share, top_share, words_of
 
-# The most frequent function words; a text must have two of one language's. No list but the first has two words that are
-# frequent in English too: a list of English words must not pass by another language's.
+# The most frequent function words; a text must have two of one language's, and not letters alone, as an index from A to
+# Z has them. No list but the first has two words that are frequent in English too: a list of English words must not
+# pass by another language's.
 _STOP_WORDS = {
     "en": "the be to of and that have with",
     "de": "der die das und ist nicht mit ein von den",
@@ -61,6 +62,12 @@ _POLICY = (
 _CITATION = re.compile(r"\[(?:\d+|edit|citation needed)\]")
 
 
+def _common(present: set[str], stop: frozenset[str]) -> int:
+    """How many of ``stop`` are ``present``; single letters alone count as one."""
+    found = present & stop
+    return len(found) if any(len(word) > 1 for word in found) else min(1, len(found))
+
+
 def _over(document: Document, rule: str, **bounds: tuple[float, float, float]) -> Rejection | None:
     """The first of ``bounds`` (number, least, most) that is broken, as a rejection by ``rule``."""
     for name, (number, least, most) in bounds.items():
@@ -92,7 +99,7 @@ def gopher_quality(document: Document) -> Document | Rejection:
     # Word lengths and stop words are those of languages in Latin letters.
     if rejection is None and not foreign:
         present = {word.strip(".,;:!?()\"'").lower() for word in words.words}
-        stops = {language: len(present & stop) for language, stop in _STOPS.items()}
+        stops = {language: _common(present, stop) for language, stop in _STOPS.items()}
         mean, most = float(words.lengths.mean()), max(stops.values())
         # Vietnamese puts a space between syllables.
         shortest = 2.5 if stops["vi"] == most else 3

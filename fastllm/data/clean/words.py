@@ -59,6 +59,15 @@ def words_of(text: str) -> Words:
     return Words(tuple(WORD.findall(text)))
 
 
+def _covered(words: Words, starts: np.ndarray, n: int) -> float:
+    """The share of characters in the runs of ``n`` words from each of ``starts``; overlaps count once."""
+    steps = np.zeros(len(words.words) + 1, np.int64)
+    np.add.at(steps, starts, 1)
+    np.add.at(steps, starts + n, -1)
+    inside = np.cumsum(steps[:-1]) > 0
+    return float(words.lengths[inside].sum() / max(1, words.lengths.sum()))
+
+
 def repeated_share(words: Words, n: int) -> float:
     """The share of characters in runs of ``n`` words that occurred before; overlaps count once (Rae et al. 2021)."""
     grams = words.grams(n)
@@ -67,16 +76,11 @@ def repeated_share(words: Words, n: int) -> float:
     _, first = np.unique(grams, return_index=True)
     again = np.ones(len(grams), bool)
     again[first] = False
-    covered = np.zeros(len(words.words) + 1, np.int64)
-    positions = np.flatnonzero(again)
-    np.add.at(covered, positions, 1)
-    np.add.at(covered, positions + n, -1)
-    inside = np.cumsum(covered[:-1]) > 0
-    return float(words.lengths[inside].sum() / max(1, words.lengths.sum()))
+    return _covered(words, np.flatnonzero(again), n)
 
 
 def top_share(words: Words, n: int) -> float:
-    """The share of characters in the most frequent run of ``n`` words; 0 where none occurs twice."""
+    """The share of characters in the most frequent run of ``n`` words; overlaps count once. 0 if none occurs twice."""
     grams = words.grams(n)
     if not len(grams):
         return 0.0
@@ -85,7 +89,7 @@ def top_share(words: Words, n: int) -> float:
     if most < 2:
         return 0.0
     at = int(first[counts == most].min())
-    return float(words.lengths[at : at + n].sum() * most / max(1, words.lengths.sum()))
+    return _covered(words, np.flatnonzero(grams == grams[at]), n)
 
 
 def repeated_parts(parts: Sequence[str]) -> tuple[float, float]:

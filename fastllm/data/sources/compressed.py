@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import io
 import lzma
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,11 @@ from ..optional import require
 from .limits import Limits, Unreadable, one_line
 
 SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+# What compressed files begin with, by the suffix of the compression; bzip2's magic includes that of its first block.
+_MAGIC = {
+    ".gz": re.compile(rb"\x1f\x8b\x08"), ".bz2": re.compile(rb"BZh[1-9]1AY&SY"), ".xz": re.compile(rb"\xfd7zXZ\0"),
+    ".zst": re.compile(rb"\x28\xb5\x2f\xfd"),
+}  # fmt: skip
 # Bytes that are decompressed at once. A guess.
 _CHUNK = 1 << 18
 
@@ -91,7 +97,7 @@ class _Zstandard:
 
 @contextlib.contextmanager
 def open_stream(path: str | Path, limits: Limits) -> Iterator[io.BufferedReader]:
-    """``path`` as a buffered stream of what it holds, decompressed as its name says.
+    """``path`` as a buffered stream of what it holds, decompressed as its name says, or else as it begins.
 
     Raises:
         Unreadable: on opening or on reading: missing, cut short, damaged, or a decompression bomb.
@@ -104,6 +110,9 @@ def open_stream(path: str | Path, limits: Limits) -> Iterator[io.BufferedReader]
         raise Unreadable("unreadable", one_line(error)) from error
     with file:
         suffix = path.suffix.lower()
+        if suffix not in (*SUFFIXES, ".tgz"):
+            begin = file.peek(10)[:10] if file.seekable() else b""
+            suffix = next((name for name, magic in _MAGIC.items() if magic.match(begin)), "")
         if suffix in (".gz", ".tgz"):
             stream = gzip.GzipFile(fileobj=file, mode="rb")
         elif suffix == ".bz2":

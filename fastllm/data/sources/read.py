@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import BinaryIO
 
+from ...config import InputError
 from .codings import text_of
 from .compressed import SUFFIXES, Prompt, open_stream
 from .limits import Failure, Limits, Raw, Unreadable, one_line
@@ -67,7 +68,10 @@ def _read_jsonl(entry: SourceEntry, limits: Limits, field: str) -> Iterator[Item
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                # A line that was written by hand may have a tab in a string.
+                record = json.loads(line, strict=False)
+                if not isinstance(record, dict):
+                    raise TypeError(f"the line is {type(record).__name__}, not an object")
                 text = record[field]
                 if not isinstance(text, str):
                     raise TypeError(f"{field} is {type(text).__name__}, not a string")
@@ -108,10 +112,21 @@ def _read_tar(entry: SourceEntry, limits: Limits) -> Iterator[Item]:
                 yield Failure(f"{entry.id}#{member.name}", "no_file", {})
 
 
+def _opened_zip(path: str) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except OSError:
+        raise
+    except Exception as error:
+        # Besides BadZipFile a damaged directory raises NotImplementedError, IndexError and others.
+        raise Unreadable("damaged", one_line(error)) from error
+
+
 def _read_zip(entry: SourceEntry, limits: Limits) -> Iterator[Item]:
-    with zipfile.ZipFile(entry.path) as archive:
+    with _opened_zip(entry.path) as archive:
         for member in archive.infolist():
-            if member.is_dir():
+            # is_dir fails on a member without a name.
+            if member.filename.endswith("/"):
                 continue
             id = f"{entry.id}#{member.filename}"
             if member.file_size > max(limits.free, limits.ratio * max(1, member.compress_size)):
@@ -120,7 +135,10 @@ def _read_zip(entry: SourceEntry, limits: Limits) -> Iterator[Item]:
             try:
                 with archive.open(member) as file:
                     yield _member(entry, member.filename, file.read, limits)
-            except (zipfile.BadZipFile, RuntimeError, NotImplementedError, zlib.error, EOFError) as error:
+            except InputError:
+                raise
+            except Exception as error:
+                # Each compression has errors of its own, and zipfile others for headers.
                 yield Failure(id, "damaged", {"error": one_line(error)})
 
 
@@ -148,6 +166,6 @@ def read(entry: SourceEntry, limits: Limits, text_field: str = "text") -> Iterat
         yield Failure(entry.id, error.reason, {"error": str(error), "after_records": records})
     except (tarfile.ReadError, EOFError) as error:
         yield Failure(entry.id, "truncated", {"error": one_line(error), "after_records": records})
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, OSError) as error:
+    except (tarfile.TarError, zlib.error, OSError) as error:
         reason = "unreadable" if isinstance(error, OSError) and error.errno is not None else "damaged"
         yield Failure(entry.id, reason, {"error": one_line(error), "after_records": records})

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from typing import Any
 
+from ...config import InputError
 from ..optional import require
 from .codings import codings, text_of, undo
 from .compressed import Prompt, open_stream
@@ -14,6 +16,13 @@ from .plan import SourceEntry
 
 _CHARSET = re.compile(r"charset\s*=\s*[\"']?([-\w.:]+)", re.IGNORECASE)
 
+# What HTML begins with (WHATWG's MIME Sniffing Standard, section 7.1): it tells what a response without a type is.
+_PAGE = re.compile(
+    rb"(?:\xef\xbb\xbf)?[\t\n\f\r ]*<(?:!--|(?:!DOCTYPE HTML|HTML|HEAD|SCRIPT|IFRAME|H1|DIV|FONT|TABLE|A|STYLE|TITLE|B"
+    rb"|BODY|BR|P)[ >])",
+    re.IGNORECASE,
+)
+
 
 def read_warc(entry: SourceEntry, limits: Limits) -> Iterator[Raw | Failure]:
     """Responses of HTML and conversions to text; other records hold no page and are skipped.
@@ -21,23 +30,43 @@ def read_warc(entry: SourceEntry, limits: Limits) -> Iterator[Raw | Failure]:
     Compression is undone before warcio sees the records, whether they were compressed one by one or as a whole.
     """
     iterator_of = require("warcio.archiveiterator", "warcio", "reading WARC files").ArchiveIterator
-    errors = require("warcio.exceptions", "warcio", "reading WARC files")
     number = -1
     with open_stream(entry.path, limits) as stream:
-        try:
-            for number, record in enumerate(iterator_of(Prompt(stream), check_digests=False)):
-                kind = _kind(record)
-                # As it was sent: warcio undoes some codings, in lower case, one of each.
-                content = _take(record.raw_stream, limits.document + 1) if kind else b""
-                missing = _drain(record.raw_stream)
-                if missing:
-                    raise Unreadable("truncated", f"record {number} lacks {missing:,} bytes of its content")
-                if kind is not None:
-                    yield _document(f"{entry.id}#{number}", record, kind, content, limits)
-        except errors.ArchiveLoadFailed as error:
-            raise Unreadable("damaged", one_line(error)) from error
+        # warcio takes empty lines before the first record for a record without headers, which is the whole file.
+        while stream.peek(1)[:1] in (b"\r", b"\n"):
+            stream.read(1)
+        for number, record in enumerate(_records(iterator_of(Prompt(stream), check_digests=False))):
+            if record.length is None:
+                raise Unreadable("damaged", f"record {number} has no length")
+            kind = _kind(record)
+            # As it was sent: warcio undoes some codings, in lower case, one of each.
+            content = _take(record.raw_stream, limits.document + 1) if kind else b""
+            missing = _drain(record.raw_stream)
+            if missing:
+                raise Unreadable("truncated", f"record {number} lacks {missing:,} bytes of its content")
+            id = f"{entry.id}#{number}"
+            if record.rec_type is None:
+                yield Failure(id, "damaged", {"error": "the record has no WARC-Type"})
+            elif kind is not None:
+                found = _document(id, record, kind, content, limits)
+                if kind == "text" or _declared(record) or _seems_page(found):
+                    yield found
     if number < 0 and os.path.getsize(entry.path):
         raise Unreadable("damaged", "no record in it")
+
+
+def _records(found: Iterator[Any]) -> Iterator[Any]:
+    """warcio's records, ``found``; what it raises on a damaged one is of many classes."""
+    while True:
+        try:
+            record = next(found, None)
+        except (Unreadable, InputError):
+            raise
+        except Exception as error:
+            raise Unreadable("damaged", one_line(error)) from error
+        if record is None:
+            return
+        yield record
 
 
 def _declared(record) -> str:
@@ -46,9 +75,15 @@ def _declared(record) -> str:
 
 
 def _kind(record) -> str | None:
-    """What the record holds: "html", "text", or None for one that holds no page."""
+    """What the record holds: "html", "text", or None for one that holds no page. Without a type it may be "html"."""
     kind = {"response": "html", "conversion": "text"}.get(record.rec_type)
-    return None if kind == "html" and "html" not in _declared(record).lower() else kind
+    declared = _declared(record).lower()
+    return None if kind == "html" and declared and "html" not in declared else kind
+
+
+def _seems_page(found: Raw | Failure) -> bool:
+    """Whether a response without a type is a page, or one that cannot be read; binary content is another medium."""
+    return found.reason != "coding" if isinstance(found, Failure) else _PAGE.match(found.content) is not None
 
 
 def _document(id: str, record, kind: str, content: bytes, limits: Limits) -> Raw | Failure:
