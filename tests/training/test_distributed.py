@@ -19,7 +19,7 @@ from toy import TOY, shorten_runs, weights
 
 from fastllm.cli import main
 from fastllm.config import InputError
-from fastllm.models import Transformer
+from fastllm.models import build_model
 from fastllm.training.config import TrainingConfig
 from fastllm.training.parallel import distributed, watch
 from fastllm.training.parallel.distributed import DataParallel
@@ -142,11 +142,19 @@ def test_another_budget_takes_the_place_of_epochs(monkeypatch):
 
 
 def test_weights_drawn_without_memory_first_are_those_that_would_have_been_drawn():
-    for shape in (TOY, replace(TOY, positions="learned", norm="layer", tie_embeddings=False, bias=True)):
+    recurrent = replace(TOY, encoder="lstm", decoder="lstm", bias=True)
+    shapes = (
+        TOY,
+        replace(TOY, positions="learned", norm="layer", tie_embeddings=False, bias=True),
+        recurrent,
+        replace(recurrent, encoder="conv", decoder="gru"),
+        replace(recurrent, decoder="none", heads=("mlm", "nsp"), segments=2),
+    )
+    for shape in shapes:
         torch.manual_seed(3)
-        expected = Transformer(shape)
+        expected = build_model(shape)
         torch.manual_seed(3)
-        model, draw = on_meta(lambda shape=shape: Transformer(shape))
+        model, draw = on_meta(lambda shape=shape: build_model(shape))
         assert all(parameter.is_meta for parameter in model.parameters())
         draw(torch.device("cpu"))
         for name, value in expected.state_dict().items():
