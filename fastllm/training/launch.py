@@ -50,6 +50,7 @@ def train(
     pick_device(config.training.device)
     find_wandb(config.training.wandb)
     with _joined(config.training) as ranks, contextlib.ExitStack() as held:
+        _check_ranks(config, ranks)
         main = ranks.rank == 0
         with _new_folder(folder, held) if main else contextlib.nullcontext(Path(folder or "")) as folder:
             display = Display(quiet or not main)
@@ -99,6 +100,22 @@ def _joined(training: TrainingConfig) -> contextlib.AbstractContextManager[Ranks
     from .parallel.distributed import joined
 
     return joined(training)
+
+
+def _check_ranks(config: RunConfig, ranks: Ranks) -> None:
+    """Raises InputError where ``ranks`` cannot train that model: before anything is written."""
+    if config.objective.lora_rank and ranks.size > 1:
+        raise InputError(f"lora_rank: adapters are trained by one process, not by {ranks.size}")
+    if config.training.tensor_parallel > 1:
+        model = config.model
+        if model.encoder != "none" or model.decoder != "transformer":
+            raise InputError(
+                "tensor_parallel: splits the vocabulary of a Transformer decoder alone, got encoder "
+                f"{model.encoder} and decoder {model.decoder}"
+            )
+        if model.positions != "rotary":
+            # Learned ones are looked up together with the tokens.
+            raise InputError(f"tensor_parallel: needs rotary positions, got {model.positions}")
 
 
 @contextlib.contextmanager
@@ -153,6 +170,7 @@ def resume(checkpoint: str | Path, changes: Mapping[str, object] | None = None, 
         config = replace(config, training=build_settings(TrainingConfig, changes, "command line", config.training))
     find_wandb(config.training.wandb)
     with _joined(config.training) as ranks, contextlib.ExitStack() as held:
+        _check_ranks(config, ranks)
         main = ranks.rank == 0
         if main:
             held.enter_context(sole_writer(folder, LOCK))

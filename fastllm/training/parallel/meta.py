@@ -86,7 +86,7 @@ def on_meta(make: Callable[[], nn.Module]) -> tuple[nn.Module, Callable[..., Non
                 if last.get(name) == index:
                     for fill_part in parts.get(name, ()):
                         fill_part(whole)
-                    _copy_part(parameters[name], whole)
+                    copy_part(parameters[name], whole)
 
     return model, draw
 
@@ -110,8 +110,8 @@ def _take_memory(model: nn.Module, device: torch.device) -> None:
             buffer.copy_(kept[name])
 
 
-def _copy_part(parameter: torch.Tensor, whole: torch.Tensor) -> None:
-    """This rank's part of ``whole``."""
+def copy_part(parameter: torch.Tensor, whole: torch.Tensor) -> None:
+    """Fill ``parameter`` with ``whole``, or with this rank's part of it."""
     if not isinstance(parameter, DTensor):
         parameter.copy_(whole)
         return
