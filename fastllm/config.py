@@ -140,7 +140,10 @@ def read_plain(path: str | Path) -> bytes:
 
     Raises:
         InputError: it is missing, unreadable, or neither; names it.
+        TypeError: ``path`` is none. A number would name a file that is open, and close it.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"expected a path, got {path!r}")
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
