@@ -19,6 +19,7 @@ import sys
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,14 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, title: str, defaults: 
 def flags_given(namespace: argparse.Namespace, cls: type) -> dict[str, Any]:
     """The fields of ``cls`` that the command line names."""
     return {s.name: getattr(namespace, s.name) for s in settings(cls) if hasattr(namespace, s.name)}
+
+
+def check_whole_number(name: str, value: Any, least: int | None = None) -> None:
+    """Raise TypeError where ``value`` is no whole number, ValueError where it is less than ``least``."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def path(text: str) -> Path:

@@ -221,6 +221,8 @@ def test_forward_refuses(model):
         model(tokens(length=25))
     with pytest.raises(ValueError, match=r"tokens must be \(batch, length\)"):
         model(torch.zeros(3, 4, device=DEVICE))
+    with pytest.raises(TypeError, match="targets must be a tensor, got NoneType"):
+        model.loss(tokens(), None)
     if not HAS_GPU:
         with pytest.raises(IndexError):
             model(torch.full((1, 2), 61))
