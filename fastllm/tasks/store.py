@@ -144,13 +144,15 @@ def prepare_examples(
     labels = label_names(train, validation) if objective == "classify" else ()
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
-    digests, notes, before = {}, list(notes), len(train)
+    digests, notes, before, held = {}, list(notes), len(train), len(validation)
     train = unique(train)
     # What is trained on must not be scored on.
     seen = {json.dumps(example, sort_keys=True) for example in train}
     validation = [e for e in unique(validation) if json.dumps(e, sort_keys=True) not in seen]
     if before > len(train):
         notes.append(f"{before - len(train):,} repeated examples left out")
+    if held > len(validation):
+        notes.append(f"{held - len(validation):,} held-out examples left out that are repeated or trained on")
     if not validation:
         raise InputError("held_out: every example is among those trained on")
     for part, examples in (("train", train), ("validation", validation)):
