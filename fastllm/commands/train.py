@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
             _check_shape(config, model, merged["model"])
         for title, given in {**tables, "model": model}.items():
             tell_unused(_unused(config)[title], given, "command line")
-        tokenizer = tokenizer_of(with_teacher(config).data)
+        tokenizer = tokenizer_of(with_teacher(with_pretrained(config)).data)
         if tokenizer and "vocab_size" in merged["model"]:
             available = Tokenizer.load(tokenizer).vocab_size
             if available != config.model.vocab_size:

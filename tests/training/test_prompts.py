@@ -329,6 +329,12 @@ def test_the_references_last_bits_do_not_choose_the_batches(here, tmp_path):
         assert torch.equal(one.batch(step)["chosen"], two.batch(step)["chosen"])
 
 
+def test_a_pretrained_student_has_its_own_context_beside_a_teacher(here, tmp_path):
+    models = ["--teacher", "told", "--pretrained", "told"]
+    assert run("train", *QUICK, "--objective", "distill", *models, "--data", "0.txt", "--out", tmp_path / "taught") == 0
+    assert load_model(tmp_path / "taught/model").config == load_model("told/model").config
+
+
 def test_eval_gives_accuracy_margins_and_divergence(here, capsys):
     assert run("eval", "--run", "preferring", "dpo.jsonl", "--out", "scores") == 0
     scores = json.loads((here / "scores/scores.json").read_text())
