@@ -7,12 +7,12 @@ import argparse
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ..config import InputError, add_flags, flags_given, read_toml, settings, tell_unused
+from ..config import InputError, add_flags, flags_given, settings, tell_unused
 from ..data import DataConfig, Tokenizer
 from ..data.dataset import is_prepared, tokenizer_of
 from ..models import PRESETS, ModelConfig
 from ..training import RunConfig, TrainingConfig, build_run_config, resume, train
-from ..training.config import DEFAULT_PRESET
+from ..training.config import DEFAULT_PRESET, read_tables
 from ..training.objectives import ObjectiveConfig
 from ..training.recipes import RECIPES
 from ..training.setup import with_pretrained, with_teacher
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError(f"--resume: a run keeps its settings; --{fixed[0].replace('_', '-')} cannot be given")
         result = resume(arguments.resume, tables["training"], quiet=arguments.quiet)
     else:
-        file = read_toml(arguments.config) if arguments.config else {}
+        file = read_tables(arguments.config) if arguments.config else {}
         # Check the file by itself first, so that a message names the file only for what it says.
         alone = build_run_config(file, str(arguments.config))
         for title, names in _changed(file).items():
