@@ -104,18 +104,23 @@ def _joined(training: TrainingConfig) -> contextlib.AbstractContextManager[Ranks
 
 def _check_ranks(config: RunConfig, ranks: Ranks) -> None:
     """Raises InputError where ``ranks`` cannot train that model: before anything is written."""
-    if config.objective.lora_rank and ranks.size > 1:
+    objective, model = config.objective, config.model
+    if objective.lora_rank and ranks.size > 1:
         raise InputError(f"lora_rank: adapters are trained by one process, not by {ranks.size}")
     if config.training.tensor_parallel > 1:
-        model = config.model
         if model.encoder != "none" or model.decoder != "transformer":
             raise InputError(
                 "tensor_parallel: splits the vocabulary of a Transformer decoder alone, got encoder "
                 f"{model.encoder} and decoder {model.decoder}"
             )
-        if model.positions != "rotary":
-            # Learned ones are looked up together with the tokens.
-            raise InputError(f"tensor_parallel: needs rotary positions, got {model.positions}")
+        # Learned positions and segments are looked up together with the tokens, and scaled with them. The loss of a
+        # split head has no scale; dpo's log-probabilities have.
+        needed = {"positions": "rotary", "scale_embeddings": False, "segments": 0}
+        if objective.objective != "dpo":
+            needed["logit_scale"] = 1.0
+        for name, value in needed.items():
+            if (got := getattr(model, name)) != value:
+                raise InputError(f"tensor_parallel: needs {name} {value}, got {got}")
 
 
 @contextlib.contextmanager

@@ -203,7 +203,10 @@ def test_every_kind_of_block_is_sharded(tmp_path, name, encoder, decoder):
             "tensor_parallel: splits the vocabulary of a Transformer decoder alone, got encoder gru",
         ),
         (["--decoder", "lstm"], "got encoder none and decoder lstm"),
-        (["--positions", "relative"], "tensor_parallel: needs rotary positions, got relative"),
+        (["--positions", "relative"], "tensor_parallel: needs positions rotary, got relative"),
+        (["--scale-embeddings"], "tensor_parallel: needs scale_embeddings False, got True"),
+        (["--segments", "2"], "tensor_parallel: needs segments 0, got 2"),
+        (["--logit-scale", "0.5"], "tensor_parallel: needs logit_scale 1.0, got 0.5"),
     ],
 )
 def test_models_that_several_processes_cannot_split_are_refused_before_anything_is_written(
