@@ -19,6 +19,7 @@ import sys
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,14 @@ def flags_given(namespace: argparse.Namespace, cls: type) -> dict[str, Any]:
     return {s.name: getattr(namespace, s.name) for s in settings(cls) if hasattr(namespace, s.name)}
 
 
+def check_whole_number(name: str, value: Any, least: int | None = None) -> None:
+    """Raise TypeError where ``value`` is no whole number, ValueError where it is less than ``least``."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
 def path(text: str) -> Path:
     """An argument's type: a path that is not empty, which would be the current folder."""
     if not text:
@@ -140,7 +149,10 @@ def read_plain(path: str | Path) -> bytes:
 
     Raises:
         InputError: it is missing, unreadable, a folder or a device; names it.
+        TypeError: ``path`` is none. A number would name a file that is open, and close it.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"expected a path, got {path!r}")
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):

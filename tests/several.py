@@ -78,6 +78,7 @@ def run_all():
         if os.environ["RANK"] == "0":
             print(name, "done", file=sys.stderr, flush=True)
     prefer("dpo-vocabulary", "--tensor-parallel", "2")
+    prefer("dpo-fsdp", "--parallel", "fsdp")
     if os.environ["RANK"] == "0":
         for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             del os.environ[variable]

@@ -7,12 +7,12 @@ import argparse
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ..config import InputError, add_flags, flags_given, read_toml, settings, tell_unused
+from ..config import InputError, add_flags, flags_given, settings, tell_unused
 from ..data import DataConfig, Tokenizer
 from ..data.dataset import is_prepared, tokenizer_of
 from ..models import PRESETS, ModelConfig
 from ..training import RunConfig, TrainingConfig, build_run_config, resume, train
-from ..training.config import DEFAULT_PRESET
+from ..training.config import DEFAULT_PRESET, read_tables
 from ..training.objectives import ObjectiveConfig
 from ..training.recipes import RECIPES
 from ..training.setup import with_pretrained, with_teacher
@@ -85,7 +85,7 @@ def _check_resumption(arguments: argparse.Namespace, flags: Tables) -> None:
 
 def _configured(arguments: argparse.Namespace, flags: Tables) -> RunConfig:
     """A new run's settings, of the file and of the command line; those without an effect are told."""
-    file = read_toml(arguments.config) if arguments.config else {}
+    file = read_tables(arguments.config) if arguments.config else {}
     # Check the file by itself first, so that a message names the file only for what it says.
     alone = build_run_config(file, str(arguments.config))
     for title, names in _changed(file).items():
@@ -98,7 +98,7 @@ def _configured(arguments: argparse.Namespace, flags: Tables) -> RunConfig:
         _check_shape(config, flags["model"], merged["model"])
     for title, given in flags.items():
         tell_unused(_unused(config)[title], given, "command line")
-    tokenizer = tokenizer_of(with_teacher(config).data)
+    tokenizer = tokenizer_of(with_teacher(with_pretrained(config)).data)
     if tokenizer and "vocab_size" in merged["model"]:
         available = Tokenizer.load(tokenizer).vocab_size
         if available != config.model.vocab_size:

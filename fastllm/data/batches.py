@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..config import InputError
+from ..config import InputError, check_whole_number
 from .concatenated import Concatenated
 from .token_file import TokenFile
 
@@ -76,6 +76,9 @@ class Batches:
     """
 
     def __init__(self, tokens: TokenFile, context_length: int, batch_size: int, seed: int):
+        check_whole_number("context_length", context_length, 1)
+        check_whole_number("batch_size", batch_size, 1)
+        check_whole_number("seed", seed)
         if len(tokens) < context_length + 1:
             raise InputError(
                 f"context_length: the training text has {len(tokens):,} tokens, a context of {context_length:,} "
@@ -122,7 +125,13 @@ def evaluation_windows(tokens: int, context_length: int, stride: int) -> list[Wi
     They advance by ``stride``, and each scores only the tokens that no earlier window scored. So every target after the
     first window has at least context_length - stride tokens of context. The last window is moved back so that it is as
     long as the others.
+
+    Raises:
+        ValueError, TypeError: an argument is no whole number, or too small; names it.
     """
+    check_whole_number("tokens", tokens, 0)
+    check_whole_number("context_length", context_length, 1)
+    check_whole_number("stride", stride, 1)
     targets = tokens - 1
     length = min(context_length, targets)
     windows, scored = [], 0
@@ -139,9 +148,14 @@ def evaluation_batches(
     """(tokens, targets) for :func:`evaluation_windows`, ``batch_size`` windows each; skipped targets are -100.
 
     ``limit``: the most windows, evenly spread and always the same; 0: all.
+
+    Raises:
+        ValueError, TypeError: as for :func:`evaluation_windows`.
     """
     import torch
 
+    check_whole_number("batch_size", batch_size, 1)
+    check_whole_number("limit", limit, 0)
     windows = evaluation_windows(len(tokens), context_length, stride)
     if 0 < limit < len(windows):
         windows = [windows[i * len(windows) // limit] for i in range(limit)]

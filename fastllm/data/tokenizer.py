@@ -300,6 +300,8 @@ class Tokenizer:
         return Tokenizer(inner.to_str(), self.chat_template)
 
     def _pieces(self, text: str) -> Iterable[str]:
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a str, got {type(text).__name__}")
         return _pieces(text) if self._cuts else (text,)
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import NamedTuple
 
 import torch
 
-from ..config import InputError
+from ..config import InputError, check_whole_number
 from ..models.mode import evaluation_mode
 
 # Below it the division could overflow, and only the likeliest token is left anyway.
@@ -53,22 +54,25 @@ class Sampling(NamedTuple):
     seed: int | None
 
 
+def check_model(model) -> None:
+    """Raise TypeError where ``model`` gives no next token. A compiled model is of another class."""
+    if not hasattr(model, "last_logits"):
+        raise TypeError(f"model must be a language model, got {type(model).__name__}")
+
+
 def check_sampling(
     max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int | None = None
 ) -> None:
     """Raise ValueError for a sampling argument out of its range, TypeError for one that is no number of its kind."""
-    for name, value in (("max_new_tokens", max_new_tokens), ("top_k", top_k), ("seed", seed)):
-        if not isinstance(value, Integral) and (value is not None or name == "max_new_tokens"):
-            raise TypeError(f"{name} must be a whole number, got {value!r}")
+    check_whole_number("max_new_tokens", max_new_tokens, 0)
+    for name, value, least in (("top_k", top_k, 1), ("seed", seed, None)):
+        if value is not None:
+            check_whole_number(name, value, least)
     for name, value in (("temperature", temperature), ("top_p", top_p)):
         if not isinstance(value, Real) and (value is not None or name == "temperature"):
             raise TypeError(f"{name} must be a number, got {value!r}")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
     if not 0.0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be at least 0 (0 takes the likeliest token), got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
     if seed is not None and not 0 <= seed < 2**64:
@@ -77,8 +81,7 @@ def check_sampling(
 
 def check_stop_token(model, stop_token: int) -> None:
     """Raise TypeError for a token that is no number, ValueError for one that the model never gives."""
-    if not isinstance(stop_token, Integral):
-        raise TypeError(f"stop_token must be a whole number, got {stop_token!r}")
+    check_whole_number("stop_token", stop_token)
     if not 0 <= stop_token < model.config.vocab_size:
         raise ValueError(f"stop_token must be in the vocabulary of {model.config.vocab_size}, got {stop_token}")
 
@@ -111,14 +114,22 @@ def generate(
         TypeError: an argument is no number of its kind.
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
-    if not hasattr(model, "last_logits"):  # a compiled model is of another class
-        raise TypeError(f"model must be a language model, got {type(model).__name__}")
+    check_model(model)
     if stop_token is not None:
         check_stop_token(model, stop_token)
-    if len(tokens) == 0:
+    prompt = _ids(tokens)
+    if not prompt:
         raise ValueError("tokens must hold at least one token to continue from")
     sampling = Sampling(temperature, top_k, top_p, seed)
-    return _stream(model, list(tokens), max_new_tokens, sampling, stop_token)
+    return _stream(model, prompt, max_new_tokens, sampling, stop_token)
+
+
+def _ids(tokens) -> list[int]:
+    try:
+        return [operator.index(token) for token in tokens]
+    except TypeError as error:
+        got = repr(tokens) if isinstance(tokens, str) else type(tokens).__name__
+        raise TypeError(f"tokens must be a sequence of token ids, got {got}: {error}") from error
 
 
 def _stream(model, tokens, max_new_tokens, sampling: Sampling, stop_token):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from numbers import Integral
+from numbers import Real
 from typing import NamedTuple
 
 import torch
 
-from ..config import InputError
+from ..config import InputError, check_whole_number
 from ..models import DecoderCache, Encoded, EncoderDecoder
 from ..models.mode import evaluation_mode
-from .sampling import NOT_FINITE, check_stop_token
+from .sampling import NOT_FINITE, check_model, check_stop_token
 
 
 class Hypothesis(NamedTuple):
@@ -36,15 +36,13 @@ def _logits(model, tokens: torch.Tensor, memory: Encoded | None, cache: DecoderC
 
 
 def _check(model, start: torch.Tensor, max_new_tokens: int, stop_token: int) -> int:
+    check_model(model)
     if not isinstance(start, torch.Tensor):
         raise TypeError(f"start must be a tensor, got {type(start).__name__}")
-    if not isinstance(max_new_tokens, Integral):
-        raise TypeError(f"max_new_tokens must be a whole number, got {max_new_tokens!r}")
+    check_whole_number("max_new_tokens", max_new_tokens, 1)
     check_stop_token(model, stop_token)
     if start.dim() != 2 or not start.numel():
         raise ValueError(f"start must be (batch, length) with at least one token each, got {list(start.shape)}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     room = model.config.context_length - start.shape[1] + 1
     if room < 1:
         raise ValueError(f"start reaches past context_length {model.config.context_length}")
@@ -126,10 +124,9 @@ def beam_search(
         TypeError: an argument is of another kind.
     """
     steps = _check(model, start, max_new_tokens, stop_token)
-    if not isinstance(beams, Integral):
-        raise TypeError(f"beams must be a whole number, got {beams!r}")
-    if beams < 1:
-        raise ValueError(f"beams must be at least 1, got {beams}")
+    check_whole_number("beams", beams, 1)
+    if not isinstance(length_penalty, Real):
+        raise TypeError(f"length_penalty must be a number, got {length_penalty!r}")
     if not 0.0 <= length_penalty < float("inf"):
         raise ValueError(f"length_penalty must be at least 0, got {length_penalty}")
     batch, device = len(start), start.device

@@ -22,7 +22,12 @@ class Head(fast.LinearCrossEntropyHead):
 
         A target of -100 is ignored. More than :data:`WHOLE_LOGITS` logits are never held all at once: a few rows of
         them at a time become their own gradient.
+
+        Raises:
+            TypeError: ``targets`` is no tensor.
         """
+        if not isinstance(targets, torch.Tensor):
+            raise TypeError(f"targets must be a tensor, got {type(targets).__name__}")
         if targets.numel() * self.out_features > WHOLE_LOGITS:
             return self(hidden, targets, logit_scale=logit_scale, label_smoothing=label_smoothing).float()
         logits = self(hidden).flatten(0, -2)

@@ -18,11 +18,16 @@ SUMMARY = "examples.json"
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """Examples, and the SHA-256 of the file that holds them."""
+    """Examples, and the SHA-256 of the file that holds them.
+
+    ``key``: what batches are drawn by, the SHA-256 of the examples as they were given: without a reference's
+    log-probabilities, whose last bits depend on the machine and on the size of micro-batches.
+    """
 
     path: Path
     examples: list[dict]
     sha256: str
+    key: str
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -114,6 +119,14 @@ def texts(examples: list[dict]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def _as_lines(examples: list[dict]) -> str:
+    return "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def prepare_examples(
     folder: str | Path, objective: str, name: str, train: list[dict], validation: list[dict], tokenizer: Tokenizer,
     *, notes: Sequence[str] = (),
@@ -131,19 +144,21 @@ def prepare_examples(
     labels = label_names(train, validation) if objective == "classify" else ()
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
-    digests, notes, before = {}, list(notes), len(train)
+    digests, notes, before, held = {}, list(notes), len(train), len(validation)
     train = unique(train)
     # What is trained on must not be scored on.
     seen = {json.dumps(example, sort_keys=True) for example in train}
     validation = [e for e in unique(validation) if json.dumps(e, sort_keys=True) not in seen]
     if before > len(train):
         notes.append(f"{before - len(train):,} repeated examples left out")
+    if held > len(validation):
+        notes.append(f"{held - len(validation):,} held-out examples left out that are repeated or trained on")
     if not validation:
         raise InputError("held_out: every example is among those trained on")
     for part, examples in (("train", train), ("validation", validation)):
-        text = "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
+        text = _as_lines(examples)
         write_text(folder / f"{part}.jsonl", text)
-        digests[f"{part}_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+        digests[f"{part}_sha256"] = _sha256(text)
     summary = TaskSummary(objective, name, labels, tokenizer.fingerprint, notes=tuple(notes), **digests)
     write_text(folder / SUMMARY, json.dumps(asdict(summary), indent=1) + "\n")
     return open_examples(folder)
@@ -176,6 +191,7 @@ def open_examples(folder: str | Path) -> TaskDataset:
         if hashlib.sha256(content).hexdigest() != digest:
             raise InputError(f"{path}: damaged: its SHA-256 does not match {folder / SUMMARY}")
         examples = [json.loads(line) for line in content.decode().split("\n") if line]
-        parts.append(ExampleSet(path, examples, digest))
+        given = [{name: value for name, value in example.items() if name != "reference"} for example in examples]
+        parts.append(ExampleSet(path, examples, digest, digest if given == examples else _sha256(_as_lines(given))))
     train, validation = parts
     return TaskDataset(train, validation, tokenizer, summary)

@@ -282,10 +282,31 @@ def build_run_config(tables: Mapping[str, Any], where: str, preset: str | None =
     ).without_unused()
 
 
+def read_tables(path: str | Path) -> dict[str, Any]:
+    """The tables of a file of settings, such as a run's own ``config.toml``.
+
+    0.2.0 wrote all settings of all objectives into every run's file. Its label smoothing was seq2seq's alone, and no
+    objective had short windows: such a file is read as it was meant.
+
+    Raises:
+        InputError: the file is missing or not TOML.
+    """
+    tables = read_toml(path)
+    objective = tables.get("objective")
+    if not isinstance(objective, dict) or not {"mask_probability", "label_smoothing"} <= set(objective):
+        return tables
+    kind = objective.get("objective", "causal")
+    if kind != "seq2seq":
+        del objective["label_smoothing"]
+    if kind == "causal":
+        objective.setdefault("short_windows", 0.0)
+    return tables
+
+
 def read_run_config(path: str | Path) -> RunConfig:
     """A run's settings from a TOML file, such as a run's own ``config.toml``.
 
     Raises:
         InputError: see :func:`build_run_config`; or the file is missing or not TOML.
     """
-    return build_run_config(read_toml(path), str(path))
+    return build_run_config(read_tables(path), str(path))

@@ -51,6 +51,7 @@ def train(
     pick_device(config.training.device)
     find_wandb(config.training.wandb)
     with _joined(config.training) as ranks, contextlib.ExitStack() as held:
+        _check_ranks(config, ranks)
         main = ranks.rank == 0
         with _new_folder(folder, held) if main else contextlib.nullcontext(Path(folder or "")) as folder:
             display = Display(quiet or not main)
@@ -100,6 +101,27 @@ def _joined(training: TrainingConfig) -> contextlib.AbstractContextManager[Ranks
     from .parallel.distributed import joined
 
     return joined(training)
+
+
+def _check_ranks(config: RunConfig, ranks: Ranks) -> None:
+    """Raises InputError where ``ranks`` cannot train that model: before anything is written."""
+    objective, model = config.objective, config.model
+    if objective.lora_rank and ranks.size > 1:
+        raise InputError(f"lora_rank: adapters are trained by one process, not by {ranks.size}")
+    if config.training.tensor_parallel > 1:
+        if model.encoder != "none" or model.decoder != "transformer":
+            raise InputError(
+                "tensor_parallel: splits the vocabulary of a Transformer decoder alone, got encoder "
+                f"{model.encoder} and decoder {model.decoder}"
+            )
+        # Learned positions and segments are looked up together with the tokens, and scaled with them. The loss of a
+        # split head has no scale; dpo's log-probabilities have.
+        needed = {"positions": "rotary", "scale_embeddings": False, "segments": 0}
+        if objective.objective != "dpo":
+            needed["logit_scale"] = 1.0
+        for name, value in needed.items():
+            if (got := getattr(model, name)) != value:
+                raise InputError(f"tensor_parallel: needs {name} {value}, got {got}")
 
 
 @contextlib.contextmanager
@@ -154,6 +176,7 @@ def resume(checkpoint: str | Path, changes: Mapping[str, object] | None = None, 
         config = replace(config, training=build_settings(TrainingConfig, changes, "command line", config.training))
     find_wandb(config.training.wandb)
     with _joined(config.training) as ranks, contextlib.ExitStack() as held:
+        _check_ranks(config, ranks)
         main = ranks.rank == 0
         if main:
             held.enter_context(sole_writer(folder, LOCK))

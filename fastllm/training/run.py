@@ -42,7 +42,7 @@ from .optimizer import Optimizers
 from .parallel.ranks import ALONE, Ranks
 from .reports.progress import Display
 from .reports.report import plot_loss, write_samples
-from .setup import new_model
+from .setup import new_model, with_weights
 
 CONFIG = "config.toml"
 SESSIONS = "sessions.jsonl"
@@ -83,8 +83,6 @@ class Run:
     ):  # fmt: skip
         self.folder, self.dataset, self.display, self.ranks = folder, dataset, display, ranks
         self.device = ranks.device(pick_device(config.training.device))
-        if config.objective.lora_rank and ranks.size > 1:
-            raise InputError(f"lora_rank: adapters are trained by one process, not by {ranks.size}")
         self.config = config = config.with_budget()
         training = config.training
         self.objective = make_objective(
@@ -113,7 +111,8 @@ class Run:
         with keep_random_state(self.device):
             torch.manual_seed(derive_seed(training.seed, "weights"))
             dtype = self.ranks.dtype(training.dtype)
-            model = self.ranks.build(lambda: new_model(self.config), self.device, dtype)
+            model = self.ranks.build(self._make, self.device, dtype)
+            with_weights(model, self.config, self.ranks)
         state = State(step=0, seconds=0.0, tokens=0, dtype=dtype, data=self.dataset.train.sha256)
         return state, model, {}
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 from ..config import InputError
@@ -14,14 +15,15 @@ from ..data import Dataset, Tokenizer, load_dataset, open_dataset
 from ..data.dataset import tokenizer_of
 from ..data.tokenizer_training import check_training
 from ..models import Model, build_model
-from ..models.pretrained import tied_names
 from ..tasks.read import read_examples
 from ..tasks.store import TaskDataset, open_examples, prepare_examples, split_examples, texts
 from .checkpoints.checkpoint import load_config
 from .checkpoints.model_folder import language_model_folder, model_folder
 from .config import RunConfig
 from .lora import add_lora
+from .objective import TrainedModel
 from .objective_config import ObjectiveConfig, fit_model
+from .parallel.ranks import ALONE, Ranks
 from .prompts import prepare_prompts
 
 
@@ -153,23 +155,32 @@ def new_model(config: RunConfig) -> Model:
     Raises:
         InputError: the pretrained weights do not fit.
     """
-    model = build_model(config.model)
+    return with_weights(build_model(config.model), config, ALONE)
+
+
+def with_weights(model: TrainedModel, config: RunConfig, ranks: Ranks) -> TrainedModel:
+    """``model``, which ``ranks`` may have split, with the pretrained weights and adapters that ``config`` asks for.
+
+    Heads that the pretrained model lacks keep what they have.
+
+    Raises:
+        InputError: the pretrained weights do not fit.
+    """
     if config.objective.pretrained is None:
         return model
-    if next(model.parameters()).is_meta:
-        raise InputError("pretrained: weights cannot be read into a model that is split over ranks from its beginning")
     path = model_folder(config.objective.pretrained) / "model.safetensors"
     weights = load_file(path)
-    own = model.state_dict()
+    own = dict(model.named_parameters())
     # A head with another number of classes starts anew.
-    taken = {name: value for name, value in weights.items() if name in own and value.shape == own[name].shape}
-    model.load_state_dict(taken, strict=False)
+    taken = [name for name, value in weights.items() if name in own and value.shape == own[name].shape]
     body = ("encoder.", "decoder.", "blocks.", "token_embedding.")
-    new = [name for name in own if name not in taken and name not in tied_names(model)]
-    parameters = {name for name, _ in model.named_parameters()}
-    missing = [name for name in new if name.startswith(body) and name in parameters]
+    new = [name for name in own if name not in taken]
+    missing = [name for name in new if name.startswith(body)]
     if missing:
         raise InputError(f"pretrained: {path} does not fit the model: {missing[0]} is missing or of another shape")
+    with torch.no_grad():
+        for name in taken:
+            ranks.copy(own[name], weights[name])
     if config.objective.lora_rank:
         add_lora(model, config.objective.lora_rank, set(new))
     return model

@@ -167,6 +167,9 @@ def test_examples_survive_and_damage_is_named(tmp_path, tokenizer):
     assert open_examples(tmp_path).train.examples == made.train.examples
     assert "3 repeated examples left out" in made.describe()
     assert not {e["text"] for e in made.train.examples} & {e["text"] for e in made.validation.examples}
+    known = prepare_examples(tmp_path / "known", "classify", "toy", train, [*held, *held[:1], *train[:2]], tokenizer)
+    assert f"{len(made.validation)} held out" in known.describe()
+    assert "3 held-out examples left out that are repeated or trained on" in known.describe()
     (tmp_path / "train.jsonl").write_text("{}\n")
     with pytest.raises(InputError, match=r"train\.jsonl: damaged"):
         open_examples(tmp_path)

@@ -95,3 +95,16 @@ def test_evaluation_scores_every_token_once_with_enough_context(count, stride):
     for window in evaluation_windows(count, 16, stride)[1:]:
         assert window.length == 16
         assert window.skip >= 16 - stride
+
+
+@pytest.mark.parametrize("name", ["context_length", "batch_size", "stride", "limit"])
+@pytest.mark.parametrize("value", [None, "8", 1.5, True, -1, 0])
+def test_counts_that_are_none_are_named(tokens, name, value):
+    wrong = pytest.raises((TypeError, ValueError), match=f"{name} must be (a whole number|at least)")
+    if name in ("context_length", "batch_size"):
+        with wrong:
+            Batches(tokens, **{"context_length": 8, "batch_size": 2, "seed": 0, name: value})
+    if name == "limit" and value == 0:  # all windows
+        return
+    with wrong:
+        list(evaluation_batches(np.arange(50), **{"context_length": 8, "stride": 4, "batch_size": 2, name: value}))

@@ -289,3 +289,11 @@ def test_a_tokenizer_that_cannot_be_made_is_refused_before_the_text_is_read(
     assert main([*arguments, *source, "--out", "out"]) == 2
     assert message in capsys.readouterr().err
     assert os.listdir() == []
+
+
+@pytest.mark.parametrize("text", [None, 1, b"a", ["a"]])
+def test_what_is_no_text_is_named(text):
+    tokenizer = Tokenizer.train(["a b"], 300)
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
+        with pytest.raises(TypeError, match=f"text must be a str, got {type(text).__name__}"):
+            encode(text)

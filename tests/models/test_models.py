@@ -221,6 +221,8 @@ def test_forward_refuses(model):
         model(tokens(length=25))
     with pytest.raises(ValueError, match=r"tokens must be \(batch, length\)"):
         model(torch.zeros(3, 4, device=DEVICE))
+    with pytest.raises(TypeError, match="targets must be a tensor, got NoneType"):
+        model.loss(tokens(), None)
     if not HAS_GPU:
         with pytest.raises(IndexError):
             model(torch.full((1, 2), 61))
@@ -318,3 +320,15 @@ def test_generate_refuses_before_any_work(model, options, message):
         generate(model, [1], **options)
     with pytest.raises(ValueError, match="at least one token"):
         generate(model, [])
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "top_k", "seed", "stop_token"])
+def test_generate_takes_no_truth_value_for_a_number(model, name):
+    with pytest.raises(TypeError, match=f"{name} must be a whole number, got True"):
+        generate(model, [1], **{name: True})
+
+
+@pytest.mark.parametrize("tokens", [None, 1, "a", [None], [1.5], torch.tensor(1.5), torch.tensor([1.5])])
+def test_generate_names_a_prompt_that_is_none(model, tokens):
+    with pytest.raises(TypeError, match="tokens must be a sequence of token ids, got"):
+        generate(model, tokens)

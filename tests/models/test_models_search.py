@@ -96,5 +96,16 @@ def test_the_context_ends_a_search_and_bad_arguments_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             beam_search(model, start, **{"max_new_tokens": 5, "stop_token": STOP, **options})
+    for options, message in (
+        ({"beams": True}, "beams must be a whole number"),
+        ({"stop_token": True}, "stop_token must be a whole number"),
+        ({"length_penalty": "1"}, "length_penalty must be a number"),
+        ({"length_penalty": None}, "length_penalty must be a number"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            beam_search(model, start, **{"max_new_tokens": 5, "stop_token": STOP, **options})
+    for search in (beam_search, greedy):
+        with pytest.raises(TypeError, match="model must be a language model, got NoneType"):
+            search(None, start, max_new_tokens=5, stop_token=STOP)
     with pytest.raises(ValueError, match="at least one token each"):
         greedy(model, start[:, :0], max_new_tokens=5, stop_token=STOP)

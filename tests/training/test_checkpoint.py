@@ -18,7 +18,7 @@ from fastllm.config import InputError
 from fastllm.data import Corpus, prepare
 from fastllm.files import save_tensors
 from fastllm.training import resume, run, session, train
-from fastllm.training.checkpoints import saving
+from fastllm.training.checkpoints import checkpoint, saving
 from fastllm.training.checkpoints.checkpoint import (
     Keep,
     State,
@@ -332,6 +332,19 @@ def test_changed_data_are_refused(finished, tmp_path):
 def test_a_folder_that_holds_a_run_is_not_trained_in_again(config, finished):
     with pytest.raises(InputError, match="holds a run already"):
         train(config(), finished, quiet=True)
+
+
+def test_a_folder_that_is_renamed_while_it_is_saved_to_is_an_error_of_the_disk(tmp_path, monkeypatch):
+    folder, real = tmp_path / "checkpoints", checkpoint.write_text
+
+    def rename(path, text):
+        real(path, text)
+        folder.rename(tmp_path / "elsewhere")
+
+    monkeypatch.setattr(checkpoint, "write_text", rename)
+    state = State(step=2, seconds=0.0, tokens=0, dtype="float32", data="")
+    with pytest.raises(FileNotFoundError, match=r"vanished as soon as it was saved: '.*step-00000002'"):
+        save_checkpoint(folder, state, lambda folder: None, Keep(newest=2))
 
 
 @pytest.mark.parametrize(("keep", "stay"), [(Keep(newest=2), [4, 5]), (Keep(newest=1, best=1), [5])])

@@ -1,5 +1,6 @@
 """Several processes give what one gives: DDP, FSDP2, a vocabulary split over ranks; restarts; a rank that hangs."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from cells import setting
 from prose import prose
 from safetensors.torch import load_file
 from several import MODEL, PAIRS
@@ -19,12 +21,14 @@ from toy import TOY, shorten_runs, weights
 
 from fastllm.cli import main
 from fastllm.config import InputError
-from fastllm.models import Transformer
+from fastllm.models import build_model
 from fastllm.training.config import TrainingConfig
 from fastllm.training.parallel import distributed, watch
-from fastllm.training.parallel.distributed import DataParallel
+from fastllm.training.parallel.distributed import DataParallel, FullySharded
 from fastllm.training.parallel.meta import on_meta
+from fastllm.training.parallel.ranks import Ranks
 from fastllm.training.reports.progress import read_metrics
+from fastllm.training.step import StepSettings, batch_gradients
 
 
 @pytest.fixture(autouse=True)
@@ -69,10 +73,11 @@ def test_ddp_fsdp_and_a_split_vocabulary_train_as_one_process_does(tmp_path, pro
         torch.testing.assert_close(found, alone, rtol=1e-5 if exact else 1e-3, atol=0)
         own = load_file(tmp_path / name / "model" / "model.safetensors")
         assert {key: value.shape for key, value in own.items()} == {key: value.shape for key, value in weights.items()}
-    for key in ("loss", "grad_norm"):
-        torch.testing.assert_close(
-            steps(tmp_path / "dpo-vocabulary", key), steps(tmp_path / "dpo-alone", key), rtol=1e-4, atol=0
-        )
+    for name in ("dpo-vocabulary", "dpo-fsdp"):
+        for key in ("loss", "grad_norm"):
+            torch.testing.assert_close(
+                steps(tmp_path / name, key), steps(tmp_path / "dpo-alone", key), rtol=1e-4, atol=0
+            )
 
 
 def test_a_rank_that_is_killed_and_one_that_hangs_are_restarted_and_the_run_ends_right(tmp_path):
@@ -142,17 +147,79 @@ def test_another_budget_takes_the_place_of_epochs(monkeypatch):
 
 
 def test_weights_drawn_without_memory_first_are_those_that_would_have_been_drawn():
-    for shape in (TOY, replace(TOY, positions="learned", norm="layer", tie_embeddings=False, bias=True)):
+    recurrent = replace(TOY, encoder="lstm", decoder="lstm", bias=True)
+    shapes = (
+        TOY,
+        replace(TOY, positions="learned", norm="layer", tie_embeddings=False, bias=True),
+        recurrent,
+        replace(recurrent, encoder="conv", decoder="gru"),
+        replace(recurrent, decoder="none", heads=("mlm", "nsp"), segments=2),
+    )
+    for shape in shapes:
         torch.manual_seed(3)
-        expected = Transformer(shape)
+        expected = build_model(shape)
         torch.manual_seed(3)
-        model, draw = on_meta(lambda shape=shape: Transformer(shape))
+        model, draw = on_meta(lambda shape=shape: build_model(shape))
         assert all(parameter.is_meta for parameter in model.parameters())
         draw(torch.device("cpu"))
         for name, value in expected.state_dict().items():
             assert torch.equal(model.state_dict()[name], value), name
         for one, other in zip(expected.buffers(), model.buffers(), strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder", "decoder"),
+    [("classify", "conv", "none"), ("mlm+nsp", "lstm", "none"), ("seq2seq", "gru", "lstm"), ("causal", "none", "gru")],
+)
+def test_every_kind_of_block_is_sharded(tmp_path, name, encoder, decoder):
+    objective, alone = setting(name, encoder, decoder, tmp_path)
+    settings = StepSettings(micro_batch_size=2, clip=1.0, dtype="float32", seed=0)
+    batch = objective.batch(0)
+    expected = batch_gradients(objective, alone, batch, settings)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        ranks = FullySharded(TrainingConfig(parallel="fsdp"), "cpu")
+        torch.manual_seed(0)
+        model = ranks.build(lambda: build_model(alone.config), torch.device("cpu"), "float32")
+        for own, whole in zip(model.parameters(), alone.parameters(), strict=True):
+            with torch.no_grad():
+                ranks.copy(own, whole)
+        found = batch_gradients(objective, model, batch, settings, ranks=ranks)
+        torch.testing.assert_close(found.loss, expected.loss)
+        torch.testing.assert_close(found.norm, expected.norm)
+        for own, whole in zip(model.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(own.grad.full_tensor(), whole.grad)
+        ranks.close()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--encoder", "gru"],
+            "tensor_parallel: splits the vocabulary of a Transformer decoder alone, got encoder gru",
+        ),
+        (["--decoder", "lstm"], "got encoder none and decoder lstm"),
+        (["--positions", "relative"], "tensor_parallel: needs positions rotary, got relative"),
+        (["--scale-embeddings"], "tensor_parallel: needs scale_embeddings False, got True"),
+        (["--segments", "2"], "tensor_parallel: needs segments 0, got 2"),
+        (["--logit-scale", "0.5"], "tensor_parallel: needs logit_scale 1.0, got 0.5"),
+    ],
+)
+def test_models_that_several_processes_cannot_split_are_refused_before_anything_is_written(
+    monkeypatch, capsys, arguments, message
+):
+    monkeypatch.setattr(distributed, "_process_group", lambda *args: contextlib.nullcontext())
+    monkeypatch.setattr(distributed, "VocabParallel", lambda *args: Ranks())
+    for variable, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(variable, value)
+    objective = ["--objective", "seq2seq"] if "--encoder" in arguments else []
+    assert main(["train", "--out", "run", *MODEL, *objective, *arguments, "--tensor-parallel", "2"]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("run").exists()
 
 
 def test_numbers_of_the_host_are_gathered_where_the_callers_group_is_for_gpus_alone():

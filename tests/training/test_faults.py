@@ -110,6 +110,9 @@ def test_what_is_no_file_is_neither_read_nor_replaced(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["pipe"]
     with pytest.raises(InputError, match="/dev/zero: neither a file nor a folder"):
         read_plain("/dev/zero")
+    for number in (0, True, None):
+        with pytest.raises(TypeError, match=f"expected a path, got {number}"):
+            read_plain(number)
 
 
 def test_a_failed_command_takes_away_only_what_it_has_made(tmp_path):

@@ -115,6 +115,17 @@ def test_evaluation_is_repeatable_and_leaves_everything_alone(folder):
         assert results[0].main in results[0].scores
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_score_does_not_depend_on_how_many_rows_are_computed_at_a_time(name, folder):
+    encoder, decoder = next((encoder, decoder) for other, encoder, decoder in cells() if other == name)
+    objective, model = setting(name, encoder, decoder, folder)
+    for limit in (0, 5):
+        whole, *others = (objective.evaluate(model, rows, "float32", limit) for rows in (16, 3, 1))
+        for other in others:
+            assert other.tokens == whole.tokens
+            assert other.loss == pytest.approx(whole.loss, rel=1e-5)
+
+
 @pytest.fixture(scope="module")
 def words():
     text = "Unbelievably long extraordinary words, split into several pieces each; short ones not. " * 30

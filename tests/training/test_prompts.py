@@ -18,7 +18,9 @@ from fastllm.models import build_model, load_model
 from fastllm.tasks.features import answer_features, answer_ids, pair_parts, preference_features
 from fastllm.tasks.preferences import pair_log_probs, preference_scores, right_pairs, score_pairs
 from fastllm.tasks.prompts import SIDES, prompt_form, read_instructions, read_preferences, rendered
+from fastllm.tasks.store import open_examples, prepare_examples
 from fastllm.training.objectives import make_objective
+from fastllm.training.objectives.prompts import DPO
 from fastllm.training.prompts import fitting
 from fastllm.training.reports.progress import read_metrics
 
@@ -311,6 +313,27 @@ def test_a_resumed_run_needs_its_reference_no_more(here, tmp_path):
     )
     assert run("train", "--resume", tmp_path / "again", "--steps", "3", "--quiet") == 0
     assert read_metrics(tmp_path / "again/metrics.jsonl")[-1]["step"] == 3
+
+
+def test_the_references_last_bits_do_not_choose_the_batches(here, tmp_path):
+    stored = open_examples("preferring/data")
+
+    def nudged(part):
+        return [{**e, "reference": {k: v + 1e-5 for k, v in e["reference"].items()}} for e in part.examples]
+
+    other = prepare_examples(
+        tmp_path, "dpo", "pairs", nudged(stored.train), nudged(stored.validation), stored.tokenizer
+    )
+    assert stored.train.sha256 != other.train.sha256
+    one, two = (DPO(dataset, 48, 2, 0, beta=0.1, kind="sigmoid") for dataset in (stored, other))
+    for step in range(32):
+        assert torch.equal(one.batch(step)["chosen"], two.batch(step)["chosen"])
+
+
+def test_a_pretrained_student_has_its_own_context_beside_a_teacher(here, tmp_path):
+    models = ["--teacher", "told", "--pretrained", "told"]
+    assert run("train", *QUICK, "--objective", "distill", *models, "--data", "0.txt", "--out", tmp_path / "taught") == 0
+    assert load_model(tmp_path / "taught/model").config == load_model("told/model").config
 
 
 def test_eval_gives_accuracy_margins_and_divergence(here, capsys):

@@ -197,6 +197,22 @@ def test_a_file_of_all_settings_with_their_defaults_is_accepted(tmp_path, monkey
     assert accepted
 
 
+@pytest.mark.parametrize(
+    ("objective", "meant"),
+    [("causal", {"short_windows": 0.0}), ("mlm", {}), ("classify", {}), ("seq2seq", {"label_smoothing": 0.1})],
+)
+def test_the_settings_that_0_2_0_wrote_for_every_objective_are_read(tmp_path, objective, meant):
+    path = tmp_path / "config.toml"
+    path.write_text(
+        f'[objective]\nobjective = "{objective}"\nmask_probability = 0.15\nwhole_word = true\n'
+        'label_smoothing = 0.1\nlora_rank = 0\ntokenizer_kind = "bpe"\n'
+    )
+    assert read_run_config(path).objective == ObjectiveConfig(objective, **meant)
+    path.write_text('[objective]\nobjective = "causal"\nlabel_smoothing = 0.1\n')
+    with pytest.raises(InputError, match="label_smoothing: is for objective seq2seq and classify, not for causal"):
+        read_run_config(path)
+
+
 def test_presets_and_recipes_have_no_setting_without_an_effect():
     defaults = (ModelConfig(), TrainingConfig())
     for name in (*PRESETS, *RECIPES):

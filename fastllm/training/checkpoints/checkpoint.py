@@ -10,6 +10,7 @@ pickle is written or read, no file outside the folder is opened, and nothing is 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import re
 import shutil
@@ -172,6 +173,8 @@ def save_checkpoint(folder: Path, state: State, write: Callable[[Path], None], k
 
 def _prune(folder: Path, newest: Path, keep: Keep) -> None:
     every = checkpoints(folder)
+    if newest not in every:
+        raise FileNotFoundError(errno.ENOENT, "vanished as soon as it was saved", str(newest))
     here = every.index(newest) + 1
     before = every[:here]
     stay = {*before[-keep.newest :], *(best_first(before)[: keep.best] if keep.best else ())}

@@ -57,7 +57,7 @@ class ExampleObjective(Objective, ABC):
         self.validation = self._features(dataset.validation.examples)
         if not len(self.train) or not len(self.validation):
             raise InputError(f"context_length: no example fits into {context_length} tokens")
-        self._order = ExampleOrder(self.train.lengths(), batch_size, dataset.train.sha256, seed)
+        self._order = ExampleOrder(self.train.lengths(), batch_size, dataset.train.key, seed)
 
     @abstractmethod
     def _features(self, examples: list[dict]) -> Features:
@@ -131,7 +131,7 @@ class Classify(ExampleObjective):
     ):  # fmt: skip
         super().__init__(dataset, context_length, batch_size, seed)
         self.label_smoothing, self.token_dropout = label_smoothing, token_dropout
-        self._key = (dataset.train.sha256, seed)
+        self._key = (dataset.train.key, seed)
         self._mask = dataset.tokenizer.special("mask") if token_dropout else None
 
     def batch(self, step: int, done: float = 1.0) -> Batch:

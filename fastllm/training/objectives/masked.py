@@ -213,10 +213,13 @@ class MaskedLM:
             row |= {"positions": positions, "targets": targets}
         return row | {"tokens": ids, "segments": segments}
 
-    def _batch(self, tokens: TokenFile, sentences: Sentences, numbers: np.ndarray, *key: object) -> Batch:
+    def _batch(
+        self, tokens: TokenFile, sentences: Sentences, numbers: np.ndarray, *key: object, first: int = 0
+    ) -> Batch:
+        """``first``: how many rows with this ``key`` come before these."""
         rows = [
             self._row(tokens, sentences, int(number), generator("masked", tokens.sha256, *key, row))
-            for row, number in enumerate(numbers)
+            for row, number in enumerate(numbers, first)
         ]
         width = self.context_length
         batch = {
@@ -263,9 +266,8 @@ class MaskedLM:
         count, whole = len(self._validation), -(-len(self.dataset.validation) // self._room)
         numbers = np.arange(0, count, max(1, count // min(limit or whole, whole)))
         for first in range(0, len(numbers), rows):
-            yield self._batch(
-                self.dataset.validation, self._validation, numbers[first : first + rows], "evaluation", first
-            )
+            some = numbers[first : first + rows]
+            yield self._batch(self.dataset.validation, self._validation, some, "evaluation", first=first)
 
     def evaluate(self, model: TrainedModel, rows: int, dtype: str, limit: int) -> Evaluation:
         device = next(model.parameters()).device

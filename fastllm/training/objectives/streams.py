@@ -68,12 +68,13 @@ class PrefixLM(CausalLM):
     Each row's prefix has 1 to half of its tokens: a function of (data, seed, step, row). A batch adds ``prefix`` (B,).
     """
 
-    def _prefixed(self, tokens: torch.Tensor, targets: torch.Tensor, *key: object) -> Batch:
+    def _prefixed(self, tokens: torch.Tensor, targets: torch.Tensor, *key: object, first: int = 0) -> Batch:
+        """``first``: how many rows with this ``key`` come before these."""
         lengths = [
             np.random.Generator(np.random.Philox(derive_seed("prefix", self.dataset.train.sha256, *key, row))).integers(
                 1, max(2, tokens.shape[1] // 2 + 1)
             )
-            for row in range(len(tokens))
+            for row in range(first, first + len(tokens))
         ]
         prefix = torch.tensor(np.array(lengths, np.int64))
         # The last token of the prefix predicts the first one after it.
@@ -90,7 +91,7 @@ class PrefixLM(CausalLM):
     def evaluate(self, model: TrainedModel, rows: int, dtype: str, limit: int) -> Evaluation:
         tokens = self.dataset.validation.tokens
         windows = evaluation_batches(tokens, self.context_length, self.context_length, rows, limit)
-        batches = (self._prefixed(*window, "evaluation", number) for number, window in enumerate(windows))
+        batches = (self._prefixed(*window, "evaluation", first=number * rows) for number, window in enumerate(windows))
         with evaluating(model):
             losses, counts = mean_losses(self, model, batches, dtype)
         return Evaluation(

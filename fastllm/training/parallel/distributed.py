@@ -35,7 +35,7 @@ from ..config import TrainingConfig
 from ..device import narrow_dtype
 from ..guard import Failed
 from ..objectives import Batch, CausalLM, Objective
-from .meta import on_meta
+from .meta import copy_part, on_meta
 from .ranks import ALONE, Losses, Ranks, launched, shares
 from .vocab_parallel import split_vocabulary
 from .watch import Watch
@@ -270,11 +270,20 @@ class Spectator(Saver):
 class Sharded(Group):
     """Ranks that each hold a part of the model's tensors, write their own parts, and make the whole model together."""
 
+    def copy(self, parameter: torch.Tensor, whole: torch.Tensor) -> None:
+        copy_part(parameter, whole)
+
     def whole(self, model: nn.Module, make: Callable[[], nn.Module]) -> nn.Module | None:
         return whole_model(model, make, self.rank == 0)
 
     def saver(self, folder: Path, model: nn.Module, tokenizer: Tokenizer, keep: Keep, tell: Callable[[str], None]):
         return ShardedSaver(folder, model, tokenizer, keep, tell, self.quiet)
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """What the outermost lists of modules hold; a block may have lists of its own."""
+    for child in model.children():
+        yield from child if isinstance(child, nn.ModuleList) else _blocks(child)
 
 
 class FullySharded(Sharded):
@@ -291,10 +300,8 @@ class FullySharded(Sharded):
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         if dtype != "float32":
             policy = MixedPrecisionPolicy(getattr(torch, dtype), torch.float32, cast_forward_inputs=False)
-        for module in model.modules():
-            if isinstance(module, nn.ModuleList):
-                for block in module:
-                    fully_shard(block, mesh=self._mesh, mp_policy=policy)
+        for block in _blocks(model):
+            fully_shard(block, mesh=self._mesh, mp_policy=policy)
         self._module = fully_shard(WeightedLoss(model), mesh=self._mesh, mp_policy=policy)
 
     def build(self, make: Callable[[], nn.Module], device: torch.device, dtype: str) -> nn.Module:
@@ -313,7 +320,10 @@ class FullySharded(Sharded):
     def exchange(self, last: bool) -> Iterator[None]:
         self._module.set_requires_gradient_sync(last)
         self._module.set_is_last_backward(last)
-        yield
+        with warnings.catch_warnings():
+            # A block hands its residual stream on, which FSDP2's own hook has made a view; nothing is added in place.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+            yield
 
     def clip(self, model: nn.Module, largest: float) -> torch.Tensor:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)

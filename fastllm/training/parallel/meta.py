@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.overrides import TorchFunctionMode
 
 # Methods that fill a whole tensor, as do the functions of torch.nn.init: what remains of a parameter's initialisation
-# is the last of them.
+# is the last of them, and what is filled into its parts afterwards.
 _FILLS = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.zero_, torch.Tensor.fill_)
 # Those that draw no random number.
 _QUIET = (torch.Tensor.zero_, torch.Tensor.fill_, nn.init.zeros_, nn.init.ones_, nn.init.constant_)
@@ -47,16 +48,26 @@ def on_meta(make: Callable[[], nn.Module]) -> tuple[nn.Module, Callable[..., Non
         in host memory at a time. Without ``random`` the weights are left for a checkpoint to fill.
 
     Raises:
-        NotImplementedError: a parameter is initialised in another way than by filling it whole.
+        NotImplementedError: a parameter is initialised in another way than by filling it whole, and parts of it with
+            numbers that are not random.
     """
     with _Record() as record:
         model = make()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for tensor, fill, *_ in record.calls:
-        if not isinstance(tensor, nn.Parameter):
-            raise NotImplementedError(f"{type(model).__name__}: {fill.__name__} on part of a parameter, without memory")
     # A parameter that was replaced, as a tied head's is, has no name; its numbers are drawn all the same.
-    calls: list[Any] = [(names.get(id(tensor)), tensor.shape, *rest) for tensor, *rest in record.calls]
+    calls: list[Any] = []
+    # What is filled into parts of a parameter after it was filled whole.
+    parts: dict[str | None, list[Callable[[torch.Tensor], object]]] = {}
+    for tensor, fill, args, kwargs in record.calls:
+        if isinstance(tensor, nn.Parameter):
+            name = names.get(id(tensor))
+            calls.append((name, tensor.shape, fill, args, kwargs))
+            parts.pop(name, None)
+        elif isinstance(tensor._base, nn.Parameter) and fill in _QUIET:
+            place = tensor.size(), tensor.stride(), tensor.storage_offset()
+            parts.setdefault(names.get(id(tensor._base)), []).append(partial(_fill_part, place, fill, args, kwargs))
+        else:
+            raise NotImplementedError(f"{type(model).__name__}: {fill.__name__} on part of a parameter, without memory")
     last = {name: index for index, (name, *_) in enumerate(calls) if name is not None}
     for name, parameter in model.named_parameters():
         if name not in last or not parameter.is_meta:
@@ -73,9 +84,16 @@ def on_meta(make: Callable[[], nn.Module]) -> tuple[nn.Module, Callable[..., Non
                     continue
                 whole = fill(torch.empty(shape), *args, **kwargs)
                 if last.get(name) == index:
-                    _copy_part(parameters[name], whole)
+                    for fill_part in parts.get(name, ()):
+                        fill_part(whole)
+                    copy_part(parameters[name], whole)
 
     return model, draw
+
+
+def _fill_part(place: tuple, fill: Callable, args: tuple, kwargs: dict, whole: torch.Tensor) -> None:
+    """``fill`` a part of ``whole``, which is contiguous; ``place``: its size, strides and offset."""
+    fill(whole.as_strided(*place), *args, **kwargs)
 
 
 def _take_memory(model: nn.Module, device: torch.device) -> None:
@@ -92,8 +110,8 @@ def _take_memory(model: nn.Module, device: torch.device) -> None:
             buffer.copy_(kept[name])
 
 
-def _copy_part(parameter: torch.Tensor, whole: torch.Tensor) -> None:
-    """This rank's part of ``whole``."""
+def copy_part(parameter: torch.Tensor, whole: torch.Tensor) -> None:
+    """Fill ``parameter`` with ``whole``, or with this rank's part of it."""
     if not isinstance(parameter, DTensor):
         parameter.copy_(whole)
         return

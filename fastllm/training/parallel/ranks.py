@@ -67,6 +67,10 @@ class Ranks:
         """The new model on ``device``, to be trained in ``dtype``; torch's generator is seeded."""
         return make().to(device)
 
+    def copy(self, parameter: torch.Tensor, whole: torch.Tensor) -> None:
+        """Fill ``parameter`` of a model that was built here with this rank's part of ``whole``."""
+        parameter.copy_(whole)
+
     def load(
         self, checkpoint: Path, make: Callable[[], nn.Module], device: torch.device, dtype: str
     ) -> tuple[nn.Module, dict[str, torch.Tensor]]:
