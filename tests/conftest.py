@@ -1,5 +1,6 @@
 """Kernels run on the GPU where there is one, otherwise in Triton's interpreter, which must be chosen before torch."""
 
+import logging
 import os
 import signal
 import sys
@@ -29,6 +30,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+# pytest 9 gives its handlers to every logger that does not propagate. One handler is what torch asks for before it
+# writes out all graphs, guards and times of a compilation, here for records that nobody reads.
+logging.getLogger("torch.__trace").propagate = True
 
 if not HAS_GPU:
     import interpreter

@@ -1,6 +1,7 @@
 """Where tests run: what ``-m gpu`` selects goes to the GPU and needs one, shown on a machine that has none."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -134,6 +135,11 @@ def test_a_test_that_needs_no_gpu_is_found_among_those_that_say_so(outside):
     )
     assert run.returncode == 1
     assert "test_both: passes without a GPU, so it needs none" in run.stdout
+
+
+def test_compilations_write_no_trace():
+    """torch's own handler goes at the first record, where no TORCH_TRACE asks for one."""
+    assert {type(handler).__name__ for handler in logging.getLogger("torch.__trace").handlers} <= {"LazyTraceHandler"}
 
 
 def test_poisoned_memory_brings_no_warnings(poisoned_memory):
