@@ -41,7 +41,7 @@ def _finish(process):
     return out.decode()
 
 
-# Of a machine on which other processes take four fifths: 22 s of processor time took 122 s there.
+# 22 s of processor time took 122 s where other processes had four fifths of the machine.
 LIMIT = 7200 if IS_THOROUGH else 900
 # By architecture: the narrowest and the widest rows everywhere, those between on the one that is most in use.
 ENDS, BETWEEN = ("8192x768", "32768x65536"), ("8192x4096", "4096x16384")
@@ -54,40 +54,32 @@ sys.exit(max(map(static.main, json.loads(sys.argv[1]))))
 OTHERS = ("Llama-2 8192x32000", "Llama-3 8192x128256", "8192x14336 packed", "NeoX")
 
 
-def _commands() -> dict[str, list[list[str]]]:
-    """Arguments of ``python -m fastllm.bench.static`` for the norms and for the other ops."""
-    norms = []
-    for shapes in sorted(set(SHAPES.values())):
-        archs = [str(arch) for arch, own in SHAPES.items() if own == shapes]
-        norms.append(["layer_norm", "--arch", *archs, "--shape", *shapes])
-    others = [["cross_entropy", "geglu", "rotary_embedding", "--arch", "90", "--shape", *OTHERS]]
-    if IS_THOROUGH:
-        names = ("cross_entropy", "linear_cross_entropy", "geglu", "swiglu", "rotary_embedding")
-        others = [[*names, "--dtype", dtype] for dtype in ("bfloat16", "float32")]
-    return {"norms": norms, "others": others}
-
-
-@pytest.fixture(scope="session")
-def rows(compiler, tmp_path_factory):
-    """What was compiled, by the keys of ``_commands``. In one process: each takes seconds to start."""
-    folder, found, every = tmp_path_factory.mktemp("static"), {}, []
+def _rows(compiler, folder, commands):
+    """What ``python -m fastllm.bench.static`` compiles for each list of arguments, all in one process."""
     # A process of a pool takes longer to start than this sample to compile.
     alone = () if IS_THOROUGH else ("--workers", "1")
-    for name, commands in _commands().items():
-        found[name] = [folder / f"{name}{i}.json" for i in range(len(commands))]
-        every += [[*command, *alone, "--json", str(file)] for command, file in zip(commands, found[name], strict=True)]
+    files = [folder / f"{i}.json" for i in range(len(commands))]
+    every = [[*command, *alone, "--json", str(file)] for command, file in zip(commands, files, strict=True)]
     _finish(compiler("-c", EACH, json.dumps(every)))
-    return {name: [row for file in files for row in read_rows(file)] for name, files in found.items()}
+    return [row for file in files for row in read_rows(file)]
 
 
 @pytest.fixture(scope="session")
-def norm_rows(rows):
-    return rows["norms"]
+def norm_rows(compiler, tmp_path_factory):
+    commands = []
+    for shapes in sorted(set(SHAPES.values())):
+        archs = [str(arch) for arch, own in SHAPES.items() if own == shapes]
+        commands.append(["layer_norm", "--arch", *archs, "--shape", *shapes])
+    return _rows(compiler, tmp_path_factory.mktemp("norms"), commands)
 
 
 @pytest.fixture(scope="session")
-def other_rows(rows):
-    return rows["others"]
+def other_rows(compiler, tmp_path_factory):
+    commands = [["cross_entropy", "geglu", "rotary_embedding", "--arch", "90", "--shape", *OTHERS]]
+    if IS_THOROUGH:
+        names = ("cross_entropy", "linear_cross_entropy", "geglu", "swiglu", "rotary_embedding")
+        commands = [[*names, "--dtype", dtype] for dtype in ("bfloat16", "float32")]
+    return _rows(compiler, tmp_path_factory.mktemp("others"), commands)
 
 
 # Every width at which the norms' launchers decide anew, and those between that fill a tile worst.
