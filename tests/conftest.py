@@ -1,5 +1,6 @@
 """Kernels run on the GPU where there is one, otherwise in Triton's interpreter, which must be chosen before torch."""
 
+import gc
 import logging
 import os
 import signal
@@ -7,6 +8,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+# Until pytest_collection ends, since imports make no garbage: 1 s of processor time in each worker.
+gc.disable()
 # CUDA_VISIBLE_DEVICES= pytest: the interpreter's tests on a machine with a GPU.
 # PyTorch's wheels for CPUs alone say so in their version: with them a GPU is of no use.
 _HAS_CUDA = not version("torch").endswith("+cpu")
@@ -77,6 +80,20 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="no GPU here"))
         if places == {"interpreter"} and HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="Triton's interpreter is off where there is a GPU"))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection():
+    """Then what was imported stays, and the garbage collector need not look through it again and again."""
+    collected = yield
+    gc.freeze()
+    gc.enable()
+    return collected
+
+
+def pytest_unconfigure():
+    """At the end Triton's bindings count what is left, and say so."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
