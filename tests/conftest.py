@@ -1,11 +1,15 @@
 """Kernels run on the GPU where there is one, otherwise in Triton's interpreter, which must be chosen before torch."""
 
+import gc
+import logging
 import os
 import signal
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
+# Until pytest_collection ends, since imports make no garbage: 1 s of processor time in each worker.
+gc.disable()
 # CUDA_VISIBLE_DEVICES= pytest: the interpreter's tests on a machine with a GPU.
 # PyTorch's wheels for CPUs alone say so in their version: with them a GPU is of no use.
 _HAS_CUDA = not version("torch").endswith("+cpu")
@@ -29,6 +33,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+# pytest 9 gives its handlers to every logger that does not propagate. One handler is what torch asks for before it
+# writes out all graphs, guards and times of a compilation, here for records that nobody reads.
+logging.getLogger("torch.__trace").propagate = True
 
 if not HAS_GPU:
     import interpreter
@@ -72,6 +80,20 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="no GPU here"))
         if places == {"interpreter"} and HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="Triton's interpreter is off where there is a GPU"))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection():
+    """Then what was imported stays, and the garbage collector need not look through it again and again."""
+    collected = yield
+    gc.freeze()
+    gc.enable()
+    return collected
+
+
+def pytest_unconfigure():
+    """At the end Triton's bindings count what is left, and say so."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -65,7 +65,7 @@ def test_flops_bound_the_time():
 
 
 def test_the_command_brings_its_own_interpreter():
-    command = [sys.executable, "-m", "fastllm.bench.model", "swiglu", "--shape", "8192x14336"]
+    command = [sys.executable, "-m", "fastllm.bench.model", "layer_norm", "--shape", "4096x768"]
     run = subprocess.run(command, env=without_interpreter(), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "704.6" in run.stdout  # the least megabytes of its forward
+    assert " 12.6 " in run.stdout  # the least megabytes of its forward

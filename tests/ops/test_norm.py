@@ -107,9 +107,10 @@ def test_long_rows_segment_by_segment(name, dtype, monkeypatch, poisoned_memory)
 
     # 2 and 5 segments of 64 columns, the last one full; 4, the last one short; 2 of 256 where rows are not aligned.
     for cols, wide in ((128, False), (320, True), (208, False), (500, True)):
-        inputs = [made(70, cols + 3)[:, 1 : 1 + cols] for _ in range(1 + add)]
+        # The interpreter has 4 processors: programs of 3 rows and one of 4.
+        inputs = [made(13, cols + 3)[:, 1 : 1 + cols] for _ in range(1 + add)]
         if add and wide:
-            inputs[1] = made(70, cols, dtype=torch.float32)
+            inputs[1] = made(13, cols, dtype=torch.float32)
         options = {"weight": made(cols), "weight_offset": 0.5}
         if wide:
             options = {"weight": made(cols, dtype=torch.float32)}
