@@ -320,3 +320,30 @@ def test_torchs_causal_biases_are_masks(make, compiled):
     mask = torch.ones(5, 9, dtype=torch.bool, device=DEVICE).tril(4 if make is causal_lower_right else 0)
     expected = F.scaled_dot_product_attention(q, k, v, mask)
     torch.testing.assert_close(function(q, k, v, make(5, 9)), expected)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager", "triton"])
+@pytest.mark.parametrize("shape", [(5, 9), (2, 1, 9, 5), (9,)])
+@pytest.mark.parametrize("kind", ["boolean", "added"])
+def test_a_mask_beside_is_causal_hides_more(kind, shape, backend):
+    rows, cols = (9, 5) if len(shape) == 4 else (5, 9)
+    shape = (1, *shape) if len(shape) == 1 else shape
+    leaves = [torch.randn(2, 2, n, 8, device=DEVICE, requires_grad=True) for n in (rows, cols, cols)]
+    mask = torch.rand(shape, device=DEVICE) < 0.7
+    if kind == "added":
+        mask = torch.randn(shape, device=DEVICE).masked_fill(~mask, -torch.inf).requires_grad_()
+        leaves.append(mask)
+    below = torch.ones(rows, cols, dtype=torch.bool, device=DEVICE).tril()
+    both = mask & below if kind == "boolean" else torch.where(below, mask, -torch.inf)
+    expected = F.scaled_dot_product_attention(*leaves[:3], both)
+    with fastllm.backend(backend):
+        out = scaled_dot_product_attention(*leaves[:3], mask, is_causal=True)
+        found = torch.autograd.grad(out.square().sum(), leaves)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(found, torch.autograd.grad(expected.square().sum(), leaves), rtol=1e-4, atol=1e-5)
+
+
+def test_a_causal_bias_stands_alone():
+    q = torch.randn(1, 2, 5, 8, device=DEVICE)
+    with pytest.raises(ValueError, match="must not be a CausalBias when is_causal"):
+        scaled_dot_product_attention(q, q, q, causal_upper_left(5, 5), is_causal=True)

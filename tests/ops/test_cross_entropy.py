@@ -9,10 +9,12 @@ from conftest import DEVICE
 from contract import assert_as_true
 
 import fastllm
+from fastllm.backends import pick
 from fastllm.bench.traffic import count_traffic
 from fastllm.functional import cross_entropy
 from fastllm.kernels.cross_entropy import forward as kernel
-from fastllm.ops.cross_entropy.cross_entropy import cross_entropy_reference
+from fastllm.ops.cross_entropy.call import cross_entropy_call
+from fastllm.ops.cross_entropy.cross_entropy import MAX_MAP_CLASSES, cross_entropy_reference
 
 pytestmark = [pytest.mark.cpu_level, pytest.mark.runs_on("gpu", "interpreter")]
 
@@ -39,6 +41,22 @@ def test_one_hot_probabilities_equal_indices(backend):
     by_q, by_q_grad = _gradient(cross_entropy, x, F.one_hot(y, 9).float(), **options)
     torch.testing.assert_close(by_index, by_q)
     torch.testing.assert_close(by_index_grad, by_q_grad)
+
+
+@pytest.mark.runs_on("anywhere")
+def test_maps_of_few_classes_are_pytorchs_on_a_cpu():
+    def served(shape, dtype=torch.float32, memory_format=torch.contiguous_format):
+        x = torch.zeros(shape, dtype=dtype).contiguous(memory_format=memory_format)
+        return pick("cross_entropy", cross_entropy_call(x, torch.zeros(x.shape[:1] + x.shape[2:], dtype=torch.int64)))
+
+    for map_of_few in (served((2, 3, 4, 4)), served((2, MAX_MAP_CLASSES, 9), torch.float64)):
+        assert map_of_few.backend == "eager"
+        assert "positions" in map_of_few.why
+    for other in (
+        served((32, 3)), served((2, MAX_MAP_CLASSES + 1, 9)), served((2, 3, 4, 4), torch.bfloat16),
+        served((2, 3, 4, 4), memory_format=torch.channels_last),
+    ):  # fmt: skip
+        assert "positions" not in other.why
 
 
 def test_all_ignored_is_nan_with_zero_gradients(backend):

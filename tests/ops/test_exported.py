@@ -93,6 +93,17 @@ def test_a_program_of_sixteen_bits_without_a_gradient(op, made):
         torch.testing.assert_close(made(module)(), module(), rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.parametrize("made", [exported_with_torchs_operators, traced_with_torchs_operators])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_program_scales_the_rows_of_a_table_down(made):
+    table, ids = nn.Embedding(5, 4, max_norm=0.5), torch.tensor([1, 3])
+    program = made(table, ids)
+    with torch.no_grad():
+        table.weight.fill_(1.0)
+    torch.testing.assert_close(program(ids), torch.full((2, 4), 0.25))
+    torch.testing.assert_close(table.weight[:, 0], torch.tensor([1.0, 0.25, 1.0, 0.25, 1.0]))
+
+
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("_no_narrow_products")

@@ -355,6 +355,7 @@ X = torch.zeros(2, 8)
         ((X.long(), X, (8,)), {}, TypeError, "input.*int64"),
         ((X, X.to("meta"), (8,)), {}, ValueError, "residual is on meta"),
         ((X, X, (7,)), {}, ValueError, r"normalized_shape \[7\]"),
+        ((X[0, 0], X[0, 0], ()), {}, ValueError, "normalized_shape must name"),
         ((X, X, (8,), X), {}, ValueError, "weight"),
         ((X, X, (8,)), {"dropout_p": 1.0}, ValueError, "dropout_p.*1.0"),
         ((X, X, (8,)), {"weight_offset": float("inf")}, ValueError, "weight_offset"),

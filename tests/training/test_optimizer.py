@@ -10,7 +10,7 @@ from fastllm.models import Transformer, build_model
 from fastllm.training import TrainingConfig
 from fastllm.training import optimizer as optimizer_module
 from fastllm.training import orthogonal as orthogonal_module
-from fastllm.training.optimizer import Optimizers, parameter_groups
+from fastllm.training.optimizer import AdamW, Optimizers, parameter_groups
 from fastllm.training.orthogonal import orthogonal
 
 pytestmark = pytest.mark.usefixtures("short_runs")
@@ -158,6 +158,28 @@ def test_rows_of_muons_update_have_a_mean_square_norm_of_one_however_the_weight_
             assert factor.shape == shape
             # The iteration leaves singular values between 0.7 and 1.2.
             assert 0.7 < scale * factor.square().sum(1).mean().sqrt() < 1.2
+
+
+LAYOUTS = {
+    "as it comes": lambda x: x,
+    "transposed": lambda x: x.t().contiguous().t(),
+    "every other column": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("gradient", LAYOUTS)
+@pytest.mark.parametrize("parameter", LAYOUTS)
+def test_adamw_steps_along_the_gradient_however_both_lie_in_memory(parameter, gradient):
+    value, grads = torch.randn(8, 12), [torch.randn(8, 12) for _ in range(3)]
+    stepped = []
+    for lay_p, lay_grad in ((LAYOUTS[parameter], LAYOUTS[gradient]), (LAYOUTS["as it comes"],) * 2):
+        p = torch.nn.Parameter(lay_p(value.clone()))
+        optimizer = AdamW([dict(params=[p], lr=0.1, weight_decay=0.1)], (0.9, 0.95))
+        for grad in grads:
+            p.grad = lay_grad(grad)
+            optimizer.step()
+        stepped.append(p.detach())
+    torch.testing.assert_close(*stepped)
 
 
 def test_optimizer_state_survives_a_round_trip_and_a_stranger_is_refused():

@@ -78,6 +78,12 @@ def _mask(attn_mask, query, leading, rows: int, cols: int):
     return attn_mask[(None,) * (4 - attn_mask.dim())]
 
 
+def _causal(attn_mask, rows: int, cols: int):
+    """``attn_mask``, which broadcasts to (..., rows, cols), with column j > row i hidden too."""
+    visible = torch.ones(rows, cols, dtype=torch.bool, device=attn_mask.device).tril()
+    return attn_mask & visible if attn_mask.dtype == torch.bool else torch.where(visible, attn_mask, -math.inf)
+
+
 def _variant(mask) -> str | None:
     """``UPPER_LEFT`` or ``LOWER_RIGHT`` for a CausalBias, None for any other mask."""
     if mask is None or type(mask) in (torch.Tensor, torch.nn.Parameter):
@@ -99,7 +105,6 @@ def sdpa_request(
         query, key, value = cast_qkv(query, key, value)
     else:
         query, key, value, attn_mask = cast_qkv(query, key, value, attn_mask)
-    given = TorchArguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     check_qkv(OP, query, key, value)
     if min(query.dim(), key.dim(), value.dim()) < 2:
         raise ValueError(f"{OP}: query, key and value need at least 2 dimensions, got {_got(query, key, value)}")
@@ -107,8 +112,9 @@ def sdpa_request(
         raise ValueError(
             f"{OP}: expected query (..., L, E), key (..., S, E), value (..., S, Ev); got {_got(query, key, value)}"
         )
-    if attn_mask is not None and is_causal:
-        raise ValueError(f"{OP}: attn_mask must be None when is_causal is set")
+    if variant is not None and is_causal:
+        raise ValueError(f"{OP}: attn_mask must not be a CausalBias when is_causal is set")
+    given_p, given_scale = dropout_p, scale
     dropout_p = check_dropout(OP, dropout_p)
     scale = check_scale(OP, scale, query.shape[-1])
     rows, cols = query.shape[-2], key.shape[-2]
@@ -119,6 +125,11 @@ def sdpa_request(
             raise ValueError(f"{OP}: attn_mask is for lengths {list(attn_mask.shape)}, got {_got(query, key, value)}")
     elif attn_mask is not None:
         mask = _mask(attn_mask, query, leading, rows, cols)
+        if is_causal:
+            # Older versions of PyTorch's operator do not take both.
+            attn_mask, is_causal = _causal(attn_mask, rows, cols), False
+            mask = _mask(attn_mask, query, leading, rows, cols)
+    given = TorchArguments(query, key, value, attn_mask, given_p, is_causal, given_scale, enable_gqa)
     # With LOWER_RIGHT the last row sees every column.
     causal = is_causal or variant == "UPPER_LEFT" or (variant == "LOWER_RIGHT" and rows > 1)
     call = AttentionCall(
@@ -171,7 +182,8 @@ def scaled_dot_product_attention(
         attn_mask: broadcasts to (..., L, S): boolean, True for keys that take part, or added to the logits, with a
             gradient; or a ``torch.nn.attention.bias.CausalBias``.
         dropout_p: probability of dropping a softmax weight, always applied.
-        is_causal: hide column j > row i (top-left, as torch; :func:`fastllm.functional.attention` is bottom-right).
+        is_causal: hide column j > row i (top-left, as torch; :func:`fastllm.functional.attention` is bottom-right),
+            beside what ``attn_mask`` hides.
         scale: by default 1 / sqrt(E).
         enable_gqa: key and value may have fewer heads. Consecutive query heads share one.
 

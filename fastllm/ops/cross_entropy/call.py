@@ -142,22 +142,37 @@ class LinearCrossEntropyCall(NamedTuple):
 
     def under_autocast(self) -> LinearCrossEntropyCall:
         """With the layer in autocast's dtype, where that is on. TypeError: its tensors' dtypes differ."""
-        call = self
-        device_type = self.input.device.type
-        if autocasts(device_type) and self.input.dtype != torch.float64:
-            narrow = torch.get_autocast_dtype(device_type)
-            bias = self.linear_bias
-            call = self._replace(
-                input=self.input.to(narrow), linear_weight=self.linear_weight.to(narrow),
-                linear_bias=None if bias is None else bias.to(narrow),
-            )  # fmt: skip
-        for name, tensor in (("linear_weight", call.linear_weight), ("linear_bias", call.linear_bias)):
-            if tensor is not None and tensor.dtype != call.input.dtype:
-                raise TypeError(f"{self.op}: {name} is {tensor.dtype}, input {call.input.dtype}; they must agree")
-        return call
+        if not _is_autocasted(self.input):
+            _check_dtypes(self.op, *self.layer())
+            return self
+        narrow = torch.get_autocast_dtype(self.input.device.type)
+        bias = self.linear_bias
+        return self._replace(
+            input=self.input.to(narrow), linear_weight=self.linear_weight.to(narrow),
+            linear_bias=None if bias is None else bias.to(narrow),
+        )  # fmt: skip
+
+
+def _is_autocasted(input) -> bool:
+    """Whether autocast casts a layer of ``input``."""
+    return autocasts(input.device.type) and input.dtype != torch.float64
+
+
+def _check_dtypes(op: str, input, linear_weight, linear_bias) -> None:
+    """TypeError: those of a layer differ."""
+    for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if tensor is not None and tensor.dtype != input.dtype:
+            raise TypeError(f"{op}: {name} is {tensor.dtype}, input {input.dtype}; they must agree")
 
 
 _BESIDE = ("linear_weight", "target", "linear_bias", "token_weight")
+
+
+def _check_devices(op: str, input, *beside) -> None:
+    """ValueError: one of ``beside``, in the order of ``_BESIDE``, is elsewhere."""
+    for name, tensor in zip(_BESIDE, beside, strict=False):
+        if tensor is not None and tensor.device != input.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, input on {input.device}; they must be together")
 
 
 def _check_tensors(op: str, input, linear_weight, target, linear_bias, token_weight) -> None:
@@ -196,10 +211,7 @@ def _check_tensors(op: str, input, linear_weight, target, linear_bias, token_wei
             )
         if token_weight.requires_grad:
             raise ValueError(f"{op}: token_weight gets no gradient; multiply the losses of reduction='none' instead")
-    device = input.device
-    for name, tensor in zip(_BESIDE, (linear_weight, target, linear_bias, token_weight), strict=True):
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, input on {device}; they must be together")
+    _check_devices(op, input, linear_weight, target, linear_bias, token_weight)
 
 
 def linear_cross_entropy_call(
@@ -271,6 +283,9 @@ def check_whole(input, linear_weight, target, linear_bias, ignore_index, refused
         raise ValueError(f"{op}: target must be {kind} of shape {list(expected)} here, got {list(target.shape)}")
     if target.is_floating_point() and ignore_index is not None:
         raise ValueError(f"{op}: ignore_index is for class indices, got {ignore_index} with class probabilities")
+    _check_devices(op, input, linear_weight, target, linear_bias)
+    if not _is_autocasted(input):
+        _check_dtypes(op, input, linear_weight, linear_bias)
     for name, given in refused.items():
         if given:
             raise ValueError(f"{op}: {name} is for class indices and a linear_weight (V, D)")

@@ -44,6 +44,10 @@ class LayerLoss(NamedTuple):
         """The arguments of an operator, in the order of :data:`LAYER_LOSS_SCHEMA`."""
         return *self[:3], *self.loss, *self.chunking, self.backend, self.op
 
+    def without_tensors(self) -> LayerLoss:
+        """What a node keeps: its tensors are saved beside the others."""
+        return self._replace(target=None, weight=None, token_weight=None)
+
     @staticmethod
     def of(args: tuple) -> tuple[LayerLoss, tuple]:
         """What begins an operator's arguments, and the rest of them."""

@@ -260,8 +260,12 @@ class LinearCrossEntropyLoss(_Base):
         return linear_cross_entropy_plan(input, self.linear.weight, reduction=self.reduction, **extras)
 
     def extra_repr(self):
-        names = ("num_classes", "out_features", "reduction", "ignore_index", "label_smoothing", "options")
-        every = {**{name: getattr(self, name) for name in names}, **self.extras}
+        linear = self.linear
+        every = dict(
+            in_features=linear.in_features, num_classes=self.num_classes, out_features=self.out_features,
+            bias=linear.bias is not None, reduction=self.reduction, ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing, options=self.options, **self.extras,
+        )  # fmt: skip
         return ", ".join(f"{name}={value}" for name, value in every.items())
 
 

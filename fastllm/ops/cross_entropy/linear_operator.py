@@ -193,6 +193,22 @@ def _of_any_order(upstream: LossGradients, total, layer: Layer, call: LayerLoss,
     return gradients(launch, formula, layer, needs, upstream, (total,))
 
 
+class Saved(NamedTuple):
+    """What the forward leaves to the backward; the last five are None or have no elements where it leaves none."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    target: torch.Tensor
+    class_weight: torch.Tensor | None
+    token_weight: torch.Tensor | None
+    total: torch.Tensor | None
+    logits: torch.Tensor | None
+    dx: torch.Tensor | None
+    dweight: torch.Tensor | None
+    dbias: torch.Tensor | None
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """(loss, lse, accuracy, entropy, denominator, logits and three gradients for the backward) of a layer's outputs.
 
@@ -217,8 +233,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         logits = rest[1]
         ctx.has_gradient, ctx.has_logits = node.with_gradient, logits is not None and logits.numel() > 0
         ctx.has_entropy, ctx.dtype = node.entropy, node.dtype
-        ctx.call = call._replace(target=None, weight=None, token_weight=None)
-        ctx.save_for_backward(x, w, bias, call.target, call.weight, call.token_weight, *rest)
+        ctx.call = call.without_tensors()
+        ctx.save_for_backward(*Saved(x, w, bias, call.target, call.weight, call.token_weight, *rest))
 
     @staticmethod
     def backward(ctx, dloss, dlse, _daccuracy, dentropy, *_):
@@ -226,15 +242,17 @@ class LinearCrossEntropy(torch.autograd.Function):
         upstream = LossGradients(dloss, dlse, dentropy if ctx.has_entropy else None)
         if all(grad is None for grad in upstream):
             return None, None, None, None
-        x, w, bias, target, weight, token_weight, total, logits, *ready = ctx.saved_tensors
-        layer, needs = Layer(x, w, bias), ctx.needs_input_grad[:3]
-        call = ctx.call._replace(target=target, weight=weight, token_weight=token_weight)
+        saved = Saved(*ctx.saved_tensors)
+        layer, needs = Layer(saved.x, saved.weight, saved.bias), ctx.needs_input_grad[:3]
+        call = ctx.call._replace(target=saved.target, weight=saved.class_weight, token_weight=saved.token_weight)
         # Nobody else has seen what the forward left, so it is overwritten. A second backward computes it again.
         if (ctx.has_logits or ctx.has_gradient) and not torch.is_grad_enabled() and scalable(*upstream):
-            if ctx.has_logits and not traced(logits):
+            if saved.logits is not None and ctx.has_logits and not traced(saved.logits):
                 ctx.has_logits = False
-                return *layer_gradients(upstream, total, layer, call, needs, KeptLogits(logits.data)), None
+                kept = KeptLogits(saved.logits.data)
+                return *layer_gradients(upstream, saved.total, layer, call, needs, kept), None
             if ctx.has_gradient and dloss is not None and upstream.lse is upstream.entropy is None:
                 ctx.has_gradient = False
+                ready = saved.dx, saved.dweight, saved.dbias
                 return *_scaled(ready, layer, call, needs, dloss), None
-        return *_of_any_order(upstream, total, layer, call, needs, ctx.dtype), None
+        return *_of_any_order(upstream, saved.total, layer, call, needs, ctx.dtype), None

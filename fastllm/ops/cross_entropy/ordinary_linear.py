@@ -21,7 +21,7 @@ from .at_once import linear_rows
 from .call import Chunking
 from .chunks import DEFAULT_WORKSPACE_MB, LayerLoss
 from .linear_gradients import scale_all
-from .linear_operator import LinearCrossEntropy
+from .linear_operator import LinearCrossEntropy, Saved
 from .loss import Loss
 from .native import REDUCTION_NUMBER
 
@@ -80,35 +80,41 @@ class _OrdinaryLinearLoss(torch.autograd.Function):
         value, _, _, _, logits, dx, dweight = _computed(x, weight, target, settings, needs, keep=keep)
         ctx.has_gradient, ctx.has_logits, ctx.has_entropy = not keep, keep, False
         ctx.settings, ctx.dtype = settings, dtype
-        ctx.save_for_backward(x, weight, None, target, None, None, None, logits if keep else None, dx, dweight, None)
+        ctx.save_for_backward(
+            *Saved(
+                x, weight, bias=None, target=target, class_weight=None, token_weight=None, total=None,
+                logits=logits if keep else None, dx=dx, dweight=dweight, dbias=None,
+            )
+        )  # fmt: skip
         return value if value.dtype is dtype else value.to(dtype)
 
     @staticmethod
     def backward(ctx, dloss):
         # As linear_operator.py's, with less between products, where that takes 0.1 ms.
         at_once = not torch.is_grad_enabled() and unwatched(dloss) and not is_legacy_batchedtensor(dloss)
+        saved = Saved(*ctx.saved_tensors)
         if at_once and ctx.has_logits:
             ctx.has_logits = False
-            return *_gradients_of_rows(ctx, dloss), None, None, None
+            return *_gradients_of_rows(ctx, saved, dloss), None, None, None
         if at_once and ctx.has_gradient:
             ctx.has_gradient = False
-            ready = zip(ctx.saved_tensors[8:10], ctx.needs_input_grad, strict=False)
-            grads = [grad.data if need else None for grad, need in ready]
+            ready = zip((saved.dx, saved.dweight), ctx.needs_input_grad, strict=False)
+            grads = [grad.data if need and grad is not None else None for grad, need in ready]
             scale_all(grads, dloss, "native")
             return *grads, None, None, None
-        ctx.call = ctx.settings.of(ctx.saved_tensors[3])._replace(target=None)
+        ctx.call = ctx.settings.of(saved.target).without_tensors()
         dloss = -dloss if ctx.settings.op == _LOG_PROBS else dloss
         return *LinearCrossEntropy.backward(ctx, dloss, None, None, None)[:2], None, None, None
 
 
-def _gradients_of_rows(ctx, upstream):
+def _gradients_of_rows(ctx, saved: Saved, upstream):
     """(gradient of x, of weight), None where not needed, over the logits that the forward left."""
-    x, weight, _, target, _, _, _, logits, *_ = ctx.saved_tensors
-    settings, wide = ctx.settings, torch.promote_types(x.dtype, torch.float32)
+    settings, wide = ctx.settings, torch.promote_types(saved.x.dtype, torch.float32)
+    assert saved.logits is not None, "has_logits says so"
     need_x, need_weight = ctx.needs_input_grad[:2]
     *_, dx, dweight = linear_rows(
-        x, weight, target, logits.data, upstream.to(wide).contiguous(), None, None, settings.ignore_index, True, 0.0,
-        0.0, 1.0, 0.0, settings.total, None, False, False, False, need_x, need_weight,
+        saved.x, saved.weight, saved.target, saved.logits.data, upstream.to(wide).contiguous(), None, None,
+        settings.ignore_index, True, 0.0, 0.0, 1.0, 0.0, settings.total, None, False, False, False, need_x, need_weight,
     )  # fmt: skip
     return dx if need_x else None, dweight if need_weight else None
 

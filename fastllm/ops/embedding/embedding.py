@@ -23,8 +23,8 @@ def _definition(call: EmbeddingCall):
     """The rows, with gradients summed in at least fp32 and rounded once to the table's dtype."""
     input, weight, vocab_range = call.input, call.weight, call.vocab_range
     if call.max_norm is not None:
-        with torch.no_grad():
-            torch.embedding_renorm_(weight, input.contiguous(), call.max_norm, call.norm_type)
+        # A program has no no_grad().
+        torch.embedding_renorm_(weight.detach(), input.contiguous(), call.max_norm, call.norm_type)
     start, end = (0, weight.shape[0]) if vocab_range is None else vocab_range
     padding = normalised_padding("embedding", call.padding_idx, weight.shape[0], partial=vocab_range is not None)
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))

@@ -60,7 +60,7 @@ def _fits(x, dtype: torch.dtype, shape) -> bool:
 def _is_ordinary(x, shape, weight, bias, eps) -> bool:
     if type(x) not in PLAIN or type(shape) is not tuple or type(eps) is not float or x.shape[-1:] != shape:
         return False
-    if not x.is_cpu or x.layout is not torch.strided or type(shape[0]) is not int:
+    if not shape or not x.is_cpu or x.layout is not torch.strided or type(shape[0]) is not int:
         return False
     dtype = x.dtype
     return (weight is None or _fits(weight, dtype, shape)) and (bias is None or _fits(bias, dtype, shape))
