@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .experts import Experts, Gate, Projection, implementation_of
-from .probe import Differs, keeps, parts_of, refusal, run, settings_of, stand_in, undisturbed
+from .probe import Differs, attributes_of, keeps, parts_of, refusal, run, stand_in, undisturbed
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 SMALL = {"hidden": 8, "inner": 12}  # multiples of 16 bytes in fp32, which torch's grouped product wants
@@ -78,7 +78,7 @@ def recognise_experts(module: nn.Module) -> Experts | str:
                 experts = Experts(
                     Gate("silu"), gate, up, down, arguments, order, casts=False,
                     implementation=implementation_of(module), parts=parts_of(dict(module.named_children())),
-                    settings=settings_of(module),
+                    attributes=attributes_of(module),
                 )  # fmt: skip
                 try:
                     return _recognise(module, experts)

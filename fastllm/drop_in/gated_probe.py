@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .gated import GatedMLP, clamped_factors
-from .probe import Differs, found_or_why, keeps, parts_of, run, settings_of, stand_in
+from .probe import Differs, attributes_of, found_or_why, keeps, parts_of, run, stand_in
 
 FORMULAS = {
     "swiglu": F.silu,
@@ -93,7 +93,7 @@ def _recognise(module, argument: str) -> GatedMLP | str:
             form = formula, gate, up, down, inner, outer, limit
             if all(_same(_truth(form, small, stages), small, *each) for each in measured):
                 dtypes, autocast = _agreeing(form, module, stages, small, others)
-                return GatedMLP(*form, parts_of(others), argument, settings_of(module), dtypes, autocast)
+                return GatedMLP(*form, parts_of(others), argument, attributes_of(module), dtypes, autocast)
     return "its forward is none of swiglu, geglu and geglu by tanh, clamped or not, between its layers"
 
 

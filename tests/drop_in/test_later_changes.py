@@ -42,6 +42,51 @@ class MLP(nn.Module):
         return self.last(y) if hasattr(self, "last") else y
 
 
+def get(**values):
+    def change(module):
+        for name, value in values.items():
+            setattr(module, name, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        (NormWithMore, get(scale=3.0)),
+        (NormWithMore, get(bias=nn.Parameter(torch.full((16,), 0.5)))),
+        (NormWithMore, get(gain=torch.full((16,), 0.5))),
+        (NormWithMore, get(shift=torch.ones(16))),
+        (NormWithMore, lambda module: module.register_buffer("shift", torch.ones(16))),
+        (MLP, get(scale=3.0)),
+        (MLP, get(last=nn.Tanh())),
+        (MLP, lambda module: get(forward=torch.relu)(module.act)),
+    ],
+)
+def test_what_a_module_gets_after_it_was_measured_is_taken(make, change):
+    torch.manual_seed(0)
+    other = make()
+    model = copy.deepcopy(other)
+    assert fastllm.accelerate(nn.Sequential(model)).swapped
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(model(x), other(x))
+    before = other(x)
+    for each in (model, other):
+        change(each)
+    assert not torch.allclose(before, other(x))
+    torch.testing.assert_close(model(x), other(x))
+
+
+def test_marks_that_no_code_looks_for_change_nothing():
+    model = nn.Sequential(NormWithMore(), MLP())
+    report = fastllm.accelerate(model)
+    for module in model:
+        module.mark_of_a_tool = True
+    with report.calls() as calls:
+        model(torch.randn(3, 16))
+    assert not [served for served in calls if served.backend == "own"]
+
+
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
 def test_hooks_on_every_module_are_called_for_every_part(kind):
     calls = {
