@@ -199,7 +199,24 @@ def switches_within(model: nn.Module) -> dict[int, Switch]:
     return {key: switch for key, switch in found if switch is not None}
 
 
-@forward_of("attention_interface")
+def _config(module):
+    """The configuration as everybody knows it, and its face while a forward of the model is at work.
+
+    So the configuration of a language model stays the one that the configuration around it names.
+    """
+    try:
+        config = module.__dict__["config"]
+    except KeyError:
+        raise AttributeError("config") from None
+    switch = switch_of(config) if isinstance(config, Face) else None
+    return config if switch is None or switch.at_work() else unfaced(config)
+
+
+def _set_config(module, config) -> None:
+    module.__dict__["config"] = config
+
+
+@forward_of("attention_interface", config=property(_config, _set_config))
 def model_forward(module, original, options, *args, **kwargs):
     switch = switch_of(vars(module).get("config"))
     if switch is None:

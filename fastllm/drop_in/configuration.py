@@ -34,7 +34,8 @@ class Switch:
     as soon as the configuration names another, or another is registered, that is the answer. ``passed_over`` are
     arguments that it took no notice of. ``additive_masks``: the model's code changes its masks as the numbers that
     eager attention adds. ``own`` has a value for each thread with a call at work: whether it takes the model's own
-    path. ``last`` is that of the last call: activation checkpointing runs layers again when no call is at work.
+    path. ``last`` is that of the last call: activation checkpointing runs layers again when no call is at work. Before
+    the first call of a model whose own attention is eager, a layer alone takes its own path.
     """
 
     def __init__(self, before: str, passed_over: frozenset[str] = frozenset()):
@@ -44,7 +45,10 @@ class Switch:
         self.additive_masks = False
         self.active = True
         self.own: dict[int, bool] = {}
-        self.last = False
+        self.last = self._first()
+
+    def _first(self) -> bool:
+        return self.before == "eager"
 
     @contextlib.contextmanager
     def call(self, own: bool) -> Iterator[None]:
@@ -60,6 +64,10 @@ class Switch:
             else:
                 self.own[thread] = outer
 
+    def at_work(self) -> bool:
+        """Whether this thread is in a model's forward, or a compiler follows one."""
+        return torch.compiler.is_compiling() or threading.get_ident() in self.own
+
     def names_ours(self, internal: str | None, only_in_a_call: bool) -> bool:
         if not self.active or internal != self.before:
             return False
@@ -70,7 +78,7 @@ class Switch:
         return not self.own.get(threading.get_ident(), only_in_a_call or self.last)
 
     def __getstate__(self):
-        return vars(self) | {"own": {}, "last": False}
+        return vars(self) | {"own": {}, "last": self._first()}
 
 
 class _SameClass(type):

@@ -15,7 +15,7 @@ from ..functional import geglu, swiglu
 from .calls import own
 from .deferred import value_of
 from .plain import plain
-from .probe import Parts, as_measured, changed
+from .probe import Attributes, Parts, as_measured, changed
 from .swap import forward_of
 
 
@@ -87,7 +87,7 @@ class Experts:
 
     ``arguments`` are the forward's names of the hidden states (tokens, hidden), of the experts' numbers and of their
     weights, both (tokens, experts of a token). ``casts``: under autocast its products are in 16 bits. ``parts`` and
-    ``settings`` are what it had when it was measured, ``implementation`` what transformers' configuration asked for
+    ``attributes`` are what it had when it was measured, ``implementation`` what transformers' configuration asked for
     then: a name, and the function that was registered by it, None for the module's own code.
     """
 
@@ -100,7 +100,7 @@ class Experts:
     casts: bool
     implementation: tuple[str | None, Callable | None]
     parts: Parts
-    settings: tuple[tuple[str, object], ...]
+    attributes: Attributes
 
     @property
     def op(self) -> str:
@@ -147,7 +147,7 @@ def experts_forward(module, original, experts: Experts, *args, **kwargs):
 
 def _unfit(module, experts: Experts, x, numbers, weights) -> str | None:
     """Why the original forward takes this call, or None."""
-    if changed(module, experts.settings) or not as_measured(module, experts.parts):
+    if changed(module, experts.attributes) or not as_measured(module, experts.parts):
         return "its attributes or parts have changed since it was measured"
     if implementation_of(module) != experts.implementation:
         return "the configuration asks for another implementation of experts, or another is registered by its name"

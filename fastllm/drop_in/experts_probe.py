@@ -12,7 +12,7 @@ from torch import nn
 
 from ..ops.gated import GATE_ACTIVATIONS
 from .experts import Experts, Gate, Projection, implementation_of
-from .probe import Differs, keeps, own_numbers, parts_of, refusal, run, settings_of, stand_in, undisturbed
+from .probe import Differs, attributes_of, keeps, own_numbers, parts_of, refusal, run, stand_in, undisturbed
 
 SMALL = {"hidden": 8, "inner": 12}  # multiples of 16 bytes in fp32, which torch's grouped product wants
 # Scale of inputs -> the error that is taken for roundings, of the largest value. The probes run in fp32, as torch's
@@ -77,7 +77,7 @@ def recognise_experts(module: nn.Module) -> Experts | str:
                 experts = Experts(
                     Gate("silu"), gate, up, down, arguments, order, casts=False,
                     implementation=implementation_of(module), parts=parts_of(dict(module.named_children())),
-                    settings=settings_of(module),
+                    attributes=attributes_of(module),
                 )  # fmt: skip
                 try:
                     return _recognise(module, experts)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from .plain import hooked
+from .plain import has_hooks
 
 CLASSES = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
@@ -47,7 +47,7 @@ def _is_fused(module: nn.Module) -> bool:
             and attention.in_proj_bias is not None
             and bool(module.activation_relu_or_gelu)
             and module.norm1.eps == module.norm2.eps
-            and not any(hooked(part) for part in module.modules())
+            and not any(has_hooks(part) for part in module.modules())
         )
     return _attention_is_fused(module)
 

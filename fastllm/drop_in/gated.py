@@ -10,7 +10,7 @@ from ..functional import geglu, swiglu
 from .calls import own
 from .deferred import value_of
 from .plain import only_input, plain
-from .probe import Parts, as_measured, changed
+from .probe import Attributes, Parts, as_measured, changed
 from .swap import forward_of
 
 
@@ -20,7 +20,7 @@ class GatedMLP:
 
     ``limit`` bounds the gate from above, and the other factor from both sides, before the product (DeepSeek V4).
     ``others`` are the parts beside linear layers and dropouts, an activation, with the class and the attributes that
-    each had when it was measured; ``settings`` are the module's own. ``dtypes`` are the inputs' dtypes in which it is
+    each had when it was measured; ``attributes`` are the module's own. ``dtypes`` are the inputs' dtypes in which it is
     this MLP, ``autocast`` the dtypes of autocast under which it is: some code casts its output or repairs one dtype's.
     """
 
@@ -33,7 +33,7 @@ class GatedMLP:
     limit: float | None
     others: Parts
     argument: str
-    settings: tuple[tuple[str, object], ...]
+    attributes: Attributes
     dtypes: tuple[torch.dtype, ...]
     autocast: tuple[torch.dtype, ...]
 
@@ -53,7 +53,7 @@ def gated_mlp_forward(module, original, mlp: GatedMLP, *args, **kwargs):
     if x is None:
         return original(module, *args, **kwargs)
     down = getattr(module, mlp.down)
-    if changed(module, mlp.settings) or not as_measured(module, mlp.others):
+    if changed(module, mlp.attributes) or not as_measured(module, mlp.others):
         own(mlp.op, "its attributes or parts have changed since it was measured")
         return original(module, x)
     if not plain(x) or not x.is_floating_point():

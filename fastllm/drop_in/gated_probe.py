@@ -14,7 +14,7 @@ from torch import nn
 
 from ..ops.gated import GATE_ACTIVATIONS
 from .gated import GatedMLP, clamped_factors
-from .probe import Differs, found_or_why, keeps, own_numbers, parts_of, run, settings_of, stand_in
+from .probe import Differs, attributes_of, found_or_why, keeps, own_numbers, parts_of, run, stand_in
 
 FORMULAS = {
     "swiglu": GATE_ACTIVATIONS["silu"],
@@ -137,7 +137,7 @@ def _recognise(module, argument: str) -> GatedMLP | str:
             form = _Form(formula, gate, up, down, inner, outer, limit)
             if all(_same(probe.truth(form, small), small, *each) for each in measured):
                 dtypes, autocast = _agreeing(probe, form, small)
-                return GatedMLP(*form, parts_of(others), argument, settings_of(module), dtypes, autocast)
+                return GatedMLP(*form, parts_of(others), argument, attributes_of(module), dtypes, autocast)
     return "its forward is none of swiglu, geglu and geglu by tanh, clamped or not, between its layers"
 
 

@@ -12,7 +12,7 @@ from ..ops.shared.widened import NARROW
 from .calls import own, watched
 from .deferred import value_of
 from .plain import only_input, plain
-from .probe import changed
+from .probe import Attributes, changed
 from .swap import forward_of
 
 
@@ -21,7 +21,7 @@ class Norm:
     """A norm over the last dimension, as found: names of attributes, the formula, and which dtypes give which.
 
     ``dtypes`` holds (input, weight, output) triples that were tried; None for the weight where there is none.
-    ``settings`` are the module's other attributes when it was measured, on which its forward may depend.
+    ``attributes`` are the module's others when it was measured, on which its forward may depend.
     ``narrow_inside``: it squares or takes roots of 16-bit tensors, which autocast would widen. ``vectors``: it takes an
     input of one dimension as a row.
     """
@@ -33,7 +33,7 @@ class Norm:
     offset: float
     argument: str
     dtypes: tuple[tuple[torch.dtype, torch.dtype | None, torch.dtype], ...]
-    settings: tuple[tuple[str, object], ...]
+    attributes: Attributes
     narrow_inside: bool
     vectors: bool
 
@@ -60,7 +60,7 @@ def norm_forward(module, original, norm: Norm, *args, **kwargs):
         out is None
         or x.dim() < (1 if norm.vectors else 2)
         or (bias is not None and (weight is None or bias.dtype != weight.dtype))
-        or changed(module, norm.settings)
+        or changed(module, norm.attributes)
     ):
         own(norm.op, "dtypes or tensors that were not measured, or attributes that have changed since")
         return original(module, x)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..ops.shared.widened import NARROW
 from .norms import Norm
-from .probe import Differs, found_or_why, keeps, run, settings_of, stand_in
+from .probe import Differs, attributes_of, found_or_why, keeps, run, stand_in
 
 # The eps of norms that keep it in their code; the last one is torch's default for RMSNorm in fp32.
 COMMON_EPS = (1e-6, 1e-5, 1e-8, 1e-12, torch.finfo(torch.float32).eps)
@@ -173,7 +173,7 @@ def _recognise(module, argument: str) -> Norm | str:
         offset=formula.offset,
         argument=argument,
         dtypes=dtypes,
-        settings=settings_of(module, formula.held),
+        attributes=attributes_of(module, formula.held),
         narrow_inside=_narrow_inside(probe, values),
         vectors=_takes_vectors(probe, values, formula),
     )

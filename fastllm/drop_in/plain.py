@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn.modules import module as torch_modules
 
 from ..ops.shared.autograd import PLAIN
 
@@ -39,10 +40,20 @@ def only_input(args: tuple, kwargs: dict, name: str):
     return kwargs.get(name) if not args and len(kwargs) == 1 else None
 
 
-def hooked(module: torch.nn.Module) -> bool:
-    """Whether somebody looks at ``module``'s inputs or outputs: they must get what they expect."""
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether somebody looks at the inputs or outputs of ``module`` alone."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def hooked(module: torch.nn.Module) -> bool:
+    """Whether somebody looks at ``module``'s inputs or outputs, or at every module's: they get what they expect."""
+    return has_hooks(module) or bool(
+        torch_modules._global_forward_hooks
+        or torch_modules._global_forward_pre_hooks
+        or torch_modules._global_backward_hooks
+        or torch_modules._global_backward_pre_hooks
     )
 
 

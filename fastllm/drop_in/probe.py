@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -39,30 +41,76 @@ def settings_of(module: torch.nn.Module, but: str | float | None = None) -> tupl
     return tuple((name, value) for name, value in found if value is not OPAQUE)
 
 
-def changed(module: torch.nn.Module, settings: tuple[tuple[str, object], ...]) -> bool:
-    """Whether one of the ``settings`` has another value now."""
+class Attributes(NamedTuple):
+    """What a module had when it was measured: its ``settings``, and the ``count`` of all that it had.
+
+    ``unset`` are the parameters and buffers that were None. ``absent`` are the other names in the code of its class:
+    what the code may look for, should the module get it.
+    """
+
+    settings: tuple[tuple[str, object], ...]
+    count: int
+    unset: tuple[str, ...]
+    absent: frozenset[str]
+
+
+def attributes_of(module: torch.nn.Module, but: str | float | None = None) -> Attributes:
+    """What :func:`changed` compares later; the attribute ``but`` may change."""
+    named: set[str] = set()
+    for cls in type(module).__mro__:
+        for value in () if cls is torch.nn.Module else vars(cls).values():
+            function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+            if inspect.isfunction(function):
+                named |= _names_in(function.__code__) | _names_in(getattr(inspect.unwrap(function), "__code__", None))
+    unset = tuple(name for name, value in [*module._parameters.items(), *module._buffers.items()] if value is None)
+    return Attributes(settings_of(module, but), _count(vars(module)), unset, frozenset(named.difference(_held(module))))
+
+
+def _held(module: torch.nn.Module) -> Iterator[str]:
+    for place in (vars(module), module._parameters, module._buffers, module._modules):
+        yield from place
+
+
+def _count(state: dict) -> int:
+    return len(state) + len(state["_parameters"]) + len(state["_buffers"]) + len(state["_modules"])
+
+
+def _names_in(code) -> set[str]:
+    """The attributes that ``code`` may look for, by name or by a string, in its inner functions too."""
+    if not isinstance(code, types.CodeType):
+        return set()
+    found = set(code.co_names).union(*(_names_in(constant) for constant in code.co_consts))
+    return found.union(constant for constant in code.co_consts if isinstance(constant, str))
+
+
+def changed(module: torch.nn.Module, measured: Attributes) -> bool:
+    """Whether one of the settings has another value now, or there is something that the code looks for."""
     state = vars(module)
-    for name, value in settings:
+    for name, value in measured.settings:
         now = state.get(name, OPAQUE)  # which no value equals
         if now is not value and _frozen(now) != value:
             return True
-    return False
+    if measured.unset and any(getattr(module, name, None) is not None for name in measured.unset):
+        return True
+    return _count(state) != measured.count and not measured.absent.isdisjoint(_held(module))
 
 
-# The name, the class and the settings of each part of a module.
-Parts = tuple[tuple[str, type, tuple[tuple[str, object], ...]], ...]
+# The name, the class and the attributes of each part of a module.
+Parts = tuple[tuple[str, type, Attributes], ...]
 
 
 def parts_of(parts: dict[str, torch.nn.Module]) -> Parts:
     """What :func:`as_measured` compares later."""
-    return tuple((name, type(part), settings_of(part)) for name, part in parts.items())
+    return tuple((name, type(part), attributes_of(part)) for name, part in parts.items())
 
 
 def as_measured(module: torch.nn.Module, parts: Parts) -> bool:
     """Whether ``module`` still has these ``parts``, unchanged, and nobody looks at what goes through them."""
-    for name, cls, settings in parts:
+    for name, cls, attributes in parts:
         part = module._modules.get(name)
-        if part is None or type(part) is not cls or hooked(part) or changed(part, settings):
+        if part is None or type(part) is not cls or "forward" in vars(part):
+            return False
+        if hooked(part) or changed(part, attributes):
             return False
     return True
 

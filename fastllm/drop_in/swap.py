@@ -1,8 +1,9 @@
 """Giving one module another forward, and taking it back.
 
 The module gets a class of its own: a subclass of the class that it has, of the same name, which overrides ``forward``
-and nothing else. So parameters, buffers, hooks, ``isinstance``, attributes and state_dict stay what they are, and no
-other instance changes. FSDP2 and torch.nn.utils.parametrize do the same, and each may come before or after this.
+and what its kind names beside it. So parameters, buffers, hooks, ``isinstance``, attributes and state_dict stay what
+they are, and no other instance changes. FSDP2 and torch.nn.utils.parametrize do the same, and each may come before or
+after this.
 """
 
 from __future__ import annotations
@@ -32,13 +33,16 @@ class Kind:
 
 # Kind name -> forward(module, original_forward, options, *args, **kwargs).
 FORWARDS: dict[str, Callable] = {}
+# Kind name -> what its classes override beside the forward.
+MEMBERS: dict[str, dict[str, property]] = {}
 
 
-def forward_of(name: str) -> Callable[[Callable], Callable]:
-    """Register a function as the forward of kind ``name``."""
+def forward_of(name: str, **members: property) -> Callable[[Callable], Callable]:
+    """Register a function as the forward of kind ``name``, whose classes have these ``members`` too."""
 
     def decorate(function: Callable) -> Callable:
         FORWARDS[name] = function
+        MEMBERS[name] = members
         return function
 
     return decorate
@@ -114,6 +118,7 @@ def _make_class(original: type, kind: Kind) -> type:
     vars(forward)["__signature__"] = inspect.signature(before)
     del forward.__wrapped__
     namespace = {
+        **MEMBERS[kind.name],
         "forward": forward,
         "fastllm_original": original,
         "fastllm_kind": kind,

@@ -191,6 +191,56 @@ def test_activation_checkpointing_under_autocast(name):
     same_gradients(again, model)
 
 
+def vision_and_gemma2():
+    """A language model whose own attention is eager, within a model whose own is sdpa."""
+    attention = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_attention_heads=4)
+    config = transformers.PaliGemmaConfig(
+        text_config=dict(model_type="gemma2", vocab_size=VOCABULARY, head_dim=8, num_key_value_heads=2, **attention),
+        vision_config=dict(model_type="siglip_vision_model", image_size=16, patch_size=8, **attention),
+        image_token_index=5, projection_dim=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    ids = torch.randint(6, VOCABULARY, (2, 12))
+    ids[:, :4] = 5
+    inputs = dict(
+        input_ids=ids, attention_mask=torch.ones_like(ids), token_type_ids=torch.zeros_like(ids), labels=ids,
+        pixel_values=torch.randn(2, 3, 16, 16),
+    )  # fmt: skip
+    return transformers.PaliGemmaForConditionalGeneration(config), inputs
+
+
+def test_the_configuration_of_a_language_model_within_a_model_stays_that_models():
+    """Code around the language model finds it by its configuration: set_attn_implementation does."""
+    model, inputs = vision_and_gemma2()
+    other = copy.deepcopy(model)
+    config, text = model.config, model.config.text_config
+    report = fastllm.accelerate(model)
+    language_model = model.model.language_model
+
+    def same_configuration():
+        return model.config is config and config.text_config is text is language_model.config
+
+    assert same_configuration()
+    assert attentions(language_model) == {text._attn_implementation}
+    with report.calls() as calls:
+        loss = model(**inputs).loss
+    served = {line.path: line.by for line in calls.lines} if hasattr(calls, "lines") else str(calls)
+    assert "attention" in str(served)
+    assert same_configuration()
+    torch.testing.assert_close(loss, other(**inputs).loss)
+    copied = copy.deepcopy(model)
+    assert copied.config.text_config is copied.model.language_model.config is not text
+    torch.testing.assert_close(copied(**inputs).loss, loss)
+    model.set_attn_implementation({"": "eager"})
+    assert language_model.config._attn_implementation == "eager"
+    torch.testing.assert_close(model(**inputs).loss, loss)
+    own = copy.deepcopy(text)
+    language_model.config = own
+    assert language_model.config is own
+    fastllm.revert(model)
+    assert language_model.config is own
+
+
 def test_models_within_models_have_their_own_attention():
     model, _, inputs = pair("clip")
     for part in (model, model.text_model, model.vision_model):
