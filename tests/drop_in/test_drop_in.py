@@ -84,12 +84,12 @@ def test_a_layer_whose_outputs_its_neighbour_takes_is_no_head():
     assert "layer.linear1" not in {e.path for e in report.left}
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_a_layer_with_fewer_outputs_than_inputs_is_no_head():
     model = nn.ModuleDict({"tokens": nn.Embedding(16, 64), "last": nn.Linear(64, 16)})
     assert [entry.path for entry in fastllm.accelerate(model).swapped] == ["tokens"]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_instances_that_cannot_be_swapped_say_why():
     patched = nn.LayerNorm(8)
     patched.forward = lambda x: x
