@@ -15,7 +15,9 @@ class PipelineConfig:
 
     format: str | None = option(None, "what the files are, whatever their names say", choices=NAMES)
     text_field: str = option(
-        "text", "the field of a JSON line that holds the text; a field called html holds a page", metavar="NAME"
+        "text",
+        "the field of a JSON line or the column of a Parquet file that holds the text; one called html holds a page",
+        metavar="NAME",
     )
     near_duplicates: bool = option(True, "remove near duplicates (MinHash)")
     similarity: float = option(
@@ -43,8 +45,8 @@ class PipelineConfig:
             found["similarity"] = "near duplicates are kept"
         if not (self.sentence_dedup or self.exact_substrings):
             found["min_doc_words"] = "no passages are removed (sentence_dedup, exact_substrings)"
-        if self.format not in (None, "jsonl", "tar", "zip"):
-            found["text_field"] = f"the files are {self.format}, not JSON lines"
+        if self.format not in (None, "jsonl", "parquet", "tar", "zip"):
+            found["text_field"] = f"the files are {self.format}, not JSON lines or Parquet"
         return found
 
     @property

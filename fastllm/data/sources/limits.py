@@ -42,6 +42,11 @@ class Failure:
     details: dict[str, Any]
 
 
+def too_large(id: str, limits: Limits) -> Failure:
+    """A document that has more bytes than it may have."""
+    return Failure(id, "too_large", {"limit": limits.document})
+
+
 class Unreadable(Exception):
     """The rest of a source cannot be read. ``reason`` is one word: truncated, damaged, bomb, too_large, unreadable."""
 

@@ -15,9 +15,9 @@ from .limits import Failure, one_line
 FORMATS = {
     ".html": "html", ".htm": "html", ".xhtml": "html", ".warc": "warc", ".wet": "warc", ".xml": "mediawiki",
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".text": "text", ".md": "text", ".rst": "text",
-    ".tar": "tar", ".zip": "zip",
+    ".parquet": "parquet", ".tar": "tar", ".zip": "zip",
 }  # fmt: skip
-NAMES = ("html", "warc", "mediawiki", "jsonl", "text", "tar", "zip")
+NAMES = ("html", "warc", "mediawiki", "jsonl", "parquet", "text", "tar", "zip")
 # Formats whose files are one document each.
 SINGLE = ("html", "text")
 

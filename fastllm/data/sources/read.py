@@ -1,4 +1,4 @@
-"""Documents out of files, one at a time: HTML, text, JSON lines, WARC, MediaWiki dumps, tar and zip archives.
+"""Documents out of files, one at a time: HTML, text, JSON lines, Parquet, WARC, MediaWiki dumps, tar and zip.
 
 A reader yields :class:`Raw` documents and :class:`Failure` notes in the file's order, and never raises for what the
 file holds: where the rest of a file cannot be read, it ends with a Failure that says after how many records.
@@ -6,27 +6,22 @@ file holds: where the rest of a file cannot be read, it ends with a Failure that
 
 from __future__ import annotations
 
-import json
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
-from typing import BinaryIO
 
 from ...config import InputError
 from .codings import text_of
 from .compressed import SUFFIXES, Prompt, open_stream
-from .limits import Failure, Limits, Raw, Unreadable, one_line
+from .limits import Failure, Limits, Raw, Unreadable, one_line, too_large
 from .mediawiki import read_mediawiki
 from .plan import SINGLE, SourceEntry, format_of
+from .records import read_json_lines, read_parquet
 from .warc import read_warc
 
 Item = Raw | Failure
-
-
-def _too_large(id: str, limits: Limits) -> Failure:
-    return Failure(id, "too_large", {"limit": limits.document})
 
 
 def _document(id: str, content: bytes, kind: str, limits: Limits) -> Item:
@@ -41,46 +36,9 @@ def _read_single(entry: SourceEntry, limits: Limits) -> Iterator[Item]:
     with open_stream(entry.path, limits) as stream:
         content = stream.read(limits.document + 1)
     if len(content) > limits.document:
-        yield _too_large(entry.id, limits)
+        yield too_large(entry.id, limits)
     else:
         yield _document(entry.id, content, entry.format, limits)
-
-
-def _line(stream: BinaryIO, limits: Limits) -> bytes | None:
-    """The next line, empty at the end; None for one that is too long, whose rest is skipped."""
-    line = stream.readline(limits.document + 1)
-    if len(line) <= limits.document:
-        return line
-    while line and not line.endswith(b"\n"):
-        line = stream.readline(1 << 20)
-    return None
-
-
-def _read_jsonl(entry: SourceEntry, limits: Limits, field: str) -> Iterator[Item]:
-    with open_stream(entry.path, limits) as stream:
-        number = -1
-        while (line := _line(stream, limits)) != b"":
-            number += 1
-            id = f"{entry.id}#{number}"
-            if line is None:
-                yield _too_large(id, limits)
-                continue
-            if not line.strip():
-                continue
-            try:
-                # A line that was written by hand may have a tab in a string.
-                record = json.loads(line, strict=False)
-                if not isinstance(record, dict):
-                    raise TypeError(f"the line is {type(record).__name__}, not an object")
-                text = record[field]
-                if not isinstance(text, str):
-                    raise TypeError(f"{field} is {type(text).__name__}, not a string")
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
-                yield Failure(id, "damaged", {"error": one_line(error)})
-                continue
-            known = {key: record[key] for key in ("url", "title", "id") if isinstance(record.get(key), str)}
-            # Half a surrogate pair cannot be UTF-8; cleaning would remove it.
-            yield Raw(id, text.encode("utf-8", "replace"), "html" if field == "html" else "text", known, "utf-8")
 
 
 def _member(entry: SourceEntry, name: str, read: Callable[[int], bytes], limits: Limits) -> Item:
@@ -92,7 +50,7 @@ def _member(entry: SourceEntry, name: str, read: Callable[[int], bytes], limits:
     if kind not in SINGLE or path.suffix.lower() in SUFFIXES:
         return Failure(id, "unknown_format", {})
     content = read(limits.document + 1)
-    return _too_large(id, limits) if len(content) > limits.document else _document(id, content, kind, limits)
+    return too_large(id, limits) if len(content) > limits.document else _document(id, content, kind, limits)
 
 
 def _read_tar(entry: SourceEntry, limits: Limits) -> Iterator[Item]:
@@ -146,12 +104,13 @@ def read(entry: SourceEntry, limits: Limits, text_field: str = "text") -> Iterat
     """The documents of one file.
 
     Args:
-        text_field: of a JSON line's object; ``html`` means that it holds a page.
+        text_field: of a JSON line's object or a Parquet file's row; ``html`` means that it holds a page.
     """
     readers: dict[str, Callable[[], Iterator[Item]]] = {
         "html": lambda: _read_single(entry, limits),
         "text": lambda: _read_single(entry, limits),
-        "jsonl": lambda: _read_jsonl(entry, limits, text_field),
+        "jsonl": lambda: read_json_lines(entry, limits, text_field),
+        "parquet": lambda: read_parquet(entry, limits, text_field),
         "warc": lambda: read_warc(entry, limits),
         "mediawiki": lambda: read_mediawiki(entry, limits),
         "tar": lambda: _read_tar(entry, limits),

@@ -1,0 +1,118 @@
+"""Parquet files as sources: a row is a document."""
+
+import io
+import json
+import os
+
+import pytest
+from extras import needed
+from pages import article
+
+from fastllm.config import InputError
+from fastllm.data import optional
+from fastllm.data.pipeline import PipelineConfig
+from fastllm.data.sources import Failure, Limits, SourceEntry, plan_sources, read
+
+SMALL = Limits(document=1 << 16, ratio=50, free=1 << 18)
+
+
+def parquet_of(columns, **options) -> bytes:
+    arrow, parquet = needed("pyarrow", "parquet"), needed("pyarrow.parquet", "parquet")
+    buffer = io.BytesIO()
+    parquet.write_table(arrow.table(columns), buffer, **options)
+    return buffer.getvalue()
+
+
+def documents(tmp_path, content: bytes, field="text", limits=SMALL):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(content)
+    return list(read(SourceEntry(str(path), path.name, "parquet", len(content)), limits, field))
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy", "gzip", "zstd"])
+def test_rows_are_read_as_lines_of_json_are(tmp_path, compression):
+    rows = [{"text": article(i), "url": f"https://a/{i}", "id": f"i{i}", "score": i} for i in range(7)]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    found = documents(tmp_path, parquet_of(columns, compression=compression, row_group_size=3))
+    lines = tmp_path / "a.jsonl"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    same = list(read(SourceEntry(str(lines), "a.parquet", "jsonl", 0), SMALL))
+    assert [raw.id for raw in found] == [f"a.parquet#{i}" for i in range(7)]
+    assert found == same
+
+
+def test_pages_as_bytes_are_decoded(tmp_path):
+    content = b"<html><meta charset=iso-8859-2><p>\xb1\xb6\xbc</html>"
+    (raw,) = documents(tmp_path, parquet_of({"html": [content]}), "html")
+    assert (raw.kind, raw.content, raw.encoding) == ("html", content, None)
+
+
+def test_rows_without_a_text_and_too_long_ones_are_counted(tmp_path):
+    found = documents(tmp_path, parquet_of({"text": [article(0), None, "x" * (SMALL.document + 1), article(1)]}))
+    assert [getattr(item, "reason", "") for item in found] == ["", "damaged", "too_large", ""]
+    (number,) = documents(tmp_path, parquet_of({"text": [3]}))
+    assert number == Failure("a.parquet#0", "damaged", {"error": "TypeError: text is int, not a string"})
+
+
+def test_a_text_that_is_no_utf_8_costs_its_row_alone(tmp_path):
+    arrow = needed("pyarrow", "parquet")
+    texts = arrow.array([article(0).encode(), b"\xff\xfe", article(1).encode()]).view(arrow.string())
+    found = documents(tmp_path, parquet_of({"text": texts}))
+    assert [getattr(item, "reason", "") for item in found] == ["", "damaged", ""]
+
+
+def test_a_file_without_the_column_names_those_that_it_has(tmp_path):
+    (failure,) = documents(tmp_path, parquet_of({"body": [article(0)], "url": ["u"]}))
+    assert failure.reason == "damaged"
+    assert "no column text; it has body, url" in failure.details["error"]
+
+
+def test_damaged_files_end_with_a_failure(tmp_path):
+    content = parquet_of({"text": [article(i) for i in range(40)]}, row_group_size=10, compression="zstd")
+    group = needed("pyarrow.parquet", "parquet").ParquetFile(io.BytesIO(content)).metadata.row_group(2)
+    start = group.column(0).dictionary_page_offset
+    broken = content[:start] + b"\xff" * 100 + content[start + 100 :]
+    for damaged in (b"", b"PAR1", content[:-20], broken):
+        *read_before, failure = documents(tmp_path, damaged)
+        assert failure.reason == "damaged"
+        assert failure.details["after_records"] == len(read_before)
+    assert len(read_before) == 20
+
+
+def test_a_file_that_would_grow_too_much_is_not_read(tmp_path):
+    (failure,) = documents(
+        tmp_path, parquet_of({"text": ["x" * 1000 * (i + 1) for i in range(50)]}, compression="zstd")
+    )
+    assert failure.reason == "bomb"
+
+
+def test_one_long_text_that_many_rows_name_is_never_held_for_all(tmp_path):
+    arrow = needed("pyarrow", "parquet")
+    text = os.urandom(1 << 19).hex()
+    column = arrow.DictionaryArray.from_arrays(arrow.array([0] * 500), arrow.array([text]))
+    limits = Limits(document=1 << 21)
+    path = tmp_path / "a.parquet"
+    path.write_bytes(parquet_of({"text": column}))
+    before = arrow.total_allocated_bytes()
+    count = 0
+    for raw in read(SourceEntry(str(path), "a", "parquet", 0), limits):
+        count += 1
+        assert len(raw.content) == len(text)
+        assert arrow.total_allocated_bytes() - before < 20 * len(text)
+    assert count == 500
+
+
+def test_names_and_settings(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    (entry,), _ = plan_sources([str(tmp_path)])
+    assert entry.format == "parquet"
+    assert "text_field" not in PipelineConfig(format="parquet", text_field="body").unused()
+
+
+def test_without_pyarrow_the_error_names_the_command(tmp_path, monkeypatch):
+    def missing(name):
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(optional, "import_module", missing)
+    with pytest.raises(InputError, match=r"reading Parquet files needs pyarrow, .*pip install 'fastllm\[parquet\]'"):
+        documents(tmp_path, b"PAR1")
