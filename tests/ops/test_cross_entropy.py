@@ -13,6 +13,7 @@ from fastllm.bench.traffic import count_traffic
 from fastllm.functional import cross_entropy
 from fastllm.kernels.cross_entropy import forward as kernel
 from fastllm.ops.cross_entropy.cross_entropy import cross_entropy_reference
+from fastllm.ops.cross_entropy.loss import Labelled, Loss
 
 pytestmark = [pytest.mark.cpu_level, pytest.mark.runs_on("gpu", "interpreter")]
 
@@ -157,6 +158,25 @@ def test_out_of_range_target(backend, bad):
         cross_entropy(torch.randn(2, 7, 2, device=DEVICE), target)
     with pytest.raises(IndexError, match="out of range"):
         cross_entropy(torch.randn(2, 7, 2, device=DEVICE), target, reduction="sum", z_loss=0.1, label_smoothing=0.1)
+
+
+@pytest.mark.runs_on("interpreter")
+@pytest.mark.parametrize("bad", [-1, 7, 2**40])
+def test_out_of_range_target_shows_as_nan_where_asserts_are_compiled_out(monkeypatch, bad):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    monkeypatch.setattr(InterpreterBuilder, "create_assert", lambda *args: None)
+    x, target = torch.randn(4, 8, 1)[:, :7], torch.tensor([[1], [bad], [3], [-100]])
+    for weight in (None, torch.rand(7)):
+        labelled = Labelled(x, target, weight, Loss(reduction="none"))
+        loss, _, stats, _, _ = kernel.cross_entropy_fwd(labelled, torch.float32)
+        assert loss.isnan().tolist() == stats[2].isnan().tolist() == [False, True, False, False]
+        mean = labelled._replace(loss=Loss())
+        loss, _, _, total, dx = kernel.cross_entropy_fwd(mean, torch.float32, with_gradient=True)
+        assert loss.isnan()
+        assert total == (2 if weight is None else weight[1] + weight[3])
+        assert dx.isnan().flatten(1).all(1).tolist() == [False, True, False, False]
+        assert dx[[0, 2, 3]].isfinite().all()
 
 
 def test_ignore_index_may_be_out_of_range_or_a_class(backend):
