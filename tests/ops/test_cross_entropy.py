@@ -12,6 +12,7 @@ import fastllm
 from fastllm.bench.traffic import count_traffic
 from fastllm.functional import cross_entropy
 from fastllm.kernels.cross_entropy import forward as kernel
+from fastllm.kernels.cross_entropy import logits
 from fastllm.ops.cross_entropy.cross_entropy import cross_entropy_reference
 from fastllm.ops.cross_entropy.loss import Labelled, Loss
 
@@ -276,6 +277,26 @@ def test_rows_past_what_registers_hold(dtype, reduction, weighted, monkeypatch, 
         loss, grad = _gradient(cross_entropy, x, y, **options)
     assert_as_true(loss, truth, theirs, dtype, "loss")
     assert_as_true(grad, truth_grad, theirs_grad, dtype, "gradient")
+
+
+def test_the_entropy_of_a_row_in_many_blocks(monkeypatch):
+    monkeypatch.setattr(logits, "TILE", 64)
+    # Each block's maximum is above the one before: what was summed is moved to it every time.
+    x = torch.randn(5, 300, device=DEVICE) + torch.linspace(0, 30, 300, device=DEVICE)
+    target = torch.randint(300, (5, 1), device=DEVICE)
+    out = kernel.RowOutputs(*x.new_empty(2, 5), x.new_empty(3, 5), entropy=x.new_empty(5))
+    kernel.forward_rows(Labelled(x[..., None], target, None, Loss(reduction="none")), out)
+    torch.testing.assert_close(out.entropy, torch.distributions.Categorical(logits=x).entropy())
+
+
+@pytest.mark.parametrize("upstream", [math.nan, math.inf])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_no_upstream_gradient_reaches_ignored_rows(backend, reduction, upstream):
+    x, y = torch.randn(4, 10, device=DEVICE), torch.tensor([3, -100, 0, -100], device=DEVICE)
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(cross_entropy(x, y, reduction=reduction), x, torch.tensor(upstream, device=DEVICE))
+    assert not dx[1::2].any()
+    assert not dx[::2].isfinite().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
