@@ -9,6 +9,7 @@ from attention_calls import BACKENDS, agree, qkv
 from conftest import DEVICE
 
 import fastllm
+from fastllm.backends import why_not
 from fastllm.functional import attention
 from fastllm.kernels.attention import backward, bias_gradient, forward
 from fastllm.ops.attention import attention as module
@@ -47,14 +48,19 @@ def test_rows_without_a_key_give_zero_and_no_gradient(backend):
     assert all(g.isfinite().all() for g in (dq, dk, dv))
 
 
-def test_what_comes_in_for_the_lse_of_rows_without_a_key_goes_nowhere(backend):
+@pytest.mark.cpu_level
+@pytest.mark.parametrize("which", [*BACKENDS, pytest.param("native", marks=pytest.mark.runs_on("interpreter"))])
+def test_what_comes_in_for_the_lse_of_rows_without_a_key_goes_nowhere(which):
+    if (reason := why_not(which, DEVICE.type)) is not None:
+        pytest.skip(reason)
     tensors = qkv(rows=21, cols=13)
-    out, lse = attention(*tensors, causal=True, return_lse=True)
     found = []
-    for upstream in (0.0, math.nan, math.inf):
-        dlse = torch.ones_like(lse)
-        dlse[:, :, :8] = upstream
-        found.append(torch.autograd.grad([out, lse], tensors, [torch.ones_like(out), dlse], retain_graph=True))
+    with fastllm.backend(which):
+        out, lse = attention(*tensors, causal=True, return_lse=True)
+        for upstream in (0.0, math.nan, math.inf):
+            dlse = torch.ones_like(lse)
+            dlse[:, :, :8] = upstream
+            found.append(torch.autograd.grad([out, lse], tensors, [torch.ones_like(out), dlse], retain_graph=True))
     for got in found[1:]:
         torch.testing.assert_close(got, found[0], rtol=0, atol=0)
 
