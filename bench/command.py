@@ -23,7 +23,7 @@ from . import cases, levels
 from .environment import environment
 from .results import Run, read_run
 from .rival import Rival
-from .run import ROUNDS, Planned, plan, providers, run
+from .run import ROUNDS, Planned, Request, plan, providers, run
 from .scores import write
 from .timing import copy_bandwidth, keep_freed_memory
 
@@ -169,11 +169,11 @@ def _timed(
         rates = {"copy": copy_bandwidth(device), "matrix": matrix[f"matrix {options.dtype[0]}"], **matrix}
         where = environment(device) | {"rates": rates, "fresh_caches": options.fresh_caches, "keeps_freed_memory": kept}
         left = max(0.0, options.budget - (time.monotonic() - began) - min(DRAWING, options.budget / 4))
-        found = run(
-            planned, device, dtypes=options.dtype, rounds=options.rounds or ROUNDS[device.type],
-            budget=left, only=options.provider, compiled={op.name for op in options.compile},
-            environment=where, rivals=rivals, keep=lambda found: write(found, file),
+        request = Request(
+            options.dtype, options.rounds or ROUNDS[device.type], left, options.provider,
+            {op.name for op in options.compile}, rivals,
         )  # fmt: skip
+        found = run(planned, device, request, environment=where, keep=lambda found: write(found, file))
     for rival in rivals:
         rival.stop()
     write(found, file)

@@ -287,43 +287,67 @@ def plan(ops: list[Op], shape: list[str], sweep: bool = False, device: str = "cu
     return found + (columns(swept) if sweep else [])
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a run asks of every call.
+
+    Attributes:
+        dtypes: the precisions; each call is taken in all of them.
+        rounds: samples of each provider.
+        budget: seconds for everything. Each case has an equal share of what is left of it, takes fewer samples rather
+            than more time, and is stopped where it takes the time of many others.
+        only: providers to take beside ours and eager; all if empty.
+        compiled: the names of the ops that torch.compile serves too; all if None.
+        rivals: providers in processes of their own.
+    """
+
+    dtypes: Sequence[str]
+    rounds: int
+    budget: float
+    only: Collection[str] = ()
+    compiled: Container[str] | None = None
+    rivals: Sequence[Rival] = ()
+
+    def compiles(self, op: Op) -> bool:
+        """Whether torch.compile is a provider of ``op``."""
+        return (not self.only or COMPILED in self.only) and (self.compiled is None or op.name in self.compiled)
+
+    def providers_of(self, op: Op) -> Collection[str]:
+        """Those among ``only`` that serve ``op``; none named means all."""
+        if self.compiled is None or op.name in self.compiled:
+            return self.only
+        return [OURS, *(name for name in self.only or providers(op) if name != COMPILED)]
+
+
 def run(
     planned: list[Planned],
     device: torch.device,
+    request: Request,
     *,
-    dtypes: list[str],
-    rounds: int,
-    budget: float,
-    only=(),
-    compiled: Container[str] | None = None,
     environment: dict | None = None,
-    rivals: Sequence[Rival] = (),
     tell: Callable[[str], None] = print,
     keep: Callable[[Run], None] = lambda run: None,
 ) -> Run:
     """All rows, and what was left out and why.
 
-    Each case has an equal share of what is left of ``budget`` seconds, takes fewer samples rather than more time, and
-    is stopped where it takes the time of many others.
-    torch.compile serves the ops whose names ``compiled`` contains, or all.
-    ``rivals`` are providers in processes of their own. ``keep`` is given what there is after every case.
-    ``environment`` may have the device's ``rates``.
+    ``environment`` may have the device's ``rates``. ``tell`` is given a line before every case, ``keep`` what there is
+    after it.
     """
     # Some calls import it. An import that a time limit stops leaves a module that cannot be used.
     importlib.import_module("torch._dynamo")
     found = Run(environment or {})
     rates = found.environment.get("rates")
-    end = time.monotonic() + budget
-    compiling = Compiling(COMPILING[device.type] * budget)
-    todo = [(case, dtype) for case in planned for dtype in dtypes]
-    if todo and (not only or COMPILED in only) and (compiled is None or any(c.op.name in compiled for c in planned)):
+    end = time.monotonic() + request.budget
+    compiling = Compiling(COMPILING[device.type] * request.budget)
+    todo = [(case, dtype) for case in planned for dtype in request.dtypes]
+    if any(request.compiles(case.op) for case, _ in todo):
         with compiling.spending():
             set_up_compiler(device)
     for i, (case, dtype) in enumerate(todo):
         what = f"{case.op.name}, {case.name}, {dtype}"
         left = end - time.monotonic()
         if left <= 0:
-            found.left_out.append(f"{what}: the budget of {budget:g} s was spent")
+            found.left_out.append(f"{what}: the budget of {request.budget:g} s was spent")
             continue
         call = case.make(torch.device("meta"), getattr(torch, dtype))
         if cases.held_bytes(call) > LARGEST[device.type]:
@@ -338,12 +362,12 @@ def run(
                 raise OutOfTime(f"takes longer than the {limit:.0f} s that a call may take")
             tell(f"{what} (fastllm serves it by {_serving(case.op, call)})")
             balance = matrix_rate(rates, dtype) / rates["copy"] if rates else math.inf
-            effort = Effort(rounds, left / (len(todo) - i), limit, balance, compiling, rivals)
-            chosen = _chosen(case.op, only, compiled)
-            for rival in rivals:
+            effort = Effort(request.rounds, left / (len(todo) - i), limit, balance, compiling, request.rivals)
+            for rival in request.rivals:
                 rival.start()
+            chosen, sweep = request.providers_of(case.op), dict(axis=case.axis, size=case.size)
             with none_left_running(), time_limit(limit):
-                for row in measure(case.op, call, dtype, device, effort, chosen, axis=case.axis, size=case.size):
+                for row in measure(case.op, call, dtype, device, effort, chosen, **sweep):
                     found.rows.append(row)
         except OutOfTime as error:
             found.left_out.append(f"{what}: {error}")
@@ -351,13 +375,6 @@ def run(
             found.left_out.append(f"{what}: {first_line(error)}")
         keep(found)
     return found
-
-
-def _chosen(op: Op, only: Collection[str], compiled: Container[str] | None) -> Collection[str]:
-    """The providers among ``only`` that serve ``op``: all of them, or all but torch.compile; none named means all."""
-    if compiled is None or op.name in compiled:
-        return only
-    return [OURS, *(name for name in only or providers(op) if name != COMPILED)]
 
 
 def _serving(op: Op, call: Sample) -> str:

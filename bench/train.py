@@ -1,6 +1,6 @@
 """The bundled model's whole training step beside the same model in plain PyTorch.
 
-    fastllm bench train [--preset small] [--batch-size 16] [--dtype bfloat16] [--steps 5] [--rounds 7] ...
+    fastllm bench train [--preset small] [--batch-size 16] [--dtype bfloat16] [--steps 2] [--rounds 7] ...
 
 Every provider starts from the same weights and takes the same batches. Before anything is timed, each takes CHECKED
 steps and its losses must equal fastllm's; one that differs, or fails, is reported with the reason and without a time.

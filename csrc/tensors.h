@@ -20,7 +20,7 @@ namespace fastllm {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// TypeError and ValueError in Python come from pybind11's mapping of the standard exceptions.
+// A ValueError in Python: torch.ops calls by way of PyTorch's pybind11, which maps the standard exceptions.
 template <class... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {
   std::ostringstream text;

@@ -32,7 +32,7 @@ struct Labelled {
   LossOptions options;
 
   Labelled(const char* op, const Tensor& x, const Tensor& target, const std::optional<Tensor>& weight,
-           double smoothing, double softcap, double scale, double z_loss)
+           const LossNumbers& numbers)
       : x(x), target(target), probabilities(is_supported_float(target.scalar_type())) {
     if (x.dim() != 2 || !is_supported_float(x.scalar_type()) || x.size(1) < 1)
       refuse(op, ": x must be (rows, classes), float64, float32, float16 or bfloat16");
@@ -47,7 +47,7 @@ struct Labelled {
         (weight->numel() != classes || weight->scalar_type() != dtype || !weight->is_contiguous()))
       refuse(op, ": weight must be contiguous, one a class, in the accumulator's dtype");
     options = {classes, weight.has_value() ? weight->const_data_ptr() : nullptr, static_cast<double>(classes),
-               smoothing, scale, softcap, z_loss, false, 0, 0, false};
+               numbers.smoothing, numbers.scale, numbers.softcap, numbers.z_loss, false, 0, 0, false};
     if (weight.has_value()) {
       options.weight_sum = 0;
       for (int64_t c = 0; c < classes; ++c)
@@ -117,28 +117,29 @@ void losses_of_rows(const Labelled& call, const RowGradients& gradients, const R
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> counted_rows(
-    const Tensor& x, const Tensor& target, const std::optional<Tensor>& weight, const std::optional<Tensor>& factor,
-    const std::optional<Tensor>& dlse, const std::optional<Tensor>& dentropy, const std::optional<Tensor>& dx,
-    const std::optional<Tensor>& dtarget, Counting counting, double smoothing, double softcap, double scale,
-    double z_loss, bool accuracy, bool entropy) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> counted_rows(const Tensor& x, const Tensor& target,
+                                                        const std::optional<Tensor>& weight,
+                                                        const LossGradients& gradients, const LossNumbers& numbers,
+                                                        Counting counting) {
   const char* op = "cross_entropy_rows";
-  Labelled call(op, x, target, weight, smoothing, softcap, scale, z_loss);
+  Labelled call(op, x, target, weight, numbers);
   const int64_t rows = call.rows(), classes = call.options.classes;
+  const auto& [factor, dlse, dentropy, dx, dtarget] = gradients;
   for (const auto* out : {&dx, &dtarget})
     if (out->has_value() && ((*out)->dim() != 2 || (*out)->size(0) != rows || (*out)->size(1) != classes ||
                              (classes > 1 && (*out)->stride(1) != 1)))
       refuse(op, ": a gradient must be of x's shape, its classes side by side");
-  call.options.entropy = entropy || dentropy.has_value();
+  call.options.entropy = counting.entropy || dentropy.has_value();
   const ScalarType dtype = call.dtype;
   Tensor loss = empty_like_device(x, {rows}, dtype), lse = empty_like_device(x, {rows}, dtype);
-  Tensor hits = empty_like_device(x, {accuracy ? rows : 0}, dtype);
-  Tensor entropies = empty_like_device(x, {entropy ? rows : 0}, dtype);
+  Tensor hits = empty_like_device(x, {counting.accuracy ? rows : 0}, dtype);
+  Tensor entropies = empty_like_device(x, {counting.entropy ? rows : 0}, dtype);
   losses_of_rows(call,
                  {column(op, factor, rows, dtype), column(op, dlse, rows, dtype), column(op, dentropy, rows, dtype),
                   dx, dtarget},
-                 {loss.mutable_data_ptr(), lse.mutable_data_ptr(), accuracy ? hits.mutable_data_ptr() : nullptr,
-                  entropy ? entropies.mutable_data_ptr() : nullptr},
+                 {loss.mutable_data_ptr(), lse.mutable_data_ptr(),
+                  counting.accuracy ? hits.mutable_data_ptr() : nullptr,
+                  counting.entropy ? entropies.mutable_data_ptr() : nullptr},
                  counting);
   return {loss, lse, hits, entropies};
 }
@@ -159,8 +160,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_rows(
     const std::optional<Tensor>& dlse, const std::optional<Tensor>& dentropy, const std::optional<Tensor>& dx,
     const std::optional<Tensor>& dtarget, int64_t ignore_index, double smoothing, double softcap, double scale,
     double z_loss, bool accuracy, bool entropy) {
-  return counted_rows(x, target, weight, factor, dlse, dentropy, dx, dtarget, {ignore_index, false}, smoothing,
-                      softcap, scale, z_loss, accuracy, entropy);
+  return counted_rows(x, target, weight, {factor, dlse, dentropy, dx, dtarget}, {smoothing, softcap, scale, z_loss},
+                      {ignore_index, false, accuracy, entropy});
 }
 
 // As torch's at::Reduction.
@@ -188,7 +189,7 @@ std::tuple<int64_t, double, std::optional<Tensor>, std::optional<Tensor>, std::o
     int64_t ignore_index, double smoothing, double softcap, double scale, double z_loss, bool need_lse, bool need_x) {
   const char* op = "cross_entropy_loss";
   const Tensor target = target_.is_contiguous() ? target_ : torch::stable::contiguous(target_);
-  const Labelled call(op, x, target, weight, smoothing, softcap, scale, z_loss);
+  const Labelled call(op, x, target, weight, {smoothing, softcap, scale, z_loss});
   if (call.probabilities || reduction < kNone || reduction > kSum || (need_x && reduction == kNone))
     refuse(op, ": target must be int64, and a gradient is that of a mean or a sum");
   const int64_t rows = call.rows(), classes = call.options.classes;
@@ -210,7 +211,8 @@ std::tuple<int64_t, double, std::optional<Tensor>, std::optional<Tensor>, std::o
   const Scratch room(in_place ? 0 : rows * element_size(call.dtype));
   void* const losses = in_place ? loss.mutable_data_ptr() : room.get();
   losses_of_rows(call, {need_x ? Column{nullptr, nullptr, share} : none, none, none, dx, std::nullopt},
-                 {losses, need_lse ? lse->mutable_data_ptr() : nullptr, nullptr, nullptr}, {ignore_index, false});
+                 {losses, need_lse ? lse->mutable_data_ptr() : nullptr, nullptr, nullptr},
+                 {ignore_index, false, false, false});
   if (reduction != kNone)
     round_into(loss.mutable_data_ptr(), dtype, 0,
                wide ? mean_of(static_cast<const double*>(losses), rows, total)

@@ -104,6 +104,7 @@ std::tuple<bool, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_
   const bool wide = x.scalar_type() == ScalarType::Double, back = need_x || need_weight;
   const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
   std::optional<Tensor> shares, dlogits;
+  const std::optional<Tensor> none;
   if (back) {
     dlogits = logits;
     shares = empty_like_device(x, {rows}, dtype);
@@ -115,8 +116,8 @@ std::tuple<bool, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_
       shares_of(floats(factor), rows, total, static_cast<float*>(to));
   }
   auto [loss, lse, hits, entropies] =
-      counted_rows(logits, target, std::nullopt, shares, dlse, dentropy, dlogits, std::nullopt, {ignore_index, skip},
-                   smoothing, softcap, scale, z_loss, accuracy, entropy);
+      counted_rows(logits, target, std::nullopt, {shares, dlse, dentropy, dlogits, none},
+                   {smoothing, softcap, scale, z_loss}, {ignore_index, skip, accuracy, entropy});
   void* const losses = loss.mutable_data_ptr();
   if (mean.has_value()) {
     loss = number(x, wide ? mean_of(static_cast<const double*>(losses), rows, total)

@@ -29,20 +29,30 @@ struct Column {
 // t as such a vector, checked; zeros where there is none.
 Column column(const char* op, const std::optional<Tensor>& t, int64_t rows, ScalarType dtype);
 
-// Which rows count: `ignored` targets do not, and nothing at all comes of them if `skip`.
-struct Counting {
-  int64_t ignored;
-  bool skip;
+// The numbers of ops/cross_entropy/loss.py's Loss. softcap 0: none.
+struct LossNumbers {
+  double smoothing, softcap, scale, z_loss;
 };
 
-// x (rows, classes); target (rows,) int64, or probabilities of x's shape; weight (classes,), factor, dlse and dentropy
-// (rows,) in the accumulator's dtype. The gradient for them goes to dx, which may be x, and to dtarget. softcap 0:
-// none. (loss, logsumexp, hits, entropy) of each row, without elements what was not asked for.
-std::tuple<Tensor, Tensor, Tensor, Tensor> counted_rows(
-    const Tensor& x, const Tensor& target, const std::optional<Tensor>& weight, const std::optional<Tensor>& factor,
-    const std::optional<Tensor>& dlse, const std::optional<Tensor>& dentropy, const std::optional<Tensor>& dx,
-    const std::optional<Tensor>& dtarget, Counting counting, double smoothing, double softcap, double scale,
-    double z_loss, bool accuracy, bool entropy);
+// Which rows count: `ignored` targets do not, and nothing at all comes of them if `skip`. And whether hits and
+// entropies are asked for.
+struct Counting {
+  int64_t ignored;
+  bool skip, accuracy, entropy;
+};
+
+// factor, dlse and dentropy (rows,), in the accumulator's dtype, are what loss, lse and entropy count in the gradients:
+// of x for dx, which may be x, and of the probabilities for dtarget.
+struct LossGradients {
+  const std::optional<Tensor>&factor, &dlse, &dentropy, &dx, &dtarget;
+};
+
+// x (rows, classes); target (rows,) int64, or probabilities of x's shape; weight (classes,) in the accumulator's dtype.
+// (loss, logsumexp, hits, entropy) of each row, without elements what was not asked for.
+std::tuple<Tensor, Tensor, Tensor, Tensor> counted_rows(const Tensor& x, const Tensor& target,
+                                                        const std::optional<Tensor>& weight,
+                                                        const LossGradients& gradients, const LossNumbers& numbers,
+                                                        Counting counting);
 
 // The sum of n numbers over `total`, in double with what each sum loses carried on (Neumaier 1974).
 template <class A>

@@ -106,6 +106,69 @@ keyed(_accumulate)
 
 
 @triton.jit
+def _add_classes(
+    sums, x_at, x_stride, target_at, target_stride, weight, cols, in_rows, n_classes, loss,
+    ADJACENT: tl.constexpr, ENTROPY: tl.constexpr, AGAIN: tl.constexpr,
+):  # fmt: skip
+    """(z, sums) with the classes ``cols`` of the logits at ``x_at`` and, where not None, the targets at ``target_at``.
+
+    AGAIN: the logits are read a second time, and are to stay in the cache.
+    """
+    in_cols = cols < n_classes
+    mask = in_rows[:, None] & in_cols[None, :]
+    at = x_at[:, None] + along(cols, x_stride, ADJACENT)[None, :]
+    logits = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_last" if AGAIN else "")
+    q = None
+    if target_at is not None:
+        at = target_at[:, None] + along(cols, target_stride, ADJACENT)[None, :]
+        q = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    return _accumulate(sums, logits, q, weight, in_cols, loss, ENTROPY)
+
+
+@triton.jit
+def _store_gradient(dx_at, cols, y, keep, in_rows, z, row, weight, factor, n_classes, loss):
+    """The gradient of the classes ``cols`` for class indices ``y``; ``row`` is (base, rel, slope)."""
+    base, rel, slope = row
+    mask = in_rows[:, None] & (cols < n_classes)[None, :]
+    q = (cols[None, :] == y[:, None]).to(tl.float32)
+    p = tl.exp(-negative_log_softmax(z, base, rel))
+    d = tl.where(keep[:, None], dlogits(p, q, z, slope[:, None], weight, factor, n_classes, loss), 0.0)
+    tl.store(dx_at[:, None] + cols[None, :], d.to(dx_at.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gradient_in_turns(
+    dx_at, x_at, x_stride, y, keep, in_rows, row, weight_ptr, factor, n_classes, loss,
+    ADJACENT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """:func:`_store_gradient` of all classes, from the end: the cache still holds that if it does not hold the rows."""
+    last = tl.cdiv(n_classes, BLOCK_N) - 1
+    for turn in range(0, last + 1):
+        cols = (last - turn) * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_cols = cols < n_classes
+        at = x_at[:, None] + along(cols, x_stride, ADJACENT)[None, :]
+        mask = in_rows[:, None] & in_cols[None, :]
+        z = effective(tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first"), loss)
+        weight = class_weights(weight_ptr, cols, in_cols)
+        _store_gradient(dx_at, cols, y, keep, in_rows, z, row, weight, factor, n_classes, loss)
+
+
+@triton.jit
+def _loss_and_slope(sums, mass, dot, rel, lse, n_classes, loss):
+    """Of rows whose targets have the class weight ``mass`` and the weighted logit ``dot``, less the base."""
+    row_loss = mass * rel - dot
+    slope = mass
+    if loss.smoothing is not None:
+        share = loss.smoothing / n_classes
+        row_loss = (1.0 - loss.smoothing) * row_loss + share * (sums.weights * rel - sums.spread)
+        slope = (1.0 - loss.smoothing) * mass + share * sums.weights
+    return row_loss + penalty(mass, lse, loss), slope + penalty_slope(mass, lse, loss)
+
+
+keyed(_add_classes, _gradient_in_turns)
+
+
+@triton.jit
 def _forward_kernel(
     x, target, weight_ptr, total_ptr, factor_ptr, out, dx, sizes, loss,
     PROBABILITIES: tl.constexpr, ADJACENT: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -117,47 +180,36 @@ def _forward_kernel(
     inner = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = inner < n_inner
     rows = outer * n_inner + inner
-    x_ptr = x.ptr + outer * x.outer
-    x_rows = inner * x.inner
+    x_at = x.ptr + outer * x.outer + inner * x.inner
+    target_at = None
     if PROBABILITIES:
-        target_ptr = target.ptr + outer * target.outer
-        t_rows = inner * target.inner
+        target_at = target.ptr + outer * target.outer + inner * target.inner
     else:
         y = tl.load(target.ptr + rows, mask=in_rows, other=0)
         keep = in_rows & (y != loss.ignore_index)
         known = (y >= 0) & (y < n_classes)
         tl.device_assert(known | ~keep, "cross_entropy: a target is neither ignore_index nor in [0, C)")
         hit = keep & known
-        own = effective(tl.load(x_ptr + x_rows + y.to(tl.int64) * x.classes, mask=hit, other=0.0), loss)
+        own = effective(tl.load(x_at + y.to(tl.int64) * x.classes, mask=hit, other=0.0), loss)
+    ENTROPY: tl.constexpr = out.entropy is not None
     zeros = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     sums = RowSums(top, zeros, zeros, zeros, zeros, tl.cast(0.0, tl.float32), zeros, zeros)
     if WHOLE:
         cols = tl.arange(0, BLOCK_N)
-        in_cols = cols < n_classes
-        mask = in_rows[:, None] & in_cols[None, :]
-        logits = tl.load(x_ptr + x_rows[:, None] + along(cols, x.classes, ADJACENT)[None, :], mask=mask, other=0.0)
-        weight = class_weights(weight_ptr, cols, in_cols)
-        q = None
-        if PROBABILITIES:
-            at = t_rows[:, None] + along(cols, target.classes, ADJACENT)[None, :]
-            q = tl.load(target_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        z, sums = _accumulate(sums, logits, q, weight, in_cols, loss, out.entropy is not None)
+        weight = class_weights(weight_ptr, cols, cols < n_classes)
+        z, sums = _add_classes(
+            sums, x_at, x.classes, target_at, target.classes, weight, cols, in_rows, n_classes, loss,
+            ADJACENT, ENTROPY, AGAIN=False,
+        )  # fmt: skip
     else:
         for start in range(0, n_classes, BLOCK_N):
             cols = start + tl.arange(0, BLOCK_N)
-            in_cols = cols < n_classes
-            mask = in_rows[:, None] & in_cols[None, :]
-            logits = tl.load(
-                x_ptr + x_rows[:, None] + along(cols, x.classes, ADJACENT)[None, :], mask=mask, other=0.0,
-                eviction_policy="evict_last" if dx is not None else "",
+            weight = class_weights(weight_ptr, cols, cols < n_classes)
+            _, sums = _add_classes(
+                sums, x_at, x.classes, target_at, target.classes, weight, cols, in_rows, n_classes, loss,
+                ADJACENT, ENTROPY, AGAIN=dx is not None,
             )  # fmt: skip
-            weight = class_weights(weight_ptr, cols, in_cols)
-            q = None
-            if PROBABILITIES:
-                at = t_rows[:, None] + along(cols, target.classes, ADJACENT)[None, :]
-                q = tl.load(target_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            _, sums = _accumulate(sums, logits, q, weight, in_cols, loss, out.entropy is not None)
     base = sums.base
     rel = tl.log(sums.total)
     lse = base + rel
@@ -170,14 +222,7 @@ def _forward_kernel(
         else:
             mass = hit.to(tl.float32)
         dot = tl.where(known, dot, float("nan"))  # where asserts are compiled out, a bad target shows as NaN
-    row_loss = mass * rel - dot
-    slope = mass
-    if loss.smoothing is not None:
-        share = loss.smoothing / n_classes
-        row_loss = (1.0 - loss.smoothing) * row_loss + share * (sums.weights * rel - sums.spread)
-        slope = (1.0 - loss.smoothing) * mass + share * sums.weights
-    row_loss += penalty(mass, lse, loss)
-    slope += penalty_slope(mass, lse, loss)
+    row_loss, slope = _loss_and_slope(sums, mass, dot, rel, lse, n_classes, loss)
     if not PROBABILITIES:
         slope = tl.where(keep, tl.where(known, slope, float("nan")), 0.0)
         row_loss = tl.where(keep, row_loss, 0.0)
@@ -191,31 +236,17 @@ def _forward_kernel(
     if out.entropy is not None:
         tl.store(out.entropy + rows, rel - sums.tilt / sums.total, mask=in_rows)
     if dx is not None:
-        dx_rows = inner * dx.outer
+        dx_at = dx.ptr + inner * dx.outer
         factor = 1.0 / tl.load(total_ptr) if total_ptr is not None else 1.0
         if factor_ptr is not None:
             factor *= tl.load(factor_ptr + rows, mask=in_rows, other=0.0)[:, None]
+        row = (base, rel, slope)
         if WHOLE:
-            q = (cols[None, :] == y[:, None]).to(tl.float32)
-            p = tl.exp(-negative_log_softmax(z, base, rel))
-            d = tl.where(keep[:, None], dlogits(p, q, z, slope[:, None], weight, factor, n_classes, loss), 0.0)
-            tl.store(dx.ptr + dx_rows[:, None] + cols[None, :], d.to(dx.ptr.dtype.element_ty), mask=mask)
+            _store_gradient(dx_at, cols, y, keep, in_rows, z, row, weight, factor, n_classes, loss)
         else:
-            # From the end, which the cache still holds where it does not hold the whole row.
-            last = tl.cdiv(n_classes, BLOCK_N) - 1
-            for turn in range(0, last + 1):
-                cols = (last - turn) * BLOCK_N + tl.arange(0, BLOCK_N)
-                in_cols = cols < n_classes
-                mask = in_rows[:, None] & in_cols[None, :]
-                logits = tl.load(
-                    x_ptr + x_rows[:, None] + cols[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
-                )
-                z = effective(logits, loss)
-                weight = class_weights(weight_ptr, cols, in_cols)
-                q = (cols[None, :] == y[:, None]).to(tl.float32)
-                p = tl.exp(-negative_log_softmax(z, base, rel))
-                d = tl.where(keep[:, None], dlogits(p, q, z, slope[:, None], weight, factor, n_classes, loss), 0.0)
-                tl.store(dx.ptr + dx_rows[:, None] + cols[None, :], d.to(dx.ptr.dtype.element_ty), mask=mask)
+            _gradient_in_turns(
+                dx_at, x_at, x.classes, y, keep, in_rows, row, weight_ptr, factor, n_classes, loss, ADJACENT, BLOCK_N
+            )
 
 
 @triton.jit

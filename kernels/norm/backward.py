@@ -69,7 +69,8 @@ def _row_means_kernel(
             g *= tl.load(inputs.weight + cols, mask=mask, other=0.0).to(tl.float32) + offset
         x = tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32)
         sum_g += g
-        sum_gx += g * ((x - mean) * rstd)
+        # The lanes past the row hold 0, and mean * rstd may be infinite.
+        sum_gx += g * tl.where(mask, (x - mean) * rstd, 0.0)
     if CENTER:
         tl.store(means.g + row, tl.sum(sum_g, axis=0) / n_cols)
     tl.store(means.gx + row, tl.sum(sum_gx, axis=0) / n_cols)

@@ -30,7 +30,7 @@ def test_the_command_writes_shows_and_compares(small, tmp_path, capsys):
 def test_the_budget_covers_the_whole_command(small, tmp_path, monkeypatch):
     budgets = []
     monkeypatch.setattr(command, "copy_bandwidth", lambda device: time.sleep(1.5) or 1e9)
-    monkeypatch.setattr(command, "run", lambda planned, device, budget, **more: budgets.append(budget) or Run({}))
+    monkeypatch.setattr(command, "run", lambda planned, device, asked, **more: budgets.append(asked.budget) or Run({}))
     monkeypatch.setattr(command, "_shown", lambda found, folder: [])
     assert command.main(["layer_norm", "--budget", "40", "--out", str(tmp_path)]) == 1
     assert 20 < budgets[0] < 40 - 10 - 1.5
@@ -39,7 +39,7 @@ def test_the_budget_covers_the_whole_command(small, tmp_path, monkeypatch):
 def test_a_budget_that_measuring_has_spent_is_no_negative_one(small, tmp_path, monkeypatch):
     budgets = []
     monkeypatch.setattr(command, "copy_bandwidth", lambda device: time.sleep(0.5) or 1e9)
-    monkeypatch.setattr(command, "run", lambda planned, device, budget, **more: budgets.append(budget) or Run({}))
+    monkeypatch.setattr(command, "run", lambda planned, device, asked, **more: budgets.append(asked.budget) or Run({}))
     monkeypatch.setattr(command, "_shown", lambda found, folder: [])
     assert command.main(["layer_norm", "--budget", "0.1", "--out", str(tmp_path)]) == 1
     assert budgets == [0.0]
@@ -53,8 +53,8 @@ def test_the_default_precision_is_one_that_the_device_multiplies(small, tmp_path
     monkeypatch.setattr(command, "matmul_flops", lambda device, dtype: {torch.float32: 1e9}.get(dtype, 2e9))
     monkeypatch.setattr(command, "_shown", lambda found, folder: [])
 
-    def no_run(planned, device, dtypes, environment, **more):
-        asked.append((dtypes, environment["rates"]["matrix"]))
+    def no_run(planned, device, request, environment, **more):
+        asked.append((request.dtypes, environment["rates"]["matrix"]))
         assert environment["cpu"]
         return Run(environment)
 

@@ -73,10 +73,8 @@ def test_one_that_hangs_is_ended_and_started_anew(target, monkeypatch):
     _shapes(monkeypatch, 9, 3)
     monkeypatch.setattr(run, "RIVAL_SHARE", 0.1)
     theirs = rival.Rival(target, CPU)
-    found = run.run(
-        run.plan([OPS["layer_norm"]], [""]), CPU, dtypes=["float32"], rounds=2, budget=120.0, only=["none"],
-        rivals=[theirs], tell=lambda line: None,
-    )  # fmt: skip
+    request = run.Request(["float32"], 2, 120.0, ["none"], rivals=[theirs])
+    found = run.run(run.plan([OPS["layer_norm"]], [""]), CPU, request, tell=lambda line: None)
     theirs.stop()
     assert {row.problem for row in found.rows if (row.shape, row.provider) == ("rows 9", target)} == {
         "stopped after 6 s"

@@ -17,9 +17,10 @@ CPU = torch.device("cpu")
 
 
 def _run(op, **options):
-    settings = dict(dtypes=["bfloat16"], rounds=3, budget=60.0, only=["wrong", "failing", "missing"])
     planned = run.plan([op], options.pop("shape", [""]))
-    found = run.run(planned, CPU, tell=lambda line: None, **(settings | options))
+    told = {name: options.pop(name) for name in ("environment", "keep") if name in options}
+    settings = dict(dtypes=["bfloat16"], rounds=3, budget=60.0, only=["wrong", "failing", "missing"])
+    found = run.run(planned, CPU, run.Request(**(settings | options)), tell=lambda line: None, **told)
     return found.rows, found.left_out
 
 
@@ -240,7 +241,7 @@ def test_a_calls_floor_takes_the_matrix_rate_of_its_precision():
 def test_ops_whose_cost_depends_on_values_are_timed(monkeypatch):
     monkeypatch.setitem(run.CASE, "cpu", 100.0)
     found = run.run(
-        run.plan([OPS["embedding"]], ["one token"]), CPU, dtypes=["bfloat16"], rounds=2, budget=60.0, only=["none"],
+        run.plan([OPS["embedding"]], ["one token"]), CPU, run.Request(["bfloat16"], 2, 60.0, ["none"]),
         environment={"rates": {"copy": 1e10, "matrix": 1e11}}, tell=lambda line: None,
     )  # fmt: skip
     assert not found.left_out

@@ -9,8 +9,9 @@ from attention_calls import BACKENDS, agree, qkv
 from conftest import DEVICE
 
 import fastllm
+from fastllm.backends import why_not
 from fastllm.functional import attention
-from fastllm.kernels.attention import backward, forward
+from fastllm.kernels.attention import backward, bias_gradient, forward
 from fastllm.ops.attention import attention as module
 from fastllm.ops.attention.attention import attention_reference
 from fastllm.ops.attention.reference import dropout_kept
@@ -45,6 +46,39 @@ def test_rows_without_a_key_give_zero_and_no_gradient(backend):
     dq, dk, dv = torch.autograd.grad([out, lse], [q, k, v], [torch.ones_like(out), torch.ones_like(lse)])
     assert (dq[:, :, :8] == 0).all()
     assert all(g.isfinite().all() for g in (dq, dk, dv))
+
+
+@pytest.mark.cpu_level
+@pytest.mark.parametrize("which", [*BACKENDS, pytest.param("native", marks=pytest.mark.runs_on("interpreter"))])
+def test_what_comes_in_for_the_lse_of_rows_without_a_key_goes_nowhere(which):
+    if (reason := why_not(which, DEVICE.type)) is not None:
+        pytest.skip(reason)
+    tensors = qkv(rows=21, cols=13)
+    found = []
+    with fastllm.backend(which):
+        out, lse = attention(*tensors, causal=True, return_lse=True)
+        for upstream in (0.0, math.nan, math.inf):
+            dlse = torch.ones_like(lse)
+            dlse[:, :, :8] = upstream
+            found.append(torch.autograd.grad([out, lse], tensors, [torch.ones_like(out), dlse], retain_graph=True))
+    for got in found[1:]:
+        torch.testing.assert_close(got, found[0], rtol=0, atol=0)
+
+
+@pytest.mark.runs_on("interpreter")
+@pytest.mark.parametrize("shape", [(1, 1, 1, 20), (1, 3, 1, 20), (3, 1, 1, 20), (1, 1, 20, 20), (1, 1, 20, 1)])
+def test_a_biass_gradient_in_pieces_of_which_the_last_is_short(shape, small_tiles, monkeypatch):
+    """Two pieces of three batches, heads or row tiles. Beside the tensors lie NaNs, which no piece may read."""
+    monkeypatch.setattr(bias_gradient, "dbias_tile", lambda *_: forward.forward_tile())
+    room = torch.full((3, 4, 4, 40, 8), math.nan)
+    for programs in (2, 4, 8):
+        monkeypatch.setattr(bias_gradient, "PROGRAMS", programs * -(-shape[2] // 16) * -(-shape[3] // 16))
+        tensors = [x[:3, :3, :n].copy_(torch.randn(3, 3, n, 8)) for x, n in zip(room, (40, 20, 20), strict=True)]
+        if shape[2] > 1:
+            tensors[0] = tensors[0][:, :, :20]
+        tensors = [x.requires_grad_() for x in tensors]
+        with fastllm.backend("triton"):
+            agree(tensors, bias=torch.randn(shape, requires_grad=True))
 
 
 def test_packed_sequences_may_be_empty(backend):

@@ -45,6 +45,11 @@ def masks(shape):
     yield None
     yield seen.expand(batch, heads, 1, keys)
     yield torch.randn(1, heads, 1, keys).masked_fill(~seen, -torch.inf)
+    # Keys that do not lie side by side in the mask: every second number of a row, and one number for all keys.
+    beside = torch.stack((seen, ~seen), -1).flatten(-2)
+    yield beside[..., ::2].expand(batch, heads, 1, keys)
+    yield torch.zeros(beside.shape).masked_fill(~beside, -torch.inf)[..., ::2].expand(batch, heads, 1, keys)
+    yield (torch.arange(batch) > 0).view(-1, 1, 1, 1).expand(batch, heads, 1, keys)
 
 
 def eager(call):

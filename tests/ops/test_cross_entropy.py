@@ -13,8 +13,10 @@ from fastllm.backends import pick
 from fastllm.bench.traffic import count_traffic
 from fastllm.functional import cross_entropy
 from fastllm.kernels.cross_entropy import forward as kernel
+from fastllm.kernels.cross_entropy import logits
 from fastllm.ops.cross_entropy.call import cross_entropy_call
 from fastllm.ops.cross_entropy.cross_entropy import MAX_MAP_CLASSES, cross_entropy_reference
+from fastllm.ops.cross_entropy.loss import Labelled, Loss
 
 pytestmark = [pytest.mark.cpu_level, pytest.mark.runs_on("gpu", "interpreter")]
 
@@ -177,6 +179,25 @@ def test_out_of_range_target(backend, bad):
         cross_entropy(torch.randn(2, 7, 2, device=DEVICE), target, reduction="sum", z_loss=0.1, label_smoothing=0.1)
 
 
+@pytest.mark.runs_on("interpreter")
+@pytest.mark.parametrize("bad", [-1, 7, 2**40])
+def test_out_of_range_target_shows_as_nan_where_asserts_are_compiled_out(monkeypatch, bad):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    monkeypatch.setattr(InterpreterBuilder, "create_assert", lambda *args: None)
+    x, target = torch.randn(4, 8, 1)[:, :7], torch.tensor([[1], [bad], [3], [-100]])
+    for weight in (None, torch.rand(7)):
+        labelled = Labelled(x, target, weight, Loss(reduction="none"))
+        loss, _, stats, _, _ = kernel.cross_entropy_fwd(labelled, torch.float32)
+        assert loss.isnan().tolist() == stats[2].isnan().tolist() == [False, True, False, False]
+        mean = labelled._replace(loss=Loss())
+        loss, _, _, total, dx = kernel.cross_entropy_fwd(mean, torch.float32, with_gradient=True)
+        assert loss.isnan()
+        assert total == (2 if weight is None else weight[1] + weight[3])
+        assert dx.isnan().flatten(1).all(1).tolist() == [False, True, False, False]
+        assert dx[[0, 2, 3]].isfinite().all()
+
+
 def test_ignore_index_may_be_out_of_range_or_a_class(backend):
     x, y = torch.randn(4, 5, device=DEVICE), torch.tensor([0, 255, 2, 3], device=DEVICE)
     for ignore_index in (255, -7):
@@ -274,6 +295,26 @@ def test_rows_past_what_registers_hold(dtype, reduction, weighted, monkeypatch, 
         loss, grad = _gradient(cross_entropy, x, y, **options)
     assert_as_true(loss, truth, theirs, dtype, "loss")
     assert_as_true(grad, truth_grad, theirs_grad, dtype, "gradient")
+
+
+def test_the_entropy_of_a_row_in_many_blocks(monkeypatch):
+    monkeypatch.setattr(logits, "TILE", 64)
+    # Each block's maximum is above the one before: what was summed is moved to it every time.
+    x = torch.randn(5, 300, device=DEVICE) + torch.linspace(0, 30, 300, device=DEVICE)
+    target = torch.randint(300, (5, 1), device=DEVICE)
+    out = kernel.RowOutputs(*x.new_empty(2, 5), x.new_empty(3, 5), entropy=x.new_empty(5))
+    kernel.forward_rows(Labelled(x[..., None], target, None, Loss(reduction="none")), out)
+    torch.testing.assert_close(out.entropy, torch.distributions.Categorical(logits=x).entropy())
+
+
+@pytest.mark.parametrize("upstream", [math.nan, math.inf])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_no_upstream_gradient_reaches_ignored_rows(backend, reduction, upstream):
+    x, y = torch.randn(4, 10, device=DEVICE), torch.tensor([3, -100, 0, -100], device=DEVICE)
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(cross_entropy(x, y, reduction=reduction), x, torch.tensor(upstream, device=DEVICE))
+    assert not dx[1::2].any()
+    assert not dx[::2].isfinite().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -13,6 +13,8 @@ import fastllm
 from fastllm.backends import why_not
 from fastllm.functional import add_layer_norm, add_rms_norm, embedding_sum
 from fastllm.kernels.math import is_kept
+from fastllm.ops.norm.call import NormBackward, NormForward
+from fastllm.ops.norm.operator import backward_by, forward_by
 from fastllm.ops.shared.dropout import dropout, dropped
 from fastllm.ops.shared.philox import draw_seed, dropout_mask, philox, rows_kept
 from fastllm.training.dropout import RowDropout, key_dropout, set_first_row
@@ -88,6 +90,32 @@ def test_every_backend_drops_the_same_elements(shape):
         for h in found:
             assert torch.equal(h != 0, mask)
             torch.testing.assert_close(h, dropped(x, seed_of(0, 0), 0.0) * mask / 0.6)
+
+
+@pytest.mark.cpu_level
+@pytest.mark.parametrize("backend", ["triton", pytest.param("native", marks=pytest.mark.runs_on("interpreter"))])
+@pytest.mark.parametrize(("key", "first"), SEEDS)
+def test_a_norms_rows_are_numbers_of_64_bits(backend, key, first):
+    if backend == "native" and NOT_NATIVE is not None:
+        pytest.skip(f"native: {NOT_NATIVE}")
+    x, seed, none = torch.rand(5, 12, device=DEVICE) + 1, seed_of(key, first), torch.empty(0, device=DEVICE)
+    mask = dropout_mask(seed, x.shape, 0.4)
+    _, h, _, rstd = forward_by(
+        NormForward(
+            x=x, residual=torch.zeros_like(x), weight=None, bias=None, seed=seed, eps=1e-5, offset=0.0, dropout_p=0.4,
+            center=False, backend=backend,
+        )
+    )  # fmt: skip
+    assert torch.equal(h != 0, mask)
+    dinput, dresidual, *_ = backward_by(
+        NormBackward(
+            dy=torch.zeros_like(x), dh=torch.ones_like(x), x=h, weight=None, seed=seed, mean=none, rstd=rstd,
+            input_dtype=x.dtype, bias_dtype=x.dtype, offset=0.0, dropout_p=0.4, center=False,
+            needs=(True, True, False, False), backend=backend,
+        )
+    )  # fmt: skip
+    assert torch.equal(dinput != 0, mask)
+    assert dresidual.all()
 
 
 def test_dropout_has_gradients_of_any_order_and_a_mask_for_each_sample():

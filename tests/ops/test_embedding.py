@@ -193,6 +193,15 @@ def test_integer_tables_are_looked_up_too():
     )
 
 
+@pytest.mark.skipif(not NATIVE, reason="no extension here")
+def test_a_frequency_counts_every_row_that_an_id_gathered():
+    # Each of three ids stands for two rows of the gradient, 3 apart.
+    ids, grad = torch.tensor([2, 0, 2], device=DEVICE), torch.randn(6, 4, device=DEVICE)
+    got = torch.ops.fastllm.embedding_bwd(grad, ids, 5, -1, True, None, 1.0, False)
+    expected = torch.zeros(5, 4, device=DEVICE).index_add_(0, ids.repeat(2), grad)
+    torch.testing.assert_close(got, expected / torch.tensor([2.0, 1, 4, 1, 1], device=DEVICE)[:, None])
+
+
 BITS = """
 import sys, torch, fastllm
 torch.manual_seed(0)

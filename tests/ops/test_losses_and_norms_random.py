@@ -192,6 +192,23 @@ def test_rows_further_apart_than_32_bits_reach():
             assert torch.equal(a, b), name
 
 
+def test_classes_further_apart_than_32_bits_reach():
+    """The last of 16 classes lies 15 * 2^28 elements behind the first, in logits and in the targets' probabilities."""
+    step = 2**28
+    whole = torch.empty(16 * step, dtype=torch.bfloat16, device=DEVICE)
+    logits, q = (whole.as_strided((3, 16), (1, step), start) for start in (0, 8))
+    logits.copy_(torch.randn(3, 16))
+    q.copy_(torch.randn(3, 16).softmax(1))
+    for target in (torch.tensor([3, 15, 8], device=DEVICE), q):
+        found = []
+        for x, y in ((logits, target), (logits.contiguous(), target.contiguous())):
+            x = x.detach().requires_grad_()
+            with fastllm.backend("triton"):
+                loss = cross_entropy(x, y, reduction="none")
+                found.append((loss, *torch.autograd.grad(loss.float().square().sum(), x)))
+        torch.testing.assert_close(*found)
+
+
 def test_statistics_are_fp32():
     x = torch.randn(3, 40, device=DEVICE).bfloat16()
     _, _, mean, rstd = norm_fwd(NormForward(x, None, None, None, None, 1e-5, 0.0, 0.0, True, "triton"))

@@ -316,6 +316,33 @@ def test_divergences_of_rows_of_any_width(direction, columns):
             torch.testing.assert_close(into.double(), expected, rtol=max(eps, 2e-5), atol=max(eps, 1e-5))
 
 
+def test_a_teachers_subnormal_probability_has_its_logarithm():
+    teacher = torch.tensor([[1e-40, 0.5, 0.3, 0.2]])
+    student, indices = torch.zeros(1, 4), torch.arange(4)[None]
+    found = torch.ops.fastllm.divergence_rows(
+        student, teacher, indices, None, None, None, DIRECTIONS.index("reverse"), 0.5, 1.0, 0.0, 0.0
+    )
+    truth = (student.double().softmax(1) * (student.double().log_softmax(1) - teacher.double().log())).sum(1)
+    torch.testing.assert_close(found, truth.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "label_smoothing": 0.1}], ids=["plain", "capped"])
+def test_what_an_ignored_rows_logits_are_does_not_reach_its_gradient(dtype, options):
+    y = torch.tensor([1, -100, 2, -100, -100])
+    x = torch.randn(5, 40).to(dtype)
+    expected = torch.zeros_like(x)
+    with fastllm.backend("native"):
+        for filling in (0.0, torch.nan, torch.inf, -torch.inf):
+            x[y < 0] = filling
+            leaf = x.clone().requires_grad_()
+            (dx,) = torch.autograd.grad(cross_entropy(leaf, y, **options), leaf)
+            if filling == 0.0:
+                expected = dx
+                assert not dx[y < 0].any()
+            assert torch.equal(dx, expected)
+
+
 def test_divergences_refuse_what_does_not_fit():
     x, ids = torch.randn(2, 5), torch.zeros(2, 3, dtype=torch.int64)
     numbers = (0, 0.5, 1.0, 0.0, 0.0)

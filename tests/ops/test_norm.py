@@ -71,6 +71,8 @@ def test_rows_that_stay_16_bit_in_registers(name, dtype, monkeypatch, poisoned_m
     assert len(packed) == 6
     run(op.function, Sample("", (*(t[:, 1:83] for t in wide), (82,))), "triton", grads=False)
     assert len(packed) == 6  # rows that begin at an odd element go another way
+    run(op.function, Sample("", (*(made(5, 85)[:, :82] for _ in wide), (82,))), "triton", grads=False)
+    assert len(packed) == 6  # and those of which every second one does
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -144,6 +146,23 @@ def test_a_row_at_the_edge_of_each_kernel():
             (mine,) = torch.autograd.grad(rms_norm(x, (cols,)), x, dy)
         (theirs,) = torch.autograd.grad(F.rms_norm(x, (cols,)), x, dy)
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("function", ADDS)
+@pytest.mark.parametrize("bwd", ["tile", "long", "cluster", "none"])
+def test_each_upstream_gradient_is_read_by_its_own_strides(function, bwd, monkeypatch):
+    cols = 96
+    monkeypatch.setattr(_norm_backward, "BWD_ROW", {"cluster": 32, "none": 0}.get(bwd, 4096))
+    monkeypatch.setattr(_norm_backward, "is_long", lambda _: bwd == "long")
+    monkeypatch.setattr(_norm_row, "SEGMENT", 32)
+    leaves = [torch.randn(6, cols, device=DEVICE, requires_grad=True) for _ in range(2)]
+    apart, alike = torch.randn(12, cols, device=DEVICE)[::2], torch.randn(cols, device=DEVICE).expand(6, cols)
+    for upstream in ((apart, alike), (alike, apart)):
+        found = []
+        for backend in ("eager", "triton"):
+            with fastllm.backend(backend):
+                found.append(torch.autograd.grad(function(*leaves, (cols,)), leaves, upstream))
+        torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("function", ADDS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import DEVICE
 from contract import assert_all_as_true, copy, run, truth_of
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 import fastllm
@@ -82,6 +82,8 @@ def _check_equal_columns(values, n_cols, backend):
     n_cols=st.integers(17, 32).map(lambda n: 2 * n),
     values=st.lists(NUMBERS, min_size=1, max_size=40),
 )
+# Times rstd these are infinite: a lane past the row that took the mean off its 0 would make NaN of the row's sums.
+@example(n_cols=34, values=[2.0**121, -(2.0**121)])
 def test_the_norm_of_equal_columns_is_nought(form, dtype, n_cols, values):
     most = torch.finfo(dtype).max / 64
     values = torch.tensor(values, device=DEVICE).clamp(-most, most).to(dtype)

@@ -9,6 +9,8 @@ from fastllm import OPS
 from fastllm.backends import BackendError, why_not
 from fastllm.bench.traffic import measure
 from fastllm.functional import rotary_embedding
+from fastllm.kernels.rotary_embedding import rotary
+from fastllm.ops.rotary_embedding import RotaryCall
 from fastllm.registry import Sample
 
 pytestmark = pytest.mark.runs_on("gpu", "interpreter")
@@ -148,6 +150,20 @@ def test_an_id_outside_the_tables(backend, bad):
     ids = torch.tensor([[0, 1, 2], [3, bad, 4]])
     with pytest.raises(IndexError, match=rf"position_ids {bad} at \[1, 1\].*\[0, 10\)"):
         rotary_embedding(torch.randn(2, 1, 3, 8), None, *_tables(10, 4), position_ids=ids)
+
+
+@pytest.mark.runs_on("interpreter")
+@pytest.mark.parametrize("bad", [-1, 10])
+def test_an_id_outside_the_tables_shows_as_nan_where_asserts_are_compiled_out(monkeypatch, bad):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    monkeypatch.setattr(InterpreterBuilder, "create_assert", lambda *args: None)
+    query, ids = torch.randn(1, 1, 3, 8), torch.tensor([3, bad, 4])
+    # Rows of a larger table: what lies beside them are numbers.
+    cos, sin = (table[1:11] for table in _tables(12, 3))
+    y = torch.empty_like(query)
+    rotary(RotaryCall(query, None, cos, sin, ids, 0, False), y, None)
+    assert y[0, 0].isnan().tolist() == [[False] * 8, [True] * 6 + [False] * 2, [False] * 8]
 
 
 X, COS, IDS = torch.zeros(2, 4, 3, 8), torch.zeros(5, 4), torch.zeros(3, dtype=torch.long)

@@ -50,7 +50,7 @@ inline void products(const float* __restrict x, const T* __restrict w, int64_t d
   }
 }
 
-// The order in which product() of BF16 takes the whole runs of a row.
+// The order in which add_run() of BF16 takes the whole runs of a row.
 void even_before_odd(float* x, int64_t n) {
   for (int64_t k = 0; k + 2 * kVector <= n / kRun * kRun; k += 2 * kVector) {
     float odd[kVector];

@@ -49,8 +49,8 @@ class NormForward(NamedTuple):
     """The operands of ``norm_fwd``, in the order of its schema.
 
     ``x`` (..., N) and ``residual`` of its shape are added, and the sum's rows are normed; without a residual x's are.
-    ``weight`` and ``bias`` are (N,), contiguous. ``seed`` is one int64 on the device where ``dropout_p`` > 0: the
-    dropout of ``x`` before the add. ``offset`` is added to the weight.
+    ``weight`` and ``bias`` are (N,), contiguous. ``seed`` is two int64 on the device where ``dropout_p`` > 0, a key and
+    the number of the first row: the dropout of ``x`` before the add. ``offset`` is added to the weight.
     """
 
     x: torch.Tensor
