@@ -265,7 +265,7 @@ def _layer_gradients(dtype, backend):
 
 def test_without_products_of_bf16_the_gradient_is_summed_in_fp32_by_torch(monkeypatch):
     monkeypatch.setitem(extension._info, "bf16_products", "none")
-    monkeypatch.setattr(products, "WIDENED", 32)  # whole and broken pieces of the 70 columns
+    monkeypatch.setattr(products, "WIDENED_COLUMNS", 32)  # whole and broken pieces of the 70 columns
     monkeypatch.setattr(products, "_add_bf16_product", lambda *args: pytest.fail("no such product here"))
     truth, eager = _layer_gradients(torch.float64, None), _layer_gradients(torch.bfloat16, "eager")
     for a, b, c in zip(_layer_gradients(torch.bfloat16, "native"), truth, eager, strict=True):

@@ -116,8 +116,9 @@ def workspace_mb(chunking: Chunking, weight: torch.Tensor, rows: int, row_bytes:
     """MiB for a chunk of a call on ``rows`` rows of ``row_bytes``: what the caller gave, else the device's default."""
     if chunking.max_workspace_mb:
         return chunking.max_workspace_mb
-    default = default_workspace_mb(weight.device.type, rows)
-    if weight.is_cuda:
+    device_type = weight.device.type
+    default = default_workspace_mb(device_type, rows)
+    if device_type == "cuda":
         return default
     return max(default, min(WHOLE_ROWS * row_bytes, weight.numel() * weight.element_size()) / 2**20)
 
