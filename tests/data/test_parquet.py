@@ -102,6 +102,25 @@ def test_one_long_text_that_many_rows_name_is_never_held_for_all(tmp_path):
     assert count == 500
 
 
+def test_columns_of_lists_and_structures_are_refused_before_a_row_is_read(tmp_path):
+    arrow = needed("pyarrow", "parquet")
+    (failure,) = documents(tmp_path, parquet_of({"text": arrow.array([[article(0)] * 9])}))
+    assert "column text is list<element: string>, not a string" in failure.details["error"]
+    columns = {"text": [article(0)], "url": [[article(0)] * 9], "title": [{"de": "Hafen"}], "id": ["i0"]}
+    (raw,) = documents(tmp_path, parquet_of(columns))
+    assert raw.metadata == {"id": "i0"}
+
+
+@pytest.mark.parametrize("name", ["url", "url.of"])
+def test_what_is_read_beside_the_text_is_bounded_as_the_text_is(tmp_path, name):
+    columns = {"text": ["short"] * 2, "url": ["a"] * 2, name: ["u" * (1 << 20)] * 2}
+    (failure,) = documents(tmp_path, parquet_of(columns, compression="zstd"))
+    assert failure.reason == "bomb"
+    assert f"of {name} would give" in failure.details["error"]
+    (item, _) = documents(tmp_path, parquet_of({"text": ["short"] * 2, "url": ["u" * SMALL.document, "u"]}))
+    assert item.reason == "too_large"
+
+
 def test_names_and_settings(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     (entry,), _ = plan_sources([str(tmp_path)])
@@ -116,3 +135,17 @@ def test_without_pyarrow_the_error_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(optional, "import_module", missing)
     with pytest.raises(InputError, match=r"reading Parquet files needs pyarrow, .*pip install 'fastllm\[parquet\]'"):
         documents(tmp_path, b"PAR1")
+
+
+def test_a_row_that_needs_a_package_is_not_taken_for_damage(tmp_path, monkeypatch):
+    content = parquet_of({"html": [b"\x28\xb5\x2f\xfd and what is compressed"]})
+    found = optional.import_module
+
+    def missing(name):
+        if name == "zstandard":
+            raise ImportError(f"No module named {name!r}")
+        return found(name)
+
+    monkeypatch.setattr(optional, "import_module", missing)
+    with pytest.raises(InputError, match="the content coding zstd needs zstandard"):
+        documents(tmp_path, content, "html")

@@ -101,7 +101,7 @@ def open_stream(path: str | Path, limits: Limits) -> Iterator[io.BufferedReader]
 
     Raises:
         Unreadable: on opening or on reading: missing, cut short, damaged, or a decompression bomb.
-        InputError: it is a .zst file and zstandard is not installed.
+        InputError: it is compressed by Zstandard and zstandard is not installed.
     """
     path = Path(path)
     try:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
+from ...config import InputError
 from ..optional import require
 from .codings import text_of
 from .compressed import open_stream
@@ -26,7 +27,8 @@ def _document(id: str, record: Mapping[str, Any], field: str, limits: Limits) ->
         content, encoding = text_of(content, None, limits), None
     else:
         raise TypeError(f"{field} is {type(content).__name__}, not a string")
-    return too_large(id, limits) if len(content) > limits.document else Raw(id, content, kind, known, encoding)
+    size = len(content) + sum(len(value) for name, value in known.items() if name != field)
+    return too_large(id, limits) if size > limits.document else Raw(id, content, kind, known, encoding)
 
 
 def _line(stream: BinaryIO, limits: Limits) -> bytes | None:
@@ -64,9 +66,9 @@ def read_json_lines(entry: SourceEntry, limits: Limits, field: str) -> Iterator[
 
 def read_parquet(entry: SourceEntry, limits: Limits, field: str) -> Iterator[Raw | Failure]:
     """A row is a document, whose text is the column ``field``."""
-    parquet = require("pyarrow.parquet", "pyarrow", "reading Parquet files", "parquet")
-    # pyarrow's errors are of several classes: ValueError, NotImplementedError, KeyError, OSError without a number.
-    broken = (require("pyarrow", "pyarrow", "reading Parquet files", "parquet").ArrowException, ValueError)
+    arrow, parquet = (
+        require(module, "pyarrow", "reading Parquet files", "parquet") for module in ("pyarrow", "pyarrow.parquet")
+    )
     with open(entry.path, "rb") as stream:
         try:
             file = parquet.ParquetFile(stream, pre_buffer=False)
@@ -81,7 +83,10 @@ def read_parquet(entry: SourceEntry, limits: Limits, field: str) -> Iterator[Raw
                 except Unreadable as error:
                     found = Failure(id, error.reason, {"error": str(error)})
                 yield found
-        except broken as error:
+        except InputError:
+            raise
+        # pyarrow's errors are of several classes: ValueError, NotImplementedError, KeyError, OSError without a number.
+        except (arrow.ArrowException, ValueError) as error:
             raise Unreadable("damaged", one_line(error)) from error
 
 
@@ -89,15 +94,22 @@ def _columns(file, field: str, limits: Limits) -> list[str]:
     """Those to read of a Parquet file.
 
     Raises:
-        Unreadable: there is no column ``field``, or it would grow too much.
+        Unreadable: there is no column ``field``, it holds lists or structures, or one to read would grow too much.
     """
-    names = file.schema_arrow.names
-    if field not in names:
-        raise Unreadable("damaged", f"no column {field}; it has {', '.join(names)[:200]}")
+    schema = file.schema_arrow
+    if field not in schema.names:
+        raise Unreadable("damaged", f"no column {field}; it has {', '.join(schema.names)[:200]}")
+    # A row's list may hold one long text of the file any number of times.
+    nested = {column.name: str(column.type) for column in schema if column.type.num_fields}
+    if field in nested:
+        raise Unreadable("damaged", f"column {field} is {nested[field][:200]}, not a string")
+    columns = [name for name in schema.names if name == field or (name in _KEPT and name not in nested)]
+    # pyarrow reads a column whose name continues that of another after a dot together with it.
+    begin = tuple(f"{name}." for name in columns)
     for group in range(file.num_row_groups):
         row_group = file.metadata.row_group(group)
         for column in map(row_group.column, range(row_group.num_columns)):
-            size, compressed = column.total_uncompressed_size, column.total_compressed_size
-            if column.path_in_schema == field and size > max(limits.free, limits.ratio * max(1, compressed)):
-                raise Unreadable("bomb", f"{compressed:,} compressed bytes of {field} would give {size:,}")
-    return [name for name in names if name == field or name in _KEPT]
+            path, size, compressed = column.path_in_schema, column.total_uncompressed_size, column.total_compressed_size
+            if f"{path}.".startswith(begin) and size > max(limits.free, limits.ratio * max(1, compressed)):
+                raise Unreadable("bomb", f"{compressed:,} compressed bytes of {path} would give {size:,}")
+    return columns
