@@ -108,7 +108,7 @@ def as_measured(module: torch.nn.Module, parts: Parts) -> bool:
     """Whether ``module`` still has these ``parts``, unchanged, and nobody looks at what goes through them."""
     for name, cls, attributes in parts:
         part = module._modules.get(name)
-        if part is None or type(part) is not cls or "forward" in vars(part):
+        if part is None or type(part) is not cls or getattr(part.forward, "__func__", None) is not cls.forward:
             return False
         if hooked(part) or changed(part, attributes):
             return False
