@@ -216,7 +216,14 @@ def _set_config(module, config) -> None:
     module.__dict__["config"] = config
 
 
-@forward_of("attention_interface", config=property(_config, _set_config))
+def _delete_config(module) -> None:
+    try:
+        del module.__dict__["config"]
+    except KeyError:
+        raise AttributeError("config") from None
+
+
+@forward_of("attention_interface", config=property(_config, _set_config, _delete_config))
 def model_forward(module, original, options, *args, **kwargs):
     switch = switch_of(vars(module).get("config"))
     if switch is None:
