@@ -98,7 +98,9 @@ def changed(module: torch.nn.Module, measured: Attributes) -> bool:
         return True
     if torch.compiler.is_compiling():
         # torch 2.11 does not trace the length of a module's dictionary, and no guard looks into it, but for hasattr().
-        return any(hasattr(module, name) for name in measured.absent) or any(name in state for name in measured.of_class)
+        if any(hasattr(module, name) for name in measured.absent):
+            return True
+        return any(name in state for name in measured.of_class)
     return _count(state) != measured.count and not {*measured.absent, *measured.of_class}.isdisjoint(_held(module))
 
 
