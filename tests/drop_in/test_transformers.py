@@ -243,6 +243,15 @@ def test_the_configuration_of_a_language_model_within_a_model_stays_that_models(
     language_model.config = own
     fastllm.revert(model)
     assert language_model.config is own
+    assert not [name for name in vars(language_model) if "fastllm" in name]
+
+
+def test_a_model_of_eager_attention_compiles_whole():
+    model, other, inputs = pair("gemma2", only="attention")
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    got, want = (each(**inputs, use_cache=False).loss for each in (compiled, other))
+    torch.testing.assert_close(got, want)
 
 
 def test_models_within_models_have_their_own_attention():
