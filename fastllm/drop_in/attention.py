@@ -199,24 +199,37 @@ def switches_within(model: nn.Module) -> dict[int, Switch]:
     return {key: switch for key, switch in found if switch is not None}
 
 
+# Beside "config", a second place for it: the compiler of torch 2.11 takes what __dict__ has by that name for the
+# property of that name, which would ask for itself without an end.
+_HELD = "fastllm_config"
+
+
 def _config(module):
     """The configuration as everybody knows it, and its face while a forward of the model is at work.
 
     So the configuration of a language model stays the one that the configuration around it names.
     """
-    try:
-        config = module.__dict__["config"]
-    except KeyError:
-        raise AttributeError("config") from None
+    state = module.__dict__
+    if _HELD not in state and "config" not in state:
+        raise AttributeError("config")
+    config = state[_HELD] if _HELD in state else state["config"]
     switch = switch_of(config) if isinstance(config, Face) else None
     return config if switch is None or switch.at_work() else unfaced(config)
 
 
 def _set_config(module, config) -> None:
-    module.__dict__["config"] = config
+    module.__dict__["config"] = module.__dict__[_HELD] = config
 
 
-@forward_of("attention_interface", config=property(_config, _set_config))
+def _delete_config(module) -> None:
+    module.__dict__.pop(_HELD, None)
+    try:
+        del module.__dict__["config"]
+    except KeyError:
+        raise AttributeError("config") from None
+
+
+@forward_of("attention_interface", config=property(_config, _set_config, _delete_config))
 def model_forward(module, original, options, *args, **kwargs):
     switch = switch_of(vars(module).get("config"))
     if switch is None:
@@ -269,4 +282,5 @@ def give_back(model: nn.Module) -> int:
         if isinstance(config, Face):
             part.config = unfaced(config)
             changed += 1
+        vars(part).pop(_HELD, None)
     return changed

@@ -156,7 +156,8 @@ _stack = _Stack()
 
 def watched() -> bool:
     """Whether somebody counts calls."""
-    return bool(_watching) and not torch.compiler.is_compiling()
+    # The compiler of torch 2.11 does not take the bool of a list.
+    return len(_watching) > 0 and not torch.compiler.is_compiling()
 
 
 def _observe(op: str, choice: backends.Choice) -> None:

@@ -44,14 +44,15 @@ def settings_of(module: torch.nn.Module, but: str | float | None = None) -> tupl
 class Attributes(NamedTuple):
     """What a module had when it was measured: its ``settings``, and the ``count`` of all that it had.
 
-    ``unset`` are the parameters and buffers that were None. ``absent`` are the other names in the code of its class:
-    what the code may look for, should the module get it.
+    ``unset`` are the parameters and buffers that were None. The other names in the code of its class are what the code
+    may look for, should the module get it: ``absent`` those that nobody had, ``of_class`` those that the class has.
     """
 
     settings: tuple[tuple[str, object], ...]
     count: int
     unset: tuple[str, ...]
-    absent: frozenset[str]
+    absent: tuple[str, ...]
+    of_class: tuple[str, ...]
 
 
 def attributes_of(module: torch.nn.Module, but: str | float | None = None) -> Attributes:
@@ -63,7 +64,10 @@ def attributes_of(module: torch.nn.Module, but: str | float | None = None) -> At
             if inspect.isfunction(function):
                 named |= _names_in(function.__code__) | _names_in(getattr(inspect.unwrap(function), "__code__", None))
     unset = tuple(name for name, value in [*module._parameters.items(), *module._buffers.items()] if value is None)
-    return Attributes(settings_of(module, but), _count(vars(module)), unset, frozenset(named.difference(_held(module))))
+    others = sorted(named.difference(_held(module)))
+    absent = tuple(name for name in others if not hasattr(type(module), name))
+    of_class = tuple(name for name in others if hasattr(type(module), name))
+    return Attributes(settings_of(module, but), _count(vars(module)), unset, absent, of_class)
 
 
 def _held(module: torch.nn.Module) -> Iterator[str]:
@@ -92,7 +96,12 @@ def changed(module: torch.nn.Module, measured: Attributes) -> bool:
             return True
     if measured.unset and any(getattr(module, name, None) is not None for name in measured.unset):
         return True
-    return _count(state) != measured.count and not measured.absent.isdisjoint(_held(module))
+    if torch.compiler.is_compiling():
+        # torch 2.11 does not trace the length of a module's dictionary, and no guard looks into it, but for hasattr().
+        if any(hasattr(module, name) for name in measured.absent):
+            return True
+        return any(name in state for name in measured.of_class)
+    return _count(state) != measured.count and not {*measured.absent, *measured.of_class}.isdisjoint(_held(module))
 
 
 # The name, the class and the attributes of each part of a module.
@@ -108,7 +117,7 @@ def as_measured(module: torch.nn.Module, parts: Parts) -> bool:
     """Whether ``module`` still has these ``parts``, unchanged, and nobody looks at what goes through them."""
     for name, cls, attributes in parts:
         part = module._modules.get(name)
-        if part is None or type(part) is not cls or "forward" in vars(part):
+        if part is None or type(part) is not cls or getattr(part.forward, "__func__", None) is not cls.forward:
             return False
         if hooked(part) or changed(part, attributes):
             return False

@@ -77,6 +77,19 @@ def test_what_a_module_gets_after_it_was_measured_is_taken(make, change):
     torch.testing.assert_close(model(x), other(x))
 
 
+def test_a_compiled_graph_sees_an_activation_of_another_forward():
+    torch.manual_seed(0)
+    other = nn.Sequential(MLP())
+    model = copy.deepcopy(other)
+    assert fastllm.accelerate(model).swapped
+    torch.compiler.reset()
+    compiled, x = torch.compile(model, fullgraph=True, backend="aot_eager"), torch.randn(3, 16)
+    torch.testing.assert_close(compiled(x), other(x))
+    for each in (model, other):
+        each[0].act.forward = torch.relu
+    torch.testing.assert_close(compiled(x), other(x))
+
+
 def test_marks_that_no_code_looks_for_change_nothing():
     model = nn.Sequential(NormWithMore(), MLP())
     report = fastllm.accelerate(model)

@@ -224,8 +224,9 @@ def test_the_configuration_of_a_language_model_within_a_model_stays_that_models(
     assert attentions(language_model) == {text._attn_implementation}
     with report.calls() as calls:
         loss = model(**inputs).loss
-    served = {line.path: line.by for line in calls.lines} if hasattr(calls, "lines") else str(calls)
-    assert "attention" in str(served)
+    attending = {served.path: served.backend for served in calls if served.what == "Gemma2Attention"}
+    assert len(attending) == 2
+    assert "own" not in attending.values()
     assert same_configuration()
     torch.testing.assert_close(loss, other(**inputs).loss)
     copied = copy.deepcopy(model)
@@ -237,8 +238,20 @@ def test_the_configuration_of_a_language_model_within_a_model_stays_that_models(
     own = copy.deepcopy(text)
     language_model.config = own
     assert language_model.config is own
+    del language_model.config
+    assert not hasattr(language_model, "config")
+    language_model.config = own
     fastllm.revert(model)
     assert language_model.config is own
+    assert not [name for name in vars(language_model) if "fastllm" in name]
+
+
+def test_a_model_of_eager_attention_compiles_whole():
+    model, other, inputs = pair("gemma2", only="attention")
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    got, want = (each(**inputs, use_cache=False).loss for each in (compiled, other))
+    torch.testing.assert_close(got, want)
 
 
 def test_models_within_models_have_their_own_attention():

@@ -22,7 +22,7 @@ FEW_SCORES = 2**16
 # 128 keys 86 and 91, 512 keys 370 and 170.
 FEW_NARROW_SCORES = 32
 # The smallest normal number of the dtype that scores are computed in: fp32, and fp64 for tensors in fp64.
-MIN_NORMAL = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float64).tiny)
+MIN_NORMAL, MIN_NORMAL_DOUBLE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float64).tiny
 
 
 _STEP = AttentionForm(STEP, "the extension reads keys and values once for one query")
@@ -144,7 +144,8 @@ def torch_fault(call: AttentionCall) -> str | None:
     """
     if not call.q.is_cpu:
         return None
-    smallest = MIN_NORMAL[call.q.dtype == torch.float64]
+    # Not by an index: the torch.compile of torch 2.11 takes no bool for one.
+    smallest = MIN_NORMAL_DOUBLE if call.q.dtype == torch.float64 else MIN_NORMAL
     if not smallest <= call.scale <= 1 / smallest:
         return f"PyTorch's fused kernel is wrong for a scale of {call.scale:.3g}"
     if call.bias is not None and call.bias.is_floating_point() and any(map(has_gradient, (call.q, call.k, call.v))):

@@ -16,8 +16,6 @@ from ..shared.autograd import PLAIN, autocasts
 from .forms import MIN_NORMAL
 from .native import is_small
 
-_LEAST_SCALE = MIN_NORMAL[False]
-
 
 def _is_ordinary(x, shape) -> bool:
     return type(x) in PLAIN and x.dtype is torch.float32 and x.is_cpu and x.layout is torch.strided and x.shape == shape
@@ -38,7 +36,7 @@ def ordinary_attention(query, key, value, causal, scale) -> torch.Tensor | None:
         return None
     if type(causal) is not bool or not is_small(shape, shape[2], causal):
         return None
-    if scale is not None and not (type(scale) is float and _LEAST_SCALE <= scale <= 1 / _LEAST_SCALE):
+    if scale is not None and not (type(scale) is float and MIN_NORMAL <= scale <= 1 / MIN_NORMAL):
         return None
     # Forward mode is one of them, or at work without them.
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
