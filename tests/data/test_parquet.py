@@ -7,13 +7,12 @@ import os
 import pytest
 from extras import needed
 from pages import article
+from source_files import SMALL
 
 from fastllm.config import InputError
 from fastllm.data import optional
 from fastllm.data.pipeline import PipelineConfig
 from fastllm.data.sources import Failure, Limits, SourceEntry, plan_sources, read
-
-SMALL = Limits(document=1 << 16, ratio=50, free=1 << 18)
 
 
 def parquet_of(columns, **options) -> bytes:
