@@ -21,7 +21,8 @@ from fastllm.ops.embedding.embedding_sum import embedding_sum_reference
 
 pytestmark = [pytest.mark.cpu_level, pytest.mark.runs_on("gpu", "interpreter")]
 
-NATIVE = why_not("native", DEVICE.type) is None
+NOT_NATIVE = why_not("native", DEVICE.type)
+NATIVE = NOT_NATIVE is None
 BACKENDS = ["eager", *(["native"] if NATIVE else [])]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -193,7 +194,7 @@ def test_integer_tables_are_looked_up_too():
     )
 
 
-@pytest.mark.skipif(not NATIVE, reason="no extension here")
+@pytest.mark.skipif(not NATIVE, reason=f"native: {NOT_NATIVE}")
 def test_a_frequency_counts_every_row_that_an_id_gathered():
     # Each of three ids stands for two rows of the gradient, 3 apart.
     ids, grad = torch.tensor([2, 0, 2], device=DEVICE), torch.randn(6, 4, device=DEVICE)

@@ -48,8 +48,7 @@ def on_meta(make: Callable[[], nn.Module]) -> tuple[nn.Module, Callable[..., Non
         in host memory at a time. Without ``random`` the weights are left for a checkpoint to fill.
 
     Raises:
-        NotImplementedError: a parameter is initialised in another way than by filling it whole, and parts of it with
-            numbers that are not random.
+        NotImplementedError: a parameter is not filled whole, or a part of it is filled with random numbers.
     """
     with _Record() as record:
         model = make()
@@ -67,11 +66,15 @@ def on_meta(make: Callable[[], nn.Module]) -> tuple[nn.Module, Callable[..., Non
             place = tensor.size(), tensor.stride(), tensor.storage_offset()
             parts.setdefault(names.get(id(tensor._base)), []).append(partial(_fill_part, place, fill, args, kwargs))
         else:
-            raise NotImplementedError(f"{type(model).__name__}: {fill.__name__} on part of a parameter, without memory")
+            raise NotImplementedError(
+                f"{type(model).__name__}: {fill.__name__} fills part of a parameter; expected whole ones, or constants"
+            )
     last = {name: index for index, (name, *_) in enumerate(calls) if name is not None}
     for name, parameter in model.named_parameters():
         if name not in last or not parameter.is_meta:
-            raise NotImplementedError(f"{type(model).__name__}: {name} is not filled in place")
+            raise NotImplementedError(
+                f"{type(model).__name__}: {name} is not filled in place; expected one of torch.nn.init's functions"
+            )
 
     def draw(device: torch.device, random: bool = True) -> None:
         _take_memory(model, device)
