@@ -282,6 +282,10 @@ def build_run_config(tables: Mapping[str, Any], where: str, preset: str | None =
     ).without_unused()
 
 
+# Settings of several objectives, which only 0.2.0 wrote together: into the file of every run.
+_OF_EVERY_RUN = {"mask_probability", "whole_word", "label_smoothing", "lora_rank"}
+
+
 def read_tables(path: str | Path) -> dict[str, Any]:
     """The tables of a file of settings, such as a run's own ``config.toml``.
 
@@ -293,7 +297,7 @@ def read_tables(path: str | Path) -> dict[str, Any]:
     """
     tables = read_toml(path)
     objective = tables.get("objective")
-    if not isinstance(objective, dict) or not {"mask_probability", "label_smoothing"} <= set(objective):
+    if not isinstance(objective, dict) or not set(objective) >= _OF_EVERY_RUN:
         return tables
     kind = objective.get("objective", "causal")
     if kind != "seq2seq":
