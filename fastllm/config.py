@@ -149,7 +149,7 @@ def read_plain(path: str | Path) -> bytes:
 
     Raises:
         InputError: it is missing, unreadable, a folder or a device; names it.
-        TypeError: ``path`` is none. A number would name a file that is open, and close it.
+        TypeError: ``path`` is not a path. A number would name an open file, and reading would close it.
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"expected a path, got {path!r}")

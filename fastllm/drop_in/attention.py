@@ -200,7 +200,7 @@ def switches_within(model: nn.Module) -> dict[int, Switch]:
 
 
 # Beside "config", a second place for it: the compiler of torch 2.11 takes what __dict__ has by that name for the
-# property of that name, which would ask for itself without an end.
+# property of that name, which would call itself endlessly.
 _HELD = "fastllm_config"
 
 
