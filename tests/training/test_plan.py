@@ -101,8 +101,11 @@ def test_the_memory_of_a_step_is_what_was_planned(device, size, tolerance, dtype
     # Beyond what is kept: the gradients of what is being worked on, at most those of one block and of the logits.
     inside = kept_bytes(shape.replace(num_layers=2), rows, dtype) - kept_bytes(shape.replace(num_layers=1), rows, dtype)
     logits = 3 * 4 * rows * shape.context_length * shape.vocab_size
+    # Of what is kept, the batch's token ids (int64) were there before the step began. The rest can be the whole peak,
+    # where the backward's own tensors fit into what it has freed: at AVX2 the two were 44 bytes apart.
+    tokens = 8 * rows * shape.context_length
     least, most = tolerance
-    assert least * kept <= measured <= most * (kept + gradients + inside + logits)
+    assert least * (kept - tokens) <= measured <= most * (kept + gradients + inside + logits)
     assert (kept < kept_bytes(shape, rows, dtype) / 3) == recompute
 
 
