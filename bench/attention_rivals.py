@@ -130,7 +130,9 @@ def _flex():
     """FlexAttention, compiled; its score and mask functions and the block mask are made at the first call."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    compiled = torch.compile(flex_attention, dynamic=False)
+    from .. import cpu
+
+    compiled = cpu.compiled(flex_attention, dynamic=False)
     made: dict[tuple, tuple] = {}
 
     def attention(

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import cpu
 from ..backends import backend, pick
 from ..registry import Cost, Op, Sample
 from ..time_limit import OutOfTime, time_limit
@@ -58,7 +59,7 @@ def providers(op: Op) -> dict[str, Callable[[], Callable]]:
 
     def compiled():
         torch._dynamo.reset()
-        function = torch.compile(op.function, dynamic=False)
+        function = cpu.compiled(op.function, dynamic=False)
 
         def call(*args, **kwargs):
             with backend("eager"):
@@ -254,7 +255,7 @@ def set_up_compiler(device: torch.device) -> None:
     """torch.compile's first use, which loads it and builds what all later ones share: seconds that no call's are."""
     # Where it cannot compile, each call's row says why.
     with contextlib.suppress(Exception):
-        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
+        cpu.compiled(lambda x: x + 1)(torch.ones(8, device=device))
 
 
 def plan(ops: list[Op], shape: list[str], sweep: bool = False, device: str = "cuda") -> list[Planned]:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 
+from .. import cpu
 from ..models import Transformer, TransformerConfig
 from ..training.config import TrainingConfig
 from ..training.device import autocast
@@ -93,7 +94,7 @@ def compiled(setting: Setting) -> Step:
     """torch.nn.functional under torch.compile."""
     plain = PlainTransformer(setting.model)
     optimizer = _adamw(plain.weights.items(), setting.training)
-    return _plain_step(torch.compile(plain.loss), plain.parameters(), optimizer, setting.device, setting.dtype)
+    return _plain_step(cpu.compiled(plain.loss), plain.parameters(), optimizer, setting.device, setting.dtype)
 
 
 # nanoGPT's names for our parameters, within a block and outside.

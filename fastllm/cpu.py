@@ -10,14 +10,18 @@ import functools
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
+import torch.compiler.config
 
 from .config import InputError
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 LEVELS = ("baseline", "avx2", "avx512", "amx")
 # What lowers the instruction sets of this library, of PyTorch's kernels, of oneDNN and of MKL.
@@ -201,3 +205,16 @@ def summary() -> str:
     """:func:`kind` and the caps in force, in a line."""
     caps = ", ".join(f"{name}={value}" for name, value in here().caps.items())
     return f"{kind()}; {'capped by ' + caps if caps else 'no caps'}"
+
+
+def compiled(function: Callable[P, R], **options: Any) -> Callable[P, R]:
+    """``torch.compile(function, **options)``, whose code on disk serves this vector level alone.
+
+    Inductor writes the number of a vector's lanes into its C++ code and not into the key of that code (torch 2.11 to
+    2.13): a layer norm compiled at AVX-512 gave NaN at AVX2 from the same folder, and the other way round the process
+    crashed. PyTorch's own tag of those keys is set, for the process, since a function is compiled when it is called.
+    """
+    level, tag = torch.backends.cpu.get_cpu_capability(), torch.compiler.config.cache_key_tag
+    if level not in tag.split():
+        torch.compiler.config.cache_key_tag = f"{tag} {level}".strip()
+    return torch.compile(function, **options)

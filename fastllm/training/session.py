@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from .. import cpu
 from ..data import derive_seed
 from ..other_work import OtherWork
 from .checkpoints.checkpoint import Keep
@@ -184,7 +185,7 @@ class Session:
         """The objective's losses, compiled where asked for: now, so that compiling is no training time."""
         run, losses = self.run, self.run.objective.losses
         if self.config.compile:
-            losses = torch.compile(losses)
+            losses = cpu.compiled(losses)
             # Windows may become longer on the way.
             stages = map(run.sample, (progress(self.config, self.state.step, self.state.seconds), 1.0))
             samples = {next(iter(sample.values())).shape: sample for sample in stages}

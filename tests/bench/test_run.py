@@ -59,6 +59,8 @@ def test_wrong_gradients_get_no_time(small, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # Inductor's own
+# .ci/run runs it at two levels, which share Inductor's folder.
+@pytest.mark.cpu_level
 def test_the_compiler_is_a_provider(small, monkeypatch):
     monkeypatch.setitem(run.CASE, "cpu", 100.0)
     rows, _ = _run(small, shape=["first"], only=[run.COMPILED], rounds=2, budget=240.0)
