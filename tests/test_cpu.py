@@ -254,14 +254,13 @@ def test_compiled_code_on_disk_is_kept_apart_by_vector_level(monkeypatch):
     """The key that Inductor gives to the code of one graph: another one at another level, a user's own tag beside."""
     from torch._inductor.codecache import compiled_fx_graph_hash
 
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "mine")
     graph = torch.fx.symbolic_trace(lambda x: x + 1)
     keys = set()
     for level in ("AVX512", "AVX512", "AVX2"):
-        torch.compiler.config.cache_key_tag = "mine"
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda level=level: level)
-        cpu.compiled(graph)
-        cpu.compiled(graph)
-        assert torch.compiler.config.cache_key_tag == f"mine {level}"
-        keys.add(compiled_fx_graph_hash(graph, [torch.ones(8)], {}, [])[0])
+        with torch.compiler.config.patch(cache_key_tag="mine"):
+            cpu.compiled(graph)
+            cpu.compiled(graph)
+            assert torch.compiler.config.cache_key_tag == f"mine {level}"
+            keys.add(compiled_fx_graph_hash(graph, [torch.ones(8)], {}, [])[0])
     assert len(keys) == 2
