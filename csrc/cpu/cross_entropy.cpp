@@ -77,6 +77,36 @@ void put(void* values, bool wide, int64_t i, double value) {
     static_cast<float*>(values)[i] = static_cast<float>(value);
 }
 
+// losses_of_rows of plain rows of few classes, in float32.
+void losses_of_few(const Labelled& call, const LossOptions& options, const RowGradients& gradients,
+                   const RowResults& results, int64_t ignored) {
+  const int64_t classes = options.classes;
+  const Rows xs(call.x);
+  const Tensor indices = call.target.is_contiguous() ? call.target : torch::stable::contiguous(call.target);
+  const std::optional<Rows> dxs = gradients.dx.has_value() ? std::optional<Rows>(*gradients.dx) : std::nullopt;
+  const auto* ids = static_cast<const int64_t*>(indices.const_data_ptr());
+  const LossesOfFew losses = cross_entropy_kernels().losses_of_few;
+  const auto from = [](void* values, int64_t i) { return values == nullptr ? nullptr : static_cast<float*>(values) + i; };
+  torch::stable::parallel_for(0, call.rows(), row_grain(classes), [&](int64_t begin, int64_t end) {
+    FewRows few;
+    for (int64_t at = begin; at < end; at += FewRows::kMost) {
+      few.count = end - at < FewRows::kMost ? end - at : FewRows::kMost;
+      for (int64_t l = 0; l < few.count; ++l) {
+        const int64_t i = at + l;
+        few.x[l] = xs.at(i);
+        few.dx[l] = dxs.has_value() ? dxs->mutable_at(i) : nullptr;
+        few.target[l] = ids[i] != ignored && ids[i] >= 0 && ids[i] < classes ? ids[i] : -1;
+        few.factor[l] = static_cast<float>(gradients.factor[i]);
+        few.dlse[l] = static_cast<float>(gradients.dlse[i]);
+      }
+      few.loss = from(results.loss, at);
+      few.lse = from(results.lse, at);
+      few.hit = from(results.hit, at);
+      losses(options, few);
+    }
+  });
+}
+
 void losses_of_rows(const Labelled& call, const RowGradients& gradients, const RowResults& results,
                     Counting counting) {
   const auto& [x, target, probabilities, dtype, given] = call;
@@ -93,6 +123,8 @@ void losses_of_rows(const Labelled& call, const RowGradients& gradients, const R
   options.q_dtype = probabilities ? qs->dtype : kF32;
   options.past_caches = dx.has_value() && dx->const_data_ptr() != x.const_data_ptr() &&
                         past_caches(bytes_of(*dx), classes * element_size(dx->scalar_type()));
+  if (!wide && !counting.skip && classes <= kFewClasses && is_plain(options, probabilities))
+    return losses_of_few(call, options, gradients, results, counting.ignored);
   const auto* ids = probabilities ? nullptr : static_cast<const int64_t*>(indices.const_data_ptr());
   const LossOfRow loss_of_row = cross_entropy_kernels().loss_of_row[wide];
   torch::stable::parallel_for(0, call.rows(), row_grain(classes), [&](int64_t begin, int64_t end) {

@@ -30,8 +30,29 @@ struct LossRow {
 // `scratch` holds 4 * classes of the accumulator's dtype.
 using LossOfRow = void (*)(const LossOptions&, LossRow&, void* scratch);
 
+// Whether a row has nothing but a class, a scale of its logits, weights and a penalty.
+inline bool is_plain(const LossOptions& o, bool probabilities) {
+  return !probabilities && o.cap == 0.0 && o.smoothing == 0.0 && !o.entropy;
+}
+
+// Rows that are computed at once. `target` is -1 where a row does not count; `dx`, `lse` and `hit` may be null.
+struct FewRows {
+  static constexpr int64_t kMost = 16;  // a vector of the widest instruction set
+  int64_t count;
+  const void* x[kMost];
+  void* dx[kMost];
+  int64_t target[kMost];
+  float factor[kMost], dlse[kMost];
+  float *loss, *lse, *hit;  // results, count of each
+};
+
+// The bits of loss_of_row in float32, of plain rows of at most kFewClasses: each row is in a lane of its own.
+using LossesOfFew = void (*)(const LossOptions&, const FewRows&);
+constexpr int64_t kFewClasses = 64;
+
 struct CrossEntropyKernels {
   LossOfRow loss_of_row[2];  // accumulating in float32, float64
+  LossesOfFew losses_of_few;
 };
 
 const CrossEntropyKernels& cross_entropy_kernels();

@@ -15,9 +15,32 @@ void transform(A* __restrict z, int64_t n, A scale, A cap) {
     for (int64_t c = 0; c < n; ++c) z[c] = cap * tanh_(z[c] / cap);
 }
 
-// Whether loss_of_vectors takes the row.
-bool is_plain(const LossOptions& o, const LossRow& row) {
-  return row.q == nullptr && o.cap == 0.0 && o.smoothing == 0.0 && !o.entropy;
+// A plain row, or a vector of them: the logit of the target less the largest, its class's weight, and what loss and
+// lse count in the gradient. `counts` is 1 or 0, and where it is 0 the others but `dlse` are 0 too.
+template <class V>
+struct Targets {
+  V counts, own, mass, factor, dlse;
+};
+
+// What comes of them. The gradient is the exponentials times `part`, less `less` at the target; 0 where `along` and the
+// factor are, whatever the logits are.
+template <class V>
+struct PlainLoss {
+  V loss, lse, hit, along, part, less;
+};
+
+// `rel` is log(sum), so -log of the largest class's probability.
+template <class V>
+PlainLoss<V> plain_loss(const LossOptions& o, const Targets<V>& t, V top, V sum, V rel) {
+  const float z_loss = static_cast<float>(o.z_loss), infinity = __builtin_inff();
+  const V none = V{}, one = V{} + 1.0f, base = top == -infinity ? none : top;
+  const V lse = top == infinity ? V{} + infinity : base + rel;
+  V loss = t.mass * (rel - t.own);
+  if (z_loss != 0.0f) loss += z_loss * t.mass * lse * lse;
+  const V slope = t.mass + 2.0f * z_loss * t.mass * lse;
+  const V along = (t.factor == 0.0f ? none : t.factor * slope) + t.dlse, reached = t.own + base >= top ? one : none;
+  return {t.counts != 0.0f ? loss : none, lse, t.counts != 0.0f ? reached : none, along, along / sum,
+          t.factor * t.mass};
 }
 
 // loss_of_row of 32 or 16 bits, vector by vector: the same numbers, in the same order.
@@ -26,9 +49,7 @@ void loss_of_vectors(const LossOptions& o, LossRow& row, float* e) {
   const int64_t n = o.classes;
   const X* x = static_cast<const X*>(row.x);
   X* dx = static_cast<X*>(row.dx);
-  const float scale = static_cast<float>(o.scale), z_loss = static_cast<float>(o.z_loss);
-  const float infinity = __builtin_inff();
-  const bool counts = row.target >= 0;
+  const float scale = static_cast<float>(o.scale), infinity = __builtin_inff();
   const float top = largest_scaled(x, n, scale), base = top == -infinity ? 0.0f : top;
   const bool past = o.past_caches && streams(dx);
   const bool fresh = dx != nullptr && dx != x && !past;
@@ -40,41 +61,97 @@ void loss_of_vectors(const LossOptions& o, LossRow& row, float* e) {
     if (dx != nullptr) store_some(e + c, one, some);
     return Terms<1>{{one}};
   });
-  const float rel = log_(sum);  // -log of the largest class's probability
-  const float lse = top == infinity ? infinity : base + rel;
-  float mass = 0.0f, loss = 0.0f;
-  row.hit = 0;
-  if (counts) {
-    const float own = widen(x[row.target]) * scale - base;
-    mass = o.weight != nullptr ? static_cast<const float*>(o.weight)[row.target] : 1.0f;
-    loss = mass * (rel - own);
-    row.hit = own + base >= top;
-    if (z_loss != 0.0f) loss += z_loss * mass * lse * lse;
-  }
-  row.loss = loss;
-  row.lse = lse;
+  Targets<float> target{0.0f, 0.0f, 0.0f, 0.0f, static_cast<float>(row.dlse)};
+  if (row.target >= 0)
+    target = {1.0f, widen(x[row.target]) * scale - base,
+              o.weight != nullptr ? static_cast<const float*>(o.weight)[row.target] : 1.0f,
+              static_cast<float>(row.factor), target.dlse};
+  const PlainLoss<float> found = plain_loss(o, target, top, sum, log_(sum));
+  row.loss = found.loss;
+  row.lse = found.lse;
+  row.hit = found.hit;
   row.entropy = 0;
   if (dx == nullptr) return;
-  const float factor = counts ? static_cast<float>(row.factor) : 0.0f;
-  const float slope = mass + 2.0f * z_loss * mass * lse;
-  const float along = (factor == 0.0f ? 0.0f : factor * slope) + static_cast<float>(row.dlse);
-  if (factor == 0.0f && along == 0.0f)  // zeros, whatever the logits are
+  if (target.factor == 0.0f && found.along == 0.0f)
     return each_vector(n, [=](int64_t c, int64_t some) { store_some(dx + c, Vector{}, some, past); });
-  const float part = along / sum;
-  const int64_t at = factor == 0.0f ? -1 : row.target / kVector * kVector, lane = row.target - at;
-  const float of_target = factor == 0.0f ? 0.0f : (e[row.target] * part - factor * mass) * scale;
+  const int64_t at = target.factor == 0.0f ? -1 : row.target / kVector * kVector, lane = row.target - at;
+  const float of_target = target.factor == 0.0f ? 0.0f : (e[row.target] * found.part - found.less) * scale;
   each_vector(n, [=](int64_t c, int64_t some) {
-    Vector v = load_some(e + c, some) * part * scale;
+    Vector v = load_some(e + c, some) * found.part * scale;
     if (c == at) v[lane] = of_target;
     store_some(dx + c, v, some, past);
   });
+}
+
+// Up to a vector of rows from `first` on. Each sum is added up as sums_over adds it.
+template <class X>
+void losses_of_lanes(const LossOptions& o, const FewRows& rows, int64_t first) {
+  const int64_t n = o.classes, left = rows.count - first, count = left < kVector ? left : kVector;
+  const float scale = static_cast<float>(o.scale), none = -__builtin_inff();
+  float e[kFewClasses][kVector];
+  for (int64_t l = 0; l < kVector; ++l) {
+    const X* x = static_cast<const X*>(rows.x[first + (l < count ? l : 0)]);
+    for (int64_t c = 0; c < n; ++c) e[c][l] = widen_one(x[c]);
+  }
+  Vector top = all(none), sums[kFewClasses];
+  for (int64_t c = 0; c < n; ++c) top = larger(load(e[c]) * scale, top);
+  const Vector base = top == none ? Vector{} : top;
+  Targets<Vector> targets{};
+  for (int64_t l = 0; l < count; ++l) {
+    const int64_t i = first + l, target = rows.target[i];
+    targets.dlse[l] = rows.dlse[i];
+    if (target < 0) continue;
+    targets.counts[l] = 1.0f;
+    targets.own[l] = e[target][l];
+    targets.mass[l] = o.weight != nullptr ? static_cast<const float*>(o.weight)[target] : 1.0f;
+    targets.factor[l] = rows.factor[i];
+  }
+  targets.own = targets.own * scale - base;
+  for (int64_t c = 0; c < n; ++c) {
+    sums[c] = exp_to_88<Vector, Unsigned>(load(e[c]) * scale - base);
+    store(e[c], sums[c]);
+  }
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t c = 0; c < half && c + half < n; ++c) sums[c] += sums[c + half];
+  Vector rel;
+  for (int64_t l = 0; l < kVector; ++l) rel[l] = log_(sums[0][l]);
+  const PlainLoss<Vector> found = plain_loss(o, targets, top, sums[0], rel);
+  store_some(rows.loss + first, found.loss, count);
+  if (rows.lse != nullptr) store_some(rows.lse + first, found.lse, count);
+  if (rows.hit != nullptr) store_some(rows.hit + first, found.hit, count);
+  if (rows.dx[first] == nullptr) return;
+  const Vector along = found.along != 0.0f ? found.along : targets.factor;  // 0: the row's gradient is 0
+  Vector own{};
+  for (int64_t l = 0; l < count; ++l)
+    if (rows.target[first + l] >= 0) own[l] = e[rows.target[first + l]][l];
+  own = (own * found.part - found.less) * scale;
+  for (int64_t c = 0; c < n; ++c) {
+    const Vector v = load(e[c]) * found.part * scale;
+    store(e[c], along != 0.0f ? v : Vector{});
+  }
+  for (int64_t l = 0; l < count; ++l) {
+    if (targets.factor[l] != 0.0f) e[rows.target[first + l]][l] = own[l];
+    X* dx = static_cast<X*>(rows.dx[first + l]);
+    for (int64_t c = 0; c < n; ++c) narrow_one(e[c][l], dx[c]);
+  }
+}
+
+void losses_of_few(const LossOptions& o, const FewRows& rows) {
+  for (int64_t first = 0; first < rows.count; first += kVector) {
+    if (o.x_dtype == kBF16)
+      losses_of_lanes<BF16>(o, rows, first);
+    else if (o.x_dtype == kF16)
+      losses_of_lanes<F16>(o, rows, first);
+    else
+      losses_of_lanes<float>(o, rows, first);
+  }
 }
 
 template <class A>
 void loss_of_row(const LossOptions& o, LossRow& row, void* scratch) {
   if constexpr (sizeof(A) == sizeof(float)) {
     float* const e = static_cast<float*>(scratch);
-    if (is_plain(o, row)) {
+    if (is_plain(o, row.q != nullptr)) {
       if (o.x_dtype == kBF16) return loss_of_vectors<BF16>(o, row, e);
       if (o.x_dtype == kF16) return loss_of_vectors<F16>(o, row, e);
       return loss_of_vectors<float>(o, row, e);
@@ -169,6 +246,6 @@ void loss_of_row(const LossOptions& o, LossRow& row, void* scratch) {
 }  // namespace
 
 extern const CrossEntropyKernels cross_entropy_kernels;
-const CrossEntropyKernels cross_entropy_kernels = {{loss_of_row<float>, loss_of_row<double>}};
+const CrossEntropyKernels cross_entropy_kernels = {{loss_of_row<float>, loss_of_row<double>}, losses_of_few};
 
 }  // namespace fastllm::FASTLLM_ISA

@@ -1,0 +1,74 @@
+"""Cross-entropy of few classes in the extension, where each row is in a lane of a vector of rows."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastllm
+from fastllm.functional import cross_entropy
+
+pytestmark = [pytest.mark.cpu_level, pytest.mark.skipif(fastllm.extension.missing() is not None, reason="no extension")]
+
+ROWS = 37  # two vectors of 16 and a part of one
+FACTOR = (1 + torch.arange(ROWS) % 4) / 2  # exact in 16 bits
+OPTIONS = [
+    {},
+    {"ignore_index": 1},
+    {"logit_scale": 0.7, "z_loss": 1e-2},
+    {"weight": True, "z_loss": 1e-3},
+]
+
+
+def loss_and_gradient(x, y, **options):
+    x = x.detach().requires_grad_()
+    loss, lse = cross_entropy(x, y, reduction="none", return_lse=True, **options)
+    loss.backward(FACTOR.to(loss.dtype))
+    return loss.detach(), lse.detach(), x.grad
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [1, 2, 3, 17, 33, 64, 65])
+def test_a_row_has_the_numbers_and_the_bits_of_a_row_alone(classes, dtype, options):
+    torch.manual_seed(classes)
+    x, y = (3 * torch.randn(ROWS, classes)).to(dtype), torch.randint(classes, (ROWS,))
+    options = dict(options)
+    if options.pop("weight", False):
+        options["weight"] = torch.rand(classes)
+    together = loss_and_gradient(x, y, **options)
+    for i in range(ROWS):
+        row = x[i : i + 1].clone().requires_grad_()
+        loss, lse = cross_entropy(row, y[i : i + 1], reduction="none", return_lse=True, **options)
+        loss.backward(FACTOR[i : i + 1].to(dtype))
+        for found, alone in zip(together, (loss, lse, row.grad), strict=True):
+            assert torch.equal(found[i : i + 1], alone.detach())
+    wide = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+    exact = loss_and_gradient(x.double(), y, **wide)
+    # Half a unit of the last place of 16 bits, and four roundings of fp32 of numbers up to 20.
+    unit = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    for found, right in zip(together, exact, strict=True):
+        assert torch.allclose(found.double(), right, rtol=unit, atol=4 * 20 * 2**-24 + 2**-24 * (unit > 0))
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+def test_infinities_and_nan_stay_in_their_row(classes):
+    torch.manual_seed(0)
+    x, y = torch.randn(ROWS, classes), torch.randint(classes, (ROWS,))
+    clean = loss_and_gradient(x, y)
+    x[3], x[5, 0], x[20, 1], x[36] = -torch.inf, torch.nan, -torch.inf, torch.inf
+    y[20] = 0
+    right = F.cross_entropy(x, y, reduction="none")
+    found = loss_and_gradient(x, y)
+    touched = [3, 5, 20, 36]
+    assert torch.allclose(found[0], right, equal_nan=True)
+    assert torch.equal(found[1].isfinite(), torch.logsumexp(x, 1).isfinite())
+    others = [i for i in range(ROWS) if i not in touched]
+    for one, other in zip(clean, found, strict=True):
+        assert torch.equal(one[others], other[others])
+
+
+def test_an_ignored_row_has_a_gradient_of_zeros_whatever_its_logits_are():
+    x, y = torch.full((20, 4), torch.nan).requires_grad_(), torch.full((20,), -100)
+    cross_entropy(x, y, reduction="sum").backward()
+    assert torch.equal(x.grad, torch.zeros(20, 4))
+    assert cross_entropy(x, y, reduction="sum") == F.cross_entropy(x, y, reduction="sum") == 0
