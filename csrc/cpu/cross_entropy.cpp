@@ -86,7 +86,7 @@ void losses_of_few(const Labelled& call, const LossOptions& options, const RowGr
   const std::optional<Rows> dxs = gradients.dx.has_value() ? std::optional<Rows>(*gradients.dx) : std::nullopt;
   const auto* ids = static_cast<const int64_t*>(indices.const_data_ptr());
   const LossesOfFew losses = cross_entropy_kernels().losses_of_few;
-  const auto from = [](void* values, int64_t i) { return values == nullptr ? nullptr : static_cast<float*>(values) + i; };
+  const auto from = [](void* all, int64_t i) { return all == nullptr ? nullptr : static_cast<float*>(all) + i; };
   torch::stable::parallel_for(0, call.rows(), row_grain(classes), [&](int64_t begin, int64_t end) {
     FewRows few;
     for (int64_t at = begin; at < end; at += FewRows::kMost) {
