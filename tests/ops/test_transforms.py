@@ -98,6 +98,21 @@ def test_batched_gradients_of_one_forward(op):
 
 
 @pytest.mark.parametrize(("op", "backend"), KERNELS, ids=case_id)
+def test_gradients_of_gradients_are_asked_for_when_their_transform_is_over(op, backend):
+    """Tensors that a gradient closed over are wrappers that have outlived their transform by then."""
+    for name, mine, theirs, values in calls(op, count=4):
+        given = sample_grad_outputs(name, list(theirs(*values)))
+
+        def pulled(function, given=given, values=values):
+            found, pull = torch.func.vjp(lambda *x: torch.func.vjp(function, *x)[1](tuple(given)), *values)
+            return pull(tuple(torch.ones_like(x) for x in found))
+
+        expected = pulled(theirs)
+        with fastllm.backend(backend):
+            close(pulled(mine), expected, name)
+
+
+@pytest.mark.parametrize(("op", "backend"), KERNELS, ids=case_id)
 def test_kernels_refuse(op, backend):
     _, mine, _, values = next(calls(op))
     with fastllm.backend(backend), pytest.raises(fastllm.BackendError, match="vmap"):

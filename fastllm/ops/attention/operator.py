@@ -9,7 +9,7 @@ import torch
 
 from ...backends import plain_eager
 from ...registry import define
-from ..shared.autograd import apply, frozen, gradients
+from ..shared.autograd import apply, frozen, gradients, unwrapped
 from .call import AttentionCall, ForwardResult, OutputGradients, Wanted
 from .eager import eager_attention_bwd, eager_attention_fwd
 from .native import native_attention_bwd, native_attention_fwd
@@ -174,7 +174,7 @@ class _Attention(torch.autograd.Function):
             return _attention_bwd(dout, dlse, out, stats, needs, *call_of(inputs, *constants), backend)
 
         def formula(*inputs):
-            return reference(call_of(inputs, *constants[:5]))
+            return reference(call_of(inputs, *unwrapped(constants[:5])))
 
         inputs = (q, k, v, bias, sinks)
         grads = gradients(launch, formula, inputs, ctx.needs_input_grad[:5], (dout, dlse), constants)

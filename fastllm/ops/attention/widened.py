@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ...registry import define
-from ..shared.autograd import apply, gradients
+from ..shared.autograd import apply, gradients, unwrapped
 from .call import AttentionCall, Edge, new_by_token
 from .reference import reference
 
@@ -123,7 +123,7 @@ class _WidenedAttention(torch.autograd.Function):
             return _bwd(*outputs_grad, *inputs, *extras, *ctx.edge)
 
         def formula(q, k, v):
-            return reference(ctx.edge.call_of(q, k, v, extras[0]))[0]
+            return reference(ctx.edge.call_of(q, k, v, *unwrapped(extras[:1])))[0]
 
         grads = gradients(launch, formula, (q, k, v), ctx.needs_input_grad[:3], (dout,), extras)
         return *grads, None, None

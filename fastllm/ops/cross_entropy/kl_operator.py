@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ...registry import define
-from ..shared.autograd import gradients, scalable, unwatched, with_elements
+from ..shared.autograd import gradients, scalable, unwatched, unwrapped, with_elements
 from .kl_call import KL_SCHEMA, Divergence, LinearKLDivCall
 from .kl_chunks import kl_in_chunks
 from .kl_rows import count_of, kept_positions, linear_kl_div_definition
@@ -192,7 +192,7 @@ class LinearKLDiv(torch.autograd.Function):
             return *grads, None
 
         def call_of(layers):
-            return _call_of(layers, indices, target, divergence)
+            return _call_of(layers, *unwrapped((indices, target)), divergence)
 
         def launch(inputs, outputs_grad, extras, needs):
             return _linear_kl_div_bwd(*outputs_grad, *call_of(inputs).flat(), backend, needs)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ...registry import define
-from ..shared.autograd import gradients, scalable, traced, unwatched, with_elements
+from ..shared.autograd import gradients, scalable, traced, unwatched, unwrapped, with_elements
 from .at_once import AtOnce, at_once
 from .call import LinearCrossEntropyCall
 from .chunks import LAYER_LOSS_SCHEMA, KeptLogits, LayerLoss, in_chunks
@@ -181,10 +181,11 @@ def _of_any_order(upstream: LossGradients, total, layer: Layer, call: LayerLoss,
         return _linear_cross_entropy_bwd(*outputs_grad, total, *inputs, *call.flat(), needs)
 
     def formula(x, w, bias):
+        target, weight, token_weight = unwrapped((call.target, call.weight, call.token_weight))
         loss, lse, _, entropy = linear_definition(
             LinearCrossEntropyCall(
-                input=x, linear_weight=w, target=call.target, linear_bias=bias, weight=call.weight,
-                token_weight=call.token_weight, loss=call.loss, shift=0, chunking=call.chunking, recompute=True,
+                input=x, linear_weight=w, target=target, linear_bias=bias, weight=weight, token_weight=token_weight,
+                loss=call.loss, shift=0, chunking=call.chunking, recompute=True,
                 return_lse=True, return_accuracy=False, return_entropy=True,
             )
         )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ...registry import define
-from ..shared.autograd import frozen, gradients, scalable
+from ..shared.autograd import frozen, gradients, scalable, unwrapped
 from .loss import LABELLED_SCHEMA, LOSS_SCHEMA, Labelled, Loss, row_out_of_range
 from .native import native_cross_entropy_bwd, native_cross_entropy_fwd, native_scale_gradient
 from .reference import loss_and_lse
@@ -140,7 +140,7 @@ def loss_gradients(
         return _cross_entropy_bwd(*outputs_grad, *extras, *labelled.flat(), needs, node.backend)[: len(inputs)]
 
     def formula(x, q=None):
-        value, lse = loss_and_lse(Labelled(x, target if q is None else q, weight, loss))
+        value, lse = loss_and_lse(Labelled(x, *unwrapped((target if q is None else q, weight)), loss))
         value = value.to(node.dtype)
         return value.reshape(-1) if loss.reduction == "none" else value, lse.reshape(-1)
 
