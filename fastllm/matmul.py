@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -21,8 +22,24 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a @ b
 
 
+def _unshared(run: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Seconds of one call as the clock has them, and as they would be if other work left this process its cores.
+
+    On a CPU the second is the processor time over torch's threads: those that wait for a core take none. Where a thread
+    spins while it waits for one that has no core, that counts as work, so the second is never too short for it.
+    """
+    before = time.process_time()
+    wall = seconds(run, device)
+    if device.type != "cpu":
+        return wall, wall
+    return wall, min(wall, (time.process_time() - before) / torch.get_num_threads())
+
+
 def matmul_flops(device: torch.device, dtype: torch.dtype, within: float = 1.0) -> float:
     """FLOP/s of square products of random matrices in ``dtype``: the best of a few of the largest size that was taken.
+
+    On a CPU it is the rate of cores that no other work takes, so that what is measured against it beside less work than
+    now cannot exceed it.
 
     On a CPU about ``within`` seconds at most: the size doubles while two products of the next, at eight times the work,
     fit into what is left. A CPU without products of ``dtype`` (:func:`fastllm.cpu.multiplies`) stops at small ones.
@@ -36,12 +53,13 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, within: float = 1.0) 
     while True:
         a, b = (torch.randn(n, n, generator=generator, device=device).to(dtype) for _ in range(2))
         seconds(lambda a=a, b=b: _product(a, b), device)
-        best = seconds(lambda a=a, b=b: _product(a, b), device)
-        if n >= largest or time.perf_counter() + 2 * 8 * best > end:
+        wall, best = _unshared(lambda a=a, b=b: _product(a, b), device)
+        if n >= largest or time.perf_counter() + 2 * 8 * wall > end:
             break
         n *= 2
     for _ in range(PRODUCTS - 2):
-        if device.type == "cpu" and time.perf_counter() + best > end:
+        if device.type == "cpu" and time.perf_counter() + wall > end:
             break
-        best = min(best, seconds(lambda: _product(a, b), device))
+        again, unshared = _unshared(lambda: _product(a, b), device)
+        wall, best = min(wall, again), min(best, unshared)
     return 2 * n**3 / best

@@ -190,15 +190,32 @@ def test_the_matrix_rate_is_measured_in_bounded_time(dtype, monkeypatch):
         clock[0] += 2 * len(a) ** 3 / 2e8
         return a
 
-    stopped = types.SimpleNamespace(perf_counter=lambda: clock[0])
+    stopped = types.SimpleNamespace(perf_counter=lambda: clock[0], process_time=lambda: clock[0])
     monkeypatch.setattr(matmul, "time", stopped)
     monkeypatch.setattr(timing, "time", stopped)
     monkeypatch.setattr(cpu, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(matmul, "_product", slow)
     found = matmul.matmul_flops(CPU, dtype, within=0.3)
     assert clock[0] <= 0.3
     assert found == pytest.approx(2e8)
     assert max(sizes) <= 256
+
+
+@pytest.mark.parametrize(("worked", "rate"), [(0.5, 4e9), (2.0, 1e9), (9.0, 1e9)])
+def test_the_matrix_rate_is_that_of_cores_which_no_other_work_takes(worked, rate, monkeypatch):
+    """Two threads' products at 1 GFLOP/s by the clock; ``worked``: seconds of their work in one of the clock's."""
+    clock = [0.0]
+
+    def product(a, b):
+        clock[0] += 2 * len(a) ** 3 / 1e9
+
+    stopped = types.SimpleNamespace(perf_counter=lambda: clock[0], process_time=lambda: worked * clock[0])
+    monkeypatch.setattr(matmul, "time", stopped)
+    monkeypatch.setattr(timing, "time", stopped)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(matmul, "_product", product)
+    assert matmul.matmul_flops(CPU, torch.float32, within=0.3) == pytest.approx(rate)
 
 
 @pytest.mark.parametrize(("has", "largest"), [(True, 2048), (False, 256)])

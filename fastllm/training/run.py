@@ -167,10 +167,12 @@ class Run:
             say(f"precision: {self.state.dtype}, forward and backward measured: {in_words}")
         elif auto:
             say(f"precision: {self.state.dtype}, for this CPU ({cpu.level()}) has no products of bfloat16")
+        shape = self.config.model
+        attends = "transformer" in (shape.encoder, shape.decoder)
+        attention = f" + attention over {shape.context_length:,} tokens" if attends else ""
         say(
-            f"MFU = {measured.flops_per_token / 1e6:.1f} MFLOP/token (6 N + attention over "
-            f"{self.config.model.context_length:,} tokens) x tokens/s / {measured.peak / 1e9:,.0f} GFLOP/s (matrix "
-            f"product measured here, {self.state.dtype})"
+            f"MFU = {measured.flops_per_token / 1e6:.1f} MFLOP/token (6 N{attention}) x tokens/s / "
+            f"{measured.peak / 1e9:,.0f} GFLOP/s (matrix product measured here, {self.state.dtype})"
         )
         return measured
 

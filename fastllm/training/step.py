@@ -77,6 +77,8 @@ def batch_gradients(
             micro_batches.append((first + index * settings.micro_batch_size, part, weights))
     loss = torch.zeros((), device=device)
     terms = {name: torch.zeros((), device=device) for name in totals}
+    # What makes a sum of the ranks' mean. In float16 it would bring an overflow nearer, so it waits for the division.
+    early, late = (1, ranks.averaged) if settings.dtype == "float16" else (ranks.averaged, 1)
     stand_in = None if ranks.size == 1 else ranks.stand_in(objective, batch, settings.micro_batch_size)
     for index, (first_row, part, weights) in enumerate(micro_batches):
         set_first_row(model, first_row)
@@ -92,15 +94,15 @@ def batch_gradients(
             with autocast(device, settings.dtype):
                 shares = ranks.shares(losses, model, to_device(part, device), weights, elsewhere)
                 share: torch.Tensor = sum(shares.values(), start=torch.zeros((), device=device))
-            (share * settings.loss_scale).backward(ranks.loss_gradient(share))
+            (share * (settings.loss_scale * early)).backward()
         loss += share.detach()
         for name in weights:
             terms[name] += shares[name].detach()
     ranks.sum_([loss, *terms.values()])
-    if settings.loss_scale != 1.0:
+    if late != settings.loss_scale:
         for parameter in model.parameters():
             if parameter.grad is not None:
-                parameter.grad.mul_(1.0 / settings.loss_scale)
+                parameter.grad.mul_(late / settings.loss_scale)
     norm = ranks.clip(model, settings.clip if settings.clip > 0 else math.inf)
     return Step(loss, norm, terms)
 

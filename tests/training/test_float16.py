@@ -7,15 +7,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from cells import setting
 from safetensors.torch import load_file
 
 from fastllm.config import InputError
 from fastllm.kernels import device as kernels_device
 from fastllm.training import launch, loss_scale
 from fastllm.training.checkpoints.checkpoint import State, checkpoints, read_state
+from fastllm.training.config import TrainingConfig
 from fastllm.training.device import autocast, keep_random_state, narrow_dtype, pick_device
 from fastllm.training.loss_scale import LossScale
 from fastllm.training.measure import faster_dtype
+from fastllm.training.parallel.distributed import DataParallel
+from fastllm.training.step import StepSettings, batch_gradients
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 
@@ -127,3 +132,32 @@ def test_random_state_is_kept():
     with keep_random_state(torch.device("cpu")):
         torch.randn(3)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_more_ranks_do_not_bring_an_overflow_nearer(tmp_path, dtype):
+    """Rank 0 of four: the others are silent, so each gradient is what the mean over one rank gives, times four."""
+    objective, model = setting("causal", "none", "transformer", tmp_path)
+    batch, largest = objective.batch(0), []
+    settings = StepSettings(micro_batch_size=2, clip=0.0, dtype=dtype, seed=0, loss_scale=2.0**10)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        ranks = DataParallel(TrainingConfig(), "cpu")
+        ranks.parts = ranks.averaged = 4
+        ranks.attach(model, objective)
+        model.token_embedding.register_forward_hook(
+            lambda module, args, out: out.register_hook(lambda gradient: largest.append(gradient.abs().max())) and None
+        )
+        found = batch_gradients(objective, model, batch, settings, ranks=ranks)
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        model.zero_grad()
+        ranks.averaged = 1
+        alone = batch_gradients(objective, model, batch, settings, ranks=ranks)
+        ranks.close()
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(found.norm, 4 * alone.norm)
+    for gradient, parameter in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, 4 * parameter.grad)
+    count = len(largest) // 2
+    assert max(largest[:count]) == (1 if dtype == "float16" else 4) * max(largest[count:])

@@ -264,6 +264,13 @@ def test_a_run_learns_and_leaves_all_it_promises(whole_run, config, tmp_path, ca
     assert f"{result.xz_bits_per_byte:.4f}" in out
 
 
+@pytest.mark.parametrize(("decoder", "counted"), [("transformer", "6 N + attention over 32 tokens"), ("gru", "6 N")])
+def test_mfu_names_what_it_counts(config, tmp_path, capsys, decoder, counted):
+    settings = config(steps=1)
+    train(replace(settings, model=settings.model.replace(decoder=decoder)), tmp_path / "run")
+    assert f"MFLOP/token ({counted}) x tokens/s" in capsys.readouterr().out
+
+
 def test_same_settings_same_weights_and_another_seed_others(config, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         train(config(seed=seed), tmp_path / name, quiet=True)

@@ -147,6 +147,8 @@ class Group(Ranks):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._training, self._device_type = training, device_type
         self.parts, self.part = self.size, self.rank
+        # As both of torch's engines do.
+        self.averaged = self.size
         # The ranks that see other rows of a batch; None: all of them.
         self._data_group: dist.ProcessGroup | None = None
         # The saving thread has a group of its own: its messages cannot meet the step's.
@@ -170,10 +172,6 @@ class Group(Ranks):
         if self._module is None:
             return super().shares(losses, model, batch, weights, elsewhere)
         return self._module(losses, batch, weights, elsewhere)
-
-    def loss_gradient(self, loss: torch.Tensor) -> torch.Tensor:
-        # Both engines give the mean of the ranks' gradients; the sum is wanted.
-        return torch.full_like(loss, self.parts)
 
     def sum_(self, values: Sequence[torch.Tensor]) -> None:
         packed = torch.stack([value.float() for value in values])
@@ -352,6 +350,7 @@ class VocabParallel(Sharded):
         self._vocabulary = mesh["vocabulary"]
         self._data_group = mesh["data"].get_group()
         self.parts, self.part = mesh["data"].size(), mesh["data"].get_local_rank()
+        self.averaged = 1
 
     def describe(self) -> str:
         return f", {self.size} ranks (vocabulary over {self._vocabulary.size()})"
@@ -362,9 +361,6 @@ class VocabParallel(Sharded):
     def load(self, checkpoint: Path, make: Callable[[], nn.Module], device: torch.device, dtype: str):
         model = self.build(make, device, dtype)
         return model, read_sharded(checkpoint, model, self.quiet)
-
-    def loss_gradient(self, loss: torch.Tensor) -> None:
-        return None
 
     def clip(self, model: nn.Module, largest: float) -> torch.Tensor:
         whole = [p.grad for p in model.parameters() if p.grad is not None and not isinstance(p.grad, DTensor)]

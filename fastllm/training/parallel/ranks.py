@@ -41,11 +41,12 @@ class Ranks:
     """What a step needs of the other processes. This class: there are none.
 
     Of ``size`` ranks this one is number ``rank``. They see ``parts`` different parts of a batch, this one number
-    ``part``.
+    ``part``. An exchange of gradients leaves the mean of ``averaged`` ranks' in each; 1: it leaves their sum.
     """
 
     rank, size = 0, 1
     part, parts = 0, 1
+    averaged = 1
 
     def device(self, device: torch.device) -> torch.device:
         """The one of that kind of device that this rank works on."""
@@ -128,10 +129,6 @@ class Ranks:
     def exchange(self, last: bool) -> AbstractContextManager:
         """Around forward and backward of a part: gradients are exchanged within the ``last`` one of a step only."""
         return contextlib.nullcontext()
-
-    def loss_gradient(self, loss: torch.Tensor) -> torch.Tensor | None:
-        """The gradient that the backward of ``loss`` starts with; None: one."""
-        return None
 
     def sum_(self, values: Sequence[torch.Tensor]) -> None:
         """Add up each of the scalars over the ranks, in place."""
