@@ -220,6 +220,29 @@ def test_languages_are_told_apart():
     assert (rejected.rule, rejected.details["language"]) == ("language", "en")
 
 
+RIVERS = {
+    "hr": "Rijeka teče s planina i ulijeva se u more koje je daleko.",
+    "sr": "Reka teče sa planina i uliva se u more koje je daleko.",
+    "bs": "Rijeka teče sa planina i ulijeva se u more koje je daleko, a vode ima uvijek.",
+}
+
+
+@pytest.mark.parametrize("language", RIVERS)
+def test_a_short_text_whose_probability_close_languages_share_is_kept(language):
+    needed("py3langid", "data")
+    config = CleanConfig(language=(language,), rules=("none",))
+    kept, _ = clean(Document("x", RIVERS[language]), config)
+    assert isinstance(kept, Document)
+    assert kept.metadata == {"language": language}
+
+
+def test_a_close_language_in_other_letters_is_not_kept():
+    needed("py3langid", "data")
+    cyrillic = "Река тече од планина и улива се у море које је далеко."  # noqa: RUF001
+    rejected, _ = clean(Document("x", cyrillic), CleanConfig(language=("hr",), rules=("none",)))
+    assert (rejected.rule, rejected.details["language"]) == ("language", "sr")
+
+
 def test_personal_data_is_masked_and_what_only_looks_like_it_is_not():
     text, counts = mask(
         "Mail jo.doe+x@mail.example.net or call +49 30 1234567. Card 4111 1111 1111 1111, not 4111 1111 1111 1112. "
