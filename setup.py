@@ -54,7 +54,7 @@ setup(
         "fastllm": ["py.typed", "*.pyi"],
         "fastllm.losses": ["*.pyi"],
         "fastllm.serving": ["page.html"],
-        "fastllm.data.clean": ["block_model.npz"],
+        "fastllm.data.clean": ["block_model.npz", "related_headings.txt"],
         "fastllm.bench": ["personal_lines.txt"],
         "fastllm.csrc": ["*.h", "*.cpp", "*/*.h", "*/*.cpp", "*/*.cu", "*/*.cuh", "*/*/*.h", "*/*/*.cpp"],
     },

@@ -13,8 +13,8 @@ _ABBREVIATIONS = frozenset(_SHORT.split())
 # A blank line; an end mark, closing quotes or brackets, and white space; or a mark of the scripts that use no spaces.
 _END = re.compile(
     r"\n[ \t]*\n\s*"
-    r"|[.!?\u2026\u061f\u0964]+[\"'\u00bb\u2019\u201d)\]]*\s+"
-    r"|[\u3002\uff01\uff1f]+[\u300d\u300f\u201d]*\s*"
+    r"|[.!?\u2026\u0589\u061f\u06d4\u0964\u0965\u1362\u1367\u1368\u166e]+[\"'\u00bb\u2019\u201d)\]]*\s+"
+    r"|[\u0f0d\u0f0e\u104b\u17d4\u17d5\u3002\uff01\uff1f]+[\u300d\u300f\u201d]*\s*"
 )
 _WORD = re.compile(r"[^\s(\[\"']+$")
 

@@ -11,7 +11,6 @@ from fastllm.data.clean.beside import landmark_odds
 from fastllm.data.clean.body import Running
 from fastllm.data.clean.main_text import decide, extract_fast, visible_text
 from fastllm.data.clean.markup import read_markup
-from fastllm.data.clean.page_words import PageWords
 
 WALL = [paragraph("harbour", random.Random(seed), 2) for seed in range(3)]
 PARAGRAPHS = "".join(f"<p>{text}</p>" for text in WALL)
@@ -261,15 +260,6 @@ def test_a_table_of_data_stays_whole_with_its_caption():
 def test_choices_in_forms_are_beside_the_text():
     markup = read_markup(f"<body><main>{PARAGRAPHS}<form><select><option>Low<option>{WALL[0]}</select></form></main>")
     assert landmark_odds(markup, Running.of(markup)).tolist() == [0, 0, 0, -8, -8]
-
-
-def test_the_words_of_chinese_and_japanese_texts_count():
-    """So that a menu of English words does not outweigh them."""
-    found = PageWords.of(["\u4e00\u4e8c\u4e09\u56db\u4e94\u516d\u4e03\u516b", "One two three", "\u3042\u3044 x y"])
-    assert found.counts.tolist() == [4, 3, 3]
-    # A page in English has other languages in its menus.
-    names = PageWords.of(["\u65e5\u672c\u8a9e", "One two three four five"])
-    assert names.counts.tolist() == [1, 5]
 
 
 @pytest.mark.parametrize("text", ["Test", "<a href=/wall>Wall</a>", "<i>Foo</i>&lrm;", "<abbr>TLA</abbr> <b>xyz</b>"])

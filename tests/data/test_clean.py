@@ -159,6 +159,25 @@ def test_indentation_is_kept():
     assert tidy("  a\n   b", keep_indentation=False) == "a\nb"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        # England's flag, a family, a heart in colour, a key, Persian and Malayalam joiners, and a form of a character.
+        "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f", "\U0001f468\u200d\U0001f467",
+        "\u2764\ufe0f", "1\ufe0f\u20e3", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+        "\u0d28\u0d4d\u200d", "\u845b\U000e0100",
+    ],
+)  # fmt: skip
+def test_what_characters_are_joined_by_stays(text):
+    assert tidy(repair(f"a {text} b")) == f"a {text} b"
+    assert text in extract_fast(f"<body><p>a {text} b</p></body>")
+
+
+@pytest.mark.parametrize("text", ["a\u061cb", "a\U000e0067b", "a\u202bb\u202c", "a\u00adb", "\U000e007fa\u2066b"])
+def test_marks_of_direction_tags_alone_and_soft_hyphens_go(text):
+    assert tidy(text) == "ab"
+
+
 def test_good_text_passes_every_rule():
     document = Document("x", TEXT + "\n\nIt ends with a line that has \u201cquotes\u201d.")
     for rule in RULES.values():
@@ -218,6 +237,29 @@ def test_languages_are_told_apart():
     assert kept.metadata == {"language": "de"}
     rejected, _ = clean(Document("x", TEXT), config)
     assert (rejected.rule, rejected.details["language"]) == ("language", "en")
+
+
+RIVERS = {
+    "hr": "Rijeka teče s planina i ulijeva se u more koje je daleko.",
+    "sr": "Reka teče sa planina i uliva se u more koje je daleko.",
+    "bs": "Rijeka teče sa planina i ulijeva se u more koje je daleko, a vode ima uvijek.",
+}
+
+
+@pytest.mark.parametrize("language", RIVERS)
+def test_a_short_text_whose_probability_close_languages_share_is_kept(language):
+    needed("py3langid", "data")
+    config = CleanConfig(language=(language,), rules=("none",))
+    kept, _ = clean(Document("x", RIVERS[language]), config)
+    assert isinstance(kept, Document)
+    assert kept.metadata == {"language": language}
+
+
+def test_a_close_language_in_other_letters_is_not_kept():
+    needed("py3langid", "data")
+    cyrillic = "Река тече од планина и улива се у море које је далеко."  # noqa: RUF001
+    rejected, _ = clean(Document("x", cyrillic), CleanConfig(language=("hr",), rules=("none",)))
+    assert (rejected.rule, rejected.details["language"]) == ("language", "sr")
 
 
 def test_personal_data_is_masked_and_what_only_looks_like_it_is_not():

@@ -158,3 +158,13 @@ def test_a_charset_is_no_coding_and_wide_text_is_not_binary(tmp_path):
 @pytest.mark.parametrize("name", ["gzip", "deflate", "zstd", "br", "chunked"])
 def test_no_content_is_in_every_coding(name):
     assert undo(b"", [name], SMALL) == b""
+
+
+def test_content_that_there_is_no_memory_for_is_not_called_damaged(monkeypatch):
+    class Decompressor:
+        def decompress(self, content):
+            raise MemoryError
+
+    monkeypatch.setattr(zlib, "decompressobj", lambda *arguments: Decompressor())
+    with pytest.raises(MemoryError):
+        undo(gzip.compress(PAGE), ["gzip"], SMALL)

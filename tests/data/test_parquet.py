@@ -13,6 +13,8 @@ from fastllm.config import InputError
 from fastllm.data import optional
 from fastllm.data.pipeline import PipelineConfig
 from fastllm.data.sources import Failure, Limits, SourceEntry, plan_sources, read
+from fastllm.data.sources.limits import Unreadable
+from fastllm.data.sources.parquet_pages import decompressed_size
 
 
 def parquet_of(columns, **options) -> bytes:
@@ -83,6 +85,61 @@ def test_a_file_that_would_grow_too_much_is_not_read(tmp_path):
         tmp_path, parquet_of({"text": ["x" * 1000 * (i + 1) for i in range(50)]}, compression="zstd")
     )
     assert failure.reason == "bomb"
+
+
+def varint(value: int, size: int = 0) -> bytes:
+    """A number of Thrift's compact protocol, in at least ``size`` bytes."""
+    value *= 2
+    parts = [value >> shift & 127 for shift in range(0, max(7 * size, value.bit_length(), 1), 7)]
+    return bytes([*(part | 128 for part in parts[:-1]), parts[-1]])
+
+
+@pytest.mark.parametrize("dictionary", [False, True])
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_a_footer_that_says_less_than_the_pages_gives_is_not_believed(tmp_path, version, dictionary):
+    """A file of 837 bytes took 1.6 GB."""
+    content = parquet_of(
+        {"text": ["x" * (1 << 22)]}, compression="brotli", use_dictionary=dictionary, data_page_version=version
+    )
+    column = needed("pyarrow.parquet", "parquet").ParquetFile(io.BytesIO(content)).metadata.row_group(0).column(0)
+    size = varint(column.total_uncompressed_size)
+    footer = content.rindex(size)
+    lying = content[:footer] + varint(1000, len(size)) + content[footer + len(size) :]
+    (failure,) = documents(tmp_path, lying)
+    assert (failure.reason, "would give 4,19" in failure.details["error"]) == ("bomb", True)
+    # A compressed size of more than the file, beside which the pages are small.
+    size = varint(column.total_compressed_size)
+    footer = content.rindex(size, 0, footer + 20)
+    lying = content[:footer] + varint(1 << 40) + content[footer + len(size) :]
+    lying = lying[:-8] + (len(lying) - len(content) + int.from_bytes(content[-8:-4], "little")).to_bytes(4, "little")
+    (failure,) = documents(tmp_path, lying + b"PAR1")
+    assert failure.reason == "bomb"
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
+def test_the_pages_of_a_chunk_are_counted_as_they_were_written(version, compression):
+    rows = {"text": [article(i) for i in range(300)], "id": [f"i{i % 3}" for i in range(300)]}
+    content = parquet_of(
+        rows, compression=compression, data_page_size=2000, data_page_version=version, write_page_index=True
+    )
+    stream = io.BytesIO(content)
+    group = needed("pyarrow.parquet", "parquet").ParquetFile(stream).metadata.row_group(0)
+    for column in (group.column(0), group.column(1)):
+        start, size = column.dictionary_page_offset, column.total_compressed_size
+        # The footer counts headers too, of about 20 to 100 bytes and a text's first and last value.
+        pages = decompressed_size(stream, start, size)
+        assert 0.5 * column.total_uncompressed_size < pages < column.total_uncompressed_size
+        with pytest.raises(Unreadable, match="page"):
+            decompressed_size(stream, start + 1, size)
+
+
+@pytest.mark.parametrize(
+    "header", [b"", b"\x15", b"\x15\x80" * 20, b"\x1c" * 50, b"\x15\x00\x00", b"\x19\x00", b"\xff"]
+)
+def test_a_header_of_anything_else_is_damaged(header):
+    with pytest.raises(Unreadable):
+        decompressed_size(io.BytesIO(header), 0, 100)
 
 
 def test_one_long_text_that_many_rows_name_is_never_held_for_all(tmp_path):

@@ -1,11 +1,13 @@
 """Reading sources: every format and compression, and input that is broken or hostile."""
 
 import bz2
+import errno
 import gzip
 import io
 import json
 import lzma
 import os
+import sys
 import tarfile
 import time
 import zipfile
@@ -18,6 +20,7 @@ from source_files import SMALL, documents
 from fastllm.config import InputError
 from fastllm.data.optional import require
 from fastllm.data.sources import Failure, Raw, plan_sources
+from fastllm.data.sources.compressed import Prompt
 from fastllm.data.sources.limits import MIB
 
 
@@ -205,6 +208,57 @@ def test_damaged_members_of_every_compression_are_survived(tmp_path):
         (tmp_path / "a.zip").write_bytes(content)
         damaged, whole = documents(tmp_path / "a.zip")
         assert (damaged.reason, whole.content) == ("damaged", b"whole")
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.warc"])
+@pytest.mark.parametrize("error", [MemoryError(), KeyError("x"), TypeError("x"), OSError(errno.EIO, "input error")])
+def test_what_no_damage_raises_is_not_taken_for_damage(tmp_path, monkeypatch, name, error):
+    """Faults of this package, of the memory and of the disk: an archive that is whole was counted as damaged."""
+
+    def fail(*arguments, **options):
+        raise error
+
+    if name == "a.zip":
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("one.txt", article(1))
+        monkeypatch.setattr(zipfile.ZipExtFile, "read", fail)
+    else:
+        (tmp_path / name).write_bytes(warc([b"<p>x"], compress=False))
+        monkeypatch.setattr(Prompt, "read", fail)
+    if isinstance(error, OSError):
+        assert [item.reason for item in documents(tmp_path / name)] == ["unreadable"]
+    else:
+        with pytest.raises(type(error)):
+            documents(tmp_path / name)
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), RuntimeError("ours"), EOFError("ours")])
+def test_a_fault_of_this_package_beside_a_member_is_no_damage(tmp_path, monkeypatch, error):
+    def fail(*arguments):
+        raise error
+
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("one.txt", article(1))
+    monkeypatch.setattr(sys.modules["fastllm.data.sources.read"], "text_of", fail)
+    if isinstance(error, EOFError):
+        # The end of a file is taken for a cut anywhere.
+        assert [item.reason for item in documents(tmp_path / "a.zip")] == ["truncated"]
+    else:
+        with pytest.raises(type(error), match="ours"):
+            documents(tmp_path / "a.zip")
+
+
+def test_a_member_with_a_password_is_damaged_and_the_next_one_is_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.txt", article(1))
+        archive.writestr("b.txt", article(2))
+    content = bytearray((tmp_path / "a.zip").read_bytes())
+    for at in (6, content.index(b"PK\1\2") + 8):
+        content[at] |= 1
+    (tmp_path / "a.zip").write_bytes(content)
+    locked, whole = documents(tmp_path / "a.zip")
+    assert (locked.reason, "password" in locked.details["error"]) == ("damaged", True)
+    assert whole.content.decode() == article(2)
 
 
 def test_bad_json_lines_are_counted_one_by_one(tmp_path):

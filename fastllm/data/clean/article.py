@@ -107,6 +107,16 @@ def teaser_odds(markup: Markup, running: Running) -> np.ndarray | float:
     return -_OFF * (alone & ((index < markup.starts[best]) | (index >= markup.ends[best])))
 
 
+def likely_text(markup: Markup, running: Running, probabilities: np.ndarray) -> float | None:
+    """The probability of a page's one running text by what the model says of each block; None for no such text."""
+    characters, begin, end = running.characters, markup.starts[running.best], markup.ends[running.best]
+    inside = characters[begin:end]
+    if running.scores[running.best] < _ONE_TEXT or inside.sum() <= _ONE_TEXT_SHARE * characters.sum():
+        return None
+    likely = float(np.average(probabilities[begin:end], weights=inside))
+    return likely if likely >= _LIKELY else None
+
+
 def elsewhere_odds(markup: Markup, running: Running, probabilities: np.ndarray) -> np.ndarray | float:
     """What leads elsewhere loses beside a page's one running text, for each block; short blocks after it lose less.
 
@@ -116,13 +126,11 @@ def elsewhere_odds(markup: Markup, running: Running, probabilities: np.ndarray) 
         running: where the page's running text is.
         probabilities: what the model says of each block.
     """
+    likely = likely_text(markup, running, probabilities)
+    if likely is None:
+        return 0.0
     characters, begin, end = running.characters, markup.starts[running.best], markup.ends[running.best]
     inside = characters[begin:end]
-    if running.scores[running.best] < _ONE_TEXT or inside.sum() <= _ONE_TEXT_SHARE * characters.sum():
-        return 0.0
-    likely = np.average(probabilities[begin:end], weights=inside)
-    if likely < _LIKELY:
-        return 0.0
     index = np.arange(len(characters))
     length = np.fromiter(map(len, markup.texts), np.float64)
     linked = np.asarray(markup.linked) / length

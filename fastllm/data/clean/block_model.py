@@ -22,6 +22,7 @@ from .features import DECLARED_ARTICLE, STATED_ARTICLE, features
 from .lexicon import Lexicon
 from .page_types import TYPES, PageTypes
 from .page_words import PageWords
+from .related import related_odds
 from .small_pages import log_odds
 
 WEIGHTS = Path(__file__).with_name("block_model.npz")
@@ -99,6 +100,7 @@ def with_rules(markup: Markup, rows: np.ndarray, probabilities: np.ndarray) -> n
     odds += comment_odds(markup, running, forum, declared or stated) + landmark_odds(markup, running)
     outside = outside_odds(markup, running, declared)
     if not forum:
+        odds += related_odds(markup, running, probabilities)
         odds += elsewhere_odds(markup, running, probabilities)
         if stated:
             odds += teaser_odds(markup, running)

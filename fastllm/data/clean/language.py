@@ -9,6 +9,16 @@ from .document import Document, Rejection
 
 # Characters that are enough to tell. A guess.
 _SAMPLE = 20_000
+# Languages whose paragraphs share their probability out among them, and the least that a language must have of it. Of
+# the paragraphs of the Universal Declaration of Human Rights the language alone reaches 0.65 in 7 of 45 in Croatian, 1
+# of 45 in Bosnian, none of 44 in Serbian's Latin letters, 12 of 52 in Indonesian and 34 of 47 in Nynorsk.
+_CLOSE = (
+    frozenset(["bs", "hr", "sr"]),
+    frozenset(["id", "ms"]),
+    frozenset(["nn", "no"]),
+    frozenset(["wuu", "yue", "zh"]),
+)
+_LEAST_SHARE = 0.05
 
 
 @cache
@@ -30,9 +40,14 @@ def check_languages(languages: tuple[str, ...]) -> None:
 
 
 def only(document: Document, languages: tuple[str, ...], least: float) -> Document | Rejection:
-    """``document`` if it is in one of ``languages`` (ISO 639-1) with a probability of ``least``; notes which."""
-    language, probability = _identifier().classify(document.text[:_SAMPLE])
-    if language not in languages or probability < least:
-        return Rejection.of(document, "language", language=str(language), probability=round(float(probability), 4))
-    metadata = {**document.metadata, "language": str(language)}
-    return Document(document.id, document.text, document.kind, metadata)
+    """``document`` if it is in one of ``languages`` (ISO 639-1) with a probability of ``least``; notes which.
+
+    A language that has a share of it counts with the probability of its close relatives.
+    """
+    ranked = {str(name): float(probability) for name, probability in _identifier().rank(document.text[:_SAMPLE])}
+    language, probability = max(((name, ranked[name]) for name in languages), key=lambda found: found[1])
+    relatives = next((close for close in _CLOSE if language in close), frozenset([language]))
+    if probability < _LEAST_SHARE or sum(map(ranked.__getitem__, relatives)) < least:
+        likeliest = max(ranked, key=ranked.__getitem__)
+        return Rejection.of(document, "language", language=likeliest, probability=round(ranked[likeliest], 4))
+    return Document(document.id, document.text, document.kind, {**document.metadata, "language": language})

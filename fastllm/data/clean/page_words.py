@@ -12,11 +12,6 @@ WORD = re.compile(r"\w+")
 # A page's own control characters are removed, so that this one stands between blocks.
 _BETWEEN = "\x02"
 _WORD_OR_END = re.compile(rf"\w+|{_BETWEEN}")
-# Chinese characters and Japanese ones, which stand in runs without spaces, and how many are as much as a word. A guess:
-# Chinese words have 1.5 to 2 characters, Japanese ones have more. A few in a page, as in a menu of languages, do not
-# count.
-_UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
-_A_WORD = 2.0
 # Characters whose words are strings at once.
 _AT_ONCE = 1 << 20
 # What tells a block's kind are its first words.
@@ -33,8 +28,7 @@ class PageWords:
         known: each word's number.
         numbers: of all words of all blocks in order.
         starts: (blocks + 1,), where in ``numbers`` each block begins.
-        counts: (blocks,) float64, the number of words in each block. In Chinese and Japanese pages two characters are
-            one.
+        counts: (blocks,) float64, the number of words in each block.
     """
 
     known: dict[str, int]
@@ -57,10 +51,6 @@ class PageWords:
         ends = np.flatnonzero(numbers == 0)
         starts = np.concatenate([[0], ends + 1 - np.arange(1, len(ends) + 1)])
         counts = np.diff(starts).astype(np.float64)
-        if any(map(_UNSPACED.search, known)):
-            unspaced = np.asarray([len(_UNSPACED.findall(text)) for text in texts]) / _A_WORD
-            if unspaced.sum() > counts.sum() / 2:
-                counts = np.maximum(counts, unspaced)
         return cls(known, numbers[numbers > 0], starts, counts)
 
     def owners(self) -> np.ndarray:

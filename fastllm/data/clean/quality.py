@@ -46,16 +46,32 @@ _STOP_WORDS = {
     "id": "yang dan di itu dengan untuk ini dari tidak pada dalam akan",
     "tl": "ang ng sa na mga ay hindi para ito",
     "sw": "na ya wa kwa ni katika za kuwa hii",
+    "mt": "li u ta tal il fil għal kull ma dan għandu minn jew hija",
+    "jv": "lan ing kang sing karo ora saka utawa kanggo marang iku kabeh",
+    "su": "jeung anu nu di ka ku téh dina pikeun sareng atawa",
+    "zu": "futhi ukuthi noma kanye umuntu wonke uma ngoba ukuba lokhu yilowo kodwa",
+    "sn": "uye kana kuti zvakare nokuti asi iyi munhu wese pamusoro",
+    "om": "fi kan akka irraa keessatti hin waan yookaan ni",
+    "so": "oo iyo ku ka waa uu ama inuu qof waxa",
+    "se": "ja lea dahje go ii leat mii dat gii",
     "vi": "và của là có được cho trong không người các một những",
 }
-# Characters of scripts without spaces that count as a word of a repeated run. A character is less than a word: runs of
-# so many words of single characters would reject 29 of 201 Chinese articles.
-_TO_A_WORD = 2
 _STOPS = {language: frozenset(words.split()) for language, words in _STOP_WORDS.items()}
 _NON_LATIN = re.compile("[^\\W\\d_\u0000-\u024f\u1e00-\u1eff]")
 _LETTER = re.compile(r"[^\W\d_]")
 _BULLETS = ("-", "*", "\u2022", "\u2023", "\u25cf", "\u25e6", "\u25aa", "\u25a0")
-_END_MARKS = (".", "?", "!", "\u3002", "\uff1f", "\uff01", "\u061f", '"', "'", "\u201d", "\u2019", ":", ";", "\u2026")
+# What ends a sentence: Unicode's property Sentence_Terminal for the scripts of living languages, Khmer's and Tibetan's
+# marks, the colon, the semicolon and the ellipsis, and quotation marks. Without the scripts' own marks the rule would
+# reject any text in Armenian, Amharic, Bengali, Burmese, Khmer, Nepali, Panjabi, Tibetan and Urdu.
+_END_MARK = re.compile(
+    "[.?!:;\u2026\"'\u201d\u2019\u00bb\u300d\u300f\u0589\u061b\u061d-\u061f\u06d4\u0700-\u0702\u07f9\u0964\u0965\u0f0d\u0f0e"
+    "\u104a\u104b\u1361\u1362\u1367\u1368\u166e\u1735\u1736\u17d4\u17d5\u1803\u1809\u1944\u1945\u1aa8-\u1aab\u1b5a\u1b5b\u1b5e\u1b5f"
+    "\u1c3b\u1c3c\u1c7e\u1c7f\u203c\u203d\u2047-\u2049\u2e2e\u3002\ua4ff\ua60e\ua60f\ua876\ua877\ua8ce\ua8cf\ua92f\ua9c8\ua9c9\uaa5d-\uaa5f"
+    "\uaaf0\uaaf1\uabeb\ufe52\ufe56\ufe57\uff01\uff0e\uff1a\uff1b\uff1f\uff61\U00011141-\U00011143]"
+)
+_WIDE = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+# Thai, Lao and Tai Tham end no sentence with a mark.
+_UNMARKED = re.compile("[\u0e00-\u0eff\u1a20-\u1aaf]")
 _POLICY = (
     "terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies",
 )  # fmt: skip
@@ -124,7 +140,9 @@ def gopher_repetition(document: Document) -> Document | Rejection:
     if rejection is not None:
         return rejection
     words = words_of(text)
-    apart = _TO_A_WORD if words.single_share > 0.5 else 1
+    # A character is less than a word: runs of so many words of single characters would reject 29 of 201 Chinese
+    # articles.
+    apart = words.to_a_word
     for n, most in ((2, 0.2), (3, 0.18), (4, 0.16)):
         rejection = _over(document, rule, **{f"top_{n}_words": (top_share(words, n * apart), 0, most)})
         if rejection is not None:
@@ -136,15 +154,21 @@ def gopher_repetition(document: Document) -> Document | Rejection:
     return document
 
 
+def _is_short(line: str) -> bool:
+    """Whether it has at most 30 characters, of which a Chinese or Japanese one is as much as three Latin letters."""
+    return len(line) <= 30 and len(line) + 2 * len(_WIDE.findall(line)) <= 30
+
+
 def fineweb(document: Document) -> Document | Rejection:
     """Lines that end as sentences do, short lines, repeated lines, lines for the number of words."""
     lines = [line.strip() for line in document.text.split("\n") if line.strip()]
     count = max(1, len(lines))
+    ended = sum(_END_MARK.match(line[-1]) is not None or _UNMARKED.match(line[-1]) is not None for line in lines)
     words = max(1, len(words_of(document.text).words))
     rejection = _over(
         document, "fineweb",
-        lines_with_end_mark=(sum(line.endswith(_END_MARKS) for line in lines) / count, 0.12, 1),
-        short_lines=(sum(len(line) <= 30 for line in lines) / count, 0, 0.67),
+        lines_with_end_mark=(ended / count, 0.12, 1),
+        short_lines=(sum(_is_short(line) for line in lines) / count, 0, 0.67),
         characters_in_repeated_lines=(repeated_parts(lines)[1], 0, 0.1),
         lines_per_word=(len(lines) / words, 0, 0.3),
     )  # fmt: skip

@@ -8,10 +8,12 @@ from ..optional import require
 
 # Control codes but tab and newline, C1 controls, what marks direction or width without showing, byte order marks,
 # tags (U+E00xx), private use, noncharacters and halves of surrogate pairs. Zero-width joiners stay: scripts need them.
-# So does U+FFFD: a reader must see that something is missing.
+# So does U+FFFD: a reader must see that something is missing. The tags of a flag stay, such as England's, and so do the
+# selectors of a Chinese character's form (U+E0100 to U+E01EF).
 _UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufdd0-\ufdef\ufff0-\ufffc\ufffe\uffff"
-    "\ue000-\uf8ff\ud800-\udfff\U000e0000-\U000e0fff\U000f0000-\U0010ffff]"
+    "(\U0001f3f4[\U000e0020-\U000e007e]{1,8}\U000e007f)"
+    "|[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufdd0-\ufdef\ufff0-\ufffc\ufffe"
+    "\uffff\ue000-\uf8ff\ud800-\udfff\U000e0000-\U000e00ff\U000e01f0-\U000e0fff\U000f0000-\U0010ffff]"
 )
 # What a control code stands in for: a line or a page ended.
 _BREAKS = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
@@ -51,7 +53,7 @@ def tidy(text: str, keep_indentation: bool = True) -> str:
     """
     text = _BREAKS.sub("\n", text)
     text = _SPACES.sub(" ", text)
-    text = _UNSEEN.sub("", text)
+    text = _UNSEEN.sub(lambda found: found[1] or "", text)
     lines = []
     for line in text.split("\n"):
         line = line.rstrip()

@@ -10,10 +10,14 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-# Scripts that put no space between words: each of their characters counts as one.
-_APART = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-WORD = re.compile(f"[{_APART}]|[^\\s{_APART}]+")
-SINGLE = re.compile(f"^[{_APART}]$", re.MULTILINE)
+# Scripts that put no space between words: each of their characters counts as one, with the marks that follow it.
+# Thai, Lao, Tibetan and Burmese; Khmer; Tai Le, New Tai Lue and Tai Tham; Balinese and Javanese; then Japanese and
+# Chinese.
+_SMALL = "\u0e00-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\u1b00-\u1b7f\ua980-\ua9ff\uaa60-\uaa7f"
+_APART = f"{_SMALL}\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+# Ethiopic has a mark of its own between words.
+WORD = re.compile(f"[{_APART}](?:(?!\\w)[{_APART}])*|[^\\s\u1361{_APART}]+")
+_SINGLE, _SINGLE_SMALL = (re.compile(f"^[{script}]", re.MULTILINE) for script in (_APART, _SMALL))
 # An odd multiplier for polynomial hashes modulo 2^64 (Knuth's MMIX); odd, so that it has an inverse. And 2^64 over the
 # golden ratio, which spreads bits (Fibonacci hashing, Knuth).
 BASE, GOLDEN = 6364136223846793005, 0x9E3779B97F4A7C15
@@ -30,9 +34,15 @@ class Words:
         return np.fromiter(map(len, self.words), np.int64, len(self.words))
 
     @cached_property
-    def single_share(self) -> float:
-        """The share of words that are one character of a script without spaces."""
-        return sum(map(len, SINGLE.findall("\n".join(self.words)))) / max(1, len(self.words))
+    def to_a_word(self) -> int:
+        """How many of these are as much as a word: one, or more if most are characters of a script without spaces.
+
+        Chinese and Japanese words have about two characters. The others spell sounds, and four are a guess.
+        """
+        lines, most = "\n".join(self.words), 0.5 * len(self.words)
+        if len(_SINGLE.findall(lines)) <= most:
+            return 1
+        return 4 if len(_SINGLE_SMALL.findall(lines)) > most else 2
 
     @cached_property
     def hashes(self) -> np.ndarray:

@@ -89,11 +89,13 @@ def text_of(content: bytes, charset: str | None, limits: Limits) -> bytes:
 class _Coding(NamedTuple):
     """A compression. ``start()`` makes what decompresses one member, with the methods and attributes of zlib's.
 
-    ``pending`` says of such an object whether output is left of its input so far, which has to be taken first.
+    ``errors`` is what it raises on damaged content. ``pending`` says of such an object whether output is left of its
+    input so far, which has to be taken first.
     """
 
     name: str
     start: Callable[[], Any]
+    errors: type[Exception]
     piece_size: int = _PIECE
     pending: Callable[[Any], bool] = lambda stream: False
 
@@ -108,8 +110,7 @@ def _bounded(content: bytes, coding: _Coding, limits: Limits) -> bytes:
         piece, rest = bytes(rest[:taken]), rest[taken:]
         try:
             part = stream.decompress(piece)
-        except Exception as error:
-            # Each library has an error of its own.
+        except coding.errors as error:
             if parts and size:
                 raise Unreadable("damaged", f"{name}: {one_line(error)}") from error
             raise Unreadable("coding", f"content is not {name}: {one_line(error)}") from error
@@ -133,16 +134,16 @@ def _bounded(content: bytes, coding: _Coding, limits: Limits) -> bytes:
 def _gzip(content: bytes, limits: Limits) -> bytes | None:
     if not content.startswith(b"\x1f\x8b"):
         return _as_it_is(content, "gzip")
-    return _bounded(content, _Coding("gzip", lambda: zlib.decompressobj(31)), limits)
+    return _bounded(content, _Coding("gzip", lambda: zlib.decompressobj(31), zlib.error), limits)
 
 
 def _deflate(content: bytes, limits: Limits) -> bytes | None:
     if content[:1] and content[0] & 15 == 8 and int.from_bytes(content[:2], "big") % 31 == 0:
-        return _bounded(content, _Coding("deflate", zlib.decompressobj), limits)
+        return _bounded(content, _Coding("deflate", zlib.decompressobj, zlib.error), limits)
     # Some servers leave out zlib's frame; markup is no such stream, but its beginning may look like one.
     if content.lstrip()[:1] == b"<":
         return None
-    return _bounded(content, _Coding("deflate", lambda: zlib.decompressobj(-15)), limits)
+    return _bounded(content, _Coding("deflate", lambda: zlib.decompressobj(-15), zlib.error), limits)
 
 
 def _zstandard(content: bytes, limits: Limits) -> bytes | None:
@@ -151,7 +152,7 @@ def _zstandard(content: bytes, limits: Limits) -> bytes | None:
     library = require("zstandard", "zstandard", "the content coding zstd")
     # RFC 9659: no more than a window of 8 MB.
     start = library.ZstdDecompressor(max_window_size=1 << 23).decompressobj
-    return _bounded(content, _Coding("zstd", start, _PIECE_ZSTD), limits)
+    return _bounded(content, _Coding("zstd", start, library.ZstdError, _PIECE_ZSTD), limits)
 
 
 class _Brotli:
@@ -180,7 +181,7 @@ def _brotli(content: bytes, limits: Limits) -> bytes | None:
         library = require("brotli", "brotli", "the content coding br")
     except InputError as error:
         raise Unreadable("coding", str(error)) from error
-    return _bounded(content, _Coding("br", lambda: _Brotli(library), pending=_Brotli.pending), limits)
+    return _bounded(content, _Coding("br", lambda: _Brotli(library), library.error, pending=_Brotli.pending), limits)
 
 
 def _chunked(content: bytes, limits: Limits) -> bytes | None:

@@ -6,13 +6,16 @@ file holds: where the rest of a file cannot be read, it ends with a Failure that
 
 from __future__ import annotations
 
+import errno
+import lzma
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import PurePosixPath
+from typing import Any
 
-from ...config import InputError
 from .codings import text_of
 from .compressed import SUFFIXES, Prompt, open_stream
 from .limits import Failure, Limits, Raw, Unreadable, one_line, too_large
@@ -70,18 +73,36 @@ def _read_tar(entry: SourceEntry, limits: Limits) -> Iterator[Item]:
                 yield Failure(f"{entry.id}#{member.name}", "no_file", {})
 
 
-def _opened_zip(path: str) -> zipfile.ZipFile:
+def _is_damage(error: Exception) -> bool:
+    """Whether zipfile raises ``error`` for what an archive holds.
+
+    Its own errors and those of its compressions; NotImplementedError for versions and compressions it does not know,
+    RuntimeError for passwords, ValueError for names and places, EOFError for members that are cut off.
+    """
+    if isinstance(error, OSError):
+        # bzip2's error has no number, and a member that begins before the file is an invalid argument.
+        return error.errno in (None, errno.EINVAL)
+    known = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, ValueError, EOFError)
+    # zipfile reads Zstandard from Python 3.14 on.
+    return isinstance(error, known) or type(error).__name__ == "ZstdError"
+
+
+def _of_zip(call: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``call``, one of zipfile's, gives.
+
+    Raises:
+        Unreadable: the archive is damaged there.
+    """
     try:
-        return zipfile.ZipFile(path)
-    except OSError:
-        raise
+        return call(*arguments)
     except Exception as error:
-        # Besides BadZipFile a damaged directory raises NotImplementedError, IndexError and others.
+        if not _is_damage(error):
+            raise
         raise Unreadable("damaged", one_line(error)) from error
 
 
 def _read_zip(entry: SourceEntry, limits: Limits) -> Iterator[Item]:
-    with _opened_zip(entry.path) as archive:
+    with _of_zip(zipfile.ZipFile, entry.path) as archive:
         for member in archive.infolist():
             # is_dir fails on a member without a name.
             if member.filename.endswith("/"):
@@ -91,13 +112,10 @@ def _read_zip(entry: SourceEntry, limits: Limits) -> Iterator[Item]:
                 yield Failure(id, "bomb", {"compressed": member.compress_size, "size": member.file_size})
                 continue
             try:
-                with archive.open(member) as file:
-                    yield _member(entry, member.filename, file.read, limits)
-            except InputError:
-                raise
-            except Exception as error:
-                # Each compression has errors of its own, and zipfile others for headers.
-                yield Failure(id, "damaged", {"error": one_line(error)})
+                with _of_zip(archive.open, member) as file:
+                    yield _member(entry, member.filename, partial(_of_zip, file.read), limits)
+            except Unreadable as error:
+                yield Failure(id, error.reason, {"error": str(error)})
 
 
 def read(entry: SourceEntry, limits: Limits, text_field: str = "text") -> Iterator[Item]:

@@ -11,6 +11,7 @@ from ..optional import require
 from .codings import text_of
 from .compressed import open_stream
 from .limits import Failure, Limits, Raw, Unreadable, one_line, too_large
+from .parquet_pages import decompressed_size
 from .plan import SourceEntry
 
 # Fields that a document keeps beside its text, where they hold strings.
@@ -72,9 +73,8 @@ def read_parquet(entry: SourceEntry, limits: Limits, field: str) -> Iterator[Raw
     with open(entry.path, "rb") as stream:
         try:
             file = parquet.ParquetFile(stream, pre_buffer=False)
-            columns = _columns(file, field, limits)
-            # Row by row, which takes 7 us: the rows of a batch may all be one long text that the file holds once.
-            for number, batch in enumerate(file.iter_batches(1, columns=columns, use_threads=False)):
+            columns = _columns(file, field)
+            for number, batch in enumerate(_rows(file, stream, columns, limits)):
                 id = f"{entry.id}#{number}"
                 try:
                     found = _document(id, batch.to_pylist()[0], field, limits)
@@ -90,11 +90,11 @@ def read_parquet(entry: SourceEntry, limits: Limits, field: str) -> Iterator[Raw
             raise Unreadable("damaged", one_line(error)) from error
 
 
-def _columns(file, field: str, limits: Limits) -> list[str]:
+def _columns(file, field: str) -> list[str]:
     """Those to read of a Parquet file.
 
     Raises:
-        Unreadable: there is no column ``field``, it holds lists or structures, or one to read would grow too much.
+        Unreadable: there is no column ``field``, or it holds lists or structures.
     """
     schema = file.schema_arrow
     if field not in schema.names:
@@ -103,13 +103,32 @@ def _columns(file, field: str, limits: Limits) -> list[str]:
     nested = {column.name: str(column.type) for column in schema if column.type.num_fields}
     if field in nested:
         raise Unreadable("damaged", f"column {field} is {nested[field][:200]}, not a string")
-    columns = [name for name in schema.names if name == field or (name in _KEPT and name not in nested)]
+    return [name for name in schema.names if name == field or (name in _KEPT and name not in nested)]
+
+
+def _rows(file, stream: BinaryIO, columns: list[str], limits: Limits) -> Iterator[Any]:
+    """The rows of ``columns``, a batch for each.
+
+    Raises:
+        Unreadable: one of them would grow too much.
+    """
     # pyarrow reads a column whose name continues that of another after a dot together with it.
     begin = tuple(f"{name}." for name in columns)
     for group in range(file.num_row_groups):
         row_group = file.metadata.row_group(group)
         for column in map(row_group.column, range(row_group.num_columns)):
-            path, size, compressed = column.path_in_schema, column.total_uncompressed_size, column.total_compressed_size
-            if f"{path}.".startswith(begin) and size > max(limits.free, limits.ratio * max(1, compressed)):
-                raise Unreadable("bomb", f"{compressed:,} compressed bytes of {path} would give {size:,}")
-    return columns
+            if f"{column.path_in_schema}.".startswith(begin):
+                _check_growth(column, stream, limits)
+        # Row by row, which takes 7 us: the rows of a batch may all be one long text that the file holds once.
+        yield from file.iter_batches(1, row_groups=[group], columns=columns, use_threads=False)
+
+
+def _check_growth(column, stream: BinaryIO, limits: Limits) -> None:
+    # Where pyarrow begins to read.
+    starts = [column.data_page_offset, *([column.dictionary_page_offset] if column.has_dictionary_page else [])]
+    start = min(at for at in starts if at > 0)
+    compressed = min(column.total_compressed_size, stream.seek(0, 2) - start)
+    # The file's footer may say less than its pages, by whose headers pyarrow takes memory.
+    size = max(column.total_uncompressed_size, decompressed_size(stream, start, compressed))
+    if size > max(limits.free, limits.ratio * max(1, compressed)):
+        raise Unreadable("bomb", f"{compressed:,} compressed bytes of {column.path_in_schema} would give {size:,}")

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from ...config import InputError
 from ..optional import require
 from .codings import codings, text_of, undo
 from .compressed import Prompt, open_stream
@@ -56,13 +55,18 @@ def read_warc(entry: SourceEntry, limits: Limits) -> Iterator[Raw | Failure]:
 
 
 def _records(found: Iterator[Any]) -> Iterator[Any]:
-    """warcio's records, ``found``; what it raises on a damaged one is of many classes."""
+    """warcio's records, ``found``."""
+    exceptions, headers = (
+        require(f"warcio.{module}", "warcio", "reading WARC files") for module in ("exceptions", "statusandheaders")
+    )
+    # warcio's own, an address that a record lacks, and a length of more than 64 bits.
+    damage = (
+        exceptions.ArchiveLoadFailed, headers.StatusAndHeadersParserException, AttributeError, OverflowError,
+    )  # fmt: skip
     while True:
         try:
             record = next(found, None)
-        except (Unreadable, InputError):
-            raise
-        except Exception as error:
+        except damage as error:
             raise Unreadable("damaged", one_line(error)) from error
         if record is None:
             return

@@ -1,0 +1,92 @@
+"""What the pages of a Parquet file say that they decompress to: their headers decide how much memory they take.
+
+A header is Thrift's compact protocol (https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md)
+of ``PageHeader`` in https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift.
+"""
+
+from __future__ import annotations
+
+from typing import BinaryIO
+
+from .limits import Unreadable
+
+# Numbers of Thrift's types: both values of a boolean, one byte, integers as varints, and so on.
+_TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(1, 13)
+# The fields of a page's header that have its sizes, and the most structures inside one another; a header has three.
+_UNCOMPRESSED, _COMPRESSED, _DEPTH = 2, 3, 8
+
+
+class _Header:
+    """Reads values of the compact protocol from ``stream``, where it stands."""
+
+    def __init__(self, stream: BinaryIO):
+        self._stream = stream
+
+    def _byte(self) -> int:
+        found = self._stream.read(1)
+        if not found:
+            raise Unreadable("damaged", "a page's header is cut off")
+        return found[0]
+
+    def _varint(self) -> int:
+        value = 0
+        for shift in range(0, 70, 7):
+            byte = self._byte()
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+        raise Unreadable("damaged", "a number in a page's header has more than 64 bits")
+
+    def _integer(self) -> int:
+        value = self._varint()
+        return (value >> 1) ^ -(value & 1)
+
+    def structure(self, depth: int = 0) -> dict[int, int]:
+        """The integers among a structure's fields by their numbers; other fields are passed over."""
+        if depth > _DEPTH:
+            raise Unreadable("damaged", "a page's header is nested too deep")
+        found: dict[int, int] = {}
+        number = 0
+        while head := self._byte():
+            step, kind = head >> 4, head & 15
+            number = number + step if step else self._integer()
+            if kind in (_I16, _I32, _I64):
+                found[number] = self._integer()
+            elif kind not in (_TRUE, _FALSE):
+                self._pass(kind, depth)
+        return found
+
+    def _pass(self, kind: int, depth: int) -> None:
+        if kind == _BYTE:
+            self._byte()
+        elif kind == _DOUBLE:
+            self._stream.seek(8, 1)
+        elif kind == _BINARY:
+            self._stream.seek(self._varint(), 1)
+        elif kind == _STRUCT:
+            self.structure(depth + 1)
+        else:
+            # No header that Parquet defines has a list, a set or a map.
+            raise Unreadable("damaged", f"a page's header has a value of Thrift's type {kind}")
+
+
+def decompressed_size(stream: BinaryIO, begin: int, size: int) -> int:
+    """The bytes that the pages of a column chunk decompress to, by their headers.
+
+    Args:
+        stream: the file; where it stands afterwards is not defined.
+        begin, size: where the chunk begins, and its bytes.
+
+    Raises:
+        Unreadable: a header is damaged.
+    """
+    at, end, total = begin, begin + size, 0
+    while at < end:
+        stream.seek(at)
+        header = _Header(stream).structure()
+        grown, compressed = header.get(_UNCOMPRESSED, -1), header.get(_COMPRESSED, -1)
+        if grown < 0 or compressed < 0:
+            raise Unreadable("damaged", f"the page at byte {at:,} has no size")
+        total += grown
+        at = stream.tell() + compressed
+    return total
