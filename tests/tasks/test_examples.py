@@ -128,6 +128,9 @@ def test_one_in_ten_is_held_out_and_texts_stay_together():
     train, held = split_examples(asked)
     assert {e["context"] for e in train}.isdisjoint(e["context"] for e in held)
     assert len(held) == 6
+    for count in (2, 9):  # less than ten
+        train, held = split_examples(labelled(count))
+        assert (len(train), len(held)) == (count - 1, 1)
     with pytest.raises(InputError, match="cannot be split"):
         split_examples(labelled(1))
 
