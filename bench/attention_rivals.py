@@ -7,6 +7,7 @@ from importlib import import_module
 
 import torch
 import torch.nn.functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 FEATURES = ("window", "softcap", "alibi_slopes", "sinks", "bias", "dropout_p", "cu_seqlens_q", "cu_seqlens_k")
 
@@ -65,17 +66,22 @@ def _hopper():
     return call
 
 
-def _longest(known: dict[int, int], starts) -> int:
-    """The longest sequence, read back from the device once for each ``cu_seqlens``."""
-    if id(starts) not in known:
-        known[id(starts)] = int(starts.diff().max())
-    return known[id(starts)]
+class _Longest:
+    """The longest sequence of each ``cu_seqlens``, read back from the device once while that tensor lives."""
+
+    def __init__(self):
+        self._known = WeakTensorKeyDictionary()
+
+    def of(self, starts: torch.Tensor) -> int:
+        if starts not in self._known:
+            self._known[starts] = int(starts.diff().max())
+        return self._known[starts]
 
 
 def _varlen():
     from torch.nn.attention.varlen import varlen_attn
 
-    known: dict[int, int] = {}
+    longest = _Longest()
 
     def attention(query, key, value, *, causal=False, cu_seqlens_q=None, cu_seqlens_k=None, window=None, **options):
         _refuse(options)
@@ -83,8 +89,8 @@ def _varlen():
             raise NotImplementedError("takes packed sequences only")
         left, right = window or (-1, -1)
         return varlen_attn(
-            query, key, value, cu_seqlens_q, cu_seqlens_k, _longest(known, cu_seqlens_q),
-            _longest(known, cu_seqlens_k), window_size=(left, 0 if causal else right),
+            query, key, value, cu_seqlens_q, cu_seqlens_k, longest.of(cu_seqlens_q), longest.of(cu_seqlens_k),
+            window_size=(left, 0 if causal else right),
         )  # fmt: skip
 
     return attention
@@ -168,17 +174,17 @@ def _flash(package: str) -> Callable[[], Callable]:
     def setup():
         module = __import__(package)
         has = ("window", "softcap", *(("alibi_slopes", "dropout_p") if package == "flash_attn" else ()))
-        known: dict[int, int] = {}
+        longest = _Longest()
 
         def attention(query, key, value, *, causal=False, window=None, cu_seqlens_q=None, cu_seqlens_k=None, **options):
             _refuse(options, *has)
             settings = dict(causal=causal, window_size=window or (-1, -1))
             settings |= {name: options[name] for name in has if options.get(name) is not None}
             if cu_seqlens_q is not None and cu_seqlens_k is not None:
-                longest = _longest(known, cu_seqlens_q), _longest(known, cu_seqlens_k)
                 out = module.flash_attn_varlen_func(
-                    query, key, value, cu_seqlens_q.int(), cu_seqlens_k.int(), *longest, **settings
-                )
+                    query, key, value, cu_seqlens_q.int(), cu_seqlens_k.int(), longest.of(cu_seqlens_q),
+                    longest.of(cu_seqlens_k), **settings,
+                )  # fmt: skip
                 return out[0] if isinstance(out, tuple) else out
             out = module.flash_attn_func(*(t.transpose(1, 2) for t in (query, key, value)), **settings)
             return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable
 
+import pytest
 import torch
 from thorough import IS_THOROUGH
 from torch.utils import _pytree as pytree
@@ -35,6 +36,23 @@ TWINS = {"scaled_dot_product_attention", "linear_log_probs", "geglu"}
 def graph_cases(device: torch.device) -> list[tuple[Op, str]]:
     """:func:`cases` for tests that compile, which takes seconds each: twins on eager, FASTLLM_TESTS=thorough all."""
     return [(op, backend) for op, backend in cases(device) if IS_THOROUGH or backend == "eager" or op.name not in TWINS]
+
+
+def backend_fixture(*names: str, op: str | None = None):
+    """A fixture ``backend``: its test runs within each of ``names``, and gets the name.
+
+    With ``op``, a backend that cannot serve that op here skips the test; without, it is an error.
+    """
+
+    @pytest.fixture(params=names)
+    def backend(request, device):
+        reason = None if op is None else why_not(request.param, device.type, op=OPS[op])
+        if reason is not None:
+            pytest.skip(reason)
+        with fastllm.backend(request.param):
+            yield request.param
+
+    return backend
 
 
 def case_id(value) -> str:

@@ -73,6 +73,10 @@ class Batches:
     windows of ``context_length``, from an offset of its own, and visits each window once, in a permuted order. The
     offset and the order depend only on the SHA-256 of the tokens, the seed and the epoch, so an exact resume needs no
     saved state.
+
+    Raises:
+        ValueError, TypeError: a size is no whole number of at least 1, or the seed no whole number.
+        InputError: there are fewer than ``context_length`` + 1 tokens.
     """
 
     def __init__(self, tokens: TokenFile, context_length: int, batch_size: int, seed: int):

@@ -29,7 +29,7 @@ def _answered(model: LanguageModel, tokenizer, example: dict) -> str:
     asked = {"parts": parts[:-1], "templated": example["templated"]}
     ids = answer_ids(asked, tokenizer)[0]
     room = min(ANSWER_TOKENS, model.config.context_length - len(ids))
-    found = generate(model, ids, max_new_tokens=room, temperature=0.0, stop_token=tokenizer.end_of_text) if room else []
+    found = generate(model, ids, max_new_tokens=room, temperature=0.0, stop_token=tokenizer.end_of_text)
     shown = "".join(text for text, _ in parts[:-1])
     return f"prompt:   {shown}\nexpected: {parts[-1][0]}\nanswer:   {tokenizer.decode(found)}\n"
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from attention_calls import BACKENDS, agree, qkv
 from conftest import DEVICE
+from contract import backend_fixture
 
 import fastllm
 from fastllm.backends import why_not
@@ -18,11 +19,7 @@ from fastllm.ops.attention.reference import dropout_kept
 
 pytestmark = pytest.mark.runs_on("gpu", "interpreter")
 
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with fastllm.backend(request.param):
-        yield request.param
+backend = backend_fixture(*BACKENDS)
 
 
 @pytest.fixture

@@ -58,6 +58,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from attention_calls import BACKENDS, agree, qkv
 from conftest import DEVICE
+from contract import backend_fixture
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import fastllm
@@ -71,11 +72,7 @@ from fastllm.ops.shared.philox import draw_seed
 
 pytestmark = pytest.mark.runs_on("gpu", "interpreter")
 
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with fastllm.backend(request.param):
-        yield request.param
+backend = backend_fixture(*BACKENDS)
 
 
 @pytest.mark.runs_on("anywhere")

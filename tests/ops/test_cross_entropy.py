@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE
-from contract import assert_as_true
+from contract import assert_as_true, backend_fixture
 
 import fastllm
 from fastllm.backends import pick
@@ -22,11 +22,7 @@ pytestmark = [pytest.mark.cpu_level, pytest.mark.runs_on("gpu", "interpreter")]
 
 BACKENDS = ("eager", "triton")
 
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with fastllm.backend(request.param):
-        yield request.param
+backend = backend_fixture(*BACKENDS)
 
 
 def _gradient(function, x, *args, **kwargs):

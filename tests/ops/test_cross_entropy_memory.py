@@ -4,17 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE
+from contract import backend_fixture
 
 import fastllm
 from fastllm.functional import cross_entropy
 
 pytestmark = [pytest.mark.cpu_level, pytest.mark.runs_on("gpu", "interpreter")]
 
-
-@pytest.fixture(params=("eager", "triton"))
-def backend(request):
-    with fastllm.backend(request.param):
-        yield request.param
+backend = backend_fixture("eager", "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

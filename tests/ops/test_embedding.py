@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE
-from contract import assert_as_true
+from contract import assert_as_true, backend_fixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,11 +26,7 @@ NATIVE = NOT_NATIVE is None
 BACKENDS = ["eager", *(["native"] if NATIVE else [])]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with fastllm.backend(request.param):
-        yield request.param
+backend = backend_fixture(*BACKENDS)
 
 
 def table(rows, columns, dtype=torch.float32):

@@ -6,25 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE
+from contract import backend_fixture
 
 import fastllm
 from fastllm import OPS
-from fastllm.backends import why_not
 from fastllm.bench.traffic import measure
 from fastllm.functional import geglu, swiglu
 from fastllm.registry import Sample
 
 pytestmark = pytest.mark.runs_on("gpu", "interpreter")
 
-
-@pytest.fixture(params=["eager", "triton", "native"])
-def backend(request):
-    reason = why_not(request.param, DEVICE.type, op=OPS["swiglu"])
-    if reason is not None:
-        pytest.skip(reason)
-    with fastllm.backend(request.param):
-        yield request.param
-
+backend = backend_fixture("eager", "triton", "native", op="swiglu")
 
 FORMS = [
     (swiglu, {}, F.silu),

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE
-from contract import assert_as_true
+from contract import assert_as_true, backend_fixture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,11 +24,7 @@ from fastllm.ops.cross_entropy.rows import Extras
 
 pytestmark = [pytest.mark.cpu_level, pytest.mark.runs_on("gpu", "interpreter")]
 
-
-@pytest.fixture(params=["eager", "triton"])
-def backend(request):
-    with fastllm.backend(request.param):
-        yield request.param
+backend = backend_fixture("eager", "triton")
 
 
 def _call(n=9, d=8, v=33, dtype=torch.float32, ignored=0.25):

@@ -3,17 +3,14 @@
 import pytest
 import torch
 from conftest import DEVICE
+from contract import backend_fixture
 
 import fastllm
 from fastllm.functional import linear_cross_entropy
 
 pytestmark = [pytest.mark.cpu_level, pytest.mark.runs_on("gpu", "interpreter")]
 
-
-@pytest.fixture(params=["auto", "eager", "triton"])
-def backend(request):
-    with fastllm.backend(request.param):
-        yield request.param
+backend = backend_fixture("auto", "eager", "triton")
 
 
 @pytest.mark.parametrize("form", ["probabilities", "weight of three dimensions"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE
+from contract import backend_fixture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,12 +54,8 @@ OPTIONS = st.fixed_dictionaries(
     }
 )
 
-
-@pytest.fixture(params=["auto", "eager"])
-def backend(request):
-    """What serves by default, and PyTorch's operators, which serve where there is no extension."""
-    with fastllm.backend(request.param):
-        yield request.param
+# What serves by default, and PyTorch's operators, which serve where there is no extension.
+backend = backend_fixture("auto", "eager")
 
 
 @settings(max_examples=16, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE
-from contract import assert_all_as_true, assert_as_true, copy, leaves, outputs, run, truth_of
+from contract import assert_all_as_true, assert_as_true, backend_fixture, copy, leaves, outputs, run, truth_of
 from thorough import THOROUGH
 
 import fastllm
@@ -22,11 +22,7 @@ pytestmark = pytest.mark.runs_on("gpu", "interpreter")
 NORMS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
 ADDS = (add_layer_norm, add_rms_norm)
 
-
-@pytest.fixture(params=["eager", "triton"])
-def backend(request):
-    with fastllm.backend(request.param):
-        yield request.param
+backend = backend_fixture("eager", "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

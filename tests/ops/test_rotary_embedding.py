@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import DEVICE
+from contract import backend_fixture
 
 import fastllm
 from fastllm import OPS
@@ -15,14 +16,7 @@ from fastllm.registry import Sample
 
 pytestmark = pytest.mark.runs_on("gpu", "interpreter")
 
-
-@pytest.fixture(params=["eager", "triton", "native"])
-def backend(request):
-    reason = why_not(request.param, DEVICE.type, op=OPS["rotary_embedding"])
-    if reason is not None:
-        pytest.skip(reason)
-    with fastllm.backend(request.param):
-        yield request.param
+backend = backend_fixture("eager", "triton", "native", op="rotary_embedding")
 
 
 def _tables(length, half, base=100.0):

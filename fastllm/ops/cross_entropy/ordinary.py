@@ -67,7 +67,7 @@ def _gradient(x, target, dvalue, ignore_index, number, at_once) -> torch.Tensor:
     if at_once:
         found = native_cross_entropy_bwd(upstream, labelled, statistics, (True, False))[0]
     else:
-        node = LossNode(None, loss, x.dtype, False, False, "native")
+        node = LossNode(None, loss, x.dtype, with_gradient=False, inplace=False, backend="native")
         (found,) = loss_gradients(labelled, node, (True,), upstream, statistics)
         assert found is not None, "it was asked for"
     return found.squeeze(-1)

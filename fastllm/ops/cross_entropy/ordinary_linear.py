@@ -27,7 +27,7 @@ from .native import REDUCTION_NUMBER
 
 # What a chunk may take in any call on a CPU.
 _WORKSPACE = int(DEFAULT_WORKSPACE_MB["cpu"] * 2**20)
-_CHUNKING = Chunking(None, None, True, False)
+_CHUNKING = Chunking(max_workspace_mb=None, max_targets=None, skip_ignored=True, for_entropy=False)
 _LEAST, _MOST = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
 _TOTAL = {"mean": 0.0, "sum": 1.0, "none": 1.0}
 _LOG_PROBS = "linear_log_probs"

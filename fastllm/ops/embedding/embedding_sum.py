@@ -290,6 +290,9 @@ class EmbeddingSum(torch.nn.Module):
     Shape:
         forward(*indices): ids for each table, of shapes that broadcast together. The last ones may be left out or None,
         which means positions 0 .. S-1. Returns (*shape, embedding_dim).
+
+    Raises:
+        ValueError, TypeError, IndexError: there are more ids than tables, or as for :func:`embedding_sum`.
     """
 
     def __init__(

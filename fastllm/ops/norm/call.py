@@ -100,7 +100,7 @@ class NormBackward(NamedTuple):
         """``needs``, where one gradient serves both inputs if there is no dropout and they have one dtype."""
         input, residual, weight, bias = self.needs
         if self.dropout_p == 0.0 and self.input_dtype == self.x.dtype:
-            return WantedGradients(input or residual, False, weight, bias)
+            return WantedGradients(input or residual, residual=False, weight=weight, bias=bias)
         return WantedGradients(input, residual, weight, bias)
 
     def weight_grad_dtype(self) -> torch.dtype:

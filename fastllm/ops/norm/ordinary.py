@@ -45,7 +45,7 @@ class _OrdinaryNorm(torch.autograd.Function):
             found = Normed(rows, weight, bias, None, mean, rstd, added, dtype, options)
             return *norm_gradients(found, needs[:4], dy, dh), None
         # One gradient serves both inputs of the sum.
-        wanted = WantedGradients(needs[0] or needs[1], False, needs[2], needs[3])
+        wanted = WantedGradients(input=needs[0] or needs[1], residual=False, weight=needs[2], bias=needs[3])
         dx, _, dweight, dbias = undropped_norm_grad((dy, dh), rows, weight, (mean, rstd), options.center, wanted)
         return (
             dx if needs[0] else None, dx if needs[1] else None, dweight if needs[2] else None,
@@ -66,7 +66,7 @@ def _is_ordinary(x, shape, weight, bias, eps) -> bool:
     return (weight is None or _fits(weight, dtype, shape)) and (bias is None or _fits(bias, dtype, shape))
 
 
-def _by_extension(x, residual, weight, bias, eps, center) -> Any:
+def _by_extension(x, residual, weight, bias, eps, *, center: bool) -> Any:
     """y, with a residual (y, h), where the extension takes the call; else None."""
     if not free_for_native(x):
         return None
@@ -89,7 +89,7 @@ def ordinary_layer_norm(x, shape, weight, bias, eps) -> torch.Tensor | None:
         return None
     if x.dtype is torch.float32:
         return torch.layer_norm(x, shape, weight, bias, eps) if free_for_torch() and not forward_mode() else None
-    return _by_extension(x, None, weight, bias, eps, True) if x.dtype in NARROW else None
+    return _by_extension(x, None, weight, bias, eps, center=True) if x.dtype in NARROW else None
 
 
 def ordinary_add_layer_norm(input, residual, shape, weight, bias, eps) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -97,7 +97,7 @@ def ordinary_add_layer_norm(input, residual, shape, weight, bias, eps) -> tuple[
     if not _is_ordinary(input, shape, weight, bias, eps) or not _fits(residual, input.dtype, input.shape):
         return None
     if input.dtype is not torch.float32:
-        return _by_extension(input, residual, weight, bias, eps, True) if input.dtype in NARROW else None
+        return _by_extension(input, residual, weight, bias, eps, center=True) if input.dtype in NARROW else None
     if not free_for_torch() or forward_mode():
         return None
     h = residual + input
@@ -109,7 +109,7 @@ def ordinary_rms_norm(x, shape, weight, eps) -> torch.Tensor | None:
     eps = _EPS if eps is None else eps
     if not _is_ordinary(x, shape, weight, None, eps) or x.dtype not in KERNEL_DTYPES:
         return None
-    return _by_extension(x, None, weight, None, eps, False)
+    return _by_extension(x, None, weight, None, eps, center=False)
 
 
 def ordinary_add_rms_norm(input, residual, shape, weight, eps) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -117,6 +117,6 @@ def ordinary_add_rms_norm(input, residual, shape, weight, eps) -> tuple[torch.Te
     eps = _EPS if eps is None else eps
     if not _is_ordinary(input, shape, weight, None, eps) or input.dtype not in KERNEL_DTYPES:
         return None
-    return (
-        _by_extension(input, residual, weight, None, eps, False) if _fits(residual, input.dtype, input.shape) else None
-    )
+    if not _fits(residual, input.dtype, input.shape):
+        return None
+    return _by_extension(input, residual, weight, None, eps, center=False)
