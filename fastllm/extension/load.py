@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import platform
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -117,7 +118,7 @@ def operator(name: str, fake: Callable) -> Callable:
 def build_at_first_use() -> None:
     """Compile the extension into the cache if it was never built, and load it; says so on stderr.
 
-    Does nothing where there is one, where building was tried before with the same sources, torch and settings and
+    Does nothing where there is one, where compiling was tried before with the same sources, torch and settings and
     failed, or where FASTLLM_BUILD=0. Afterwards :func:`missing` has the outcome.
     """
     global _may_build, _missing
@@ -134,6 +135,8 @@ def build_at_first_use() -> None:
             if not target.exists():  # else another process built it meanwhile
                 if (folder / _FAILED).exists():
                     raise compiler.CannotBuild((folder / _FAILED).read_text("utf-8"))
+                # Looked for every time: a compiler can be installed, or be on another machine of the same home folder.
+                compiler.find_compiler()
                 print("fastllm: compiling the extension, this once (a minute or two) ...", file=sys.stderr, flush=True)
                 _build_into(folder, target)
     except OSError as error:  # of the folder: read-only, full, no folder
@@ -165,13 +168,16 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """Where an extension from these sources, for this torch, Python and environment, belongs."""
+    """Where an extension from these sources, for this torch, Python, environment and kind of machine, belongs."""
     home = os.environ.get("FASTLLM_CACHE")
     root = Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fastllm")
     parts = [
         compiler.fingerprint(),
         torch.__version__,
         sys.version,
+        # A home folder may be on machines of two architectures, or of an older C library, where it would not load.
+        platform.machine(),
+        *platform.libc_ver(),
         *(os.environ.get(name, "") for name in _ENVIRONMENT),
     ]
     return root / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

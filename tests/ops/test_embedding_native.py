@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -221,6 +222,7 @@ def look():
 COPY = f"""
 import shutil
 import fastllm.extension.compile as compiler
+compiler.find_compiler = lambda: ["c++"]
 compiler.build = lambda target, work: (shutil.copy({BUILT.origin if BUILT else ""!r}, target), "built")[1]
 """
 
@@ -238,17 +240,46 @@ def test_the_first_use_builds_what_installing_could_not(tmp_path):
     assert (again.returncode, again.stderr) == (0, "")
 
 
-def test_a_first_use_that_cannot_build_says_why_and_does_not_try_again(tmp_path):
+def test_a_first_use_that_cannot_compile_says_why_and_does_not_try_again(tmp_path):
+    fail = """
+import fastllm.extension.compile as compiler
+def build(target, work): raise compiler.CannotBuild("no such instruction")
+compiler.find_compiler, compiler.build = lambda: ["c++"], build
+"""
     use = "assert look() == [[2, 3], [4, 5]]; print(fastllm.extension.missing())"
     for shown in ("compiling the extension", "eager instead of native"):
-        result = _python_without_extension(use, tmp_path, CXX="/nonexistent/c++", FASTLLM_CUDA="0")
+        result = _python_without_extension(fail + use, tmp_path)
         assert result.returncode == 0, result.stderr
-        assert "was not built: there is no C++ compiler (/nonexistent/c++)" in result.stdout
+        assert "was not built: no such instruction" in result.stdout
         assert shown in result.stderr
     assert "compiling" not in result.stderr
     result = _python_without_extension(use, tmp_path / "other", FASTLLM_BUILD="0")
     assert "was not built (python -m fastllm.build" in result.stdout
     assert not (tmp_path / "other").exists()
+
+
+def test_the_first_use_with_a_compiler_builds_what_one_without_could_not(tmp_path):
+    if BUILT is None:
+        pytest.skip("no extension here")
+    look = "assert look() == [[2, 3], [4, 5]]; print(fastllm.extension.missing())\n"
+    # The same environment, for it is part of the cache's key: PATH alone decides whether there is a compiler.
+    without = "import os; os.environ['PATH'] = ''\n"
+    first = _python_without_extension(without + look, tmp_path, CXX="c++")
+    assert (first.returncode, "was not built: there is no C++ compiler (c++)" in first.stdout) == (0, True), first
+    assert "compiling" not in first.stderr
+    second = _python_without_extension(COPY + look, tmp_path, CXX="c++")
+    assert (second.returncode, second.stdout) == (0, "None\n"), second
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("machine", "aarch64"), ("libc_ver", ("glibc", "2.17"))], ids=["architecture", "C library"]
+)
+def test_machines_that_cannot_load_each_others_extension_share_no_cache(name, value, monkeypatch):
+    here = extension.cache_folder()
+    monkeypatch.setattr(platform, name, lambda: value)
+    assert extension.cache_folder() != here
+    monkeypatch.undo()
+    assert extension.cache_folder() == here
 
 
 def test_a_cache_that_cannot_be_written_names_the_variable_that_moves_it(tmp_path, monkeypatch):
@@ -259,6 +290,14 @@ def test_a_cache_that_cannot_be_written_names_the_variable_that_moves_it(tmp_pat
     monkeypatch.setattr(extension, "_missing", None)
     extension.build_at_first_use()
     assert re.search("was not built: .*cache.*FASTLLM_CACHE names another folder", extension._missing)
+
+
+def test_building_in_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FASTLLM_CUDA", "0")
+    (tmp_path / "fastllm").touch()
+    assert build.main(tmp_path / "fastllm") == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"fastllm: the extension was not built: .*fastllm/build.*\n", error), error
 
 
 def test_an_extension_from_other_sources_is_not_used(monkeypatch):

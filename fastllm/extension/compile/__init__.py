@@ -81,7 +81,7 @@ def main(package: Path = PACKAGE) -> int:
     work = package.parent / "build" / "extension" if (package.parent / "csrc").is_dir() else package / "build"
     try:
         print(build(package / extension_name(), work), flush=True)
-    except (CannotBuild, ValueError) as error:
+    except (CannotBuild, ValueError, OSError) as error:
         print(f"fastllm: the extension was not built: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
