@@ -192,7 +192,8 @@ class LinearKLDiv(torch.autograd.Function):
             return *grads, None
 
         def call_of(layers):
-            return _call_of(layers, *unwrapped((indices, target)), divergence)
+            kept, labels = unwrapped((indices, target))
+            return _call_of(layers, kept, labels, divergence)
 
         def launch(inputs, outputs_grad, extras, needs):
             return _linear_kl_div_bwd(*outputs_grad, *call_of(inputs).flat(), backend, needs)

@@ -140,7 +140,8 @@ def loss_gradients(
         return _cross_entropy_bwd(*outputs_grad, *extras, *labelled.flat(), needs, node.backend)[: len(inputs)]
 
     def formula(x, q=None):
-        value, lse = loss_and_lse(Labelled(x, *unwrapped((target if q is None else q, weight)), loss))
+        labels, class_weight = unwrapped((target if q is None else q, weight))
+        value, lse = loss_and_lse(Labelled(x, labels, class_weight, loss))
         value = value.to(node.dtype)
         return value.reshape(-1) if loss.reduction == "none" else value, lse.reshape(-1)
 
