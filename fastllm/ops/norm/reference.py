@@ -69,7 +69,11 @@ def eager_norm(call: NormCall) -> torch.Tensor:
         # tangent and an upstream gradient of equal numbers.
         if call.weight_offset != 0.0 or (mixed and not taken) or forward_mode():
             return norm_reference(call)
-        return F.layer_norm(call.input, call.shape, call.weight, call.bias, call.eps)
+        weight = call.weight
+        if weight is None and call.bias is not None and torch.is_grad_enabled():
+            # The gradient of PyTorch's gradient fails for a bias alone (2.13).
+            weight = torch.ones_like(call.bias)
+        return F.layer_norm(call.input, call.shape, weight, call.bias, call.eps)
     # torch.nn.functional.rms_norm would warn of mixed dtypes at every call.
     if call.weight_offset != 0.0 or mixed:
         return norm_reference(call)
