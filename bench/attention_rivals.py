@@ -85,7 +85,7 @@ def _varlen():
 
     def attention(query, key, value, *, causal=False, cu_seqlens_q=None, cu_seqlens_k=None, window=None, **options):
         _refuse(options)
-        if cu_seqlens_q is None:
+        if cu_seqlens_q is None or cu_seqlens_k is None:
             raise NotImplementedError("takes packed sequences only")
         left, right = window or (-1, -1)
         return varlen_attn(
