@@ -145,7 +145,7 @@ class Roundings:
 
 
 def assert_as_true(
-    got, truth, yardstick, dtype: torch.dtype, what: str, slack: float = parity.SLACK, floor: float = parity.FLOOR,
+    got, truth, yardstick, dtype: torch.dtype, what: str, *, slack: float = parity.SLACK, floor: float = parity.FLOOR,
     roundings: Callable[[torch.Tensor], float] | None = None,
 ):  # fmt: skip
     """``got`` is at most ``slack`` times as far from ``truth`` (fp64) as ``yardstick``, plus ``floor`` eps.

@@ -116,6 +116,16 @@ def test_checkpoints_around_what_reads_and_what_takes_the_loss(models, reentrant
     both(models, use)
 
 
+def test_embeddings_of_two_dtypes_are_added_as_pytorch_adds_them(models):
+    def use(model):
+        model.positions.to(torch.float64)
+        rows = model.embed(IDS)
+        rows.sum().backward()
+        return rows.detach()
+
+    both(models, use)
+
+
 def test_autocast_leaves_double_precision(models):
     def use(model):
         with torch.autocast("cpu", torch.bfloat16):

@@ -105,6 +105,21 @@ def test_a_bias_of_positions_is_added_as_transformers_adds_it(causal, mask):
     torch.testing.assert_close(out, (scores.softmax(-1) @ value).transpose(1, 2))
 
 
+def test_a_bias_of_positions_ends_with_the_keys_of_a_cache_with_room():
+    """Without a mask the first query sees the first key, and no query the keys that are not there yet."""
+    from fastllm.drop_in.attention import attention_forward
+
+    torch.manual_seed(0)
+    query, (key, value) = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 2, 8, 8)
+    bias = torch.randn(1, 2, 5, 8)
+    filled = dict(query=query, key=key[:, :, :5], value=value[:, :, :5], position_bias=bias[..., :5])
+    outs = [
+        attention_forward(torch.nn.Module(), **call, attention_mask=None, scaling=0.3, is_causal=True)[0]
+        for call in (dict(query=query, key=key, value=value, position_bias=bias), filled)
+    ]
+    torch.testing.assert_close(*outs)
+
+
 @pytest.mark.parametrize(("heads", "groups", "masked"), [(4, 2, True), (2, 1, True), (4, 2, False), (2, 2, True)])
 def test_heads_that_do_not_fit_their_groups_raise_as_in_transformers(heads, groups, masked):
     """DeepSeek's attention makes keys for all heads; a configuration with fewer of them repeats those."""

@@ -117,40 +117,6 @@ def test_cached_decoding_equals_uncached_in_every_style(style):
     torch.testing.assert_close(torch.cat(parts, 1), model(target, memory), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gru"])
-def test_a_recurrent_language_model_caches_its_state(kind):
-    model = build_model(ModelConfig(**SHAPE, decoder=kind)).to(DEVICE).eval()
-    tokens = torch.randint(41, (2, 11), device=DEVICE)
-    cache = model.new_cache(2)
-    with torch.no_grad():
-        parts = [model(part, cache) for part in tokens.split((1, 4, 6), 1)]
-    torch.testing.assert_close(torch.cat(parts, 1), model(tokens), rtol=1e-4, atol=1e-5)
-    with pytest.raises(RuntimeError, match="keeps no gradient"):
-        model(tokens, model.new_cache(2))
-    with pytest.raises(ValueError, match="one direction"):
-        model(tokens, prefix=torch.tensor([1, 2], device=DEVICE))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["lstm", "gru"])
-def test_a_recurrence_runs_under_autocast(kind, dtype):
-    model = build_model(ModelConfig(**SHAPE, encoder=kind, decoder=kind)).to(DEVICE)
-    source, lengths, _ = ragged()
-    target = torch.randint(41, (3, 6), device=DEVICE)
-
-    def logits_and_gradient():
-        model.zero_grad()
-        logits = model(target, model.encode(source, lengths)).float()
-        logits.square().mean().backward()
-        return logits.detach(), model.encoder.blocks[0].recurrence.weight_ih_l0.grad
-
-    expected = logits_and_gradient()
-    with torch.autocast(DEVICE.type if isinstance(DEVICE, torch.device) else DEVICE, dtype):
-        found = logits_and_gradient()
-    for a, b in zip(found, expected, strict=True):
-        assert (a - b).norm() <= 0.05 * b.norm()  # measured: at most 0.02, in bfloat16
-
-
 @pytest.mark.parametrize("kind", ["transformer", "gru"])
 def test_a_cache_goes_on_with_the_sequences_selected(kind):
     model = build_model(ModelConfig(**SHAPE, encoder="gru", decoder=kind)).to(DEVICE).eval()
@@ -182,8 +148,21 @@ def test_a_prefix_is_read_in_both_directions():
     torch.testing.assert_close(torch.cat(parts, 1), model(tokens, prefix=same), rtol=1e-4, atol=1e-5)
 
 
+def test_tokens_are_scaled_and_the_papers_sinusoids_added():
+    """Vaswani et al. 2017, 3.4 and 3.5; the sines come first, as Marian has them."""
+    model = encoder(**MARIAN).eval()
+    tokens = torch.randint(41, (2, 11), device=DEVICE)
+    place = torch.arange(11.0, dtype=torch.float64)
+    angles = torch.stack([place / 10000 ** (2 * i / 16) for i in range(8)], 1)
+    weight = model.encoder.token_embedding.weight
+    expected = 4.0 * weight[tokens].double() + torch.cat([angles.sin(), angles.cos()], 1).to(DEVICE)
+    torch.testing.assert_close(model.encoder.embed(tokens).double(), expected, rtol=1e-6, atol=2e-6)
+    # The scaled embeddings have a deviation of 1, within four of the deviation of 656 numbers' own.
+    assert (4.0 * weight).std().item() == pytest.approx(1.0, abs=4 / (2 * 656) ** 0.5)
+
+
 def test_masked_rows_alone_reach_the_vocabulary():
-    model = encoder(**BERT).eval()
+    model = encoder(**BERT, logit_scale=0.5).eval()
     tokens, lengths, segments = ragged()
     encoded = model.encode(tokens, lengths, segments)
     positions = torch.tensor([[1, 5, 0], [2, 0, 0], [0, 0, 0]], device=DEVICE)
@@ -194,6 +173,7 @@ def test_masked_rows_alone_reach_the_vocabulary():
     hook.remove()
     assert rows == [(3, 3, 16)]
     logits = model.masked_logits(encoded.states)
+    torch.testing.assert_close(logits, 0.5 * model.masked.head(model.masked(encoded.states)))
     expected = torch.nn.functional.cross_entropy(
         torch.stack([logits[0, 1], logits[0, 5], logits[1, 2]]), torch.tensor([7, 40, 3], device=DEVICE)
     )

@@ -149,7 +149,8 @@ def test_unaligned_bases_and_rows(backend):
         reference = [x.detach().float().requires_grad_() for x in views]
         expected = torch.autograd.grad(attention_reference(*reference), reference, grad.float())
         for a, b in zip(torch.autograd.grad(out, leaves, grad), expected, strict=True):
-            torch.testing.assert_close(a.float(), b, rtol=1e-2, atol=1e-2)
+            # Rounded to fp16; measured at most 1e-3.
+            torch.testing.assert_close(a.float(), b, rtol=2e-3, atol=2e-3)
 
 
 def test_gradients_that_are_one_expanded_number(backend):

@@ -42,7 +42,8 @@ def test_a_layer_of_two_dtypes_or_devices_is_refused_unless_autocast_casts_it(fo
             linear_cross_entropy(*elsewhere)
     with torch.autocast(x.device.type, torch.bfloat16):
         loss = linear_cross_entropy(x, head.bfloat16(), target, linear_bias=bias)
-    torch.testing.assert_close(loss, linear_cross_entropy(x, head, target), rtol=2e-2, atol=2e-2)
+    # Logits in bf16; measured 0.015 of a loss near 10.
+    torch.testing.assert_close(loss, linear_cross_entropy(x, head, target), rtol=2e-2, atol=0)
 
 
 @pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyLoss"), reason="torch < 2.13 has no such class")

@@ -260,6 +260,7 @@ def test_gradients_beside_a_wider_residual_have_gradients(function, kernels):
             (first,) = torch.autograd.grad(y.float().sin().sum() + h.sum(), residual, create_graph=True)
             found[backend] = first, *torch.autograd.grad(first.square().sum(), residual)
     for got, expected in zip(found[kernels], found["eager"], strict=True):
+        # Measured 1e-6 in the interpreter. On a GPU a y that is rounded to the next bf16 number moves its gradient.
         torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02)
 
 

@@ -214,13 +214,17 @@ def test_a_full_disk_does_not_stop_the_run_until_the_end(config, tmp_path, monke
 
 
 def test_three_failures_in_a_row_stop_the_run(config, tmp_path, monkeypatch):
+    tried = []
+
     def full(*args):
+        tried.append(args)
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), "somewhere")
 
     monkeypatch.setattr(saving, "save_checkpoint", full)
     with pytest.raises(OSError, match="Read-only file system"):
         train(config(steps=100, checkpoint_interval=1), tmp_path / "run", quiet=True)
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) < 10
+    assert len(tried) == saving.FAILURES == 3
 
 
 def test_saving_does_not_wait_and_writes_what_was_there(config, tmp_path, monkeypatch):

@@ -28,6 +28,7 @@ from fastllm.training.objectives import (
 from fastllm.training.objectives.examples import POOL, ExampleOrder
 from fastllm.training.objectives.masked import Masking, Pieces, Sentences, mask_tokens
 from fastllm.training.optimizer import Optimizers
+from fastllm.training.parallel.ranks import ALONE
 from fastllm.training.step import StepSettings, train_step
 
 
@@ -319,3 +320,15 @@ def test_the_model_gets_what_the_objective_needs():
         fit_model(ObjectiveConfig("seq2seq"), ModelConfig(), ("encoder",))
     with pytest.raises(InputError, match="objective: expected one of causal, prefix, mlm"):
         build_run_config({"objective": {"objective": "clm"}}, "here")
+
+
+def test_a_part_with_targets_for_every_term_stands_in_for_those_that_lack_one():
+    class TwoTerms:
+        def counts(self, batch):
+            return {name: int((batch[name] != IGNORE).sum()) for name in ("words", "next")}
+
+    words, following = (torch.full((6, 2), IGNORE) for _ in range(2))
+    words[:4], following[2] = 7, 1  # of parts of two rows the second alone has both
+    batch = {"words": words, "next": following}
+    found = ALONE.stand_in(TwoTerms(), batch, 2)
+    assert all(torch.equal(found[name], batch[name][2:4]) for name in batch)

@@ -114,6 +114,43 @@ def test_communication_is_that_of_rings():
     assert sent_bytes(100, 4, 3, "fsdp") == {"gathers of weights": 900.0, "reduce-scatter of gradients": 300.0}
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_optimizers_state_is_as_large_as_planned(optimizer):
+    shape = SHAPES[2]
+    model = Transformer(shape)
+    optimizers = Optimizers(model, TrainingConfig(optimizer=optimizer))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizers.step()
+    held = sum(tensor.nbytes for tensor in optimizers.state_dict().values() if tensor.dim())
+    # The planner takes the norms, which are AdamW's, for Muon's.
+    norms = 4 * sum(p.numel() for p in model.parameters() if p.dim() < 2) if optimizer == "muon" else 0
+    assert state_bytes(shape, optimizer)["optimizer state"] == held - norms
+
+
+def test_a_ring_over_nodes_is_as_fast_as_a_nodes_ports_together():
+    shape, gpu = shape_of(8e9), GPUS["h100"]
+    settings = dict(batch_tokens=1 << 22, micro_batch=1)
+    for gpus, link in ((8, gpu.within), (16, 8 * gpu.between)):
+        found = plan(shape, gpus, gpu, **settings)
+        assert found.communication_seconds == pytest.approx(sum(found.sent.values()) / link)
+    assert plan(shape, 16, gpu, **settings, gpus_per_node=2).communication_seconds == pytest.approx(
+        sum(found.sent.values()) / (2 * gpu.between)
+    )
+    # No faster than within a node.
+    assert plan(shape, 64, gpu, **settings, gpus_per_node=32).communication_seconds == pytest.approx(
+        sum(plan(shape, 64, gpu, **settings).sent.values()) / gpu.within
+    )
+
+
+def test_recomputation_needs_the_memory_of_the_block_that_is_recomputed():
+    shape = shape_of(8e9)
+    found = plan(shape, 64, GPUS["h100"], batch_tokens=1 << 22, micro_batch=1, checkpoint_activations=True)
+    kept, whole = (kept_bytes(shape, 1, "bfloat16", recompute, narrow=True) for recompute in (True, False))
+    block = (whole - kept_bytes(shape.replace(num_layers=1), 1, "bfloat16", narrow=True)) / (shape.num_layers - 1)
+    assert found.memory["activations"] == pytest.approx(kept + block)
+
+
 def test_a_plan_adds_up_and_the_largest_micro_batch_is_the_largest():
     small = PRESETS["gpt2"].replace(num_layers=2, context_length=128)
     settings = {"batch_tokens": 128 * 64, "dtype": "bfloat16"}
