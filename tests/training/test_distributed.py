@@ -131,6 +131,30 @@ def test_auto_resume_goes_on_with_the_same_settings_only(capsys, monkeypatch):
     assert "lr of the run that is there is another" in capsys.readouterr().err
 
 
+def test_auto_resume_says_that_the_data_are_newer_than_what_the_run_read(tmp_path, capsys, monkeypatch):
+    shorten_runs(monkeypatch.setattr)
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (tmp_path / "prose.txt").rename(folder / "prose.txt")
+    model = [str(folder) if word == "prose.txt" else word for word in MODEL]
+    arguments = ["train", "--out", "run", *model, "--auto-resume"]
+    assert main([*arguments, "--steps", "1"]) == 0
+    assert main([*arguments, "--steps", "2"]) == 0
+    assert "newer" not in capsys.readouterr().err
+    (folder / "more.txt").write_text(prose(90))
+    later = (tmp_path / "run" / "data" / "corpus.json").stat().st_mtime_ns + 1
+    os.utime(folder / "more.txt", ns=(later, later))
+    assert main([*arguments, "--steps", "3"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{folder / 'more.txt'}: newer than what run read of it; the run goes on with what it read" in said
+    # What is gone is not needed.
+    (folder / "prose.txt").unlink()
+    (folder / "more.txt").unlink()
+    assert main([*arguments, "--steps", "4"]) == 0
+    assert "newer" not in capsys.readouterr().err
+    assert len(steps(Path("run"))) == 4
+
+
 def test_another_budget_takes_the_place_of_epochs(monkeypatch):
     shorten_runs(monkeypatch.setattr)
     arguments = ["train", "--out", "run", *MODEL, "--auto-resume"]
