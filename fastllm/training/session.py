@@ -174,7 +174,10 @@ class Session:
             try:
                 size = os.stat(path).st_size
             except FileNotFoundError:
-                self.run.display.warn(f"{path}: deleted during the run, which goes on with what it had opened")
+                self.run.display.warn(
+                    f"{path}: deleted during the run, which goes on with what it had opened; the run cannot be resumed "
+                    "without it"
+                )
                 del self.sizes[path]  # what is mapped stays readable until the run ends
                 continue
             if size != before:
@@ -224,6 +227,7 @@ class Session:
         # A checkpoint has the metrics of all its steps on the disk before it.
         self.meters.flush(self.now())
         with self.clock.pause():
+            self.run.keep_config()
             if self.saver.saved != self.state.step and self.saver.saving != self.state.step:
                 with self.run.average.applied() as trained:
                     self.saver.save(self.state, {**self.run.optimizers.state_dict(), **trained})
