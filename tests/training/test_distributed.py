@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from cells import setting
+from cells import cells, setting
 from prose import prose
 from safetensors.torch import load_file
 from several import MODEL, PAIRS
@@ -217,6 +217,25 @@ def test_every_kind_of_block_is_sharded(tmp_path, name, encoder, decoder):
         ranks.close()
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("name", "encoder", "decoder"), cells())
+def test_ddp_finds_a_gradient_for_every_parameter_without_a_search(tmp_path, recwarn, name, encoder, decoder):
+    """A parameter without one would fail the second step; a search that finds none is warned of."""
+    objective, model = setting(name, encoder, decoder, tmp_path)
+    settings = StepSettings(micro_batch_size=2, clip=1.0, dtype="float32", seed=0)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        ranks = DataParallel(TrainingConfig(), "cpu")
+        ranks.attach(model, objective)
+        assert not ranks._module.find_unused_parameters
+        for step in range(2):
+            batch_gradients(objective, model, objective.batch(step), settings, ranks=ranks)
+            assert all(parameter.grad is not None for parameter in model.parameters())
+        ranks.close()
+    finally:
+        dist.destroy_process_group()
+    assert not [str(warning.message) for warning in recwarn if "find_unused" in str(warning.message)]
 
 
 @pytest.mark.parametrize(
