@@ -187,7 +187,8 @@ class Session:
         """The objective's losses, compiled where asked for: now, so that compiling is no training time."""
         run, losses = self.run, self.run.objective.losses
         if self.config.compile:
-            losses = torch.compile(losses)
+            # Inductor's own random numbers would give other dropout masks than an uncompiled step has.
+            losses = torch.compile(losses, options={"fallback_random": True})
             # Windows may become longer on the way.
             stages = map(run.sample, (progress(self.config, self.state.step, self.state.seconds), 1.0))
             samples = {next(iter(sample.values())).shape: sample for sample in stages}
