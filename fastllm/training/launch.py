@@ -10,7 +10,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..config import InputError, build_settings
+from ..data.dataset import SUMMARY as CORPUS
 from ..files import folder_to_fill, sole_writer, write_text
+from ..tasks.store import SUMMARY as EXAMPLES
 from .checkpoints.checkpoint import MANIFEST, checkpoints, find_checkpoint
 from .config import RunConfig, TrainingConfig, read_run_config
 from .device import pick_device
@@ -24,6 +26,7 @@ from .setup import fitted, open_data, reopen_data, with_pretrained, with_teacher
 RUNS = Path("runs")
 # The file that a run writes first, and the names of what it writes after it.
 LOCK = "lock"
+SUMMARIES = (CORPUS, EXAMPLES)
 WRITTEN = (CONFIG, "data", "checkpoints", "model", METRICS, SESSIONS, "skipped", "loss.png", "samples.txt")
 
 
@@ -47,7 +50,14 @@ def train(
     if folder is not None and checkpoints(Path(folder) / "checkpoints"):
         if not (auto_resume or launched()):
             raise InputError(f"{folder}: holds a run already; go on with --resume {folder}, or choose another --out")
-        return resume(folder, _changes(config, Path(folder) / CONFIG), quiet=quiet)
+        changes = _changes(config, Path(folder) / CONFIG)
+        newer = _newer_data(config, Path(folder))
+        if newer is not None and int(os.environ.get("RANK", "0")) == 0:
+            Display(quiet).warn(
+                f"{newer}: newer than what {folder} read of it; the run goes on with what it read; another --out "
+                "trains on what is there now"
+            )
+        return resume(folder, changes, quiet=quiet)
     pick_device(config.training.device)
     find_wandb(config.training.wandb)
     with _joined(config.training) as ranks, contextlib.ExitStack() as held:
@@ -91,6 +101,26 @@ def _changes(config: RunConfig, path: Path) -> dict[str, object]:
         if not same:
             raise InputError(f"{path}: {name} of the run that is there is another; choose another --out")
     return {name: value for name, value in given.items() if value != old[name]}
+
+
+def _newer_data(config: RunConfig, run: Path) -> Path | None:
+    """A file that ``config`` names, or that is in a folder which it names, changed since ``run`` read its data.
+
+    By the times that the file system has, as make does, so that nothing is read. Tokens that are used where they are
+    have a SHA-256, which is compared elsewhere.
+    """
+    filled = [path.stat().st_mtime_ns for path in ((run / "data" / name) for name in SUMMARIES) if path.exists()]
+    held_out = config.objective.held_out
+    for path in map(Path, [*config.data.data, *(held_out.split(",") if held_out else ())]):
+        if not filled or (path / CORPUS).exists():
+            continue
+        for file in path.rglob("*") if path.is_dir() else (path,):
+            # What is gone, or cannot be looked at, is not needed any more.
+            with contextlib.suppress(OSError):
+                newer = file.is_file() and file.stat().st_mtime_ns > max(filled)
+                if newer and run.resolve() not in file.resolve().parents:
+                    return file
+    return None
 
 
 def _joined(training: TrainingConfig) -> contextlib.AbstractContextManager[Ranks]:

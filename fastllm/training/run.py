@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from .. import cpu
 from ..backends import chosen_backend
 from ..config import InputError, defaults_for, settings
 from ..data import derive_seed
-from ..files import naming, whole_folder
+from ..files import naming, whole_folder, write_text
 from ..matmul import matmul_flops
 from ..models import Model, build_model, load_model
 from ..version import __version__
@@ -240,6 +241,16 @@ class Run:
         step = read_state(best).step
         self.display.say(f"model: step {step} of {self.state.step}, the best in validation")
         return self.objective.evaluate(self.model, self.config.training.rows, self.state.dtype, 0)
+
+    def keep_config(self) -> None:
+        """Write config.toml again where somebody has deleted it: without it nothing takes the run up again."""
+        path = self.folder / CONFIG
+        # Where nothing can be written, the checkpoint beside it says so.
+        with contextlib.suppress(OSError):
+            if self.ranks.rank == 0 and not path.exists():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_text(path, self.config.to_toml())
+                self.display.warn(f"{path}: deleted during the run; written again")
 
     def finish(self, validation: Evaluation) -> None:
         """The model's folder, the picture, the samples, and the result in words."""

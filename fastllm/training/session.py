@@ -175,7 +175,10 @@ class Session:
             try:
                 size = os.stat(path).st_size
             except FileNotFoundError:
-                self.run.display.warn(f"{path}: deleted during the run, which goes on with what it had opened")
+                self.run.display.warn(
+                    f"{path}: deleted during the run, which goes on with what it had opened; the run cannot be resumed "
+                    "without it"
+                )
                 del self.sizes[path]  # what is mapped stays readable until the run ends
                 continue
             if size != before:
@@ -185,7 +188,8 @@ class Session:
         """The objective's losses, compiled where asked for: now, so that compiling is no training time."""
         run, losses = self.run, self.run.objective.losses
         if self.config.compile:
-            losses = cpu.compiled(losses)
+            # Inductor's own random numbers would give other dropout masks than an uncompiled step has.
+            losses = cpu.compiled(losses, options={"fallback_random": True})
             # Windows may become longer on the way.
             stages = map(run.sample, (progress(self.config, self.state.step, self.state.seconds), 1.0))
             samples = {next(iter(sample.values())).shape: sample for sample in stages}
@@ -225,6 +229,7 @@ class Session:
         # A checkpoint has the metrics of all its steps on the disk before it.
         self.meters.flush(self.now())
         with self.clock.pause():
+            self.run.keep_config()
             if self.saver.saved != self.state.step and self.saver.saving != self.state.step:
                 with self.run.average.applied() as trained:
                     self.saver.save(self.state, {**self.run.optimizers.state_dict(), **trained})

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from cells import setting
+from cells import cells, setting
 from prose import prose
 from safetensors.torch import load_file
 from several import MODEL, PAIRS
@@ -131,6 +131,30 @@ def test_auto_resume_goes_on_with_the_same_settings_only(capsys, monkeypatch):
     assert "lr of the run that is there is another" in capsys.readouterr().err
 
 
+def test_auto_resume_says_that_the_data_are_newer_than_what_the_run_read(tmp_path, capsys, monkeypatch):
+    shorten_runs(monkeypatch.setattr)
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (tmp_path / "prose.txt").rename(folder / "prose.txt")
+    model = [str(folder) if word == "prose.txt" else word for word in MODEL]
+    arguments = ["train", "--out", "run", *model, "--auto-resume"]
+    assert main([*arguments, "--steps", "1"]) == 0
+    assert main([*arguments, "--steps", "2"]) == 0
+    assert "newer" not in capsys.readouterr().err
+    (folder / "more.txt").write_text(prose(90))
+    later = (tmp_path / "run" / "data" / "corpus.json").stat().st_mtime_ns + 1
+    os.utime(folder / "more.txt", ns=(later, later))
+    assert main([*arguments, "--steps", "3"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{folder / 'more.txt'}: newer than what run read of it; the run goes on with what it read" in said
+    # What is gone is not needed.
+    (folder / "prose.txt").unlink()
+    (folder / "more.txt").unlink()
+    assert main([*arguments, "--steps", "4"]) == 0
+    assert "newer" not in capsys.readouterr().err
+    assert len(steps(Path("run"))) == 4
+
+
 def test_another_budget_takes_the_place_of_epochs(monkeypatch):
     shorten_runs(monkeypatch.setattr)
     arguments = ["train", "--out", "run", *MODEL, "--auto-resume"]
@@ -193,6 +217,25 @@ def test_every_kind_of_block_is_sharded(tmp_path, name, encoder, decoder):
         ranks.close()
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("name", "encoder", "decoder"), cells())
+def test_ddp_finds_a_gradient_for_every_parameter_without_a_search(tmp_path, recwarn, name, encoder, decoder):
+    """A parameter without one would fail the second step; a search that finds none is warned of."""
+    objective, model = setting(name, encoder, decoder, tmp_path)
+    settings = StepSettings(micro_batch_size=2, clip=1.0, dtype="float32", seed=0)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        ranks = DataParallel(TrainingConfig(), "cpu")
+        ranks.attach(model, objective)
+        assert not ranks._module.find_unused_parameters
+        for step in range(2):
+            batch_gradients(objective, model, objective.batch(step), settings, ranks=ranks)
+            assert all(parameter.grad is not None for parameter in model.parameters())
+        ranks.close()
+    finally:
+        dist.destroy_process_group()
+    assert not [str(warning.message) for warning in recwarn if "find_unused" in str(warning.message)]
 
 
 @pytest.mark.parametrize(

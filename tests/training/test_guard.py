@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -203,6 +204,18 @@ def test_a_token_file_that_vanishes_is_told_and_the_run_ends_the_same(config, tm
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
     with pytest.raises(InputError, match=rf"{file.name}: No such file"):
         resume(tmp_path / "run", {"steps": 7}, quiet=True)
+
+
+def test_a_run_whose_folder_vanishes_makes_it_again_and_says_what_is_lost(config, tmp_path, monkeypatch, capsys):
+    train(config(), tmp_path / "whole", quiet=True)
+    run = tmp_path / "run"
+    at_step(monkeypatch, 3, lambda: shutil.rmtree(run))
+    train(config(), run, quiet=True)
+    said = capsys.readouterr().err
+    assert f"{run / 'config.toml'}: deleted during the run; written again" in said
+    assert "the run cannot be resumed without it" in said
+    assert (run / "config.toml").read_text() == (tmp_path / "whole" / "config.toml").read_text()
+    assert weights(run) == weights(tmp_path / "whole")
 
 
 def test_a_token_file_that_is_changed_stops_the_run_which_is_saved_first(config, tmp_path, monkeypatch):

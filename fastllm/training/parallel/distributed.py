@@ -34,7 +34,7 @@ from ..checkpoints.sharded import ShardedSaver, read_sharded, whole_model
 from ..config import TrainingConfig
 from ..device import narrow_dtype
 from ..guard import Failed
-from ..objectives import Batch, CausalLM, Objective
+from ..objectives import Batch, Objective
 from .meta import copy_part, on_meta
 from .ranks import ALONE, Losses, Ranks, launched, shares
 from .vocab_parallel import split_vocabulary
@@ -237,9 +237,9 @@ class DataParallel(Group):
             self._module = DistributedDataParallel(
                 WeightedLoss(model),
                 device_ids=[torch.cuda.current_device()] if cuda else None,
+                # Every parameter gets a gradient in every part: a model has the heads of its objective alone, and a
+                # term without targets is computed elsewhere (step.py). So DDP need not look for parameters without one.
                 broadcast_buffers=False,
-                # A head that the objective has no use for, or a term without targets, gives parameters no gradient.
-                find_unused_parameters=not isinstance(objective, CausalLM),
             )
 
     def exchange(self, last: bool) -> AbstractContextManager:
