@@ -38,6 +38,7 @@ inline bool is_plain(const LossOptions& o, bool probabilities) {
 // Rows that are computed at once. `target` is -1 where a row does not count; `dx`, `lse` and `hit` may be null.
 struct FewRows {
   static constexpr int64_t kMost = 16;  // a vector of the widest instruction set
+  static constexpr int64_t kMostClasses = 128;
   int64_t count;
   const void* x[kMost];
   void* dx[kMost];
@@ -46,9 +47,9 @@ struct FewRows {
   float *loss, *lse, *hit;  // results, count of each
 };
 
-// The bits of loss_of_row in float32, of plain rows of at most kFewClasses: each row is in a lane of its own.
+// The bits of loss_of_row in float32, of plain rows of at most kMostClasses: each row is in a lane of its own. All x, and
+// all dx, are of one matrix.
 using LossesOfFew = void (*)(const LossOptions&, const FewRows&);
-constexpr int64_t kFewClasses = 64;
 
 struct CrossEntropyKernels {
   LossOfRow loss_of_row[2];  // accumulating in float32, float64

@@ -28,7 +28,7 @@ def loss_and_gradient(x, y, **options):
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("classes", [1, 2, 3, 17, 33, 64, 65])
+@pytest.mark.parametrize("classes", [1, 2, 3, 17, 33, 64, 65, 128])
 def test_a_row_has_the_numbers_and_the_bits_of_a_row_alone(classes, dtype, options):
     torch.manual_seed(classes)
     x, y = (3 * torch.randn(ROWS, classes)).to(dtype), torch.randint(classes, (ROWS,))

@@ -83,17 +83,42 @@ void loss_of_vectors(const LossOptions& o, LossRow& row, float* e) {
   });
 }
 
-// Up to a vector of rows from `first` on. Each sum is added up as sums_over adds it.
+// to, rows of `across`, = from, `rows` rows of `along` and so many columns, turned.
+void turn(float* to, int64_t across, const float* from, int64_t along, int64_t rows, int64_t columns) {
+  int64_t r = 0;
+#if defined(__AVX2__)
+  for (; r + 8 <= rows; r += 8) {
+    int64_t c = 0;
+    for (; c + 8 <= columns; c += 8) turn_8x8(to + c * across + r, across, from + r * along + c, along);
+    for (; c < columns; ++c)
+      for (int64_t i = r; i < r + 8; ++i) to[c * across + i] = from[i * along + c];
+  }
+#endif
+  for (; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) to[c * across + r] = from[r * along + c];
+}
+
+// with(row, at, n) for what lies side by side in memory: all rows of n elements at once, or each.
+template <class T, class With>
+void each_stretch(T* const* rows, int64_t count, int64_t n, const With& with) {
+  const bool whole = rows[count - 1] == rows[0] + (count - 1) * n;
+  for (int64_t l = 0; l < (whole ? 1 : count); ++l) with(rows[l], l * n, whole ? count * n : n);
+}
+
+// Up to a vector of rows from `first` on.
 template <class X>
 void losses_of_lanes(const LossOptions& o, const FewRows& rows, int64_t first) {
   const int64_t n = o.classes, left = rows.count - first, count = left < kVector ? left : kVector;
   const float scale = static_cast<float>(o.scale), none = -__builtin_inff();
-  float e[kFewClasses][kVector];
-  for (int64_t l = 0; l < kVector; ++l) {
-    const X* x = static_cast<const X*>(rows.x[first + (l < count ? l : 0)]);
-    for (int64_t c = 0; c < n; ++c) e[c][l] = widen_one(x[c]);
-  }
-  Vector top = all(none), sums[kFewClasses];
+  float flat[FewRows::kMostClasses * kVector], e[FewRows::kMostClasses][kVector];
+  const X* x[kVector];
+  for (int64_t l = 0; l < count; ++l) x[l] = static_cast<const X*>(rows.x[first + l]);
+  each_stretch(x, count, n, [&](const X* from, int64_t at, int64_t some) {
+    each_vector(some, [=, to = flat + at](int64_t c, int64_t few) { store_some(to + c, load_some(from + c, few), few); });
+  });
+  __builtin_memset(flat + count * n, 0, static_cast<size_t>((kVector - count) * n) * sizeof(float));
+  turn(e[0], kVector, flat, n, kVector, n);
+  Vector top = all(none);
   for (int64_t c = 0; c < n; ++c) top = larger(load(e[c]) * scale, top);
   const Vector base = top == none ? Vector{} : top;
   Targets<Vector> targets{};
@@ -107,9 +132,11 @@ void losses_of_lanes(const LossOptions& o, const FewRows& rows, int64_t first) {
     targets.factor[l] = rows.factor[i];
   }
   targets.own = targets.own * scale - base;
+  Vector sums[kLanes] = {};  // as sums_over adds: partial sums, then halves onto halves
   for (int64_t c = 0; c < n; ++c) {
-    sums[c] = exp_to_88<Vector, Unsigned>(load(e[c]) * scale - base);
-    store(e[c], sums[c]);
+    const Vector one = exp_to_88<Vector, Unsigned>(load(e[c]) * scale - base);
+    sums[c % kLanes] += one;
+    store(e[c], one);
   }
   for (int64_t half = kLanes / 2; half > 0; half /= 2)
     for (int64_t c = 0; c < half && c + half < n; ++c) sums[c] += sums[c + half];
@@ -129,11 +156,16 @@ void losses_of_lanes(const LossOptions& o, const FewRows& rows, int64_t first) {
     const Vector v = load(e[c]) * found.part * scale;
     store(e[c], along != 0.0f ? v : Vector{});
   }
-  for (int64_t l = 0; l < count; ++l) {
+  for (int64_t l = 0; l < count; ++l)
     if (targets.factor[l] != 0.0f) e[rows.target[first + l]][l] = own[l];
-    X* dx = static_cast<X*>(rows.dx[first + l]);
-    for (int64_t c = 0; c < n; ++c) narrow_one(e[c][l], dx[c]);
-  }
+  turn(flat, n, e[0], kVector, n, kVector);
+  X* dx[kVector];
+  for (int64_t l = 0; l < count; ++l) dx[l] = static_cast<X*>(rows.dx[first + l]);
+  each_stretch(dx, count, n, [&](X* to, int64_t at, int64_t some) {
+    each_vector(some, [=, from = flat + at](int64_t c, int64_t few) {
+      store_some(to + c, load_some(from + c, few), few);
+    });
+  });
 }
 
 void losses_of_few(const LossOptions& o, const FewRows& rows) {

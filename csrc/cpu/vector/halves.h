@@ -96,20 +96,6 @@ inline Vector rounded(Vector x, const F16* dtype) {
   return load(reinterpret_cast<const F16*>(&y));
 }
 
-// One element: load()'s and narrowed()'s bits.
-template <class T>
-inline float widen_one(T x) {
-  return widen(x);
-}
-template <class T>
-inline void narrow_one(float x, T& to) {
-  narrow(x, to);
-}
-#if defined(__F16C__)
-inline float widen_one(F16 x) { return _cvtsh_ss(x.bits); }
-inline void narrow_one(float x, F16& to) { to.bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-#endif
-
 // n elements, at most a vector; zeros after them.
 template <class T>
 inline Vector load_some(const T* from, int64_t n) {
