@@ -124,6 +124,17 @@ def check_whole_number(name: str, value: Any, least: int | None = None) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_kind(name: str, value: Any, kind: type | tuple[type, ...], expected: str) -> None:
+    """Raise TypeError where ``value`` is no ``kind``, which ``expected`` says in words."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}")
+
+
+def check_path(name: str, value: Any) -> None:
+    """Raise TypeError where ``value`` is neither a text nor a path."""
+    check_kind(name, value, (str, os.PathLike), "a path")
+
+
 def path(text: str) -> Path:
     """An argument's type: a path that is not empty, which would be the current folder."""
     if not text:

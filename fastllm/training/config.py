@@ -11,6 +11,7 @@ from ..config import (
     InputError,
     build_settings,
     check_fields,
+    check_kind,
     defaults_for,
     option,
     read_toml,
@@ -186,12 +187,22 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All settings of a run. ``config.toml`` has one table for each field."""
+    """All settings of a run. ``config.toml`` has one table for each field.
+
+    Raises:
+        TypeError: a field is of another class.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = PRESETS[DEFAULT_PRESET]
     training: TrainingConfig = field(default_factory=TrainingConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+
+    def __post_init__(self):
+        for name, kind in (
+            ("data", DataConfig), ("model", ModelConfig), ("training", TrainingConfig), ("objective", ObjectiveConfig)
+        ):  # fmt: skip
+            check_kind(name, getattr(self, name), kind, f"{'an' if name == 'objective' else 'a'} {kind.__name__}")
 
     def with_budget(self) -> RunConfig:
         """This configuration, with the default budget if none is set: a time, and passes for a new causal model.

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from ..config import InputError, build_settings
+from ..config import InputError, build_settings, check_kind, check_path
 from ..data.dataset import SUMMARY as CORPUS
 from ..files import folder_to_fill, sole_writer, write_text
 from ..tasks.store import SUMMARY as EXAMPLES
@@ -41,9 +41,13 @@ def train(
 
     Raises:
         InputError: the settings, the text or the folder do not allow it. Nothing has been trained then.
+        TypeError: an argument is of another kind.
         Diverged: too many steps in a row had a loss that was not finite.
         OSError: something cannot be written.
     """
+    check_kind("config", config, RunConfig, "a RunConfig")
+    if folder is not None:
+        check_path("folder", folder)
     if launched() and folder is None:
         raise InputError("--out: under torchrun the run needs a name, by which a restart finds it")
     config = with_teacher(with_pretrained(config)).without_unused()
@@ -195,8 +199,12 @@ def resume(checkpoint: str | Path, changes: Mapping[str, object] | None = None, 
 
     Raises:
         InputError: there is no complete checkpoint, or the run's folder does not fit it.
+        TypeError: an argument is of another kind.
         Diverged, OSError: as for :func:`train`.
     """
+    check_path("checkpoint", checkpoint)
+    if changes is not None:
+        check_kind("changes", changes, Mapping, "a mapping of settings")
     path = find_checkpoint(checkpoint).resolve()
     folder = path.parent.parent if path == Path(checkpoint).resolve() else Path(checkpoint)
     config = read_run_config(folder / CONFIG)

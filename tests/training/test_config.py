@@ -1,13 +1,14 @@
 """Settings: dataclasses as flags and as TOML, and what is refused."""
 
 import argparse
+from functools import partial
 
 import pytest
 
 from fastllm.config import InputError, add_flags, build_settings, read_toml, to_toml
 from fastllm.data import DataConfig
 from fastllm.models import PRESETS, TransformerConfig
-from fastllm.training import RunConfig, TrainingConfig, read_run_config
+from fastllm.training import RunConfig, TrainingConfig, read_run_config, resume, train
 
 
 def test_a_config_survives_toml(tmp_path):
@@ -58,3 +59,25 @@ def test_read_toml_names_the_line(tmp_path):
     (tmp_path / "bad.toml").write_text("a = 1\nb = = 2\n")
     with pytest.raises(InputError, match=r"bad\.toml: not a TOML file: .*line 2"):
         read_toml(tmp_path / "bad.toml")
+
+
+@pytest.mark.parametrize("wrong", [None, "x", 0, 1.5, b"a", object()])
+def test_arguments_of_another_kind_are_named_before_anything_is_written(tmp_path, monkeypatch, wrong):
+    monkeypatch.chdir(tmp_path)
+    calls = {
+        "data: expected a DataConfig": partial(RunConfig, data=wrong),
+        "training: expected a TrainingConfig": partial(RunConfig, training=wrong),
+        "model: expected a ModelConfig": partial(RunConfig, model=wrong),
+        "objective: expected an ObjectiveConfig": partial(RunConfig, objective=wrong),
+        "config: expected a RunConfig": partial(train, wrong),
+    }
+    if not isinstance(wrong, str):
+        calls["checkpoint: expected a path"] = partial(resume, wrong)
+        if wrong is not None:
+            calls["folder: expected a path"] = partial(train, RunConfig(), wrong)
+    if wrong is not None:
+        calls["changes: expected a mapping of settings"] = partial(resume, "run", wrong)
+    for message, call in calls.items():
+        with pytest.raises(TypeError, match=f"^{message}"):
+            call()
+    assert not list(tmp_path.iterdir())
