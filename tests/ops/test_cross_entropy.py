@@ -15,7 +15,11 @@ from fastllm.functional import cross_entropy
 from fastllm.kernels.cross_entropy import forward as kernel
 from fastllm.kernels.cross_entropy import logits
 from fastllm.ops.cross_entropy.call import cross_entropy_call
-from fastllm.ops.cross_entropy.cross_entropy import MAX_MAP_CLASSES, cross_entropy_reference
+from fastllm.ops.cross_entropy.cross_entropy import (
+    MAX_MAP_CLASSES,
+    MAX_NARROW_MAP_CLASSES,
+    cross_entropy_reference,
+)
 from fastllm.ops.cross_entropy.loss import Labelled, Loss
 
 pytestmark = [pytest.mark.cpu_level, pytest.mark.runs_on("gpu", "interpreter")]
@@ -47,11 +51,14 @@ def test_maps_of_few_classes_are_pytorchs_on_a_cpu():
         x = torch.zeros(shape, dtype=dtype).contiguous(memory_format=memory_format)
         return pick("cross_entropy", cross_entropy_call(x, torch.zeros(x.shape[:1] + x.shape[2:], dtype=torch.int64)))
 
-    for map_of_few in (served((2, 3, 4, 4)), served((2, MAX_MAP_CLASSES, 9), torch.float64)):
+    for map_of_few in (
+        served((2, 3, 4, 4)), served((2, MAX_MAP_CLASSES, 9), torch.float64),
+        served((2, MAX_NARROW_MAP_CLASSES, 9), torch.bfloat16),
+    ):  # fmt: skip
         assert map_of_few.backend == "eager"
         assert "positions" in map_of_few.why
     for other in (
-        served((32, 3)), served((2, MAX_MAP_CLASSES + 1, 9)), served((2, 3, 4, 4), torch.bfloat16),
+        served((32, 3)), served((2, MAX_MAP_CLASSES + 1, 9)), served((2, MAX_NARROW_MAP_CLASSES + 1, 9), torch.float16),
         served((2, 3, 4, 4), memory_format=torch.channels_last),
     ):  # fmt: skip
         assert "positions" not in other.why

@@ -35,19 +35,24 @@ def _refuses(backend: str, call: CrossEntropyCall) -> str | None:
 # takes vectors of positions, the extension a position at a time. Processor time of PyTorch's over the extension's,
 # forward and backward, one thread of an AMD EPYC with AVX-512, 2, 21, 150 and 1000 classes: in float32 0.10, 0.33,
 # 0.32, 0.35, in float64 0.07, 0.18, 0.32, 0.45, and with class weights, smoothing, probabilities, a soft cap or the
-# logsumexp 0.04 to 0.88; with z_loss 0.20, 0.69, 0.84, 1.12. In 16 bits PyTorch rounds each step.
+# logsumexp 0.04 to 0.88; with z_loss 0.20, 0.69, 0.84, 1.12.
 MAX_MAP_CLASSES = 1024
+# The same in 16 bits, where PyTorch computes in float32 what it is given in float32, which takes memory for that:
+# AVX-512 and AVX2 0.12 to 0.18, 0.23 to 0.47, 0.32 to 0.62, 0.69 to 0.87; with the options 0.03 to 0.24, 0.10 to 1.0,
+# 0.31 to 1.0, 0.67 to 1.9, with z_loss 0.35 to 0.44, 0.67 to 1.6, 1.0 to 1.7, 1.1 to 2.1. 256 is a guess between.
+MAX_NARROW_MAP_CLASSES = 256
 
 
 def _is_map(call: CrossEntropyCall) -> bool:
     x = call.input
-    return x.is_cpu and x.dim() > 2 and x.stride(1) != 1 and x.dtype in (torch.float32, torch.float64)
+    return x.is_cpu and x.dim() > 2 and x.stride(1) != 1
 
 
 def _prefers_torch(call: CrossEntropyCall) -> str | None:
     if call.n_classes == 0:
         return "there are no classes to compute"
-    if call.n_classes <= MAX_MAP_CLASSES and _is_map(call):
+    most = MAX_NARROW_MAP_CLASSES if call.input.dtype.itemsize == 2 else MAX_MAP_CLASSES
+    if call.n_classes <= most and _is_map(call):
         return "PyTorch's operators take vectors of positions that lie side by side"
     return None
 

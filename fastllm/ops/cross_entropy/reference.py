@@ -66,7 +66,9 @@ def eager_cross_entropy(call: CrossEntropyCall):
         # PyTorch's own selects the targets that count, of which vmap does not know how many there are.
         result, lse = loss_and_lse(Labelled(*call[:4]))
         return (result.to(out_dtype), lse) if call.return_lse else result.to(out_dtype)
-    plain = loss.is_torchs and (weight is None or weight.dtype == input.dtype)
+    # In 16 bits PyTorch rounds each step. Maps are given to it in float32: see MAX_NARROW_MAP_CLASSES.
+    widens = input.is_cpu and input.dim() > 2 and input.dtype in (torch.float16, torch.bfloat16)
+    plain = loss.is_torchs and not widens and (weight is None or weight.dtype == input.dtype)
     z = input if plain else loss.of_logits(input)
     if weight is not None:
         weight = weight.to(z.dtype)
