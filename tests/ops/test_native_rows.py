@@ -94,6 +94,7 @@ def test_what_is_normed_is_the_sum_as_it_was_rounded(dtype, dropout_p):
     ("dtype", "rows", "columns"),
     [
         *itertools.product((torch.float32, torch.bfloat16, torch.float16), (7,), (1, 63, 65, 1000)),
+        *itertools.product((torch.float32, torch.bfloat16, torch.float16), (37,), (2, 21, 64, 127)),  # a lane a row
         (torch.float32, 130, 65552),  # the gradient goes past the caches
     ],
 )

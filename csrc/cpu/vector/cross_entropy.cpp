@@ -114,7 +114,9 @@ void losses_of_lanes(const LossOptions& o, const FewRows& rows, int64_t first) {
   const X* x[kVector];
   for (int64_t l = 0; l < count; ++l) x[l] = static_cast<const X*>(rows.x[first + l]);
   each_stretch(x, count, n, [&](const X* from, int64_t at, int64_t some) {
-    each_vector(some, [=, to = flat + at](int64_t c, int64_t few) { store_some(to + c, load_some(from + c, few), few); });
+    each_vector(some, [=, to = flat + at](int64_t c, int64_t few) {
+      store_some(to + c, load_some(from + c, few), few);
+    });
   });
   __builtin_memset(flat + count * n, 0, static_cast<size_t>((kVector - count) * n) * sizeof(float));
   turn(e[0], kVector, flat, n, kVector, n);
