@@ -47,8 +47,8 @@ struct FewRows {
   float *loss, *lse, *hit;  // results, count of each
 };
 
-// The bits of loss_of_row in float32, of plain rows of at most kMostClasses: each row is in a lane of its own. All x are
-// of one matrix, and all dx.
+// The bits of loss_of_row in float32, of plain rows of at most kMostClasses: each row is in a lane of its own. All x
+// are of one matrix, and all dx.
 using LossesOfFew = void (*)(const LossOptions&, const FewRows&);
 
 struct CrossEntropyKernels {
