@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastllm.bench import train, train_steps
-from fastllm.generate import generate
+from fastllm.generate import beam_search, generate, greedy
 from fastllm.models import Transformer, TransformerConfig
 from fastllm.training import step as training_step
 from fastllm.training.config import TrainingConfig
@@ -83,6 +83,9 @@ def test_a_batch_goes_to_a_gpu_from_pinned_memory():
 class _Cache:
     length = 0
 
+    def select(self, index, same_memory=False):
+        pass
+
 
 class _Model(nn.Module):
     """The same scores for any tokens."""
@@ -93,26 +96,40 @@ class _Model(nn.Module):
         super().__init__()
         self.head = nn.Linear(4, 50)
 
-    def new_cache(self):
+    def new_cache(self, batch_size=1):
         return _Cache()
 
     def last_logits(self, tokens, cache):
         cache.length += tokens.shape[1]
-        return torch.linspace(0.0, 3.0, 50)[None].clone()
+        return torch.linspace(0.0, 3.0, 50).repeat(len(tokens), 1)
 
 
 @pytest.mark.runs_on("anywhere")
 @pytest.mark.parametrize("how", [{"temperature": 0.0}, {}, {"top_k": 5}, {"top_p": 0.9}], ids=str)
 def test_a_token_is_one_read(how, monkeypatch):
+    reads = _reads(monkeypatch)
+    tokens = list(generate(_Model(), [1, 2], max_new_tokens=22, seed=0, **how))
+    assert len(tokens) == 22
+    assert reads == ["tolist"] * 22
+
+
+@pytest.mark.runs_on("anywhere")
+@pytest.mark.parametrize(("search", "at_the_end"), [(greedy, 1), (beam_search, 3)])
+def test_a_step_of_a_search_is_one_read(search, at_the_end, monkeypatch):
+    reads = _reads(monkeypatch)
+    search(_Model(), torch.ones(2, 1, dtype=torch.long), max_new_tokens=12, stop_token=0)
+    assert reads == ["tolist"] * (12 + at_the_end)
+
+
+def _reads(monkeypatch):
+    """What reads a tensor's values from here on, as it is called."""
     reads = []
     for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy", "cpu", "nonzero"):
         real = getattr(torch.Tensor, name)
         monkeypatch.setattr(
             torch.Tensor, name, lambda self, *args, real=real, name=name: (reads.append(name), real(self, *args))[1]
         )
-    tokens = list(generate(_Model(), [1, 2], max_new_tokens=40, seed=0, **how))
-    assert len(tokens) == 40
-    assert reads == ["tolist"] * 40
+    return reads
 
 
 @pytest.mark.runs_on("anywhere")
