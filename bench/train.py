@@ -6,6 +6,7 @@ Every provider starts from the same weights and takes the same batches. Before a
 steps and its losses must equal fastllm's; one that differs, or fails, is reported with the reason and without a time.
 Then they take turns, --steps steps a turn. A step is forward, backward, clipping of the gradient's norm and AdamW, in
 one precision for all (bfloat16 is autocast over fp32 weights) but for nanoGPT as it ships, which is fp32 on a CPU.
+Batches come from host memory, as in training.
 
 Speed-up: the quartiles, over the rounds, of the ratio of times within a round. MFU: tokens a second times
 Transformer.flops_per_token over the matrix rate measured at the end. Peak memory: what torch's allocator held at
@@ -33,11 +34,12 @@ from ..models import PRESETS, Transformer, TransformerConfig
 from ..parser import Parser, first_paragraph
 from ..time_limit import OutOfTime, time_limit
 from ..training.config import TrainingConfig
+from ..training.objectives import Batch
 from .environment import environment
 from .left_running import none_left_running
 from .rival import first_line
 from .timing import Quartiles, interleaved, ratios, seconds, synchronize
-from .train_steps import OURS, PROVIDERS, Batch, Setting, Step
+from .train_steps import OURS, PROVIDERS, Setting, Step
 
 CHECKED = 3
 # Losses of the same weights and batches: rounding in bf16, 4 of its eps of the loss; in fp32, what AdamW's division by
@@ -62,12 +64,12 @@ class Row:
     peak_bytes: int | None = None
 
 
-def batches(config: TransformerConfig, batch_size: int, count: int, device: torch.device) -> list[Batch]:
-    """Random tokens and, as targets, the tokens after them."""
+def batches(config: TransformerConfig, batch_size: int, count: int) -> list[Batch]:
+    """Random ``tokens`` and, as ``targets``, the tokens after them, in host memory."""
     generator = torch.Generator().manual_seed(1)
     shape = (count, batch_size, config.context_length + 1)
-    tokens = torch.randint(config.vocab_size, shape, generator=generator).to(device)
-    return [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
+    tokens = torch.randint(config.vocab_size, shape, generator=generator)
+    return [{"tokens": t[:, :-1].contiguous(), "targets": t[:, 1:].contiguous()} for t in tokens]
 
 
 class _Checked(NamedTuple):
@@ -134,7 +136,7 @@ def compare(
     # The optimiser of the others imports it. An import that a time limit stops leaves a module that cannot be used.
     importlib.import_module("torch._dynamo")
     config, device = setting.model.config, setting.device
-    data = batches(config, setting.training.batch_size, max(CHECKED, steps), device)
+    data = batches(config, setting.training.batch_size, max(CHECKED, steps))
     checked = _checked(setting, [OURS, *names], data[:CHECKED], end, tell)
 
     def turn(name: str) -> None:

@@ -13,7 +13,7 @@ from .. import cpu
 from ..models import Transformer, TransformerConfig
 from ..training.config import TrainingConfig
 from ..training.device import autocast
-from ..training.objectives import CausalLM, Objective
+from ..training.objectives import Batch, CausalLM, Objective, to_device
 from ..training.optimizer import Optimizers
 from ..training.step import StepSettings, train_step
 from .module_files import module_of
@@ -22,7 +22,7 @@ from .plain import PlainTransformer
 OURS = "fastllm"
 CLIP = 1.0
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+# Of a batch's ``tokens`` and ``targets`` in host memory, from where every provider moves it by ``to_device``.
 Step = Callable[[Batch], torch.Tensor]
 
 
@@ -50,7 +50,7 @@ def ours(setting: Setting) -> Step:
             cast(Objective, CausalLM),
             model,
             optimizers,
-            dict(zip(("tokens", "targets"), batch, strict=True)),
+            batch,
             settings,
         ).loss
 
@@ -59,8 +59,9 @@ def ours(setting: Setting) -> Step:
 
 def _plain_step(loss_function, parameters, optimizer, device, dtype) -> Step:
     def step(batch):
+        moved = to_device(batch, device)
         with autocast(device, dtype):
-            loss = loss_function(*batch)
+            loss = loss_function(moved["tokens"], moved["targets"])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()

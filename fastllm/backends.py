@@ -233,8 +233,9 @@ def _makes_program() -> bool:
     It keeps no node's backward, so the gradient would be that of an operator of ours, which has none; and a trace is
     loaded where there are PyTorch's operators alone.
     """
-    # The second is what torch.jit.is_tracing() asks.
-    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+    # The first is what torch.compiler.is_exporting() returns. Whatever PyTorch 2.11 compiles, its compiler takes that
+    # call for true, so that none of our operators was used. The second is what torch.jit.is_tracing() asks.
+    return torch.compiler._is_exporting_flag or torch._C._get_tracing_state() is not None
 
 
 def operators_alone() -> bool:

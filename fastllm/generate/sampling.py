@@ -142,25 +142,30 @@ def _stream(model, tokens, max_new_tokens, sampling: Sampling, stop_token):
         generator.manual_seed(sampling.seed)
     with evaluation_mode(model):
         cache = model.new_cache()
-        fresh = tokens[-context:]
+        fresh = torch.tensor([tokens[-context:]], device=device)
         for _ in range(max_new_tokens):
-            if cache.length + len(fresh) > context:
+            if cache.length + fresh.shape[1] > context:
                 cache.length = 0
-                fresh = tokens[-max(1, context // 2) :]
+                fresh = torch.tensor([tokens[-max(1, context // 2) :]], device=device)
             with torch.inference_mode():
-                logits = model.last_logits(torch.tensor([fresh], device=device), cache)[0]
-                if not logits.max().isfinite():
+                logits = model.last_logits(fresh, cache)[0]
+                drawn = _draw(logits, sampling, generator)
+                # One read, since each waits for the device.
+                token, finite = torch.stack((drawn, logits.max().isfinite().to(drawn.dtype))).tolist()
+                if not finite:
                     raise InputError(NOT_FINITE)
-                if sampling.temperature < COLDEST:
-                    token = int(logits.argmax())
-                else:
-                    kept = filter_logits(
-                        logits, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
-                    )
-                    probabilities = kept.softmax(-1)
-                    token = int(torch.multinomial(probabilities, 1, generator=generator))
             if token == stop_token:
                 return
             tokens.append(token)
-            fresh = [token]
+            fresh = drawn.view(1, 1)
             yield token
+
+
+def _draw(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
+    """The next token by its ``logits`` (V,), int64 scalar on their device; any where they are not finite."""
+    if sampling.temperature < COLDEST:
+        return logits.argmax()
+    kept = filter_logits(logits, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+    # The token of torch.multinomial, which draws in this way but first waits twice for the device, to check its input.
+    times = torch.empty_like(kept).exponential_(generator=generator)
+    return (kept.softmax(-1) / times).argmax()

@@ -20,19 +20,27 @@ class Hypothesis(NamedTuple):
     score: float
 
 
-def _logits(model, tokens: torch.Tensor, memory: Encoded | None, cache: DecoderCache) -> torch.Tensor:
-    """fp32 logits (B, V) of the token after the last of ``tokens`` (B, T).
-
-    Raises:
-        InputError: a row's largest is NaN or infinite.
-    """
+def _logits(
+    model, tokens: torch.Tensor, memory: Encoded | None, cache: DecoderCache
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 logits (B, V) of the token after the last of ``tokens`` (B, T), and whether each row's largest is finite."""
     if isinstance(model, EncoderDecoder):
         logits = model.last_logits(tokens, memory, cache).float()
     else:
         logits = model.last_logits(tokens, cache).float()
-    if not logits.amax(-1).isfinite().all():
+    return logits, logits.amax(-1).isfinite().all()
+
+
+def _is_over(over: torch.Tensor, finite: torch.Tensor) -> bool:
+    """``over`` of a step whose logits are ``finite``, in one read, since each waits for the device.
+
+    Raises:
+        InputError: they are not.
+    """
+    is_over, is_finite = torch.stack((over, finite)).tolist()
+    if not is_finite:
         raise InputError(NOT_FINITE)
-    return logits
+    return is_over
 
 
 def _check(model, start: torch.Tensor, max_new_tokens: int, stop_token: int) -> int:
@@ -68,12 +76,13 @@ def greedy(
         tokens, result = start, []
         ended = torch.zeros(len(start), dtype=torch.bool, device=start.device)
         for _ in range(steps):
-            token = _logits(model, tokens, memory, cache).argmax(-1)
+            logits, finite = _logits(model, tokens, memory, cache)
+            token = logits.argmax(-1)
             memory = None
             ended |= token == stop_token
             result.append(torch.where(ended, stop_token, token))
             tokens = token[:, None]
-            if ended.all():
+            if _is_over(ended.all(), finite):
                 break
     rows = torch.stack(result, 1).tolist()
     return [row[: row.index(stop_token)] if stop_token in row else row for row in rows]
@@ -132,7 +141,7 @@ def beam_search(
     batch, device = len(start), start.device
     with evaluation_mode(model), torch.inference_mode():
         cache = model.new_cache(batch)
-        logits = _logits(model, start, memory, cache)
+        logits, finite = _logits(model, start, memory, cache)
         first = torch.arange(batch, device=device)
         cache.select(first.repeat_interleave(beams))
         logits = logits.repeat_interleave(beams, 0)
@@ -152,13 +161,15 @@ def beam_search(
             parent, token = place // total.shape[-1], place % total.shape[-1]
             paths = paths.gather(1, parent[..., None].expand(-1, -1, steps)).clone()
             paths[..., step] = token
+            # A log-probability only falls: divided by the greatest length it bounds the score that a beam can reach.
+            over = (live.max(1).values / steps**length_penalty <= done.scores.min(1).values).all()
+            is_over = _is_over(over, finite)
             if step + 1 == steps:
                 done = done.with_more(live / steps**length_penalty, paths, steps)
                 break
-            # A log-probability only falls: divided by the greatest length it bounds the score that a beam can reach.
-            if (live.max(1).values / steps**length_penalty <= done.scores.min(1).values).all():
+            if is_over:
                 break
             cache.select((first[:, None] * beams + parent).flatten(), same_memory=True)
-            logits = _logits(model, token.view(-1, 1), None, cache)
+            logits, finite = _logits(model, token.view(-1, 1), None, cache)
     rows = zip(done.paths.tolist(), done.lengths.tolist(), done.scores.tolist(), strict=True)
     return [[Hypothesis(p[:n], s) for p, n, s in zip(*row, strict=True) if s > -float("inf")] for row in rows]

@@ -114,5 +114,12 @@ def rows_of(batch: Batch, rows: int) -> list[Batch]:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """``batch`` on ``device``."""
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    """``batch`` on ``device``.
+
+    The host does not wait for what a GPU has still to do, such as the micro-batch before this one: it would for a copy
+    from memory that is not pinned.
+    """
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+    pinned = {name: tensor.pin_memory() if tensor.is_cpu else tensor for name, tensor in batch.items()}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in pinned.items()}

@@ -43,7 +43,7 @@ def _setting(config=SMALL, dtype="float32", **more):
 def test_the_plain_model_is_the_same_function(config):
     model = _setting(config).model
     plain = PlainTransformer(model)
-    tokens, targets = train.batches(config, 3, 1, torch.device("cpu"))[0]
+    tokens, targets = train.batches(config, 3, 1)[0].values()
     targets[0, :5] = -100
     loss, plain_loss = model.loss(tokens, targets), plain.loss(tokens, targets)
     torch.testing.assert_close(plain_loss, loss, rtol=1e-6, atol=1e-6)

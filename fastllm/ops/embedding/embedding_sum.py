@@ -120,7 +120,8 @@ class _Sum(NamedTuple):
             total = total + part(t)
         total = total.expand(*self.shape, total.shape[-1]).reshape(rows, total.shape[-1])
         total = total if seed is None else dropped(total, seed, self.dropout_p)
-        return total.to(weights[0].dtype)
+        # Where torch 2.11 compiles, a result that is the same tensor as one before it gets no gradient.
+        return total if total.dtype == weights[0].dtype else total.to(weights[0].dtype)
 
     def table_grad(self, grad, indices, weight_rows, t):
         """The gradient of table ``t`` from that of the sum, once through dropout."""

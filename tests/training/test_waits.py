@@ -1,0 +1,140 @@
+"""What makes the host wait for its device: nothing in a training step, one read a token in generation."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+
+from fastllm.bench import train, train_steps
+from fastllm.generate import beam_search, generate, greedy
+from fastllm.models import Transformer, TransformerConfig
+from fastllm.training import step as training_step
+from fastllm.training.config import TrainingConfig
+from fastllm.training.objective import to_device
+
+SHAPES = {
+    "gpt2": TransformerConfig(
+        vocab_size=50, context_length=24, num_layers=2, num_heads=2, hidden_size=32, activation="gelu_tanh"
+    ),
+    "llama": TransformerConfig(
+        vocab_size=50, context_length=24, num_layers=2, num_heads=4, num_kv_heads=2, hidden_size=32,
+        positions="rotary", norm="rms", activation="swiglu", tie_embeddings=False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.runs_on("anywhere")
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
+def test_a_step_reads_nothing_from_its_device(config, optimizer, monkeypatch):
+    """The device "meta" keeps no values, so a step that asked for one would fail."""
+    monkeypatch.setattr(training_step, "autocast", lambda device, dtype: contextlib.nullcontext())
+    training = TrainingConfig(batch_size=4, micro_batch_size=2, optimizer=optimizer)
+    setting = train_steps.Setting(Transformer(config), training, "float32", torch.device("meta"))
+    step = train_steps.ours(setting)
+    for batch in train.batches(config, 4, 2):
+        loss = step(batch)
+        assert loss.is_meta
+        assert loss.shape == ()
+
+
+@pytest.mark.runs_on("gpu")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_on_a_gpu_does_not_wait(optimizer):
+    config = SHAPES["llama"].replace(hidden_size=128)
+    training = TrainingConfig(batch_size=4, micro_batch_size=2, optimizer=optimizer)
+    device = torch.device("cuda")
+    step = train_steps.ours(train_steps.Setting(Transformer(config).to(device), training, "bfloat16", device))
+    first, *others = train.batches(config, 4, 3)
+    step(first)  # compiles, and pins its first memory
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in others:
+            step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+class _Moved:
+    """A tensor in host memory as far as :func:`to_device` looks."""
+
+    is_cpu = True
+
+    def __init__(self):
+        self.pinned = False
+
+    def pin_memory(self):
+        found = _Moved()
+        found.pinned = True
+        return found
+
+    def to(self, device, non_blocking=False):
+        return device, self.pinned, non_blocking
+
+
+@pytest.mark.runs_on("anywhere")
+def test_a_batch_goes_to_a_gpu_from_pinned_memory():
+    assert to_device({"tokens": _Moved()}, torch.device("cuda")) == {"tokens": (torch.device("cuda"), True, True)}
+    assert to_device({"tokens": _Moved()}, torch.device("cpu")) == {"tokens": (torch.device("cpu"), False, False)}
+
+
+class _Cache:
+    length = 0
+
+    def select(self, index, same_memory=False):
+        pass
+
+
+class _Model(nn.Module):
+    """The same scores for any tokens."""
+
+    config = SHAPES["gpt2"]
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 50)
+
+    def new_cache(self, batch_size=1):
+        return _Cache()
+
+    def last_logits(self, tokens, cache):
+        cache.length += tokens.shape[1]
+        return torch.linspace(0.0, 3.0, 50).repeat(len(tokens), 1)
+
+
+@pytest.mark.runs_on("anywhere")
+@pytest.mark.parametrize("how", [{"temperature": 0.0}, {}, {"top_k": 5}, {"top_p": 0.9}], ids=str)
+def test_a_token_is_one_read(how, monkeypatch):
+    reads = _reads(monkeypatch)
+    tokens = list(generate(_Model(), [1, 2], max_new_tokens=22, seed=0, **how))
+    assert len(tokens) == 22
+    assert reads == ["tolist"] * 22
+
+
+@pytest.mark.runs_on("anywhere")
+@pytest.mark.parametrize(("search", "at_the_end"), [(greedy, 1), (beam_search, 3)])
+def test_a_step_of_a_search_is_one_read(search, at_the_end, monkeypatch):
+    reads = _reads(monkeypatch)
+    search(_Model(), torch.ones(2, 1, dtype=torch.long), max_new_tokens=12, stop_token=0)
+    assert reads == ["tolist"] * (12 + at_the_end)
+
+
+def _reads(monkeypatch):
+    """What reads a tensor's values from here on, as it is called."""
+    reads = []
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy", "cpu", "nonzero"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, *args, real=real, name=name: (reads.append(name), real(self, *args))[1]
+        )
+    return reads
+
+
+@pytest.mark.runs_on("anywhere")
+def test_tokens_are_those_that_multinomial_draws():
+    found = list(generate(_Model(), [1], max_new_tokens=200, seed=7))
+    generator = torch.Generator().manual_seed(7)
+    odds = torch.linspace(0.0, 3.0, 50).softmax(-1)
+    assert found == [int(torch.multinomial(odds, 1, generator=generator)) for _ in found]
