@@ -58,6 +58,7 @@ def test_a_recurrence_stays_in_float32_where_the_cpu_has_no_products_of_bfloat16
     assert not rnn._autocast_fails(DEVICE)
 
 
+@pytest.mark.runs_on("interpreter")
 def test_the_forget_gates_of_an_lstm_start_open():
     model = build_model(ModelConfig(**SHAPE, encoder="lstm", decoder="lstm"))
     biases = {name: bias for name, bias in model.named_parameters() if ".bias_hh" in name}
