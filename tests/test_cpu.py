@@ -18,6 +18,7 @@ AVX2 = frozenset({"avx2", "fma", "f16c"})
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 BF16 = AVX512 | {"avx512_bf16"}
 AMX = BF16 | {"amx_tile", "amx_bf16", "avx512_fp16"}
+CLOCKS = ("perf_counter", "process_time", "thread_time")
 BOTH, NONE, ONLY_BF16 = (True, True), (False, False), (True, False)
 
 
@@ -190,7 +191,7 @@ def test_the_matrix_rate_is_measured_in_bounded_time(dtype, monkeypatch):
         clock[0] += 2 * len(a) ** 3 / 2e8
         return a
 
-    stopped = types.SimpleNamespace(perf_counter=lambda: clock[0], process_time=lambda: clock[0])
+    stopped = types.SimpleNamespace(**dict.fromkeys(CLOCKS, lambda: clock[0]))
     monkeypatch.setattr(matmul, "time", stopped)
     monkeypatch.setattr(timing, "time", stopped)
     monkeypatch.setattr(cpu, "multiplies", lambda dtype: True)
@@ -202,15 +203,18 @@ def test_the_matrix_rate_is_measured_in_bounded_time(dtype, monkeypatch):
     assert max(sizes) <= 256
 
 
-@pytest.mark.parametrize(("worked", "rate"), [(0.5, 4e9), (2.0, 1e9), (9.0, 1e9)])
-def test_the_matrix_rate_is_that_of_cores_which_no_other_work_takes(worked, rate, monkeypatch):
-    """Two threads' products at 1 GFLOP/s by the clock; ``worked``: seconds of their work in one of the clock's."""
+@pytest.mark.parametrize(
+    ("worked", "alone", "rate"), [(0.5, 0.25, 4e9), (2.0, 1.0, 1e9), (9.0, 4.5, 1e9), (1.0, 1.0, 1e9), (0.5, 0.5, 2e9)]
+)
+def test_the_matrix_rate_is_that_of_cores_which_no_other_work_takes(worked, alone, rate, monkeypatch):
+    """Products at 1 GFLOP/s by the clock; seconds of two threads' and of the first one's work in one of the clock's."""
     clock = [0.0]
 
     def product(a, b):
         clock[0] += 2 * len(a) ** 3 / 1e9
 
-    stopped = types.SimpleNamespace(perf_counter=lambda: clock[0], process_time=lambda: worked * clock[0])
+    rates = dict(zip(CLOCKS, (1.0, worked, alone), strict=True))
+    stopped = types.SimpleNamespace(**{name: lambda rate=rate: rate * clock[0] for name, rate in rates.items()})
     monkeypatch.setattr(matmul, "time", stopped)
     monkeypatch.setattr(timing, "time", stopped)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
