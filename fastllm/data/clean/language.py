@@ -42,12 +42,18 @@ def check_languages(languages: tuple[str, ...]) -> None:
 def only(document: Document, languages: tuple[str, ...], least: float) -> Document | Rejection:
     """``document`` if it is in one of ``languages`` (ISO 639-1) with a probability of ``least``; notes which.
 
-    A language that has a share of it counts with the probability of its close relatives.
+    A language that has a share of it counts with the probability of its close relatives. No other language may be
+    likelier than they are together.
     """
     ranked = {str(name): float(probability) for name, probability in _identifier().rank(document.text[:_SAMPLE])}
-    language, probability = max(((name, ranked[name]) for name in languages), key=lambda found: found[1])
-    relatives = next((close for close in _CLOSE if language in close), frozenset([language]))
-    if probability < _LEAST_SHARE or sum(map(ranked.__getitem__, relatives)) < least:
-        likeliest = max(ranked, key=ranked.__getitem__)
+    likeliest = max(ranked, key=ranked.__getitem__)
+    share, least = min(_LEAST_SHARE, ranked[likeliest]), max(least, ranked[likeliest])
+
+    def fits(name: str) -> bool:
+        relatives = next((close for close in _CLOSE if name in close), frozenset([name]))
+        return ranked[name] >= share and sum(map(ranked.__getitem__, relatives)) >= least
+
+    found = max(filter(fits, languages), key=ranked.__getitem__, default=None)
+    if found is None:
         return Rejection.of(document, "language", language=likeliest, probability=round(ranked[likeliest], 4))
-    return Document(document.id, document.text, document.kind, {**document.metadata, "language": language})
+    return Document(document.id, document.text, document.kind, {**document.metadata, "language": found})
