@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from .unspaced import words_of_runs
 # Such headings, whole and in lower case, of 29 languages.
 _HEADINGS = Path(__file__).with_name("related_headings.txt")
 _AROUND = " \t\n:\uff1a\u2026.!?>\u00bb\u203a+|-\u2013\u2014\u25a0\u25cf\u25c6\u3010\u3011[]\u25b6\u25bc"
+_ACCENT = re.compile("[\u0300-\u036f]")
 # The most characters of such a heading.
 _LONGEST = 60
 # The fewest characters of running text before one, the most in its section as a share of that, and what the section
@@ -27,11 +30,20 @@ _MOST = 64
 @cache
 def _headings() -> frozenset[str]:
     lines = _HEADINGS.read_text(encoding="utf-8").splitlines()
-    return frozenset(words_of_runs(line) for line in lines if not line.startswith("#"))
+    return frozenset(_folded(words_of_runs(line)) for line in lines if not line.startswith("#"))
+
+
+def _folded(heading: str) -> str:
+    """``heading`` however it is capitalised, without accents and with the apostrophe of typewriters.
+
+    Greek capitals have no accents, and those of Turkish i and \u0131 are not what Python makes of them.
+    """
+    letters = _ACCENT.sub("", unicodedata.normalize("NFD", heading.casefold()))
+    return letters.replace("\u0131", "i").replace("\u2019", "'")
 
 
 def _named(text: str) -> bool:
-    return len(text) <= _LONGEST and text.strip(_AROUND).lower() in _headings()
+    return len(text) <= _LONGEST and _folded(text.strip(_AROUND)) in _headings()
 
 
 def related_odds(markup: Markup, running: Running, probabilities: np.ndarray) -> np.ndarray:
