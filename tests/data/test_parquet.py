@@ -116,6 +116,41 @@ def test_a_footer_that_says_less_than_the_pages_gives_is_not_believed(tmp_path, 
     assert failure.reason == "bomb"
 
 
+def test_a_second_size_of_another_type_is_not_believed(tmp_path):
+    """pyarrow passes over it, and takes memory by the first one."""
+    rows = {"text": ["x" * (1 << 22)]}
+    content = parquet_of(rows, compression="brotli", use_dictionary=False, write_statistics=False)
+    column = needed("pyarrow.parquet", "parquet").ParquetFile(io.BytesIO(content)).metadata.row_group(0).column(0)
+    # A text's length and the row's level take 10 bytes.
+    first, size = varint((1 << 22) + 10), column.total_compressed_size
+    after = content.index(first) + len(first)
+    other = b"\x06" + varint(2) + varint(5)
+    pages, footer = content[:after] + other + content[after : 4 + size], content[4 + size :]
+    footer = footer.replace(b"\x16" + varint(size), b"\x16" + varint(size + len(other)))
+    footer = footer.replace(varint(column.total_uncompressed_size), varint(1000, 4))
+    (failure,) = documents(tmp_path, pages + footer)
+    assert failure.reason == "bomb"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        pytest.param(b"\x25" + varint(9) + b"\x15" + varint((1 << 32) + 9) + b"\0", id="compressed size"),
+        pytest.param(b"\x25" + varint(9) + b"\x15" + varint(1 << 64) + b"\0", id="compressed size beyond a file's"),
+        pytest.param(
+            b"\x25" + varint(9) + b"\x15" + varint(9) + b"\x05" + varint(65538) + varint(1) + b"\0", id="field"
+        ),
+        pytest.param(b"\x18" + varint(1 << 61), id="string"),
+        pytest.param(b"\x18" + varint(1 << 67), id="string beyond an offset"),
+    ],
+)
+def test_a_number_of_too_many_bits_is_damaged(tmp_path, header):
+    """pyarrow takes the lowest bits: it would read pages that were not counted."""
+    (tmp_path / "pages").write_bytes(header)
+    with open(tmp_path / "pages", "rb") as stream, pytest.raises(Unreadable, match=r"bits|bytes"):
+        decompressed_size(stream, 0, 1 << 62)
+
+
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 @pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
 def test_the_pages_of_a_chunk_are_counted_as_they_were_written(version, compression):

@@ -37,21 +37,29 @@ class _Header:
                 return value
         raise Unreadable("damaged", "a number in a page's header has more than 64 bits")
 
-    def _integer(self) -> int:
+    def _integer(self, bits: int) -> int:
         value = self._varint()
+        if value >> bits:
+            # pyarrow would take the lowest ones.
+            raise Unreadable("damaged", f"a number in a page's header has more than {bits} bits")
         return (value >> 1) ^ -(value & 1)
 
     def structure(self, depth: int = 0) -> dict[int, int]:
-        """The integers among a structure's fields by their numbers; other fields are passed over."""
+        """The integers of 32 bits among a structure's fields by their numbers; other fields are passed over.
+
+        As pyarrow does: it passes over a size of another type, and takes the last one of two.
+        """
         if depth > _DEPTH:
             raise Unreadable("damaged", "a page's header is nested too deep")
         found: dict[int, int] = {}
         number = 0
         while head := self._byte():
             step, kind = head >> 4, head & 15
-            number = number + step if step else self._integer()
-            if kind in (_I16, _I32, _I64):
-                found[number] = self._integer()
+            number = number + step if step else self._integer(16)
+            if number >= 1 << 15:
+                raise Unreadable("damaged", "a field's number in a page's header has more than 16 bits")
+            if kind == _I32:
+                found[number] = self._integer(32)
             elif kind not in (_TRUE, _FALSE):
                 self._pass(kind, depth)
         return found
@@ -59,10 +67,15 @@ class _Header:
     def _pass(self, kind: int, depth: int) -> None:
         if kind == _BYTE:
             self._byte()
+        elif kind in (_I16, _I64):
+            self._varint()
         elif kind == _DOUBLE:
             self._stream.seek(8, 1)
         elif kind == _BINARY:
-            self._stream.seek(self._varint(), 1)
+            size = self._varint()
+            if size >> 31:
+                raise Unreadable("damaged", f"a string in a page's header has {size:,} bytes")
+            self._stream.seek(size, 1)
         elif kind == _STRUCT:
             self.structure(depth + 1)
         else:
