@@ -116,6 +116,25 @@ def test_a_footer_that_says_less_than_the_pages_gives_is_not_believed(tmp_path, 
     assert failure.reason == "bomb"
 
 
+def test_a_page_after_its_chunk_is_counted_where_pyarrow_reads_it(tmp_path):
+    """It reads 100 bytes more of files by an early Parquet-MR."""
+    rows, options = {"text": ["y", "x" * (1 << 22)]}, dict(data_page_size=1, write_batch_size=1, use_dictionary=False)
+    content = parquet_of(rows, compression="brotli", write_statistics=False, store_schema=False, **options)
+    metadata = needed("pyarrow.parquet", "parquet").ParquetFile(io.BytesIO(content)).metadata
+    column, writer = metadata.row_group(0).column(0), metadata.created_by.encode()
+    size = column.total_compressed_size
+    pages, footer = content[: 4 + size], content[4 + size :]
+    first = content.index(b"\x15\0\x15" + varint((1 << 22) + 10)) - 4
+    footer = footer.replace(b"\x16" + varint(size), b"\x16" + varint(first, len(varint(size))))
+    footer = footer.replace(varint(column.total_uncompressed_size), varint(1000, 4))
+    early, late = (
+        documents(tmp_path, pages + footer.replace(writer, name.ljust(len(writer))))
+        for name in (b"parquet-mr version 1.2.8", b"parquet-mr version 1.2.9")
+    )
+    assert [item.reason for item in early] == ["bomb"]
+    assert [item.content for item in late] == [b"y"]
+
+
 def test_a_second_size_of_another_type_is_not_believed(tmp_path):
     """pyarrow passes over it, and takes memory by the first one."""
     rows = {"text": ["x" * (1 << 22)]}

@@ -6,6 +6,7 @@ of ``PageHeader`` in https://github.com/apache/parquet-format/blob/master/src/ma
 
 from __future__ import annotations
 
+import re
 from typing import BinaryIO
 
 from .limits import Unreadable
@@ -14,6 +15,8 @@ from .limits import Unreadable
 _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(1, 13)
 # The fields of a page's header that have its sizes, and the most structures inside one another; a header has three.
 _UNCOMPRESSED, _COMPRESSED, _DEPTH = 2, 3, 8
+# As the versions of Parquet-MR have named themselves. Any other name is taken for an early one.
+_VERSION = re.compile(r"parquet-mr version (\d{1,4})\.(\d{1,4})\.(\d{1,4})(?:-snapshot)?(?: \(build [0-9a-f]*\))?")
 
 
 class _Header:
@@ -83,23 +86,45 @@ class _Header:
             raise Unreadable("damaged", f"a page's header has a value of Thrift's type {kind}")
 
 
-def decompressed_size(stream: BinaryIO, begin: int, size: int) -> int:
+def _sizes(stream: BinaryIO, at: int) -> tuple[int, int]:
+    """What the page at byte ``at`` decompresses to, and where the next one begins."""
+    stream.seek(at)
+    header = _Header(stream).structure()
+    grown, compressed = header.get(_UNCOMPRESSED, -1), header.get(_COMPRESSED, -1)
+    if grown < 0 or compressed < 0:
+        raise Unreadable("damaged", f"the page at byte {at:,} has no size")
+    return grown, stream.tell() + compressed
+
+
+def decompressed_size(stream: BinaryIO, begin: int, size: int, beyond: int = 0) -> int:
     """The bytes that the pages of a column chunk decompress to, by their headers.
 
     Args:
         stream: the file; where it stands afterwards is not defined.
         begin, size: where the chunk begins, and its bytes.
+        beyond: how many bytes after it may begin pages too; what is no page there ends them.
 
     Raises:
         Unreadable: a header is damaged.
     """
     at, end, total = begin, begin + size, 0
-    while at < end:
-        stream.seek(at)
-        header = _Header(stream).structure()
-        grown, compressed = header.get(_UNCOMPRESSED, -1), header.get(_COMPRESSED, -1)
-        if grown < 0 or compressed < 0:
-            raise Unreadable("damaged", f"the page at byte {at:,} has no size")
-        total += grown
-        at = stream.tell() + compressed
+    while at < end + beyond:
+        try:
+            grown, following = _sizes(stream, at)
+        except Unreadable:
+            if at < end:
+                raise
+            break
+        total, at = total + grown, following
     return total
+
+
+def read_beyond(created_by: str | None) -> int:
+    """How many bytes after a column chunk pyarrow reads for pages, by the name that the file's writer gave itself.
+
+    Parquet-MR before 1.2.9 left a header out of the chunk's size (PARQUET-816).
+    """
+    name = (created_by or "").strip().lower()
+    version = _VERSION.fullmatch(name)
+    late = version is not None and tuple(map(int, version.groups())) >= (1, 2, 9)
+    return 100 if name.startswith("parquet-mr") and not late else 0

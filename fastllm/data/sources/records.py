@@ -11,7 +11,7 @@ from ..optional import require
 from .codings import text_of
 from .compressed import open_stream
 from .limits import Failure, Limits, Raw, Unreadable, one_line, too_large
-from .parquet_pages import decompressed_size
+from .parquet_pages import decompressed_size, read_beyond
 from .plan import SourceEntry
 
 # Fields that a document keeps beside its text, where they hold strings.
@@ -113,22 +113,22 @@ def _rows(file, stream: BinaryIO, columns: list[str], limits: Limits) -> Iterato
         Unreadable: one of them would grow too much.
     """
     # pyarrow reads a column whose name continues that of another after a dot together with it.
-    begin = tuple(f"{name}." for name in columns)
+    begin, beyond = tuple(f"{name}." for name in columns), read_beyond(file.metadata.created_by)
     for group in range(file.num_row_groups):
         row_group = file.metadata.row_group(group)
         for column in map(row_group.column, range(row_group.num_columns)):
             if f"{column.path_in_schema}.".startswith(begin):
-                _check_growth(column, stream, limits)
+                _check_growth(column, stream, beyond, limits)
         # Row by row, which takes 7 us: the rows of a batch may all be one long text that the file holds once.
         yield from file.iter_batches(1, row_groups=[group], columns=columns, use_threads=False)
 
 
-def _check_growth(column, stream: BinaryIO, limits: Limits) -> None:
+def _check_growth(column, stream: BinaryIO, beyond: int, limits: Limits) -> None:
     # Where pyarrow begins to read.
     starts = [column.data_page_offset, *([column.dictionary_page_offset] if column.has_dictionary_page else [])]
     start = min(at for at in starts if at > 0)
     compressed = min(column.total_compressed_size, stream.seek(0, 2) - start)
     # The file's footer may say less than its pages, by whose headers pyarrow takes memory.
-    size = max(column.total_uncompressed_size, decompressed_size(stream, start, compressed))
+    size = max(column.total_uncompressed_size, decompressed_size(stream, start, compressed, beyond))
     if size > max(limits.free, limits.ratio * max(1, compressed)):
         raise Unreadable("bomb", f"{compressed:,} compressed bytes of {column.path_in_schema} would give {size:,}")
