@@ -72,3 +72,16 @@ def test_an_ignored_row_has_a_gradient_of_zeros_whatever_its_logits_are():
     cross_entropy(x, y, reduction="sum").backward()
     assert torch.equal(x.grad, torch.zeros(20, 4))
     assert cross_entropy(x, y, reduction="sum") == F.cross_entropy(x, y, reduction="sum") == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [1, 3, 17, 64, 65, 127])
+def test_rows_have_the_bits_of_rows_of_more_classes_that_have_no_probability(classes, dtype):
+    """Rows of 144 classes are computed each by itself, vector by vector."""
+    torch.manual_seed(classes)
+    x, y = (3 * torch.randn(ROWS, classes)).to(dtype), torch.randint(classes, (ROWS,))
+    x[3, 0], x[5] = torch.nan, torch.inf
+    wide = F.pad(x, (0, 144 - classes), value=-torch.inf)
+    for few, many in zip(loss_and_gradient(x, y, z_loss=1e-2), loss_and_gradient(wide, y, z_loss=1e-2), strict=True):
+        many = many[:, :classes] if many.dim() == 2 else many
+        assert torch.equal(few.nan_to_num(9), many.nan_to_num(9))
