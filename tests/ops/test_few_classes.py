@@ -7,7 +7,10 @@ import torch.nn.functional as F
 import fastllm
 from fastllm.functional import cross_entropy
 
-pytestmark = [pytest.mark.cpu_level, pytest.mark.skipif(fastllm.extension.missing() is not None, reason="no extension")]
+pytestmark = [
+    pytest.mark.cpu_level,
+    pytest.mark.skipif(fastllm.extension.missing() is not None, reason="no extension here: no C++ compiler"),
+]
 
 ROWS = 37  # two vectors of 16 and a part of one
 FACTOR = (1 + torch.arange(ROWS) % 4) / 2  # exact in 16 bits
