@@ -6,15 +6,15 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 from ..time_limit import OutOfTime
 
 
-def _descendants() -> set[int]:
-    """The processes that this one started, and theirs. Python's own are left out: torch.compile keeps some for later
-    calls. None where there is no /proc."""
+def _descendants(but: Set[int] = frozenset()) -> set[int]:
+    """The processes that this one started, and theirs; not those of ``but``, nor what they started. Python's own are
+    left out, and theirs are not: torch.compile keeps some for later calls. None where there is no /proc."""
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, ValueError):
@@ -23,7 +23,7 @@ def _descendants() -> set[int]:
             children.setdefault(parent, []).append(int(folder.name))
     found, waiting = set(), [os.getpid()]
     while waiting:
-        below = children.get(waiting.pop(), [])
+        below = [pid for pid in children.get(waiting.pop(), []) if pid not in but]
         found.update(below)
         waiting += below
     return {pid for pid in found if not _is_python(pid)}
@@ -43,7 +43,7 @@ def none_left_running() -> Iterator[None]:
     try:
         yield
     except OutOfTime:
-        for pid in _descendants() - before:
+        for pid in _descendants(but=before):
             with contextlib.suppress(OSError):  # it has ended
                 os.kill(pid, signal.SIGKILL)
         raise

@@ -47,3 +47,21 @@ def test_others_go_on(started):
     with pytest.raises(OutOfTime):
         stopped(started, [sys.executable, "-c", "import time; time.sleep(60)"])
     assert [program.poll() for program in started] == [None, None, None]
+
+
+def test_what_an_earlier_program_starts_later_goes_on(started):
+    started.append(subprocess.Popen(["sh", "-c", "read line; sleep 60; true"], stdin=subprocess.PIPE, text=True))
+    (shell,) = started
+
+    def call():
+        with none_left_running(), time_limit(5):
+            with shell.stdin:
+                shell.stdin.write("\n")
+            while not Path(f"/proc/{shell.pid}/task/{shell.pid}/children").read_text():
+                time.sleep(0.01)
+            raise OutOfTime
+
+    with pytest.raises(OutOfTime):
+        call()
+    with pytest.raises(subprocess.TimeoutExpired):
+        shell.wait(0.5)
