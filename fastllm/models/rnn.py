@@ -7,6 +7,8 @@ cuDNN's on a GPU; attention reads all its outputs at once.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -27,6 +29,26 @@ def _autocast_fails(device: torch.device) -> bool:
         return False
     dtype = torch.get_autocast_dtype("cpu")
     return dtype != torch.bfloat16 or not cpu.multiplies(dtype)
+
+
+class LongestFirst(NamedTuple):
+    """Sequences in the order in which cuDNN takes them: their lengths, in host memory, and where each comes from.
+
+    ``order`` and ``back``, which undoes it, are on the sequences' device.
+    """
+
+    lengths: torch.Tensor
+    order: torch.Tensor
+    back: torch.Tensor
+
+    @classmethod
+    def of(cls, lengths: torch.Tensor, device: torch.device) -> LongestFirst:
+        """Of ``lengths``, for which the host waits where they are on a GPU."""
+        lengths, order = lengths.cpu().sort(descending=True)
+        places = order, order.argsort()
+        if device.type != "cuda":
+            return cls(lengths, *(place.to(device) for place in places))
+        return cls(lengths, *(place.pin_memory().to(device, non_blocking=True) for place in places))
 
 
 class RecurrentBlock(Residual):
@@ -77,20 +99,29 @@ class RecurrentBlock(Residual):
             results.append(out.gather(1, mirror.expand_as(out)) if reverse else out)
         return torch.cat(results, -1)
 
-    def _recur(self, x: torch.Tensor, lengths: torch.Tensor | None, cache: RecurrentCache | None, layer: int):
-        if not _autocast_fails(x.device):
-            return self._states(x, lengths, cache, layer)
-        with torch.autocast("cpu", enabled=False):
-            return self._states(x.to(self.recurrence.weight_ih_l0.dtype), lengths, cache, layer)
+    def _packed(self, x: torch.Tensor, sequences: LongestFirst) -> torch.Tensor:
+        """The same by one call of the recurrence. torch's own sorting would have the host wait for a GPU."""
+        packed = pack_padded_sequence(x.index_select(0, sequences.order), sequences.lengths, batch_first=True)
+        out, _ = self.recurrence(packed)
+        padded, _ = pad_packed_sequence(out, batch_first=True, total_length=x.shape[1])
+        return padded.index_select(0, sequences.back)
 
-    def _states(self, x: torch.Tensor, lengths: torch.Tensor | None, cache: RecurrentCache | None, layer: int):
+    def _recur(
+        self, x: torch.Tensor, sequences: torch.Tensor | LongestFirst | None, cache: RecurrentCache | None, layer: int
+    ):
+        if not _autocast_fails(x.device):
+            return self._states(x, sequences, cache, layer)
+        with torch.autocast("cpu", enabled=False):
+            return self._states(x.to(self.recurrence.weight_ih_l0.dtype), sequences, cache, layer)
+
+    def _states(
+        self, x: torch.Tensor, sequences: torch.Tensor | LongestFirst | None, cache: RecurrentCache | None, layer: int
+    ):
         """What the recurrence gives at each position."""
-        if lengths is not None and x.device.type == "cpu":
-            return self._directions(x, lengths)
-        if lengths is not None:
-            packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-            out, _ = self.recurrence(packed)
-            return pad_packed_sequence(out, batch_first=True, total_length=x.shape[1])[0]
+        if isinstance(sequences, LongestFirst):
+            return self._packed(x, sequences)
+        if sequences is not None:
+            return self._directions(x, sequences)
         state = None if cache is None else cache.state(layer)
         if state is not None and isinstance(self.recurrence, nn.GRU):
             (state,) = state
@@ -99,9 +130,12 @@ class RecurrentBlock(Residual):
             cache.store(layer, state if isinstance(state, tuple) else (state,))
         return out
 
-    def forward(self, stream: Stream, context: Context, lengths: torch.Tensor | None, layer: int) -> Stream:
+    def forward(
+        self, stream: Stream, context: Context, sequences: torch.Tensor | LongestFirst | None, layer: int
+    ) -> Stream:
+        """``sequences``: the lengths of those that padding follows, on a CPU as a tensor."""
         stream = self.add(
-            stream, self.recurrence_norm, lambda x: self.out(self._recur(x, lengths, context.cache, layer))
+            stream, self.recurrence_norm, lambda x: self.out(self._recur(x, sequences, context.cache, layer))
         )
         if self.cross:
             stream = self.add(stream, self.cross_norm, lambda x: self.cross_attention(x, context, layer))
@@ -130,7 +164,10 @@ class RecurrentEncoder(RecurrentStack):
         self.check_tokens(tokens)
         mask = None if lengths is None else length_mask(tokens, lengths)
         x = self.embed(tokens, None, segments)
-        states = run_blocks(self, x, Context(causal=False), None if lengths is None else lengths.cpu())
+        sequences = lengths
+        if lengths is not None and x.device.type != "cpu":
+            sequences = LongestFirst.of(lengths, x.device)
+        states = run_blocks(self, x, Context(causal=False), sequences)
         return Encoded(states if mask is None else states * mask[..., None], mask)
 
 

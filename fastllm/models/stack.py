@@ -16,7 +16,7 @@ from .embedding import Embedded, make_norm
 
 
 def length_mask(tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """(B, S), True for the first ``lengths[b]`` of each row.
+    """(B, S), True for the first ``lengths[b]`` of each row; on the tokens' device, wherever the lengths are.
 
     Raises:
         TypeError: ``lengths`` is no tensor of integers.
@@ -31,7 +31,9 @@ def length_mask(tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     readable = readable and not (torch.compiler.is_compiling() or under_transform())
     if readable and bool(((lengths < 0) | (lengths > tokens.shape[1])).any()):
         raise ValueError(f"lengths must be from 0 to {tokens.shape[1]}, got {lengths.tolist()}")
-    return torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+    # From pinned memory, as training's batches are, the host does not wait for the copy.
+    there = lengths.to(tokens.device, non_blocking=tokens.is_cuda)
+    return torch.arange(tokens.shape[1], device=tokens.device) < there[:, None]
 
 
 def run_blocks(stack: Embedded, x: torch.Tensor, *arguments) -> torch.Tensor:
@@ -84,8 +86,8 @@ class TransformerStack(Embedded):
 class TransformerEncoder(TransformerStack):
     """Every token sees every other one of its sequence.
 
-    ``packed``: leave padding out, so that linear layers, norms and attention see the tokens alone; finding them makes
-    the host wait on a GPU. None: on a GPU. Both give the same states where there are tokens.
+    ``packed``: leave padding out, so that linear layers, norms and attention see the tokens alone. None: on a GPU. Both
+    give the same states where there are tokens.
     """
 
     def __init__(self, config: ModelConfig):
@@ -98,6 +100,8 @@ class TransformerEncoder(TransformerStack):
         """States of ``tokens`` (B, S), whose row b has ``lengths[b]`` tokens (all if None); 0 at padding.
 
         Args:
+            lengths: (B,) int32 or int64, each from 0 to S. In host memory they spare the host a wait for a GPU: how
+                many tokens there are in all decides what is computed where padding is left out.
             segments: (B, S) ids of the segment embedding; None: all 0.
 
         Raises:
@@ -122,15 +126,19 @@ class TransformerEncoder(TransformerStack):
         """:meth:`encode` of the tokens alone, one sequence after the other."""
         length, mask = tokens.shape[1], length_mask(tokens, lengths)
         bias = self._bias(0, length) if self.positions == "relative" else None
-        there = mask.flatten().nonzero()[:, 0]
-        positions = there % length
-        starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+        count = int(lengths.clamp(0, length).sum())
+        # Not mask.nonzero(), which has the host wait to learn how many there are.
+        each = mask.sum(1)
+        starts = torch.nn.functional.pad(each.cumsum(0), (1, 0))
+        row = torch.repeat_interleave(each, output_size=count)
+        positions = torch.arange(count, device=tokens.device) - starts[row]
+        there = row * length + positions
         rotary = None
         if self.positions == "rotary":
             rotary = (self.rotary_cos[positions], self.rotary_sin[positions])
         segments = None if segments is None else segments.flatten()[there]
         x = self.embed(tokens.flatten()[there], positions, segments)
-        context = Context(causal=False, rotary=rotary, bias=bias, sequences=(starts, length))
+        context = Context(causal=False, rotary=rotary, bias=bias, sequences=(starts.int(), length))
         x = run_blocks(self, x, context)
         states = x.new_zeros(mask.numel(), x.shape[-1]).index_copy(0, there, x)
         return Encoded(states.view(*mask.shape, x.shape[-1]), mask)

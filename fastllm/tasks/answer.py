@@ -88,9 +88,9 @@ def answers(
             part = todo[begin : begin + rows]
             fillers = {"tokens": tokenizer.special("sep"), "segments": 1}
             features = Features([window for _, window in part], fillers, {"lengths": "tokens"})
-            batch = {name: t.to(device) for name, t in features.batch(range(len(part))).items()}
-            segments = batch["segments"] if model.config.segments else None
-            encoded = model.encode(batch["tokens"], batch["lengths"], segments)
+            batch = features.batch(range(len(part)))
+            segments = batch["segments"].to(device) if model.config.segments else None
+            encoded = model.encode(batch["tokens"].to(device), batch["lengths"], segments)
             starts, ends = (logits.float().cpu() for logits in model.span_logits(encoded))
             for (number, window), start, end in zip(part, starts, ends, strict=True):
                 place = _likeliest(start, end, window["_offsets"])

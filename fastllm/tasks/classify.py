@@ -27,6 +27,6 @@ def classify(model, tokenizer: Tokenizer, texts: Sequence[str], *, rows: int = 3
             part = ids[begin : begin + rows]
             lengths = torch.tensor([len(row) for row in part])
             tokens = padded(part, tokenizer.special("sep"))
-            encoded = model.encode(tokens.to(device), lengths.to(device))
+            encoded = model.encode(tokens.to(device), lengths)
             result.append(model.class_logits(encoded).float().softmax(-1).cpu())
     return torch.cat(result) if result else torch.zeros(0, model.config.num_classes)

@@ -46,7 +46,7 @@ def translate(
         lengths = torch.tensor([len(sources[i]) for i in part])
         tokens = padded([sources[i] for i in part], end)
         with evaluation_mode(model), torch.inference_mode():
-            memory = model.encode(tokens.to(device), lengths.to(device))
+            memory = model.encode(tokens.to(device), lengths)
         start = torch.full((len(part), 1), end, device=device)
         options: dict[str, Any] = dict(memory=memory, max_new_tokens=RATIO * size, stop_token=end)
         if beams == 1:

@@ -10,10 +10,9 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from ..data import TokenFile, evaluation_batches
-from ..data.batches import IGNORE
 from ..models.mode import evaluation_mode
 from .device import autocast
-from .objective import Batch, Evaluation, Objective, TrainedModel, to_device
+from .objective import Batch, Evaluation, Objective, TrainedModel, target_count, to_device
 
 
 def bits_per_byte(loss: float, tokens: TokenFile) -> float:
@@ -33,16 +32,22 @@ def mean_losses(
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Each term's mean over all targets in ``batches``, and how many those are."""
     device = next(model.parameters()).device
-    sums: defaultdict[str, float] = defaultdict(float)
+    shares: defaultdict[str, list[tuple[torch.Tensor, int]]] = defaultdict(list)
     counts: Counter[str] = Counter()
     for batch in batches:
         here = {name: count for name, count in objective.counts(batch).items() if count}
         with autocast(device, dtype):
             losses = objective.losses(model, to_device(batch, device)) if here else {}
         for name, count in here.items():
-            sums[name] += losses[name].item() * count
+            shares[name].append((losses[name], count))
             counts[name] += count
-    return {name: sums[name] / counts[name] for name in counts}, dict(counts)
+    return {name: total(shares[name]) / counts[name] for name in counts}, dict(counts)
+
+
+def total(shares: list[tuple[torch.Tensor, int]]) -> float:
+    """The sum of means, each times what it is a mean over. Read at once: until then a GPU's host need not wait."""
+    means = torch.stack([mean for mean, _ in shares]).tolist()
+    return sum(mean * count for mean, (_, count) in zip(means, shares, strict=True))
 
 
 def evaluate(
@@ -55,14 +60,14 @@ def evaluate(
     but have no bytes. Dropout is off, so no random number is drawn.
     """
     device = next(model.parameters()).device
-    nats, count = 0.0, 0
+    shares = []
     stride = max(1, context_length // 2)
     with evaluating(model):
         for inputs, targets in evaluation_batches(tokens.tokens, context_length, stride, batch_size, limit):
-            scored = int((targets != IGNORE).sum())
+            batch = {"tokens": inputs, "targets": targets}
+            here = to_device(batch, device)
             with autocast(device, dtype):
-                loss = model.loss(inputs.to(device), targets.to(device))
-            nats += loss.item() * scored
-            count += scored
+                shares.append((model.loss(here["tokens"], here["targets"]), target_count(batch)))
+    nats, count = total(shares), sum(scored for _, scored in shares)
     scores = {"bits_per_byte": bits_per_byte(nats / count, tokens)}
     return Evaluation(nats / count, count, scores, whole=count == len(tokens) - 1)

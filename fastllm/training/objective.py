@@ -83,7 +83,7 @@ class Objective(Protocol):
         ...
 
     def losses(self, model: TrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
-        """The terms, each the mean over its targets (scalars, fp32), differentiable; ``batch`` on the model's device.
+        """The terms, each the mean over its targets (scalars, fp32), differentiable; ``batch`` of :func:`to_device`.
 
         A term without targets in this batch may be anything; it is not used.
         """
@@ -114,12 +114,14 @@ def rows_of(batch: Batch, rows: int) -> list[Batch]:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """``batch`` on ``device``.
+    """``batch`` on ``device``, but for ``lengths``, which stay in host memory: an encoder asks for their values.
 
     The host does not wait for what a GPU has still to do, such as the micro-batch before this one: it would for a copy
     from memory that is not pinned.
     """
-    if device.type != "cuda":
-        return {name: tensor.to(device) for name, tensor in batch.items()}
-    pinned = {name: tensor.pin_memory() if tensor.is_cpu else tensor for name, tensor in batch.items()}
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in pinned.items()}
+    if device.type == "cuda":
+        batch = {name: tensor.pin_memory() if tensor.is_cpu else tensor for name, tensor in batch.items()}
+    return {
+        name: tensor if name == "lengths" else tensor.to(device, non_blocking=device.type == "cuda")
+        for name, tensor in batch.items()
+    }

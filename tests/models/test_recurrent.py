@@ -25,6 +25,20 @@ def test_a_recurrent_language_model_caches_its_state(kind):
         model(tokens, prefix=torch.tensor([1, 2], device=DEVICE))
 
 
+@pytest.mark.runs_on("anywhere")
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_packed_sequences_are_read_as_a_cpu_reads_them(kind):
+    block = rnn.RecurrentBlock(ModelConfig(**SHAPE, encoder=kind), kind, bidirectional=True, cross=False)
+    x, lengths = torch.randn(5, 7, 16, requires_grad=True), torch.tensor([2, 7, 1, 7, 4])
+    there = torch.arange(7) < lengths[:, None]
+    results = []
+    for sequences in (lengths, rnn.LongestFirst.of(lengths, x.device)):
+        states = block._states(x, sequences, None, 0) * there[..., None]
+        results.append((states, *torch.autograd.grad(states.cos().sum(), x)))
+    for packed, directions in zip(*results, strict=True):
+        torch.testing.assert_close(packed, directions)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
 def test_a_recurrence_runs_under_autocast(kind, dtype):

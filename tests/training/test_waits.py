@@ -1,6 +1,7 @@
-"""What makes the host wait for its device: nothing in a training step, one read a token in generation."""
+"""What makes the host wait for its device: nothing in a step, one read a scoring, one a token in generation."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,10 +9,13 @@ from torch import nn
 
 from fastllm.bench import train, train_steps
 from fastllm.generate import beam_search, generate, greedy
-from fastllm.models import Transformer, TransformerConfig
+from fastllm.models import Encoder, ModelConfig, Transformer, TransformerConfig, build_model
+from fastllm.tasks.features import Features
 from fastllm.training import step as training_step
 from fastllm.training.config import TrainingConfig
+from fastllm.training.evaluate import evaluate
 from fastllm.training.objective import to_device
+from fastllm.training.objectives import Answer, Classify
 
 SHAPES = {
     "gpt2": TransformerConfig(
@@ -38,6 +42,59 @@ def test_a_step_reads_nothing_from_its_device(config, optimizer, monkeypatch):
         loss = step(batch)
         assert loss.is_meta
         assert loss.shape == ()
+
+
+SMALL = dict(vocab_size=50, context_length=24, num_layers=1, num_heads=2, hidden_size=32)
+
+
+@pytest.mark.runs_on("anywhere")
+@pytest.mark.parametrize("encoder", ["transformer", "packed", "lstm", "gru", "conv"])
+def test_sequences_of_any_length_are_read_without_a_wait(encoder):
+    """As a batch of an objective comes to its device, where "meta" stands for a GPU."""
+    place = torch.zeros(3, dtype=torch.long)
+    batch = {
+        "tokens": torch.ones(3, 9, dtype=torch.long), "segments": torch.zeros(3, 9, dtype=torch.long),
+        "lengths": torch.tensor([4, 9, 1]), "start": place, "end": place,
+    }  # fmt: skip
+    batch = to_device(batch, torch.device("meta"))
+    kind = "transformer" if encoder == "packed" else encoder
+    with torch.device("meta"):
+        reader = Encoder(ModelConfig(**SMALL, encoder=kind, decoder="none", heads=("span",)))
+        translator = build_model(ModelConfig(**SMALL, encoder=kind))
+    for model in (reader, translator):
+        model.encoder.packed = encoder == "packed"
+    loss = sum(Answer.losses(reader, batch).values())
+    loss = loss + translator.loss(batch["tokens"], batch["lengths"], batch["tokens"], batch["tokens"])
+    loss.backward()
+    assert loss.is_meta
+
+
+class _Text:
+    tokens, bytes = torch.arange(60).numpy() % 50, 60
+
+    def __len__(self):
+        return len(self.tokens)
+
+
+@pytest.mark.runs_on("anywhere")
+def test_a_scoring_is_one_read(monkeypatch):
+    reads = _reads(monkeypatch)
+    found = evaluate(Transformer(SHAPES["gpt2"]), _Text(), 24, 2)
+    assert found.tokens == 59
+    assert [name for name in reads if name in ("item", "tolist")] == ["tolist"]
+
+
+@pytest.mark.runs_on("anywhere")
+def test_a_scoring_of_classes_does_not_wait_at_a_batch(monkeypatch):
+    objective = object.__new__(Classify)
+    rows = [{"tokens": [1] * length, "labels": length % 3} for length in range(2, 14)]
+    objective.validation = Features(rows, {"tokens": 0}, {"lengths": "tokens"})
+    objective.dataset = SimpleNamespace(labels=("a", "b", "c"))
+    model = Encoder(ModelConfig(**SMALL, encoder="conv", decoder="none", heads=("classify",), labels=("a", "b", "c")))
+    reads = _reads(monkeypatch)
+    assert objective.evaluate(model, 2, "float32", 0).tokens == 12
+    # The losses, the classes found and the labels, of all batches together.
+    assert [name for name in reads if name in ("item", "tolist")] == ["tolist"] * 3
 
 
 @pytest.mark.runs_on("gpu")
@@ -78,6 +135,8 @@ class _Moved:
 def test_a_batch_goes_to_a_gpu_from_pinned_memory():
     assert to_device({"tokens": _Moved()}, torch.device("cuda")) == {"tokens": (torch.device("cuda"), True, True)}
     assert to_device({"tokens": _Moved()}, torch.device("cpu")) == {"tokens": (torch.device("cpu"), False, False)}
+    # An encoder reads these, and copies them from there.
+    assert to_device({"lengths": _Moved()}, torch.device("cuda"))["lengths"].pinned
 
 
 class _Cache:

@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 from ...data import Dataset, TokenFile, evaluation_batches
-from ...data.batches import IGNORE
 from ..device import autocast
-from ..evaluate import Evaluation, bits_per_byte, evaluating
-from ..objective import Batch, TrainedModel, target_count
+from ..evaluate import Evaluation, bits_per_byte, evaluating, total
+from ..objective import Batch, TrainedModel, target_count, to_device
 from .streams import CausalLM
 
 
@@ -47,16 +46,19 @@ def student_scores(
     And ``kl_to_teacher``: the mean of KL(teacher || student) at temperature 1, in nats a token.
     """
     device = next(student.parameters()).device
-    stride, nats, divergence, count = max(1, context_length // 2), 0.0, 0.0, 0
+    stride, losses, divergences = max(1, context_length // 2), [], []
     with evaluating(student):
         for inputs, targets in evaluation_batches(tokens.tokens, context_length, stride, rows, limit):
-            scored = int((targets != IGNORE).sum())
-            batch = {"tokens": inputs.to(device), "targets": targets.to(device)}
+            batch = {"tokens": inputs, "targets": targets}
+            scored = target_count(batch)
+            batch = to_device(batch, device)
             with autocast(device, dtype):
                 hidden = student.hidden(batch["tokens"])
                 loss = student.head.loss(hidden, batch["targets"], student.config.logit_scale)
                 kl = teacher_divergence(student, hidden, teacher, batch)
-            nats, divergence, count = nats + loss.item() * scored, divergence + kl.item() * scored, count + scored
+            losses.append((loss, scored))
+            divergences.append((kl, scored))
+    nats, divergence, count = total(losses), total(divergences), sum(scored for _, scored in losses)
     scores = {"bits_per_byte": bits_per_byte(nats / count, tokens), "kl_to_teacher": divergence / count}
     return Evaluation(nats / count, count, scores, whole=count == len(tokens) - 1)
 

@@ -166,14 +166,18 @@ class Classify(ExampleObjective):
         from ...tasks.metrics import f1_macro
 
         device = next(model.parameters()).device
-        predicted, labels, loss = [], [], 0.0
+        predicted, labels, losses = [], [], []
         with evaluating(model):
             for batch in self._batches(limit, rows):
+                labels.append(batch["labels"])
                 batch = to_device(batch, device)
                 logits = model.class_logits(model.encode(batch["tokens"], batch["lengths"])).float()
-                loss += nn.functional.cross_entropy(logits, batch["labels"], reduction="sum").item()
-                predicted += logits.argmax(-1).tolist()
-                labels += batch["labels"].tolist()
+                losses.append(nn.functional.cross_entropy(logits, batch["labels"], reduction="sum"))
+                predicted.append(logits.argmax(-1))
+        # Read at once: until then a GPU's host need not wait.
+        loss, predicted, labels = (
+            sum(torch.stack(losses).tolist()), torch.cat(predicted).tolist(), torch.cat(labels).tolist()
+        )  # fmt: skip
         accuracy = sum(a == b for a, b in zip(predicted, labels, strict=True)) / len(labels)
         scores = {"accuracy": accuracy, "f1": f1_macro(labels, predicted, len(self.dataset.labels))}
         return Evaluation(loss / len(labels), len(labels), scores, "accuracy", self._whole(limit))

@@ -271,16 +271,17 @@ class MaskedLM:
 
     def evaluate(self, model: TrainedModel, rows: int, dtype: str, limit: int) -> Evaluation:
         device = next(model.parameters()).device
-        right = total = 0
+        right: int | torch.Tensor = 0
+        total = 0
         with evaluating(model):
             losses, counts = mean_losses(self, model, self._held_out(rows, limit), dtype)
             for batch in self._held_out(rows, limit) if self.pairs else ():
                 batch = to_device(batch, device)
                 encoded = model.encode(batch["tokens"], batch["lengths"], batch["segments"])
-                right += int((model.next_logits(encoded).argmax(-1) == batch["next"]).sum())
+                right = right + (model.next_logits(encoded).argmax(-1) == batch["next"]).sum()
                 total += len(batch["next"])
         scores = {f"{name}_loss": loss for name, loss in losses.items()}
         if self.pairs:
-            scores["nsp_accuracy"] = right / total
+            scores["nsp_accuracy"] = int(right) / total
         main = "mlm_loss" if self.masking else "nsp_accuracy"
         return Evaluation(sum(losses.values()), counts.get("mlm", total), scores, main, not limit)
