@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.distributed.utils import _to_kwargs
 
 from fastllm.bench import train, train_steps
 from fastllm.generate import beam_search, generate, greedy
@@ -16,6 +17,7 @@ from fastllm.training.config import TrainingConfig
 from fastllm.training.evaluate import evaluate
 from fastllm.training.objective import to_device
 from fastllm.training.objectives import Answer, Classify
+from fastllm.training.parallel.distributed import Group, WeightedLoss
 
 SHAPES = {
     "gpt2": TransformerConfig(
@@ -67,6 +69,19 @@ def test_sequences_of_any_length_are_read_without_a_wait(encoder):
     loss = loss + translator.loss(batch["tokens"], batch["lengths"], batch["tokens"], batch["tokens"])
     loss.backward()
     assert loss.is_meta
+
+
+@pytest.mark.runs_on("anywhere")
+def test_ddp_and_fsdp_leave_a_batch_where_it_is():
+    group, module = object.__new__(Group), WeightedLoss(nn.Identity())
+    # As both do with what their module is called with.
+    group._module = lambda *args: module(*_to_kwargs(args, {}, torch.device("meta"), False)[0][0])
+
+    def losses(model, batch):
+        return {"loss": batch["lengths"].sum()}
+
+    batch = to_device({"lengths": torch.tensor([4, 9, 1])}, torch.device("meta"))
+    assert group.shares(losses, None, batch, {"loss": 0.5}, batch)["loss"].item() == 7
 
 
 class _Text:

@@ -12,7 +12,7 @@ import itertools
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
@@ -34,9 +34,9 @@ from ..checkpoints.sharded import ShardedSaver, read_sharded, whole_model
 from ..config import TrainingConfig
 from ..device import narrow_dtype
 from ..guard import Failed
-from ..objectives import Batch, Objective
+from ..objectives import Objective
 from .meta import copy_part, on_meta
-from .ranks import ALONE, Losses, Ranks, launched, shares
+from .ranks import ALONE, Ranks, launched, shares
 from .vocab_parallel import split_vocabulary
 from .watch import Watch
 
@@ -130,14 +130,17 @@ class RankLost(Failed):
 
 
 class WeightedLoss(nn.Module):
-    """A model whose forward is the objective's weighted terms: what DDP and FSDP2 put their hooks on."""
+    """A model whose forward is what ``compute`` makes of it: what DDP and FSDP2 put their hooks on.
+
+    The objective's weighted terms, of a batch that these engines do not see: they would move all of it to their device.
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, losses: Losses, batch: Batch, weights: Mapping[str, float], elsewhere: Batch | None):
-        return shares(losses, self.model, batch, weights, elsewhere)
+    def forward(self, compute: Callable[[nn.Module], dict[str, torch.Tensor]]):
+        return compute(self.model)
 
 
 class Group(Ranks):
@@ -171,7 +174,7 @@ class Group(Ranks):
     def shares(self, losses, model, batch, weights, elsewhere):
         if self._module is None:
             return super().shares(losses, model, batch, weights, elsewhere)
-        return self._module(losses, batch, weights, elsewhere)
+        return self._module(lambda whole: shares(losses, whole, batch, weights, elsewhere))
 
     def sum_(self, values: Sequence[torch.Tensor]) -> None:
         packed = torch.stack([value.float() for value in values])
