@@ -1,8 +1,9 @@
 """``fastllm bench --tune OP``: searches launch settings on a GPU and rewrites kernels/tuned.py.
 
 Settings are those that a launcher passes through :func:`fastllm.kernels.launch.tuned`. From the launcher's own, each
-is halved and doubled in turn for as long as the call gets faster outside the noise. What fails, or is not as close to
-the truth as the op has to be, is passed over.
+is halved and doubled in turn, stages are one more or less, and registers are bound so that a multiprocessor holds two
+blocks, for as long as the call gets faster outside the noise. What fails, or is not as close to the truth as the op has
+to be, is passed over.
 
 The Gluon kernels of attention are left out. Half and twice their settings are no candidates: twice the keys of a step
 spills at head dim 128, twice the buffers does not fit in a block's shared memory there, and a setting that has not run
@@ -55,12 +56,27 @@ class Table(dict):
         return found
 
 
+# Next to 3 of these are 2 and 4.
+COUNTED = ("num_stages", "STAGES")
+# A multiprocessor's, of every GPU of NVIDIA that is served.
+REGISTERS = 65536
+
+
 def neighbours(settings: Settings) -> Iterator[Settings]:
-    """Each setting halved and doubled, the others as they are."""
+    """Each setting halved and doubled, stages one more and one less, the others as they are.
+
+    And attention's, which take a bound on registers, with one that lets a multiprocessor hold two blocks: at as many
+    stages, and at one less, for which shared memory may have room twice.
+    """
     for name, value in settings.items():
-        for changed in (value // 2, value * 2):
+        for changed in (value - 1, value + 1) if name in COUNTED else (value // 2, value * 2):
             if changed >= 1:
                 yield settings | {name: changed}
+    stages, bound = settings.get("num_stages", 0), REGISTERS // (2 * 32 * settings.get("num_warps", 1))
+    if stages and "maxnreg" not in settings and bound < 256:
+        for fewer in (stages, stages - 1):
+            if fewer >= 1:
+                yield settings | {"num_stages": fewer, "maxnreg": bound}
 
 
 def search(start: Settings, faster: Callable[[Settings, Settings], bool]) -> Settings:

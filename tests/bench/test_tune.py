@@ -10,6 +10,7 @@ import fastllm
 from fastllm.bench import command, tune
 from fastllm.bench.run import plan
 from fastllm.kernels import launch as _launch
+from fastllm.kernels.attention import tiles
 
 
 def test_the_walk_ends_where_no_neighbour_is_faster():
@@ -26,6 +27,19 @@ def test_the_walk_ends_where_no_neighbour_is_faster():
     assert len(tried) == len({tuple(t.items()) for t in tried})
     assert tune.search({"BLOCK": 1}, lambda new, old: False) == {"BLOCK": 1}
     assert list(tune.neighbours({"a": 1, "b": 4})) == [{"a": 2, "b": 4}, {"a": 1, "b": 2}, {"a": 1, "b": 8}]
+
+
+def test_the_walk_comes_to_a_pipeline_that_is_a_stage_shorter():
+    start = {"BLOCK_M": 64, "num_stages": 3}
+    assert tune.search(start, lambda new, old: new["num_stages"] == 2 < old["num_stages"]) == start | {"num_stages": 2}
+
+
+def test_the_walk_comes_to_two_blocks_of_attention_on_a_multiprocessor():
+    """96 KB of shared memory and 128 registers a thread: what neither a stage less nor a bound gives alone."""
+    start = tiles.forward_tile(128, torch.bfloat16, 90, 0)
+    two = start | {"num_stages": 2, "maxnreg": 128}
+    assert start["num_stages"] == 3
+    assert tune.search(start, lambda new, old: new == two) == two
 
 
 def test_the_table_is_rewritten_with_where_and_when():
