@@ -15,6 +15,7 @@ from ..backends import KERNEL_DTYPES, free_for_native, pick, under_transform
 from ..registry import Cost, Op, Sample, define, register
 from .shared.autograd import PLAIN, apply, apply_untransformed, gradients, unwrapped
 from .shared.check import beyond_float32, check_floating
+from .shared.stand_ins import any_stands_in, overridden
 
 # The activation of the gate, by its name.
 GATE_ACTIVATIONS = {
@@ -229,7 +230,9 @@ def swiglu(gate, up=None):
         BackendError: the backend asked for cannot serve the call.
     """
     found = _ordinary(gate, up, "silu")
-    return _served("swiglu", _swiglu_call(gate, up)) if found is None else found
+    if found is not None:
+        return found
+    return overridden(swiglu, gate, up) if any_stands_in(gate, up) else _served("swiglu", _swiglu_call(gate, up))
 
 
 class SwiGLU(torch.nn.Module):
@@ -275,7 +278,11 @@ def geglu(gate, up=None, *, approximate="none"):
     """
     kind = _kind(approximate)
     found = _ordinary(gate, up, kind)
-    return _served("geglu", _checked("geglu", gate, up, kind)) if found is None else found
+    if found is not None:
+        return found
+    if any_stands_in(gate, up):
+        return overridden(geglu, gate, up, approximate=approximate)
+    return _served("geglu", _checked("geglu", gate, up, kind))
 
 
 class GEGLU(torch.nn.Module):

@@ -18,6 +18,7 @@ from .linear_rows import MAX_ROWS, linear_rows
 from .shared import onednn
 from .shared.autograd import PLAIN, apply, autocasted, autocasts, gradients, unwatched
 from .shared.check import check_floating
+from .shared.stand_ins import any_stands_in, overridden, stands_in
 from .shared.widened import NARROW, widened_input_grad, widened_linear, widened_weight_grad, widens
 
 OP = "linear"
@@ -259,6 +260,8 @@ def linear(input, weight, bias=None):
     """
     if _plainly_torchs(input, weight, bias):
         return F.linear(input, weight, bias)
+    if any_stands_in(input, weight, bias):
+        return overridden(linear, input, weight, bias)
     call = _call(input, weight, bias)
     form = linear_form(call, pick(OP, call)).name
     if form == TORCH:
@@ -274,8 +277,9 @@ class Linear(torch.nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in_features) to (..., out_features)."""
-        product = F.linear if pays(self.weight) is None else linear
-        return product(input, self.weight, self.bias)
+        weight = self.weight  # no tensor where torch.fx traces
+        product = linear if stands_in(weight) or pays(weight) is not None else F.linear
+        return product(input, weight, self.bias)
 
 
 def _samples(device, dtype):

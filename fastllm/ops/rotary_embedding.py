@@ -11,6 +11,7 @@ from ..backends import pick, under_transform
 from ..registry import Cost, Op, Sample, define, register
 from .shared.autograd import apply, frozen
 from .shared.check import beyond_float32, check_dense, check_floating, check_integer
+from .shared.stand_ins import any_stands_in, overridden
 
 
 def _rows(query, cos, sin, position_ids, offset: int):
@@ -275,6 +276,10 @@ def rotary_embedding(query, key, cos, sin, *, position_ids=None, offset=0, inter
         IndexError: on CPU, a position id is not a row of the tables. On CUDA a device-side assert.
         BackendError: the backend asked for cannot serve the call; the kernel has no gradient for cos and sin.
     """
+    if any_stands_in(query, key, cos, sin, position_ids):
+        return overridden(
+            rotary_embedding, query, key, cos, sin, position_ids=position_ids, offset=offset, interleaved=interleaved
+        )
     call = _call(query, key, cos, sin, position_ids=position_ids, offset=offset, interleaved=interleaved)
     backend = pick("rotary_embedding", call).backend
     if backend == "eager":

@@ -6,6 +6,7 @@ from ...backends import pick, product_obstacle
 from ...registry import Op, register
 from ..shared.check import beyond_float32
 from ..shared.philox import draw_seed
+from ..shared.stand_ins import any_stands_in, overridden
 from .call import (
     AttentionCall,
     AttentionRequest,
@@ -135,11 +136,14 @@ def attention(
         out = ordinary_attention(query, key, value, causal, scale)
         if out is not None:
             return out
-    request = _request(
-        query, key, value, causal=causal, window=window, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes,
-        sinks=sinks, bias=bias, dropout_p=dropout_p, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, return_lse=return_lse,
+    options = dict(
+        causal=causal, window=window, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, bias=bias,
+        dropout_p=dropout_p, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k, return_lse=return_lse,
     )  # fmt: skip
+    if any_stands_in(query, key, value, *options.values()):
+        return overridden(attention, query, key, value, **options)
+    request = _request(query, key, value, **options)
     choice = pick("attention", request)
     form = form_of(request, choice)
     if form is not None and form.name != CHUNKS:

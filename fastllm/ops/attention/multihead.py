@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..linear import linear, pays
+from ..shared.stand_ins import any_stands_in, as_leaf
 from .sdpa import sdpa_request, served
 
 
@@ -141,6 +142,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         Raises:
             TypeError, ValueError: a mask or shape does not fit.
         """
+        if any_stands_in(query, key, value):
+            options = dict(
+                key_padding_mask=key_padding_mask, need_weights=need_weights, attn_mask=attn_mask,
+                average_attn_weights=average_attn_weights, is_causal=is_causal,
+            )  # fmt: skip
+            node = as_leaf(self, query, key, value, **options)
+            if node is not None:
+                return node
         if need_weights or query.is_nested or key.is_nested or value.is_nested:
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal

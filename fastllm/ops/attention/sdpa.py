@@ -11,6 +11,7 @@ from ...backends import pick
 from ...registry import Op, Sample, register
 from ..shared.check import check_dense
 from ..shared.philox import draw_seed, first_row_of
+from ..shared.stand_ins import any_stands_in, overridden
 from .attention import attention_prefers_torch, kernels_refuse
 from .call import AttentionCall, AttentionRequest, TorchArguments, cast_qkv, check_dropout, check_qkv, check_scale
 from .forms import CHUNKS, attention_by_form, form_of, formed
@@ -202,6 +203,10 @@ def scaled_dot_product_attention(
         out = ordinary_attention(query, key, value, is_causal, scale)
         if out is not None:
             return out
+    if any_stands_in(query, key, value, attn_mask):
+        return overridden(
+            scaled_dot_product_attention, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        )
     return served(sdpa_request(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa))
 
 

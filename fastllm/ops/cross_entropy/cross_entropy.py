@@ -8,6 +8,7 @@ from ...backends import pick
 from ...registry import Op, register
 from ..shared.autograd import apply
 from ..shared.signature import keyword_options, keywords_of
+from ..shared.stand_ins import any_stands_in, overridden
 from .call import CrossEntropyCall, cross_entropy_call
 from .loss import loss_dtype, out_of_range
 from .operator import CrossEntropy, LossNode
@@ -105,10 +106,13 @@ def cross_entropy(
         value = ordinary_cross_entropy(input, target, ignore_index, reduction)
         if value is not None:
             return value
-    call = cross_entropy_call(
-        input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, softcap=softcap,
-        logit_scale=logit_scale, z_loss=z_loss, return_lse=return_lse, inplace=inplace,
+    given = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    options = dict(
+        softcap=softcap, logit_scale=logit_scale, z_loss=z_loss, return_lse=return_lse, inplace=inplace
     )  # fmt: skip
+    if any_stands_in(input, target, weight):
+        return overridden(cross_entropy, *given, **options)
+    call = cross_entropy_call(*given, **options)
     choice = pick("cross_entropy", call)
     try:
         return eager_cross_entropy(call) if choice.backend == "eager" else _by_kernels(call, choice.backend)

@@ -7,6 +7,7 @@ import torch
 from ...backends import pick, plain_eager
 from ...registry import Cost, Op, Sample, register
 from ..shared.autograd import apply
+from ..shared.stand_ins import any_stands_in, overridden
 from .kl_call import linear_kl_div_call
 from .kl_operator import KLNode, LinearKLDiv, linear_kl_div_fwd
 from .kl_rows import linear_kl_div_definition
@@ -66,12 +67,15 @@ def linear_kl_div(
         IndexError: on CPU, an index in ``teacher_indices`` is not a class.
         BackendError: the backend asked for cannot serve the call.
     """
-    call = linear_kl_div_call(
-        input, linear_weight, teacher_input, teacher_weight, target=target, direction=direction, beta=beta,
-        temperature=temperature, ignore_index=ignore_index, reduction=reduction, max_workspace_mb=max_workspace_mb,
-        linear_bias=linear_bias, teacher_bias=teacher_bias, teacher_indices=teacher_indices, softcap=softcap,
-        teacher_softcap=teacher_softcap,
+    layers = (input, linear_weight, teacher_input, teacher_weight)
+    options = dict(
+        target=target, direction=direction, beta=beta, temperature=temperature, ignore_index=ignore_index,
+        reduction=reduction, max_workspace_mb=max_workspace_mb, linear_bias=linear_bias, teacher_bias=teacher_bias,
+        teacher_indices=teacher_indices, softcap=softcap, teacher_softcap=teacher_softcap,
     )  # fmt: skip
+    if any_stands_in(*layers, target, linear_bias, teacher_bias, teacher_indices):
+        return overridden(linear_kl_div, *layers, **options)
+    call = linear_kl_div_call(*layers, **options)
     backend = pick("linear_kl_div", call).backend
     if plain_eager(backend, call.tensors()):
         return linear_kl_div_definition(call)

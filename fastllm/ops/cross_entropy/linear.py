@@ -13,6 +13,7 @@ from ...registry import Op, register
 from ..shared.autograd import apply
 from ..shared.check import check_floating
 from ..shared.signature import keyword_options, keywords_of
+from ..shared.stand_ins import any_stands_in, overridden
 from .call import LinearCrossEntropyCall, check_whole, is_whole, linear_cross_entropy_call
 from .chunks import LayerLoss, LinearCrossEntropyPlan, bytes_per_row, chunk_plan, workspace_mb
 from .cross_entropy import cross_entropy
@@ -95,6 +96,14 @@ def linear_cross_entropy(
         found = ordinary_linear_loss("linear_cross_entropy", (input, linear_weight), target, ignored, reduction)
         if found is not None:
             return found
+    if any_stands_in(input, linear_weight, target, linear_bias, weight, token_weight):
+        return overridden(
+            linear_cross_entropy, input, linear_weight, target, linear_bias=linear_bias, weight=weight,
+            reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing, options=options,
+            softcap=softcap, logit_scale=logit_scale, z_loss=z_loss, token_weight=token_weight, shift=shift,
+            max_workspace_mb=max_workspace_mb, max_targets=max_targets, recompute=recompute, return_lse=return_lse,
+            return_accuracy=return_accuracy, return_entropy=return_entropy,
+        )  # fmt: skip
     if is_whole(linear_weight, target):
         refused = dict(
             token_weight=token_weight is not None, shift=shift, max_targets=max_targets is not None,

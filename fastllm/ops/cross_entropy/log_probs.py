@@ -8,6 +8,7 @@ import torch
 
 from ...registry import Op, Sample, register
 from ..shared.check import check_number, is_number
+from ..shared.stand_ins import any_stands_in, overridden
 from .call import LinearCrossEntropyCall, linear_cross_entropy_call
 from .linear import linear_loss
 from .linear_reference import linear_definition, shifted
@@ -69,11 +70,13 @@ def linear_log_probs(
         found = ordinary_linear_loss(_NAME, (input, linear_weight), target, ignore_index, "none")
         if found is not None:
             return found
-    call = _checked(
-        input, linear_weight, target, linear_bias=linear_bias, temperature=temperature, softcap=softcap,
-        return_entropy=return_entropy, token_weight=token_weight, shift=shift, ignore_index=ignore_index,
-        max_workspace_mb=max_workspace_mb,
+    options = dict(
+        linear_bias=linear_bias, temperature=temperature, softcap=softcap, return_entropy=return_entropy,
+        token_weight=token_weight, shift=shift, ignore_index=ignore_index, max_workspace_mb=max_workspace_mb,
     )  # fmt: skip
+    if any_stands_in(input, linear_weight, target, linear_bias, token_weight):
+        return overridden(linear_log_probs, input, linear_weight, target, **options)
+    call = _checked(input, linear_weight, target, **options)
     log_probs, _, entropy = _rows(call)
     return (log_probs, entropy) if call.return_entropy else log_probs
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ...backends import pick, plain_eager
 from ...registry import Op, register
+from ..shared.stand_ins import any_stands_in, overridden
 from .call import EmbeddingCall, embedding_call, normalised_padding
 from .eager import named_errors
 from .operator import LookupOptions, differentiable_rows
@@ -90,6 +91,11 @@ def embedding(
         rows = ordinary_embedding(input, weight, padding_idx) if type(norm_type) is float else None
         if rows is not None:
             return rows
+    if any_stands_in(input, weight):
+        return overridden(
+            embedding, input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse,
+            main_grad=main_grad, vocab_range=vocab_range,
+        )  # fmt: skip
     call = embedding_call(
         input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse,
         main_grad=main_grad, vocab_range=vocab_range,

@@ -15,6 +15,7 @@ from ..shared.check import check_floating, check_number
 from ..shared.dropout import dropped, dropped_gradient
 from ..shared.philox import draw_seed, dropout_mask, dropout_scale, first_row_of
 from ..shared.sharded import agreed, replicated
+from ..shared.stand_ins import any_stands_in, overridden
 from .call import check_indices, check_table, normalised_padding
 from .eager import gather_eager
 from .embedding import Embedding
@@ -253,7 +254,10 @@ def embedding_sum(indices, weights, *, padding_idx=None, scale=1.0, dropout_p=0.
         rows = ordinary_embedding_sum(indices, weights)
         if rows is not None:
             return rows
-    return _served(_call(indices, weights, padding_idx=padding_idx, scale=scale, dropout_p=dropout_p))
+    options = dict(padding_idx=padding_idx, scale=scale, dropout_p=dropout_p)
+    if any_stands_in(indices, weights):
+        return overridden(embedding_sum, indices, weights, **options)
+    return _served(_call(indices, weights, **options))
 
 
 def _served(call: EmbeddingSumCall) -> torch.Tensor:
@@ -312,14 +316,17 @@ class EmbeddingSum(torch.nn.Module):
     def forward(self, *indices):
         if len(indices) > len(self.tables):
             raise ValueError(f"EmbeddingSum: got {len(indices)} indices for {len(self.tables)} tables")
-        call = _call(
+        operands = (
             [*indices, *[None] * (len(self.tables) - len(indices))],
             [table.weight for table in self.tables],
-            padding_idx=[table.padding_idx for table in self.tables],
-            scale=self.scale,
-            dropout_p=self.dropout if self.training else 0.0,
         )
-        return _served(call._replace(first_row=self.first_row))
+        options = dict(
+            padding_idx=[table.padding_idx for table in self.tables], scale=self.scale,
+            dropout_p=self.dropout if self.training else 0.0,
+        )  # fmt: skip
+        if any_stands_in(*operands):
+            return overridden(embedding_sum, *operands, **options)
+        return _served(_call(*operands, **options)._replace(first_row=self.first_row))
 
     def extra_repr(self):
         return f"scale={self.scale}, dropout={self.dropout}"

@@ -7,6 +7,7 @@ import torch
 from ...backends import pick
 from ...registry import Op, register
 from ..shared.check import check_floating
+from ..shared.stand_ins import any_stands_in, overridden
 from .call import NormCall, check_branch_dropout, checked, default_eps
 from .operator import empty_is_torchs, fused_norm, layer_norm_prefers_torch, norm_refuses
 from .ordinary import ordinary_add_layer_norm, ordinary_add_rms_norm
@@ -82,6 +83,8 @@ def add_layer_norm(
         if both is not None:
             return both
     options = dict(dropout_p=dropout_p, weight_offset=weight_offset)
+    if any_stands_in(input, residual, weight, bias):
+        return overridden(add_layer_norm, input, residual, normalized_shape, weight, bias, eps, **options)
     call = add_layer_norm_call(input, residual, normalized_shape, weight, bias, eps, **options)
     return _served("add_layer_norm", call)
 
@@ -112,6 +115,8 @@ def add_rms_norm(input, residual, normalized_shape, weight=None, eps=None, *, dr
         if both is not None:
             return both
     options = dict(dropout_p=dropout_p, weight_offset=weight_offset)
+    if any_stands_in(input, residual, weight):
+        return overridden(add_rms_norm, input, residual, normalized_shape, weight, eps, **options)
     call = add_rms_norm_call(input, residual, normalized_shape, weight, eps, **options)
     return _served("add_rms_norm", call)
 
@@ -144,8 +149,8 @@ class AddLayerNorm(DropsBranch, torch.nn.LayerNorm):
 
     def forward(self, input, residual):
         dropout_p, operands = self.active_dropout, (self.normalized_shape, self.weight, self.bias, self.eps)
-        if dropout_p == 0.0:  # and first_row counts for dropout alone
-            return add_layer_norm(input, residual, *operands)
+        if dropout_p == 0.0 or self.first_row is None:  # which counts for dropout alone
+            return add_layer_norm(input, residual, *operands, dropout_p=dropout_p)
         call = add_layer_norm_call(input, residual, *operands, dropout_p=dropout_p)
         return _served("add_layer_norm", call._replace(first_row=self.first_row))
 
@@ -158,8 +163,8 @@ class AddRMSNorm(DropsBranch, torch.nn.RMSNorm):
 
     def forward(self, input, residual):
         dropout_p, operands = self.active_dropout, (self.normalized_shape, self.weight, self.eps)
-        if dropout_p == 0.0:
-            return add_rms_norm(input, residual, *operands)
+        if dropout_p == 0.0 or self.first_row is None:
+            return add_rms_norm(input, residual, *operands, dropout_p=dropout_p)
         call = add_rms_norm_call(input, residual, *operands, dropout_p=dropout_p)
         return _served("add_rms_norm", call._replace(first_row=self.first_row))
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ...backends import pick
 from ...registry import Op, register
+from ..shared.stand_ins import any_stands_in, overridden
 from .call import NormCall, checked
 from .operator import fused_norm, layer_norm_prefers_torch, norm_refuses
 from .ordinary import ordinary_layer_norm
@@ -51,6 +52,8 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *, wei
         normed = ordinary_layer_norm(input, normalized_shape, weight, bias, eps)
         if normed is not None:
             return normed
+    if any_stands_in(input, weight, bias):
+        return overridden(layer_norm, input, normalized_shape, weight, bias, eps, weight_offset=weight_offset)
     call = layer_norm_call(input, normalized_shape, weight, bias, eps, weight_offset=weight_offset)
     backend = pick("layer_norm", call).backend
     return eager_norm(call) if backend == "eager" else fused_norm(call, backend)[0]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from ...backends import pick
 from ...registry import Op, register
 from ..shared.check import check_floating
+from ..shared.stand_ins import any_stands_in, overridden
 from .call import NormCall, checked, default_eps
 from .operator import empty_is_torchs, fused_norm, norm_refuses
 from .ordinary import ordinary_rms_norm
@@ -55,6 +56,8 @@ def rms_norm(input, normalized_shape, weight=None, eps=None, *, weight_offset=0.
         normed = ordinary_rms_norm(input, normalized_shape, weight, eps)
         if normed is not None:
             return normed
+    if any_stands_in(input, weight):
+        return overridden(rms_norm, input, normalized_shape, weight, eps, weight_offset=weight_offset)
     call = rms_norm_call(input, normalized_shape, weight, eps, weight_offset=weight_offset)
     backend = pick("rms_norm", call).backend
     return eager_norm(call) if backend == "eager" else fused_norm(call, backend)[0]
