@@ -98,7 +98,7 @@ struct Call {
 
 void check_out(const char* op, const Tensor& x, int64_t rows, int64_t columns, const Call& call) {
   if (x.dim() != 4 || x.size(0) != call.q.size(0) || x.size(2) != rows || x.size(3) != columns ||
-      x.scalar_type() != call.q.scalar_type() || (columns > 1 && x.stride(3) != 1))
+      x.scalar_type() != call.q.scalar_type() || (columns > 1 && x.numel() > 0 && x.stride(3) != 1))
     refuse(op, ": what is written must be of the query's dtype and fit, with columns side by side");
 }
 
@@ -192,8 +192,8 @@ void attention_grad_rows(const Tensor& dout_, const std::optional<Tensor>& dlse,
   if (dlse.has_value()) check_column(op, *dlse, call);
   if (dbias.has_value() && (shape_of(*dbias) != call.scores() || dbias->scalar_type() != ScalarType::Float))
     refuse(op, ": dbias must be float32, expanded to the scores");
-  // The heads of a group each give the gradient of the one that they read.
-  const bool grouped = call.group() > 1;
+  // The heads of a group each give the gradient of the one that they read; none do where there is no query's head.
+  const bool grouped = call.group() != 1;
   const auto apart = [&](const std::optional<Tensor>& x) {
     const bool there = grouped && x.has_value();
     return empty_like_device(call.q, {there ? call.planes() : 0, there ? x->size(2) : 0, there ? x->size(3) : 0},

@@ -156,3 +156,17 @@ def test_a_small_call_in_16_bits_is_the_extensions_where_a_gradient_is_wanted(mo
 def test_float64_is_refused_by_name():
     with fastllm.backend("native"), pytest.raises(BackendError, match="computes in float32"):
         attention(*(torch.zeros(1, 1, 4, 8, dtype=torch.float64) for _ in range(3)))
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_empty_call_has_gradients_for_one_number_seen_as_many(backend, dtype):
+    """The gradient of a sum is that, and an empty tensor of any strides counts as contiguous."""
+    for batch, heads, rows, keys in ((0, 2, 3, 5), (2, 0, 3, 5), (2, 2, 0, 5), (2, 2, 3, 0), (2, 4, 0, 0)):
+        q = torch.randn(batch, heads, rows, 8, dtype=dtype, requires_grad=True)
+        k, v = (torch.randn(batch, 2, keys, 8, dtype=dtype, requires_grad=True) for _ in range(2))
+        with fastllm.backend(backend):
+            out = attention(q, k, v)
+            grads = torch.autograd.grad(out.sum(), (q, k, v))
+        for x, grad in zip((q, k, v), grads, strict=True):
+            assert torch.equal(grad, torch.zeros_like(x)), (batch, heads, rows, keys)
