@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ...backends import pick, product_obstacle
 from ...registry import Op, register
 from ..shared.check import beyond_float32
@@ -136,7 +138,7 @@ def attention(
         out = ordinary_attention(query, key, value, causal, scale)
         if out is not None:
             return out
-    options = dict(
+    options: dict[str, Any] = dict(
         causal=causal, window=window, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, bias=bias,
         dropout_p=dropout_p, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k, return_lse=return_lse,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ...backends import pick
@@ -106,8 +108,8 @@ def cross_entropy(
         value = ordinary_cross_entropy(input, target, ignore_index, reduction)
         if value is not None:
             return value
-    given = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-    options = dict(
+    given: tuple[Any, ...] = (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    options: dict[str, Any] = dict(
         softcap=softcap, logit_scale=logit_scale, z_loss=z_loss, return_lse=return_lse, inplace=inplace
     )  # fmt: skip
     if any_stands_in(input, target, weight):

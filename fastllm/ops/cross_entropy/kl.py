@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ...backends import pick, plain_eager
@@ -68,7 +70,7 @@ def linear_kl_div(
         BackendError: the backend asked for cannot serve the call.
     """
     layers = (input, linear_weight, teacher_input, teacher_weight)
-    options = dict(
+    options: dict[str, Any] = dict(
         target=target, direction=direction, beta=beta, temperature=temperature, ignore_index=ignore_index,
         reduction=reduction, max_workspace_mb=max_workspace_mb, linear_bias=linear_bias, teacher_bias=teacher_bias,
         teacher_indices=teacher_indices, softcap=softcap, teacher_softcap=teacher_softcap,

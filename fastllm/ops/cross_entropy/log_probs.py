@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -70,7 +71,7 @@ def linear_log_probs(
         found = ordinary_linear_loss(_NAME, (input, linear_weight), target, ignore_index, "none")
         if found is not None:
             return found
-    options = dict(
+    options: dict[str, Any] = dict(
         linear_bias=linear_bias, temperature=temperature, softcap=softcap, return_entropy=return_entropy,
         token_weight=token_weight, shift=shift, ignore_index=ignore_index, max_workspace_mb=max_workspace_mb,
     )  # fmt: skip

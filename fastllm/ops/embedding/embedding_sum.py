@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -254,7 +254,7 @@ def embedding_sum(indices, weights, *, padding_idx=None, scale=1.0, dropout_p=0.
         rows = ordinary_embedding_sum(indices, weights)
         if rows is not None:
             return rows
-    options = dict(padding_idx=padding_idx, scale=scale, dropout_p=dropout_p)
+    options: dict[str, Any] = dict(padding_idx=padding_idx, scale=scale, dropout_p=dropout_p)
     if any_stands_in(indices, weights):
         return overridden(embedding_sum, indices, weights, **options)
     return _served(_call(indices, weights, **options))
@@ -320,7 +320,7 @@ class EmbeddingSum(torch.nn.Module):
             [*indices, *[None] * (len(self.tables) - len(indices))],
             [table.weight for table in self.tables],
         )
-        options = dict(
+        options: dict[str, Any] = dict(
             padding_idx=[table.padding_idx for table in self.tables], scale=self.scale,
             dropout_p=self.dropout if self.training else 0.0,
         )  # fmt: skip

@@ -45,6 +45,6 @@ def as_leaf(module: torch.nn.Module, *args, **options):
     if not proxies:
         return None
     tracer = proxies[0].tracer
-    if module is getattr(tracer, "root", None):
+    if not isinstance(tracer, torch.fx.Tracer) or module is tracer.root:
         return None
     return tracer.create_proxy("call_module", tracer.path_of_module(module), args, options)
