@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pages import paragraph
 
-from fastllm.data.clean.article import elsewhere_odds
+from fastllm.data.clean.article import elsewhere_odds, stated_lead
 from fastllm.data.clean.body import Running
 from fastllm.data.clean.main_text import decide, extract_fast
 from fastllm.data.clean.markup import read_markup
@@ -33,6 +33,36 @@ def test_an_articles_lead_stays(kind):
     found = extract_fast(page)
     assert LEAD in found
     assert all(text in found for text in TEXT)
+
+
+STATED = "The old wall that kept out the sea is rebuilt"
+
+
+@pytest.mark.parametrize(
+    ("stated", "lead"),
+    [
+        (STATED, STATED),
+        # Cut off by the page's system, and escaped twice.
+        (f"{LEAD[:-30]}...", LEAD),
+        (LEAD.replace("and", "&amp;amp;"), LEAD.replace("and", "&amp;")),
+    ],
+)
+@pytest.mark.parametrize("element", ["<p class=teaser>{}</p>", "<h2 class=subtitle>{}</h2>", "<ul><li>{}</li></ul>"])
+def test_a_lead_that_the_page_says_of_itself_stays(stated, lead, element):
+    described = f'<meta name=description content="{stated}">{IS_ARTICLE}{NEWS}'
+    header = f"<header><h1>The wall</h1>{element.format(lead)}<span>Share</span></header>"
+    page = f"<title>The wall</title>{described}<body><main>{header}<article>{BODY}</article></main>"
+    found = extract_fast(page)
+    assert lead.replace("&amp;", "&") in found
+    assert all(text in found for text in TEXT)
+
+
+@pytest.mark.parametrize("place", ["<h1>The wall</h1>{body}{lead}", "{lead}<h1>The wall</h1>{body}"])
+def test_what_a_page_says_of_itself_elsewhere_is_no_lead(place):
+    body, lead = f"<article>{BODY}</article>", f"<p>{LEAD}</p>"
+    page = f"<title>The wall</title><meta name=description content='{LEAD}'><body>{place.format(body=body, lead=lead)}"
+    markup = read_markup(page)
+    assert stated_lead(markup, Running.of(markup)) is None
 
 
 def test_a_caption_before_the_text_is_no_lead():

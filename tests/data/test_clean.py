@@ -203,7 +203,7 @@ def test_good_text_passes_every_rule():
         ("gopher_repetition", TEXT + " " + TEXT, None),
         ("fineweb", "\n".join(f"a {w} with no end" for w in TOPICS), "lines_with_end_mark"),
         ("fineweb", "\n".join(f"Short {w}." for w in TOPICS), "short_lines"),
-        ("c4", TEXT + "\nlorem ipsum", "contains"),
+        ("c4", TEXT + "\nlorem ipsum dolor", "contains"),
         ("c4", TEXT + " { }", "contains"),
         ("c4", "One sentence. Two sentences.", "sentences"),
     ],
@@ -215,6 +215,29 @@ def test_each_rule_says_what_it_measured(rule, text, measure):
     assert result.excerpt == text[:2000]
     if measure:
         assert result.details["measure"] == measure
+
+
+POEM = [
+    "the tide went out below the wall", "the gulls came in above the quay", "the lamps were lit along the mall",
+    "the boats were waiting for the sea", "the night was long and cold and slow", "the bell was heard from far away",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        # Gopher bounds hash signs and ellipses each by itself.
+        ("gopher_quality", "# the gulls and the boats went out to the sea... " * 9 + "and home again."),
+        # Lines of code that differ in their indentation alone.
+        ("fineweb", TEXT + "\n" + "\n".join(" " * i + "return the values of that column." for i in range(40))),
+        # C4 counts the sentences of each line, and looks for braces where it keeps the line.
+        ("c4", "\n".join(POEM)),
+        ("c4", f"{TEXT}\nfunction() {{ javascript here }}"),
+        ("c4", f"{TEXT}\n{{ }}"),
+    ],
+)
+def test_no_rule_is_stricter_than_it_was_published(rule, text):
+    assert isinstance(RULES[rule](Document("x", text)), Document)
 
 
 def test_c4_takes_lines_out():

@@ -13,6 +13,9 @@ from .elements import Markup
 _BEFORE = 6
 # What is a block's own, up to elements that hold no more than so many blocks before or after it: a guess.
 _OWN = 3
+# The fewest characters of a lead that a page's data have too, and of its beginning where they end in an ellipsis or
+# have more. Guesses.
+_STATED, _CUT = 30, 60
 # Leads are no part of these.
 _NO_LEAD = {"li", "figure", "figcaption", "aside", "nav", "blockquote"}
 _CAPTION = re.compile(
@@ -84,6 +87,37 @@ def leads(markup: Markup, running: Running) -> np.ndarray:
             break
         found[block] = runs[block] and not _is_beside(markup, block)
     return found
+
+
+def stated_lead(markup: Markup, running: Running) -> int | None:
+    """The block between the title and the running text that says what the page's data say of it, if there is one.
+
+    Its class does not matter, nor whether it looks like running text: short leads and headings count too.
+    """
+    runs = np.flatnonzero(running.characters[markup.starts[running.best] : markup.ends[running.best]])
+    titles = np.flatnonzero(title_blocks(markup))
+    if not len(titles) or not len(runs):
+        return None
+    last = markup.starts[running.best] + int(runs[0])
+    for block in range(int(titles[0]) + 1, last + 1):
+        unlinked = markup.linked[block] <= _LINKED * len(markup.texts[block])
+        if unlinked and not markup.unshown[markup.places[block]] and _is_stated(markup, block):
+            return block
+    return None
+
+
+def _is_stated(markup: Markup, block: int) -> bool:
+    text = " ".join(markup.texts[block].split())
+    if len(text) < _STATED:
+        return False
+    for stated in markup.descriptions:
+        # Long ones are cut off at the end.
+        begin = stated.rstrip(" .\u2026") if stated.endswith(("...", "\u2026")) else stated
+        if text == stated or (len(begin) >= _CUT and text.startswith(begin)):
+            return True
+        if len(text) >= _CUT and stated.startswith(text):
+            return True
+    return False
 
 
 def _is_beside(markup: Markup, block: int) -> bool:

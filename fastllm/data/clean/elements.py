@@ -19,6 +19,7 @@ class Markup:
         linked: about how many characters of each block are in links.
         links: how many links begin in each block.
         carried: what the page carries as data, as text.
+        descriptions: what the page says of itself in its head, with single spaces.
     """
 
     tags: list[str] = field(default_factory=list)
@@ -36,3 +37,4 @@ class Markup:
     linked: list[int] = field(default_factory=list)
     links: list[int] = field(default_factory=list)
     carried: str = ""
+    descriptions: list[str] = field(default_factory=list)

@@ -12,7 +12,7 @@ from html import escape, unescape
 from .code_rows import join_code_rows
 from .elements import Markup
 from .mathematics import formula, image_formula, is_drawn
-from .page_data import carried
+from .page_data import carried, descriptions
 from .page_state import SHOWN, state_markup
 from .streamed import in_place
 from .tokens import ATTRIBUTES, COMMENT, raw_element, tokens
@@ -390,5 +390,7 @@ def read_markup(page: str, with_carried: bool = True) -> Markup:
         walk.read(_CONTROLS.sub("", markup), shown)
     walk.pop_to(0)
     join_code_rows(walk.page, walk.cells)
+    # A description may be escaped twice, once for the attribute and once by its writer.
+    walk.page.descriptions = [" ".join(unescape(unescape(text)).split()) for text in descriptions(page)]
     walk.page.carried = unescape(_ANY_TAG.sub(" ", "\n".join(markup for _, markup in found)))
     return walk.page

@@ -112,10 +112,14 @@ def _posts(page: str) -> Iterator[str]:
         return
 
 
+def descriptions(page: str) -> list[str]:
+    """What ``page`` says of itself in its head, each text once, as markup with single spaces."""
+    found = _DESCRIPTION.finditer(page[:_HEAD])
+    return list(dict.fromkeys(" ".join((match[1] or match[2] or "").split()) for match in found))
+
+
 def carried(page: str) -> list[tuple[str, str]]:
     """(name of the source, markup) for each source of text that ``page`` carries as data."""
     found = [("carried-posts", "".join(_posts(page))), ("carried-schema", "".join(_schema(page)))]
-    head = page[:_HEAD]
-    descriptions = dict.fromkeys(" ".join((m[1] or m[2] or "").split()) for m in _DESCRIPTION.finditer(head))
-    found.append(("carried-description", "".join(f"<p>{text}</p>" for text in descriptions)))
+    found.append(("carried-description", "".join(f"<p>{text}</p>" for text in descriptions(page))))
     return [(name, markup) for name, markup in found if markup]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from ..sentences import sentence_starts
 from .document import Document, Rejection
-from .words import repeated_parts, repeated_share, top_share, words_of
+from .words import WORD, repeated_parts, repeated_share, top_share, words_of
 
 # The most frequent function words; a text must have two of one language's, and not letters alone, as an index from A to
 # Z has them. No list but the first has two words that are frequent in English too: a list of English words must not
@@ -75,6 +75,8 @@ _UNMARKED = re.compile("[\u0e00-\u0eff\u1a20-\u1aaf]")
 _POLICY = (
     "terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies",
 )  # fmt: skip
+# C4 looks for sentences, braces and place-holder text in lines of at least so many words.
+_LINE_WORDS = 3
 _CITATION = re.compile(r"\[(?:\d+|edit|citation needed)\]")
 
 
@@ -100,14 +102,15 @@ def gopher_quality(document: Document) -> Document | Rejection:
     words = words_of(text)
     count = len(words.words)
     lines = [line.strip() for line in text.split("\n") if line.strip()]
-    symbols = text.count("#") + text.count("...") + text.count("\u2026")
+    hashes, ellipses = text.count("#"), text.count("...") + text.count("\u2026")
     letters = len(_LETTER.findall(text[:100_000]))
     foreign = len(_NON_LATIN.findall(text[:100_000])) > 0.5 * letters
     infinity = math.inf
     rejection = _over(
         document, rule,
         words=(count, 50, infinity if document.kind == "text" else 100_000),
-        symbols_per_word=(symbols / max(1, count), 0, 0.1),
+        # Either of them, not both together.
+        symbols_per_word=(max(hashes, ellipses) / max(1, count), 0, 0.1),
         bullet_lines=(sum(line.startswith(_BULLETS) for line in lines) / max(1, len(lines)), 0, 0.9),
         ellipsis_lines=(sum(line.endswith(("...", "\u2026")) for line in lines) / max(1, len(lines)), 0, 0.3),
         words_with_a_letter=(sum(_LETTER.search(w) is not None for w in words.words) / max(1, count), 0.8, 1),
@@ -161,7 +164,8 @@ def _is_short(line: str) -> bool:
 
 def fineweb(document: Document) -> Document | Rejection:
     """Lines that end as sentences do, short lines, repeated lines, lines for the number of words."""
-    lines = [line.strip() for line in document.text.split("\n") if line.strip()]
+    # With their indentation, which tells lines of code apart.
+    lines = [line.rstrip() for line in document.text.split("\n") if line.strip()]
     count = max(1, len(lines))
     ended = sum(_END_MARK.match(line[-1]) is not None or _UNMARKED.match(line[-1]) is not None for line in lines)
     words = max(1, len(words_of(document.text).words))
@@ -178,23 +182,26 @@ def fineweb(document: Document) -> Document | Rejection:
 def c4(document: Document) -> Document | Rejection:
     """Lines about cookies and scripts go, with citation marks; place-holder text, braces and too few sentences reject.
 
-    Not made for pages with source code: a brace is enough to lose one.
+    Not made for pages with source code: a brace in a line of three words is enough to lose one. Each line of three
+    words or more has at least one sentence. Shorter lines have none, and stay.
     """
-    lowered = document.text.lower()
-    for phrase in ("lorem ipsum", "{"):
-        if phrase in lowered:
-            return Rejection.of(document, "c4", measure="contains", value=phrase)
-    kept = []
+    kept, sentences = [], 0
     for line in document.text.split("\n"):
         low = line.lower()
-        if "javascript" in low or any(phrase in low for phrase in _POLICY):
-            continue
         if any(len(word) > 1000 for word in line.split()):
             continue
+        counts = len(WORD.findall(line)) >= _LINE_WORDS
+        # In C4's order: a line about scripts goes before its braces are seen.
+        found = next((p for p in ("lorem ipsum", "javascript", "{", *_POLICY) if p in low), None)
+        if counts and found in ("lorem ipsum", "{"):
+            return Rejection.of(document, "c4", measure="contains", value=found)
+        if found is not None:
+            continue
         kept.append(_CITATION.sub("", line))
+        sentences += len(sentence_starts(kept[-1])) if counts else 0
     text = re.sub("\n{3,}", "\n\n", "\n".join(kept)).strip()
     changed = Document(document.id, text, document.kind, document.metadata)
-    return _over(changed, "c4", sentences=(len(sentence_starts(text)), 5, math.inf)) or changed
+    return _over(changed, "c4", sentences=(sentences, 5, math.inf)) or changed
 
 
 RULES: dict[str, Callable[[Document], Document | Rejection]] = {
