@@ -158,6 +158,14 @@ def archived(kind: str) -> bytes:
     return target.getvalue()
 
 
+def table() -> bytes:
+    """A Parquet file with a column of lists, whose footer has the most kinds of numbers."""
+    arrow, parquet = needed("pyarrow", "parquet"), needed("pyarrow.parquet", "parquet")
+    target = io.BytesIO()
+    parquet.write_table(arrow.table({"text": ["one", "two"], "parts": [[1], []]}), target, store_schema=False)
+    return target.getvalue()
+
+
 SOURCES = {
     "a.warc": lambda: warc([b"<p>one", b"<p>two"], compress=False),
     "a.warc.gz": lambda: warc([b"<p>one", b"<p>two"]),
@@ -165,6 +173,7 @@ SOURCES = {
     "a.jsonl": lambda: b'{"text": "one", "url": "u"}\n{"text": "two"}\n',
     "a.tar": lambda: archived("tar"),
     "a.zip": lambda: archived("zip"),
+    "a.parquet": table,
 }
 
 

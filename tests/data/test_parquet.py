@@ -12,8 +12,9 @@ from source_files import SMALL
 from fastllm.config import InputError
 from fastllm.data import optional
 from fastllm.data.pipeline import PipelineConfig
-from fastllm.data.sources import Failure, Limits, SourceEntry, plan_sources, read
+from fastllm.data.sources import Failure, Limits, Raw, SourceEntry, plan_sources, read
 from fastllm.data.sources.limits import Unreadable
+from fastllm.data.sources.parquet_footer import column_chunks
 from fastllm.data.sources.parquet_pages import decompressed_size
 
 
@@ -259,3 +260,23 @@ def test_a_row_that_needs_a_package_is_not_taken_for_damage(tmp_path, monkeypatc
     monkeypatch.setattr(optional, "import_module", missing)
     with pytest.raises(InputError, match="the content coding zstd needs zstandard"):
         documents(tmp_path, content, "html")
+
+
+def test_a_damaged_footer_is_a_failure_and_no_end_of_the_process(tmp_path):
+    """pyarrow ends it by an exception of C++ that nothing catches, if it is asked for such a column's metadata."""
+    content = parquet_of({"text": ["one", "two"], "parts": [[1], []]}, store_schema=False)
+    begin = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    for at in range(begin, len(content) - 8):
+        found = documents(tmp_path, content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        assert all(isinstance(item, (Raw, Failure)) for item in found), at
+
+
+def test_row_groups_lie_where_the_footer_says_and_their_columns_are_those_of_the_schema(tmp_path):
+    content = parquet_of({"text": ["one", "two", "three"], "parts": [[1], [], None]}, row_group_size=2)
+    metadata = needed("pyarrow.parquet", "parquet").ParquetFile(io.BytesIO(content)).metadata
+    for group, chunks in enumerate(column_chunks(io.BytesIO(content))):
+        columns = [metadata.row_group(group).column(number) for number in range(2)]
+        starts = [column.dictionary_page_offset for column in columns]
+        sizes = [(column.total_compressed_size, column.total_uncompressed_size) for column in columns]
+        assert [chunk.start for chunk in chunks] == starts
+        assert [chunk[1:] for chunk in chunks] == sizes

@@ -12,41 +12,67 @@ from typing import BinaryIO
 from .limits import Unreadable
 
 # Numbers of Thrift's types: both values of a boolean, one byte, integers as varints, and so on.
-_TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(1, 13)
+_TRUE, _FALSE, _BYTE, _I16, _I32, I64, _DOUBLE, _BINARY, LIST, SET, MAP, STRUCT = range(1, 13)
 # The fields of a page's header that have its sizes, and the most structures inside one another; a header has three.
 _UNCOMPRESSED, _COMPRESSED, _DEPTH = 2, 3, 8
 # As the versions of Parquet-MR have named themselves. Any other name is taken for an early one.
 _VERSION = re.compile(r"parquet-mr version (\d{1,4})\.(\d{1,4})\.(\d{1,4})(?:-snapshot)?(?: \(build [0-9a-f]*\))?")
 
 
-class _Header:
+class CompactReader:
     """Reads values of the compact protocol from ``stream``, where it stands."""
 
     def __init__(self, stream: BinaryIO):
         self._stream = stream
 
-    def _byte(self) -> int:
+    def byte(self) -> int:
         found = self._stream.read(1)
         if not found:
-            raise Unreadable("damaged", "a page's header is cut off")
+            raise Unreadable("damaged", "a header is cut off")
         return found[0]
 
-    def _varint(self) -> int:
+    def varint(self) -> int:
         value = 0
         for shift in range(0, 70, 7):
-            byte = self._byte()
+            byte = self.byte()
             value |= (byte & 127) << shift
             if byte < 128:
                 return value
-        raise Unreadable("damaged", "a number in a page's header has more than 64 bits")
+        raise Unreadable("damaged", "a number in a header has more than 64 bits")
 
-    def _integer(self, bits: int) -> int:
-        value = self._varint()
+    def integer(self, bits: int) -> int:
+        value = self.varint()
         if value >> bits:
             # pyarrow would take the lowest ones.
-            raise Unreadable("damaged", f"a number in a page's header has more than {bits} bits")
+            raise Unreadable("damaged", f"a number in a header has more than {bits} bits")
         return (value >> 1) ^ -(value & 1)
 
+    def field(self, head: int, number: int) -> tuple[int, int]:
+        """The number and the type of the field that begins with the byte ``head``, after the one of ``number``."""
+        step, kind = head >> 4, head & 15
+        number = number + step if step else self.integer(16)
+        if number >= 1 << 15:
+            raise Unreadable("damaged", "a field's number in a header has more than 16 bits")
+        return number, kind
+
+    def skip(self, kind: int) -> None:
+        """Pass over a value that holds no others."""
+        if kind == _BYTE:
+            self.byte()
+        elif kind in (_I16, _I32, I64):
+            self.varint()
+        elif kind == _DOUBLE:
+            self._stream.seek(8, 1)
+        elif kind == _BINARY:
+            size = self.varint()
+            if size >> 31:
+                raise Unreadable("damaged", f"a string in a header has {size:,} bytes")
+            self._stream.seek(size, 1)
+        elif kind not in (_TRUE, _FALSE):
+            raise Unreadable("damaged", f"a header has a value of Thrift's type {kind}")
+
+
+class _Header(CompactReader):
     def structure(self, depth: int = 0) -> dict[int, int]:
         """The integers of 32 bits among a structure's fields by their numbers; other fields are passed over.
 
@@ -56,34 +82,16 @@ class _Header:
             raise Unreadable("damaged", "a page's header is nested too deep")
         found: dict[int, int] = {}
         number = 0
-        while head := self._byte():
-            step, kind = head >> 4, head & 15
-            number = number + step if step else self._integer(16)
-            if number >= 1 << 15:
-                raise Unreadable("damaged", "a field's number in a page's header has more than 16 bits")
+        while head := self.byte():
+            number, kind = self.field(head, number)
             if kind == _I32:
-                found[number] = self._integer(32)
-            elif kind not in (_TRUE, _FALSE):
-                self._pass(kind, depth)
+                found[number] = self.integer(32)
+            elif kind == STRUCT:
+                self.structure(depth + 1)
+            else:
+                # No header that Parquet defines has a list, a set or a map.
+                self.skip(kind)
         return found
-
-    def _pass(self, kind: int, depth: int) -> None:
-        if kind == _BYTE:
-            self._byte()
-        elif kind in (_I16, _I64):
-            self._varint()
-        elif kind == _DOUBLE:
-            self._stream.seek(8, 1)
-        elif kind == _BINARY:
-            size = self._varint()
-            if size >> 31:
-                raise Unreadable("damaged", f"a string in a page's header has {size:,} bytes")
-            self._stream.seek(size, 1)
-        elif kind == _STRUCT:
-            self.structure(depth + 1)
-        else:
-            # No header that Parquet defines has a list, a set or a map.
-            raise Unreadable("damaged", f"a page's header has a value of Thrift's type {kind}")
 
 
 def _sizes(stream: BinaryIO, at: int) -> tuple[int, int]:

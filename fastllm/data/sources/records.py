@@ -11,6 +11,7 @@ from ..optional import require
 from .codings import text_of
 from .compressed import open_stream
 from .limits import Failure, Limits, Raw, Unreadable, one_line, too_large
+from .parquet_footer import Chunk, column_chunks
 from .parquet_pages import decompressed_size, read_beyond
 from .plan import SourceEntry
 
@@ -114,21 +115,21 @@ def _rows(file, stream: BinaryIO, columns: list[str], limits: Limits) -> Iterato
     """
     # pyarrow reads a column whose name continues that of another after a dot together with it.
     begin, beyond = tuple(f"{name}." for name in columns), read_beyond(file.metadata.created_by)
-    for group in range(file.num_row_groups):
-        row_group = file.metadata.row_group(group)
-        for column in map(row_group.column, range(row_group.num_columns)):
-            if f"{column.path_in_schema}.".startswith(begin):
-                _check_growth(column, stream, beyond, limits)
+    paths = [file.schema.column(number).path for number in range(len(file.schema))]
+    groups = column_chunks(stream)
+    if len(groups) != file.num_row_groups or any(len(chunks) != len(paths) for chunks in groups):
+        raise Unreadable("damaged", f"a row group does not have the schema's {len(paths)} columns")
+    for group, chunks in enumerate(groups):
+        for path, chunk in zip(paths, chunks, strict=True):
+            if f"{path}.".startswith(begin):
+                _check_growth(path, chunk, stream, beyond, limits)
         # Row by row, which takes 7 us: the rows of a batch may all be one long text that the file holds once.
         yield from file.iter_batches(1, row_groups=[group], columns=columns, use_threads=False)
 
 
-def _check_growth(column, stream: BinaryIO, beyond: int, limits: Limits) -> None:
-    # Where pyarrow begins to read.
-    starts = [column.data_page_offset, *([column.dictionary_page_offset] if column.has_dictionary_page else [])]
-    start = min(at for at in starts if at > 0)
-    compressed = min(column.total_compressed_size, stream.seek(0, 2) - start)
+def _check_growth(path: str, chunk: Chunk, stream: BinaryIO, beyond: int, limits: Limits) -> None:
+    compressed = min(chunk.compressed, stream.seek(0, 2) - chunk.start)
     # The file's footer may say less than its pages, by whose headers pyarrow takes memory.
-    size = max(column.total_uncompressed_size, decompressed_size(stream, start, compressed, beyond))
+    size = max(chunk.uncompressed, decompressed_size(stream, chunk.start, compressed, beyond))
     if size > max(limits.free, limits.ratio * max(1, compressed)):
-        raise Unreadable("bomb", f"{compressed:,} compressed bytes of {column.path_in_schema} would give {size:,}")
+        raise Unreadable("bomb", f"{compressed:,} compressed bytes of {path} would give {size:,}")
