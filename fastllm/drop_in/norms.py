@@ -72,6 +72,10 @@ def norm_forward(module, original, norm: Norm, *args, **kwargs):
     wide = x if x.dtype == torch.promote_types(x.dtype, out) else x.to(out)
     if norm.center:
         return layer_norm(wide, shape, weight, bias, eps, weight_offset=norm.offset).to(out)
+    if bias is not None:
+        # rms_norm has none. Rounded once: a bias may leave little of the normed rows, and nothing of their roundings.
+        wide = x.to(torch.promote_types(out, torch.float32))
+        return (rms_norm(wide, shape, weight, eps, weight_offset=norm.offset) + bias).to(out)
     if norm.offset == 0.0 and eps is not None and not watched() and takes_rms(wide, weight):
         return undropped_norm(wide, None, weight, None, eps=eps, center=False)[0].to(out)
     return rms_norm(wide, shape, weight, eps, weight_offset=norm.offset).to(out)

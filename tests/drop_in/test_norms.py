@@ -91,6 +91,46 @@ def test_norms_with_a_bias_are_recognised_in_every_width(center, dtype):
     assert all(table == tables[0] for table in tables)
 
 
+class BiasAfterwards(ShiftedNorm):
+    """One that rounds what it scales before the bias is added."""
+
+    def forward(self, x):
+        y = x - x.mean(-1, keepdim=True) if self.center else x
+        return torch.nn.functional.rms_norm(y, self.weight.shape, self.weight, self.eps) + self.bias
+
+
+@pytest.mark.parametrize("cls", [ShiftedNorm, BiasAfterwards])
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_bias_of_a_norm_is_added_and_gets_its_gradient(cls, center, dtype):
+    torch.manual_seed(0)
+    norm = cls(64, center)
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter)
+    norm = norm.to(dtype)
+    other = copy.deepcopy(norm)
+    assert fastllm.accelerate(norm).swapped or cls is not ShiftedNorm
+    x, grad = torch.randn(5, 64).to(dtype), torch.randn(5, 64).to(dtype)
+
+    def taken(forward, dtype):
+        given = [t.detach().to(dtype).requires_grad_() for t in (x, norm.weight, norm.bias)]
+        with torch.no_grad():
+            alone = forward(*given)
+        y = forward(*given)
+        return y, alone, *torch.autograd.grad(y, given, grad.to(y.dtype))
+
+    def formula(x, weight, bias):
+        y = x - x.mean(-1, keepdim=True) if center else x
+        return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + norm.eps) * weight + bias
+
+    def called(module):
+        return lambda x, w, b: torch.func.functional_call(module, {"weight": w, "bias": b}, (x,))
+
+    results = taken(called(norm), dtype), taken(called(other), dtype), taken(formula, torch.float64)
+    for got, eager, truth in zip(*results, strict=True):
+        assert_as_true(got, truth, eager, dtype, cls.__name__)
+
+
 class UnscaledNorm(torch.nn.Module):
     """An embedding's norm without parameters."""
 
