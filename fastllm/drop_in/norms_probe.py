@@ -164,7 +164,7 @@ def _recognise(module, argument: str) -> Norm | str:
     own = parameters[0].dtype if parameters else None
     if own is not None and not any(given == own == of_weight for given, of_weight, _ in dtypes):
         name = str(own).removeprefix("torch.")
-        return f"in {name} its arithmetic is another (squares or sums in 16 bits, or fp64; NaN replaced)"
+        return f"in {name} its arithmetic is another (another eps; squares or sums in 16 bits, or fp64; NaN replaced)"
     return Norm(
         weight=formula.weight,
         bias=formula.bias,
@@ -305,8 +305,8 @@ def _takes_vectors(probe: _Probe, values, formula: _Formula) -> bool:
 
 def _agrees(probe: _Probe, parameters, of_input: torch.dtype, formula) -> tuple[bool, torch.dtype]:
     involved = [of_input, *(p.dtype for p in parameters.values())]
-    # Scale 1000: its squares overflow in fp16.
-    for scale in (1.0, 1000.0):
+    # Scale 1000: its squares overflow in fp16. At the smallest ones eps decides, and some code has one for each dtype.
+    for scale in (1.0, 1000.0, 0.3 * formula.eps**0.5, formula.eps**0.5):
         x = (scale * probe.normal(8, probe.size)).to(of_input)
         y = probe.run(x, parameters)
         terms = formula.terms(x.double(), {name: p.double() for name, p in parameters.items()})

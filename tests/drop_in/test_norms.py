@@ -254,6 +254,31 @@ def test_squares_in_sixteen_bits_are_another_arithmetic():
     assert wide(x).eq(0).all()
 
 
+class NormByDtype(Lookalike):
+    """One whose eps depends on the dtype of its input: another one in 16 bits, or the dtype's own."""
+
+    def __init__(self, size, of_dtype):
+        super().__init__(size)
+        del self.variance_epsilon
+        self.of_dtype = of_dtype
+
+    def forward(self, x):
+        eps = torch.finfo(x.dtype).eps if self.of_dtype else 1e-5 if x.dtype == torch.float32 else 1e-3
+        y = x.float()
+        return (self.weight * (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps))).to(x.dtype)
+
+
+@pytest.mark.parametrize("of_dtype", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_an_eps_that_depends_on_the_dtype_is_kept(of_dtype, dtype):
+    norm = NormByDtype(64, of_dtype)
+    other = copy.deepcopy(norm).to(dtype)
+    assert fastllm.accelerate(norm).swapped
+    x = 1e-3 * torch.randn(3, 64).to(dtype)
+    assert torch.equal(norm.to(dtype)(x), other(x))
+    assert "another eps" in fastllm.accelerate(other).left[0].why
+
+
 def test_mixed_dtypes_keep_the_output_dtype():
     norm = Lookalike(16)
     other = copy.deepcopy(norm)
