@@ -308,7 +308,8 @@ def _agrees(probe: _Probe, parameters, of_input: torch.dtype, formula) -> tuple[
     # Scale 1000: its squares overflow in fp16. At the smallest ones eps decides, and some code has one for each dtype.
     for scale in (1.0, 1000.0, 0.3 * formula.eps**0.5, formula.eps**0.5):
         x = (scale * probe.normal(8, probe.size)).to(of_input)
-        y = probe.run(x, parameters)
+        with torch.no_grad():  # gradients were measured before; some code takes another way without
+            y = probe.run(x, parameters)
         terms = formula.terms(x.double(), {name: p.double() for name, p in parameters.items()})
         truth = functools.reduce(torch.add, terms)
         # A norm in fp64 that computes in fp32 is another one: ours would not round.

@@ -209,6 +209,15 @@ class RepairingHalves(Lookalike):
         return y.nan_to_num(0.0) if x.dtype == torch.float16 else y
 
 
+class AnotherWithoutGradients(Lookalike):
+    """One with a shorter way where nothing is differentiated, and another eps there."""
+
+    def forward(self, x):
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        return self.weight * torch.nn.functional.rms_norm(x, self.weight.shape, None, 1e-3)
+
+
 class BoundedInput(Lookalike):
     """One that lets nothing in that fp16 could not hold."""
 
@@ -223,8 +232,8 @@ class ByLayout(Lookalike):
         return super().forward(x) if x.is_contiguous() else super().forward(x).relu()
 
 
-@pytest.mark.parametrize("cls", [Repairing, BoundedInput, ByLayout])
-def test_norms_that_repair_or_bound_their_values_are_left(cls):
+@pytest.mark.parametrize("cls", [Repairing, BoundedInput, ByLayout, AnotherWithoutGradients])
+def test_norms_that_are_others_for_some_values_or_calls_are_left(cls):
     norm = cls(32)
     assert fastllm.accelerate(norm).swapped == []
 
