@@ -12,7 +12,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -147,25 +147,48 @@ def folder_to_fill(path: str | os.PathLike, new: bool = False) -> Iterator[Path]
         raise
 
 
-@contextlib.contextmanager
-def sole_writer(folder: Path, name: str) -> Iterator[None]:
-    """Keep other processes that ask for the same off ``folder``; what killed ones were writing there is removed.
-
-    The lock, on the file ``name``, ends with this process however that ends, and is not its children's.
+def _locked(path: Path) -> BinaryIO:
+    """The file ``path``, made where it is missing, opened and locked.
 
     Raises:
-        InputError: another process has it, or the folder cannot be written.
+        InputError: another process has the lock.
+        OSError: the file cannot be written.
     """
-    try:
-        lock = open(folder / name, "ab")  # noqa: SIM115, closed below
-    except OSError as error:
-        raise InputError(f"{folder}: cannot write there: {error.strerror}") from error
-    with lock:
-        if not take_lock(lock):
-            raise InputError(f"{folder}: another process is writing there")
+    file = open(path, "ab")  # noqa: SIM115, the caller's to close
+    if not take_lock(file):
+        file.close()
+        raise InputError(f"{path.parent}: another process is writing there")
+    return file
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path, name: str) -> Iterator[Callable[[], None]]:
+    """Keep other processes that ask for the same off ``folder``; what killed ones were writing there is removed.
+
+    The lock, on the file ``name``, ends with this process however that ends, and is not its children's. Once deleted,
+    the file keeps nobody off: the function that the block gets then makes and locks it again. It raises InputError
+    where another process was faster, and OSError.
+
+    Raises:
+        InputError: another process has the lock, or the folder cannot be written.
+    """
+    path = folder / name
+    with contextlib.ExitStack() as held:
+        try:
+            file = held.enter_context(_locked(path))
+        except OSError as error:
+            raise InputError(f"{folder}: cannot write there: {error.strerror}") from error
         for left in folder.glob(".*.tmp"):
             remove(left)
-        yield
+
+        def keep() -> None:
+            nonlocal file
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                    return
+            file = held.enter_context(_locked(path))
+
+        yield keep
 
 
 def remove(path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -67,12 +67,14 @@ def train(
     with _joined(config.training) as ranks, contextlib.ExitStack() as held:
         _check_ranks(config, ranks)
         main = ranks.rank == 0
-        with _new_folder(folder, held) if main else contextlib.nullcontext(Path(folder or "")) as folder:
+        place = _new_folder(folder, held) if main else contextlib.nullcontext((Path(folder or ""), lambda: None))
+        with place as (folder, keep_lock):
             display = Display(quiet or not main)
             with ranks.first():
                 data = folder / "data"
                 dataset = open_data(config, data, display.say) if main else reopen_data(config, data)
             run = Run(fitted(config, dataset), folder, dataset, display, None, ranks)
+            run.keep_lock = keep_lock
             if main:
                 write_text(folder / CONFIG, run.config.to_toml())
             measured = run.measure()
@@ -159,8 +161,10 @@ def _check_ranks(config: RunConfig, ranks: Ranks) -> None:
 
 
 @contextlib.contextmanager
-def _new_folder(folder: str | Path | None, held: contextlib.ExitStack) -> Iterator[Path]:
-    """``folder``, or the next free one in runs, made; locked until ``held`` ends. If the block raises, it goes again.
+def _new_folder(folder: str | Path | None, held: contextlib.ExitStack) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """``folder``, or the next free one in runs, made; locked until ``held`` ends, and what locks it again.
+
+    If the block raises, the folder goes again.
 
     Raises:
         InputError: it cannot be written, another process trains in it, or it holds what a new run would overwrite.
@@ -174,11 +178,11 @@ def _new_folder(folder: str | Path | None, held: contextlib.ExitStack) -> Iterat
         found = [name for name in WRITTEN if os.path.lexists(path / name)]
         if found and not is_run:
             raise InputError(f"{path}: holds {found[0]}, which belongs to no run; choose another --out")
-        held.enter_context(sole_writer(path, LOCK))
+        keep_lock = held.enter_context(sole_writer(path, LOCK))
         if checkpoints(path / "checkpoints") or (path / "model" / MANIFEST).exists():
             raise InputError(f"{path}: holds a trained model already; choose another --out")
         try:
-            yield path
+            yield path, keep_lock
         except BaseException:
             if not is_run and not any(os.path.lexists(path / name) for name in WRITTEN):
                 (path / LOCK).unlink(missing_ok=True)
@@ -212,13 +216,17 @@ def resume(checkpoint: str | Path, changes: Mapping[str, object] | None = None, 
         if config.training.epochs is not None and changes.get("max_seconds") is not None:
             changes = {"steps": None, **changes}  # which the epochs were; the new budget takes their place
         config = replace(config, training=build_settings(TrainingConfig, changes, "command line", config.training))
+    # Epochs have become steps when the run began.
+    if config.training.steps is None and config.training.max_seconds is None:
+        where = "command line" if changes else folder / CONFIG
+        raise InputError(f"{where}: steps: without them and max_seconds the run has no end; give one of the two")
     find_wandb(config.training.wandb)
     with _joined(config.training) as ranks, contextlib.ExitStack() as held:
         _check_ranks(config, ranks)
         main = ranks.rank == 0
-        if main:
-            held.enter_context(sole_writer(folder, LOCK))
+        keep_lock = held.enter_context(sole_writer(folder, LOCK)) if main else lambda: None
         run = Run(config, folder, reopen_data(config, folder / "data"), Display(quiet or not main), path, ranks)
+        run.keep_lock = keep_lock
         if main:
             write_text(folder / CONFIG, run.config.to_toml())
         return train_run(run, run.measure())

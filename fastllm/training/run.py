@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,6 +84,8 @@ class Run:
         ranks: Ranks = ALONE,
     ):  # fmt: skip
         self.folder, self.dataset, self.display, self.ranks = folder, dataset, display, ranks
+        # As :func:`fastllm.files.sole_writer` gives it to whoever has locked the folder.
+        self.keep_lock: Callable[[], None] = lambda: None
         self.device = ranks.device(pick_device(config.training.device))
         self.config = config = config.with_budget()
         training = config.training
@@ -242,15 +245,23 @@ class Run:
         self.display.say(f"model: step {step} of {self.state.step}, the best in validation")
         return self.objective.evaluate(self.model, self.config.training.rows, self.state.dtype, 0)
 
-    def keep_config(self) -> None:
-        """Write config.toml again where somebody has deleted it: without it nothing takes the run up again."""
+    def keep_folder(self) -> None:
+        """Lock the folder and write config.toml again where somebody has deleted them.
+
+        Without the one another run may begin there, without the other nothing takes this one up again.
+
+        Raises:
+            InputError: another process has begun to write there.
+        """
         path = self.folder / CONFIG
         # Where nothing can be written, the checkpoint beside it says so.
         with contextlib.suppress(OSError):
-            if self.ranks.rank == 0 and not path.exists():
+            if self.ranks.rank == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_text(path, self.config.to_toml())
-                self.display.warn(f"{path}: deleted during the run; written again")
+                self.keep_lock()
+                if not path.exists():
+                    write_text(path, self.config.to_toml())
+                    self.display.warn(f"{path}: deleted during the run; written again")
 
     def finish(self, validation: Evaluation) -> None:
         """The model's folder, the picture, the samples, and the result in words."""

@@ -226,10 +226,11 @@ class Session:
 
     def _save(self, final: bool = False) -> None:
         """Begin to save what there is now; wait for it at the end, or where training is not to go on meanwhile."""
-        # A checkpoint has the metrics of all its steps on the disk before it.
-        self.meters.flush(self.now())
+        seconds = self.now()
         with self.clock.pause():
-            self.run.keep_config()
+            self.run.keep_folder()
+            # A checkpoint has the metrics of all its steps on the disk before it.
+            self.meters.flush(seconds)
             if self.saver.saved != self.state.step and self.saver.saving != self.state.step:
                 with self.run.average.applied() as trained:
                     self.saver.save(self.state, {**self.run.optimizers.state_dict(), **trained})

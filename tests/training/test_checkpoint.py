@@ -317,6 +317,21 @@ def test_settings_that_were_changed_by_hand_are_refused(finished):
         resume(finished, quiet=True)
 
 
+@pytest.mark.parametrize(
+    ("given", "changes"),
+    [({}, {"steps": None}), ({"steps": None, "epochs": 0.05}, {"steps": None, "max_seconds": None})],
+)
+def test_a_run_is_not_resumed_without_an_end(config, tmp_path, given, changes):
+    train(config(**given), tmp_path / "run", quiet=True)
+    before = (tmp_path / "run" / "config.toml").read_text()
+    with pytest.raises(InputError, match=r"^command line: steps: without them and max_seconds the run has no end"):
+        resume(tmp_path / "run", changes, quiet=True)
+    assert (tmp_path / "run" / "config.toml").read_text() == before
+    (tmp_path / "run" / "config.toml").write_text(re.sub("(?m)^steps = .*\n", "", before))
+    with pytest.raises(InputError, match=r"config.toml: steps: without them and max_seconds"):
+        resume(tmp_path / "run", quiet=True)
+
+
 def test_a_run_without_a_checkpoint_and_no_run_at_all_are_refused(tmp_path):
     with pytest.raises(InputError, match="no such run"):
         find_checkpoint(tmp_path / "none")

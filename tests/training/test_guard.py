@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -216,6 +218,64 @@ def test_a_run_whose_folder_vanishes_makes_it_again_and_says_what_is_lost(config
     assert "the run cannot be resumed without it" in said
     assert (run / "config.toml").read_text() == (tmp_path / "whole" / "config.toml").read_text()
     assert weights(run) == weights(tmp_path / "whole")
+
+
+# Prints whether the lock was to be had, and keeps it until its input ends.
+TAKE = """
+import fcntl, sys
+with open(sys.argv[1], "ab") as lock:
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        print("refused", flush=True)
+    else:
+        print("taken", flush=True)
+        sys.stdin.read()
+"""
+
+
+def lock_of(run):
+    """Another process that tries to take a run's lock, and whether it did."""
+    command = [sys.executable, "-c", TAKE, run / "lock"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return process, process.stdout.readline().strip()
+
+
+def release(process):
+    process.communicate()
+
+
+def test_a_run_whose_folder_vanishes_keeps_others_off_the_new_one(config, tmp_path, monkeypatch):
+    run, answers = tmp_path / "run", []
+
+    def other():
+        process, answer = lock_of(run)
+        release(process)
+        answers.append(answer)
+
+    at_step(monkeypatch, 2, lambda: shutil.rmtree(run))
+    at_step(monkeypatch, 5, other)
+    train(config(checkpoint_interval=3), run, quiet=True)
+    assert answers == ["refused"]
+
+
+def test_a_run_whose_folder_another_process_has_taken_leaves_it_alone(config, tmp_path, monkeypatch):
+    run, others = tmp_path / "run", []
+
+    def replaced():
+        shutil.rmtree(run)
+        run.mkdir()
+        others.append(lock_of(run))
+
+    at_step(monkeypatch, 3, replaced)
+    try:
+        with pytest.raises(InputError, match="run: another process is writing there"):
+            train(config(checkpoint_interval=3), run, quiet=True)
+        assert [answer for _, answer in others] == ["taken"]
+        assert not {"config.toml", "checkpoints", "model"} & {path.name for path in run.iterdir()}
+    finally:
+        for process, _ in others:
+            release(process)
 
 
 def test_a_token_file_that_is_changed_stops_the_run_which_is_saved_first(config, tmp_path, monkeypatch):
