@@ -43,6 +43,11 @@ _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 _BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(0x100 + i): b for i, b in enumerate(_OTHERS)}
 
 
+def _check_text(text: object) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a str, got {type(text).__name__}")
+
+
 def _pieces(text: str) -> Iterator[str]:
     """``text`` in pieces of about :data:`PIECE` characters that encode to the same tokens as the whole.
 
@@ -241,6 +246,7 @@ class Tokenizer:
 
     def encode_template(self, text: str) -> list[int]:
         """Token ids of a chat template's ``text``. Names of special tokens in it become these tokens."""
+        _check_text(text)
         return self._reads_special.encode(text, add_special_tokens=False).ids
 
     @cached_property
@@ -282,6 +288,7 @@ class Tokenizer:
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of ``text``, and for each the characters [start, end) that it stands for."""
+        _check_text(text)
         encoding = self._inner.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
@@ -300,8 +307,7 @@ class Tokenizer:
         return Tokenizer(inner.to_str(), self.chat_template)
 
     def _pieces(self, text: str) -> Iterable[str]:
-        if not isinstance(text, str):
-            raise TypeError(f"text must be a str, got {type(text).__name__}")
+        _check_text(text)
         return _pieces(text) if self._cuts else (text,)
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from ..config import check_path
 from .cache import DecoderCache, Encoded, KVCache, RecurrentCache
 from .config import PRESETS, ModelConfig, TransformerConfig
 from .encoder import Encoder
@@ -25,8 +26,10 @@ def load_model(folder: str | Path, *, device="cpu") -> Model:
 
     Raises:
         FileNotFoundError: config.json or model.safetensors is missing.
+        TypeError: ``folder`` is no path.
         ValueError: one of them cannot be read, or the two do not fit together.
     """
+    check_path("folder", folder)
     classes = {cls.__name__: cls for cls in CLASSES}
     path = Path(folder) / "config.json"
     try:

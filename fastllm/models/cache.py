@@ -58,18 +58,26 @@ class DecoderCache:
         self.memory_mask = None if self.memory_mask is None else self.memory_mask[index]
 
 
+def check_cache(cache: DecoderCache | None, kind: type[DecoderCache]) -> None:
+    """Raise TypeError where ``cache`` is neither None nor of ``kind``, which the decoder's own ``new_cache`` makes."""
+    if cache is not None and not isinstance(cache, kind):
+        raise TypeError(f"cache must be a {kind.__name__}, which new_cache makes, got {type(cache).__name__}")
+
+
 class KVCache(DecoderCache):
     """Space for the keys and values of ``batch_size`` sequences, (B, kv_heads, context_length, head_dim) per layer.
 
-    The model advances ``length`` after its last layer. Setting it back drops tokens from the end. ``step`` is what the
-    decoder that made the cache calls for one more token of each sequence (:mod:`.next_token`), or None.
-    ``relative_bias`` is what relative positions add to the scores of the last position, (1, H, 1, context_length), once
-    a step has needed it; an earlier position's are the end of it.
+    The model advances ``length`` after its last layer. Setting it back drops tokens from the end. ``made_by()`` is the
+    decoder that made the cache, which alone uses what follows. ``step`` is what it calls for one more token of each
+    sequence (:mod:`.next_token`), or None. ``relative_bias`` is what relative positions add to the scores of the last
+    position, (1, H, 1, context_length), once a step has needed it; an earlier position's are the end of it.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, *, dtype: torch.dtype, device: torch.device):
         super().__init__(batch_size)
         self.step: Callable[..., torch.Tensor] | None = None
+        # A weak reference, for a copy of the cache is none of the model.
+        self.made_by: Callable[[], object] = lambda: None
         self.relative_bias: torch.Tensor | None = None
         shape = (2, config.num_layers, batch_size, config.kv_heads, config.context_length, config.head_dim)
         self._store = torch.empty(shape, dtype=dtype, device=device)

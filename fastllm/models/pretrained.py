@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..config import check_path
 from ..files import save_tensors, sync_folder
 from .config import ModelConfig
 from .hugging_face import READERS, check_layers, layout_for, read_weights, to_theirs
@@ -55,12 +56,14 @@ class Pretrained(torch.nn.Module):
                 Llama (decoders of one of these shapes); :meth:`from_pretrained` reads both.
 
         Raises:
+            TypeError: ``folder`` is no path.
             ValueError: transformers has no class for this shape; says which setting it is.
             OSError: the folder cannot be written; nothing in it has changed then.
         """
         if layout not in ("fastllm", "transformers"):
             raise ValueError(f"save_pretrained: layout must be fastllm or transformers, got {layout!r}")
         foreign = layout_for(self.config) if layout == "transformers" else None
+        check_path("folder", folder)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
@@ -91,9 +94,11 @@ class Pretrained(torch.nn.Module):
 
         Raises:
             FileNotFoundError: config.json or model.safetensors is missing.
+            TypeError: ``folder`` is no path.
             ValueError: one of them cannot be read, or they do not fit each other, or the model has a setting that this
                 class does not.
         """
+        check_path("folder", folder)
         folder = Path(folder)
         foreign = _foreign_values(folder / CONFIG)
         if foreign is not None:

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from .. import cpu
 from .. import nn as fast
 from .blocks import Context, CrossAttention, Residual, Stream
-from .cache import Encoded, RecurrentCache
+from .cache import Encoded, RecurrentCache, check_cache
 from .config import ModelConfig
 from .embedding import Embedded, make_norm
 from .stack import length_mask, run_blocks
@@ -184,8 +184,10 @@ class RecurrentDecoder(RecurrentStack):
         """As :meth:`fastllm.models.stack.TransformerDecoder.decode`, but without a prefix: it reads in one direction.
 
         Raises:
+            TypeError: ``cache`` is of another kind of decoder.
             ValueError: ``prefix`` is given, or an argument does not fit.
         """
+        check_cache(cache, RecurrentCache)
         if prefix is not None:
             raise ValueError("prefix: a recurrent decoder reads in one direction only")
         start = 0 if cache is None else cache.length

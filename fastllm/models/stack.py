@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -10,9 +12,18 @@ from .. import nn as fast
 from ..backends import under_transform
 from . import next_token
 from .blocks import Block, Context, Stream, relative_bucket, rotary_tables
-from .cache import Encoded, KVCache
+from .cache import Encoded, KVCache, check_cache
 from .config import ModelConfig
 from .embedding import Embedded, make_norm
+
+
+def check_counts(name: str, counts: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Raise TypeError where ``counts`` is no tensor of integers, ValueError where it has not one for each sequence."""
+    if not isinstance(counts, torch.Tensor) or counts.dtype not in (torch.int64, torch.int32):
+        got = counts.dtype if isinstance(counts, torch.Tensor) else type(counts).__name__
+        raise TypeError(f"{name} must be a tensor of int64 or int32, got {got}")
+    if counts.shape != tokens.shape[:1]:
+        raise ValueError(f"{name} must be ({len(tokens)},), one for each sequence, got {list(counts.shape)}")
 
 
 def length_mask(tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -22,11 +33,7 @@ def length_mask(tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         TypeError: ``lengths`` is no tensor of integers.
         ValueError: its shape is not (B,), or, on a CPU, a length is below 0 or above S.
     """
-    if not isinstance(lengths, torch.Tensor) or lengths.dtype not in (torch.int64, torch.int32):
-        got = lengths.dtype if isinstance(lengths, torch.Tensor) else type(lengths).__name__
-        raise TypeError(f"lengths must be a tensor of int64 or int32, got {got}")
-    if lengths.shape != tokens.shape[:1]:
-        raise ValueError(f"lengths must be ({len(tokens)},), one for each sequence, got {list(lengths.shape)}")
+    check_counts("lengths", lengths, tokens)
     readable = lengths.device.type == "cpu" and type(lengths) is torch.Tensor
     readable = readable and not (torch.compiler.is_compiling() or under_transform())
     if readable and bool(((lengths < 0) | (lengths > tokens.shape[1])).any()):
@@ -77,6 +84,8 @@ class TransformerStack(Embedded):
 
     def _next_bias(self, cache: KVCache) -> torch.Tensor:
         """:meth:`_bias` of the token after those in ``cache``; it depends on the distances alone, which come again."""
+        if cache.made_by() is not self:
+            return self._bias(cache.length, cache.length + 1)
         last = self.config.context_length - 1
         if cache.relative_bias is None:
             cache.relative_bias = self._bias(last, last + 1).contiguous()
@@ -160,7 +169,12 @@ class TransformerDecoder(TransformerStack):
             memory: what cross-attention reads; with a cache it is read at the first call only.
             cache: from :meth:`new_cache`; ``tokens`` follow those that it holds, and are added.
             prefix: (B,), how many first tokens of each row all its tokens see, later ones too (prefix LM).
+
+        Raises:
+            TypeError: ``cache`` is of another kind of decoder, or ``prefix`` no tensor of int64 or int32.
+            ValueError: ``prefix`` is not (B,), or an argument does not fit.
         """
+        check_cache(cache, KVCache)
         start = 0 if cache is None else cache.length
         self.check_tokens(tokens, start)
         end = start + tokens.shape[1]
@@ -176,16 +190,17 @@ class TransformerDecoder(TransformerStack):
             else:
                 context.bias = self._bias(start, end)
         if prefix is not None:
+            check_counts("prefix", prefix, tokens)
             key = torch.arange(end, device=tokens.device)
             seen = (key <= torch.arange(start, end, device=tokens.device)[:, None]) | (key < prefix[:, None, None])
             seen = seen[:, None]
             context.bias = seen if context.bias is None else context.bias.masked_fill(~seen, -torch.inf)
         x = self.embed(tokens, positions)
-        step = None if cache is None else cache.step
-        if step is not None and start and end == start + 1 and prefix is None and next_token.allowed(self):
-            x = step(x, context)
-        else:
-            x = run_blocks(self, x, context)
+        step = None
+        if cache is not None and start and end == start + 1 and prefix is None and next_token.allowed(self):
+            # The step of another decoder's cache would go on with that one's weights.
+            step = cache.step if cache.made_by() is self else None
+        x = run_blocks(self, x, context) if step is None else step(x, context)
         if cache is not None:
             cache.length = end
         return x
@@ -194,6 +209,7 @@ class TransformerDecoder(TransformerStack):
         """An empty key/value cache for ``batch_size`` sequences of up to context_length tokens."""
         weight = self.token_embedding.weight
         cache = KVCache(self.config, batch_size, dtype=weight.dtype, device=weight.device)
+        cache.made_by = weakref.ref(self)
         if next_token.applies(self):
             cache.step = next_token.NextToken(self)
         return cache

@@ -294,6 +294,9 @@ def test_a_tokenizer_that_cannot_be_made_is_refused_before_the_text_is_read(
 @pytest.mark.parametrize("text", [None, 1, b"a", ["a"]])
 def test_what_is_no_text_is_named(text):
     tokenizer = Tokenizer.train(["a b"], 300)
-    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
+    for encode in (
+        tokenizer.encode, tokenizer.encode_template, tokenizer.encode_with_offsets,
+        lambda text: tokenizer.encode_batch([text]),
+    ):  # fmt: skip
         with pytest.raises(TypeError, match=f"text must be a str, got {type(text).__name__}"):
             encode(text)

@@ -9,7 +9,7 @@ from conftest import DEVICE, HAS_GPU
 
 import fastllm
 from fastllm.generate.sampling import filter_logits, generate
-from fastllm.models import PRESETS, Transformer, TransformerConfig, load_model
+from fastllm.models import PRESETS, RNN, Transformer, TransformerConfig, load_model
 
 pytestmark = pytest.mark.runs_on("gpu", "interpreter")
 
@@ -332,3 +332,33 @@ def test_generate_takes_no_truth_value_for_a_number(model, name):
 def test_generate_names_a_prompt_that_is_none(model, tokens):
     with pytest.raises(TypeError, match="tokens must be a sequence of token ids, got"):
         generate(model, tokens)
+
+
+@pytest.mark.runs_on("anywhere")
+def test_a_prefix_that_fits_no_batch_is_refused():
+    model, tokens = Transformer(TINY_SHAPE), torch.zeros(2, 4, dtype=torch.long)
+    for wrong, error in (
+        (torch.tensor([2]), ValueError), (torch.tensor([[2], [2]]), ValueError), (torch.tensor([2.0, 2.0]), TypeError),
+        ([2, 2], TypeError),
+    ):  # fmt: skip
+        with pytest.raises(error, match="prefix must be"):
+            model(tokens, prefix=wrong)
+
+
+@pytest.mark.runs_on("anywhere")
+def test_a_cache_of_another_kind_of_decoder_is_refused():
+    attends, recurs = Transformer(TINY_SHAPE), RNN(TINY_SHAPE.replace(decoder="gru"))
+    tokens = torch.zeros(2, 4, dtype=torch.long)
+    with torch.no_grad():
+        with pytest.raises(TypeError, match="cache must be a KVCache, which new_cache makes, got RecurrentCache"):
+            attends(tokens, cache=recurs.new_cache(2))
+        with pytest.raises(TypeError, match="cache must be a RecurrentCache, which new_cache makes, got KVCache"):
+            recurs(tokens, cache=attends.new_cache(2))
+
+
+@pytest.mark.runs_on("anywhere")
+@pytest.mark.parametrize("folder", [None, 3, b"folder"])
+def test_what_is_no_path_is_named(folder):
+    for use in load_model, Transformer.from_pretrained, Transformer(TINY_SHAPE).save_pretrained:
+        with pytest.raises(TypeError, match="folder: expected a path"):
+            use(folder)

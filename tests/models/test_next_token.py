@@ -74,6 +74,22 @@ def test_a_step_gives_what_the_modules_give(style, rows):
     assert error <= 2 * usual + 4 * torch.finfo(torch.float32).eps * largest
 
 
+@pytest.mark.parametrize("positions", ["rotary", "relative"])
+def test_another_models_cache_holds_keys_and_values_and_none_of_its_weights(positions):
+    one, other = (built(seed, positions=positions) for seed in (3, 4))
+    tokens = torch.randint(61, (2, 7))
+    with torch.inference_mode():
+        cache, copied = one.new_cache(2), other.new_cache(2)
+        one(tokens[:, :5], cache=cache)
+        copied._store.copy_(cache._store)
+        copied.length = cache.length
+        one(tokens[:, 5:6], cache=cache)
+        cache.length = copied.length
+        for at in (5, 6):
+            got, expected = (other(tokens[:, at : at + 1], cache=held) for held in (cache, copied))
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
 class Doubled(torch.nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
