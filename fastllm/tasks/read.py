@@ -36,7 +36,7 @@ BREAK = re.compile(r"<br ?/?>", re.IGNORECASE)
 def read_pairs(paths: Sequence[str | Path]) -> Examples:
     """Translation pairs: one TSV file (source, tab, target), or two files whose lines belong together (Moses).
 
-    Pairs with an empty side, which Moses files have, are left out.
+    Pairs with an empty side, which Moses files have, and empty lines of a TSV file are left out.
 
     Raises:
         InputError: a file is missing, empty or malformed, or two files differ in their number of lines.
@@ -52,6 +52,8 @@ def read_pairs(paths: Sequence[str | Path]) -> Examples:
     elif len(paths) == 1:
         pairs = []
         for number, line in enumerate(lines_of(read_text(paths[0])), 1):
+            if not line.strip():
+                continue
             fields = line.split("\t")
             if len(fields) < 2:
                 raise InputError(f"{paths[0]}: line {number}: expected source, tab and target, got no tab")

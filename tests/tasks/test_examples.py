@@ -11,7 +11,7 @@ from fastllm.tasks.store import open_examples, prepare_examples, split_examples
 
 
 def test_pairs_from_a_table_and_from_two_files(tmp_path):
-    (tmp_path / "pairs.tsv").write_text("a cat\teine Katze\textra\n \tleer\nhouse\tHaus\r\n")
+    (tmp_path / "pairs.tsv").write_text("a cat\teine Katze\textra\n \tleer\n\nhouse\tHaus\r\n\r\n \n")
     expected = [{"source": "a cat", "target": "eine Katze"}, {"source": "house", "target": "Haus"}]
     assert read_pairs([tmp_path / "pairs.tsv"]) == expected
     (tmp_path / "c.en").write_text("a cat\n\nhouse\n")
