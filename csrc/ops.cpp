@@ -37,6 +37,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastllm, m) {
   m.def(
       "cross_entropy_of_classes(Tensor x, Tensor target, int ignore_index, int reduction, bool need_x)"
       " -> (int, Tensor, Tensor)");
+  m.def(
+      "cross_entropy_of_classes_grad(Tensor x, Tensor target, Tensor? dloss, int ignore_index, int reduction)"
+      " -> Tensor");
   m.def("linear_loss_counts(Tensor x, Tensor target, int ignore_index, int classes) -> int");
   m.def(
       "linear_loss_rows(Tensor x, Tensor weight, Tensor target, Tensor(a!)? logits, Tensor? factor, Tensor? dlse, "

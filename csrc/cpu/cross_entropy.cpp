@@ -93,24 +93,19 @@ void losses_of_few(const Labelled& call, const LossOptions& options, const RowGr
   const std::optional<Rows> dxs = gradients.dx.has_value() ? std::optional<Rows>(*gradients.dx) : std::nullopt;
   const auto* ids = static_cast<const int64_t*>(indices.const_data_ptr());
   const LossesOfFew losses = cross_entropy_kernels().losses_of_few;
-  const auto from = [](void* all, int64_t i) { return all == nullptr ? nullptr : static_cast<float*>(all) + i; };
+  const auto step = [&](const Rows& rows) {
+    return call.rows() > 1 ? static_cast<const char*>(rows.at(1)) - static_cast<const char*>(rows.at(0)) : 0;
+  };
+  const int64_t x_step = step(xs), dx_step = dxs.has_value() ? step(*dxs) : 0;
+  const auto from = [](auto* all, int64_t i) { return all == nullptr ? nullptr : all + i; };
+  const auto results_from = [&](void* all, int64_t i) { return from(static_cast<float*>(all), i); };
   torch::stable::parallel_for(0, call.rows(), row_grain(classes), [&](int64_t begin, int64_t end) {
-    FewRows few;
-    for (int64_t at = begin; at < end; at += FewRows::kMost) {
-      few.count = end - at < FewRows::kMost ? end - at : FewRows::kMost;
-      for (int64_t l = 0; l < few.count; ++l) {
-        const int64_t i = at + l;
-        few.x[l] = xs.at(i);
-        few.dx[l] = dxs.has_value() ? dxs->mutable_at(i) : nullptr;
-        few.target[l] = ids[i] != ignored && ids[i] >= 0 && ids[i] < classes ? ids[i] : -1;
-        few.factor[l] = static_cast<float>(gradients.factor[i]);
-        few.dlse[l] = static_cast<float>(gradients.dlse[i]);
-      }
-      few.loss = from(results.loss, at);
-      few.lse = from(results.lse, at);
-      few.hit = from(results.hit, at);
-      losses(options, few);
-    }
+    losses(options, {end - begin, static_cast<const char*>(xs.at(begin)), x_step,
+                     dxs.has_value() ? static_cast<char*>(dxs->mutable_at(begin)) : nullptr, dx_step, ids + begin,
+                     ignored, from(gradients.factor.narrow, begin), from(gradients.dlse.narrow, begin),
+                     static_cast<float>(gradients.factor.all), static_cast<float>(gradients.dlse.all),
+                     results_from(results.loss, begin), results_from(results.lse, begin),
+                     results_from(results.hit, begin)});
   });
 }
 
@@ -206,17 +201,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_rows(
 // As torch's at::Reduction.
 enum Reduction : int64_t { kNone, kMean, kSum };
 
-// What a mean divides by: the number of targets that are not ignored, or the sum of their classes' weights. Of 0 beside
-// smoothing NaN, as Loss.divisor in Python.
-double total_of(const Labelled& call, const int64_t* ids, int64_t ignore_index) {
-  double total = 0.0;
-  for (int64_t i = 0; i < call.rows(); ++i)
-    if (ids[i] != ignore_index)
-      total += call.options.weight == nullptr ? 1.0
-               : call.wide() ? static_cast<const double*>(call.options.weight)[ids[i]]
+// The first row whose target is no class, or -1, and how many targets are not ignored.
+struct Counted {
+  int64_t bad, count;
+};
+
+Counted counted(const int64_t* ids, int64_t rows, int64_t classes, int64_t ignore_index) {
+  int64_t ignored = 0, wrong = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    const bool passed = ids[i] == ignore_index;
+    ignored += passed;
+    wrong += !passed && static_cast<uint64_t>(ids[i]) >= static_cast<uint64_t>(classes);
+  }
+  for (int64_t i = 0; wrong != 0 && i < rows; ++i)
+    if ((ids[i] < 0 || ids[i] >= classes) && ids[i] != ignore_index) return {i, rows - ignored};
+  return {-1, rows - ignored};
+}
+
+// What a mean divides by: the `count` of targets that are not ignored, or the sum of their classes' weights. Of 0
+// beside smoothing NaN, as Loss.divisor in Python.
+double total_of(const Labelled& call, const int64_t* ids, int64_t count, int64_t ignore_index) {
+  double total = static_cast<double>(count);
+  if (call.options.weight != nullptr) {
+    total = 0.0;
+    for (int64_t i = 0; i < call.rows(); ++i)
+      if (ids[i] != ignore_index)
+        total += call.wide() ? static_cast<const double*>(call.options.weight)[ids[i]]
                              : static_cast<double>(static_cast<const float*>(call.options.weight)[ids[i]]);
+  }
   if (total == 0.0 && call.options.smoothing != 0.0) return std::numeric_limits<double>::quiet_NaN();
   return call.wide() ? total : static_cast<double>(static_cast<float>(total));
+}
+
+// What PyTorch's operators make of number / total.
+double share_of(double number, double total, bool wide) {
+  return wide ? number / total : static_cast<double>(static_cast<float>(number) / static_cast<float>(total));
 }
 
 // The loss of the logits x (rows, classes) for the classes target (rows,), in `dtype`: a number a row, or their mean or
@@ -234,16 +253,14 @@ std::tuple<int64_t, double, std::optional<Tensor>, std::optional<Tensor>, std::o
   const int64_t rows = call.rows(), classes = call.options.classes;
   const bool wide = call.wide();
   const auto* ids = static_cast<const int64_t*>(target.const_data_ptr());
-  for (int64_t i = 0; i < rows; ++i)
-    if ((ids[i] < 0 || ids[i] >= classes) && ids[i] != ignore_index)
-      return {i, 1.0, std::nullopt, std::nullopt, std::nullopt};
+  const auto [bad, count] = counted(ids, rows, classes, ignore_index);
+  if (bad >= 0) return {bad, 1.0, std::nullopt, std::nullopt, std::nullopt};
 
-  const double total = reduction == kMean ? total_of(call, ids, ignore_index) : 1.0;
+  const double total = reduction == kMean ? total_of(call, ids, count, ignore_index) : 1.0;
   std::optional<Tensor> lse, dx;
   if (need_lse) lse = empty_like_device(x, {rows}, call.dtype);
   if (need_x) dx = empty_like_device(x, {rows, classes}, x.scalar_type());
-  // What PyTorch's operators make of 1 / total.
-  const double share = wide ? 1.0 / total : static_cast<double>(1.0f / static_cast<float>(total));
+  const double share = share_of(1.0, total, wide);
   const Column none{nullptr, nullptr};
   Tensor loss = empty_like_device(x, reduction == kNone ? std::vector<int64_t>{rows} : std::vector<int64_t>{}, dtype);
   const bool in_place = reduction == kNone && dtype == call.dtype;
@@ -273,6 +290,44 @@ std::tuple<int64_t, Tensor, Tensor> cross_entropy_of_classes(const Tensor& x, co
   return {bad, loss.has_value() ? *loss : blank(), dx.has_value() ? *dx : blank()};
 }
 
+double number_of(const Tensor& t) {
+  const void* at = t.const_data_ptr();
+  switch (t.scalar_type()) {
+    case ScalarType::Double: return *static_cast<const double*>(at);
+    case ScalarType::BFloat16: return static_cast<double>(widen(*static_cast<const BF16*>(at)));
+    case ScalarType::Half: return static_cast<double>(widen(*static_cast<const F16*>(at)));
+    default: return static_cast<double>(*static_cast<const float*>(at));
+  }
+}
+
+// The gradient of x for that of cross_entropy_of_classes' loss: `dloss` is one number, 1 where there is none, or of a
+// loss a row contiguous and in the accumulator's dtype. A target that is no class counts as an ignored one.
+Tensor cross_entropy_of_classes_grad(const Tensor& x, const Tensor& target_, const std::optional<Tensor>& dloss,
+                                     int64_t ignore_index, int64_t reduction) {
+  const char* op = "cross_entropy_of_classes_grad";
+  const Tensor target = target_.is_contiguous() ? target_ : torch::stable::contiguous(target_);
+  const Labelled call(op, x, target, std::nullopt, {0.0, 0.0, 1.0, 0.0});
+  const int64_t rows = call.rows(), classes = call.options.classes;
+  const bool fits = !dloss.has_value()     ? reduction != kNone
+                    : reduction != kNone ? dloss->numel() == 1 && is_supported_float(dloss->scalar_type())
+                                         : true;
+  if (call.probabilities || reduction < kNone || reduction > kSum || !fits)
+    refuse(op, ": target must be int64, and dloss a number, or of a loss a row one a row");
+  Column factor{nullptr, nullptr, dloss.has_value() && reduction != kNone ? number_of(*dloss) : 1.0};
+  if (reduction == kNone) factor = column(op, dloss, rows, call.dtype);
+  if (reduction == kMean) {
+    const auto* ids = static_cast<const int64_t*>(target.const_data_ptr());
+    const int64_t count = counted(ids, rows, classes, ignore_index).count;
+    factor.all = share_of(factor.all, static_cast<double>(count), call.wide());
+  }
+  const std::optional<Tensor> dx = empty_like_device(x, {rows, classes}, x.scalar_type());
+  const Scratch losses(rows * element_size(call.dtype));
+  const Column none{nullptr, nullptr};
+  losses_of_rows(call, {factor, none, none, dx, std::nullopt}, {losses.get(), nullptr, nullptr, nullptr},
+                 {ignore_index, false, false, false});
+  return *dx;
+}
+
 }  // namespace
 }  // namespace fastllm
 
@@ -280,4 +335,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
   m.impl("cross_entropy_rows", TORCH_BOX(&fastllm::cross_entropy_rows));
   m.impl("cross_entropy_loss", TORCH_BOX(&fastllm::cross_entropy_loss));
   m.impl("cross_entropy_of_classes", TORCH_BOX(&fastllm::cross_entropy_of_classes));
+  m.impl("cross_entropy_of_classes_grad", TORCH_BOX(&fastllm::cross_entropy_of_classes_grad));
 }

@@ -35,20 +35,23 @@ inline bool is_plain(const LossOptions& o, bool probabilities) {
   return !probabilities && o.cap == 0.0 && o.smoothing == 0.0 && !o.entropy;
 }
 
-// Rows that are computed at once. `target` is -1 where a row does not count; `dx`, `lse` and `hit` may be null.
+// Rows that are computed at once, each a lane of a vector, a step of so many bytes apart. `dx`, `lse` and `hit` may be
+// null. A target that is `ignored` or no class does not count.
 struct FewRows {
-  static constexpr int64_t kMost = 16;  // a vector of the widest instruction set
   static constexpr int64_t kMostClasses = 128;
   int64_t count;
-  const void* x[kMost];
-  void* dx[kMost];
-  int64_t target[kMost];
-  float factor[kMost], dlse[kMost];
+  const char* x;
+  int64_t x_step;
+  char* dx;
+  int64_t dx_step;
+  const int64_t* targets;
+  int64_t ignored;
+  const float *factors, *dlses;  // count of each, or null: then the next two are all rows'
+  float factor, dlse;
   float *loss, *lse, *hit;  // results, count of each
 };
 
-// The bits of loss_of_row in float32, of plain rows of at most kMostClasses: each row is in a lane of its own. All x
-// are of one matrix, and all dx.
+// The bits of loss_of_row in float32, of plain rows of at most kMostClasses.
 using LossesOfFew = void (*)(const LossOptions&, const FewRows&);
 
 struct CrossEntropyKernels {

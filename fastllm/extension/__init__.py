@@ -1,6 +1,7 @@
 """The compiled extension ``fastllm._C``: compiling it (:mod:`.compile`) and loading it (:mod:`.load`)."""
 
 from .load import (
+    DIRECT,
     bf16_products,
     build_at_first_use,
     cache_folder,
@@ -14,6 +15,7 @@ from .load import (
 )
 
 __all__ = [
+    "DIRECT",
     "bf16_products",
     "build_at_first_use",
     "cache_folder",

@@ -88,3 +88,47 @@ def test_rows_have_the_bits_of_rows_of_more_classes_that_have_no_probability(cla
     for few, many in zip(loss_and_gradient(x, y, z_loss=1e-2), loss_and_gradient(wide, y, z_loss=1e-2), strict=True):
         many = many[:, :classes] if many.dim() == 2 else many
         assert torch.equal(few.nan_to_num(9), many.nan_to_num(9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [3, 16, 21])
+def test_loss_and_lse_that_cancel_leave_the_target_its_gradient(classes, dtype):
+    """Their difference is the target's logit: the gradient along the probabilities is 0, and the row counts still."""
+    torch.manual_seed(classes)
+    x, y = torch.randn(ROWS, classes).to(dtype), torch.randint(classes, (ROWS,))
+    x[3, 0], y[5] = torch.nan, -100
+
+    def gradient(x):
+        x = x.detach().requires_grad_()
+        loss, lse = cross_entropy(x, y, reduction="none", return_lse=True)
+        torch.autograd.backward((loss, lse), (torch.ones_like(loss), torch.where(y < 0, 0, -torch.ones_like(lse))))
+        return x.grad
+
+    few, many = gradient(x), gradient(F.pad(x, (0, 144 - classes), value=-torch.inf))[:, :classes]
+    assert few[3].isnan().all()
+    assert many[3].isnan().all()
+    right = -F.one_hot(y.clamp(min=0), classes).to(dtype)
+    right[5] = 0
+    counting = torch.arange(ROWS) != 3
+    assert torch.equal(few[counting], right[counting])
+    assert torch.equal(many[counting], right[counting])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [3, 16, 144])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_an_ordinary_call_has_the_gradient_bits_of_one_with_an_option(reduction, classes, dtype):
+    """``return_lse`` makes it no ordinary call: PyTorch's operators prepare that one's gradient."""
+    torch.manual_seed(classes)
+    x, y = torch.randn(ROWS, classes).to(dtype), torch.randint(classes, (ROWS,))
+    y[::5] = -100
+    upstream = (FACTOR if reduction == "none" else torch.tensor(0.75)).to(dtype)
+    grads = []
+    for more in ({}, {"return_lse": True}):
+        leaf = x.clone().requires_grad_()
+        found = cross_entropy(leaf, y, reduction=reduction, **more)
+        loss = found[0] if more else found
+        first = torch.autograd.grad(loss, leaf, upstream, retain_graph=True)[0]
+        assert torch.equal(first, torch.autograd.grad(loss, leaf, upstream)[0])
+        grads.append(first)
+    assert torch.equal(*grads)

@@ -1,6 +1,8 @@
 // Built once per instruction set, like rows.cpp.
 #include "../cross_entropy.h"
 
+#include <type_traits>
+
 #include "passes.h"
 
 namespace fastllm::FASTLLM_ISA {
@@ -83,26 +85,70 @@ void loss_of_vectors(const LossOptions& o, LossRow& row, float* e) {
   });
 }
 
-// to, rows of `across`, = from, `rows` rows of `along` and so many columns, turned.
+// log_ of numbers in [1, 256), in a loop that the compiler turns into vector code: the same bits of each of the 2^26
+// floats there. fdlibm's log, in double.
+inline float log_of_sum(float x) {
+  const uint32_t above = as_bits(x) - 0x3F3504F3u;  // over the root of 1/2, whose exponent it begins to count at
+  const double k = static_cast<double>(static_cast<int32_t>(above >> 23));
+  const double f = static_cast<double>(as_float((above & 0x007FFFFFu) + 0x3F3504F3u)) - 1.0;
+  const double s = f / (2.0 + f), z = s * s, w = z * z, half = 0.5 * f * f;
+  const double even = w * (3.999999999940941908e-01 + w * (2.222219843214978396e-01 + w * 1.531383769920937332e-01));
+  const double last = 1.818357216161805012e-01 + w * 1.479819860511658591e-01;
+  const double odd = z * (6.666666666666735130e-01 + w * (2.857142874366239149e-01 + w * last));
+  return static_cast<float>(k * 6.93147180369123816490e-01 -
+                            ((half - (s * (half + (even + odd)) + k * 1.90821492927058770002e-10)) - f));
+}
+
+// log_ of each.
+Vector logs_of(Vector sums) {
+  alignas(64) float x[kVector];
+  store(x, sums);
+  bool usual = true;  // what sums of exponentials beside the largest mostly are
+  for (int l = 0; l < kVector; ++l) usual &= x[l] >= 1.0f && x[l] < 256.0f;
+  if (usual)
+    for (int l = 0; l < kVector; ++l) x[l] = log_of_sum(x[l]);
+  else
+    for (int l = 0; l < kVector; ++l) x[l] = log_(x[l]);
+  return load(x);
+}
+
+// What turn() may read and write after the last element.
+constexpr int64_t kSlack = 8;
+
+// to, `columns` rows of `across`, = from, `rows` rows of `along`, turned. Of both the last rows go on to a multiple of
+// 8, and so do their elements: what is written past the end of a row is where the next one begins, which comes later.
 void turn(float* to, int64_t across, const float* from, int64_t along, int64_t rows, int64_t columns) {
-  int64_t r = 0;
 #if defined(__AVX2__)
-  for (; r + 8 <= rows; r += 8) {
-    int64_t c = 0;
-    for (; c + 8 <= columns; c += 8) turn_8x8(to + c * across + r, across, from + r * along + c, along);
-    for (; c < columns; ++c)
-      for (int64_t i = r; i < r + 8; ++i) to[c * across + i] = from[i * along + c];
-  }
-#endif
-  for (; r < rows; ++r)
+  for (int64_t r = (rows - 1) / 8 * 8; r >= 0; r -= 8)
+    for (int64_t c = 0; c < columns; c += 8) turn_8x8(to + c * across + r, across, from + r * along + c, along);
+#else
+  for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < columns; ++c) to[c * across + r] = from[r * along + c];
+#endif
 }
 
 // with(row, at, n) for what lies side by side in memory: all rows of n elements at once, or each.
 template <class T, class With>
-void each_stretch(T* const* rows, int64_t count, int64_t n, const With& with) {
-  const bool whole = rows[count - 1] == rows[0] + (count - 1) * n;
-  for (int64_t l = 0; l < (whole ? 1 : count); ++l) with(rows[l], l * n, whole ? count * n : n);
+void each_stretch(T* rows, int64_t step, int64_t count, int64_t n, const With& with) {
+  if (step == n * static_cast<int64_t>(sizeof(T))) return with(rows, 0, count * n);
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  for (int64_t l = 0; l < count; ++l) with(reinterpret_cast<T*>(reinterpret_cast<Byte*>(rows) + l * step), l * n, n);
+}
+
+// Whether turn() may take rows, or write them, where they are.
+template <class T>
+bool turns_in_place(int64_t step, int64_t count, int64_t n) {
+  return std::is_same_v<T, float> && count == kVector && n % 8 == 0 && step == 4 * n;
+}
+
+// The sum of n vectors, as sums_over adds: partial sums, then halves onto halves.
+Vector sum_of_classes(const float (*e)[kVector], int64_t n) {
+  Vector sums[kLanes];
+  for (int64_t c = 0; c < n && c < kLanes; ++c) sums[c] = load(e[c]);
+  for (int64_t c = kLanes; c < n; ++c) sums[c % kLanes] += load(e[c]);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t c = 0; c < half && c + half < n; ++c) sums[c] += sums[c + half];
+  return sums[0];
 }
 
 // Up to a vector of rows from `first` on.
@@ -110,60 +156,56 @@ template <class X>
 void losses_of_lanes(const LossOptions& o, const FewRows& rows, int64_t first) {
   const int64_t n = o.classes, left = rows.count - first, count = left < kVector ? left : kVector;
   const float scale = static_cast<float>(o.scale), none = -__builtin_inff();
-  float flat[FewRows::kMostClasses * kVector], e[FewRows::kMostClasses][kVector];
-  const X* x[kVector];
-  for (int64_t l = 0; l < count; ++l) x[l] = static_cast<const X*>(rows.x[first + l]);
-  each_stretch(x, count, n, [&](const X* from, int64_t at, int64_t some) {
-    each_vector(some, [=, to = flat + at](int64_t c, int64_t few) {
-      store_some(to + c, load_some(from + c, few), few);
+  alignas(64) float flat[FewRows::kMostClasses * kVector + kSlack], e[FewRows::kMostClasses][kVector];
+  const X* x = reinterpret_cast<const X*>(rows.x + first * rows.x_step);
+  if (turns_in_place<X>(rows.x_step, count, n)) {
+    turn(e[0], kVector, reinterpret_cast<const float*>(x), n, kVector, n);
+  } else {
+    each_stretch(x, rows.x_step, count, n, [&](const X* from, int64_t at, int64_t some) {
+      each_vector(some, [=, to = flat + at](int64_t c, int64_t few) {
+        store_some(to + c, load_some(from + c, few), few);
+      });
     });
-  });
-  __builtin_memset(flat + count * n, 0, static_cast<size_t>((kVector - count) * n) * sizeof(float));
-  turn(e[0], kVector, flat, n, kVector, n);
+    __builtin_memset(flat + count * n, 0, static_cast<size_t>((kVector - count) * n + kSlack) * sizeof(float));
+    turn(e[0], kVector, flat, n, kVector, n);
+  }
   Vector top = all(none);
   for (int64_t c = 0; c < n; ++c) top = larger(load(e[c]) * scale, top);
   const Vector base = top == none ? Vector{} : top;
-  Targets<Vector> targets{};
+  alignas(64) float counts[kVector] = {}, own[kVector] = {}, mass[kVector] = {};
+  alignas(64) float factor[kVector] = {}, dlse[kVector] = {};
+  const int64_t* ids = rows.targets + first;
   for (int64_t l = 0; l < count; ++l) {
-    const int64_t i = first + l, target = rows.target[i];
-    targets.dlse[l] = rows.dlse[i];
-    if (target < 0) continue;
-    targets.counts[l] = 1.0f;
-    targets.own[l] = e[target][l];
-    targets.mass[l] = o.weight != nullptr ? static_cast<const float*>(o.weight)[target] : 1.0f;
-    targets.factor[l] = rows.factor[i];
+    dlse[l] = rows.dlses != nullptr ? rows.dlses[first + l] : rows.dlse;
+    if (ids[l] == rows.ignored || static_cast<uint64_t>(ids[l]) >= static_cast<uint64_t>(n)) continue;
+    counts[l] = 1.0f;
+    own[l] = e[ids[l]][l];
+    mass[l] = o.weight != nullptr ? static_cast<const float*>(o.weight)[ids[l]] : 1.0f;
+    factor[l] = rows.factors != nullptr ? rows.factors[first + l] : rows.factor;
   }
-  targets.own = targets.own * scale - base;
-  Vector sums[kLanes] = {};  // as sums_over adds: partial sums, then halves onto halves
-  for (int64_t c = 0; c < n; ++c) {
-    const Vector one = exp_to_88<Vector, Unsigned>(load(e[c]) * scale - base);
-    sums[c % kLanes] += one;
-    store(e[c], one);
-  }
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)
-    for (int64_t c = 0; c < half && c + half < n; ++c) sums[c] += sums[c + half];
-  Vector rel;
-  for (int64_t l = 0; l < kVector; ++l) rel[l] = log_(sums[0][l]);
-  const PlainLoss<Vector> found = plain_loss(o, targets, top, sums[0], rel);
+  const Targets<Vector> targets{load(counts), load(own) * scale - base, load(mass), load(factor), load(dlse)};
+  for (int64_t c = 0; c < n; ++c) store(e[c], exp_to_88<Vector, Unsigned>(load(e[c]) * scale - base));
+  const Vector sum = sum_of_classes(e, n);
+  const PlainLoss<Vector> found = plain_loss(o, targets, top, sum, logs_of(sum));
   store_some(rows.loss + first, found.loss, count);
   if (rows.lse != nullptr) store_some(rows.lse + first, found.lse, count);
   if (rows.hit != nullptr) store_some(rows.hit + first, found.hit, count);
-  if (rows.dx[first] == nullptr) return;
+  if (rows.dx == nullptr) return;
   const Vector along = found.along != 0.0f ? found.along : targets.factor;  // 0: the row's gradient is 0
-  Vector own{};
   for (int64_t l = 0; l < count; ++l)
-    if (rows.target[first + l] >= 0) own[l] = e[rows.target[first + l]][l];
-  own = (own * found.part - found.less) * scale;
+    if (factor[l] != 0.0f) own[l] = e[ids[l]][l];
+  store(own, (load(own) * found.part - found.less) * scale);
   for (int64_t c = 0; c < n; ++c) {
     const Vector v = load(e[c]) * found.part * scale;
     store(e[c], along != 0.0f ? v : Vector{});
   }
   for (int64_t l = 0; l < count; ++l)
-    if (targets.factor[l] != 0.0f) e[rows.target[first + l]][l] = own[l];
+    if (factor[l] != 0.0f) e[ids[l]][l] = own[l];
+  X* dx = reinterpret_cast<X*>(rows.dx + first * rows.dx_step);
+  if (turns_in_place<X>(rows.dx_step, count, n))
+    return turn(reinterpret_cast<float*>(dx), n, e[0], kVector, n, kVector);
   turn(flat, n, e[0], kVector, n, kVector);
-  X* dx[kVector];
-  for (int64_t l = 0; l < count; ++l) dx[l] = static_cast<X*>(rows.dx[first + l]);
-  each_stretch(dx, count, n, [&](X* to, int64_t at, int64_t some) {
+  each_stretch(dx, rows.dx_step, count, n, [&](X* to, int64_t at, int64_t some) {
     each_vector(some, [=, from = flat + at](int64_t c, int64_t few) {
       store_some(to + c, load_some(from + c, few), few);
     });

@@ -197,7 +197,7 @@ inline void pack(float* to, const Wide& from, int64_t n, int64_t columns) {
 }
 
 #if defined(__AVX2__)
-// 8 x 8: to, rows `across` apart, = from, rows `along` apart, turned.
+// 8 x 8: to, rows `across` apart, = from, rows `along` apart, turned. Rows are written in order, and may overlap.
 inline void turn_8x8(float* to, int64_t across, const float* from, int64_t along) {
   __m256 r[8], t[8];
   for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(from + i * along);
@@ -211,10 +211,8 @@ inline void turn_8x8(float* to, int64_t across, const float* from, int64_t along
     r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
     r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
   }
-  for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(to + i * across, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-    _mm256_storeu_ps(to + (i + 4) * across, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
-  }
+  for (int i = 0; i < 4; ++i) _mm256_storeu_ps(to + i * across, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+  for (int i = 0; i < 4; ++i) _mm256_storeu_ps(to + (i + 4) * across, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
 }
 #endif
 

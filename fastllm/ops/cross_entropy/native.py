@@ -32,12 +32,15 @@ _rows = extension.operator("cross_entropy_rows", _rows_fake)
 _loss = extension.operator("cross_entropy_loss", _loss_fake)
 # (x, target, ignore_index, number of the reduction, whether to give the gradient) -> (the first row whose target is no
 # class, or -1, loss in x's dtype, gradient of x for an upstream gradient of 1 or no elements), of an ordinary call.
-loss_of_classes = extension.operator(
+extension.operator(
     "cross_entropy_of_classes",
     lambda x, target, ignore_index, reduction, need_x: (
         -1, x.new_empty(len(x) if reduction == 0 else ()), x.new_empty(x.shape if need_x else 0)
     ),
 )  # fmt: skip
+# (x, target, gradient of that loss, ignore_index, number of the reduction) -> gradient of x. That of the loss is one
+# number, None for 1, or of a loss a row contiguous and in the accumulator's dtype.
+extension.operator("cross_entropy_of_classes_grad", lambda x, target, *others: x.new_empty(x.shape))
 REDUCTION_NUMBER = {name: number for number, name in enumerate(REDUCTIONS)}
 
 
