@@ -53,6 +53,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastllm, m) {
   m.def(
       "norm_rows(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, float eps, float dropout_p, "
       "bool center) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("normed_rows(Tensor x, Tensor? weight, Tensor? bias, float eps, bool center) -> Tensor");
   m.def(
       "norm_grad_rows(Tensor dy, Tensor? dh, Tensor normed, Tensor? weight, Tensor? seed, Tensor mean, Tensor rstd, "
       "ScalarType input_dtype, ScalarType weight_dtype, ScalarType bias_dtype, float dropout_p, bool center, "

@@ -47,6 +47,7 @@ void check_rows(const char* op, const Tensor& x, const std::optional<Tensor>& ot
 // A number of each row, or of none; a tensor's own functions take longer than a short row.
 class Stats {
  public:
+  Stats() = default;
   Stats(const Tensor& tensor, bool wide)
       : data_(tensor.numel() == 0 ? nullptr : tensor.mutable_data_ptr()), wide_(wide) {}
   void put(int64_t i, double value) const {
@@ -62,53 +63,81 @@ class Stats {
   }
 
  private:
-  void* data_;
-  bool wide_;
+  void* data_ = nullptr;
+  bool wide_ = false;
 };
 
-// y as x; h as residual, empty without one; mean (empty unless centered) and rstd (rows,) in the accumulator's dtype.
-// weight has its offset added already. weight and bias may be narrower than the accumulator.
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_rows(const Tensor& x, const std::optional<Tensor>& residual,
-                                                     const std::optional<Tensor>& weight,
-                                                     const std::optional<Tensor>& bias,
-                                                     const std::optional<Tensor>& seed_, double eps, double dropout_p,
-                                                     bool center) {
-  const char* op = "norm_rows";
-  check_rows(op, x, residual);
-  const int64_t columns = x.size(x.dim() - 1);
-  const bool wide = is_wide(x, residual);
-  const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
-  const std::optional<Dropout> dropout = read_dropout(op, seed_, dropout_p);
-  const Rows xs(x);
-  const std::optional<Rows> residuals = residual.has_value() ? std::optional<Rows>(*residual) : std::nullopt;
-  Tensor y = empty_like_device(x, shape_of(x), x.scalar_type());
-  Tensor h = residual.has_value() ? empty_like_device(x, shape_of(x), residual->scalar_type())
-                                  : empty_like_device(x, {0}, x.scalar_type());
-  Tensor mean_ = empty_like_device(x, {center ? xs.count : 0}, dtype);
-  Tensor rstd_ = empty_like_device(x, {xs.count}, dtype);
-  if (xs.count == 0) return {y, h, mean_, rstd_};
-  const Stats mean(mean_, wide), rstd(rstd_, wide);
+// What is normed, and how. weight has its offset added already. weight and bias may be narrower than the accumulator.
+struct Norming {
+  const Tensor& x;
+  const std::optional<Tensor>&residual, &weight, &bias, &seed;
+  double eps, dropout_p;
+  bool center;
+
+  bool wide() const { return is_wide(x, residual); }
+};
+
+// y as x; h as residual, and of no meaning without one.
+void norm_of_rows(const char* op, const Norming& call, const Rows& xs, Tensor& y, Tensor& h, const Stats& mean,
+                  const Stats& rstd) {
+  const auto& [x, residual, weight, bias, seed, eps, dropout_p, center] = call;
+  const int64_t columns = xs.columns;
+  const bool wide = call.wide(), added = residual.has_value();
+  const std::optional<Dropout> dropout = read_dropout(op, seed, dropout_p);
+  if (xs.count == 0) return;
+  const std::optional<Rows> residuals = added ? std::optional<Rows>(*residual) : std::nullopt;
   advise_huge_pages(y);
-  advise_huge_pages(h);
-  const Rows ys(y), hs(h);
+  if (added) advise_huge_pages(h);
+  const Rows ys(y);
+  const std::optional<Rows> hs = added ? std::optional<Rows>(h) : std::nullopt;
   const Parameter scale(op, weight, columns, wide), shift(op, bias, columns, wide);
-  const int h_dtype = residual.has_value() ? residuals->dtype : xs.dtype;
-  const bool past = past_caches(bytes_of(y) + bytes_of(h), columns * element_size(x.scalar_type()));
+  const int h_dtype = added ? residuals->dtype : xs.dtype;
+  const bool past = past_caches(bytes_of(y) + (added ? bytes_of(h) : 0), columns * element_size(x.scalar_type()));
   const NormOptions options{columns, scale.data(), shift.data(), eps,
                             pointer_to(dropout), center, xs.dtype, h_dtype, past};
   const NormOfRow norm_of_row = norm_kernels().norm_of_row[wide];
   torch::stable::parallel_for(0, xs.count, row_grain(columns), [&](int64_t begin, int64_t end) {
     const Scratch scratch(2 * columns * (wide ? 8 : 4));
     for (int64_t i = begin; i < end; ++i) {
-      NormRow row{xs.at(i), residual.has_value() ? residuals->at(i) : nullptr, ys.mutable_at(i),
-                  residual.has_value() ? hs.mutable_at(i) : nullptr, i, 0, 0};
+      NormRow row{xs.at(i), added ? residuals->at(i) : nullptr, ys.mutable_at(i), added ? hs->mutable_at(i) : nullptr,
+                  i, 0, 0};
       norm_of_row(options, row, scratch.get());
       mean.put(i, row.mean);
       rstd.put(i, row.rstd);
     }
     if (past) order_past_caches();
   });
-  return {y, h, mean_, rstd_};
+}
+
+// (y, h, empty without a residual; mean, empty unless centered, and rstd (rows,) in the accumulator's dtype).
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_rows(const Tensor& x, const std::optional<Tensor>& residual,
+                                                     const std::optional<Tensor>& weight,
+                                                     const std::optional<Tensor>& bias,
+                                                     const std::optional<Tensor>& seed, double eps, double dropout_p,
+                                                     bool center) {
+  const char* op = "norm_rows";
+  check_rows(op, x, residual);
+  const Norming call{x, residual, weight, bias, seed, eps, dropout_p, center};
+  const bool wide = call.wide();
+  const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
+  const Rows xs(x);
+  Tensor y = empty_like_device(x, shape_of(x), x.scalar_type());
+  Tensor h = residual.has_value() ? empty_like_device(x, shape_of(x), residual->scalar_type())
+                                  : empty_like_device(x, {0}, x.scalar_type());
+  Tensor mean = empty_like_device(x, {center ? xs.count : 0}, dtype);
+  Tensor rstd = empty_like_device(x, {xs.count}, dtype);
+  norm_of_rows(op, call, xs, y, h, Stats(mean, wide), Stats(rstd, wide));
+  return {y, h, mean, rstd};
+}
+
+// Its y alone, of rows that nothing is added to: each further result takes 0.4 us.
+Tensor normed_rows(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps,
+                   bool center) {
+  const char* op = "normed_rows";
+  check_rows(op, x, std::nullopt);
+  Tensor y = empty_like_device(x, shape_of(x), x.scalar_type());
+  norm_of_rows(op, {x, std::nullopt, weight, bias, std::nullopt, eps, 0.0, center}, Rows(x), y, y, Stats(), Stats());
+  return y;
 }
 
 // Rows are summed into dweight and dbias part by part, and the parts in order: the same bits for any number of threads.
@@ -207,5 +236,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_grad_rows(
 
 STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
   m.impl("norm_rows", TORCH_BOX(&fastllm::norm_rows));
+  m.impl("normed_rows", TORCH_BOX(&fastllm::normed_rows));
   m.impl("norm_grad_rows", TORCH_BOX(&fastllm::norm_grad_rows));
 }

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ... import extension
 from ...backends import KERNEL_DTYPES, forward_mode, free_for_native, free_for_torch, under_transform
 from ..shared.autograd import PLAIN, apply_untransformed, frozen, unwrapped
 from ..shared.widened import NARROW
@@ -20,6 +21,7 @@ from .operator import Normed, norm_gradients
 
 # PyTorch's default of RMS norm, for the dtype that the mean of at most 32 bits is taken in.
 _EPS = torch.finfo(torch.float32).eps
+_DIRECT = extension.DIRECT
 
 
 class _OrdinaryNorm(torch.autograd.Function):
@@ -79,8 +81,10 @@ def _by_extension(x, residual, weight, bias, eps, *, center: bool) -> Any:
     if differentiable and torch.is_grad_enabled():
         options = NormOptions(eps, 0.0, 0.0, center, "native")
         return apply_untransformed(_OrdinaryNorm, x, residual, weight, bias, options)
-    y, h, _, _ = undropped_norm(*unwrapped((x, residual, weight, bias)), eps=eps, center=center)
-    return y if residual is None else (y, h)
+    x, residual, weight, bias = unwrapped((x, residual, weight, bias))
+    if residual is None:
+        return _DIRECT["normed_rows"](x, weight, bias, eps, center)
+    return undropped_norm(x, residual, weight, bias, eps, center)[:2]
 
 
 def ordinary_layer_norm(x, shape, weight, bias, eps) -> torch.Tensor | None:
