@@ -36,7 +36,9 @@ class BuildExtension(build_ext):
         build = _load_build()
         try:
             line = build.build(Path(self.get_ext_fullpath(ext.name)), ROOT / "build" / "extension")
-        except build.CannotBuild as error:
+        except ValueError as error:
+            raise SystemExit(f"fastllm: {error}") from None
+        except (build.CannotBuild, OSError) as error:
             if build.cuda_wish() == "1":
                 raise SystemExit(f"fastllm: {error}") from None
             line = f"fastllm: the extension was not built: {error}; its ops fall back to eager PyTorch"

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import hashlib
 import importlib
 import importlib.util
 import os
 import platform
+import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -138,7 +139,7 @@ def build_at_first_use() -> None:
         with _locked(folder / "lock"):
             if not target.exists():  # else another process built it meanwhile
                 if (folder / _FAILED).exists():
-                    raise compiler.CannotBuild((folder / _FAILED).read_text("utf-8"))
+                    raise compiler.CannotBuild(os.fsdecode((folder / _FAILED).read_bytes()))
                 # Looked for every time: a compiler can be installed, or be on another machine of the same home folder.
                 compiler.find_compiler()
                 print("fastllm: compiling the extension, this once (a minute or two) ...", file=sys.stderr, flush=True)
@@ -152,15 +153,39 @@ def build_at_first_use() -> None:
 
 
 def _build_into(folder: Path, target: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        fresh = Path(work, target.name)
-        try:
-            line = compiler.build(fresh, Path(work))
-        except compiler.CannotBuild as error:
-            (folder / _FAILED).write_text(str(error), "utf-8")
-            raise
-        os.replace(fresh, target)
+    folder = folder.resolve()
+    prefix = f"build-{platform.node()}-"
+    for left in folder.glob(f"{glob.escape(prefix)}*"):
+        if not _is_running(left.name.removeprefix(prefix)):
+            shutil.rmtree(left, ignore_errors=True)
+    work = folder / f"{prefix}{os.getpid()}"
+    work.mkdir()
+    try:
+        line = compiler.build(work / target.name, work)
+        os.replace(work / target.name, target)
+    except compiler.CannotBuild as error:
+        log = folder / "build.log"
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(work / log.name, log)
+        told = str(error).replace(str(work / log.name), str(log))
+        (folder / _FAILED).write_bytes(os.fsencode(told))
+        raise compiler.CannotBuild(told) from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     print(line, file=sys.stderr, flush=True)
+
+
+def _is_running(pid: str) -> bool:
+    """Whether another process of that number is there: one that was killed cannot remove what it compiled."""
+    if pid == str(os.getpid()):
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except OSError:  # another user's
+        pass
+    return True
 
 
 @contextlib.contextmanager

@@ -292,6 +292,43 @@ def test_a_cache_that_cannot_be_written_names_the_variable_that_moves_it(tmp_pat
     assert re.search("was not built: .*cache.*FASTLLM_CACHE names another folder", extension._missing)
 
 
+def test_what_a_failed_compilation_said_is_kept_where_the_reason_says(tmp_path, monkeypatch):
+    def fails(target, work):
+        (work / "build.log").write_text("all of it")
+        raise build.CannotBuild(f"error: no such thing (all of it in {work / 'build.log'})")
+
+    monkeypatch.setattr(build, "build", fails)
+    with pytest.raises(build.CannotBuild) as error:
+        extension._build_into(tmp_path, tmp_path / "_C.so")
+    path = re.search(r"\(all of it in (.*)\)", str(error.value))[1]
+    assert Path(path).read_text() == "all of it"
+    assert (tmp_path / "failed").read_text() == str(error.value)
+    assert {file.name for file in tmp_path.iterdir()} == {"build.log", "failed"}
+
+
+def test_what_a_killed_compilation_left_is_removed_by_the_next_one(tmp_path, monkeypatch):
+    code = """
+import os, signal, sys
+from pathlib import Path
+from fastllm.extension import load
+
+def killed(target, work):
+    target.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+load.compiler.build = killed
+load._build_into(Path(sys.argv[1]), Path(sys.argv[1], "_C.so"))
+"""
+    ended = subprocess.run([sys.executable, "-c", code, tmp_path], check=False)
+    assert ended.returncode == -9
+    (left,) = tmp_path.iterdir()
+    (other := left.with_name(f"{left.name.rpartition('-')[0]}-{os.getppid()}")).mkdir()  # of a process that is running
+    monkeypatch.setattr(build, "build", lambda target, work: target.write_text("whole"))
+    extension._build_into(tmp_path, tmp_path / "_C.so")
+    assert set(tmp_path.iterdir()) == {tmp_path / "_C.so", other}
+    assert (tmp_path / "_C.so").read_text() == "whole"
+
+
 def test_building_in_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FASTLLM_CUDA", "0")
     (tmp_path / "fastllm").touch()

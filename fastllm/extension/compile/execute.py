@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .sources import CannotBuild
 from .steps import BuildStep, write_if_changed
-from .toolchain import first_error
+from .toolchain import first_error, run
 
 
 def _jobs() -> int:
@@ -48,33 +48,31 @@ def execute(steps: list[BuildStep], work: Path) -> None:
             lines.append(f"build {path(step.output)}: run {' '.join(path(p) for p in step.inputs)}")
             lines.append("  cmd = " + shlex.join(step.command).replace("$", "$$"))
         write_if_changed(work / "build.ninja", "\n".join([*lines, ""]))
-        result = subprocess.run(
-            [ninja, "-C", str(work), "-j", str(_jobs())], capture_output=True, text=True, check=False
-        )
-        (work / "build.log").write_text(result.stdout + result.stderr)
+        result = run([ninja, "-C", str(work), "-j", str(_jobs())])
+        (work / "build.log").write_text(result.stdout + result.stderr, "utf-8")
         if result.returncode != 0:
             raise CannotBuild(f"{first_error(result.stdout)} (all of it in {work / 'build.log'})")
         return
 
-    def run(step: BuildStep) -> subprocess.CompletedProcess | None:
+    def compiled(step: BuildStep) -> subprocess.CompletedProcess | None:
         newest = max(p.stat().st_mtime for p in step.inputs)
         # What made the output, as ninja notes it: the same sources may be compiled for other GPUs.
-        note, command = work / f"{step.output.name}.command", shlex.join(step.command)
-        same = note.is_file() and note.read_text() == command
+        note, command = work / f"{step.output.name}.command", os.fsencode(shlex.join(step.command))
+        same = note.is_file() and note.read_bytes() == command
         if same and step.output.is_file() and step.output.stat().st_mtime > newest:
             return None
         note.unlink(missing_ok=True)
-        result = subprocess.run(step.command, capture_output=True, text=True, check=False)
+        result = run(step.command)
         if result.returncode == 0:
-            note.write_text(command)
+            note.write_bytes(command)
         return result
 
     with ThreadPoolExecutor(_jobs()) as pool:
-        results = list(pool.map(run, steps[:-1]))
+        results = list(pool.map(compiled, steps[:-1]))
     if all(result is None or result.returncode == 0 for result in results):
-        results.append(run(steps[-1]))
+        results.append(compiled(steps[-1]))
     results = [result for result in results if result is not None]
-    (work / "build.log").write_text("".join(result.stdout + result.stderr for result in results))
+    (work / "build.log").write_text("".join(result.stdout + result.stderr for result in results), "utf-8")
     for result in results:
         if result.returncode != 0:
             raise CannotBuild(f"{first_error(result.stderr)} (all of it in {work / 'build.log'})")

@@ -84,8 +84,9 @@ def _nvcc_flags(cuda: Cuda) -> list[str]:
 
 def write_if_changed(path: Path, text: str) -> None:
     """Write ``text``, unless it is there: a newer file would be compiled again."""
-    if not path.is_file() or path.read_text() != text:
-        path.write_text(text)
+    content = os.fsencode(text)  # paths in it may have any bytes
+    if not path.is_file() or path.read_bytes() != content:
+        path.write_bytes(content)
 
 
 def build_steps(compiler: list[str], torch: Torch, cuda: Cuda | None, work: Path, target: Path) -> list[BuildStep]:

@@ -76,7 +76,10 @@ def find_compiler() -> list[str]:
         source.write_text("#include <optional>\nint probe() { return std::optional<int>(1).value(); }\n")
         library = Path(folder, "probe.so")
         args = [*command, "-std=c++17", "-fPIC", "-shared", str(source), "-o", str(library)]
-        result = subprocess.run(args, capture_output=True, text=True, check=False)
+        try:
+            result = run(args)
+        except OSError as error:  # a compiler for other machines
+            raise CannotBuild(f"{shlex.join(command)} does not run: {error.strerror}") from None
     if result.returncode != 0:
         raise CannotBuild(f"{shlex.join(command)} cannot compile C++17: {first_error(result.stderr)}")
     return command
@@ -126,7 +129,7 @@ def find_cuda(torch: Torch) -> Cuda:
     nvcc = next((place for place in places if place and os.access(place, os.X_OK)), None)
     if nvcc is None:
         raise CannotBuild("there is no nvcc" + (f" in {places[0]}" if any(homes) else " on PATH or in /usr/local/cuda"))
-    result = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
+    result = run([nvcc, "--version"])
     found = re.search(r"release (\d+)\.(\d+)", result.stdout)
     if result.returncode != 0 or not found:
         raise CannotBuild(f"{nvcc} does not run: {first_error(result.stderr)}")
@@ -138,10 +141,17 @@ def find_cuda(torch: Torch) -> Cuda:
             f"nvcc {version} is newer than torch's CUDA {torch.cuda}, and its code needs a driver that torch does not "
             "(CUDA_HOME names another nvcc; FASTLLM_CUDA=1 takes this one)"
         )
-    plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True, check=False)
+    plan = run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull])
     top = re.search(r"^#\$ TOP=(.+)$", plan.stderr, re.MULTILINE)
     root = Path(top[1]).resolve() if top else Path(nvcc).resolve().parent.parent
     return Cuda(nvcc, version, architectures(), root)
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """What a compiler says, in English, in which :func:`first_error` looks; paths in it may have any bytes."""
+    return subprocess.run(
+        command, capture_output=True, text=True, errors="replace", env=os.environ | {"LC_ALL": "C"}, check=False
+    )
 
 
 def first_error(text: str) -> str:
