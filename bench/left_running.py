@@ -18,8 +18,8 @@ def _descendants(but: Set[int] = frozenset()) -> set[int]:
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, ValueError):
-            # The name, in parentheses, may hold anything.
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            # The name, in parentheses, may hold anything: of a long one Linux keeps 15 bytes, not whole characters.
+            parent = int((folder / "stat").read_bytes().rpartition(b")")[2].split()[1])
             children.setdefault(parent, []).append(int(folder.name))
     found, waiting = set(), [os.getpid()]
     while waiting:

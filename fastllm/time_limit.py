@@ -40,7 +40,9 @@ def time_limit(limit: float) -> Iterator[None]:
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        if outer:
-            signal.setitimer(signal.ITIMER_REAL, max(outer - (time.monotonic() - began), _SOONEST))
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        finally:  # the limit may have passed just before that
+            signal.signal(signal.SIGALRM, before)
+            if outer:
+                signal.setitimer(signal.ITIMER_REAL, max(outer - (time.monotonic() - began), _SOONEST))

@@ -1,7 +1,7 @@
-"""One of two processes that train accelerated models under DDP or FSDP2: ``drop_in_worker.py RANK PORT OUT``."""
+"""One of two processes that train accelerated models under DDP or FSDP2: ``drop_in_worker.py RANK OUT``."""
 
-import os
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -246,10 +246,10 @@ def post_training(way: str, rank: int = 0) -> dict[str, tuple]:
 
 
 def main():
-    rank, port, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE="2")
+    rank, out = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    # They meet in a file: a port that was free may be another program's by now.
+    dist.init_process_group("gloo", init_method=out.with_name("meeting").as_uri(), rank=rank, world_size=2)
     results = {mode: run(mode, rank) for mode in MODES}
     results["dtensor"] = with_dtensors()
     results["linear losses"] = linear_losses_of_dtensors()

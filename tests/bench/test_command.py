@@ -2,6 +2,7 @@
 
 import json
 import time
+import types
 
 import pytest
 import torch
@@ -28,12 +29,18 @@ def test_the_command_writes_shows_and_compares(small, tmp_path, capsys):
 
 
 def test_the_budget_covers_the_whole_command(small, tmp_path, monkeypatch):
-    budgets = []
-    monkeypatch.setattr(command, "copy_bandwidth", lambda device: time.sleep(1.5) or 1e9)
+    budgets, now = [], [100.0]
+    monkeypatch.setattr(command, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+
+    def copy_bandwidth(device):
+        now[0] += 7
+        return 1e9
+
+    monkeypatch.setattr(command, "copy_bandwidth", copy_bandwidth)
     monkeypatch.setattr(command, "run", lambda planned, device, asked, **more: budgets.append(asked.budget) or Run({}))
     monkeypatch.setattr(command, "_shown", lambda found, folder: [])
     assert command.main(["layer_norm", "--budget", "40", "--out", str(tmp_path)]) == 1
-    assert 20 < budgets[0] < 40 - 10 - 1.5
+    assert budgets == [40 - 10 - 7]
 
 
 def test_a_budget_that_measuring_has_spent_is_no_negative_one(small, tmp_path, monkeypatch):

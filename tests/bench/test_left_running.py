@@ -2,17 +2,17 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from alarm import ring
 
 from fastllm.bench.left_running import none_left_running
 from fastllm.time_limit import OutOfTime, time_limit
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc here to look for programs in")
-# A shell that waits for a program of its own, as a compiler's driver does.
-PROGRAM = ["sh", "-c", "sleep 60; true"]
+# A shell that waits for a program of its own, as a compiler's driver does; that one says when it runs.
+PROGRAM = ["sh", "-c", "sh -c 'echo runs; exec sleep 60'; true"]
 
 
 @pytest.fixture
@@ -22,46 +22,63 @@ def started():
     for program in programs:
         program.kill()
         program.wait()
+        program.stdout.close()
 
 
-def stopped(started, program, **options):
+def start(started, program=PROGRAM, **options):
+    """Starts ``program``, and waits until it runs."""
+    started.append(subprocess.Popen(program, stdout=subprocess.PIPE, **options))
+    assert started[-1].stdout.readline() == b"runs\n"
+
+
+def stopped(started, program=PROGRAM):
     """A call that starts ``program``, and whose time is over."""
-    with none_left_running(), time_limit(0.2):
-        started.append(subprocess.Popen(program, **options))
-        time.sleep(60)
+    with none_left_running(), time_limit(600):
+        start(started, program)
+        ring()
 
 
 def test_programs_of_a_call_that_is_stopped_are_ended(started):
     with pytest.raises(OutOfTime):
-        stopped(started, PROGRAM, stdout=subprocess.PIPE)
+        stopped(started)
     (shell,) = started
-    assert shell.wait(5) < 0
+    assert shell.wait(60) < 0
     # Until the shell's own program has ended, too, it keeps the pipe open.
-    assert shell.communicate(timeout=5)[0] == b""
+    assert shell.communicate(timeout=50)[0] == b""
 
 
 def test_others_go_on(started):
-    started.append(subprocess.Popen(PROGRAM))
+    start(started)
     with none_left_running():
-        started.append(subprocess.Popen(PROGRAM))
+        start(started)
     with pytest.raises(OutOfTime):
-        stopped(started, [sys.executable, "-c", "import time; time.sleep(60)"])
+        stopped(started, [sys.executable, "-c", "import time; print('runs', flush=True); time.sleep(60)"])
     assert [program.poll() for program in started] == [None, None, None]
 
 
 def test_what_an_earlier_program_starts_later_goes_on(started):
-    started.append(subprocess.Popen(["sh", "-c", "read line; sleep 60; true"], stdin=subprocess.PIPE, text=True))
+    program = ["sh", "-c", f"read line; {PROGRAM[-1]}"]
+    started.append(subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
     (shell,) = started
 
     def call():
-        with none_left_running(), time_limit(5):
+        with none_left_running():
             with shell.stdin:
-                shell.stdin.write("\n")
-            while not Path(f"/proc/{shell.pid}/task/{shell.pid}/children").read_text():
-                time.sleep(0.01)
+                shell.stdin.write(b"\n")
+            assert shell.stdout.readline() == b"runs\n"
             raise OutOfTime
 
     with pytest.raises(OutOfTime):
         call()
     with pytest.raises(subprocess.TimeoutExpired):
         shell.wait(0.5)
+
+
+def test_a_program_of_any_name_is_found(tmp_path, started):
+    """Linux keeps 15 bytes of a name, which may end within a character."""
+    program = tmp_path / ("a" * 14 + "\u00e4")
+    program.write_text(f"#!/bin/sh\n{PROGRAM[-1]}\n")
+    program.chmod(0o755)
+    with pytest.raises(OutOfTime):
+        stopped(started, [str(program)])
+    assert started[0].wait(60) < 0

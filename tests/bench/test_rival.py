@@ -42,13 +42,15 @@ def _shapes(monkeypatch, *rows):
     shapes = norm_shapes(bias=True, of={f"rows {n}": (n, 24) for n in rows})
     monkeypatch.setattr(cases.importlib.import_module("fastllm.bench.layer_norm"), "shapes", shapes)
     monkeypatch.setattr(cases.importlib.import_module("fastllm.bench.layer_norm"), "cpu_shapes", {})
-    monkeypatch.setitem(run.CASE, "cpu", 60.0)
 
 
 def test_right_wrong_and_dead(target, tmp_path, monkeypatch, capsys):
     """One process: timed where it is right, refused where it is wrong, named where it died; ours is timed in each."""
     _shapes(monkeypatch, 3, 5, 7)
-    arguments = ["layer_norm", "--rival", target, "--provider", "eager", "--dtype", "float32", "--rounds", "6"]
+    arguments = [
+        "layer_norm", "--rival", target, "--provider", "eager", "--dtype", "float32", "--rounds", "6",
+        "--budget", "36000",
+    ]  # fmt: skip
     monkeypatch.setattr(command, "_shown", lambda found, folder: [])
     monkeypatch.setattr(command, "copy_bandwidth", lambda device: 1e9)
     monkeypatch.setattr(command, "matmul_flops", lambda device, dtype: 1e9)

@@ -249,10 +249,12 @@ def test_what_took_too_long_is_waited_for_by_the_next(models, monkeypatch):
     def slow(served, values, deadline):
         going.append(values)
         most.append(len(going))
-        release.wait(30)
+        release.wait(300)
         going.pop()
         return values
 
+    sites, site = [], app._Site
+    monkeypatch.setattr(app, "_Site", lambda *args: sites.append(site(*args)) or sites[0])
     monkeypatch.setitem(app.ANSWERS, "classify", slow)
     running = Running(models, seconds=0.3)
     try:
@@ -262,6 +264,7 @@ def test_what_took_too_long_is_waited_for_by_the_next(models, monkeypatch):
         status, reply = running.post("generate", {"prompt": "x"})
         assert (status, most) == (503, [1])
         assert "took more than" in reply
+        sites[0].seconds = 60.0
         release.set()
         while going:
             time.sleep(0.01)
@@ -289,8 +292,12 @@ def test_what_is_computed_in_parts_ends_at_the_deadline(models, task, values):
     assert len(parts) == 1
 
 
-def test_connections_that_ask_for_nothing_keep_nobody_out(models):
-    running = Running(models, timeout_keep_alive=2, limit_concurrency=8)
+def test_connections_that_ask_for_nothing_keep_nobody_out(models, monkeypatch):
+    refused, look = threading.Event(), Connection._look
+    monkeypatch.setattr(
+        Connection, "_look", lambda self, seen: look(self, seen) if refused.is_set() else self._look_again(seen)
+    )
+    running = Running(models, timeout_keep_alive=1, limit_concurrency=8)
     address = ("127.0.0.1", int(running.url.rpartition(":")[2]))
     heads = [b"", b"GET / HTTP/1.1\r\nHost: local"] * 4
     silent = [socket.create_connection(address) for _ in heads]
@@ -298,6 +305,7 @@ def test_connections_that_ask_for_nothing_keep_nobody_out(models):
         for connection, head in zip(silent, heads, strict=True):
             connection.sendall(head)
         assert running.post("classify", {"text": "x"})[0] == 503
+        refused.set()
         for connection in silent:
             connection.settimeout(30)
             assert connection.recv(1) == b""

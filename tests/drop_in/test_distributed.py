@@ -1,7 +1,6 @@
 """An accelerated model in two gloo processes: gradients as those of one process on the whole batch."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,14 +15,11 @@ WORKER = Path(__file__).parents[1] / "drop_in_worker.py"
 @pytest.fixture(scope="module")
 def gradients(tmp_path_factory):
     """Of two processes, for each mode."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     out = tmp_path_factory.mktemp("distributed") / "grads.pt"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     workers = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), port, str(out)],
+            [sys.executable, str(WORKER), str(rank), str(out)],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env,
         )
         for rank in range(2)
