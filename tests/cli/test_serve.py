@@ -1,12 +1,8 @@
-"""The web page: its JSON interface, its limits, and the page itself in a headless browser where there is one."""
+"""The web page's JSON interface and its limits."""
 
 import itertools
 import json
-import queue
-import re
-import shutil
 import socket
-import subprocess
 import threading
 import time
 import urllib.error
@@ -15,88 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 import tokenizers
-import torch
-from cells import dataset
-from extras import needed
+from served import Running
 
 from fastllm.data import Tokenizer
 from fastllm.data.tokenizer import END_OF_TEXT
-from fastllm.models import ModelConfig, build_model
+from fastllm.serving import app
+from fastllm.serving.app import ANSWERS, MAX_BODY_BYTES, ServedModel, _written
+from fastllm.serving.connection import Connection
 from fastllm.tasks.answer import answers
 from fastllm.tasks.classify import classify
 from fastllm.tasks.translate import translate
-
-uvicorn, Request = needed("uvicorn", "serve"), needed("starlette.requests", "serve").Request
-HTMLResponse = needed("starlette.responses", "serve").HTMLResponse
-
-from fastllm.serving import app  # noqa: E402
-from fastllm.serving.app import ANSWERS, MAX_BODY_BYTES, ServedModel, _written, make_app  # noqa: E402
-from fastllm.serving.connection import Connection  # noqa: E402
-
-# Chromium is no Python package; a machine without it tests the interface alone.
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-SHAPE = dict(context_length=64, num_layers=1, num_heads=2, hidden_size=16)
-KINDS = {
-    "generate": {}, "translate": {"encoder": "gru"},
-    "classify": {"encoder": "transformer", "decoder": "none", "heads": ("classify",), "labels": ("bad", "good")},
-    "answer": {"encoder": "transformer", "decoder": "none", "heads": ("span",), "segments": 2},
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    torch.manual_seed(0)
-    tokenizer = dataset("classify", tmp_path_factory.mktemp("serve")).tokenizer
-    made = {}
-    for task, kind in KINDS.items():
-        model = build_model(ModelConfig(**SHAPE, vocab_size=tokenizer.vocab_size, **kind)).eval()
-        for p in model.requires_grad_(False).parameters():
-            p.mul_(3)
-        made[task] = ServedModel(model, tokenizer)
-    return made
-
-
-class Running:
-    """The application on a free port, in a thread of its own."""
-
-    def __init__(self, models, seconds=20.0, page=None, **options):
-        listener = socket.socket()
-        listener.bind(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self.sent = queue.Queue()
-        inner = make_app(models, ("127.0.0.1", "LocalHost", "::1"), seconds)
-
-        async def app(scope, receive, send):
-            if page is not None and scope["path"] == "/drive":
-                if scope["method"] == "POST":
-                    self.sent.put(await Request(scope, receive).json())
-                await HTMLResponse(page)(scope, receive, send)
-            else:
-                await inner(scope, receive, send)
-
-        config = uvicorn.Config(app, http=Connection, log_level="error", ws="none", lifespan="off", **options)
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]}, daemon=True)
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-
-    def close(self):
-        self.server.should_exit = True
-        self.thread.join()
-
-    def post(self, task, values, headers=()):
-        """(status, body)."""
-        content = values if isinstance(values, bytes) else json.dumps(values).encode()
-        request = urllib.request.Request(
-            f"{self.url}/{task}", content, {"Content-Type": "application/json", **dict(headers)}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=30) as reply:
-                return reply.status, reply.read().decode()
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, error.read().decode()
 
 
 @pytest.fixture(scope="module")
@@ -343,63 +267,3 @@ def test_a_connection_is_kept_for_a_whole_period_after_an_answer():
     assert not closed
     connection._look(looks.pop())
     assert closed
-
-
-# Fills in the page's forms, one tab after the other, and sends home what they show.
-DRIVE = """<!doctype html><meta charset="utf-8"><iframe src="/" style="border:0;width:860px;height:560px"></iframe>
-<script>
-const STEPS = %s, frame = document.querySelector("iframe"), result = {};
-const until = async test => { while (!test()) await new Promise(r => setTimeout(r, 20)); };
-frame.onload = async () => {
-  const page = frame.contentDocument;
-  await until(() => page.querySelectorAll("nav button").length === 4);
-  for (const [task, values] of STEPS) {
-    page.querySelector(`[data-task=${task}]`).click();
-    const section = page.getElementById(task), form = section.querySelector("form");
-    for (const [name, value] of Object.entries(values)) form.elements[name].value = value;
-    form.requestSubmit();
-    const out = section.querySelector("output");
-    await until(() => out.dataset.state === "done");
-    result[task] = {text: out.textContent, mark: out.querySelector("mark")?.textContent ?? null, shown: !section.hidden,
-                    tabs: [...page.querySelectorAll("nav button")].map(b => b.getAttribute("aria-selected"))};
-  }
-  await fetch("/drive", {method: "POST", body: JSON.stringify(result)});
-};
-</script>"""
-TEXT = "the key \U0001f511 is 7. red cat"
-STEPS = [
-    ("generate", {"prompt": "the cat", "max_new_tokens": 12}), ("translate", {"text": "red cat", "beams": 2}),
-    ("classify", {"text": "<b>the</b> cat"}), ("answer", {"text": TEXT, "question": "which?"}),
-]  # fmt: skip
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-def test_the_page_works_in_a_browser(models, tmp_path):
-    page = DRIVE % json.dumps(STEPS)
-    running = Running(models, page=page)
-    try:
-        options = [
-            "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={tmp_path}",
-        ]  # fmt: skip
-        with subprocess.Popen(
-            [BROWSER, *options, f"{running.url}/drive"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        ) as browser:
-            try:
-                result = running.sent.get(timeout=90)
-            finally:
-                browser.terminate()
-        found = json.loads(running.post("answer", {"text": TEXT, "question": "which?"})[1])
-    finally:
-        running.close()
-    assert set(result) == set(KINDS)
-    for number, task in enumerate(KINDS):
-        assert result[task]["shown"]
-        assert result[task]["tabs"] == [str(i == number).lower() for i in range(4)]
-    assert result["generate"]["text"].startswith("the cat")
-    assert sorted(re.findall(r"(good|bad) \d+\.\d %", result["classify"]["text"])) == ["bad", "good"]
-    # The answer stands where Python's characters say, beyond a character of two UTF-16 units.
-    if found["answer"]:
-        assert result["answer"]["mark"] == TEXT[found["start"] : found["end"]]
-        assert result["answer"]["text"] == TEXT
-    else:
-        assert result["answer"]["text"] == "No answer in the text."
