@@ -15,12 +15,16 @@ from fastllm.extension.compile.steps import BuildStep
 execute = importlib.import_module("fastllm.extension.compile.execute")
 
 
-@pytest.mark.parametrize("ninja", [True, False])
-def test_what_is_compiled_for_other_gpus_is_compiled_again(monkeypatch, tmp_path, ninja):
-    if not ninja:
+@pytest.fixture(params=[True, False], ids=["ninja", "alone"])
+def by_ninja_or_alone(request, monkeypatch):
+    if not request.param:
         monkeypatch.setattr(execute, "_find_ninja", lambda: None)
     elif execute._find_ninja() is None:
         pytest.skip("ninja is not installed (pip install ninja)")
+
+
+@pytest.mark.usefixtures("by_ninja_or_alone")
+def test_what_is_compiled_for_other_gpus_is_compiled_again(tmp_path):
     source, log = tmp_path / "source.cu", tmp_path / "log"
     source.touch()
     os.utime(source, (1, 1))
@@ -41,12 +45,8 @@ def test_what_is_compiled_for_other_gpus_is_compiled_again(monkeypatch, tmp_path
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux alone")
-@pytest.mark.parametrize("ninja", [True, False])
-def test_names_of_any_bytes_are_compiled(monkeypatch, tmp_path, ninja):
-    if not ninja:
-        monkeypatch.setattr(execute, "_find_ninja", lambda: None)
-    elif execute._find_ninja() is None:
-        pytest.skip("ninja is not installed (pip install ninja)")
+@pytest.mark.usefixtures("by_ninja_or_alone")
+def test_names_of_any_bytes_are_compiled(tmp_path):
     work = tmp_path / os.fsdecode(b"M\xfcll \xc3\xbc")
     work.mkdir()
     (work / "source").touch()
