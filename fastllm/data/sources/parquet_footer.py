@@ -11,7 +11,7 @@ import io
 from typing import Any, BinaryIO, NamedTuple
 
 from .limits import Unreadable
-from .parquet_pages import I64, LIST, MAP, SET, STRUCT, CompactReader
+from .parquet_pages import BYTE, FALSE, I64, LIST, MAP, SET, STRUCT, TRUE, CompactReader
 
 # The most structures and lists inside one another: a footer has seven.
 _DEPTH = 12
@@ -62,9 +62,8 @@ class _Footer(CompactReader):
         head = self.byte()
         size, kind = head >> 4, head & 15
         size = self.varint() if size == 15 else size
-        if kind in (1, 2):
-            # A truth value in a list has a byte of its own.
-            kind = 3
+        # A truth value in a list has a byte of its own.
+        kind = BYTE if kind in (TRUE, FALSE) else kind
         # Each has a byte at least, so that the footer's end bounds a size that lies.
         return [self._value(kind, depth + 1) for _ in range(size)]
 

@@ -12,7 +12,7 @@ from typing import BinaryIO
 from .limits import Unreadable
 
 # Numbers of Thrift's types: both values of a boolean, one byte, integers as varints, and so on.
-_TRUE, _FALSE, _BYTE, _I16, _I32, I64, _DOUBLE, _BINARY, LIST, SET, MAP, STRUCT = range(1, 13)
+TRUE, FALSE, BYTE, _I16, _I32, I64, _DOUBLE, _BINARY, LIST, SET, MAP, STRUCT = range(1, 13)
 # The fields of a page's header that have its sizes, and the most structures inside one another; a header has three.
 _UNCOMPRESSED, _COMPRESSED, _DEPTH = 2, 3, 8
 # As the versions of Parquet-MR have named themselves. Any other name is taken for an early one.
@@ -57,7 +57,7 @@ class CompactReader:
 
     def skip(self, kind: int) -> None:
         """Pass over a value that holds no others."""
-        if kind == _BYTE:
+        if kind == BYTE:
             self.byte()
         elif kind in (_I16, _I32, I64):
             self.varint()
@@ -68,7 +68,7 @@ class CompactReader:
             if size >> 31:
                 raise Unreadable("damaged", f"a string in a header has {size:,} bytes")
             self._stream.seek(size, 1)
-        elif kind not in (_TRUE, _FALSE):
+        elif kind not in (TRUE, FALSE):
             raise Unreadable("damaged", f"a header has a value of Thrift's type {kind}")
 
 
