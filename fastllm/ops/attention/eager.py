@@ -86,10 +86,14 @@ class _Dense:
         """A (B, Hkv, group, S, D) tensor's chunk as (b, h, group * rows, D)."""
         return x[at.batch, at.heads, :, rows].flatten(2, 3)
 
+    def by_rows(self, x: torch.Tensor, rows: slice) -> torch.Tensor:
+        """(b, h, group * rows, D) as (b, h, group, rows, D), where there are no rows too."""
+        return x.unflatten(2, (self.group, rows.stop - rows.start))
+
     def scores(self, q, k, at: _Chunk, rows: slice, cols: slice):
         """``(t, tanh of the soft cap or None)``: (b, h, group, rows, cols), -inf where not visible."""
         call = self.call
-        t = torch.matmul(q, k[:, :, cols].transpose(-1, -2)).unflatten(2, (self.group, rows.stop - rows.start))
+        t = self.by_rows(torch.matmul(q, k[:, :, cols].transpose(-1, -2)), rows)
         t = t.mul_(call.scale)
         capped = None
         if call.softcap:
@@ -166,7 +170,7 @@ class _Dense:
                 if call.dropout_p > 0:
                     p *= self.kept(at, rows, cols)
                 o = torch.matmul(p.flatten(2, 3).to(self.narrow), v[:, :, cols])
-                out[where] = o.unflatten(2, (self.group, rows.stop - rows.start)).to(out.dtype)
+                out[where] = self.by_rows(o, rows).to(out.dtype)
 
     def backward(self, forward: ForwardResult, upstream: OutputGradients, grads: AttentionGradients) -> None:
         """Writes ``grads``. dbias and dsinks are in at least fp32."""
@@ -189,7 +193,7 @@ class _Dense:
                 q = self.rows_of(self.q, at, rows)
                 g = self.rows_of(dout, at, rows)
                 delta = (g.to(self.wide) * self.rows_of(out, at, rows).to(self.wide)).sum(-1, keepdim=True)
-                delta = delta.unflatten(2, (self.group, rows.stop - rows.start))
+                delta = self.by_rows(delta, rows)
                 if dlse is not None:
                     delta -= dlse[where].unsqueeze(-1)
                 high, log = row_max[where].unsqueeze(-1), row_log[where].unsqueeze(-1)
@@ -201,11 +205,7 @@ class _Dense:
                 if dv is not None:
                     dropped = (p if kept is None else p * kept).flatten(2, 3).to(self.narrow)
                     self._collect(dv, dv_sum, torch.matmul(dropped.transpose(-1, -2), g), at, cols)
-                dp = (
-                    torch.matmul(g, v[:, :, cols].transpose(-1, -2))
-                    .to(self.wide)
-                    .unflatten(2, (self.group, rows.stop - rows.start))
-                )
+                dp = self.by_rows(torch.matmul(g, v[:, :, cols].transpose(-1, -2)).to(self.wide), rows)
                 if kept is not None:
                     dp *= kept
                 ds = dp.sub_(delta).mul_(p)
@@ -221,9 +221,7 @@ class _Dense:
                     continue
                 ds = ds.mul_(call.scale).flatten(2, 3).to(self.narrow)
                 if dq is not None:
-                    dq[where] = (
-                        torch.matmul(ds, k[:, :, cols]).unflatten(2, (self.group, rows.stop - rows.start)).to(dq.dtype)
-                    )
+                    dq[where] = self.by_rows(torch.matmul(ds, k[:, :, cols]), rows).to(dq.dtype)
                 if dk is not None:
                     self._collect(dk, dk_sum, torch.matmul(ds.transpose(-1, -2), q.to(self.narrow)), at, cols)
             for grad, total in ((dk, dk_sum), (dv, dv_sum)):
