@@ -73,8 +73,7 @@ def train(
             with ranks.first():
                 data = folder / "data"
                 dataset = open_data(config, data, display.say) if main else reopen_data(config, data)
-            run = Run(fitted(config, dataset), folder, dataset, display, None, ranks)
-            run.keep_lock = keep_lock
+            run = Run(fitted(config, dataset), folder, dataset, display, None, ranks, keep_lock=keep_lock)
             if main:
                 write_text(folder / CONFIG, run.config.to_toml())
             measured = run.measure()
@@ -225,8 +224,8 @@ def resume(checkpoint: str | Path, changes: Mapping[str, object] | None = None, 
         _check_ranks(config, ranks)
         main = ranks.rank == 0
         keep_lock = held.enter_context(sole_writer(folder, LOCK)) if main else lambda: None
-        run = Run(config, folder, reopen_data(config, folder / "data"), Display(quiet or not main), path, ranks)
-        run.keep_lock = keep_lock
+        data, display = reopen_data(config, folder / "data"), Display(quiet or not main)
+        run = Run(config, folder, data, display, path, ranks, keep_lock=keep_lock)
         if main:
             write_text(folder / CONFIG, run.config.to_toml())
         return train_run(run, run.measure())

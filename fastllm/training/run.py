@@ -81,11 +81,11 @@ class Run:
 
     def __init__(
         self, config: RunConfig, folder: Path, dataset: Any, display: Display, checkpoint: Path | None,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = ALONE, *, keep_lock: Callable[[], None] = lambda: None,
     ):  # fmt: skip
+        """``keep_lock``: what :func:`fastllm.files.sole_writer` gives to whoever has locked ``folder``."""
         self.folder, self.dataset, self.display, self.ranks = folder, dataset, display, ranks
-        # As :func:`fastllm.files.sole_writer` gives it to whoever has locked the folder.
-        self.keep_lock: Callable[[], None] = lambda: None
+        self._keep_lock = keep_lock
         self.device = ranks.device(pick_device(config.training.device))
         self.config = config = config.with_budget()
         training = config.training
@@ -258,7 +258,7 @@ class Run:
         with contextlib.suppress(OSError):
             if self.ranks.rank == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self.keep_lock()
+                self._keep_lock()
                 if not path.exists():
                     write_text(path, self.config.to_toml())
                     self.display.warn(f"{path}: deleted during the run; written again")
