@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -64,6 +65,10 @@ def check_cache(cache: DecoderCache | None, kind: type[DecoderCache]) -> None:
         raise TypeError(f"cache must be a {kind.__name__}, which new_cache makes, got {type(cache).__name__}")
 
 
+def _nobody() -> None:
+    """The decoder of a cache that was read from a file."""
+
+
 class KVCache(DecoderCache):
     """Space for the keys and values of ``batch_size`` sequences, (B, kv_heads, context_length, head_dim) per layer.
 
@@ -76,11 +81,22 @@ class KVCache(DecoderCache):
     def __init__(self, config: ModelConfig, batch_size: int, *, dtype: torch.dtype, device: torch.device):
         super().__init__(batch_size)
         self.step: Callable[..., torch.Tensor] | None = None
-        # A weak reference, for a copy of the cache is none of the model.
-        self.made_by: Callable[[], object] = lambda: None
+        # A weak reference: a cache keeps no model.
+        self.made_by: Callable[[], object] = _nobody
         self.relative_bias: torch.Tensor | None = None
         shape = (2, config.num_layers, batch_size, config.kv_heads, config.context_length, config.head_dim)
         self._store = torch.empty(shape, dtype=dtype, device=device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What any decoder of the shape goes on with: the step holds modules, which are in no file of a cache."""
+        return self.__dict__ | {"step": None, "made_by": _nobody, "relative_bias": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
+        """A copy for the same decoder."""
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__ |= copy.deepcopy(self.__getstate__(), memo)
+        copied.step, copied.made_by = self.step, self.made_by
+        return copied
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store (B, kv_heads, T, head_dim) after the tokens that it holds; returns all keys and values up to there.

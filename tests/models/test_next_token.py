@@ -1,6 +1,8 @@
 """One more token through a decoder by the lean step: the same numbers as the modules, and only where it may serve."""
 
 import contextlib
+import copy
+import io
 
 import pytest
 import torch
@@ -88,6 +90,25 @@ def test_another_models_cache_holds_keys_and_values_and_none_of_its_weights(posi
         for at in (5, 6):
             got, expected = (other(tokens[:, at : at + 1], cache=held) for held in (cache, copied))
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "relative"])
+def test_a_copy_of_a_cache_and_one_from_a_file_go_on(positions):
+    model, tokens = built(3, positions=positions), torch.randint(61, (2, 7))
+    file = io.BytesIO()
+    with torch.inference_mode():
+        cache = model.new_cache(2)
+        model(tokens[:, :5], cache=cache)
+        model(tokens[:, 5:6], cache=cache)
+        torch.save(cache, file)
+        copied = copy.deepcopy(cache)
+        loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+        assert copied.made_by() is model
+        assert copied.step is cache.step
+        assert loaded.step is None
+        expected = model(tokens[:, 6:], cache=cache)
+        assert model(tokens[:, 6:], cache=copied).equal(expected)
+        torch.testing.assert_close(model(tokens[:, 6:], cache=loaded), expected, rtol=1e-4, atol=1e-4)
 
 
 class Doubled(torch.nn.Linear):
