@@ -1,5 +1,6 @@
 """A call of the bench whose time is over leaves no program behind that would slow the next ones."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,17 @@ def test_programs_of_a_call_that_is_stopped_are_ended(started):
     assert shell.wait(60) < 0
     # Until the shell's own program has ended, too, it keeps the pipe open.
     assert shell.communicate(timeout=50)[0] == b""
+
+
+def test_no_program_goes_on_when_what_it_waits_for_is_ended(started):
+    waits = PROGRAM[-1].removesuffix("; true")
+    for depth in range(8):
+        waits = f"sh -c {shlex.quote(waits)}; echo {depth} goes on"
+    # Several times: an order by the processes' numbers is mostly the right one.
+    for _ in range(12):
+        with pytest.raises(OutOfTime):
+            stopped(started, ["sh", "-c", waits])
+        assert started[-1].communicate(timeout=50)[0] == b""
 
 
 def test_others_go_on(started):
