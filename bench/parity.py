@@ -4,8 +4,8 @@ A result may be SLACK times as far from the fp64 truth as a yardstick is, plus F
 PyTorch's own error here. That error is one draw: another BLAS sums in another order, and may be lucky where eager
 PyTorch has few roundings to make. So nothing is called wrong in fp32 before a second yardstick, which no machine
 changes, has been asked: the worst that the definition itself, in fp64, comes to when the result of each of its
-operators is moved by one unit in the last place of fp32, up or down at random (Monte Carlo arithmetic: D. S. Parker,
-1997). It is drawn only where the first one is not kept.
+operators, and each term of a product of matrices, is moved by one unit in the last place of fp32, up or down at random
+(Monte Carlo arithmetic: D. S. Parker, 1997). It is drawn only where the first one is not kept.
 """
 
 from __future__ import annotations
@@ -49,9 +49,16 @@ _COPIES = frozenset(
     )
 )
 
+# Products of matrices, and which argument is the first factor. A product rounds each of its terms: where they cancel,
+# the rounding of the sum alone says too little.
+_PRODUCTS = {"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "addmm": 1, "baddbmm": 1, "addmv": 1}
+
 
 class _Moved(TorchDispatchMode):
-    """Every result in fp64 of an operator that rounds is multiplied by 1 + ``step`` or 1 - ``step``, at random."""
+    """Every result in fp64 of an operator that rounds is multiplied by 1 + ``step`` or 1 - ``step``, at random.
+
+    So is every element of the first factor of a product of matrices.
+    """
 
     def __init__(self, step: float, seed: int):
         super().__init__()
@@ -67,9 +74,15 @@ class _Moved(TorchDispatchMode):
         t.mul_(signs.mul_(2).sub_(1).mul_(self._step).add_(1))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        factor = _PRODUCTS.get(name)
+        if factor is not None:
+            moved = args[factor].clone()
+            self._move(moved)
+            args = (*args[:factor], moved, *args[factor + 1 :])
         result = func(*args, **(kwargs or {}))
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        if not is_view and func._schema.name.split("::")[1] not in _COPIES:
+        if not is_view and name not in _COPIES:
             for t in tree_leaves(result):
                 if isinstance(t, torch.Tensor):
                     self._move(t)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from contract import assert_all_as_true, copy, run, truth_of
 
+from fastllm.bench import parity
 from fastllm.registry import OPS
 
 pytestmark = pytest.mark.cpu_level
@@ -66,6 +67,12 @@ def test_what_rounds_as_it_must_passes_beside_the_luckiest_eager():
         return torch.matmul(torch.exp2(logits - lse), v)
 
     judge(base_two, lucky)
+
+
+def test_a_product_whose_terms_cancel_has_the_roundings_of_its_terms():
+    first, second = torch.tensor([[1e3, -1e3]], dtype=torch.float64), torch.ones(2, 1, dtype=torch.float64)
+    most = max(draw.abs().item() for draw in parity.moved(lambda: first @ second))
+    assert 1e-5 < most < 1e-3
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -17,6 +17,7 @@ from fastllm.registry import OPS
 pytestmark = [
     pytest.mark.filterwarnings("ignore:linear_cross_entropy. ``options`` ignored:UserWarning"),
     pytest.mark.runs_on("gpu", "interpreter"),
+    pytest.mark.cpu_level,
 ]
 
 INFOS = {info.name.removeprefix("nn.functional."): info for info in op_db if info.name.startswith("nn.functional.")}
