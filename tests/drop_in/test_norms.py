@@ -91,6 +91,19 @@ def test_norms_with_a_bias_are_recognised_in_every_width(center, dtype):
     assert all(table == tables[0] for table in tables)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_bias_that_cancels_leaves_nothing_but_what_one_rounding_does(dtype):
+    torch.manual_seed(0)
+    norm, x = ShiftedNorm(64, False).to(dtype), torch.randn(1, 64).to(dtype)
+    with torch.no_grad():
+        norm.bias.zero_()
+        norm.bias.copy_(-norm(x)[0])
+        expected = norm(x)
+        assert fastllm.accelerate(norm).swapped
+        torch.testing.assert_close(norm(x), expected, rtol=0.02, atol=1e-6)
+    assert expected.abs().max() > 1e-4
+
+
 class BiasAfterwards(ShiftedNorm):
     """One that rounds what it scales before the bias is added."""
 

@@ -70,8 +70,8 @@ def eager_norm(call: NormCall) -> torch.Tensor:
         if call.weight_offset != 0.0 or (mixed and not taken) or forward_mode():
             return norm_reference(call)
         weight = call.weight
-        if weight is None and call.bias is not None and torch.is_grad_enabled():
-            # The gradient of PyTorch's gradient fails for a bias alone (2.13).
+        if weight is None and call.bias is not None:
+            # The gradient of PyTorch's gradient fails for a bias alone (2.13). The same bits without gradients.
             weight = torch.ones_like(call.bias)
         return F.layer_norm(call.input, call.shape, weight, call.bias, call.eps)
     # torch.nn.functional.rms_norm would warn of mixed dtypes at every call.
